@@ -1,0 +1,1 @@
+"""titan-video: a minimal native-PyTorch trainer for video diffusion transformers."""

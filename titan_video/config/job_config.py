@@ -1,0 +1,202 @@
+"""The run's configuration: one frozen dataclass per TOML section.
+
+TOML chooses, Python defines: sections hold scalars, lists and closed sets of names, never structure. Every field carries
+its help text and legal range, from which the parser's messages (`manager.py`) and `docs/config.md` are made. Names and
+meanings follow torchtitan v0.2 where it has them.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+
+def opt(default: Any, help: str, **limits: float) -> Any:
+    """A documented field. `limits` are among ge, gt, le, lt and hold for the value, or for every number in a list."""
+    return field(default=default, metadata={"help": help, **limits})
+
+
+@dataclass(frozen=True)
+class Job:
+    dump_folder: str = opt("./outputs", "Folder of everything the run writes: resolved TOML, metrics, checkpoints, samples.")
+    description: str = opt("", "Free text, printed at start and kept in the resolved TOML.")
+    print_config: bool = opt(False, "Print the resolved TOML at start.")
+
+
+@dataclass(frozen=True)
+class Model:
+    name: Literal["wan"] = opt("wan", "Model family: a folder of titan_video/models.")
+    flavor: str = opt("debug", "Architecture: a flavor of the family, or `hf` to read `transformer/config.json` of hf_assets_path.")
+    hf_assets_path: str = opt("", "Local diffusers folder (transformer/, vae/, text_encoder/, tokenizer/). Nothing is downloaded.")
+
+
+@dataclass(frozen=True)
+class Encoder:
+    name: Literal["wan", "debug"] = opt("wan", "Frozen VAE and text encoder. `debug` needs no weights: a fixed video transform and hashed words.")
+    dtype: Literal["bfloat16", "float32"] = opt("bfloat16", "Arithmetic of the text encoder. The VAE always runs in float32.")
+    max_text_length: int = opt(512, "Tokens a prompt is padded or cut to. Wan was trained with 512.", ge=1)
+    vae_tiling: bool = opt(False, "Encode and decode the VAE in spatial tiles, to save memory at large sizes.")
+
+
+@dataclass(frozen=True)
+class Data:
+    path: str = opt("", "Folder of clips with same-name .txt captions, or a metadata .csv/.jsonl file (or a folder that holds one). "
+                        "`embedded:shapes-N` generates N clips of moving shapes.")
+    buckets: tuple[tuple[int, ...], ...] = opt(((81, 480, 832),), "Training sizes [frames, height, width]; frames = 4k+1. A clip goes to the bucket of nearest "
+                                                                  "aspect ratio among those with the most frames it can fill.", ge=1)
+    fps: float = opt(16.0, "Frames per second every clip is resampled to; 0 keeps each clip's own frames.", ge=0)
+    caption_dropout: float = opt(0.1, "Share of draws trained with the empty caption, for classifier-free guidance.", ge=0, le=1)
+    shuffle: bool = opt(True, "Draw the clips in a new random order each epoch.")
+    num_workers: int = opt(2, "Worker processes per rank that decode clips or read cached latents; 0 works in the main process.", ge=0)
+    prefetch_factor: int = opt(2, "Batches each worker holds ready.", ge=1)
+    cache_folder: str = opt("", "Latents and text embeddings, keyed by content. Empty: `cache` in job.dump_folder.")
+
+
+@dataclass(frozen=True)
+class Training:
+    local_batch_size: int = opt(1, "Clips per micro-batch on each data-parallel rank.", ge=1)
+    global_batch_size: int = opt(-1, "Clips per optimizer step; a multiple of local_batch_size x data-parallel degree (gradients accumulate). "
+                                     "-1: exactly one micro-batch.", ge=-1)
+    steps: int = opt(10000, "Optimizer steps of the whole run.", ge=1)
+    max_norm: float = opt(1.0, "Gradient norm is clipped to this; 0 does not clip.", ge=0)
+    mixed_precision_param: Literal["bfloat16", "float32"] = opt("bfloat16", "Arithmetic of the model. Master weights, time embedding and modulation stay in float32.")
+    mixed_precision_reduce: Literal["float32"] = opt("float32", "Arithmetic of the gradient reduction.")
+    gc_freq: int = opt(50, "Python's garbage collector runs every so many steps, on all ranks at once.", ge=1)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    name: Literal["AdamW"] = opt("AdamW", "Optimizer.")
+    lr: float = opt(1e-4, "Peak learning rate.", gt=0)
+    beta1: float = opt(0.9, "Decay of the first moment.", ge=0, lt=1)
+    beta2: float = opt(0.95, "Decay of the second moment.", ge=0, lt=1)
+    eps: float = opt(1e-8, "Added to the denominator.", gt=0)
+    weight_decay: float = opt(0.01, "Decoupled weight decay of matrices; vectors (biases, norms) are not decayed.", ge=0)
+    implementation: Literal["fused", "foreach", "for-loop"] = opt("fused", "Implementation in torch.optim.")
+
+
+@dataclass(frozen=True)
+class LrScheduler:
+    warmup_steps: int = opt(200, "Linear warm-up from 0.", ge=0)
+    decay_ratio: float = opt(0.0, "Share of training.steps at the end over which the rate decays; 0 keeps it constant.", ge=0, le=1)
+    decay_type: Literal["linear", "sqrt", "cosine"] = opt("linear", "Shape of the decay.")
+    min_lr_factor: float = opt(0.0, "Last rate of the decay as a share of the peak.", ge=0, le=1)
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    data_parallel_replicate_degree: int = opt(1, "HSDP: groups that each hold a whole sharded copy of the model.", ge=1)
+    data_parallel_shard_degree: int = opt(-1, "FSDP: ranks over which a copy is sharded. -1: all that are left.", ge=-1)
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = opt("default", "Free a block's gathered weights after its forward. `default` is `always`.")
+
+
+@dataclass(frozen=True)
+class ActivationCheckpoint:
+    mode: Literal["none", "full"] = opt("none", "`full` keeps each block's input and recomputes the block in backward.")
+
+
+@dataclass(frozen=True)
+class Compile:
+    enable: bool = opt(False, "torch.compile each block, full graph.")
+    backend: Literal["inductor", "aot_eager"] = opt("inductor", "Compiler backend; aot_eager traces without generating code.")
+
+
+@dataclass(frozen=True)
+class Flow:
+    timestep_density: Literal["uniform", "logit_normal", "mode"] = opt("logit_normal", "Density of the noise level s in (0, 1) before the shift; s = 1 is pure noise.")
+    logit_mean: float = opt(0.0, "Mean of logit(s) for logit_normal.")
+    logit_std: float = opt(1.0, "Standard deviation of logit(s) for logit_normal.", gt=0)
+    mode_scale: float = opt(1.29, "Scale of the mode density (Esser et al. 2024, eq. 20).", ge=-1, le=1.75)
+    shift: Literal["none", "constant", "resolution"] = opt("constant", "s <- a s / (1 + (a - 1) s): a = shift_value, or shift_value x sqrt(tokens / shift_base_tokens).")
+    shift_value: float = opt(3.0, "The a above. Wan samples 480p with 3 and 720p with 5.", gt=0)
+    shift_base_tokens: int = opt(32760, "Token count at which `resolution` gives a = shift_value.", ge=1)
+    loss_weighting: Literal["none", "bell"] = opt("none", "Weight of the loss over s; `bell` favours the middle, with mean 1 over the sampled levels.")
+    min_t: float = opt(0.0, "Lowest noise level trained, after the shift. The density is cut, not squeezed.", ge=0, le=1)
+    max_t: float = opt(1.0, "Highest noise level trained, after the shift.", ge=0, le=1)
+
+
+@dataclass(frozen=True)
+class Validation:
+    enable: bool = opt(False, "Measure the held-out loss and sample clips, at step 0, every freq steps and at the end.")
+    freq: int = opt(500, "Steps between validations.", ge=1)
+    path: str = opt("", "Held-out clips, in any form that data.path takes. Empty: `holdout` of the training clips.")
+    holdout: float = opt(0.05, "Share of the training clips held out when path is empty, chosen by content.", ge=0, lt=1)
+    max_clips: int = opt(64, "Held-out clips measured, at most.", ge=1)
+    timesteps: tuple[float, ...] = opt((0.1, 0.3, 0.5, 0.7, 0.9), "Noise levels s at which the held-out loss is measured.", gt=0, le=1)
+    prompts_path: str = opt("", "Text file, one prompt a line. Empty: captions of held-out clips (of training clips if none are held out).")
+    num_videos: int = opt(2, "Clips sampled at each validation; 0 samples none.", ge=0)
+    sample_steps: int = opt(30, "Euler steps of the sampler.", ge=1)
+    guidance_scale: float = opt(5.0, "Classifier-free guidance; 1 does without.", ge=1)
+    sample_shift: float = opt(3.0, "Shift of the sampler's schedule.", gt=0)
+    use_ema: bool = opt(True, "Use the averaged weights where ema.enable.")
+
+
+@dataclass(frozen=True)
+class Ema:
+    enable: bool = opt(False, "Keep an exponential moving average of the weights, sharded like them.")
+    decay: float = opt(0.999, "Weight of the old average at each update.", ge=0, lt=1)
+    start_step: int = opt(0, "Until this step the average is a copy of the weights.", ge=0)
+    interval: int = opt(1, "Steps between updates.", ge=1)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    enable: bool = opt(True, "Save, and resume from the newest valid checkpoint of the folder.")
+    folder: str = opt("checkpoint", "Folder of the step-N folders, inside job.dump_folder.")
+    interval: int = opt(500, "Steps between checkpoints; the last step is always saved.", ge=1)
+    keep_latest_k: int = opt(3, "Valid checkpoints kept; 0 keeps all.", ge=0)
+    async_mode: Literal["disabled", "async"] = opt("async", "`async` writes from a copy in host memory while training goes on.")
+    load_step: int = opt(-1, "Step to resume from; -1: the newest valid one.", ge=-1)
+    initial_load_path: str = opt("", "Weights to start from when there is no checkpoint yet: a step-N folder or, with initial_load_in_hf, a diffusers folder.")
+    initial_load_in_hf: bool = opt(False, "Start from the diffusers folder initial_load_path (empty: model.hf_assets_path).")
+    last_save_in_hf: bool = opt(False, "After the last step also write the weights as a diffusers folder, `hf` in job.dump_folder.")
+    export_dtype: Literal["float32", "bfloat16"] = opt("bfloat16", "Type of the tensors in that folder.")
+
+
+@dataclass(frozen=True)
+class Metrics:
+    log_freq: int = opt(10, "Steps between log lines and TensorBoard points. metrics.jsonl has every step.", ge=1)
+    enable_tensorboard: bool = opt(True, "Write TensorBoard scalars and sample clips.")
+    save_tb_folder: str = opt("tb", "TensorBoard's folder, inside job.dump_folder.")
+
+
+@dataclass(frozen=True)
+class Comm:
+    init_timeout_seconds: int = opt(600, "A collective of the first step fails after this; first encodings and compilation take place in it.", ge=1)
+    train_timeout_seconds: int = opt(300, "A collective fails after this, once the first step is done.", ge=1)
+
+
+@dataclass(frozen=True)
+class FaultTolerance:
+    save_on_signal: bool = opt(True, "SIGTERM and SIGUSR2 save at the next step boundary and exit 0; a second signal exits at once.")
+    nonfinite: Literal["stop", "skip"] = opt("stop", "What a loss or gradient that is not finite does: stop the run, or skip the update.")
+    max_nonfinite_steps: int = opt(10, "Updates skipped one after the other before the run stops.", ge=1)
+
+
+@dataclass(frozen=True)
+class Debug:
+    seed: int = opt(0, "Seed of weights, order of clips, noise, timesteps and caption dropout.", ge=0, lt=2**63)
+    deterministic: bool = opt(False, "torch.use_deterministic_algorithms: slower, bitwise repeatable on a GPU.")
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    job: Job = Job()
+    model: Model = Model()
+    encoder: Encoder = Encoder()
+    data: Data = Data()
+    training: Training = Training()
+    optimizer: Optimizer = Optimizer()
+    lr_scheduler: LrScheduler = LrScheduler()
+    parallelism: Parallelism = Parallelism()
+    activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
+    compile: Compile = Compile()
+    flow: Flow = Flow()
+    validation: Validation = Validation()
+    ema: Ema = Ema()
+    checkpoint: Checkpoint = Checkpoint()
+    metrics: Metrics = Metrics()
+    comm: Comm = Comm()
+    fault_tolerance: FaultTolerance = FaultTolerance()
+    debug: Debug = Debug()
+
+
+SECTIONS = tuple(f.name for f in fields(JobConfig))

@@ -1,0 +1,30 @@
+"""The contract between data and training: what a micro-batch holds."""
+
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """One micro-batch of one bucket. It holds no frames and no strings, and needs no encoder.
+
+    latents_BCFHW: clean, normalised VAE latents, float32.
+    text_BLD: text embeddings, zero beyond each prompt's length.
+    text_mask_BL: bool, true on a prompt's own tokens.
+    sample_ids_B: int64, unique per draw over the whole run: keys all randomness of the objective.
+    cond: further conditioning tensors by name, batch first; empty for text-to-video.
+    """
+
+    latents_BCFHW: Tensor
+    text_BLD: Tensor
+    text_mask_BL: Tensor
+    sample_ids_B: Tensor
+    cond: dict[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
+        def move(x):
+            return {k: move(v) for k, v in x.items()} if isinstance(x, dict) else x.to(device, non_blocking=non_blocking)
+
+        return Batch(**{f.name: move(getattr(self, f.name)) for f in fields(self)})

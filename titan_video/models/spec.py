@@ -1,0 +1,64 @@
+"""What a model family declares about itself; everything here is data, the appliers are elsewhere."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class TokenShape:
+    """The grid of tokens of one clip: latent frames, height and width, each divided by the patch."""
+
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.frames * self.height * self.width
+
+
+@dataclass(frozen=True)
+class ParallelPlan:
+    """How a model is taken apart. Names are dotted module paths; `*` stands for one path element.
+
+    blocks: containers (ModuleDict) of transformer blocks, in forward order. Each block is one FSDP, checkpointing and compile unit.
+    fp32: root modules or parameters whose arithmetic stays in float32 under mixed precision. They form the root's own FSDP unit.
+    """
+
+    blocks: tuple[str, ...]
+    fp32: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class NameRule:
+    """One line of a state-dict table: our parameter name, its name in the public layout, and the change of form, if any.
+
+    `{}` stands for a block index, the same on both sides. `to_public(t, args)` and `to_ours(t, args)` are inverse, and only permute or reshape.
+    """
+
+    ours: str
+    public: str
+    to_public: Callable[[Any, Any], Any] | None = None
+    to_ours: Callable[[Any, Any], Any] | None = None
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model family.
+
+    flavors: architecture arguments by name.
+    build: arguments -> module (built on the meta device by the trainer; `init_weights` gives each parameter its rule).
+    args_from_hf / args_to_hf: diffusers `transformer/config.json` <-> arguments.
+    """
+
+    name: str
+    flavors: dict[str, Any]
+    build: Callable[[Any], nn.Module]
+    plan: ParallelPlan
+    hf_names: tuple[NameRule, ...]
+    args_from_hf: Callable[[dict], Any]
+    args_to_hf: Callable[[Any], dict]
+    hf_folder: str = field(default="transformer")
