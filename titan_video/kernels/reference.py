@@ -1,0 +1,36 @@
+"""The memory-bound operators of a video DiT block in plain torch: what every faster form must equal.
+
+Statistics and rotations are computed in float32 whatever the type of the input; the result has the input's type.
+Letters: B batch, L tokens, D width, H heads, K head width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def ada_layer_norm(x_BLD: Tensor, scale_BLD: Tensor, shift_BLD: Tensor, eps: float) -> Tensor:
+    """LayerNorm without affine, then x (1 + scale) + shift (DiT, Peebles and Xie 2023). scale and shift: float32, [B or 1, L or 1, D]."""
+    normed = F.layer_norm(x_BLD.float(), x_BLD.shape[-1:], eps=eps)
+    return torch.addcmul(shift_BLD, normed, 1 + scale_BLD).to(x_BLD.dtype)
+
+
+def gated_residual(x_BLD: Tensor, y_BLD: Tensor, gate_BLD: Tensor) -> Tensor:
+    """x + gate y with a float32 gate, added in float32 and rounded once."""
+    return torch.addcmul(x_BLD.float(), y_BLD.float(), gate_BLD).to(x_BLD.dtype)
+
+
+def layer_norm(x_BLD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+    """LayerNorm with affine; statistics and affine in float32."""
+    return F.layer_norm(x_BLD.float(), x_BLD.shape[-1:], weight_D.float(), bias_D.float(), eps).to(x_BLD.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dim (Zhang and Sennrich 2019)."""
+    return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
+
+
+def rope(x_BLHK: Tensor, rotations_BLC: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of each head by complex numbers of modulus 1 (Su et al. 2021), C = K/2, the same for all heads."""
+    x = torch.view_as_complex(x_BLHK.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(x * rotations_BLC.unsqueeze(2)).flatten(-2).to(x_BLHK.dtype)
