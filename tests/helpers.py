@@ -88,3 +88,42 @@ def run_ranks(fn, world, *args, timeout=120, init=True, env=None, **kwargs):
     if errors:
         raise AssertionError("\n".join(f"[rank {rank}]\n{text}" for rank, text in errors.items()))
     return [values[rank] for rank in range(world)]
+
+
+def diffusers_wan(args):
+    """The oracle: diffusers' class of the same architecture, with random weights that leave nothing at zero."""
+    import torch
+    from diffusers import WanTransformer3DModel
+
+    from titan_video.models.wan import args_to_hf
+
+    torch.manual_seed(0)
+    config = {k: v for k, v in args_to_hf(args).items() if not k.startswith("_")}
+    model = WanTransformer3DModel(**config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(1 + 0.1 * torch.randn_like(p) if "norm" in name and name.endswith("weight") else torch.randn_like(p) * (0.5 * p[0].numel() ** -0.5))
+    return model
+
+
+def _public_names(names, spec):
+    from titan_video.components.hf_storage import public_names
+
+    return public_names(spec.hf_names, list(names))
+
+
+def hf_state_dict(tensors, spec, args):
+    """Whole tensors by our names -> by public names and forms."""
+    table = _public_names(tensors, spec)
+    return {public: (rule.to_public(tensors[ours], args) if rule.to_public else tensors[ours]) for ours, (public, rule) in table.items()}
+
+
+def load_from_hf_state_dict(model, spec, args, state):
+    import torch
+
+    table = _public_names(dict(model.named_parameters()), spec)
+    assert {public for public, _ in table.values()} == set(state)
+    with torch.no_grad():
+        for ours, p in model.named_parameters():
+            public, rule = table[ours]
+            p.copy_(rule.to_ours(state[public], args) if rule.to_ours else state[public])

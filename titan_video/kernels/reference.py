@@ -30,7 +30,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
 
 
-def rope(x_BLHK: Tensor, rotations_BLC: Tensor) -> Tensor:
-    """Rotate neighbouring pairs of each head by complex numbers of modulus 1 (Su et al. 2021), C = K/2, the same for all heads."""
-    x = torch.view_as_complex(x_BLHK.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(x * rotations_BLC.unsqueeze(2)).flatten(-2).to(x_BLHK.dtype)
+def rms_norm_rope(x_BLD: Tensor, weight_D: Tensor, rotations_BLC: Tensor, num_heads: int, eps: float) -> Tensor:
+    """RMSNorm over the whole width, then rotation of each head's neighbouring pairs by complex numbers of modulus 1 (RoPE, Su et al. 2021).
+
+    rotations: complex64 [B or 1, L, C], C = K/2, the same for all heads. Returns [B, L, H, K], rounded once, after both.
+    """
+    normed = F.rms_norm(x_BLD.float(), x_BLD.shape[-1:], weight_D.float(), eps)
+    pairs = torch.view_as_complex(normed.unflatten(-1, (num_heads, -1, 2)))
+    return torch.view_as_real(pairs * rotations_BLC.unsqueeze(2)).flatten(-2).to(x_BLD.dtype)

@@ -49,14 +49,17 @@ class NameRule:
 class ModelSpec:
     """A model family.
 
-    flavors: architecture arguments by name.
-    build: arguments -> module (built on the meta device by the trainer; `init_weights` gives each parameter its rule).
+    flavors: architecture arguments by name: a frozen dataclass with `in_channels`, `patch`, `text_dim`, `text_len`, `flops(num_tokens, batch)`
+        of a forward and `block_flops(num_tokens, batch)`, the part of it that full activation checkpointing runs again.
+    build: arguments -> module (built on the meta device by the trainer).
+    init_parameter: (name, whole tensor, generator) fills one parameter in place, so every layout starts from the same weights.
     args_from_hf / args_to_hf: diffusers `transformer/config.json` <-> arguments.
     """
 
     name: str
     flavors: dict[str, Any]
     build: Callable[[Any], nn.Module]
+    init_parameter: Callable[[str, Any, Any], None]
     plan: ParallelPlan
     hf_names: tuple[NameRule, ...]
     args_from_hf: Callable[[dict], Any]

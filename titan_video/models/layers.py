@@ -1,0 +1,89 @@
+"""Parts that every video DiT shares: tokens from latents, positions, rotations, time features, attention, initialisers.
+
+Letters: B batch, L tokens, D width, H heads, K head width, C latent channels, F/H/W latent frames, height, width, P = C * patch volume.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titan_video.models.spec import TokenShape
+
+Patch = tuple[int, int, int]
+
+
+def token_shape(latent_FHW: tuple[int, ...], patch: Patch) -> TokenShape:
+    """The token grid of a latent grid; ValueError if the patch does not divide it."""
+    if any(n % p for n, p in zip(latent_FHW, patch, strict=True)):
+        raise ValueError(f"latent grid {tuple(latent_FHW)} is not divisible by the model's patch {patch}; choose data.buckets to fit")
+    return TokenShape(*(n // p for n, p in zip(latent_FHW, patch, strict=True)))
+
+
+def patchify(x_BCFHW: Tensor, patch: Patch) -> Tensor:
+    """[B, C, F, H, W] -> tokens [B, L, P]; P runs over (C, patch frames, patch height, patch width), L over (F, H, W)."""
+    B, C, *grid = x_BCFHW.shape
+    s, (pf, ph, pw) = token_shape(tuple(grid), patch), patch
+    x = x_BCFHW.reshape(B, C, s.frames, pf, s.height, ph, s.width, pw)
+    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(B, s.num_tokens, C * pf * ph * pw)
+
+
+def unpatchify(x_BLP: Tensor, shape: TokenShape, patch: Patch) -> Tensor:
+    """Inverse of `patchify`."""
+    (B, _, P), (pf, ph, pw) = x_BLP.shape, patch
+    C = P // (pf * ph * pw)
+    x = x_BLP.reshape(B, shape.frames, shape.height, shape.width, C, pf, ph, pw).permute(0, 4, 1, 5, 2, 6, 3, 7)
+    return x.reshape(B, C, shape.frames * pf, shape.height * ph, shape.width * pw)
+
+
+def positions(shape: TokenShape, device: torch.device | str = "cpu") -> Tensor:
+    """Frame, row and column of each token, [1, L, 3], int64, in the order of `patchify`."""
+    axes = [torch.arange(n, device=device) for n in (shape.frames, shape.height, shape.width)]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(1, -1, 3)
+
+
+def rope_rotations(pos_BL3: Tensor, axes_dim: tuple[int, int, int], theta: float) -> Tensor:
+    """Unit complex numbers [B, L, K/2] for `kernels.rms_norm_rope`: each axis of the position turns its own part of the head.
+
+    axes_dim: head channels of frame, row and column; their sum is K. Angles are computed in float64: at float32 a far token's would be off by 1e-4.
+    """
+    angles = []
+    for axis, dim in enumerate(axes_dim):
+        rates = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=pos_BL3.device) / dim)
+        angles.append(pos_BL3[..., axis, None].double() * rates)
+    angle = torch.cat(angles, dim=-1)
+    return torch.complex(angle.cos().float(), angle.sin().float())
+
+
+def time_features(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """[cos, sin] features of a time in [0, 1000], [..., dim], float32; angles in float64 as in the public Wan code."""
+    rates = torch.exp(torch.arange(dim // 2, dtype=torch.float64, device=t.device) * (-math.log(max_period) / (dim // 2)))
+    angles = t.double().unsqueeze(-1) * rates
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+
+
+class CastLinear(nn.Linear):
+    """A Linear whose input takes the weight's type: the door through which activations enter the model's arithmetic."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+class AttentionCore(nn.Module):
+    """softmax(q k^T / sqrt(K)) v over whole sequences, [B, L, H, K] in and out. Context parallel replaces this module."""
+
+    def forward(self, q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BSHK, v_BSHK))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def xavier_uniform_(weight: Tensor, generator: torch.Generator) -> None:
+    """Glorot and Bengio 2010, for a [out, in] matrix."""
+    bound = math.sqrt(6 / (weight.shape[0] + weight.shape[1]))
+    weight.uniform_(-bound, bound, generator=generator)
+
+
+def attention_flops(batch: int, queries: int, keys: int, width: int) -> int:
+    """FLOPs of one attention core forward: two products of queries x keys x width, two per multiply-add."""
+    return 4 * batch * queries * keys * width
