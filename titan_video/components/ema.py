@@ -1,0 +1,60 @@
+"""An exponential moving average of the weights, sharded as they are."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from titan_video.config.job_config import Ema
+from titan_video.distributed.utils import clean_name
+
+
+def _local(t: Tensor) -> Tensor:
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+class EmaWeights:
+    """ema <- decay * ema + (1 - decay) * weights, every `interval` steps after `start_step`; before that, a copy (Polyak and Juditsky 1992)."""
+
+    def __init__(self, model: nn.Module, section: Ema):
+        self.section = section
+        self._weights = {clean_name(name): p for name, p in model.named_parameters()}
+        self.shadow = {name: p.detach().clone() for name, p in self._weights.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Follow the weights after optimizer step `step`."""
+        if step <= self.section.start_step:
+            self.reset()
+        elif (step - self.section.start_step) % self.section.interval == 0:
+            shadows, weights = zip(*((_local(self.shadow[n]), _local(p)) for n, p in self._weights.items()), strict=True)
+            torch._foreach_lerp_(list(shadows), list(weights), 1 - self.section.decay)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Start again from the weights as they are."""
+        for name, p in self._weights.items():
+            _local(self.shadow[name]).copy_(_local(p))
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Inside, the model computes with the averaged weights; its own come back afterwards, bit for bit."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, p in self._weights.items():
+            a, b = _local(p), _local(self.shadow[name])
+            kept = a.clone()
+            a.copy_(b)
+            b.copy_(kept)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages by clean parameter name: the live tensors, for checkpoints to write from and load into."""
+        return dict(self.shadow)

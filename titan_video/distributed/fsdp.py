@@ -1,0 +1,49 @@
+"""FSDP2: parameters, gradients and optimizer state sharded over the `fsdp` mesh; also at world size 1, so that mixed precision has one meaning.
+
+Units: each block; each other root module that has weights; and the root itself, which holds the plan's float32 parts.
+Gradients are summed, never averaged: the loss is divided by the global element count before backward, which stays right
+when ranks hold unequal amounts. Every micro-batch is reduced at once into sharded float32 gradients; putting the reduction
+off would hold a whole float32 gradient on each rank.
+"""
+
+import warnings
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from titan_video.models.spec import ParallelPlan
+
+# A Linear of a 3-D input returns a view. The warning is about in-place changes of it, which no model here makes.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+
+def blocks_of(model: nn.Module, plan: ParallelPlan) -> list[tuple[nn.ModuleDict, str]]:
+    """(container, key) of every block, in forward order."""
+    return [(model.get_submodule(path), key) for path in plan.blocks for key in model.get_submodule(path)]
+
+
+def apply_fsdp(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh, param_dtype: torch.dtype, reduce_dtype: torch.dtype, reshard_after_forward: str) -> None:
+    """Shard in place. reshard_after_forward: "always" or "default" frees a block's gathered weights after its forward, "never" keeps them for backward."""
+    # Inputs are cast by the modules themselves: a policy's cast would also hit times, rotations and modulation, which stay in float32.
+    low = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    high = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    reshard = reshard_after_forward != "never"
+
+    blocks = [container[key] for container, key in blocks_of(model, plan)]
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=low, reshard_after_forward=reshard)
+    for name, child in model.named_children():
+        if name not in plan.fp32 and name not in plan.blocks and any(True for _ in child.parameters()):
+            fully_shard(child, mesh=mesh, mp_policy=low, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh, mp_policy=high, reshard_after_forward=False)
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Both are needed: gloo has no pre-multiplied sum, and a factor of 1 alone would still ask for one.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    for this, following in zip(blocks, blocks[1:]):
+        this.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([this])

@@ -1,0 +1,82 @@
+"""Process groups, reductions over named axes, and layout-free initial weights."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def init_distributed(device: torch.device, timeout_seconds: int) -> None:
+    """Join the process group that torchrun set up, or make a group of one. On a GPU, host tensors go through gloo."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def set_timeout(timeout_seconds: int) -> None:
+    """The time after which a collective fails, from here on, on every process group."""
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
+
+
+def reduce_over(mesh: DeviceMesh, value: Tensor, op: str) -> Tensor:
+    """`value` summed ("sum") or maximised ("max") over a 1-D mesh; `value` itself is unchanged."""
+    assert mesh.ndim == 1, "a reduction names one axis"
+    result = value.detach().clone()
+    dist.all_reduce(result, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=mesh.get_group())
+    return result
+
+
+def gather_objects(value, group=None) -> list:
+    """`value` of every rank, in rank order, on all ranks."""
+    values = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name without what checkpointing and compile wrappers put in."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def seed_of(name: str, seed: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, init_parameter: Callable[[str, Tensor, torch.Generator], None], seed: int) -> None:
+    """Fill every parameter from a generator keyed by (seed, name), so that all layouts start from the same weights.
+
+    Each rank makes each whole tensor on the host, one at a time, and keeps its shard; nothing is sent. (torch's own
+    initialisers give the shards of a CPU mesh equal values, and on GPUs values that depend on the layout.)
+    """
+    for name, p in model.named_parameters():
+        name = clean_name(name)
+        full = torch.empty(p.shape, dtype=torch.float32)
+        init_parameter(name, full, torch.Generator().manual_seed(seed_of(name, seed)))
+        if isinstance(p, DTensor):
+            full = distribute_tensor(full.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+        p.copy_(full)
+
+
+@torch.no_grad()
+def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
+    """The 2-norm of all gradients over all ranks, a plain scalar; gradients are scaled down to `max_norm` if that is above 0.
+
+    ValueError-free by design: a norm that is not finite is returned as it is, for the caller to judge.
+    """
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if max_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
