@@ -1,0 +1,104 @@
+"""The embedded data set: captioned clips of one coloured shape that moves, made on first use."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+from titan_video.tools.video import write_mp4
+
+COLORS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 230), "yellow": (230, 210, 40)}
+SHAPES = ("circle", "square", "triangle")
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x to the right, y down
+COMBINATIONS = len(COLORS) * len(SHAPES) * len(DIRECTIONS)
+BACKGROUND = 64
+SIZE, FRAMES, FPS = 64, 17, 8
+VERSION = 1
+MARKER = "shapes.json"
+
+
+def combination(index: int) -> tuple[str, str, str]:
+    """Colour, shape and direction of a clip. Any 48 consecutive clips hold each combination once; 16 hold each pair of colour and direction."""
+    return list(COLORS)[index % 4], SHAPES[index % 3], list(DIRECTIONS)[index // 4 % 4]
+
+
+def caption(index: int) -> str:
+    color, shape, direction = combination(index)
+    return f"a {color} {shape} moves {direction}"
+
+
+def render(index: int, seed: int = 0) -> np.ndarray:
+    """Frames uint8 [17, 64, 64, 3] of a clip: a pure function of (seed, index). The whole shape stays in the picture."""
+    color, shape, direction = combination(index)
+    rng = np.random.Generator(np.random.Philox(key=[seed, index]))
+    radius, travel = rng.uniform(9, 14), rng.uniform(25, 35)
+    along = rng.uniform(radius, SIZE - radius - travel)  # lower end of the way
+    across = rng.uniform(radius, SIZE - radius)
+    dx, dy = DIRECTIONS[direction]
+    way_F = along + travel * np.linspace(0, 1, FRAMES)[:: dx + dy]
+    x_F11, y_F11 = (a[:, None, None] for a in ((way_F, np.full(FRAMES, across)) if dx else (np.full(FRAMES, across), way_F)))
+
+    pixel = np.arange(SIZE) + 0.5
+    x_FHW, y_FHW = np.broadcast_arrays(pixel[None, None, :] - x_F11, pixel[None, :, None] - y_F11)
+    if shape == "circle":
+        inside_FHW = radius - np.hypot(x_FHW, y_FHW)
+    elif shape == "square":
+        inside_FHW = 0.9 * radius - np.maximum(abs(x_FHW), abs(y_FHW))
+    else:  # apex on top, base and height 2 x radius
+        inside_FHW = np.minimum(radius - y_FHW, (radius + y_FHW - 2 * abs(x_FHW)) / 5**0.5)
+    cover_FHW1 = np.clip(inside_FHW + 0.5, 0, 1)[..., None]  # signed distance in pixels -> smooth edge
+    return np.rint(BACKGROUND + cover_FHW1 * (np.array(COLORS[color]) - BACKGROUND)).astype(np.uint8)
+
+
+def generate(folder: Path, count: int, seed: int = 0) -> None:
+    """Fill `folder` with clips 00000.mp4 ... and their .txt. A complete set is kept, an interrupted one finished.
+
+    Raises ValueError for a folder that holds anything else.
+    """
+    folder = Path(folder)
+    identity = {"generator": "titan_video shapes", "version": VERSION, "count": count, "seed": seed}
+    marker = folder / MARKER
+    if marker.is_file():
+        try:
+            found = json.loads(marker.read_text())
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or {k: found.get(k) for k in identity} != identity:
+            raise ValueError(f"{marker}: this set was made with other settings than {identity}; delete the folder or choose another data.cache_folder")
+        if found.get("complete"):
+            return
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: holds files that are not the generated shapes; delete it or choose another data.cache_folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(marker, json.dumps({**identity, "complete": False}))
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink()
+    for index in range(count):
+        clip = folder / f"{index:05d}.mp4"
+        text = clip.with_suffix(".txt")
+        if not (clip.is_file() and text.is_file()):
+            write_mp4(clip, render(index, seed), FPS)
+            _write(text, caption(index) + "\n")
+    _write(marker, json.dumps({**identity, "complete": True}))
+
+
+def resolve_path(path: str, cache_folder: Path) -> Path:
+    """The folder or file that `data.path` means; `embedded:shapes-N` generates N clips in `cache_folder` on first use."""
+    if not path.startswith("embedded:"):
+        if not path:
+            raise ValueError("data.path is empty: give a folder of clips, a metadata .jsonl or .csv file, or embedded:shapes-N")
+        return Path(path)
+    match = re.fullmatch(r"embedded:shapes-([1-9]\d{0,5})", path)
+    if not match:
+        raise ValueError(f"data.path {path!r}: the embedded data set is embedded:shapes-N with N clips, for example embedded:shapes-240")
+    folder = Path(cache_folder) / path.removeprefix("embedded:")
+    generate(folder, int(match[1]))
+    return folder
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,55 @@
+"""Writing frames as mp4 and GIF. PyAV and Pillow are imported by the functions that need them."""
+
+import io
+import os
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+MP4_QUALITY = "12"  # x264's constant rate factor; visually lossless
+
+
+def write_mp4(path: str | os.PathLike, frames_FHWC: np.ndarray, fps: float) -> None:
+    """Write uint8 RGB frames [F, H, W, 3] as H.264 (yuv420p, playable everywhere). The file appears whole or not at all.
+
+    Raises ValueError for another type or shape, an odd height or width, and a rate that is not positive.
+    """
+    import av
+
+    path = Path(path)
+    _check(frames_FHWC, fps)
+    _, height, width, _ = frames_FHWC.shape
+    if height % 2 or width % 2:
+        raise ValueError(f"{path}: H.264 needs an even height and width, got {height} x {width}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with av.open(str(temporary), "w", format="mp4") as container:
+            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            stream.options = {"crf": MP4_QUALITY, "preset": "veryfast"}
+            stream.codec_context.thread_count = 1  # short clips; the same bytes on every machine
+            for frame_HWC in frames_FHWC:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")))
+            container.mux(stream.encode(None))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_gif_bytes(frames_FHWC: np.ndarray, fps: float) -> bytes:
+    """Uint8 RGB frames [F, H, W, 3] as an endlessly repeating GIF."""
+    from PIL import Image
+
+    _check(frames_FHWC, fps)
+    first, *rest = [Image.fromarray(frame) for frame in np.ascontiguousarray(frames_FHWC)]
+    buffer = io.BytesIO()
+    first.save(buffer, "GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+    return buffer.getvalue()
+
+
+def _check(frames_FHWC: np.ndarray, fps: float) -> None:
+    if frames_FHWC.dtype != np.uint8 or frames_FHWC.ndim != 4 or frames_FHWC.shape[-1] != 3 or len(frames_FHWC) == 0:
+        raise ValueError(f"frames must be uint8 [F, H, W, 3] with F >= 1, got {frames_FHWC.dtype} {list(frames_FHWC.shape)}")
+    if not fps > 0:
+        raise ValueError(f"fps must be positive, got {fps}")
