@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_STREAMS = {"noise": 1, "timestep": 2, "caption": 3, "sampling": 4}
+_STREAMS = {"noise": 1, "timestep": 2, "caption": 3, "validation": 4, "sampling": 5}
 
 
 def generator(seed: int, sample_id: int, stream: str) -> np.random.Generator:
