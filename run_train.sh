@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# [CONFIG_FILE=file.toml] [NGPU=n] [LOG_RANK=0,1] ./run_train.sh [--section.field value ...]
+#
+#   CONFIG_FILE  TOML of the run; default train_configs/debug.toml. Looked up from the current folder, then from this script's.
+#   NGPU         processes on this machine; default: the GPUs present, or 1. Without GPUs NGPU=4 is four CPU processes.
+#   LOG_RANK     ranks whose output is shown, default 0.
+#   PYTHON       interpreter to use as it is. By default the active python3, or .venv, made on first use, where that lacks the requirements.
+#   NNODES, RDZV_ID, RDZV_ENDPOINT   set by multinode_trainer.slurm, which starts this script once on each node.
+#
+# Relative paths in the TOML and in the arguments are relative to the current folder.
+# SIGTERM or SIGUSR2 to this script saves a checkpoint at the next step and exits 0; a second signal stops at once.
+set -u
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+CONFIG_FILE=${CONFIG_FILE:-train_configs/debug.toml}
+LOG_RANK=${LOG_RANK:-0}
+NNODES=${NNODES:-1}
+
+[ -f "$CONFIG_FILE" ] || { [ -f "$ROOT/$CONFIG_FILE" ] && CONFIG_FILE=$ROOT/$CONFIG_FILE; } \
+    || { echo "error: CONFIG_FILE=$CONFIG_FILE is no file, here or in $ROOT. Configurations: $(cd "$ROOT" && echo train_configs/*.toml)" >&2; exit 1; }
+
+if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^[:space:]]')
+else
+    gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ')
+fi
+NGPU=${NGPU:-$((gpus > 0 ? gpus : 1))}
+[[ $NGPU =~ ^[1-9][0-9]*$ ]] || { echo "error: NGPU=$NGPU is not a number of processes; use 1 or more." >&2; exit 1; }
+
+source "$ROOT/ensure_env.sh"
+ensure_env || exit 1
+
+export PYTHONUNBUFFERED=1
+if ((gpus > 0)) && [ -z "${PYTORCH_CUDA_ALLOC_CONF:-}" ]; then
+    export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}    # clips of many sizes fragment the default allocator
+fi
+train=("$ROOT/train.py" --job.config_file "$CONFIG_FILE" "$@")
+
+if ((NGPU == 1 && NNODES == 1)); then
+    exec "$PYTHON" "${train[@]}"    # one process, all cores, and signals reach it directly
+fi
+
+# Several processes share the cores; without this torchrun would give each a single thread.
+cores=$(nproc)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NGPU ? cores / NGPU : 1))}
+
+# torchrun answers SIGTERM by killing its ranks after 30 s and exits 1, and dies of SIGUSR2. So it gets a process group of its own (set -m),
+# where no signal for this script's group finds it, and this script hands signals to the ranks themselves: they save, end with 0, and so does torchrun.
+# Should this script or torchrun be killed outright, its children die with it (setpriv) instead of training on unseen.
+with_parent=()
+setpriv --pdeathsig KILL true 2>/dev/null && with_parent=(setpriv --pdeathsig KILL)
+set -m
+"${with_parent[@]}" "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$NGPU" --rdzv_backend c10d \
+    --rdzv_id "${RDZV_ID:-$$}" --rdzv_endpoint "${RDZV_ENDPOINT:-localhost:0}" --local-ranks-filter "$LOG_RANK" --role rank --tee 3 \
+    --no-python "${with_parent[@]}" "$PYTHON" "${train[@]}" &
+agent=$!
+
+# Child processes of torchrun, from /proc: fields of `stat` after the name in parentheses are the state and the parent.
+ranks() {
+    local stat line fields
+    for stat in /proc/[0-9]*/stat; do
+        { read -r line <"$stat"; } 2>/dev/null || continue
+        read -ra fields <<<"${line##*) }"
+        [ "${fields[1]}" != "$agent" ] || echo "${line%% *}"
+    done
+}
+forward() {
+    local pids tries=30
+    interrupted=1
+    # No ranks: torchrun is about to end by itself, or has not started them yet, and then there is nothing to save.
+    until pids=$(ranks) && [ -n "$pids" ]; do
+        kill -0 "$agent" 2>/dev/null || return
+        ((tries--)) || { pids=$agent && break; }
+        sleep 0.1
+    done
+    kill -s "$1" $pids 2>/dev/null
+}
+trap 'forward TERM' TERM
+trap 'forward USR2' USR2
+trap 'interrupted=1; kill -s INT "$agent"' INT
+trap 'interrupted=1; kill -s HUP "$agent"' HUP
+
+while :; do    # a trapped signal ends `wait` early, with a status that is not torchrun's
+    interrupted=0
+    wait "$agent"
+    status=$?
+    ((interrupted)) || exit "$status"
+done
