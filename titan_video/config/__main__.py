@@ -1,0 +1,30 @@
+"""Prints docs/config.md, made of nothing but the dataclasses: `python -m titan_video.config > docs/config.md`."""
+
+from titan_video.config.manager import default_text, describe, limits_of, options, sections
+
+HEAD = """# Configuration
+
+One TOML file describes a run; `--section.field value` on the command line wins over it. Every field has a default, an
+unknown name, a wrong type or an illegal combination stops the run before it starts, and the resolved file lies beside the
+checkpoints. `./run_train.sh --help` prints this list.
+
+    python train.py --job.config_file train_configs/debug.toml --training.steps 100 --compile.enable --data.buckets "[[17, 64, 64]]"
+
+Generated from `titan_video/config/job_config.py` by `python -m titan_video.config > docs/config.md`; do not edit.
+"""
+
+
+def markdown() -> str:
+    """The page: one table per section."""
+    parts = [HEAD]
+    for section in sections():
+        parts.append(f"\n## [{section}]\n\n| field | legal | default | meaning |\n|---|---|---|---|\n")
+        for full, (kind, f) in options().items():
+            if full.startswith(f"{section}."):
+                cells = f.name, describe(kind, limits_of(f)), f"`{default_text(f)}`", f.metadata["help"]
+                parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n")
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

@@ -1,0 +1,172 @@
+"""Rules across fields, checked before any process group or model exists. What one field alone may hold is in `job_config.py`."""
+
+import os
+import re
+from collections.abc import Iterator
+
+from titan_video.config.job_config import Checkpoint, Data, Flow, Job, JobConfig, LrScheduler, Metrics, Parallelism, Training, Validation
+from titan_video.config.manager import ConfigError
+
+SPATIAL_MULTIPLE = 16  # VAE stride 8 x patch 2
+TEMPORAL_STRIDE = 4
+MAX_EMBEDDED_CLIPS = 100_000
+METADATA_SUFFIXES = (".csv", ".jsonl")
+
+
+def check(config: JobConfig, world_size: int) -> None:
+    """Raises ConfigError with every rule that `config` breaks on `world_size` ranks, one line each: the field, what was given, the fix."""
+    assert world_size >= 1
+    c = config
+    errors = [
+        *_clips("data.path", c.data.path),
+        *_buckets(c.data),
+        *_degrees(c.parallelism, world_size),
+        *_batch_size(c.training, world_size),  # the two degrees together are the world
+        *_schedule(c.lr_scheduler, c.training),
+        *_flow(c.flow),
+        *_validation(c.validation),
+        *_assets(c),
+        *_checkpoint(c.checkpoint),
+        *_folders(c.job, c.data, c.checkpoint, c.metrics),
+    ]
+    if errors:
+        raise ConfigError("\n".join(errors))
+
+
+def data_parallel_degrees(parallelism: Parallelism, world_size: int) -> tuple[int, int]:
+    """(replicate, shard) degrees on `world_size` ranks, a shard degree of -1 filled. Raises ConfigError unless their product is the world size."""
+    errors = list(_degrees(parallelism, world_size))
+    if errors:
+        raise ConfigError("\n".join(errors))
+    replicate = parallelism.data_parallel_replicate_degree
+    return replicate, world_size // replicate
+
+
+def gradient_accumulation(training: Training, dp: int) -> int:
+    """Micro-batches per optimizer step and rank, with `dp` data-parallel ranks. Raises ConfigError unless it is a whole number."""
+    errors = list(_batch_size(training, dp))
+    if errors:
+        raise ConfigError("\n".join(errors))
+    return 1 if training.global_batch_size == -1 else training.global_batch_size // (training.local_batch_size * dp)
+
+
+# ---- the rules: each yields one line per mistake ----
+
+
+def _clips(name: str, path: str) -> Iterator[str]:
+    form = f"`embedded:shapes-N`, N from 1 to {MAX_EMBEDDED_CLIPS}, generates clips"
+    if not path:
+        yield f"{name}: empty; give a folder of clips, a metadata .csv or .jsonl file, or {form}"
+    elif path.startswith("embedded:"):
+        match = re.fullmatch(r"embedded:shapes-([0-9]{1,9})", path)
+        if not match or not 1 <= int(match[1]) <= MAX_EMBEDDED_CLIPS:
+            yield f"{name}: given {path}; legal: {form}"
+    elif not os.path.exists(path):
+        yield f"{name}: {path} does not exist; give a folder of clips, a metadata .csv or .jsonl file, or {form}"
+    elif not os.path.isdir(path) and not path.lower().endswith(METADATA_SUFFIXES):
+        yield f"{name}: {path} is a file; legal: a metadata .csv or .jsonl file, or a folder of clips"
+
+
+def _nearest_multiples(value: int, step: int, offset: int = 0) -> str:
+    """The positive values `k step + offset` on both sides of `value`, in words."""
+    below = (value - offset) // step * step + offset
+    return f"{below} or {below + step}" if below > 0 else f"{below + step}"
+
+
+def _buckets(data: Data) -> Iterator[str]:
+    if not data.buckets:
+        yield "data.buckets: empty; give at least one [frames, height, width], such as [[81, 480, 832]]"
+    for i, bucket in enumerate(data.buckets):
+        where = f"data.buckets: item {i}, {list(bucket)}"
+        if len(bucket) != 3:
+            yield f"{where}, has {len(bucket)} numbers; legal: [frames, height, width]"
+            continue
+        if bucket in data.buckets[:i]:
+            yield f"{where}, is there twice; remove one"
+        if bucket[0] % TEMPORAL_STRIDE != 1:
+            near = _nearest_multiples(bucket[0], TEMPORAL_STRIDE, 1)
+            yield f"{where}: frames must be {TEMPORAL_STRIDE}k+1; nearest: {near}"
+        for side, size in zip(("height", "width"), bucket[1:], strict=True):
+            if size % SPATIAL_MULTIPLE:
+                yield f"{where}: {side} must be a multiple of {SPATIAL_MULTIPLE}; nearest: {_nearest_multiples(size, SPATIAL_MULTIPLE)}"
+
+
+def _degrees(parallelism: Parallelism, world_size: int) -> Iterator[str]:
+    replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
+    if world_size % replicate:
+        legal = ", ".join(str(d) for d in range(1, world_size + 1) if world_size % d == 0)
+        yield f"parallelism.data_parallel_replicate_degree: given {replicate}, which does not divide the {world_size} ranks; legal: {legal}"
+    elif shard not in (-1, world_size // replicate):
+        yield (f"parallelism.data_parallel_shard_degree: given {shard}; with data_parallel_replicate_degree {replicate} on {world_size} ranks "
+               f"legal: {world_size // replicate}, or -1 for the same")
+
+
+def _batch_size(training: Training, dp: int) -> Iterator[str]:
+    given, unit = training.global_batch_size, training.local_batch_size * dp
+    if given != -1 and (given <= 0 or given % unit):
+        local = training.local_batch_size
+        yield (f"training.global_batch_size: given {given}; legal: a multiple of {unit} (training.local_batch_size {local} x {dp} ranks), "
+               f"nearest {_nearest_multiples(given, unit)}, or -1 for {unit}")
+
+
+def _schedule(lr_scheduler: LrScheduler, training: Training) -> Iterator[str]:
+    steps, warmup, ratio = training.steps, lr_scheduler.warmup_steps, lr_scheduler.decay_ratio
+    decay = round(ratio * steps)
+    if warmup + decay > steps:
+        yield (f"lr_scheduler.warmup_steps: given {warmup}, which with {decay} steps of decay (lr_scheduler.decay_ratio {ratio}) is more than "
+               f"training.steps {steps}; legal: at most {steps - decay}")
+
+
+def _flow(flow: Flow) -> Iterator[str]:
+    if flow.min_t >= flow.max_t:
+        yield f"flow.min_t: given {flow.min_t}; must be below flow.max_t, which is {flow.max_t}"
+
+
+def _validation(validation: Validation) -> Iterator[str]:
+    if validation.path:
+        yield from _clips("validation.path", validation.path)
+    if validation.prompts_path and not os.path.isfile(validation.prompts_path):
+        yield f"validation.prompts_path: there is no file {validation.prompts_path}; give a text file, one prompt a line, or leave it empty"
+    if not validation.timesteps:
+        yield "validation.timesteps: empty; give at least one noise level, such as [0.5]"
+    if len(set(validation.timesteps)) < len(validation.timesteps):
+        yield f"validation.timesteps: given {list(validation.timesteps)}; remove what is there twice"
+    if validation.enable and not validation.path and validation.holdout == 0 and validation.num_videos == 0:
+        yield "validation.enable: there is nothing to validate; set validation.path, validation.holdout above 0 or validation.num_videos above 0"
+
+
+def _assets(config: JobConfig) -> Iterator[str]:
+    """What is read from local folders of pretrained weights."""
+    assets, initial = config.model.hf_assets_path, config.checkpoint.initial_load_path
+    name = "model.hf_assets_path"
+    if assets and not os.path.isdir(assets):
+        yield f"{name}: there is no folder {assets}; give a local diffusers folder, or leave it empty"
+    if config.encoder.name == "wan" and not assets:
+        yield f"{name}: empty, but encoder.name wan reads the VAE and the text encoder there; give a diffusers folder or encoder.name debug"
+    if config.model.flavor == "hf" and not assets:
+        yield f"{name}: empty, but model.flavor hf reads transformer/config.json there; give a local diffusers folder, or another flavor"
+    elif config.model.flavor == "hf" and os.path.isdir(assets) and not os.path.isfile(os.path.join(assets, "transformer", "config.json")):
+        yield f"{name}: {assets} has no transformer/config.json, which model.flavor hf reads; give a whole diffusers folder, or another flavor"
+    if initial and not os.path.isdir(initial):
+        yield f"checkpoint.initial_load_path: there is no folder {initial}; give a step-N or diffusers folder, or leave it empty"
+    if config.checkpoint.initial_load_in_hf and not initial and not assets:
+        yield "checkpoint.initial_load_in_hf: nothing to load; give a diffusers folder in checkpoint.initial_load_path or model.hf_assets_path"
+
+
+def _checkpoint(checkpoint: Checkpoint) -> Iterator[str]:
+    if checkpoint.load_step >= 0 and not checkpoint.enable:
+        yield f"checkpoint.load_step: given {checkpoint.load_step}, but checkpoint.enable is false; enable it, or set load_step to -1"
+
+
+def _folders(job: Job, data: Data, checkpoint: Checkpoint, metrics: Metrics) -> Iterator[str]:
+    if not job.dump_folder:
+        yield "job.dump_folder: empty; give a folder, such as ./outputs"
+    for name, folder in (("job.dump_folder", job.dump_folder), ("data.cache_folder", data.cache_folder)):
+        if os.path.exists(folder) and not os.path.isdir(folder):
+            yield f"{name}: {folder} is a file; give a folder"
+    inside = {"checkpoint.folder": checkpoint.folder, "metrics.save_tb_folder": metrics.save_tb_folder}
+    for name, folder in inside.items():
+        if os.path.isabs(folder) or os.path.normpath(folder) == "." or ".." in folder.split("/"):
+            yield f"{name}: given {folder!r}; legal: the relative name of a folder inside job.dump_folder"
+    if len({os.path.normpath(folder) for folder in inside.values()}) < len(inside):
+        yield f"metrics.save_tb_folder: given {metrics.save_tb_folder!r}, the same as checkpoint.folder; give another name"
