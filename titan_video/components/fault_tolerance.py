@@ -1,0 +1,86 @@
+"""Stopping well: on a signal, and on numbers that are not finite."""
+
+import math
+import os
+import signal
+from types import FrameType
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from titan_video.tools.logging import logger
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+
+
+class SignalFlag:
+    """Turns SIGTERM and SIGUSR2 into a flag that all ranks read together at the end of a step.
+
+    The first signal is noted; a second ends the process at once, with 128 + its number. `close` (or leaving the context) puts the former
+    handlers back. It must be made in the main thread. Processes forked later inherit the handler: they end on SIGTERM, as their
+    parent expects when it terminates them, and ignore SIGUSR2.
+    """
+
+    def __init__(self):
+        self._signum = 0
+        self._pid = os.getpid()
+        self._former = {s: signal.signal(s, self._handle) for s in SIGNALS}
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            if signum == signal.SIGTERM:
+                os._exit(128 + signum)
+            return
+        if self._signum:
+            os._exit(128 + signum)
+        self._signum = signum
+        # The signal may have interrupted a print; only a bare write is safe here.
+        os.write(2, f"{signal.Signals(signum).name}: saving at the end of this step, then stopping. A second signal stops at once.\n".encode())
+
+    def requested(self, group: dist.ProcessGroup | None = None) -> bool:
+        """Whether any rank of `group` (a CPU group, such as gloo) has received a signal. Collective; without a group, this process alone."""
+        if group is None:
+            return self._signum != 0
+        flag = torch.tensor(self._signum, dtype=torch.int32)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+        return flag.item() != 0
+
+    def close(self) -> None:
+        for s, handler in self._former.items():
+            signal.signal(s, handler)
+        self._former = {}
+
+    def __enter__(self) -> "SignalFlag":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+
+class NonFiniteGuard:
+    """Decides what an update with a loss or gradient norm that is not finite does.
+
+    policy: `stop` raises; `skip` leaves the update out, and raises after max_steps of them one after the other.
+    """
+
+    def __init__(self, policy: Literal["stop", "skip"], max_steps: int):
+        self.policy = policy
+        self.max_steps = max_steps
+        self.num_skipped = 0
+
+    def check(self, loss: float, grad_norm: float, step: int) -> bool:
+        """True if the update is to be applied. loss and grad_norm are global, so that every rank decides alike. FloatingPointError to stop."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.num_skipped = 0
+            return True
+        what = f"step {step}: loss {loss}, gradient norm {grad_norm}"
+        if self.policy == "stop":
+            raise FloatingPointError(f"{what} is not finite; the update was not applied. "
+                                     "Resume from the last checkpoint with a lower optimizer.lr, or set fault_tolerance.nonfinite to skip.")
+        self.num_skipped += 1
+        if self.num_skipped >= self.max_steps:
+            raise FloatingPointError(f"{what} is not finite, as in the {self.num_skipped - 1} steps before: "
+                                     "fault_tolerance.max_nonfinite_steps is reached.")
+        logger.warning(f"{what} is not finite: update skipped ({self.num_skipped} of at most {self.max_steps} in a row)")
+        return False

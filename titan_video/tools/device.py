@@ -1,0 +1,121 @@
+"""The device of this process: choosing it, its peak speed, its memory."""
+
+import os
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+# Dense bfloat16 tensor-core TFLOP/s with float32 accumulation, from the vendors' data sheets (half of the figure "with sparsity").
+# The first entry whose words all occur in the device's name holds.
+PEAK_TFLOPS = (
+    ("B300", 2250.0),
+    ("GB200", 2500.0),
+    ("B200", 2250.0),
+    ("H200", 989.5),
+    ("GH200", 989.5),
+    ("H100 NVL", 835.5),
+    ("H100 PCIe", 756.5),
+    ("H100", 989.5),
+    ("H800", 989.5),
+    ("H20", 148.0),
+    ("A100", 312.0),
+    ("A800", 312.0),
+    ("A40", 149.7),
+    ("A10G", 70.0),
+    ("A10", 125.0),
+    ("L40S", 362.0),
+    ("L40", 181.0),
+    ("L4", 121.0),
+    ("RTX A6000", 154.8),
+    ("RTX 5090", 209.5),
+    ("RTX 4090", 165.2),
+    ("RTX 3090", 71.0),
+    ("MI355X", 2516.0),
+    ("MI325X", 1307.4),
+    ("MI300X", 1307.4),
+    ("MI250X", 191.5),  # one of the module's two dies, each a device of its own
+)
+
+
+def get_device(local_rank: int) -> torch.device:
+    """The GPU number `local_rank` of this machine, made current; without GPUs the CPU.
+
+    ValueError if there are GPUs, but fewer than processes.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} are visible. "
+                         f"Set NGPU to at most {torch.cuda.device_count()}, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on CPU.")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak bfloat16 FLOP/s of the device; None where it is not known, as for a CPU."""
+    return _peak_of_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def _peak_of_name(name: str) -> float | None:
+    # Whole words: "H20" must not be found in "H200", nor "A10" in "A100".
+    words = set(name.replace("-", " ").split())
+    if words & {"MIG", "Laptop"}:  # a slice, or a slower chip, under the same name
+        return None
+    return next((tflops * 1e12 for key, tflops in PEAK_TFLOPS if set(key.split()) <= words), None)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that was queued. A CPU has no queue."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass(frozen=True)
+class MemoryStats:
+    """Peaks, in GiB and in percent of the device's memory. On CPU both are the process's largest resident set."""
+
+    max_active_gib: float
+    max_active_pct: float
+    max_reserved_gib: float
+    max_reserved_pct: float
+    num_alloc_retries: int
+    num_ooms: int
+
+
+class DeviceMemory:
+    """Reads the memory peaks of the device since the last `reset_peak`."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        if device.type == "cuda":
+            self.capacity = torch.cuda.get_device_properties(device).total_memory
+        else:
+            self.capacity = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    def stats(self) -> MemoryStats:
+        if self.device.type == "cuda":
+            s = torch.cuda.memory_stats(self.device)
+            active, reserved = s.get("active_bytes.all.peak", 0), s.get("reserved_bytes.all.peak", 0)
+            retries, ooms = s.get("num_alloc_retries", 0), s.get("num_ooms", 0)
+        else:
+            active = reserved = _peak_resident_bytes()
+            retries = ooms = 0
+        gib, pct = 2**30, self.capacity / 100
+        return MemoryStats(active / gib, active / pct, reserved / gib, reserved / pct, retries, ooms)
+
+    def reset_peak(self) -> None:
+        """Start a new peak. On CPU the system keeps the peak of the whole life of the process."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+
+def _peak_resident_bytes() -> int:
+    try:
+        # Not getrusage: after a fork that one still holds the parent's peak.
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,60 @@
+"""The run's log lines, and a progress bar that they do not tear."""
+
+import logging
+import sys
+
+from tqdm import tqdm
+
+logger = logging.getLogger()
+
+COLORS = {"red": 31, "green": 32, "yellow": 33, "blue": 34, "magenta": 35, "cyan": 36}
+
+
+def paint(text: str, color: str) -> str:
+    """`text` in a colour of COLORS, on a terminal; elsewhere as it is."""
+    return f"\033[{COLORS[color]}m{text}\033[0m" if sys.stdout.isatty() else text
+
+
+class _Handler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record)
+            if record.levelno >= logging.WARNING:
+                line = paint(line, "red" if record.levelno >= logging.ERROR else "yellow")
+            # Takes the bar off the terminal, writes, and puts it back; without a bar it only writes.
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+        except Exception:
+            self.handleError(record)
+
+
+def init_logger() -> None:
+    """Send the root logger, from INFO up, to standard output. Calling it again changes nothing.
+
+    Every rank logs; the launcher's LOG_RANK chooses whose lines are shown.
+    """
+    if any(isinstance(h, _Handler) for h in logger.handlers):
+        return
+    handler = _Handler()
+    handler.setFormatter(logging.Formatter("[titan] %(asctime)s - %(name)s - %(levelname)s - %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
+class Progress:
+    """A bar of `total` steps, of which `initial` are done. It exists only on a terminal; in a log file there are the plain lines.
+
+    enabled: true on the one rank that shows it.
+    """
+
+    def __init__(self, total: int, initial: int = 0, enabled: bool = True):
+        shown = enabled and sys.stdout.isatty() and sys.stderr.isatty()
+        self._bar = tqdm(total=total, initial=initial, unit="step", dynamic_ncols=True, disable=not shown)
+
+    def update(self, step: int, postfix: str = "") -> None:
+        """Move to `step` (steps done so far), with a short text behind the bar."""
+        self._bar.set_postfix_str(postfix, refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        self._bar.close()
