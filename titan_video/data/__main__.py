@@ -1,0 +1,58 @@
+"""`python -m titan_video.data plan|encode CONFIG.toml [--section.field value ...]`: look at the data of a run, or encode it beforehand."""
+
+import logging
+import sys
+from pathlib import Path
+
+import torch
+
+from titan_video.config.job_config import JobConfig
+from titan_video.config.manager import main_guard, parse_args
+from titan_video.data.dataset import Plan, make_plan
+from titan_video.data.latent_cache import LatentCache, cached_clips, encode_missing
+from titan_video.data.shapes import resolve_path
+from titan_video.encoders import build_encoders
+
+USAGE = "usage: python -m titan_video.data plan|encode CONFIG.toml [--section.field VALUE] ..."
+
+
+def plan(config: JobConfig) -> tuple[Plan, Path]:
+    """Print the plan of data.path and write data_plan.jsonl; return it and the cache folder."""
+    cache_folder = Path(config.data.cache_folder or Path(config.job.dump_folder) / "cache")
+    source = resolve_path(config.data.path, cache_folder)
+    made = make_plan(source, config.data.buckets, config.data.fps, config.data.num_workers, cache_folder)
+    report = Path(config.job.dump_folder) / "data_plan.jsonl"
+    made.write_jsonl(report)
+    print(f"{made.summary()}\n  every clip: {report}")
+    return made, cache_folder
+
+
+def encode(config: JobConfig) -> None:
+    """Fill the latent cache; a later run with the same sections [data] and [encoder] finds everything there."""
+    made, cache_folder = plan(config)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    encoders = build_encoders(config.encoder, config.model.hf_assets_path, device)
+    cache = LatentCache(cache_folder, encoders.video_id(), encoders.text_id())
+    failures = encode_missing(made, encoders, cache, num_workers=config.data.num_workers)
+    made = made.drop(failures)
+    made.require_clips()
+    if failures:
+        made.write_jsonl(Path(config.job.dump_folder) / "data_plan.jsonl")
+        print(made.summary())
+    print(f"{len(cached_clips(made, cache))} clips in {cache_folder}")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) < 2 or argv[0] not in ("plan", "encode") or argv[1].startswith("--"):
+        sys.exit(USAGE)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with main_guard():
+        config = parse_args(["--job.config_file", argv[1], *argv[2:]])
+    try:
+        (plan if argv[0] == "plan" else encode)(config)
+    except ValueError as e:
+        sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

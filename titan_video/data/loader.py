@@ -1,0 +1,125 @@
+"""Micro-batches of cached latents for one data-parallel rank.
+
+    GlobalSampler (main process) -- items of one micro-batch -- worker processes read the cache -- list[Batch] per step
+
+The sampler runs ahead of training by what the workers hold ready; the state that is saved is that of the last step given out.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from titan_video.data.batch import Batch
+from titan_video.data.latent_cache import CachedClip, LatentCache
+from titan_video.data.sampler import GlobalSampler, fingerprint
+from titan_video.flow.noise import drop_caption
+
+MEMORY_LIMIT = 1 << 30  # bytes of entries kept by a loader without workers
+
+Item = list[tuple[str, str, int]]  # (video key, text key, sample id) of one micro-batch
+
+
+class EntryReader:
+    """Reads micro-batches from the cache; with `keep` it holds up to 1 GiB of entries in memory."""
+
+    def __init__(self, cache: LatentCache, max_text_length: int, text_dim: int, keep: bool = False):
+        self.cache, self.max_text_length, self.text_dim = cache, max_text_length, text_dim
+        self.kept: dict[tuple[str, str], Tensor] | None = {} if keep else None
+        self.kept_bytes = 0
+
+    def _read(self, kind: str, key: str) -> Tensor:
+        if self.kept is None:
+            return self.cache.read(kind, key)
+        if (kind, key) in self.kept:
+            return self.kept[kind, key]
+        tensor = self.cache.read(kind, key)
+        if self.kept_bytes + tensor.nbytes < MEMORY_LIMIT:
+            self.kept[kind, key] = tensor
+            self.kept_bytes += tensor.nbytes
+        return tensor
+
+    def __getitem__(self, item: Item) -> dict[str, Tensor]:
+        """The fields of a `Batch`. All clips of an item have one bucket; text is padded with zeros to max_text_length."""
+        texts = [self._read("text", text_key) for _, text_key, _ in item]
+        text_BLD = torch.zeros(len(item), self.max_text_length, self.text_dim, dtype=texts[0].dtype)
+        mask_BL = torch.zeros(len(item), self.max_text_length, dtype=torch.bool)
+        for b, text_LD in enumerate(texts):
+            length, dim = text_LD.shape
+            if length > self.max_text_length or dim != self.text_dim:
+                raise ValueError(f"{self.cache.path('text', item[b][1])}: text of {length} x {dim}, the run takes {self.max_text_length} x {self.text_dim}")
+            text_BLD[b, :length] = text_LD
+            mask_BL[b, :length] = True
+        return {
+            "latents_BCFHW": torch.stack([self._read("video", video_key) for video_key, _, _ in item]),
+            "text_BLD": text_BLD,
+            "text_mask_BL": mask_BL,
+            "sample_ids_B": torch.tensor([sample_id for _, _, sample_id in item], dtype=torch.int64),
+        }
+
+    def batch(self, clips: Sequence[CachedClip], sample_ids: Sequence[int]) -> Batch:
+        """A batch of given clips of one bucket, with their captions."""
+        return Batch(**self[[(c.video_key, c.text_key, i) for c, i in zip(clips, sample_ids, strict=True)]])
+
+
+class LatentLoader:
+    """Endless iterator over optimizer steps: each is the list of this rank's micro-batches, all of one bucket.
+
+    Micro-batch m of rank r holds draws (m x dp_size + r) x local_batch_size and on of the step's global batch, so the clips of a step,
+    their sample ids and dropped captions are the same for every layout. Iterating again goes on after the last step given out.
+    """
+
+    def __init__(
+        self, clips: Sequence[CachedClip], cache: LatentCache, null_text_key: str, *, local_batch_size: int, global_batch_size: int, dp_rank: int = 0,
+        dp_size: int = 1, seed: int = 0, shuffle: bool = True, caption_dropout: float = 0.0, max_text_length: int, text_dim: int, num_workers: int = 0,
+        prefetch_factor: int = 2, pin_memory: bool = False,
+    ):  # fmt: skip
+        if global_batch_size % (local_batch_size * dp_size):
+            raise ValueError(f"training.global_batch_size {global_batch_size} is no multiple of local_batch_size {local_batch_size} x data-parallel degree {dp_size}")
+        by_bucket: dict[Any, list[CachedClip]] = {}
+        for clip in clips:
+            by_bucket.setdefault(clip.bucket, []).append(clip)
+        self.buckets = [by_bucket[b] for b in sorted(by_bucket)]
+        self.null_text_key, self.seed, self.caption_dropout = null_text_key, seed, caption_dropout
+        self.local_batch_size, self.dp_rank, self.dp_size = local_batch_size, dp_rank, dp_size
+        self.num_micro_batches = global_batch_size // (local_batch_size * dp_size)
+        mark = fingerprint([c.video_key + c.text_key for c in bucket] for bucket in self.buckets)
+        self.sampler = GlobalSampler([len(b) for b in self.buckets], global_batch_size, seed, shuffle, mark)
+        self.reader = EntryReader(cache, max_text_length, text_dim, keep=num_workers == 0)
+        self.workers = {"num_workers": num_workers, "pin_memory": pin_memory, "prefetch_factor": prefetch_factor if num_workers else None}
+        self._state = self.sampler.state_dict()
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        self.sampler.load_state_dict(self._state)
+        states: deque[dict[str, Any]] = deque()
+        micro_batches = iter(DataLoader(self.reader, batch_size=None, sampler=self._items(states), **self.workers))
+        while True:
+            step = [Batch(**next(micro_batches)) for _ in range(self.num_micro_batches)]
+            self._state = states.popleft()
+            yield step
+
+    def _items(self, states: deque[dict[str, Any]]) -> Iterator[Item]:
+        """This rank's micro-batches, for ever; `states` receives the state after each step."""
+        while True:
+            step = self.sampler.next()
+            states.append(self.sampler.state_dict())
+            for m in range(self.num_micro_batches):
+                first = (m * self.dp_size + self.dp_rank) * self.local_batch_size
+                yield [self._draw(step.bucket, step.positions[j], step.sample_ids[j]) for j in range(first, first + self.local_batch_size)]
+
+    def _draw(self, bucket: int, position: int, sample_id: int) -> tuple[str, str, int]:
+        clip = self.buckets[bucket][position]
+        dropped = drop_caption(self.seed, sample_id, self.caption_dropout)
+        return clip.video_key, self.null_text_key if dropped else clip.text_key, sample_id
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last step given out; the same on every rank, and JSON."""
+        return dict(self._state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after that step; takes effect at the next `iter`."""
+        self.sampler.load_state_dict(state)
+        self._state = self.sampler.state_dict()

@@ -1,0 +1,189 @@
+"""Reading video: what is in a file (`probe`), which of its frames a clip takes (`frame_indices`), and those frames (`decode`).
+
+Frames are named by their presentation time in ticks of the stream's time base. So the plan, which only reads packets, and the
+loader, which decodes, mean the same frames, whatever the codec's order or delay. Files come from anywhere: every way in which one
+can be broken becomes an `UnusableClip` with its reason.
+"""
+
+import bisect
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from titan_video.data.bucket import Bucket, cover
+
+TOLERANCE = 0.0005  # seconds; containers round times to as coarse as a millisecond
+MISSING_TAIL = 0.25  # seconds that the packets may end before the declared end
+MAX_SIDE = 16384
+
+
+class UnusableClip(ValueError):
+    """A file that gives no clip. The message is `category: detail`."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Content of a video file. width, height: as shown, after rotation and for square pixels. pts: presentation times of the frames
+    in ticks of `time_base` seconds, ascending; `end`: when the last one ends. With a `reason` the rest means nothing."""
+
+    sha256: str = ""
+    width: int = 0
+    height: int = 0
+    time_base: str = "1"
+    pts: tuple[int, ...] = ()
+    end: int = 0
+    reason: str = ""
+
+    def seconds(self) -> tuple[list[float], float]:
+        """Times of the frames and the end of the last."""
+        tick = Fraction(self.time_base)
+        return [float(t * tick) for t in self.pts], float(self.end * tick)
+
+    @property
+    def fps(self) -> float:
+        duration = (self.end - self.pts[0]) * Fraction(self.time_base) if self.pts else 0
+        return float(len(self.pts) / duration) if duration else 0.0
+
+
+def frame_indices(times: Sequence[float], end: float, fps: float) -> list[int]:
+    """Source frames of a clip resampled to `fps`; every frame count in the program comes from here.
+
+    times: presentation times in seconds, ascending, at any spacing; end: when the last frame ends. The resampled frame at k / fps after
+    the first shows the last source frame that has begun by then. fps 0 takes every source frame once.
+    """
+    if not fps or not times:
+        return list(range(len(times)))
+    indices, k = [], 0
+    while (t := times[0] + k / fps) < end - TOLERANCE or k == 0:
+        indices.append(bisect.bisect_right(times, t + TOLERANCE) - 1)
+        k += 1
+    return indices
+
+
+@contextmanager
+def _open(path: str) -> Iterator:
+    """(container, first video stream); whatever libav raises inside is an UnusableClip."""
+    import av
+
+    try:
+        with av.open(path, metadata_errors="replace") as container:
+            if not container.streams.video:
+                raise UnusableClip("not a video: no video stream")
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1  # the workers are the parallelism
+            yield container, stream
+    except UnusableClip:
+        raise
+    except (av.FFmpegError, OSError, EOFError, ValueError, ArithmeticError, MemoryError) as e:
+        raise UnusableClip(f"corrupt: {getattr(e, 'strerror', None) or e or type(e).__name__}") from e
+
+
+def probe(path: str) -> Probe:
+    """Read a file's packets and first frame; the other frames are not decoded. Never raises for what is in the file."""
+    try:
+        sha256 = _sha256(path)
+        with _open(path) as (container, stream):
+            time_base = stream.time_base
+            frames = _packet_times(container, stream)
+        pts, end = frames or _decoded_times(path)
+        with _open(path) as (container, stream):
+            width, height = _shown_size(stream, next(container.decode(stream), None))
+    except UnusableClip as e:
+        return Probe(reason=str(e))
+    except OSError as e:
+        return Probe(reason=f"unreadable: {e.strerror or e}")
+    return Probe(sha256, width, height, str(time_base), pts, end)
+
+
+def _sha256(path: str) -> str:
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+            size += len(chunk)
+    if not size:
+        raise UnusableClip("corrupt: the file is empty")
+    return digest.hexdigest()
+
+
+def _packet_times(container, stream) -> tuple[tuple[int, ...], int] | None:
+    """(pts, end) from packets; None where packets do not tell: times missing, or a codec with packets that are never shown."""
+    declared_end = ((container.start_time or 0) + container.duration) / 1_000_000 if container.duration else 0.0
+    if not stream.time_base:
+        raise UnusableClip("corrupt: no time base")
+    durations, last_end, told = {}, 0.0, stream.codec_context.name != "vp8"
+    for packet in container.demux():
+        if not packet.size:  # the end of a stream
+            continue
+        start = packet.pts if packet.pts is not None else packet.dts
+        if start is not None:
+            last_end = max(last_end, float((start + (packet.duration or 0)) * packet.time_base))
+        if packet.stream_index != stream.index:
+            continue
+        if packet.is_corrupt:
+            raise UnusableClip(f"corrupt: broken off after {last_end:.2f} s")
+        told &= packet.pts is not None
+        if packet.pts is not None and not packet.is_discard:
+            durations[packet.pts] = packet.duration or 0
+    if last_end < declared_end - MISSING_TAIL:
+        raise UnusableClip(f"corrupt: broken off at {last_end:.2f} s of {declared_end:.2f} s")
+    return _finish(durations) if told and durations else None
+
+
+def _decoded_times(path: str) -> tuple[tuple[int, ...], int]:
+    with _open(path) as (container, stream):
+        durations = {frame.pts: frame.duration or 0 for frame in container.decode(stream) if frame.pts is not None}
+    if not durations:
+        raise UnusableClip("corrupt: no frame has a presentation time")
+    return _finish(durations)
+
+
+def _finish(durations: dict[int, int]) -> tuple[tuple[int, ...], int]:
+    pts = tuple(sorted(durations))
+    gaps = sorted(b - a for a, b in zip(pts, pts[1:], strict=False))
+    last = durations[pts[-1]] or (gaps[len(gaps) // 2] if gaps else 1)
+    return pts, pts[-1] + last
+
+
+def _shown_size(stream, frame) -> tuple[int, int]:
+    if frame is None:
+        raise UnusableClip("corrupt: no frame can be decoded")
+    aspect = stream.sample_aspect_ratio or 1  # of one pixel
+    width, height = max(1, round(frame.width * aspect)), frame.height
+    if max(width, height) > MAX_SIDE:
+        raise UnusableClip(f"too large: {width} x {height}, more than {MAX_SIDE} a side")
+    return (height, width) if frame.rotation % 180 else (width, height)
+
+
+def decode(path: str, pts: Sequence[int], width: int, height: int, bucket: Bucket) -> Tensor:
+    """The frames shown at `pts` (ticks, ascending, may repeat), resized to cover the bucket and cropped to its centre.
+
+    width, height: of the probe. Returns uint8 RGB [3, F, H, W]. Raises UnusableClip when the file does not give every frame whole.
+    """
+    _, bucket_height, bucket_width = bucket
+    new_width, new_height, left, top = cover(width, height, bucket)
+    method = "AREA" if new_width < width else "BICUBIC"
+    found_HWC: dict[int, np.ndarray] = {}
+    wanted = set(pts)
+    with _open(path) as (container, stream):
+        for frame in container.decode(stream):
+            if frame.pts not in wanted:
+                continue
+            if frame.is_corrupt:
+                raise UnusableClip(f"corrupt: the frame at {float(frame.pts * frame.time_base):.2f} s is damaged")
+            turns = round(frame.rotation / 90) % 4  # counter-clockwise, as np.rot90
+            size = {"width": new_height, "height": new_width} if turns % 2 else {"width": new_width, "height": new_height}
+            image = np.rot90(frame.reformat(format="rgb24", interpolation=method, **size).to_ndarray(), turns)
+            found_HWC[frame.pts] = image[top : top + bucket_height, left : left + bucket_width].copy()
+            if len(found_HWC) == len(wanted):
+                break
+    missing = sorted(wanted - found_HWC.keys())
+    if missing:
+        raise UnusableClip(f"corrupt: {len(missing)} of {len(wanted)} frames do not decode")
+    return torch.from_numpy(np.stack([found_HWC[t] for t in pts])).permute(3, 0, 1, 2).contiguous()
