@@ -3,6 +3,7 @@
 import datetime
 import multiprocessing
 import os
+import pickle
 import queue
 import tempfile
 import time
@@ -38,7 +39,8 @@ def _rank_main(fn, rank, world, store, results, init, env, args, kwargs):
         if init:
             dist.barrier()
             dist.destroy_process_group()
-        results.put((rank, None, value))
+        # As bytes: a queue would send a tensor as a handle to memory that goes with this process.
+        results.put((rank, None, pickle.dumps(value)))
     except BaseException:
         results.put((rank, traceback.format_exc(), None))
         results.close()
@@ -76,7 +78,7 @@ def run_ranks(fn, world, *args, timeout=120, init=True, env=None, **kwargs):
                     errors[-1] = f"no result after {timeout} s"
                 continue
             if error is None:
-                values[rank] = value
+                values[rank] = pickle.loads(value)
             else:
                 errors[rank] = error
     finally:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from titan_video.config.job_config import Ema
+from titan_video.distributed.fsdp import reshard
 from titan_video.distributed.utils import clean_name
 
 
@@ -19,7 +20,7 @@ class EmaWeights:
     """ema <- decay * ema + (1 - decay) * weights, every `interval` steps after `start_step`; before that, a copy (Polyak and Juditsky 1992)."""
 
     def __init__(self, model: nn.Module, section: Ema):
-        self.section = section
+        self.section, self.model = section, model
         self._weights = {clean_name(name): p for name, p in model.named_parameters()}
         self.shadow = {name: p.detach().clone() for name, p in self._weights.items()}
 
@@ -49,6 +50,7 @@ class EmaWeights:
 
     @torch.no_grad()
     def _swap(self) -> None:
+        reshard(self.model)
         for name, p in self._weights.items():
             a, b = _local(p), _local(self.shadow[name])
             kept = a.clone()
@@ -58,3 +60,6 @@ class EmaWeights:
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by clean parameter name: the live tensors, for checkpoints to write from and load into."""
         return dict(self.shadow)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Nothing is left to do: `state` holds the averages themselves."""

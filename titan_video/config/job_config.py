@@ -42,7 +42,7 @@ class Data:
                         "`embedded:shapes-N` generates N clips of moving shapes.")
     buckets: tuple[tuple[int, ...], ...] = opt(((81, 480, 832),), "Training sizes [frames, height, width]; frames = 4k+1. A clip goes to the bucket of nearest "
                                                                   "aspect ratio among those with the most frames it can fill.", ge=1)
-    fps: float = opt(16.0, "Frames per second every clip is resampled to; 0 keeps each clip's own frames.", ge=0)
+    fps: float = opt(16.0, "Frames per second every clip is resampled to.", gt=0)
     caption_dropout: float = opt(0.1, "Share of draws trained with the empty caption, for classifier-free guidance.", ge=0, le=1)
     shuffle: bool = opt(True, "Draw the clips in a new random order each epoch.")
     num_workers: int = opt(2, "Worker processes per rank that decode clips or read cached latents; 0 works in the main process.", ge=0)

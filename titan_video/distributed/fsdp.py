@@ -47,3 +47,10 @@ def apply_fsdp(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh, param_dty
     for this, following in zip(blocks, blocks[1:]):
         this.set_modules_to_forward_prefetch([following])
         following.set_modules_to_backward_prefetch([this])
+
+
+def reshard(model: nn.Module) -> None:
+    """Free gathered weights that a forward without backward has left. Until then a change of the sharded weights would not be seen."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,9 +23,10 @@ def init_distributed(device: torch.device, timeout_seconds: int) -> None:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def set_timeout(timeout_seconds: int) -> None:
-    """The time after which a collective fails, from here on, on every process group."""
-    for group in dist.distributed_c10d._world.pg_map:
+def set_timeout(timeout_seconds: int, *meshes: DeviceMesh) -> None:
+    """From here on a collective of the default group or of any axis of `meshes` fails after this time."""
+    groups = [None, *(group for mesh in meshes for group in mesh.get_all_groups())]
+    for group in groups:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
 
 
@@ -41,6 +43,20 @@ def gather_objects(value, group=None) -> list:
     values = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def broadcast_from_zero(function: Callable[[], Any], group=None) -> Any:
+    """What `function` returns on rank 0, on all ranks; what it raises there is raised on all ranks, so that none waits for another."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except Exception as e:
+            outcome[1] = e
+    dist.broadcast_object_list(outcome, src=0, group=group)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def clean_name(name: str) -> str:
@@ -72,7 +88,7 @@ def initialise(model: nn.Module, init_parameter: Callable[[str, Tensor, torch.Ge
 def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
     """The 2-norm of all gradients over all ranks, a plain scalar; gradients are scaled down to `max_norm` if that is above 0.
 
-    ValueError-free by design: a norm that is not finite is returned as it is, for the caller to judge.
+    A norm that is not finite is returned as it is, for the caller to judge.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters])

@@ -1,0 +1,114 @@
+"""Seeing what the model has learned: held-out loss by noise level, and clips sampled from prompts.
+
+Every rank takes part and runs the model equally often, as sharded weights are gathered by all ranks together. Clips and prompts are dealt
+out over the `batch` axis; a rank that has run out repeats one whose result is not counted.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from titan_video.components.objective import compute_loss
+from titan_video.components.sampling import sample_latents
+from titan_video.config.job_config import Validation
+from titan_video.data.batch import Batch
+from titan_video.distributed.utils import gather_objects, reduce_over
+from titan_video.flow.noise import draw_noise
+from titan_video.models.layers import Patch
+from titan_video.tools.video import write_mp4
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts and their embeddings, row by row; null: the empty prompt's, one row. On the host."""
+
+    prompts: list[str]
+    text_BLD: Tensor
+    mask_BL: Tensor
+    null_BLD: Tensor
+    null_mask_BL: Tensor
+
+
+def dealt_out(num_items: int, rank: int, world_size: int) -> list[tuple[int, bool]]:
+    """(item, whether it counts) for one rank; lists of all ranks are equally long and together count every item once."""
+    rounds = -(-num_items // world_size)
+    return [(min(i * world_size + rank, num_items - 1), i * world_size + rank < num_items) for i in range(rounds)]
+
+
+class Validator:
+    """Runs validation on the training model.
+
+    num_clips, get_clip: the held-out clips as batches of one, on the host. latent_CFHW: size of the sampled clips. decode: normalised
+    latents [B, C, F, H, W] -> uint8 frames [B, 3, F, H, W].
+    """
+
+    def __init__(
+        self,
+        section: Validation,
+        model: nn.Module,
+        patch: Patch,
+        batch_mesh: DeviceMesh,
+        device: torch.device,
+        seed: int,
+        num_clips: int,
+        get_clip: Callable[[int], Batch],
+        prompts: Prompts | None,
+        latent_CFHW: tuple[int, ...],
+        decode: Callable[[Tensor], Tensor],
+        fps: float,
+        folder: Path,
+    ):
+        self.section, self.model, self.patch, self.mesh, self.device, self.seed = section, model, patch, batch_mesh, device, seed
+        self.num_clips, self.get_clip, self.prompts, self.latent_CFHW = num_clips, get_clip, prompts, latent_CFHW
+        self.decode, self.fps, self.folder = decode, fps, folder
+
+    @torch.no_grad()
+    def losses(self) -> dict[str, float]:
+        """Mean squared error of the velocity on the held-out clips at each noise level, and their mean; {} if no clip is held out.
+
+        The noise of (clip, level) is the same at every call and in every layout, so the numbers of one run can be compared.
+        """
+        if not self.num_clips:
+            return {}
+        levels = self.section.timesteps
+        sums, counts = torch.zeros(len(levels), dtype=torch.float64), torch.zeros(len(levels), dtype=torch.float64)
+        for index, counted in dealt_out(self.num_clips, self.mesh.get_local_rank(), self.mesh.size()):
+            batch = self.get_clip(index).to(self.device)
+            for k, level in enumerate(levels):
+                ids = torch.tensor([index * len(levels) + k])
+                noise = draw_noise(self.seed, ids, tuple(batch.latents_BCFHW.shape[1:]), self.device, stream="validation")
+                one = torch.ones(1, device=self.device)
+                loss = compute_loss(self.model, self.patch, batch, noise, level * one, one).sum().item()
+                if counted:
+                    sums[k] += loss
+                    counts[k] += batch.latents_BCFHW.numel()
+        sums, counts = reduce_over(self.mesh, sums, "sum"), reduce_over(self.mesh, counts, "sum")
+        losses = {f"loss_t{level:g}": (s / c).item() for level, s, c in zip(levels, sums, counts, strict=True)}
+        return losses | {"loss": sum(losses.values()) / len(losses)}
+
+    def sample(self, step: int) -> list[tuple[str, Tensor]]:
+        """Sample every prompt, write `step-N/K_prompt.mp4`, and return (prompt, uint8 frames [F, H, W, 3]) in order, on all ranks."""
+        if self.prompts is None:
+            return []
+        p, c, mine = self.prompts, self.section, []
+        for index, counted in dealt_out(len(p.prompts), self.mesh.get_local_rank(), self.mesh.size()):
+            text, mask, null, null_mask = (x.to(self.device) for x in (p.text_BLD[index, None], p.mask_BL[index, None], p.null_BLD, p.null_mask_BL))
+            latents = sample_latents(
+                self.model, self.patch, text, mask, null, null_mask, self.latent_CFHW, [index], self.seed, c.sample_steps, c.guidance_scale, c.sample_shift
+            )
+            if counted:
+                frames = self.decode(latents)[0].permute(1, 2, 3, 0).cpu()
+                write_mp4(self.folder / f"step-{step}" / f"{index}_{file_name(p.prompts[index])}.mp4", frames.numpy(), self.fps)
+                mine.append((index, frames))
+        clips = sorted((x for clips in gather_objects(mine, self.mesh.get_group()) for x in clips), key=lambda x: x[0])
+        return [(p.prompts[index], frames) for index, frames in clips]
+
+
+def file_name(prompt: str) -> str:
+    """A short file name made of a prompt's letters and digits."""
+    words = "".join(ch if ch.isalnum() else " " for ch in prompt).split()
+    return "_".join(words)[:60] or "empty"
