@@ -119,7 +119,7 @@ def _convert(value: Any, kind: Any, limits: dict[str, float]) -> Any:
             raise wrong
         return tuple(_element(v, get_args(kind)[0], limits, i) for i, v in enumerate(value))
     if get_origin(kind) is Literal:
-        if not isinstance(value, str) or value not in get_args(kind):
+        if value not in get_args(kind):
             raise wrong
         return value
     if kind is float and type(value) is int and value in INT64:
