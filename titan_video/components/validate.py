@@ -95,6 +95,8 @@ class Validator:
         if self.prompts is None:
             return []
         p, c, mine = self.prompts, self.section, []
+        folder = self.folder / f"step-{step}"
+        folder.mkdir(parents=True, exist_ok=True)
         for index, counted in dealt_out(len(p.prompts), self.mesh.get_local_rank(), self.mesh.size()):
             text, mask, null, null_mask = (x.to(self.device) for x in (p.text_BLD[index, None], p.mask_BL[index, None], p.null_BLD, p.null_mask_BL))
             latents = sample_latents(
@@ -102,7 +104,7 @@ class Validator:
             )
             if counted:
                 frames = self.decode(latents)[0].permute(1, 2, 3, 0).cpu()
-                write_mp4(self.folder / f"step-{step}" / f"{index}_{file_name(p.prompts[index])}.mp4", frames.numpy(), self.fps)
+                write_mp4(folder / f"{index}_{file_name(p.prompts[index])}.mp4", frames.numpy(), self.fps)
                 mine.append((index, frames))
         clips = sorted((x for clips in gather_objects(mine, self.mesh.get_group()) for x in clips), key=lambda x: x[0])
         return [(p.prompts[index], frames) for index, frames in clips]

@@ -159,13 +159,14 @@ def _progress(items: Sequence, what: str, log: Callable[[str], None]) -> Iterato
 
 
 def encode_missing(
-    plan: Plan, encoders: Encoders, cache: LatentCache, rank: int = 0, world_size: int = 1, num_workers: int = 0, log: Callable[[str], None] = print
-) -> dict[str, str]:
-    """Encode this rank's share of what the cache lacks, captions (with the empty one) and clips; return its failures {path: reason}.
+    plan: Plan, encoders: Encoders, cache: LatentCache, rank: int = 0, world_size: int = 1, num_workers: int = 0, log: Callable[[str], None] = print,
+    prompts: Sequence[str] = (),
+) -> dict[str, str]:  # fmt: skip
+    """Encode this rank's share of what the cache lacks, captions (with the empty one and `prompts`) and clips; return its failures {path: reason}.
 
     A share depends on the plan alone, so ranks never meet. Killed and started again, it goes on where it stopped.
     """
-    captions = {cache.text_key(text): text for text in ["", *(e.caption for e in plan.kept)]}
+    captions = {cache.text_key(text): text for text in ["", *prompts, *(e.caption for e in plan.kept)]}
     mine = [key for key in sorted(captions)[rank::world_size] if not cache.has("text", key)]
     batches = [mine[i : i + TEXTS_AT_ONCE] for i in range(0, len(mine), TEXTS_AT_ONCE)]
     with torch.no_grad():

@@ -44,21 +44,26 @@ class EntryReader:
 
     def __getitem__(self, item: Item) -> dict[str, Tensor]:
         """The fields of a `Batch`. All clips of an item have one bucket; text is padded with zeros to max_text_length."""
-        texts = [self._read("text", text_key) for _, text_key, _ in item]
-        text_BLD = torch.zeros(len(item), self.max_text_length, self.text_dim, dtype=texts[0].dtype)
-        mask_BL = torch.zeros(len(item), self.max_text_length, dtype=torch.bool)
-        for b, text_LD in enumerate(texts):
-            length, dim = text_LD.shape
-            if length > self.max_text_length or dim != self.text_dim:
-                raise ValueError(f"{self.cache.path('text', item[b][1])}: text of {length} x {dim}, the run takes {self.max_text_length} x {self.text_dim}")
-            text_BLD[b, :length] = text_LD
-            mask_BL[b, :length] = True
+        text_BLD, mask_BL = self.text([text_key for _, text_key, _ in item])
         return {
             "latents_BCFHW": torch.stack([self._read("video", video_key) for video_key, _, _ in item]),
             "text_BLD": text_BLD,
             "text_mask_BL": mask_BL,
             "sample_ids_B": torch.tensor([sample_id for _, _, sample_id in item], dtype=torch.int64),
         }
+
+    def text(self, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings [B, max_text_length, text_dim], zero beyond each text's length, and the mask of the tokens that are its own."""
+        texts = [self._read("text", key) for key in keys]
+        text_BLD = torch.zeros(len(texts), self.max_text_length, self.text_dim, dtype=texts[0].dtype)
+        mask_BL = torch.zeros(len(texts), self.max_text_length, dtype=torch.bool)
+        for b, text_LD in enumerate(texts):
+            length, dim = text_LD.shape
+            if length > self.max_text_length or dim != self.text_dim:
+                raise ValueError(f"{self.cache.path('text', keys[b])}: text of {length} x {dim}, the run takes {self.max_text_length} x {self.text_dim}")
+            text_BLD[b, :length] = text_LD
+            mask_BL[b, :length] = True
+        return text_BLD, mask_BL
 
     def batch(self, clips: Sequence[CachedClip], sample_ids: Sequence[int]) -> Batch:
         """A batch of given clips of one bucket, with their captions."""
@@ -114,6 +119,11 @@ class LatentLoader:
         clip = self.buckets[bucket][position]
         dropped = drop_caption(self.seed, sample_id, self.caption_dropout)
         return clip.video_key, self.null_text_key if dropped else clip.text_key, sample_id
+
+    @property
+    def samples(self) -> int:
+        """Clips drawn by all ranks since the start of the run, up to the last step given out."""
+        return sum(self._state["draws"])
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last step given out; the same on every rank, and JSON."""

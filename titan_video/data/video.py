@@ -19,7 +19,7 @@ from torch import Tensor
 from titan_video.data.bucket import Bucket, cover
 
 TOLERANCE = 0.0005  # seconds; containers round times to as coarse as a millisecond
-MISSING_TAIL = 0.25  # seconds that the packets may end before the declared end
+MISSING_TAIL = 0.1  # seconds that the packets may end before the declared end
 MAX_SIDE = 16384
 
 
@@ -76,6 +76,8 @@ def _open(path: str) -> Iterator:
             if not container.streams.video:
                 raise UnusableClip("not a video: no video stream")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise UnusableClip("corrupt: no decoder for this stream")
             stream.codec_context.thread_count = 1  # the workers are the parallelism
             yield container, stream
     except UnusableClip:
@@ -117,7 +119,8 @@ def _packet_times(container, stream) -> tuple[tuple[int, ...], int] | None:
     declared_end = ((container.start_time or 0) + container.duration) / 1_000_000 if container.duration else 0.0
     if not stream.time_base:
         raise UnusableClip("corrupt: no time base")
-    durations, last_end, told = {}, 0.0, stream.codec_context.name != "vp8"
+    durations, last_end = {}, 0.0
+    told = stream.codec_context.name != "vp8" and not _is_avi(container)
     for packet in container.demux():
         if not packet.size:  # the end of a stream
             continue
@@ -138,10 +141,23 @@ def _packet_times(container, stream) -> tuple[tuple[int, ...], int] | None:
 
 def _decoded_times(path: str) -> tuple[tuple[int, ...], int]:
     with _open(path) as (container, stream):
-        durations = {frame.pts: frame.duration or 0 for frame in container.decode(stream) if frame.pts is not None}
+        durations = {pts: frame.duration or 0 for pts, frame in _frames(container, stream)}
     if not durations:
         raise UnusableClip("corrupt: no frame has a presentation time")
     return _finish(durations)
+
+
+def _is_avi(container) -> bool:
+    """AVI stores the order of decoding and no presentation times; its frames are evenly spaced, one tick each."""
+    return container.format.name == "avi"
+
+
+def _frames(container, stream) -> Iterator:
+    """(presentation time in ticks, decoded frame), in order."""
+    avi = _is_avi(container)
+    for count, frame in enumerate(container.decode(stream)):
+        if avi or frame.pts is not None:
+            yield count if avi else frame.pts, frame
 
 
 def _finish(durations: dict[int, int]) -> tuple[tuple[int, ...], int]:
@@ -166,21 +182,24 @@ def decode(path: str, pts: Sequence[int], width: int, height: int, bucket: Bucke
 
     width, height: of the probe. Returns uint8 RGB [3, F, H, W]. Raises UnusableClip when the file does not give every frame whole.
     """
+    from av.video.reformatter import VideoReformatter
+
     _, bucket_height, bucket_width = bucket
     new_width, new_height, left, top = cover(width, height, bucket)
     method = "AREA" if new_width < width else "BICUBIC"
     found_HWC: dict[int, np.ndarray] = {}
     wanted = set(pts)
+    scaler = VideoReformatter()  # one for all frames: it keeps its tables
     with _open(path) as (container, stream):
-        for frame in container.decode(stream):
-            if frame.pts not in wanted:
+        for time, frame in _frames(container, stream):
+            if time not in wanted:
                 continue
             if frame.is_corrupt:
-                raise UnusableClip(f"corrupt: the frame at {float(frame.pts * frame.time_base):.2f} s is damaged")
+                raise UnusableClip(f"corrupt: the frame at {float(time * stream.time_base):.2f} s is damaged")
             turns = round(frame.rotation / 90) % 4  # counter-clockwise, as np.rot90
             size = {"width": new_height, "height": new_width} if turns % 2 else {"width": new_width, "height": new_height}
-            image = np.rot90(frame.reformat(format="rgb24", interpolation=method, **size).to_ndarray(), turns)
-            found_HWC[frame.pts] = image[top : top + bucket_height, left : left + bucket_width].copy()
+            image = np.rot90(scaler.reformat(frame, format="rgb24", interpolation=method, **size).to_ndarray(), turns)
+            found_HWC[time] = image[top : top + bucket_height, left : left + bucket_width].copy()
             if len(found_HWC) == len(wanted):
                 break
     missing = sorted(wanted - found_HWC.keys())

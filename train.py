@@ -1,0 +1,333 @@
+"""The whole program: build, step, loop, save.
+
+    data     plan -> encode what the cache lacks -> loader               once, before training
+    model    meta device -> parallelize -> weights                       sharded at every size
+    step     micro-batches -> levels, noise -> compute_loss -> backward -> clip -> update
+    loop     step -> log -> validate -> save -> signal?
+
+    torchrun --nproc_per_node 8 train.py --job.config_file train_configs/x.toml --training.steps 100
+"""
+
+import gc
+import os
+import sys
+import time
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from titan_video.components.checkpoint import CheckpointManager, ModelState, OptimizerState
+from titan_video.components.ema import EmaWeights
+from titan_video.components.fault_tolerance import NonFiniteGuard, SignalFlag
+from titan_video.components.hf_storage import load_hf, save_hf
+from titan_video.components.lr_scheduler import Scheduler
+from titan_video.components.metrics import MetricsLogger
+from titan_video.components.objective import compute_loss
+from titan_video.components.optimizer import build_optimizer
+from titan_video.components.validate import Prompts, Validator
+from titan_video.config.check import check, data_parallel_degrees, gradient_accumulation
+from titan_video.config.job_config import JobConfig
+from titan_video.config.manager import dump, main_guard, parse_args
+from titan_video.data.batch import Batch
+from titan_video.data.dataset import Plan, make_plan
+from titan_video.data.latent_cache import CachedClip, LatentCache, cached_clips, encode_missing, split_holdout
+from titan_video.data.loader import LatentLoader
+from titan_video.data.shapes import resolve_path
+from titan_video.distributed.fsdp import reshard
+from titan_video.distributed.parallel_dims import ParallelDims
+from titan_video.distributed.parallelize import parallelize
+from titan_video.distributed.utils import broadcast_from_zero, clip_grad_norm, gather_objects, init_distributed, initialise, reduce_over, set_timeout
+from titan_video.encoders import build_encoders
+from titan_video.flow.matching import FlowMatching
+from titan_video.flow.noise import draw_noise, draw_uniform
+from titan_video.models import get_args, get_spec
+from titan_video.models.layers import token_shape
+from titan_video.tools.device import get_device
+from titan_video.tools.logging import init_logger, logger
+
+
+class Trainer:
+    """Built in the order in which it is read; `train` is the loop, `train_step` one optimizer step."""
+
+    def __init__(self, config: JobConfig):
+        self.config = config
+        self.folder = Path(config.job.dump_folder)
+        self.seed = config.debug.seed
+        self.closers = []
+
+        # --- ranks and device ---
+        self.device = get_device(int(os.environ.get("LOCAL_RANK", 0)))
+        init_distributed(self.device, config.comm.init_timeout_seconds)
+        self.closers.append(dist.destroy_process_group)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        replicate, shard = data_parallel_degrees(config.parallelism, self.world_size)
+        self.dims = ParallelDims(replicate, shard)
+        self.meshes = self.dims.build_mesh(self.device.type)
+        # Waiting for another rank's encoding, or agreeing on a signal, takes place on the host.
+        self.host_group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        torch.use_deterministic_algorithms(config.debug.deterministic)
+
+        # --- architecture, encoders, objective ---
+        self.spec = get_spec(config.model.name)
+        self.args = get_args(self.spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
+        self.encoders = build_encoders(config.encoder, config.model.hf_assets_path, self.device)
+        self.check_encoders()
+        self.flow = FlowMatching(config.flow)
+        self.write_config()
+
+        # --- data ---
+        self.build_data()
+
+        # --- model, optimizer, averages ---
+        with torch.device("meta"):
+            self.model = self.spec.build(self.args)
+        parallelize(self.model, self.spec.plan, self.meshes, config.parallelism, config.training, config.activation_checkpoint, config.compile)
+        self.model.to_empty(device=self.device)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.scheduler = Scheduler(self.optimizer, config.lr_scheduler, config.optimizer.lr, config.training.steps)
+        self.ema = EmaWeights(self.model, config.ema) if config.ema.enable else None
+
+        # --- weights: a checkpoint of this run, else what the run starts from ---
+        tensors = {"model": ModelState(self.model), "optimizer": OptimizerState(self.model, self.optimizer)}
+        if self.ema:
+            tensors["ema"] = self.ema
+        self.checkpoint = CheckpointManager(config.checkpoint, self.folder / config.checkpoint.folder, tensors, {"data": self.loader})
+        self.step = self.checkpoint.load()
+        if self.step == 0:
+            self.load_initial_weights()
+
+        # --- what watches ---
+        self.metrics = MetricsLogger(
+            config.metrics, self.folder, self.rank, self.world_size, self.device, config.training.steps, self.step, samples=self.loader.samples
+        )
+        self.closers.append(self.metrics.close)
+        self.guard = NonFiniteGuard(config.fault_tolerance.nonfinite, config.fault_tolerance.max_nonfinite_steps)
+        self.validator = self.build_validator() if config.validation.enable else None
+
+    # ---------------------------------------------------------------- build
+
+    def check_encoders(self) -> None:
+        """The model and the encoders do not know each other; here they meet."""
+        e, a, flavor = self.encoders, self.args, f"model.flavor = {self.config.model.flavor!r}"
+        if e.text_dim != a.text_dim:
+            raise ValueError(f"{flavor} takes text of width {a.text_dim}, encoder.name = {self.config.encoder.name!r} gives {e.text_dim}: choose the two to fit")
+        if e.channels != a.in_channels:
+            raise ValueError(f"{flavor} takes {a.in_channels} latent channels, encoder.name = {self.config.encoder.name!r} gives {e.channels}")
+        for bucket in self.config.data.buckets:
+            token_shape(self.latent_shape(bucket)[1:], a.patch)
+
+    def latent_shape(self, bucket: tuple[int, ...]) -> tuple[int, ...]:
+        frames, height, width = bucket
+        e = self.encoders
+        return e.channels, (frames - 1) // e.stride_t + 1, height // e.stride_s, width // e.stride_s
+
+    def write_config(self) -> None:
+        text = dump(self.config)
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.toml").write_text(text)
+            if self.config.job.print_config:
+                logger.info(f"configuration:\n{text}")
+
+    def build_data(self) -> None:
+        """Plan the clips, encode what the cache lacks (each rank its share), hold some out, and make the loader."""
+        c, v = self.config.data, self.config.validation
+        cache_folder = Path(c.cache_folder or self.folder / "cache")
+        self.cache = LatentCache(cache_folder, self.encoders.video_id(), self.encoders.text_id())
+        given = Path(v.prompts_path).read_text(encoding="utf-8").splitlines() if v.enable and v.prompts_path else []
+        given = [line.strip() for line in given if line.strip()]
+
+        clips, held_out = self.encode(c.path, cache_folder, "data_plan.jsonl", given), []
+        if v.enable and v.path:
+            held_out = self.encode(v.path, cache_folder, "validation_plan.jsonl", [])
+        elif v.enable:
+            clips, held_out = split_holdout(clips, v.holdout)
+            logger.info(f"{len(held_out)} of {len(clips) + len(held_out)} clips are held out for validation")
+        self.encoders.free()
+        self.held_out = held_out[: v.max_clips]
+        captions = list(dict.fromkeys(clip.caption for clip in self.held_out or clips))
+        self.prompts = (given or captions)[: v.num_videos]
+
+        t = self.config.training
+        self.accumulation = gradient_accumulation(t, self.dims.dp)
+        self.loader = LatentLoader(
+            clips, self.cache, self.cache.text_key(""), local_batch_size=t.local_batch_size,
+            global_batch_size=t.local_batch_size * self.dims.dp * self.accumulation, dp_rank=self.meshes.batch.get_local_rank(), dp_size=self.dims.dp,
+            seed=self.seed, shuffle=c.shuffle, caption_dropout=c.caption_dropout, max_text_length=self.args.text_len, text_dim=self.args.text_dim,
+            num_workers=c.num_workers, prefetch_factor=c.prefetch_factor, pin_memory=self.device.type == "cuda",
+        )  # fmt: skip
+
+    def encode(self, path: str, cache_folder: Path, plan_name: str, prompts: list[str]) -> list[CachedClip]:
+        """The clips of `path` that can be trained on, in the cache; what was dropped and why is logged and written to `plan_name`."""
+        c = self.config.data
+
+        def make() -> Plan:
+            plan = make_plan(resolve_path(path, cache_folder), c.buckets, c.fps, c.num_workers, cache_folder)
+            report(plan)
+            return plan
+
+        def report(plan: Plan) -> None:
+            plan.write_jsonl(self.folder / plan_name)
+            logger.info(plan.summary())
+
+        plan = broadcast_from_zero(make, self.host_group)
+        mine = encode_missing(plan, self.encoders, self.cache, self.rank, self.world_size, c.num_workers, logger.info, prompts)
+        failures = {clip: reason for part in gather_objects(mine, self.host_group) for clip, reason in part.items()}
+        if failures:
+            plan = plan.drop(failures)
+            broadcast_from_zero(lambda: report(plan), self.host_group)
+            plan.require_clips()
+        return cached_clips(plan, self.cache)
+
+    def load_initial_weights(self) -> None:
+        c = self.config.checkpoint
+        if c.initial_load_in_hf:
+            source = Path(c.initial_load_path or self.config.model.hf_assets_path)
+            nested = source / self.spec.hf_folder
+            load_hf(self.model, nested if nested.is_dir() else source, self.spec, self.args)
+            logger.info(f"weights from {source}")
+        elif c.initial_load_path:
+            self.checkpoint.load_model_only(Path(c.initial_load_path))
+            logger.info(f"weights from {c.initial_load_path}")
+        else:
+            initialise(self.model, self.spec.init_parameter, self.seed)
+        if self.ema:
+            self.ema.reset()
+
+    def build_validator(self) -> Validator:
+        reader = self.loader.reader
+        text_BLD, mask_BL = reader.text([self.cache.text_key(p) for p in (*self.prompts, "")])
+        prompts = Prompts(self.prompts, text_BLD[:-1], mask_BL[:-1], text_BLD[-1:], mask_BL[-1:]) if self.prompts else None
+        return Validator(
+            self.config.validation, self.model, self.args.patch, self.meshes.batch, self.device, self.seed,
+            num_clips=len(self.held_out), get_clip=lambda i: reader.batch([self.held_out[i]], [i]),
+            prompts=prompts, latent_CFHW=self.latent_shape(self.config.data.buckets[0]), decode=self.encoders.decode_video,
+            fps=self.config.data.fps, folder=self.folder / "samples",
+        )  # fmt: skip
+
+    # ---------------------------------------------------------------- step
+
+    def train_step(self, batches: list[Batch], data_seconds: float, start: float) -> None:
+        """One optimizer step over this rank's micro-batches: their losses are divided by the elements of all ranks, so gradients only need summing."""
+        lr = self.scheduler.set_step(self.step)
+        sizes = torch.tensor([sum(x) for x in zip(*((b.latents_BCFHW.numel(), self.num_tokens(b) * len(b.sample_ids_B)) for b in batches), strict=True)])
+        num_elements, num_tokens = reduce_over(self.meshes.batch, sizes, "sum").tolist()
+
+        loss = torch.zeros((), device=self.device)
+        model_flops = recomputed = 0
+        for batch in batches:
+            tokens, B = self.num_tokens(batch), len(batch.sample_ids_B)
+            s_B = self.flow.levels(draw_uniform(self.seed, batch.sample_ids_B), tokens)
+            noise = draw_noise(self.seed, batch.sample_ids_B, tuple(batch.latents_BCFHW.shape[1:]), self.device)
+            weight_B, s_B, batch = self.flow.weights(s_B, tokens).to(self.device), s_B.to(self.device), batch.to(self.device)
+            micro_loss = compute_loss(self.model, self.args.patch, batch, noise, s_B, weight_B).sum() / num_elements
+            micro_loss.backward()
+            loss += micro_loss.detach()
+            model_flops += 3 * self.args.flops(tokens, B)
+            recomputed += self.args.block_flops(tokens, B) if self.config.activation_checkpoint.mode == "full" else 0
+
+        grad_norm = clip_grad_norm(self.model, self.config.training.max_norm)
+        share = sizes[0].item() / num_elements
+        global_loss, max_loss = reduce_over(self.meshes.batch, loss, "sum").item(), reduce_over(self.meshes.batch, loss / share, "max").item()
+        if self.guard.check(global_loss, grad_norm.item(), self.step):
+            self.optimizer.step()
+            if self.ema:
+                self.ema.update(self.step)
+        self.optimizer.zero_grad()
+
+        _, F, H, W = batches[0].latents_BCFHW.shape[1:]
+        e = self.encoders
+        frames, height, width = (F - 1) * e.stride_t + 1, H * e.stride_s, W * e.stride_s
+        num_clips = self.accumulation * self.config.training.local_batch_size * self.dims.dp
+        self.metrics.log(
+            self.step, loss=global_loss, max_loss=max_loss, grad_norm=grad_norm.item(), lr=lr, samples=self.loader.samples, tokens=num_tokens,
+            video_seconds=num_clips * frames / self.config.data.fps, model_flops=model_flops, hardware_flops=model_flops + recomputed,
+            step_seconds=time.perf_counter() - start, data_seconds=data_seconds, bucket=f"{frames}x{height}x{width}",
+        )  # fmt: skip
+
+    def num_tokens(self, batch: Batch) -> int:
+        """Tokens of one clip of the batch."""
+        return token_shape(batch.latents_BCFHW.shape[2:], self.args.patch).num_tokens
+
+    def validate(self) -> None:
+        start = time.perf_counter()
+        with self.ema.swapped_in() if self.ema and self.config.validation.use_ema else nullcontext():
+            losses = self.validator.losses()
+            clips = self.validator.sample(self.step)
+        reshard(self.model)
+        if losses:
+            self.metrics.log_scalars(self.step, losses)
+            logger.info(f"validation at step {self.step}: " + "  ".join(f"{name} {value:.4f}" for name, value in losses.items()))
+        for i, (prompt, frames) in enumerate(clips):
+            self.metrics.log_video(f"samples/{i} {prompt}", frames.numpy(), self.config.data.fps, self.step)
+        if clips:
+            logger.info(f"{len(clips)} clips sampled to {self.folder / 'samples' / f'step-{self.step}'}")
+        logger.info(f"validation took {time.perf_counter() - start:.1f} s")
+
+    # ---------------------------------------------------------------- loop
+
+    def train(self) -> None:
+        c = self.config
+        last_step, freq = c.training.steps, c.validation.freq
+        if self.step >= last_step:
+            logger.info(f"{self.folder} is already at step {self.step} of {last_step}: raise training.steps to go on, or choose another job.dump_folder")
+            return
+        logger.info(f"training from step {self.step + 1} to {last_step} on {self.world_size} x {self.device.type}, "
+                    f"{sum(p.numel() for p in self.model.parameters()):,} parameters, {self.accumulation} micro-batches a step")
+        if self.validator and self.step == 0:
+            self.validate()
+
+        gc.disable()  # collected on all ranks at once: one rank's pause is every rank's pause
+        first_step, steps = self.step + 1, iter(self.loader)
+        with SignalFlag() if c.fault_tolerance.save_on_signal else nullcontext() as signals:
+            while self.step < last_step:
+                start = time.perf_counter()
+                batches = next(steps)
+                self.step += 1
+                self.train_step(batches, time.perf_counter() - start, start)
+                if self.validator and (self.step % freq == 0 or self.step == last_step):
+                    self.validate()
+                stopping = signals is not None and signals.requested(self.host_group)
+                self.checkpoint.save(self.step, last=self.step == last_step, force=stopping)
+                if stopping:
+                    logger.info(f"stopped by a signal after step {self.step}; the same command goes on from there")
+                    break
+                if self.step % c.training.gc_freq == 0:
+                    gc.collect(1)
+                if self.step == first_step:
+                    set_timeout(c.comm.train_timeout_seconds, self.meshes.world, self.meshes.batch)
+            self.checkpoint.wait()
+        if self.step == last_step:
+            self.export()
+            logger.info(f"finished: {self.folder}")
+
+    def export(self) -> None:
+        c = self.config.checkpoint
+        if c.last_save_in_hf:
+            weights = self.ema.state_dict() if self.ema else None
+            save_hf(self.model, self.folder / "hf" / self.spec.hf_folder, self.spec, self.args, getattr(torch, c.export_dtype), weights=weights)
+            logger.info(f"exported to {self.folder / 'hf'}")
+
+    def close(self) -> None:
+        for closer in reversed(self.closers):
+            closer()
+
+
+def main(argv: list[str]) -> None:
+    init_logger()
+    with main_guard():
+        config = parse_args(argv)
+        check(config, int(os.environ.get("WORLD_SIZE", 1)))
+    try:
+        trainer = Trainer(config)
+        trainer.train()
+        trainer.close()
+    except ValueError as e:  # the user's to mend: the message names the file or field; ours are assertions
+        sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
