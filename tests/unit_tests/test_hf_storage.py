@@ -222,7 +222,7 @@ def test_shards_are_planned_in_order_and_within_the_limit():
 def test_the_table_of_names_is_exact():
     rules = (NameRule("blocks.{}.w", "layers.{}.weight"), NameRule("out", "head"))
     table = public_names(rules, ["blocks.0.w", "blocks.11.w", "out"])
-    assert {ours: public for ours, (public, _) in table.items()} == {"blocks.0.w": "layers.0.weight", "blocks.11.w": "layers.11.weight", "out": "head"}
+    assert {n: public for n, (public, _) in table.items()} == {"blocks.0.w": "layers.0.weight", "blocks.11.w": "layers.11.weight", "out": "head"}
     assert table["out"][1] is rules[1]
     for names, message in (
         (["blocks.0.w", "out", "blocks.x.w"], r"blocks\.x\.w has 0 rules"),
@@ -286,7 +286,8 @@ def test_damaged_folders_are_refused_by_file(tmp_path):
     refused(lambda: (folder / index_name).unlink(), "neither diffusion_pytorch_model.safetensors nor")
     refused(lambda: (folder / index_name).write_text("{"), index_name)
     refused(lambda: (folder / index_name).write_text("[]"), index_name)
-    refused(lambda: change_index(lambda m: m.update({"head.bias": m["head.weight"], "head.weight": m["head.bias"]})), "disagree about its tensors: head")
+    swapped = {"head.bias": "head.weight", "head.weight": "head.bias"}
+    refused(lambda: change_index(lambda m: m.update({a: m[b] for a, b in swapped.items()})), "disagree about its tensors: head")
     refused(lambda: change_index(lambda m: m.update({"head.bias": f"../good/{second}"})), "outside its folder")
     refused(lambda: (folder / "config.json").unlink(), "config.json")
     refused(lambda: change_config(heads=7), r"heads = 7 \(the model has 1\)")

@@ -43,7 +43,7 @@ class WanEncoders:
     def __init__(self, hf_assets_path: str, dtype: torch.dtype, max_text_length: int, vae_tiling: bool, device: torch.device | str):
         root = Path(hf_assets_path)
         if not hf_assets_path or not root.is_dir():
-            raise ValueError(f'model.hf_assets_path = "{hf_assets_path}" is no folder; it should hold vae/, text_encoder/ and tokenizer/ of a diffusers Wan 2.1')
+            raise ValueError(f'model.hf_assets_path = "{hf_assets_path}" is no folder; it should hold vae/, text_encoder/, tokenizer/ of a diffusers Wan')
         self.vae_folder, self.text_folder, self.tokenizer_folder = root / "vae", root / "text_encoder", root / "tokenizer"
         self.dtype, self.max_text_length, self.vae_tiling, self.device = dtype, max_text_length, vae_tiling, torch.device(device)
         mean, std = _latent_statistics(self.vae_folder)
@@ -54,7 +54,7 @@ class WanEncoders:
             raise ValueError(f"{self.text_folder / 'config.json'} has no d_model; it should be the configuration of a UMT5 encoder")
         self.text_dim = text_config["d_model"]
         if not any((self.tokenizer_folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
-            raise ValueError(f"{self.tokenizer_folder} holds neither tokenizer.json nor spiece.model; copy the folder tokenizer/ of a diffusers Wan 2.1")
+            raise ValueError(f"{self.tokenizer_folder} holds neither tokenizer.json nor spiece.model; copy tokenizer/ of a diffusers Wan 2.1")
         self._vae: Any = None
         self._text_encoder: Any = None
         self._tokenizer: Any = None
@@ -157,7 +157,7 @@ def _latent_statistics(folder: Path) -> tuple[list[float], list[float]]:
     if len(mean) != GEOMETRY["z_dim"] or len(std) != GEOMETRY["z_dim"] or min(std) <= 0:
         wrong.append("latents_mean or latents_std without 16 values")
     if wrong:
-        raise ValueError(f"{folder / 'config.json'}: {', '.join(wrong)}: only Wan 2.1's VAE is supported (4x8x8, 16 channels), not Wan 2.2's of 48 channels")
+        raise ValueError(f"{folder / 'config.json'}: {', '.join(wrong)}; only Wan 2.1's VAE is supported (4x8x8, 16 channels)")
     return mean, std
 
 
