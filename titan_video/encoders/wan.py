@@ -43,7 +43,7 @@ class WanEncoders:
     def __init__(self, hf_assets_path: str, dtype: torch.dtype, max_text_length: int, vae_tiling: bool, device: torch.device | str):
         root = Path(hf_assets_path)
         if not hf_assets_path or not root.is_dir():
-            raise ValueError(f'model.hf_assets_path = "{hf_assets_path}" is no folder; it should hold vae/, text_encoder/, tokenizer/ of a diffusers Wan')
+            raise ValueError(f'model.hf_assets_path = "{hf_assets_path}" is no folder; it should hold vae/, text_encoder/, tokenizer/')
         self.vae_folder, self.text_folder, self.tokenizer_folder = root / "vae", root / "text_encoder", root / "tokenizer"
         self.dtype, self.max_text_length, self.vae_tiling, self.device = dtype, max_text_length, vae_tiling, torch.device(device)
         mean, std = _latent_statistics(self.vae_folder)
