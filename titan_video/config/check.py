@@ -78,17 +78,21 @@ def _buckets(data: Data) -> Iterator[str]:
         yield "data.buckets: empty; give at least one [frames, height, width], such as [[81, 480, 832]]"
     for i, bucket in enumerate(data.buckets):
         where = f"data.buckets: item {i}, {list(bucket)}"
-        if len(bucket) != 3:
-            yield f"{where}, has {len(bucket)} numbers; legal: [frames, height, width]"
-            continue
         if bucket in data.buckets[:i]:
             yield f"{where}, is there twice; remove one"
-        if bucket[0] % TEMPORAL_STRIDE != 1:
-            near = _nearest_multiples(bucket[0], TEMPORAL_STRIDE, 1)
-            yield f"{where}: frames must be {TEMPORAL_STRIDE}k+1; nearest: {near}"
-        for side, size in zip(("height", "width"), bucket[1:], strict=True):
-            if size % SPATIAL_MULTIPLE:
-                yield f"{where}: {side} must be a multiple of {SPATIAL_MULTIPLE}; nearest: {_nearest_multiples(size, SPATIAL_MULTIPLE)}"
+        yield from (f"{where}: {problem}" for problem in check_bucket(bucket))
+
+
+def check_bucket(bucket: tuple[int, ...]) -> Iterator[str]:
+    """What is wrong with a size [frames, height, width]."""
+    if len(bucket) != 3:
+        yield f"it has {len(bucket)} numbers; legal: [frames, height, width]"
+        return
+    if bucket[0] % TEMPORAL_STRIDE != 1:
+        yield f"frames must be {TEMPORAL_STRIDE}k+1; nearest: {_nearest_multiples(bucket[0], TEMPORAL_STRIDE, 1)}"
+    for side, size in zip(("height", "width"), bucket[1:], strict=True):
+        if size % SPATIAL_MULTIPLE:
+            yield f"{side} must be a multiple of {SPATIAL_MULTIPLE}; nearest: {_nearest_multiples(size, SPATIAL_MULTIPLE)}"
 
 
 def _degrees(parallelism: Parallelism, world_size: int) -> Iterator[str]:

@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+from titan_video.components.lr_scheduler import Scheduler, lr_factor
+from titan_video.config.job_config import LrScheduler
+
+
+def test_warm_up_stable_decay():
+    section = LrScheduler(warmup_steps=4, decay_ratio=0.5, min_lr_factor=0.1)
+    factors = [lr_factor(step, 20, section) for step in range(1, 21)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[4:10] == [1.0] * 6
+    assert factors[14] == pytest.approx(0.1 + 0.9 * 0.5) and factors[19] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("decay_type, half", [("linear", 0.5), ("sqrt", 1 - 0.5**0.5), ("cosine", 0.5)])
+def test_decay_shapes(decay_type, half):
+    section = LrScheduler(warmup_steps=0, decay_ratio=1.0, decay_type=decay_type)
+    assert lr_factor(10, 20, section) == pytest.approx(half)
+    assert lr_factor(20, 20, section) == pytest.approx(0.0)
+    quarter = {"linear": 0.75, "sqrt": 0.5, "cosine": 0.5 + 0.5 * 0.5**0.5}[decay_type]
+    assert lr_factor(5, 20, section) == pytest.approx(quarter)
+
+
+def test_without_decay_the_rate_does_not_depend_on_the_number_of_steps():
+    section = LrScheduler(warmup_steps=3, decay_ratio=0.0)
+    assert [lr_factor(s, 10, section) for s in range(1, 11)] == [lr_factor(s, 1000, section) for s in range(1, 11)]
+
+
+def test_scheduler_sets_every_group():
+    optimizer = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))]}, {"params": [torch.nn.Parameter(torch.zeros(1))]}], lr=1.0)
+    lr = Scheduler(optimizer, LrScheduler(warmup_steps=10), 0.5, 100).set_step(5)
+    assert lr == 0.25 and [g["lr"] for g in optimizer.param_groups] == [0.25, 0.25]
