@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint", "torch.distributed.checkpoint.state_dict",
+PRELOAD = ["torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint", "torch.distributed.checkpoint.state_dict",
            "torch.utils.tensorboard", "safetensors.torch", "av", "train", "tests.helpers"]
 _context = None
 
