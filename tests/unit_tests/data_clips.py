@@ -1,0 +1,55 @@
+"""Small video files of every kind the data tests need. Frame k of a clip has brightness `level(k)`, so a decoded frame names itself."""
+
+from fractions import Fraction
+
+import numpy as np
+
+
+def level(k):
+    return 16 + 7 * (k % 32)
+
+
+def number(image):
+    """The k (mod 32) of a decoded frame, from its middle."""
+    h, w = image.shape[:2]
+    return round((float(image[h // 4 : -h // 4, w // 4 : -w // 4].mean()) - 16) / 7)
+
+
+def flat_frames(count, width, height):
+    return [np.full((height, width, 3), level(k), np.uint8) for k in range(count)]
+
+
+def write_clip(path, count=40, fps=25, width=64, height=48, codec="libx264", times=None, rotation=0, pix_fmt="yuv420p", frames=None, options=None, audio=False):
+    """times: presentation times in milliseconds (variable rate) instead of `fps`. rotation: of the display, in degrees counter-clockwise."""
+    import av
+
+    with av.open(str(path), "w", options=options or {}) as container:
+        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
+        stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
+        stream.codec_context.thread_count = 1
+        stream.bit_rate = 4_000_000
+        if codec == "libx264":
+            stream.options = {"crf": "10", "bf": "2", "g": "12"}
+        if times is not None:
+            stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        if rotation:
+            stream.set_display_rotation(rotation)
+        sound = container.add_stream("aac", rate=16000) if audio else None
+        for k, image in enumerate(frames if frames is not None else flat_frames(count, width, height)):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = times[k], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+        if sound:
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+            silence.sample_rate = 16000
+            container.mux(sound.encode(silence))
+            container.mux(sound.encode(None))
+    return path
+
+
+def captioned(path, caption="a clip", **kwargs):
+    write_clip(path, **kwargs)
+    path.with_suffix(".txt").write_text(caption)
+    return path

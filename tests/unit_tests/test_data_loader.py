@@ -1,0 +1,168 @@
+"""Micro-batches: the same global batches for every layout, exact resumption, padding and caption dropout; and the data commands."""
+
+import json
+from itertools import islice
+
+import pytest
+import torch
+
+from tests.unit_tests.data_clips import captioned, flat_frames
+from titan_video.data import __main__ as command
+from titan_video.data import loader as loader_module
+from titan_video.data.dataset import make_plan
+from titan_video.data.latent_cache import LatentCache, cached_clips, encode_missing
+from titan_video.data.loader import EntryReader, LatentLoader
+from titan_video.encoders.debug import DebugEncoders
+from titan_video.flow.noise import drop_caption
+
+NUM_CLIPS = 9
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loader")
+    (folder / "clips").mkdir()
+    for k in range(NUM_CLIPS):
+        size = {"width": 64, "height": 32} if k % 3 else {"width": 32, "height": 64}
+        frames = flat_frames(17, **size)[k:]  # another brightness each
+        captioned(folder / "clips" / f"{k}.mp4", f"clip number {k}", frames=frames, fps=8, **size)
+    encoders = DebugEncoders(6)
+    cache = LatentCache(folder / "cache", encoders.video_id(), encoders.text_id())
+    plan = make_plan(folder / "clips", [[5, 32, 64], [5, 64, 32]], 8, 0, folder / "cache")
+    assert encode_missing(plan, encoders, cache, log=lambda _: None) == {}
+    return cached_clips(plan, cache), cache
+
+
+def make(data, **kwargs):
+    clips, cache = data
+    settings = {"local_batch_size": 2, "global_batch_size": 4, "seed": 5, "caption_dropout": 0.3, "max_text_length": 6, "text_dim": 64}
+    return LatentLoader(clips, cache, cache.text_key(""), **{**settings, **kwargs})
+
+
+def samples(step):
+    """{sample id: (latents, text, mask)} of a step's micro-batches."""
+    return {int(i): (b.latents_BCFHW[n], b.text_BLD[n], b.text_mask_BL[n]) for b in step for n, i in enumerate(b.sample_ids_B)}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(x, y) for i in a for x, y in zip(a[i], b[i], strict=True))
+
+
+@pytest.mark.parametrize("dp_size, local, num_workers", [(1, 1, 0), (1, 12, 2), (2, 3, 0), (3, 2, 1), (4, 3, 0), (12, 1, 0)])
+def test_the_global_batch_is_the_same_for_every_layout(data, dp_size, local, num_workers):
+    reference = [samples(s) for s in islice(make(data, local_batch_size=4, global_batch_size=12), 6)]
+    ranks = [make(data, local_batch_size=local, global_batch_size=12, dp_rank=r, dp_size=dp_size, num_workers=num_workers) for r in range(dp_size)]
+    steps = [list(islice(loader, 6)) for loader in ranks]
+    for n, wanted in enumerate(reference):
+        union = {}
+        for rank in range(dp_size):
+            assert len(steps[rank][n]) == 12 // local // dp_size
+            part = samples(steps[rank][n])
+            assert not part.keys() & union.keys()
+            union |= part
+        assert same(union, wanted)
+
+
+def test_the_place_of_a_draw(data):
+    loader = make(data, local_batch_size=2, global_batch_size=8, dp_rank=1, dp_size=2)
+    first = next(iter(loader))
+    assert [b.sample_ids_B.tolist() for b in first] == [[2, 3], [6, 7]]
+
+
+def test_contents(data):
+    clips, cache = data
+    by_latents = {cache.read("video", c.video_key).numpy().tobytes(): c for c in clips}
+    encoders, dropped, seen = DebugEncoders(6), 0, set()
+    for step in islice(make(data), 40):
+        for batch in step:
+            assert batch.latents_BCFHW.dtype == torch.float32 and batch.text_mask_BL.dtype == torch.bool and batch.cond == {}
+        for sample_id, (latents, text, mask) in samples(step).items():
+            clip = by_latents[latents.numpy().tobytes()]
+            seen.add(clip.path)
+            drop = drop_caption(5, sample_id, 0.3)
+            dropped += drop
+            (wanted,) = encoders.encode_text(["" if drop else clip.caption])
+            assert mask.tolist() == [k < len(wanted) for k in range(6)]
+            assert torch.equal(text[mask], wanted) and not text[~mask].any()
+    assert len(seen) == NUM_CLIPS and 25 < dropped < 75
+
+
+def test_a_micro_batch_has_one_bucket_and_a_reader_serves_chosen_clips(data):
+    clips, cache = data
+    shapes = {tuple(b.latents_BCFHW.shape[1:]) for step in islice(make(data), 10) for b in step}
+    assert shapes == {(16, 2, 4, 8), (16, 2, 8, 4)}
+    tall = [c for c in clips if c.bucket == (5, 64, 32)]
+    batch = EntryReader(cache, 6, 64).batch(tall, [7, 8, 9])
+    assert batch.latents_BCFHW.shape == (3, 16, 2, 8, 4) and batch.sample_ids_B.tolist() == [7, 8, 9]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("done", [0, 3, 10])
+def test_resume_is_exact_and_ignores_what_was_prefetched(data, num_workers, done):
+    whole = [samples(s) for s in islice(make(data), 16)]
+    loader = make(data, num_workers=num_workers, prefetch_factor=4)
+    steps = iter(loader)
+    for _ in range(done):
+        next(steps)
+    state = json.loads(json.dumps(loader.state_dict()))
+    resumed = make(data, num_workers=2 - num_workers)
+    resumed.load_state_dict(state)
+    for wanted, step in zip(whole[done:], resumed, strict=False):
+        assert same(samples(step), wanted)
+    assert same(samples(next(iter(loader))), whole[done])  # iterating again goes on as well
+
+
+def test_state_is_the_same_on_all_ranks(data):
+    loaders = [make(data, local_batch_size=1, dp_rank=r, dp_size=4) for r in range(4)]
+    for loader in loaders:
+        next(iter(loader))
+    assert all(loader.state_dict() == loaders[0].state_dict() for loader in loaders)
+
+
+def test_memory_of_a_loader_without_workers_is_bounded(data, monkeypatch):
+    loader = make(data)
+    next(iter(loader))
+    assert loader.reader.kept
+    assert make(data, num_workers=1).reader.kept is None
+    monkeypatch.setattr(loader_module, "MEMORY_LIMIT", 10_000)
+    small = make(data)
+    for _ in islice(small, 10):
+        pass
+    assert 0 < small.reader.kept_bytes < 10_000
+    assert all(same(samples(a), samples(b)) for a, b in islice(zip(small, islice(make(data), 10, None), strict=False), 3))
+
+
+def test_wrong_numbers_are_refused(data):
+    with pytest.raises(ValueError, match="global_batch_size"):
+        make(data, global_batch_size=3)
+    with pytest.raises(ValueError, match="the run takes 6 x 32"):
+        next(iter(make(data, text_dim=32)))
+
+
+# ---- python -m titan_video.data ----
+
+
+def config_file(tmp_path, path):
+    file = tmp_path / "run.toml"
+    file.write_text(f'[job]\ndump_folder = "{tmp_path}/out"\n[encoder]\nname = "debug"\n[data]\npath = "{path}"\nbuckets = [[17, 64, 64]]\nfps = 8.0\nnum_workers = 0\n')
+    return str(file)
+
+
+def test_commands(tmp_path, capsys):
+    file = config_file(tmp_path, "embedded:shapes-16")
+    command.main(["plan", file])
+    assert "16 found, 16 kept, 0 dropped" in capsys.readouterr().out
+    assert len((tmp_path / "out" / "data_plan.jsonl").read_text().splitlines()) == 16
+    assert not (tmp_path / "out" / "cache" / "video").exists()
+    command.main(["encode", file])
+    assert "16 clips in" in capsys.readouterr().out
+    assert len(list((tmp_path / "out" / "cache" / "video").rglob("*.safetensors"))) == 16
+
+
+def test_commands_end_with_a_message(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="usage"):
+        command.main(["plan"])
+    with pytest.raises(SystemExit, match="no such file"):
+        command.main(["encode", config_file(tmp_path, tmp_path / "gone")])
+    with pytest.raises(SystemExit, match="data.fsp"):
+        command.main(["plan", config_file(tmp_path, "embedded:shapes-16"), "--data.fsp", "8"])
