@@ -1,0 +1,431 @@
+"""Checkpoints in one process: what is saved comes back bit for bit, and what is not whole is not loaded."""
+
+import json
+import logging
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from titan_video.components import checkpoint_io as files
+from titan_video.components.checkpoint import CheckpointManager, ModelState, OptimizerState, load_weights
+from titan_video.components.checkpoint_io import InvalidCheckpoint
+from titan_video.config.job_config import Checkpoint
+
+
+class Weights:
+    """A flat dict of tensors, as the moving average is."""
+
+    def __init__(self, value=0.0):
+        self.values = {"a.weight": torch.full((3, 5), float(value)), "a.bias": torch.full((4,), float(value)), "count": torch.tensor(float(value))}
+
+    def state_dict(self):
+        return dict(self.values)
+
+    def fill(self, value):
+        for tensor in self.values.values():
+            tensor.fill_(value)
+
+    def are(self, value):
+        return all(bool((tensor == value).all()) for tensor in self.values.values())
+
+
+class Counter:
+    def __init__(self, state=None):
+        self.state = state or {}
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = state
+
+
+def manager(folder, weights=None, counter=None, **section):
+    section = {"async_mode": "disabled", "interval": 1, "keep_latest_k": 0, **section}
+    return CheckpointManager(Checkpoint(**section), folder, {"ema": weights or Weights()}, {"train": counter or Counter()})
+
+
+def save_steps(folder, steps, **section):
+    weights, counter = Weights(), Counter()
+    saver = manager(folder, weights, counter, **section)
+    for step in steps:
+        weights.fill(step)
+        counter.state = {"samples": step * 10}
+        assert saver.save(step)
+    saver.close()
+    return [path.name for path in sorted(Path(folder).iterdir())]
+
+
+def reseal(folder, step):
+    """What an attacker can do: a manifest that fits altered files."""
+    names = [path.name for path in folder.iterdir() if path.name != files.MANIFEST]
+    files.write_manifest(folder, step, 1, {name: files.describe(folder / name) for name in names})
+
+
+def build(seed=0, wrapped=False):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3))
+    if wrapped:
+        model[0] = checkpoint_wrapper(model[0])
+    vectors, matrices = [p for p in model.parameters() if p.ndim == 1], [p for p in model.parameters() if p.ndim == 2]
+    return model, torch.optim.AdamW([{"params": vectors, "weight_decay": 0.0}, {"params": matrices}], lr=1e-2, fused=True)
+
+
+def train(model, optimizer, steps):
+    losses = []
+    for step in steps:
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def states(model, optimizer):
+    return {"model": ModelState(model), "optimizer": OptimizerState(model, optimizer)}
+
+
+# --- what is saved comes back ---
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+@pytest.mark.parametrize("first", [0, 3])
+def test_resume_is_bitwise(tmp_path, mode, first):
+    """Also when the optimizer has not made its first step yet: its step counts must not start at 1."""
+    section = Checkpoint(async_mode=mode)
+    model, optimizer = build()
+    train(model, optimizer, range(first))
+    saver = CheckpointManager(section, tmp_path, states(model, optimizer), {})
+    assert saver.save(first, force=True)
+    expected = train(model, optimizer, range(first, first + 4))
+    saver.close()
+    resumed, resumed_optimizer = build(seed=1, wrapped=True)
+    assert CheckpointManager(section, tmp_path, states(resumed, resumed_optimizer), {}).load() == first
+    if first:
+        assert [set(s) for s in resumed_optimizer.state.values()] == [{"step", "exp_avg", "exp_avg_sq"}] * 4
+        assert all(s["step"] == first for s in resumed_optimizer.state.values())
+    assert train(resumed, resumed_optimizer, range(first, first + 4)) == expected
+    ours, theirs = OptimizerState(model, optimizer).state_dict(), OptimizerState(resumed, resumed_optimizer).state_dict()
+    assert ours.keys() == theirs.keys() and len(ours) == 12 and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_layout_of_the_folder(tmp_path):
+    assert save_steps(tmp_path, [7]) == ["step-7"]
+    folder = tmp_path / "step-7"
+    assert {path.name for path in folder.iterdir()} == {"__0_0.distcp", ".metadata", "state.json", "manifest.json"}
+    assert json.loads((folder / "state.json").read_text()) == {"step": 7, "counters": {"train": {"samples": 70}}}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["step"], manifest["world_size"], manifest["torch"]) == (7, 1, torch.__version__)
+    # The recipe of docs/checkpoint.md.
+    listing = "".join(f"{entry['sha256']}  {name}\n" for name, entry in manifest["files"].items())
+    assert subprocess.run(["sha256sum", "--check", "--quiet"], cwd=folder, input=listing, text=True).returncode == 0
+    assert str(tmp_path).encode() not in (folder / ".metadata").read_bytes()
+
+
+def test_load_restores_values_and_counters(tmp_path):
+    save_steps(tmp_path, [1, 2, 10])
+    weights, counter = Weights(), Counter()
+    loader = manager(tmp_path, weights, counter)
+    assert loader.load() == 10 and weights.are(10) and counter.state == {"samples": 100}
+    assert not loader.save(10, force=True), "the state on the disk is that of this step already"
+    assert manager(tmp_path, weights, load_step=2).load() == 2 and weights.are(2)
+    assert manager(tmp_path, enable=False).load() == 0 and not manager(tmp_path, enable=False).save(11, last=True)
+
+
+def test_interval_last_and_force(tmp_path):
+    saver = manager(tmp_path, interval=4)
+    assert [step for step in range(1, 11) if saver.save(step, last=step == 10, force=step == 7)] == [4, 7, 8, 10]
+
+
+def test_async_writes_the_state_of_the_call(tmp_path, monkeypatch):
+    gate, write = threading.Event(), files.TensorWriter.write_data
+    monkeypatch.setattr(files.TensorWriter, "write_data", lambda self, *args: (gate.wait(20), write(self, *args))[1])
+    weights, counter = Weights(5), Counter({"samples": 50})
+    saver = manager(tmp_path / "async", weights, counter, async_mode="async")
+    assert saver.save(5)
+    weights.fill(6)
+    counter.state["samples"] = 60
+    assert files.list_steps(tmp_path / "async") == []
+    gate.set()
+    saver.wait()
+    save_steps(tmp_path / "sync", [5])
+    for name in ("__0_0.distcp", "state.json"):
+        assert (tmp_path / "async/step-5" / name).read_bytes() == (tmp_path / "sync/step-5" / name).read_bytes()
+    assert saver.save(6)  # the staging memory is used again
+    weights.fill(7)
+    saver.close()
+    assert manager(tmp_path / "async", weights).load() == 6 and weights.are(6)
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_failing_save_surfaces(tmp_path, monkeypatch, mode):
+    weights = Weights(1)
+    saver = manager(tmp_path, weights, async_mode=mode)
+    saver.save(1)
+    saver.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_manifest", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(RuntimeError, match="step-2.partial.*disk full"):
+            saver.save(2)
+            saver.save(3)
+    assert files.list_steps(tmp_path) == [1] and files.looks_valid(tmp_path / "step-1")
+    assert saver.save(2)
+    saver.close()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-1", "step-2"]
+    with monkeypatch.context() as patch:  # a failure inside DCP, whose exception is not an Exception
+        patch.setattr(files.TensorWriter, "write_data", lambda *args: (_ for _ in ()).throw(OSError("no space")))
+        with pytest.raises(RuntimeError, match="no space"):
+            saver.save(4)
+            saver.wait()
+
+
+def test_states_that_cannot_be_saved_exactly(tmp_path):
+    for state in ({"loss": float("nan")}, {"shape": (1, 2)}, {"by_id": {1: 2}}, {"t": torch.zeros(1)}):
+        with pytest.raises(ValueError, match="`train`"):
+            manager(tmp_path, counter=Counter(state)).save(1)
+    weights = Weights()
+    weights.values["name"] = "not a tensor"
+    with pytest.raises(ValueError, match="ema.name is a str"):
+        manager(tmp_path, weights).save(1)
+    assert files.list_steps(tmp_path) == []
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    save_steps(tmp_path, [1])
+    changes = [
+        ({"a.weight": torch.zeros(3, 4)}, r"a.weight has shape \[3, 5\]"),
+        ({"a.bias": torch.zeros(4, dtype=torch.bfloat16)}, "a.bias has type torch.float32"),
+        ({"new": torch.zeros(1)}, "the checkpoint lacks new"),
+        ({"count": None}, "the run lacks count"),
+    ]
+    for change, message in changes:
+        weights = Weights()
+        weights.values = {name: value for name, value in {**weights.values, **change}.items() if value is not None}
+        with pytest.raises(ValueError, match=f"step-1.*{message}"):
+            manager(tmp_path, weights).load()
+    with pytest.raises(ValueError, match="state.json.*`extra`"):
+        CheckpointManager(Checkpoint(), tmp_path, {"ema": Weights()}, {"train": Counter(), "extra": Counter()}).load()
+    with pytest.raises(ValueError, match="checkpoint lacks 0.weight"):
+        CheckpointManager(Checkpoint(), tmp_path, states(*build()), {}).load()
+
+
+def test_weights_alone(tmp_path):
+    model, optimizer = build()
+    train(model, optimizer, range(2))
+    CheckpointManager(Checkpoint(async_mode="disabled"), tmp_path / "run", states(model, optimizer), {}).save(2, last=True)
+    shutil.copytree(tmp_path / "run/step-2", tmp_path / "base")  # a folder of any name
+    other = build(seed=3)[0].to(torch.bfloat16)
+    assert load_weights(tmp_path / "base", other) == 2
+    assert all(torch.equal(p.bfloat16(), q) for p, q in zip(model.parameters(), other.parameters()))
+    fresh = build(seed=3)
+    starter = CheckpointManager(Checkpoint(), tmp_path / "new", states(*fresh), {})
+    assert starter.load() == 0 and starter.load_model_only(tmp_path / "base") == 2
+    assert torch.equal(fresh[0][0].weight, model[0].weight) and not fresh[1].state
+    with pytest.raises(ValueError, match="give a step-N folder.*it holds step-2"):
+        load_weights(tmp_path / "run", other)
+    with pytest.raises(ValueError, match="no such folder"):
+        load_weights(tmp_path / "nowhere", other)
+    with pytest.raises(ValueError, match="holds no `ema` weights"):
+        load_weights(tmp_path / "base", other, source="ema")
+    (tmp_path / "base/__0_0.distcp").write_bytes(b"x")
+    with pytest.raises(InvalidCheckpoint, match="base/__0_0.distcp"):
+        load_weights(tmp_path / "base", other)
+
+
+# --- which checkpoint is loaded ---
+
+
+def test_nothing_yet_and_unfinished_only(tmp_path, caplog):
+    assert manager(tmp_path / "none").load() == 0
+    (tmp_path / "step-5.partial").mkdir()
+    (tmp_path / "step-5.partial/__0_0.distcp").write_bytes(b"half")
+    with caplog.at_level(logging.INFO):
+        assert manager(tmp_path).load() == 0
+    assert "step-5.partial" in caplog.text
+    assert save_steps(tmp_path, [6]) == ["step-6"], "the next save removes what was left over"
+
+
+def test_falls_back_to_the_newest_valid(tmp_path, caplog):
+    save_steps(tmp_path, [1, 2, 3])
+    (tmp_path / "step-3/state.json").write_text("{}")
+    (tmp_path / "step-4").mkdir()
+    weights = Weights()
+    assert manager(tmp_path, weights).load() == 2 and weights.are(2)
+    assert f"{tmp_path}/step-3/state.json" in caplog.text and f"{tmp_path}/step-4/manifest.json: missing" in caplog.text
+    with pytest.raises(ValueError, match=r"load_step = 3 is not valid: .*step-3/state.json.*: step-1, step-2\."):
+        manager(tmp_path, load_step=3).load()
+    with pytest.raises(ValueError, match=r"no step-9; it has step-1, step-2, step-3, step-4\."):
+        manager(tmp_path, load_step=9).load()
+    # Saving step 3 again replaces the broken folder.
+    saver = manager(tmp_path, weights)
+    saver.load()
+    saver.save(3)
+    assert manager(tmp_path, weights).load() == 3
+
+
+def test_none_valid_stops(tmp_path):
+    save_steps(tmp_path, [1, 2])
+    (tmp_path / "step-1/__0_0.distcp").unlink()
+    os.rename(tmp_path / "step-2", tmp_path / "step-20")
+    with pytest.raises(ValueError, match="none is valid") as error:
+        manager(tmp_path).load()
+    assert "step-1/__0_0.distcp: missing" in str(error.value) and "step-20/manifest.json: written at step 2" in str(error.value)
+
+
+def test_retention(tmp_path):
+    for name in ("step-x", "notes", "step-03"):
+        (tmp_path / name).mkdir()
+    others = ["notes", "step-03", "step-x"]
+    assert save_steps(tmp_path, [1, 2, 3, 4], keep_latest_k=2) == sorted([*others, "step-3", "step-4"])
+    (tmp_path / "step-4/__0_0.distcp").write_bytes(b"short")
+    assert save_steps(tmp_path, [5], keep_latest_k=2) == sorted([*others, "step-3", "step-4", "step-5"]), "an invalid one does not count"
+    # After load_step, newer folders are another branch's: neither counted nor removed.
+    weights = Weights()
+    branch = manager(tmp_path, weights, load_step=3, keep_latest_k=1)
+    assert branch.load() == 3
+    (tmp_path / "step-9").mkdir()
+    branch.save(4)
+    assert files.list_steps(tmp_path) == [4, 5, 9] and files.looks_valid(tmp_path / "step-4")
+
+
+def test_retention_cut_short_leaves_no_half_checkpoint(tmp_path, monkeypatch, caplog):
+    save_steps(tmp_path, [1])
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "rmtree", lambda path: (_ for _ in ()).throw(OSError("busy")))
+        save_steps(tmp_path, [2], keep_latest_k=1)
+    assert "could not remove" in caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == {"step-1.old", "step-2"}
+    assert save_steps(tmp_path, [3], keep_latest_k=1) == ["step-3"]
+
+
+# --- damage and malice ---
+
+
+def damage(path, rng):
+    """Flip a bit, cut the tail off, or delete the file; says which."""
+    data, kind = bytearray(path.read_bytes()), rng.choice(["flip", "cut", "delete"])
+    if kind == "flip":
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+    elif kind == "cut":
+        path.write_bytes(data[:rng.randrange(len(data))])
+    else:
+        path.unlink()
+    return kind
+
+
+def test_damaged_files_are_refused_by_name(tmp_path):
+    save_steps(tmp_path, [1])
+    rng, kinds, folder = random.Random(0), set(), tmp_path / "step-1"
+    for i in range(200):
+        path = sorted(folder.iterdir())[i % 4]
+        whole = path.read_bytes()
+        kinds.add((path.name, damage(path, rng)))
+        with pytest.raises(InvalidCheckpoint) as error:
+            files.verify(folder)
+        assert str(error.value).startswith(f"{path}: ")
+        path.write_bytes(whole)
+        files.verify(folder)
+    assert len(kinds) == 12, "every file in every way"
+
+
+def test_every_part_of_the_manifest_counts(tmp_path):
+    save_steps(tmp_path, [1])
+    path = tmp_path / "step-1/manifest.json"
+    whole = path.read_bytes()
+    compact = json.dumps(json.loads(whole)).encode()
+    for text in (whole + b"\n", whole[:-1], whole.replace(b"\n", b"\r\n"), whole.replace(b": 1,", b":  1,"), compact, b"[" * 100_000):
+        path.write_bytes(text)
+        with pytest.raises(InvalidCheckpoint, match="manifest.json"):
+            files.read_manifest(path.parent)
+    for bit in range(0, len(whole) * 8, 13):  # 13 and 8 have no common divisor: every kind of flip
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        with pytest.raises(InvalidCheckpoint, match="manifest.json"):
+            files.read_manifest(path.parent)
+
+
+def test_files_the_manifest_does_not_know(tmp_path):
+    save_steps(tmp_path, [1])
+    folder = tmp_path / "step-1"
+    (folder / "notes.txt").write_text("mine")
+    files.verify(folder)
+    shutil.copy(folder / "__0_0.distcp", folder / "__1_0.distcp")
+    with pytest.raises(InvalidCheckpoint, match="__1_0.distcp: not in the manifest"):
+        files.verify(folder)
+
+
+class Payload:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def test_pickle_payload_in_the_index_is_not_executed(tmp_path, caplog):
+    save_steps(tmp_path, [1, 2])
+    marker, path = tmp_path / "executed", tmp_path / "step-2/.metadata"
+    metadata = pickle.loads(path.read_bytes())
+    metadata.planner_data = Payload(marker)
+    for payload in (pickle.dumps(Payload(marker)), pickle.dumps(metadata), pickle.dumps(Payload(marker), protocol=0), b"ctorch\nload\n."):
+        path.write_bytes(payload)
+        reseal(path.parent, 2)
+        with pytest.raises(InvalidCheckpoint, match=r"step-2/\.metadata: refused: it asks for (posix.mkdir|torch.load)"):
+            files.verify(path.parent)
+    path.write_bytes(pickle.dumps(metadata))
+    reseal(path.parent, 2)
+    weights = Weights()
+    assert manager(tmp_path, weights).load() == 1 and weights.are(1)
+    assert "step-2/.metadata" in caplog.text and not marker.exists()
+    pickle.loads(path.read_bytes())
+    assert marker.exists(), "the payload works"
+
+
+def test_pickle_payload_among_the_tensors_is_not_executed(tmp_path):
+    save_steps(tmp_path, [1])
+    folder, marker = tmp_path / "step-1", tmp_path / "executed"
+    torch.save(Payload(marker), folder / "__0_0.distcp")
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    for info in metadata.storage_data.values():
+        info.offset, info.length = 0, (folder / "__0_0.distcp").stat().st_size
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    reseal(folder, 1)
+    with pytest.raises(RuntimeError, match="reading .*step-1 failed.*[Ww]eights.only"):
+        manager(tmp_path).load()
+    assert not marker.exists()
+
+
+def test_index_may_name_only_tensors_in_listed_files(tmp_path):
+    save_steps(tmp_path, [1])
+    folder = tmp_path / "step-1"
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    next(iter(metadata.storage_data.values())).relative_path = "../elsewhere"
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    reseal(folder, 1)
+    with pytest.raises(InvalidCheckpoint, match=r"\.metadata: refers to '../elsewhere'"):
+        files.verify(folder)
+    shutil.rmtree(folder)
+    with files.plain_errors("writing"):
+        dcp.save({**{f"ema.{k}": v for k, v in Weights().values.items()}, "extra": {"pickled": 1}}, no_dist=True,
+                 storage_writer=files.TensorWriter(folder), planner=files.TensorSavePlanner(None))
+    (folder / "state.json").write_text("{}")
+    reseal(folder, 1)
+    with pytest.raises(InvalidCheckpoint, match=r"\.metadata: entry 'extra' is not a tensor"):
+        files.verify(folder)
+    with pytest.raises(RuntimeError, match="entry 'extra' of the checkpoint is not a tensor"), files.plain_errors("reading"):
+        reader = files.TensorReader(folder, pickle.loads((folder / ".metadata").read_bytes()))
+        dcp.load({"extra": "x"}, storage_reader=reader, no_dist=True, planner=files.TensorLoadPlanner(flatten_state_dict=False))
