@@ -76,7 +76,8 @@ class Trainer:
         self.encoders = build_encoders(config.encoder, config.model.hf_assets_path, self.device)
         self.check_encoders()
         self.flow = FlowMatching(config.flow)
-        self.write_config()
+        if config.job.print_config and self.rank == 0:
+            logger.info(f"configuration:\n{dump(config)}")
 
         # --- data ---
         self.build_data()
@@ -98,8 +99,11 @@ class Trainer:
         self.step = self.checkpoint.load()
         if self.step == 0:
             self.load_initial_weights()
+        if self.step >= config.training.steps:
+            return  # finished: `train` says so, and nothing in the folder changes
 
         # --- what watches ---
+        self.write_config()
         self.metrics = MetricsLogger(
             config.metrics, self.folder, self.rank, self.world_size, self.device, config.training.steps, self.step, samples=self.loader.samples
         )
@@ -125,12 +129,9 @@ class Trainer:
         return e.channels, (frames - 1) // e.stride_t + 1, height // e.stride_s, width // e.stride_s
 
     def write_config(self) -> None:
-        text = dump(self.config)
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.toml").write_text(text)
-            if self.config.job.print_config:
-                logger.info(f"configuration:\n{text}")
+            (self.folder / "config.toml").write_text(dump(self.config))
 
     def build_data(self) -> None:
         """Plan the clips, encode what the cache lacks (each rank its share), hold some out, and make the loader."""
@@ -274,6 +275,9 @@ class Trainer:
         last_step, freq = c.training.steps, c.validation.freq
         if self.step >= last_step:
             logger.info(f"{self.folder} is already at step {self.step} of {last_step}: raise training.steps to go on, or choose another job.dump_folder")
+            exported = self.folder / "hf" / self.spec.hf_folder / "config.json"
+            if self.step == last_step and not broadcast_from_zero(exported.is_file, self.host_group):
+                self.export()  # asked for later, or the run was killed between its last checkpoint and this
             return
         logger.info(f"training from step {self.step + 1} to {last_step} on {self.world_size} x {self.device.type}, "
                     f"{sum(p.numel() for p in self.model.parameters()):,} parameters, {self.accumulation} micro-batches a step")
