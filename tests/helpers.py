@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import pickle
 import queue
+import signal
+import socket
 import tempfile
 import time
 import traceback
@@ -90,6 +92,95 @@ def run_ranks(fn, world, *args, timeout=120, init=True, env=None, **kwargs):
     if errors:
         raise AssertionError("\n".join(f"[rank {rank}]\n{text}" for rank, text in errors.items()))
     return [values[rank] for rank in range(world)]
+
+
+# ---- the whole program ----
+
+
+def _program(argv, log, env, hook):
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.update(env)
+    import torch
+
+    import train
+
+    torch.set_num_threads(1)
+    if hook:
+        hook()
+    train.main(argv)
+
+
+class Program:
+    """`train.py ARGV` on `world` ranks with their output in log0, log1, ...: as torchrun starts it, but from the fork server.
+
+    hook: called on every rank before the program starts, to make something happen in it (`signal_at`).
+    """
+
+    def __init__(self, argv, folder, world=1, hook=None):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        envs = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)] if world > 1 else [{}]
+        self.logs = [f"{folder}/log{rank}" for rank in range(world)]
+        for log in self.logs:
+            Path(log).unlink(missing_ok=True)
+        self.ranks = [context().Process(target=_program, args=(argv, log, env, hook)) for log, env in zip(self.logs, envs)]
+        for p in self.ranks:
+            p.start()
+
+    def kill(self):
+        for p in self.ranks:
+            p.kill()
+
+    def wait(self, timeout=200):
+        """The exit code: 0, or that of the first rank seen to fail; the others are then killed, as torchrun does."""
+        deadline, code = time.monotonic() + timeout, None
+        try:
+            while code is None:
+                codes = [p.exitcode for p in self.ranks]
+                failed = [c for c in codes if c]
+                if failed:
+                    code = failed[0]
+                elif all(c == 0 for c in codes):
+                    code = 0
+                assert code is not None or time.monotonic() < deadline, f"not done after {timeout} s:\n{Path(self.logs[0]).read_text()}"
+                time.sleep(0.005)
+        finally:
+            self.kill()
+            for p in self.ranks:
+                p.join()
+        return code
+
+
+def signal_at(step, signum, rank=0):
+    """A hook: `rank` receives `signum` in the middle of optimizer step `step`."""
+    import train
+
+    run_step = train.Trainer.train_step
+
+    def train_step(self, *args):
+        if self.step == step and self.rank == rank:
+            os.kill(os.getpid(), signum)
+        run_step(self, *args)
+
+    train.Trainer.train_step = train_step
+
+
+def kill_in_save(step):
+    """A hook: rank 0 is killed when the files of checkpoint `step` are written, but not committed."""
+    from titan_video.components.checkpoint import CheckpointManager
+
+    commit = CheckpointManager._commit
+
+    def _commit(self, now, *args):
+        if now == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        commit(self, now, *args)
+
+    CheckpointManager._commit = _commit
 
 
 def diffusers_wan(args):

@@ -1,0 +1,98 @@
+"""Whole runs of the trainer, small enough for a test."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT, Program
+
+SMALL = {
+    "job.config_file": ROOT / "train_configs" / "debug.toml", "data.path": "embedded:shapes-12", "training.local_batch_size": 2, "training.steps": 12,
+    "lr_scheduler.warmup_steps": 1, "lr_scheduler.decay_ratio": 0, "validation.enable": "false", "metrics.enable_tensorboard": "false",
+}  # fmt: skip
+
+
+@dataclass
+class Run:
+    """What a run left: its exit code, the output of rank 0, its folder."""
+
+    code: int
+    output: str
+    folder: Path
+
+    def ok(self):
+        assert self.code == 0, self.output
+        return self
+
+    def fails_with(self, *words):
+        """The run ended with an error for its user: a message that holds `words`, and no traceback."""
+        assert self.code not in (0, None) and self.code > 0, (self.code, self.output)
+        assert "Traceback" not in self.output, self.output
+        for word in words:
+            assert word in self.output, self.output
+        return self
+
+    @property
+    def records(self):
+        """The training steps in metrics.jsonl, without what depends on the clock. Steps are whole and in order."""
+        path = self.folder / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        rows = [{k: v for k, v in row.items() if "seconds" not in k and k != "time"} for row in rows if "loss" in row]
+        assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+        return rows
+
+    def checkpoint(self, step):
+        return self.folder / "checkpoint" / f"step-{step}"
+
+
+class Front:
+    """Starts runs in folders by name; all share one cache of clips."""
+
+    def __init__(self, root, cache):
+        self.root, self.cache = root, cache
+
+    def argv(self, name, options):
+        merged = {"job.dump_folder": self.root / name, "data.cache_folder": self.cache, **SMALL, **options}
+        return [word for key, value in merged.items() for word in (f"--{key}", str(value))]
+
+    def start(self, name, options=None, world=1, hook=None):
+        logs = self.root / f"{name}.logs"
+        logs.mkdir(exist_ok=True)
+        return Program(self.argv(name, options or {}), logs, world, hook)
+
+    def finish(self, name, program):
+        code = program.wait()
+        return Run(code, Path(program.logs[0]).read_text(), self.root / name)
+
+    def run(self, name, options=None, world=1, hook=None):
+        """Start and finish a run on `world` ranks. options: values by `section.field`, beside those of SMALL."""
+        return self.finish(name, self.start(name, options, world, hook))
+
+    def command(self, name, options=None, program=(str(ROOT / "run_train.sh"),), **env):
+        """The same through a shell, in a process of its own."""
+        kept = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "NGPU", "CONFIG_FILE", "LOG_RANK", "RANK", "WORLD_SIZE")}
+        env = {**kept, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **env}
+        p = subprocess.run([*program, *self.argv(name, options or {})], cwd=self.root, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT, text=True, timeout=280)
+        return Run(p.returncode, p.stdout, self.root / name)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def front(tmp_path, cache):
+    return Front(tmp_path, cache)
+
+
+@pytest.fixture(scope="module")
+def shared_front(tmp_path_factory, cache):
+    """For runs that several tests of a file look at."""
+    return Front(tmp_path_factory.mktemp("runs"), cache)
