@@ -327,7 +327,11 @@ def main(argv: list[str]) -> None:
         check(config, int(os.environ.get("WORLD_SIZE", 1)))
     try:
         trainer = Trainer(config)
-        trainer.train()
+        try:
+            trainer.train()
+        except FloatingPointError as e:  # seen by all ranks at the same step, so that a save under way can still be finished
+            trainer.checkpoint.wait()
+            sys.exit(f"error: {e}")
         trainer.close()
     except ValueError as e:  # the user's to mend: the message names the file or field; ours are assertions
         sys.exit(f"error: {e}")
