@@ -1,0 +1,307 @@
+"""The launch scripts, run for real in a copy of the repository with a stand-in train.py and requirements.txt."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT
+
+SCRIPTS = ("run_train.sh", "run_tests.sh", "ensure_env.sh", "multinode_trainer.slurm", ".ci/run")
+
+PIPES = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+# Each rank says what it was given, then waits for a signal, "saves" for a moment, and ends.
+TRAIN = """
+import json, os, pathlib, signal, sys, time
+here, signals = pathlib.Path(__file__).parent, []
+def handle(signum, frame):
+    signals.append(signum)
+    if len(signals) > 1:
+        os._exit(128 + signum)
+signal.signal(signal.SIGTERM, handle)
+signal.signal(signal.SIGUSR2, handle)
+rank = os.environ.get("RANK", "0")
+print("hello from", rank, flush=True)
+facts = {"pid": os.getpid(), "args": sys.argv[1:], "cwd": os.getcwd(), "omp": os.environ.get("OMP_NUM_THREADS"), "python": sys.executable}
+(here / f"started{rank}.tmp").write_text(json.dumps(facts))
+(here / f"started{rank}.tmp").rename(here / f"started{rank}")
+if "--end" in sys.argv:
+    sys.exit(int(sys.argv[-1]))
+while not signals:
+    time.sleep(0.02)
+time.sleep(float(os.environ.get("SAVE_SECONDS", "0.3")))
+(here / f"saved{rank}").write_text(signal.Signals(signals[0]).name)
+"""
+
+
+@pytest.fixture
+def repo(tmp_path):
+    root = tmp_path / "a repo"  # a space: every path in the scripts is quoted
+    for name in SCRIPTS:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
+    (root / "train_configs").mkdir()
+    (root / "train_configs" / "debug.toml").touch()
+    (root / "train.py").write_text(TRAIN)
+    (root / "requirements.txt").write_text("pip\n")
+    return root
+
+
+def environment(**values):
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "NGPU", "CONFIG_FILE", "LOG_RANK", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
+    return {**env, "PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "CUDA_VISIBLE_DEVICES": "", **values}
+
+
+def start(repo, *args, cwd=None, **env):
+    env = environment(PYTHON=sys.executable, **env)
+    return subprocess.Popen([str(repo / "run_train.sh"), *args], cwd=cwd or repo, env=env, stdin=subprocess.DEVNULL, start_new_session=True, **PIPES)
+
+
+def wait_for(condition, timeout=60):
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.02)
+
+
+def facts(repo, rank=0):
+    wait_for((repo / f"started{rank}").exists)
+    return json.loads((repo / f"started{rank}").read_text())
+
+
+def running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_scripts_parse_and_are_executable():
+    for name in SCRIPTS:
+        subprocess.run(["bash", "-n", str(ROOT / name)], check=True)
+    assert all(os.access(ROOT / name, os.X_OK) for name in ("run_train.sh", "run_tests.sh", ".ci/run"))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR2])
+def test_one_process_saves_on_a_signal(repo, tmp_path, signum):
+    p = start(repo, "--job.description", "two words", cwd=tmp_path)
+    seen = facts(repo)
+    # Run from another folder: the default configuration is found, and relative paths stay the user's.
+    assert seen["args"] == ["--job.config_file", f"{repo}/train_configs/debug.toml", "--job.description", "two words"]
+    assert seen["cwd"] == str(tmp_path)
+    assert seen["pid"] == p.pid and seen["omp"] is None
+    p.send_signal(signum)
+    p.communicate(timeout=30)
+    assert p.returncode == 0 and (repo / "saved0").read_text() == signum.name
+
+
+@pytest.mark.parametrize("signum, whole_group", [(signal.SIGTERM, True), (signal.SIGUSR2, False)])
+def test_all_ranks_save_on_a_signal(repo, signum, whole_group):
+    """Slurm signals the process group, `kill` one process. Each rank must get the signal once: a second one would stop it."""
+    p = start(repo, NGPU="2", LOG_RANK="1", SAVE_SECONDS="1")
+    assert facts(repo, 0)["omp"] == facts(repo, 1)["omp"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
+    (os.killpg if whole_group else os.kill)(p.pid, signum)
+    output, _ = p.communicate(timeout=30)
+    assert p.returncode == 0, output
+    assert [(repo / f"saved{rank}").read_text() for rank in (0, 1)] == [signum.name] * 2
+    assert "hello from 1" in output and "hello from 0" not in output
+
+
+def test_a_second_signal_stops_at_once(repo):
+    p = start(repo, NGPU="2", SAVE_SECONDS="60")
+    pids = [facts(repo, rank)["pid"] for rank in (0, 1)]
+    p.send_signal(signal.SIGUSR2)
+    time.sleep(0.3)
+    p.send_signal(signal.SIGTERM)
+    p.communicate(timeout=20)
+    assert p.returncode != 0 and not any(map(running, pids)) and not (repo / "saved0").exists()
+
+
+def test_ranks_die_with_a_killed_launcher(repo):
+    if subprocess.run(["setpriv", "--pdeathsig", "KILL", "true"], capture_output=True).returncode:
+        pytest.skip("no setpriv --pdeathsig here")
+    p = start(repo, NGPU="2")
+    pids = [facts(repo, rank)["pid"] for rank in (0, 1)]
+    p.kill()
+    p.communicate(timeout=10)
+    wait_for(lambda: not any(map(running, pids)), timeout=5)
+
+
+@pytest.mark.parametrize("ranks, code", [("1", 0), ("1", 3), ("2", 3)])
+def test_exit_code(repo, ranks, code):
+    p = start(repo, "--end", str(code), NGPU=ranks)
+    p.communicate(timeout=60)
+    assert (p.returncode == 0) == (code == 0)
+
+
+@pytest.mark.parametrize("env, message", [
+    ({"CONFIG_FILE": "no.toml"}, "Configurations: train_configs/debug.toml"),
+    ({"NGPU": "two"}, "NGPU=two is not a number"),
+])
+def test_bad_settings(repo, env, message):
+    p = start(repo, **env)
+    output, _ = p.communicate(timeout=10)
+    assert p.returncode == 1 and message in output
+
+
+def wheel(folder, version):
+    """A package that is nowhere else: its wheel, made by hand."""
+    folder.mkdir(exist_ok=True)
+    info = f"titan_video_stand_in-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"titan_video_stand_in-{version}-py3-none-any.whl", "w") as z:
+        z.writestr("titan_video_stand_in.py", "")
+        z.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: titan-video-stand-in\nVersion: {version}\n")
+        z.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        z.writestr(f"{info}/RECORD", "")
+
+
+def train_once(repo, wheels):
+    env = environment(PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheels), PIP_CONFIG_FILE=os.devnull)
+    return subprocess.Popen([str(repo / "run_train.sh"), "--end", "0"], cwd=repo, env=env, **PIPES)
+
+
+def test_first_use_makes_a_venv(repo, tmp_path):
+    wheels, venv = tmp_path / "wheels", repo / ".venv"
+    wheel(wheels, "1.0")
+    (repo / "requirements.txt").write_text('# comment\ntitan-video-stand-in>=1.0\nnothing-of-this-name>=1; python_version < "3.0"\n')
+
+    # An earlier installation was interrupted: it is made anew. Two runs start at once: one installs, the other waits.
+    venv.mkdir()
+    (venv / ".made_by").write_text("installing\n")
+    (venv / "debris").touch()
+    lock = os.open(repo, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    both = [train_once(repo, wheels) for _ in range(2)]
+    time.sleep(1)
+    assert (venv / "debris").exists()  # as long as another holds the lock
+    os.close(lock)
+    outputs = [p.communicate(timeout=120)[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0], outputs
+    assert sum("Successfully installed" in o for o in outputs) == 1
+    assert all("lacks titan-video-stand-in>=1.0" in o and f"{venv}/bin/python" in o for o in outputs)
+    assert facts(repo)["python"] == f"{venv}/bin/python" and not (venv / "debris").exists()
+
+    began = time.monotonic()
+    p = train_once(repo, wheels)
+    output, _ = p.communicate(timeout=30)
+    assert p.returncode == 0 and "install" not in output.lower() and time.monotonic() - began < 5
+
+    # The requirements change: brought up to date in place.
+    wheel(wheels, "2.0")
+    (repo / "requirements.txt").write_text("titan-video-stand-in==2.0\n")
+    (venv / "kept").touch()
+    p = train_once(repo, wheels)
+    assert "Successfully installed titan-video-stand-in-2.0" in p.communicate(timeout=60)[0] and p.returncode == 0 and (venv / "kept").exists()
+
+    # Metadata that looks complete does not make an interrupted installation complete.
+    complete = ["bash", "-c", f'ROOT="{repo}"; source "$ROOT/ensure_env.sh"; venv_is_complete']
+    assert subprocess.run(complete).returncode == 0
+    (venv / ".made_by").write_text("installing\n")
+    assert subprocess.run(complete).returncode != 0
+
+
+def test_a_foreign_venv_is_left_alone(repo, tmp_path):
+    (repo / ".venv").mkdir()
+    (repo / ".venv" / "pyvenv.cfg").touch()
+    (repo / "requirements.txt").write_text("titan-video-stand-in\n")
+    p = train_once(repo, tmp_path)
+    output, _ = p.communicate(timeout=30)
+    assert p.returncode == 1 and "was not made by this script" in output and not (repo / "started0").exists()
+
+
+def test_the_active_python_is_used_where_it_will_do(repo):
+    p = train_once(repo, repo)
+    output, _ = p.communicate(timeout=30)
+    assert p.returncode == 0 and not (repo / ".venv").exists() and "Python:" not in output
+    assert Path(facts(repo)["python"]).parent == Path(sys.executable).parent
+
+
+@pytest.mark.parametrize("have, requirement, fits", [
+    ("2.13.0+cpu", "==2.13.0", True), ("2.11.0", "==2.13.0", False), ("2.0", ">=2.0.0", True), ("1.10", ">=1.9", True), ("1.9", ">=1.10", False),
+    ("4.51.3", ">=4.51,<5", True), ("5.0", ">=4.51,<5", False), ("1.0", "; python_version >= \"3.8\"", True), ("1.0", "", True),
+    (None, "", False), (None, "; python_version < '3.8'", True),
+])
+def test_requirements_check(repo, tmp_path, have, requirement, fits):
+    if have:
+        info = tmp_path / "site" / "some_thing.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: some-thing\nVersion: {have}\n")
+        info.rename(info.with_name(f"some_thing-{have}.dist-info"))
+    (repo / "requirements.txt").write_text(f"some-thing{requirement}\n".replace("'", '"'))
+    script = f'ROOT="{repo}"; source "$ROOT/ensure_env.sh"; missing_requirements "{sys.executable}"'
+    p = subprocess.run(["bash", "-c", script], env=environment(PYTHONPATH=str(tmp_path / "site")), capture_output=True, text=True)
+    assert (p.returncode == 0) == fits, p
+    assert fits or p.stdout.startswith("some-thing")
+
+
+def test_run_tests_passes_arguments_and_exit_code(repo):
+    (repo / "test_it.py").write_text("import os\n\ndef test_good():\n    assert os.environ['HF_HUB_OFFLINE'] == '1'\n\n"
+                                     "def test_bad():\n    assert False\n")
+    for script, chosen, code in (("run_tests.sh", "good", 0), (".ci/run", "bad", 1)):
+        p = subprocess.run([str(repo / script), "-k", chosen, "-p", "no:cacheprovider"], cwd="/", env=environment(PYTHON=sys.executable),
+                           capture_output=True, text=True)
+        assert p.returncode == code and "1 deselected" in p.stdout, p
+
+
+SRUN = """#!/bin/bash
+# One node's share of the step: the task gets the signals that srun gets.
+printf '%s\\n' "$@" >srun.args
+while [[ $1 == --* ]]; do shift; done
+NGPU=1 "$@" &
+task=$!
+trap 'kill -USR2 $task' USR2
+wait $task; code=$?
+[ $code -le 128 ] || { wait $task; code=$?; }
+exit $code
+"""
+SCONTROL = """#!/bin/bash
+echo "$@" >>scontrol.args
+[ "$1 $2" != "show hostnames" ] || printf 'node07\\nnode08\\n'
+"""
+TORCHRUN = """#!/bin/bash
+# In place of the interpreter: torchrun would wait for the second node.
+case "$*" in *torch.distributed.run*) printf '%s\\n' "$@" >torchrun.args; python3 "${0%/*}/train.py"; exit $? ;; esac
+"""
+
+
+@pytest.mark.parametrize("signalled", [True, False])
+def test_slurm_script(repo, signalled):
+    tools = repo / "tools"
+    tools.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    (repo / "python").write_text(TORCHRUN)
+    (repo / "python").chmod(0o755)
+    if not signalled:
+        (repo / "train.py").write_text("import sys; sys.exit(5)")
+    env = environment(PYTHON=str(repo / "python"), SLURM_SUBMIT_DIR=str(repo), SLURM_JOB_ID="4321", SLURM_JOB_NODELIST="node[07-08]",
+                      SLURM_JOB_NUM_NODES="2")
+    env["PATH"] = f"{tools}:{env['PATH']}"
+    # Slurm runs a copy of the script from its spool folder.
+    spool = repo.parent / "slurm_script"
+    shutil.copy(repo / "multinode_trainer.slurm", spool)
+    p = subprocess.Popen(["bash", str(spool), "--training.steps", "9 9"], cwd=repo, env=env, **PIPES)
+    if signalled:
+        facts(repo)
+        p.send_signal(signal.SIGUSR2)
+    output, _ = p.communicate(timeout=30)
+    assert p.returncode == (0 if signalled else 5), output
+    asked = (repo / "scontrol.args").read_text().splitlines()
+    assert asked == ["show hostnames node[07-08]", *(["requeue 4321"] if signalled else [])]
+    given = (repo / "torchrun.args").read_text().splitlines()
+    options = dict(zip(given, given[1:]))
+    assert (options["--nnodes"], options["--nproc_per_node"], options["--rdzv_backend"]) == ("2", "1", "c10d")
+    assert (options["--rdzv_id"], options["--rdzv_endpoint"]) == ("4321", f"node07:{29500 + 321}")
+    assert given[-4:] == ["--job.config_file", "train_configs/debug.toml", "--training.steps", "9 9"]
+    if signalled:
+        assert (repo / "saved0").read_text() == "SIGUSR2"
