@@ -19,7 +19,8 @@ def flat_frames(count, width, height):
     return [np.full((height, width, 3), level(k), np.uint8) for k in range(count)]
 
 
-def write_clip(path, count=40, fps=25, width=64, height=48, codec="libx264", times=None, rotation=0, pix_fmt="yuv420p", frames=None, options=None, audio=False):
+def write_clip(path, count=40, fps=25, width=64, height=48, codec="libx264", times=None, rotation=0, pix_fmt="yuv420p", frames=None,
+               options=None, audio=False):  # fmt: skip
     """times: presentation times in milliseconds (variable rate) instead of `fps`. rotation: of the display, in degrees counter-clockwise."""
     import av
 

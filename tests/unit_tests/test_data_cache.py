@@ -177,6 +177,19 @@ def test_entries_keep_type_and_tell_their_origin(cache, dtype):
     assert [p.name for p in files(cache, "text")][-1] == "ab" * 32 + ".safetensors"
 
 
+def test_an_entry_appears_whole_and_synced(cache, monkeypatch):
+    path, calls = cache.path("text", "ab" * 32), []
+    sync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append(("sync", path.exists())) or sync(fd))
+    monkeypatch.setattr(os, "replace", lambda a, b: calls.append(("rename", path.exists())) or rename(a, b))
+    cache.write("text", "ab" * 32, torch.zeros(3), {})
+    assert calls == [("sync", False), ("rename", False)] and path.exists()
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        cache.write("text", "cd" * 32, torch.zeros(3), {})
+    assert [p for p in files(cache, "text") if p.is_file()] == [path]
+
+
 def test_damaged_entries_are_named(cache):
     key, rng = "ab" * 32, random.Random(0)
     cache.write("video", key, torch.randn(16, 2, 4, 4), {"source": "x.mp4"})

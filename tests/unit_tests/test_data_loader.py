@@ -144,7 +144,8 @@ def test_wrong_numbers_are_refused(data):
 
 def config_file(tmp_path, path):
     file = tmp_path / "run.toml"
-    file.write_text(f'[job]\ndump_folder = "{tmp_path}/out"\n[encoder]\nname = "debug"\n[data]\npath = "{path}"\nbuckets = [[17, 64, 64]]\nfps = 8.0\nnum_workers = 0\n')
+    data = f'[data]\npath = "{path}"\nbuckets = [[17, 64, 64]]\nfps = 8.0\nnum_workers = 0\n'
+    file.write_text(f'[job]\ndump_folder = "{tmp_path}/out"\n[encoder]\nname = "debug"\n{data}')
     return str(file)
 
 

@@ -8,7 +8,9 @@ import pytest
 from tests.unit_tests.data_clips import level, number, write_clip
 from titan_video.data.video import UnusableClip, decode, frame_indices, probe
 
-CONTAINERS = [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.mov", "libx264"), ("a.avi", "mpeg4"), ("x.avi", "libx264"), ("8.webm", "libvpx"), ("9.webm", "libvpx-vp9")]
+CONTAINERS = [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.mov", "libx264"), ("a.avi", "mpeg4"), ("x.avi", "libx264"),
+              ("8.webm", "libvpx"), ("9.webm", "libvpx-vp9")]  # fmt: skip
+RATES = [(25, 25, 40), (25, 0, 40), (30, 15, 61), (24, 30, 48), (23.976, 8, 100), (8, 16, 17), (29.97, 16, 90), (60, 7.5, 61)]
 
 
 def numbers(path, found, indices, bucket=None):
@@ -21,7 +23,7 @@ def numbers(path, found, indices, bucket=None):
 # ---- the frame count ----
 
 
-@pytest.mark.parametrize("source_fps, fps, count", [(25, 25, 40), (25, 0, 40), (30, 15, 61), (24, 30, 48), (23.976, 8, 100), (8, 16, 17), (29.97, 16, 90), (60, 7.5, 61)])
+@pytest.mark.parametrize("source_fps, fps, count", RATES)
 def test_frame_indices_follow_the_definition(source_fps, fps, count):
     times = [k / source_fps for k in range(count)]
     indices = frame_indices(times, count / source_fps, fps)
@@ -38,6 +40,15 @@ def test_equal_rate_is_identity_in_spite_of_rounded_times():
     times = [round(k / 30, 3) for k in range(300)]
     assert frame_indices(times, 10.0, 30) == list(range(300))
     assert frame_indices([t + 0.4 for t in times], 10.4, 30) == list(range(300))  # a clip that starts late starts with its first frame
+
+
+TABLE = [(60, 30, 15, 30, [0, 2, 4, 6]), (24, 24, 16, 16, [0, 1, 3, 4, 6]), (17, 8, 16, 34, [0, 0, 1, 1, 2, 2])]
+
+
+@pytest.mark.parametrize("count, source, fps, total, head", TABLE)
+def test_the_table_of_the_documentation(count, source, fps, total, head):
+    indices = frame_indices([k / source for k in range(count)], count / source, fps)
+    assert len(indices) == total and indices[: len(head)] == head
 
 
 def test_variable_rate_and_ends():

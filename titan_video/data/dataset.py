@@ -62,7 +62,8 @@ class Plan:
 
     def drop(self, failures: Mapping[str, str]) -> "Plan":
         """The plan without the clips that turned out to be unusable: {path: reason}."""
-        return replace(self, entries=tuple(replace(e, reason=failures[e.path], bucket=None) if e.kept and e.path in failures else e for e in self.entries))
+        failed = (replace(e, reason=failures[e.path], bucket=None) if e.kept and e.path in failures else e for e in self.entries)
+        return replace(self, entries=tuple(failed))
 
     def require_clips(self) -> None:
         """Raises ValueError, with the summary and what to do, when no clip is left."""
@@ -73,7 +74,8 @@ class Plan:
         too_short = [e for e in self.entries if e.reason.startswith("too short")]
         if too_short:
             longest = max(e.num_frames for e in too_short)
-            return f"The longest clip has {longest} frames at data.fps = {self.fps:g}: use a bucket of at most {(longest - 1) // 4 * 4 + 1} frames in data.buckets, or another data.fps"
+            fits = (longest - 1) // 4 * 4 + 1
+            return f"The longest clip has {longest} frames at data.fps = {self.fps:g}: add a bucket of {fits} frames or fewer, or change data.fps"
         return "Give clips (.mp4 and the like) with same-name .txt captions, or a metadata file that names both, as data.path"
 
     def write_jsonl(self, path: str | os.PathLike) -> None:

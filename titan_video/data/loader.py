@@ -60,7 +60,8 @@ class EntryReader:
         for b, text_LD in enumerate(texts):
             length, dim = text_LD.shape
             if length > self.max_text_length or dim != self.text_dim:
-                raise ValueError(f"{self.cache.path('text', keys[b])}: text of {length} x {dim}, the run takes {self.max_text_length} x {self.text_dim}")
+                path = self.cache.path("text", keys[b])
+                raise ValueError(f"{path}: text of {length} x {dim}, the run takes {self.max_text_length} x {self.text_dim}")
             text_BLD[b, :length] = text_LD
             mask_BL[b, :length] = True
         return text_BLD, mask_BL
@@ -78,12 +79,13 @@ class LatentLoader:
     """
 
     def __init__(
-        self, clips: Sequence[CachedClip], cache: LatentCache, null_text_key: str, *, local_batch_size: int, global_batch_size: int, dp_rank: int = 0,
-        dp_size: int = 1, seed: int = 0, shuffle: bool = True, caption_dropout: float = 0.0, max_text_length: int, text_dim: int, num_workers: int = 0,
-        prefetch_factor: int = 2, pin_memory: bool = False,
+        self, clips: Sequence[CachedClip], cache: LatentCache, null_text_key: str, *, local_batch_size: int, global_batch_size: int,
+        max_text_length: int, text_dim: int, dp_rank: int = 0, dp_size: int = 1, seed: int = 0, shuffle: bool = True, caption_dropout: float = 0.0,
+        num_workers: int = 0, prefetch_factor: int = 2, pin_memory: bool = False,
     ):  # fmt: skip
         if global_batch_size % (local_batch_size * dp_size):
-            raise ValueError(f"training.global_batch_size {global_batch_size} is no multiple of local_batch_size {local_batch_size} x data-parallel degree {dp_size}")
+            micro = f"local_batch_size {local_batch_size} x data-parallel degree {dp_size}"
+            raise ValueError(f"training.global_batch_size {global_batch_size} is no multiple of {micro}")
         by_bucket: dict[Any, list[CachedClip]] = {}
         for clip in clips:
             by_bucket.setdefault(clip.bucket, []).append(clip)

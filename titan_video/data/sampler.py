@@ -38,7 +38,8 @@ class GlobalSampler:
     def __init__(self, bucket_sizes: Sequence[int], global_batch_size: int, seed: int, shuffle: bool, fingerprint: str = ""):
         if not bucket_sizes or min(bucket_sizes) < 1:
             raise ValueError(f"every bucket needs a clip, got sizes {list(bucket_sizes)}")
-        self.sizes, self.global_batch_size, self.seed, self.shuffle, self.fingerprint = list(bucket_sizes), global_batch_size, seed, shuffle, fingerprint
+        self.sizes, self.global_batch_size = list(bucket_sizes), global_batch_size
+        self.seed, self.shuffle, self.fingerprint = seed, shuffle, fingerprint
         self.draws = [0] * len(self.sizes)
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  # bucket -> the order of the epoch last asked for
 
@@ -67,7 +68,8 @@ class GlobalSampler:
         """Raises ValueError when the clips are not those of the checkpoint: its position means nothing in another list."""
         if state["fingerprint"] != self.fingerprint or len(state["draws"]) != len(self.sizes):
             raise ValueError(
-                "the training clips (files, captions, data.fps, data.buckets, validation.holdout or encoders) are not those of the checkpoint, so its place "
-                "among them is lost; restore them, or start a new run from its weights: another job.dump_folder with checkpoint.initial_load_path = its step-N folder"
+                "the training clips (files, captions, data.fps, data.buckets, validation.holdout, encoders) are not those of the checkpoint, so its "
+                "place among them is lost; restore them, or start a new run from its weights: another job.dump_folder and "
+                "checkpoint.initial_load_path = its step-N folder"
             )
         self.draws = [int(n) for n in state["draws"]]

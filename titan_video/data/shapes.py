@@ -66,7 +66,7 @@ def generate(folder: Path, count: int, seed: int = 0) -> None:
         except ValueError:
             found = None
         if not isinstance(found, dict) or {k: found.get(k) for k in identity} != identity:
-            raise ValueError(f"{marker}: this set was made with other settings than {identity}; delete the folder or choose another data.cache_folder")
+            raise ValueError(f"{marker}: was made with other settings than {identity}; delete the folder or choose another data.cache_folder")
         if found.get("complete"):
             return
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
