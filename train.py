@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from titan_video.components.checkpoint import CheckpointManager, ModelState, OptimizerState
 from titan_video.components.ema import EmaWeights
@@ -320,6 +321,7 @@ class Trainer:
             closer()
 
 
+@record
 def main(argv: list[str]) -> None:
     init_logger()
     with main_guard():

@@ -11,7 +11,8 @@ from torch import nn
 
 from tests.helpers import diffusers_wan, hf_state_dict
 from titan_video.components import hf_storage
-from titan_video.components.hf_storage import clean_name, load_hf, plan_shards, public_names, save_hf
+from titan_video.components.hf_storage import load_hf, plan_shards, public_names, save_hf
+from titan_video.distributed.utils import clean_name
 from titan_video.models.spec import ModelSpec, NameRule, ParallelPlan
 from titan_video.models.wan import SPEC, WanArgs, WanModel
 

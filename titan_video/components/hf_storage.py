@@ -20,10 +20,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from titan_video.distributed.fsdp import reshard
+from titan_video.distributed.utils import clean_name
 from titan_video.models.spec import ModelSpec, NameRule
 
 STEM = "diffusion_pytorch_model"
@@ -31,11 +32,6 @@ CONFIG = "config.json"
 INDEX = f"{STEM}.safetensors.index.json"
 GIB = 1 << 30
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-
-
-def clean_name(name: str) -> str:
-    """A parameter's name without what activation checkpointing and compilation put into it."""
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
 def public_names(rules: Sequence[NameRule], our_names: Iterable[str]) -> dict[str, tuple[str, NameRule]]:
@@ -192,9 +188,7 @@ class _Writer:
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
     """Parameters by clean name. A forward without backward leaves FSDP's root gathered, in the type of the arithmetic: shard it again first."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    reshard(model)
     return {clean_name(name): p for name, p in model.named_parameters()}
 
 

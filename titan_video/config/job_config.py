@@ -85,7 +85,7 @@ class LrScheduler:
 class Parallelism:
     data_parallel_replicate_degree: int = opt(1, "HSDP: groups that each hold a whole sharded copy of the model.", ge=1)
     data_parallel_shard_degree: int = opt(-1, "FSDP: ranks over which a copy is sharded. -1: all that are left.", ge=-1)
-    fsdp_reshard_after_forward: Literal["default", "always", "never"] = opt("default", "Free a block's gathered weights after its forward. `default` is `always`.")
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = opt("default", "Free a block's gathered weights after its forward. `default`: yes, unless they are on one rank.")
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,11 @@ def split_holdout(clips: Sequence[CachedClip], share: float) -> tuple[list[Cache
 # ---- filling the cache ----
 
 
+def leave_process_group(worker: int) -> None:
+    """For DataLoader workers. Schedulers signal whole process groups; a worker that died of it would take down the trainer before it could save."""
+    os.setpgid(0, 0)
+
+
 class _Frames:
     """Decoded clips, or the reason why one cannot be decoded, by index."""
 
@@ -184,7 +189,7 @@ def _encode_videos(
 ) -> dict[str, str]:
     clips = {cache.video_key(e.sha256, e.bucket, plan.fps): e for e in plan.kept}
     keys = [key for key in sorted(clips)[rank::world_size] if not cache.has("video", key)]
-    loader = DataLoader(_Frames([clips[k] for k in keys]), batch_size=None, num_workers=min(num_workers, len(keys)))
+    loader = DataLoader(_Frames([clips[k] for k in keys]), batch_size=None, num_workers=min(num_workers, len(keys)), worker_init_fn=leave_process_group)
     failed: dict[str, str] = {}
     frames = iter(loader)
     for key in _progress(keys, "clips", log):

@@ -25,11 +25,16 @@ def blocks_of(model: nn.Module, plan: ParallelPlan) -> list[tuple[nn.ModuleDict,
 
 
 def apply_fsdp(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh, param_dtype: torch.dtype, reduce_dtype: torch.dtype, reshard_after_forward: str) -> None:
-    """Shard in place. reshard_after_forward: "always" or "default" frees a block's gathered weights after its forward, "never" keeps them for backward."""
+    """Shard in place.
+
+    reshard_after_forward: "always" frees a block's gathered weights after its forward and gathers them again for backward; "never" keeps them;
+    "default" is "always", but "never" where the weights are on one rank, as nothing is gathered there.
+    """
     # Inputs are cast by the modules themselves: a policy's cast would also hit times, rotations and modulation, which stay in float32.
     low = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     high = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-    reshard = reshard_after_forward != "never"
+    shard_degree = mesh.size(mesh.ndim - 1)
+    reshard = reshard_after_forward == "always" or (reshard_after_forward == "default" and shard_degree > 1)
 
     blocks = [container[key] for container, key in blocks_of(model, plan)]
     for block in blocks:

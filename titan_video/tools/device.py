@@ -11,8 +11,6 @@ import torch
 # Dense bfloat16 tensor-core TFLOP/s with float32 accumulation, from the vendors' data sheets (half of the figure "with sparsity").
 # The first entry whose words all occur in the device's name holds.
 PEAK_TFLOPS = (
-    ("B300", 2250.0),
-    ("GB200", 2500.0),
     ("B200", 2250.0),
     ("H200", 989.5),
     ("GH200", 989.5),
@@ -33,7 +31,6 @@ PEAK_TFLOPS = (
     ("RTX 5090", 209.5),
     ("RTX 4090", 165.2),
     ("RTX 3090", 71.0),
-    ("MI355X", 2516.0),
     ("MI325X", 1307.4),
     ("MI300X", 1307.4),
     ("MI250X", 191.5),  # one of the module's two dies, each a device of its own
