@@ -37,14 +37,24 @@ class Run:
             assert word in self.output, self.output
         return self
 
-    @property
-    def records(self):
-        """The training steps in metrics.jsonl, without what depends on the clock. Steps are whole and in order."""
+    def _rows(self, kind):
         path = self.folder / "metrics.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        rows = [{k: v for k, v in row.items() if "seconds" not in k and k != "time"} for row in rows if "loss" in row]
+        return [{k: v for k, v in row.items() if "seconds" not in k and k != "time"} for row in rows if kind in row]
+
+    @property
+    def records(self):
+        """The training steps in metrics.jsonl, without what depends on the clock: none is missing, none is there twice."""
+        rows = self._rows("loss")
         assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
         return rows
+
+    @property
+    def validations(self):
+        """What validation measured, by step."""
+        rows = self._rows("validation")
+        assert len({row["step"] for row in rows}) == len(rows)
+        return {row["step"]: row["validation"] for row in rows}
 
     def checkpoint(self, step):
         return self.folder / "checkpoint" / f"step-{step}"

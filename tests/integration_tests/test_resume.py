@@ -5,6 +5,7 @@ import random
 import shutil
 import signal
 import time
+import warnings
 from functools import partial
 
 import pytest
@@ -14,14 +15,19 @@ import torch.distributed.checkpoint as dcp
 from tests.helpers import kill_in_save, signal_at
 
 NUM_STEPS = 12
-EVERYTHING = {"ema.enable": "true", "ema.decay": 0.9, "training.global_batch_size": 4, "data.num_workers": 1, "activation_checkpoint.mode": "full"}
+EVERYTHING = {
+    "ema.enable": "true", "ema.decay": 0.9, "training.global_batch_size": 8, "data.num_workers": 1, "activation_checkpoint.mode": "full",
+    "validation.enable": "true", "validation.freq": 5, "validation.holdout": 0.2, "validation.num_videos": 0, "validation.timesteps": "0.5",
+}  # fmt: skip
 
 
 def tensors_of(folder):
     """All tensors of a checkpoint, read with DCP alone."""
     metadata = dcp.FileSystemReader(folder).read_metadata()
     state = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in metadata.state_dict_metadata.items()}
-    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is one process
+        dcp.load(state, checkpoint_id=folder, no_dist=True)
     return state
 
 
@@ -87,6 +93,8 @@ class Stopper:
     def finish(self):
         run = self._stopped(self.front.run("stopped", self.options, self.world).ok(), "loaded")
         assert len(run.records) == self.num_steps
+        # There is one more for each step that was the last one for a while.
+        assert {step: run.validations[step] for step in self.whole.validations} == self.whole.validations
         assert not list((run.folder / "checkpoint").glob("*.partial"))
         assert_same_checkpoint(run.checkpoint(self.num_steps), self.whole.checkpoint(self.num_steps))
         return run

@@ -1,0 +1,271 @@
+"""What a user meets: `run_train.sh`, `python train.py`, their outputs, and their messages when something is wrong."""
+
+import json
+import math
+import shutil
+import sys
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers import ROOT, hf_state_dict
+from tests.integration_tests.test_resume import tensors_of
+from tests.unit_tests.data_clips import captioned, write_clip
+from titan_video.config.manager import dump, load
+
+SHELL = [str(ROOT / "run_train.sh")]
+
+
+def decode(path):
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def tensorboard(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0})
+    events.Reload()
+    return events
+
+
+def num_frames(gif):
+    import io
+
+    with av.open(io.BytesIO(gif)) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+def test_debug_config_learns_and_shows_it(front):
+    """The default run with fewer clips and steps."""
+    steps = 100
+    options = {"training.steps": steps, "training.local_batch_size": 4, "data.path": "embedded:shapes-4", "optimizer.lr": 3e-3, "lr_scheduler.warmup_steps": 5,
+               "lr_scheduler.decay_ratio": 0.3, "checkpoint.interval": 60, "metrics.enable_tensorboard": "true", "validation.enable": "true",
+               "validation.freq": steps, "validation.num_videos": 2, "validation.sample_steps": 3, "validation.path": "embedded:shapes-12", "validation.max_clips": 3}
+    run = front.command("run", options).ok()
+    folder = run.folder
+
+    config = load(folder / "config.toml")
+    assert dump(config) == (folder / "config.toml").read_text() and config.training.steps == steps and config.job.description
+
+    losses = [row["loss"] for row in run.records]
+    assert len(losses) == steps and sum(losses[-10:]) / 10 < losses[0] / 2
+    assert all(math.isfinite(row["grad_norm"]) and row["samples"] == 4 * row["step"] for row in run.records)
+
+    for step in (60, steps):
+        manifest = json.loads((run.checkpoint(step) / "manifest.json").read_text())
+        assert {path.name for path in run.checkpoint(step).iterdir()} == {"manifest.json", *manifest["files"]}
+
+    for step in (0, steps):
+        clips = sorted((folder / "samples" / f"step-{step}").glob("*.mp4"))
+        assert len(clips) == 2 and all(decode(clip).shape == (17, 64, 64, 3) for clip in clips)
+
+    events = tensorboard(folder / "tb")
+    scalars = {name: [e.step for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    assert scalars.keys() >= {"loss_metrics/global_avg_loss", "loss_metrics/global_max_loss", "grad_norm", "lr", "throughput(tps)", "tflops",
+                              "time_metrics/end_to_end(s)", "time_metrics/data_loading(s)", "memory/max_reserved(GiB)"}
+    assert scalars["loss_metrics/global_avg_loss"] == [1, *range(10, steps + 1, 10)] and scalars["validation/loss"] == [0, steps]
+    tags = events.Tags()["images"]
+    assert len(tags) == 2
+    for tag in tags:
+        images = events.Images(tag)
+        assert [image.step for image in images] == [0, steps]
+        assert all((image.width, image.height, num_frames(image.encoded_image_string)) == (64, 64, 17) for image in images)
+
+
+def clips_of_all_kinds(folder):
+    folder.mkdir()
+    for k, (width, height, fps, count) in enumerate([(64, 64, 8, 17), (96, 64, 25, 60), (64, 112, 30, 70), (120, 90, 12, 40)]):
+        captioned(folder / f"good{k}.mp4", f"clip {k}", width=width, height=height, fps=fps, count=count)
+    captioned(folder / "short.mp4", count=10, fps=25)
+    captioned(folder / "truncated.mp4", count=60)
+    whole = (folder / "truncated.mp4").read_bytes()
+    (folder / "truncated.mp4").write_bytes(whole[: len(whole) // 2])
+    write_clip(folder / "silent.mp4", count=40)
+    return folder
+
+
+def test_own_clips_on_two_ranks(front):
+    """Clips of mixed size, rate and length; what is wrong with the bad ones is said, and the others are trained on."""
+    clips = clips_of_all_kinds(front.root / "clips")
+    options = {"data.path": clips, "data.num_workers": 1, "data.buckets": "[[17, 64, 64], [17, 64, 96]]", "training.steps": 3, "job.print_config": "true"}
+    run = front.command("run", options, NGPU="2").ok()
+    assert len(run.records) == 3 and {row["bucket"] for row in run.records} == {"17x64x64", "17x64x96"}
+    rows = {row["path"].rpartition("/")[2]: row for row in map(json.loads, (run.folder / "data_plan.jsonl").read_text().splitlines())}
+    assert {name for name, row in rows.items() if row["kept"]} == {"good0.mp4", "good1.mp4", "good2.mp4", "good3.mp4"}
+    for name in ("truncated.mp4", "silent.mp4", "short.mp4"):
+        reason = rows[name]["reason"]
+        assert reason and f"{name}:" in run.output and reason.partition(":")[0] in run.output
+    assert run.output.count("7 found, 4 kept, 3 dropped") == 1
+
+
+def test_no_usable_clip(front):
+    folder = front.root / "clips"
+    folder.mkdir()
+    write_clip(folder / "silent.mp4", count=40)
+    (folder / "broken.mp4").write_bytes(b"no video")
+    (folder / "broken.txt").write_text("text")
+    run = front.run("run", {"data.path": folder}).fails_with("no usable clip", "silent.mp4", "broken.mp4", "data.path")
+    assert not run.records
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"optimizer.lrr": 1}, ["optimizer.lrr", "optimizer.lr"]),
+    ({"training.steps": "many"}, ["training.steps", "many"]),
+    ({"optimizer.lr": -1}, ["optimizer.lr"]),
+    ({"data.path": "/no/such/folder"}, ["data.path", "/no/such/folder"]),
+    ({"data.buckets": "[[16, 64, 64]]"}, ["data.buckets", "13 or 17"]),
+    ({"parallelism.data_parallel_replicate_degree": 2}, ["parallelism.data_parallel_replicate_degree"]),
+    ({"training.global_batch_size": 3}, ["training.global_batch_size", "2 or 4"]),
+    ({"encoder.name": "wan"}, ["model.hf_assets_path"]),
+    ({"job.config_file": "no.toml"}, ["job.config_file", "no.toml"]),
+])  # fmt: skip
+def test_mistakes_in_the_configuration(front, options, words):
+    """One line that names the field, before there is a process group, a folder or a model."""
+    run = front.run("run", options, hook=forbid_process_group).fails_with(*words)
+    assert run.output.startswith("config error: ") and run.output.count("\n") == 1
+    assert not run.folder.exists()
+
+
+def forbid_process_group():
+    import torch.distributed as dist
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a process group was made")
+
+    dist.init_process_group = refuse
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"model.flavor": "tiny"}, ["model.flavor", "tiny", "debug"]),
+    ({"model.flavor": "t2v-1.3B"}, ["model.flavor", "encoder.name"]),
+])  # fmt: skip
+def test_parts_that_do_not_fit(front, options, words):
+    run = front.run("run", options).fails_with(*words)
+    assert run.output.count("\n") == 1 and not run.folder.exists()
+
+
+def layouts():
+    """name -> (ranks, options): the same global batch of four clips."""
+    yield "1", (1, {"training.local_batch_size": 4})
+    yield "1, accumulated", (1, {"training.local_batch_size": 1, "training.global_batch_size": 4})
+    yield "2", (2, {"training.local_batch_size": 2})
+    yield "4", (4, {"training.local_batch_size": 1})
+    yield "2x2", (4, {"training.local_batch_size": 1, "parallelism.data_parallel_replicate_degree": 2, "parallelism.data_parallel_shard_degree": 2})
+
+
+def test_layouts_have_the_same_losses(front):
+    results = {name: front.run(name, {"training.steps": 10, "checkpoint.enable": "false", **options}, world).ok().records for name, (world, options) in layouts()}
+    one = results["1"]
+    assert len(one) == 10 and len({row["loss"] for row in one}) == 10
+    for name, rows in results.items():
+        for row, expected in zip(rows, one, strict=True):
+            assert (row["samples"], row["tokens"], row["lr"]) == (expected["samples"], expected["tokens"], expected["lr"]), name
+            assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5), name
+            assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), name
+
+
+def test_a_loss_that_is_not_finite(front):
+    options = {"optimizer.lr": 1e30, "checkpoint.interval": 1, "fault_tolerance.max_nonfinite_steps": 3}
+    run = front.run("stop", options).fails_with("step 2:", "not finite", "optimizer.lr")
+    assert len(run.records) == 1 and "saved step-1 " in run.output and run.checkpoint(1).is_dir()
+    run = front.run("skip", {**options, "fault_tolerance.nonfinite": "skip"}).fails_with("step 4:", "fault_tolerance.max_nonfinite_steps")
+    assert "update skipped (2 of at most 3 in a row)" in run.output and len(run.records) == 3
+    assert not math.isfinite(float(run.records[-1]["loss"]))
+
+
+@pytest.fixture(scope="module")
+def exported(shared_front):
+    """`python train.py` alone: three steps with an average of the weights, exported."""
+    options = {"training.steps": 3, "ema.enable": "true", "ema.decay": 0.5, "checkpoint.last_save_in_hf": "true", "checkpoint.export_dtype": "float32"}
+    run = shared_front.command("exported", options, program=(sys.executable, str(ROOT / "train.py"))).ok()
+    assert len(run.records) == 3 and "exported to" in run.output
+    return run
+
+
+def weights(tensors, source):
+    return {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.partition(".")[0] == source}
+
+
+def assert_equal(ours, theirs):
+    assert ours.keys() == theirs.keys() and ours
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different, different
+
+
+def test_export_is_what_diffusers_loads(exported, front):
+    from diffusers import WanTransformer3DModel
+
+    from titan_video.models import get_args, get_spec
+
+    spec = get_spec("wan")
+    args = get_args(spec, "debug", "", 16)
+    average = weights(tensors_of(exported.checkpoint(3)), "ema")
+    public = hf_state_dict(average, spec, args)
+    assert_equal(WanTransformer3DModel.from_pretrained(exported.folder / "hf" / "transformer", torch_dtype=torch.float32).state_dict(), public)
+
+    # The export was cut short: the finished run makes it again, here as bfloat16.
+    shutil.copytree(exported.folder, front.root / "copy")
+    folder = front.root / "copy" / "hf" / "transformer"
+    (folder / "config.json").unlink()
+    again = front.run("copy", {"training.steps": 3, "ema.enable": "true", "checkpoint.last_save_in_hf": "true"}).ok()
+    assert "already at step 3" in again.output and "training from" not in again.output
+    loaded = WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.bfloat16).state_dict()
+    assert_equal({name: t.bfloat16() for name, t in loaded.items()}, {name: t.bfloat16() for name, t in public.items()})  # diffusers keeps some in float32
+
+
+@pytest.mark.parametrize("source", ["model", "ema"])
+def test_start_from_the_weights_of_another_run(exported, front, source):
+    """A step-N folder gives its weights, a diffusers folder what was exported: the average. A rate of almost nothing leaves them as they are."""
+    form = {"checkpoint.initial_load_in_hf": "true", "checkpoint.initial_load_path": exported.folder / "hf"} if source == "ema" else {
+        "checkpoint.initial_load_path": exported.checkpoint(3)}  # fmt: skip
+    options = {"training.steps": 1, "optimizer.lr": 1e-30, "ema.enable": "true", "checkpoint.interval": 1, **form}
+    run = front.run("run", options).ok()
+    expected, now = weights(tensors_of(exported.checkpoint(3)), source), tensors_of(run.checkpoint(1))
+    assert_equal(weights(now, "model"), expected)
+    assert_equal(weights(now, "ema"), expected)
+    assert run.records[0]["samples"] == 2 and run.records[0]["loss"] != exported.records[0]["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_default_run(front):
+    """As it is shipped: 500 steps, both kinds of losses and all four clips, in less than 5 minutes."""
+    import os
+    import subprocess
+    import time
+
+    env = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    start = time.monotonic()
+    p = subprocess.run(SHELL, cwd=front.root, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert p.returncode == 0, p.stdout + p.stderr
+    assert time.monotonic() - start < 300
+    rows = [json.loads(line) for line in (front.root / "outputs" / "debug" / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == 500 and sum(losses[-10:]) / 10 < losses[0] / 2
+    assert len(list((front.root / "outputs" / "debug" / "samples").glob("step-500/*.mp4"))) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_a_signal_to_the_script(front, ranks):
+    """From the shell's point of view: one signal to `run_train.sh`, exit code 0, a checkpoint; the same command goes on."""
+    import os
+    import signal
+    import subprocess
+    import time
+
+    env = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "NGPU": ranks}
+    log = front.root / "log"
+    for _ in range(2):
+        seen = len(log.read_text()) if log.exists() else 0
+        with log.open("a") as output:
+            p = subprocess.Popen([*SHELL, *front.argv("run", {"training.steps": 100000})], cwd=front.root, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+            while "step: " not in log.read_text()[seen:]:
+                assert p.poll() is None, log.read_text()
+                time.sleep(0.1)
+            p.send_signal(signal.SIGUSR2)
+            assert p.wait(60) == 0, log.read_text()
+    assert log.read_text().count("stopped by a signal after step") == 2 and log.read_text().count("loaded ") == 1
