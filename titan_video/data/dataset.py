@@ -93,8 +93,7 @@ class Plan:
     def summary(self) -> str:
         """Counts by bucket, and by reason with names, for people."""
         kept = self.kept
-        rate = f"{self.fps:g} fps" if self.fps else "their own frames"
-        lines = [f"data plan of {self.source} at {rate}: {len(self.entries)} found, {len(kept)} kept, {len(self.entries) - len(kept)} dropped"]
+        lines = [f"data plan of {self.source} at {self.fps:g} fps: {len(self.entries)} found, {len(kept)} kept, {len(self.entries) - len(kept)} dropped"]
         counts = Counter(e.bucket for e in kept)
         upscaled = Counter(e.bucket for e in kept if bucketing.is_upscaled(e.width, e.height, e.bucket))
         for b in self.buckets:
@@ -138,8 +137,7 @@ def _decide(record: ClipRecord, found: Probe | None, buckets: Sequence[Bucket], 
                     num_frames=len(indices), sha256=found.sha256)  # fmt: skip
     chosen = bucketing.choose(len(indices), found.width, found.height, buckets)
     if chosen is None:
-        rate = f"at {fps:g} fps" if fps else f"of its own ({found.fps:.4g} fps)"
-        return replace(entry, reason=f"too short: {len(indices)} frames {rate}, the shortest bucket takes {min(b[0] for b in buckets)}")
+        return replace(entry, reason=f"too short: {len(indices)} frames at {fps:g} fps, the shortest bucket takes {min(b[0] for b in buckets)}")
     return replace(entry, bucket=chosen, pts=tuple(found.pts[i] for i in indices[: chosen[0]]))
 
 

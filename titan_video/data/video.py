@@ -55,10 +55,10 @@ def frame_indices(times: Sequence[float], end: float, fps: float) -> list[int]:
     """Source frames of a clip resampled to `fps`; every frame count in the program comes from here.
 
     times: presentation times in seconds, ascending, at any spacing; end: when the last frame ends. The resampled frame at k / fps after
-    the first shows the last source frame that has begun by then. fps 0 takes every source frame once.
+    the first shows the last source frame that has begun by then.
     """
-    if not fps or not times:
-        return list(range(len(times)))
+    if not times:
+        return []
     indices, k = [], 0
     while (t := times[0] + k / fps) < end - TOLERANCE or k == 0:
         indices.append(bisect.bisect_right(times, t + TOLERANCE) - 1)
