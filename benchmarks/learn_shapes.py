@@ -77,7 +77,7 @@ def read_shape(cover: np.ndarray) -> str:
         "square": np.maximum(abs(x), abs(y)) < half,
         "triangle": (y < leg * 2 / 3) & (y > 2 * abs(x) - leg * 4 / 3),  # base and height 2 x leg, centre a third above the base
     }
-    return max(SHAPES, key=lambda name: 1 - abs(outlines[name] - cover).sum())
+    return min(SHAPES, key=lambda name: abs(outlines[name] - cover).sum())
 
 
 def score(frames_FHW3: np.ndarray) -> tuple[str, str, str] | None:

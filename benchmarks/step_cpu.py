@@ -1,6 +1,6 @@
 """The training step on a CPU, ours against the same step written with diffusers' class.
 
-    python benchmarks/step_cpu.py [--rounds 12] [--json FILE]
+    python benchmarks/step_cpu.py [--rounds 12] [--json FILE] [--write docs/performance.md]
 
 Same weights, same tokens, same AdamW; forward, loss, backward, clipping and update. Ours goes through the trainer's own path (FSDP2 at world size 1,
 compute_loss). The two take turns, and what is quoted is the median of the paired ratios, since these times drift with the machine. The losses of both
@@ -13,6 +13,7 @@ import logging
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from titan_video.distributed.utils import clip_grad_norm, init_distributed  # no
 from titan_video.flow.matching import interpolate, velocity  # noqa: E402
 from titan_video.models.wan import SPEC, WanArgs, WanModel, args_to_hf  # noqa: E402
 
+MARKER = "<!-- step_cpu -->"
 CASES = {
     "4 layers x 256, 320 tokens x 4": (WanArgs(dim=256, num_heads=4, num_layers=4, ffn_dim=1024, text_dim=256, text_len=64), (5, 16, 16), 4),
     "4 layers x 512, 1,280 tokens": (WanArgs(dim=512, num_heads=4, num_layers=4, ffn_dim=2048, text_dim=512, text_len=512), (5, 32, 32), 1),
@@ -104,30 +106,36 @@ def compare(name: str, rounds: int, work: Path) -> dict:
     return {"case": name, "seconds": medians, "ratio": statistics.median(ratios), "ratio_quartiles": [quartiles[0], quartiles[2]], "rounds": rounds}
 
 
-def main() -> None:
+def table(results: list[dict], versions: dict) -> str:
+    lines = ["| case | ours, s | diffusers, s | ratio (quartiles) |", "|---|---|---|---|"]
+    for r in results:
+        low, high = r["ratio_quartiles"]
+        lines.append(f"| {r['case']} | {r['seconds']['ours']:.3f} | {r['seconds']['diffusers']:.3f} | {r['ratio']:.3f} ({low:.3f} to {high:.3f}) |")
+    return "\n".join([*lines, "", ", ".join(f"{k} {v}" for k, v in versions.items()) + f"; {results[0]['rounds']} rounds, eager, float32."])
+
+
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--write", type=Path, help=f"Markdown file whose part between two {MARKER} lines is replaced by the table")
     parser.add_argument("--cases", nargs="*", default=list(CASES), help="some of the cases, by name")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     logging.disable(logging.WARNING)
     init_distributed(torch.device("cpu"), 600)
-    import tempfile
-
     import diffusers
 
     with tempfile.TemporaryDirectory() as work:
         results = [compare(name, options.rounds, Path(work)) for name in options.cases]
     torch.distributed.destroy_process_group()
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
-    print("| case | ours, s | diffusers, s | ratio (quartiles) |\n|---|---|---|---|")
-    for r in results:
-        low, high = r["ratio_quartiles"]
-        print(f"| {r['case']} | {r['seconds']['ours']:.3f} | {r['seconds']['diffusers']:.3f} | {r['ratio']:.3f} ({low:.3f} to {high:.3f}) |")
-    print(", ".join(f"{k} {v}" for k, v in versions.items()) + f", {options.rounds} rounds, eager, float32")
+    print(table(results, versions))
     if options.json:
         options.json.write_text(json.dumps({"versions": versions, "results": results}, indent=2) + "\n")
+    if options.write:
+        before, _, after = options.write.read_text().split(MARKER)
+        options.write.write_text(f"{before}{MARKER}\n{table(results, versions)}\n{MARKER}{after}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
