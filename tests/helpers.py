@@ -102,6 +102,8 @@ def _program(argv, log, env, hook):
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(env)
+    # A child of a fork server would start its data workers from another one, and these outlive a kill. Back to this Python's default.
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     import torch
 
     import train

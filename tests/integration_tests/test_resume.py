@@ -17,7 +17,7 @@ from tests.helpers import kill_in_save, signal_at
 NUM_STEPS = 12
 EVERYTHING = {
     "ema.enable": "true", "ema.decay": 0.9, "training.global_batch_size": 8, "data.num_workers": 1, "activation_checkpoint.mode": "full",
-    "validation.enable": "true", "validation.freq": 5, "validation.holdout": 0.2, "validation.num_videos": 0, "validation.timesteps": "0.5",
+    "validation.enable": "true", "validation.freq": 4, "validation.holdout": 0.2, "validation.num_videos": 0, "validation.timesteps": "0.5",
 }  # fmt: skip
 
 
