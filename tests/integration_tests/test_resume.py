@@ -101,8 +101,8 @@ class Stopper:
 
 
 def test_one_rank(front, uninterrupted):
-    options = {**EVERYTHING, "checkpoint.async_mode": "async", "checkpoint.interval": 4}
-    stop = Stopper(front, uninterrupted(EVERYTHING, 1), options, 1)
+    options = {**EVERYTHING, "training.global_batch_size": 4}
+    stop = Stopper(front, uninterrupted(options, 1), {**options, "checkpoint.async_mode": "async", "checkpoint.interval": 4}, 1)
     stop.by_signal(2, signal.SIGUSR2)
     stop.by_last_step(5)
     stop.by_kill_in_save(8)
@@ -113,10 +113,10 @@ def test_one_rank(front, uninterrupted):
 
 def test_four_ranks(front, uninterrupted):
     """One rank has the signal, all save. Then one dies while saving."""
-    options = {"ema.enable": "true", "checkpoint.async_mode": "disabled", "checkpoint.interval": 4}
-    stop = Stopper(front, uninterrupted({"ema.enable": "true"}, 4), options, 4)
-    stop.by_signal(3, signal.SIGTERM, rank=2)
-    stop.by_kill_in_save(8)
+    options = {"ema.enable": "true", "checkpoint.async_mode": "disabled", "checkpoint.interval": 3}
+    stop = Stopper(front, uninterrupted({"ema.enable": "true"}, 4, 8), options, 4, 8)
+    stop.by_signal(2, signal.SIGTERM, rank=2)
+    stop.by_kill_in_save(6)
     stop.finish()
 
 
