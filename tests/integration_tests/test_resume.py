@@ -68,7 +68,8 @@ class Stopper:
         return run
 
     def by_signal(self, step, signum, rank=0):
-        run = self._stopped(self.front.run("stopped", self.options, self.world, partial(signal_at, step, signum, rank)).ok(), f"stopped by a signal after step {step};")
+        run = self.front.run("stopped", self.options, self.world, partial(signal_at, step, signum, rank)).ok()
+        self._stopped(run, f"stopped by a signal after step {step};")
         assert len(run.records) == step and run.checkpoint(step).is_dir()
 
     def by_last_step(self, step):
@@ -127,7 +128,8 @@ def test_four_ranks(front, uninterrupted):
 def test_twenty_stops(front, uninterrupted, world, mode):
     """Twenty different steps, three ways to stop. Only each third checkpoint comes from the interval."""
     num_steps, rng = 63, random.Random(f"{world} {mode}")
-    stop = Stopper(front, uninterrupted(EVERYTHING, world, num_steps), {**EVERYTHING, "checkpoint.async_mode": mode, "checkpoint.interval": 3}, world, num_steps)
+    options = {**EVERYTHING, "checkpoint.async_mode": mode, "checkpoint.interval": 3}
+    stop = Stopper(front, uninterrupted(EVERYTHING, world, num_steps), options, world, num_steps)
     for number, step in enumerate(range(3, 63, 3)):
         step -= rng.randrange(3)
         if number % 4 == 0:
@@ -191,4 +193,5 @@ def test_an_invalid_checkpoint_is_passed_over(front, short, uninterrupted):
     run = front.run("damaged", {"training.steps": 3}).ok()
     assert "step-2 is not valid" in run.output and "training from step 2 to 3" in run.output
     assert run.records == uninterrupted({}, 1).records[:3]
-    assert sorted(path.name for path in folder.iterdir()) == ["step-1", "step-2", "step-3"]  # the partial one goes, the damaged one is kept for its owner to see
+    # The partial one goes, the damaged one is kept for its owner to see.
+    assert sorted(path.name for path in folder.iterdir()) == ["step-1", "step-2", "step-3"]
