@@ -35,9 +35,12 @@ if ((gpus > 0)) && [ -z "${PYTORCH_CUDA_ALLOC_CONF:-}" ]; then
 fi
 train=("$ROOT/train.py" --job.config_file "$CONFIG_FILE" "$@")
 
-if ((NGPU == 1 && NNODES == 1)); then
+if ((NGPU == 1 && NNODES == 1)) || [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
     exec "$PYTHON" "${train[@]}"    # one process, all cores, and signals reach it directly
 fi
+
+# torchrun would bury a mistake in the configuration under its own report, so it is looked for first.
+PYTHONPATH=$ROOT "$PYTHON" -m titan_video.config check $((NNODES * NGPU)) "${train[@]:1}" || exit 1
 
 # Several processes share the cores; without this torchrun would give each a single thread.
 cores=$(nproc)

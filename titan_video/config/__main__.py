@@ -1,6 +1,13 @@
-"""Prints docs/config.md, made of nothing but the dataclasses: `python -m titan_video.config > docs/config.md`."""
+"""Two small programs, neither of which needs torch.
 
-from titan_video.config.manager import default_text, describe, limits_of, options, sections
+    python -m titan_video.config > docs/config.md                       print the reference page, made of nothing but the dataclasses
+    python -m titan_video.config check WORLD_SIZE [arguments of train.py]    end with 1 and a message if a run on so many ranks would be refused
+"""
+
+import sys
+
+from titan_video.config.check import check
+from titan_video.config.manager import default_text, describe, limits_of, main_guard, options, parse_args, sections
 
 HEAD = """# Configuration
 
@@ -27,4 +34,8 @@ def markdown() -> str:
 
 
 if __name__ == "__main__":
-    print(markdown(), end="")
+    if sys.argv[1:2] == ["check"]:
+        with main_guard():
+            check(parse_args(sys.argv[3:]), int(sys.argv[2]))
+    else:
+        print(markdown(), end="")
