@@ -42,6 +42,12 @@ time.sleep(float(os.environ.get("SAVE_SECONDS", "0.3")))
 (here / f"saved{rank}").write_text(signal.Signals(signals[0]).name)
 """
 
+CHECK = """
+import sys
+assert sys.argv[1] == "check"
+sys.exit(f"refused for {sys.argv[2]} ranks: {sys.argv[3:]}" if "--refuse" in sys.argv else 0)
+"""
+
 
 @pytest.fixture
 def repo(tmp_path):
@@ -53,6 +59,8 @@ def repo(tmp_path):
     (root / "train_configs" / "debug.toml").touch()
     (root / "train.py").write_text(TRAIN)
     (root / "requirements.txt").write_text("pip\n")
+    (root / "titan_video" / "config").mkdir(parents=True)
+    (root / "titan_video" / "config" / "__main__.py").write_text(CHECK)
     return root
 
 
@@ -305,3 +313,11 @@ def test_slurm_script(repo, signalled):
     assert given[-4:] == ["--job.config_file", "train_configs/debug.toml", "--training.steps", "9 9"]
     if signalled:
         assert (repo / "saved0").read_text() == "SIGUSR2"
+
+
+def test_a_mistake_is_reported_before_torchrun_starts(repo):
+    process = start(repo, "--refuse", NGPU="2")
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 1
+    assert "refused for 2 ranks: ['--job.config_file', 'train_configs/debug.toml', '--refuse']" in output
+    assert "Traceback" not in output and not list(repo.glob("started*"))

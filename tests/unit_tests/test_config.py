@@ -377,3 +377,14 @@ def test_degrees_and_accumulation():
         data_parallel_degrees(Parallelism(data_parallel_replicate_degree=4), 6)
     with pytest.raises(ConfigError, match="nearest 16 or 24"):
         gradient_accumulation(replace(Training(), local_batch_size=2, global_batch_size=20), 4)
+
+
+def test_check_command_refuses_without_a_traceback():
+    def run(*argv):
+        return subprocess.run([sys.executable, "-m", "titan_video.config", "check", *argv], capture_output=True, text=True, cwd=ROOT)
+
+    toml = str(ROOT / "train_configs" / "debug.toml")
+    assert run("2", "--job.config_file", toml).returncode == 0
+    for argv, field in ((["--training.stepz", "3"], "training.steps"), (["--parallelism.data_parallel_shard_degree", "3"], "parallelism.data_parallel_shard_degree")):
+        refused = run("2", "--job.config_file", toml, *argv)
+        assert refused.returncode == 1 and field in refused.stderr and "Traceback" not in refused.stderr
