@@ -69,7 +69,9 @@ class Trainer:
         self.meshes = self.dims.build_mesh(self.device.type)
         # Waiting for another rank's encoding, or agreeing on a signal, takes place on the host.
         self.host_group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-        torch.use_deterministic_algorithms(config.debug.deterministic)
+        if config.debug.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this, and reads it at its first use
+            torch.use_deterministic_algorithms(True)
 
         # --- architecture, encoders, objective ---
         self.spec = get_spec(config.model.name)
@@ -116,11 +118,12 @@ class Trainer:
 
     def check_encoders(self) -> None:
         """The model and the encoders do not know each other; here they meet."""
-        e, a, flavor = self.encoders, self.args, f"model.flavor = {self.config.model.flavor!r}"
+        e, a = self.encoders, self.args
+        flavor, encoder = f"model.flavor = {self.config.model.flavor!r}", f"encoder.name = {self.config.encoder.name!r}"
         if e.text_dim != a.text_dim:
-            raise ValueError(f"{flavor} takes text of width {a.text_dim}, encoder.name = {self.config.encoder.name!r} gives {e.text_dim}: choose the two to fit")
+            raise ValueError(f"{flavor} takes text of width {a.text_dim}, {encoder} gives {e.text_dim}: choose the two to fit")
         if e.channels != a.in_channels:
-            raise ValueError(f"{flavor} takes {a.in_channels} latent channels, encoder.name = {self.config.encoder.name!r} gives {e.channels}")
+            raise ValueError(f"{flavor} takes {a.in_channels} latent channels, {encoder} gives {e.channels}: choose the two to fit")
         for bucket in self.config.data.buckets:
             token_shape(self.latent_shape(bucket)[1:], a.patch)
 
@@ -213,9 +216,9 @@ class Trainer:
     # ---------------------------------------------------------------- step
 
     def train_step(self, batches: list[Batch], data_seconds: float, start: float) -> None:
-        """One optimizer step over this rank's micro-batches: their losses are divided by the elements of all ranks, so gradients only need summing."""
+        """One optimizer step over this rank's micro-batches. Losses are divided by the elements of all ranks, so gradients only need summing."""
         lr = self.scheduler.set_step(self.step)
-        sizes = torch.tensor([sum(x) for x in zip(*((b.latents_BCFHW.numel(), self.num_tokens(b) * len(b.sample_ids_B)) for b in batches), strict=True)])
+        sizes = torch.tensor([sum(b.latents_BCFHW.numel() for b in batches), sum(self.num_tokens(b) * len(b.sample_ids_B) for b in batches)])
         num_elements, num_tokens = reduce_over(self.meshes.batch, sizes, "sum").tolist()
 
         loss = torch.zeros((), device=self.device)
@@ -275,7 +278,7 @@ class Trainer:
         c = self.config
         last_step, freq = c.training.steps, c.validation.freq
         if self.step >= last_step:
-            logger.info(f"{self.folder} is already at step {self.step} of {last_step}: raise training.steps to go on, or choose another job.dump_folder")
+            logger.info(f"{self.folder} is already at step {self.step} of {last_step}: raise training.steps to go on, or change job.dump_folder")
             exported = self.folder / "hf" / self.spec.hf_folder / "config.json"
             if self.step == last_step and not broadcast_from_zero(exported.is_file, self.host_group):
                 self.export()  # asked for later, or the run was killed between its last checkpoint and this

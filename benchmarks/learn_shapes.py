@@ -90,7 +90,8 @@ def score(frames_FHW3: np.ndarray) -> tuple[str, str, str] | None:
 
 def tally(read: list[tuple[str, str, str] | None], wanted: list[tuple[str, str, str]]) -> dict[str, float]:
     """Share of clips of which colour, shape and direction were right."""
-    return {what: float(np.mean([r is not None and r[i] == w[i] for r, w in zip(read, wanted, strict=True)])) for i, what in enumerate(("colour", "shape", "direction"))}
+    shares = [np.mean([r is not None and r[i] == w[i] for r, w in zip(read, wanted, strict=True)]) for i in range(3)]
+    return dict(zip(("colour", "shape", "direction"), map(float, shares), strict=True))
 
 
 # ---- the run ----
@@ -128,8 +129,9 @@ def generate(dump_folder: Path, out: Path, per_prompt: int, seed: int) -> list[n
     text, mask = (torch.cat(parts) for parts in zip(*padded, strict=True))
     (frames, height, width), v = config.data.buckets[0], config.validation
     shape = (encoders.channels, (frames - 1) // encoders.stride_t + 1, height // encoders.stride_s, width // encoders.stride_s)
+    ids = list(range(len(prompts)))
     latents = sample_latents(
-        model, args.patch, text[:-1], mask[:-1], text[-1:], mask[-1:], shape, list(range(len(prompts))), seed, v.sample_steps, v.guidance_scale, v.sample_shift
+        model, args.patch, text[:-1], mask[:-1], text[-1:], mask[-1:], shape, ids, seed, v.sample_steps, v.guidance_scale, v.sample_shift
     )
     clips = [c.permute(1, 2, 3, 0).numpy() for c in encoders.decode_video(latents)]
     out.mkdir(parents=True, exist_ok=True)
@@ -142,7 +144,8 @@ def contact_sheet(clips: list[np.ndarray], path: Path) -> None:
     """The first clip of every prompt, five frames each, in rows."""
     from PIL import Image
 
-    rows = [np.concatenate([clips[i][k] for i in range(row, row + 4) for k in np.linspace(0, len(clips[i]) - 1, 5).astype(int)], axis=1) for row in range(0, COMBINATIONS, 4)]
+    strips = [np.concatenate([clip[k] for k in np.linspace(0, len(clip) - 1, 5).astype(int)], axis=1) for clip in clips[:COMBINATIONS]]
+    rows = [np.concatenate(strips[i : i + 4], axis=1) for i in range(0, COMBINATIONS, 4)]
     Image.fromarray(np.concatenate(rows, axis=0)).save(path)
 
 
@@ -181,8 +184,8 @@ def main() -> None:
     read = [score(c) for c in clips]
     scores["generated clips"] = tally(read, wanted) | {"clips": len(clips)}
     contact_sheet(clips, dump_folder / "learn_shapes.png")
-    run = (f"`{Path(options.config).name}`: {records[-1]['step']} steps of {config.training.local_batch_size} clips, {train_minutes:.1f} minutes of training steps"
-           f" on {torch.get_num_threads()} CPU threads; torch {torch.__version__}, Python {platform.python_version()}.")  # fmt: skip
+    run = (f"`{Path(options.config).name}`: {records[-1]['step']} steps of {config.training.local_batch_size} clips, {train_minutes:.1f} minutes "
+           f"of training steps on {torch.get_num_threads()} CPU threads; torch {torch.__version__}, Python {platform.python_version()}.")  # fmt: skip
     result = {"scores": scores, "run": run, "minutes": minutes}
     (dump_folder / "learn_shapes.json").write_text(json.dumps(result, indent=2) + "\n")
     print(table(result))

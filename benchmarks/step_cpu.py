@@ -36,14 +36,17 @@ MARKER = "<!-- step_cpu -->"
 CASES = {
     "4 layers x 256, 320 tokens x 4": (WanArgs(dim=256, num_heads=4, num_layers=4, ffn_dim=1024, text_dim=256, text_len=64), (5, 16, 16), 4),
     "4 layers x 512, 1,280 tokens": (WanArgs(dim=512, num_heads=4, num_layers=4, ffn_dim=2048, text_dim=512, text_len=512), (5, 32, 32), 1),
-    "2 layers x 1536 (1.3B's block), 640 tokens": (WanArgs(dim=1536, num_heads=12, num_layers=2, ffn_dim=8960, text_dim=512, text_len=512), (10, 16, 16), 1),
+    "2 layers x 1536 (1.3B's block), 640 tokens": (
+        WanArgs(dim=1536, num_heads=12, num_layers=2, ffn_dim=8960, text_dim=512, text_len=512), (10, 16, 16), 1,
+    ),  # fmt: skip
 }
 
 
 def our_step(args: WanArgs, folder: Path):
     with torch.device("meta"):
         model = WanModel(args)
-    parallelize(model, SPEC.plan, ParallelDims(1, 1).build_mesh("cpu"), Parallelism(), Training(mixed_precision_param="float32"), ActivationCheckpoint(), Compile())
+    meshes, training = ParallelDims(1, 1).build_mesh("cpu"), Training(mixed_precision_param="float32")
+    parallelize(model, SPEC.plan, meshes, Parallelism(), training, ActivationCheckpoint(), Compile())
     model.to_empty(device="cpu")
     load_hf(model, folder, SPEC, args)
     optimizer = build_optimizer(model, Optimizer())
@@ -128,7 +131,8 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as work:
         results = [compare(name, options.rounds, Path(work)) for name in options.cases]
     torch.distributed.destroy_process_group()
-    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
+    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}
+    versions["threads"] = torch.get_num_threads()
     print(table(results, versions))
     if options.json:
         options.json.write_text(json.dumps({"versions": versions, "results": results}, indent=2) + "\n")

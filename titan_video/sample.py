@@ -70,7 +70,8 @@ def generate(config: JobConfig, folder: Path, options: argparse.Namespace) -> to
 
     frames, height, width = options.size
     latent_CFHW = (encoders.channels, (frames - 1) // encoders.stride_t + 1, height // encoders.stride_s, width // encoders.stride_s)
-    latents = sample_latents(model, args.patch, text, mask, null, null_mask, latent_CFHW, [0], options.seed, options.steps, options.guidance, options.shift)
+    settings = options.seed, options.steps, options.guidance, options.shift
+    latents = sample_latents(model, args.patch, text, mask, null, null_mask, latent_CFHW, [0], *settings)
     return encoders.decode_video(latents)[0].permute(1, 2, 3, 0).cpu()
 
 
@@ -83,7 +84,8 @@ def size(text: str) -> tuple[int, int, int]:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m titan_video.sample", description="Generate a clip from a checkpoint. What is not given is taken from the run's TOML.")
+    about = "Generate a clip from a checkpoint. What is not given is taken from the run's TOML."
+    parser = argparse.ArgumentParser(prog="python -m titan_video.sample", description=about)
     parser.add_argument("checkpoint", type=Path, help="step-N folder, or a run's dump folder")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--out", type=Path, required=True, help="mp4 file to write")
@@ -103,7 +105,8 @@ def main(argv: list[str]) -> None:
     try:
         folder, config = find_checkpoint(options.checkpoint)
         v = config.validation
-        defaults = {"size": config.data.buckets[0], "steps": v.sample_steps, "guidance": v.guidance_scale, "shift": v.sample_shift, "fps": config.data.fps}
+        defaults = {"size": config.data.buckets[0], "fps": config.data.fps}
+        defaults |= {"steps": v.sample_steps, "guidance": v.guidance_scale, "shift": v.sample_shift}
         for name, value in defaults.items():
             if getattr(options, name) is None:
                 setattr(options, name, value)

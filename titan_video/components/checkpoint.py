@@ -370,13 +370,13 @@ class CheckpointManager:
         files.write_text(partial / files.STATE, json.dumps(state, indent=1, sort_keys=True) + "\n")
         entries = {**entries, **{name: files.describe(partial / name) for name in (files.METADATA, files.STATE)}}
         files.write_manifest(partial, step, self.ranks.world, entries)
-        files.fsync_folder(partial)
+        files.fsync_path(partial)
         final = files.step_folder(self.folder, step)
         if final.exists():
             # An invalid one, or one of an abandoned branch (load_step): this run stands on another, older checkpoint.
             files.discard(final)
         os.rename(partial, final)
-        files.fsync_folder(self.folder)
+        files.fsync_path(self.folder)
         if self.section.keep_latest_k:
             # Newer steps are of an abandoned branch; they neither count nor are they ours to remove.
             valid = [n for n in files.list_steps(self.folder) if n <= step and files.looks_valid(files.step_folder(self.folder, n))]

@@ -78,7 +78,7 @@ def discard(path: Path) -> None:
     shutil.rmtree(old)
 
 
-def fsync_folder(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

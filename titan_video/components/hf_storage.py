@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from titan_video.components.checkpoint_io import fsync_path
 from titan_video.distributed.fsdp import reshard
 from titan_video.distributed.utils import clean_name
 from titan_video.models.spec import ModelSpec, NameRule
@@ -155,7 +156,7 @@ class _Writer:
         with self._guarded():
             path = self.folder / f"{file_name}.tmp"
             save_file(shard, path, metadata={"format": "pt"})
-            _fsync(path)
+            fsync_path(path)
             expected = {name: (tuple(t.shape), DTYPE_NAMES[t.dtype]) for name, t in shard.items()}
             if _header(path) != expected:
                 raise ValueError(f"{path} does not hold what was written to it")
@@ -167,7 +168,7 @@ class _Writer:
             return
         with self._guarded():
             (self.folder / CONFIG).unlink(missing_ok=True)
-            _fsync(self.folder)
+            fsync_path(self.folder)
             for old in [*self.folder.glob(f"{STEM}*.safetensors"), self.folder / INDEX]:
                 old.unlink(missing_ok=True)
             file_names = sorted(set(self.weight_map.values()))
@@ -175,14 +176,14 @@ class _Writer:
                 os.replace(self.folder / f"{name}.tmp", self.folder / name)
             if len(file_names) > 1:
                 self._write_json(INDEX, {"metadata": {"total_size": total_size}, "weight_map": self.weight_map})
-            _fsync(self.folder)
+            fsync_path(self.folder)
             self._write_json(CONFIG, config)
-            _fsync(self.folder)
+            fsync_path(self.folder)
 
     def _write_json(self, name: str, content: dict) -> None:
         path = self.folder / f"{name}.tmp"
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-        _fsync(path)
+        fsync_path(path)
         os.replace(path, self.folder / name)
 
 
@@ -288,14 +289,6 @@ def _opened(path: Path) -> Iterator[Any]:
             yield stored
     except (OSError, SafetensorError) as e:
         raise ValueError(f"{path} is missing, incomplete or damaged: {e}") from e
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _some(names: Sequence[str]) -> str:

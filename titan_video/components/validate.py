@@ -99,9 +99,8 @@ class Validator:
         folder.mkdir(parents=True, exist_ok=True)
         for index, counted in dealt_out(len(p.prompts), self.mesh.get_local_rank(), self.mesh.size()):
             text, mask, null, null_mask = (x.to(self.device) for x in (p.text_BLD[index, None], p.mask_BL[index, None], p.null_BLD, p.null_mask_BL))
-            latents = sample_latents(
-                self.model, self.patch, text, mask, null, null_mask, self.latent_CFHW, [index], self.seed, c.sample_steps, c.guidance_scale, c.sample_shift
-            )
+            settings = c.sample_steps, c.guidance_scale, c.sample_shift
+            latents = sample_latents(self.model, self.patch, text, mask, null, null_mask, self.latent_CFHW, [index], self.seed, *settings)
             if counted:
                 frames = self.decode(latents)[0].permute(1, 2, 3, 0).cpu()
                 write_mp4(folder / f"{index}_{file_name(p.prompts[index])}.mp4", frames.numpy(), self.fps)

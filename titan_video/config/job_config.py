@@ -40,8 +40,12 @@ class Encoder:
 class Data:
     path: str = opt("", "Folder of clips with same-name .txt captions, or a metadata .csv/.jsonl file (or a folder that holds one). "
                         "`embedded:shapes-N` generates N clips of moving shapes.")
-    buckets: tuple[tuple[int, ...], ...] = opt(((81, 480, 832),), "Training sizes [frames, height, width]; frames = 4k+1. A clip goes to the bucket of nearest "
-                                                                  "aspect ratio among those with the most frames it can fill.", ge=1)
+    buckets: tuple[tuple[int, ...], ...] = opt(
+        ((81, 480, 832),),
+        "Training sizes [frames, height, width]; frames = 4k+1. A clip goes to the bucket of nearest aspect ratio among those with the most frames "
+        "it can fill.",
+        ge=1,
+    )
     fps: float = opt(16.0, "Frames per second every clip is resampled to.", gt=0)
     caption_dropout: float = opt(0.1, "Share of draws trained with the empty caption, for classifier-free guidance.", ge=0, le=1)
     shuffle: bool = opt(True, "Draw the clips in a new random order each epoch.")
@@ -57,7 +61,9 @@ class Training:
                                      "-1: exactly one micro-batch.", ge=-1)
     steps: int = opt(10000, "Optimizer steps of the whole run.", ge=1)
     max_norm: float = opt(1.0, "Gradient norm is clipped to this; 0 does not clip.", ge=0)
-    mixed_precision_param: Literal["bfloat16", "float32"] = opt("bfloat16", "Arithmetic of the model. Master weights, time embedding and modulation stay in float32.")
+    mixed_precision_param: Literal["bfloat16", "float32"] = opt(
+        "bfloat16", "Arithmetic of the model. Master weights, time embedding and modulation stay in float32."
+    )
     mixed_precision_reduce: Literal["float32"] = opt("float32", "Arithmetic of the gradient reduction.")
     gc_freq: int = opt(50, "Python's garbage collector runs every so many steps, on all ranks at once.", ge=1)
 
@@ -85,7 +91,9 @@ class LrScheduler:
 class Parallelism:
     data_parallel_replicate_degree: int = opt(1, "HSDP: groups that each hold a whole sharded copy of the model.", ge=1)
     data_parallel_shard_degree: int = opt(-1, "FSDP: ranks over which a copy is sharded. -1: all that are left.", ge=-1)
-    fsdp_reshard_after_forward: Literal["default", "always", "never"] = opt("default", "Free a block's gathered weights after its forward. `default`: yes, unless they are on one rank.")
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = opt(
+        "default", "Free a block's gathered weights after its forward. `default`: yes, unless they are on one rank."
+    )
 
 
 @dataclass(frozen=True)
@@ -101,14 +109,20 @@ class Compile:
 
 @dataclass(frozen=True)
 class Flow:
-    timestep_density: Literal["uniform", "logit_normal", "mode"] = opt("logit_normal", "Density of the noise level s in (0, 1) before the shift; s = 1 is pure noise.")
+    timestep_density: Literal["uniform", "logit_normal", "mode"] = opt(
+        "logit_normal", "Density of the noise level s in (0, 1) before the shift; s = 1 is pure noise."
+    )
     logit_mean: float = opt(0.0, "Mean of logit(s) for logit_normal.")
     logit_std: float = opt(1.0, "Standard deviation of logit(s) for logit_normal.", gt=0)
     mode_scale: float = opt(1.29, "Scale of the mode density (Esser et al. 2024, eq. 20).", ge=-1, le=1.75)
-    shift: Literal["none", "constant", "resolution"] = opt("constant", "s <- a s / (1 + (a - 1) s): a = shift_value, or shift_value x sqrt(tokens / shift_base_tokens).")
+    shift: Literal["none", "constant", "resolution"] = opt(
+        "constant", "s <- a s / (1 + (a - 1) s): a = shift_value, or shift_value x sqrt(tokens / shift_base_tokens)."
+    )
     shift_value: float = opt(3.0, "The a above. Wan samples 480p with 3 and 720p with 5.", gt=0)
     shift_base_tokens: int = opt(32760, "Token count at which `resolution` gives a = shift_value.", ge=1)
-    loss_weighting: Literal["none", "bell"] = opt("none", "Weight of the loss over s; `bell` favours the middle, with mean 1 over the sampled levels.")
+    loss_weighting: Literal["none", "bell"] = opt(
+        "none", "Weight of the loss over s; `bell` favours the middle, with mean 1 over the sampled levels."
+    )
     min_t: float = opt(0.0, "Lowest noise level trained, after the shift. The density is cut, not squeezed.", ge=0, le=1)
     max_t: float = opt(1.0, "Highest noise level trained, after the shift.", ge=0, le=1)
 
@@ -145,7 +159,9 @@ class Checkpoint:
     keep_latest_k: int = opt(3, "Valid checkpoints kept; 0 keeps all.", ge=0)
     async_mode: Literal["disabled", "async"] = opt("async", "`async` writes from a copy in host memory while training goes on.")
     load_step: int = opt(-1, "Step to resume from; -1: the newest valid one.", ge=-1)
-    initial_load_path: str = opt("", "Weights to start from when there is no checkpoint yet: a step-N folder or, with initial_load_in_hf, a diffusers folder.")
+    initial_load_path: str = opt(
+        "", "Weights to start from when there is no checkpoint yet: a step-N folder or, with initial_load_in_hf, a diffusers folder."
+    )
     initial_load_in_hf: bool = opt(False, "Start from the diffusers folder initial_load_path (empty: model.hf_assets_path).")
     last_save_in_hf: bool = opt(False, "After the last step also write the weights as a diffusers folder, `hf` in job.dump_folder.")
     export_dtype: Literal["float32", "bfloat16"] = opt("bfloat16", "Type of the tensors in that folder.")

@@ -93,7 +93,8 @@ class Plan:
     def summary(self) -> str:
         """Counts by bucket, and by reason with names, for people."""
         kept = self.kept
-        lines = [f"data plan of {self.source} at {self.fps:g} fps: {len(self.entries)} found, {len(kept)} kept, {len(self.entries) - len(kept)} dropped"]
+        found, dropped = len(self.entries), len(self.entries) - len(kept)
+        lines = [f"data plan of {self.source} at {self.fps:g} fps: {found} found, {len(kept)} kept, {dropped} dropped"]
         counts = Counter(e.bucket for e in kept)
         upscaled = Counter(e.bucket for e in kept if bucketing.is_upscaled(e.width, e.height, e.bucket))
         for b in self.buckets:

@@ -189,7 +189,8 @@ def _encode_videos(
 ) -> dict[str, str]:
     clips = {cache.video_key(e.sha256, e.bucket, plan.fps): e for e in plan.kept}
     keys = [key for key in sorted(clips)[rank::world_size] if not cache.has("video", key)]
-    loader = DataLoader(_Frames([clips[k] for k in keys]), batch_size=None, num_workers=min(num_workers, len(keys)), worker_init_fn=leave_process_group)
+    workers = {"num_workers": min(num_workers, len(keys)), "worker_init_fn": leave_process_group}
+    loader = DataLoader(_Frames([clips[k] for k in keys]), batch_size=None, **workers)
     failed: dict[str, str] = {}
     frames = iter(loader)
     for key in _progress(keys, "clips", log):

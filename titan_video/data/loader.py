@@ -96,7 +96,9 @@ class LatentLoader:
         mark = fingerprint([c.video_key + c.text_key for c in bucket] for bucket in self.buckets)
         self.sampler = GlobalSampler([len(b) for b in self.buckets], global_batch_size, seed, shuffle, mark)
         self.reader = EntryReader(cache, max_text_length, text_dim, keep=num_workers == 0)
-        self.workers = {"num_workers": num_workers, "worker_init_fn": leave_process_group, "pin_memory": pin_memory, "prefetch_factor": prefetch_factor if num_workers else None}
+        self.workers = {"num_workers": num_workers, "worker_init_fn": leave_process_group, "pin_memory": pin_memory}
+        if num_workers:
+            self.workers["prefetch_factor"] = prefetch_factor
         self._state = self.sampler.state_dict()
 
     def __iter__(self) -> Iterator[list[Batch]]:

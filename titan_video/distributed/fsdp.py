@@ -24,7 +24,9 @@ def blocks_of(model: nn.Module, plan: ParallelPlan) -> list[tuple[nn.ModuleDict,
     return [(model.get_submodule(path), key) for path in plan.blocks for key in model.get_submodule(path)]
 
 
-def apply_fsdp(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh, param_dtype: torch.dtype, reduce_dtype: torch.dtype, reshard_after_forward: str) -> None:
+def apply_fsdp(
+    model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh, param_dtype: torch.dtype, reduce_dtype: torch.dtype, reshard_after_forward: str
+) -> None:
     """Shard in place.
 
     reshard_after_forward: "always" frees a block's gathered weights after its forward and gathers them again for backward; "never" keeps them;

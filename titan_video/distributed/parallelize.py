@@ -12,7 +12,13 @@ from titan_video.models.spec import ParallelPlan
 
 
 def parallelize(
-    model: nn.Module, plan: ParallelPlan, meshes: Meshes, parallelism: Parallelism, training: Training, checkpointing: ActivationCheckpoint, compilation: Compile
+    model: nn.Module,
+    plan: ParallelPlan,
+    meshes: Meshes,
+    parallelism: Parallelism,
+    training: Training,
+    checkpointing: ActivationCheckpoint,
+    compilation: Compile,
 ) -> None:
     """Checkpointing, then compile, then FSDP2, in place, on a model whose parameters may be on the meta device."""
     apply_activation_checkpoint(model, plan, checkpointing.mode)

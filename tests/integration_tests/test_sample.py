@@ -1,0 +1,65 @@
+"""`python -m titan_video.sample`: the clips of a checkpoint are those that validation made of the same weights."""
+
+import numpy as np
+import pytest
+
+from tests.helpers import run_ranks
+
+
+def run_sample(argv):
+    import os
+
+    from titan_video import sample
+
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # one process without a launcher
+        del os.environ[name]
+    sample.main([str(a) for a in argv])
+
+
+def decode(path):
+    import av
+
+    with av.open(str(path)) as container:
+        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+
+
+@pytest.fixture(scope="module")
+def trained(shared_front):
+    options = {"validation.enable": "true", "validation.num_videos": 1, "validation.sample_steps": 3, "validation.path": "embedded:shapes-12",
+               "training.steps": 4, "checkpoint.interval": 2, "ema.decay": 0.5}  # fmt: skip
+    return shared_front.run("trained", options).ok()
+
+
+def test_the_newest_checkpoint_gives_the_clip_of_the_last_validation(trained, tmp_path):
+    (validated,) = (trained.folder / "samples" / "step-4").glob("*.mp4")
+    prompt = validated.stem.partition("_")[2].replace("_", " ")
+    run_ranks(run_sample, 1, [trained.folder, "--prompt", prompt, "--out", tmp_path / "a" / "x.mp4"], init=False)
+    assert np.array_equal(decode(tmp_path / "a" / "x.mp4"), decode(validated))
+
+
+def test_every_option_is_heard(trained, tmp_path):
+    step = trained.folder / "checkpoint" / "step-2"
+    base = [step, "--prompt", "a red circle moves left", "--out", tmp_path / "x.mp4"]
+    seen = []
+    for extra in ([], ["--seed", 1], ["--steps", 1], ["--guidance", 1], ["--shift", 9], ["--weights", "model"], ["--prompt", "a blue square moves up"]):
+        run_ranks(run_sample, 1, [*base, *extra], init=False)
+        seen.append(decode(tmp_path / "x.mp4"))
+    assert all(clip.shape == (9, 64, 64, 3) for clip in seen)
+    assert not any(np.array_equal(seen[0], clip) for clip in seen[1:])
+    run_ranks(run_sample, 1, [*base, "--size", "5x32x48", "--fps", 12], init=False)
+    assert decode(tmp_path / "x.mp4").shape == (5, 32, 48, 3)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["{folder}/checkpoint/step-7"], "step-7"),
+    (["{folder}/checkpoint"], "step-2, step-4"),
+    (["/"], "config.toml"),
+    (["{folder}", "--size", "16x64x64"], "4k+1"),
+    (["{folder}", "--steps", "0"], "--steps"),
+    (["{folder}", "--guidance", "0.5"], "--guidance"),
+])  # fmt: skip
+def test_mistakes_end_with_a_message(trained, tmp_path, argv, words):
+    argv = [a.format(folder=trained.folder) for a in argv]
+    with pytest.raises(AssertionError, match=f"SystemExit: error: .*{words}".replace("+", r"\+")):
+        run_ranks(run_sample, 1, [*argv, "--prompt", "x", "--out", tmp_path / "x.mp4"], init=False)
+    assert not (tmp_path / "x.mp4").exists()
