@@ -35,6 +35,12 @@ def rms_norm_rope(x_BLD: Tensor, weight_D: Tensor, rotations_BLC: Tensor, num_he
 
     rotations: complex64 [B or 1, L, C], C = K/2, the same for all heads. Returns [B, L, H, K], rounded once, after both.
     """
-    normed = F.rms_norm(x_BLD.float(), x_BLD.shape[-1:], weight_D.float(), eps)
-    pairs = torch.view_as_complex(normed.unflatten(-1, (num_heads, -1, 2)))
-    return torch.view_as_real(pairs * rotations_BLC.unsqueeze(2)).flatten(-2).to(x_BLD.dtype)
+    normed = F.rms_norm(x_BLD.float(), x_BLD.shape[-1:], weight_D.float(), eps).unflatten(-1, (num_heads, -1, 2))
+    rotations = rotations_BLC.unsqueeze(2)
+    if torch.compiler.is_compiling():
+        # The compiler generates no code for complex numbers: in real ones the whole function becomes one kernel.
+        (a, b), (cos, sin) = normed.unbind(-1), torch.view_as_real(rotations).unbind(-1)
+        rotated = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    else:
+        rotated = torch.view_as_real(torch.view_as_complex(normed) * rotations)
+    return rotated.flatten(-2).to(x_BLD.dtype)
