@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from tests.helpers import run_ranks
 from titan_video.components.objective import compute_loss
@@ -58,6 +59,10 @@ def perturbed_init(name, tensor, generator):
     tensor.add_(torch.empty_like(tensor).normal_(0, 0.05, generator=generator))
 
 
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def run_layout(layout, way):
     mesh = ParallelDims(*LAYOUTS[layout]).build_mesh("cpu")
     options = {"parallelism": Parallelism(), "checkpointing": ActivationCheckpoint(), "compilation": Compile(), **WAYS[way]}
@@ -72,7 +77,7 @@ def run_layout(layout, way):
     loss = reduce_over(mesh.batch, backward(model, mine, reduce_over(mesh.batch, elements, "sum").item(), torch.float32), "sum")
     missing = [n for n, p in model.named_parameters() if p.grad is None]
     norm = clip_grad_norm(model, 0.0)
-    return loss, {clean_name(n): p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}, norm, missing
+    return loss, {clean_name(n): whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}, norm, missing
 
 
 @pytest.fixture(scope="module")

@@ -170,6 +170,17 @@ def test_layouts_have_the_same_losses(front):
             assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), name
 
 
+def test_a_run_moves_between_layouts(front):
+    """One rank, then two, then one again, with optimizer state and averages: the losses are those of a run that stayed."""
+    options = {"training.global_batch_size": 4, "ema.enable": "true", "checkpoint.async_mode": "disabled"}
+    stayed = front.run("stayed", {**options, "training.steps": 9}).ok().records
+    for steps, world in ((3, 1), (6, 2), (9, 1)):
+        moved = front.run("moved", {**options, "training.steps": steps}, world).ok().records
+    assert [row["samples"] for row in moved] == [row["samples"] for row in stayed]
+    assert [row["loss"] for row in moved] == pytest.approx([row["loss"] for row in stayed], rel=1e-5)
+    assert [row["loss"] for row in moved[:3]] == [row["loss"] for row in stayed[:3]]
+
+
 def test_a_loss_that_is_not_finite(front):
     options = {"optimizer.lr": 1e30, "checkpoint.interval": 1, "fault_tolerance.max_nonfinite_steps": 3}
     run = front.run("stop", options).fails_with("step 2:", "not finite", "optimizer.lr")

@@ -16,7 +16,7 @@ COMBINATIONS = len(COLORS) * len(SHAPES) * len(DIRECTIONS)
 BACKGROUND = 64
 SIZE, FRAMES, FPS = 64, 17, 8
 VERSION = 1
-MARKER = "shapes.json"
+MARKER = ".shapes.json"  # a name with a dot is not looked at as data
 
 
 def combination(index: int) -> tuple[str, str, str]:

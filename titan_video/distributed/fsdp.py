@@ -1,4 +1,5 @@
-"""FSDP2: parameters, gradients and optimizer state sharded over the `fsdp` mesh; also at world size 1, so that mixed precision has one meaning.
+"""FSDP2: parameters, gradients and optimizer state sharded over the `fsdp` mesh; also on one rank, so that mixed precision has one meaning.
+One rank in float32 throughout is the exception: there the model is left as it is.
 
 Units: each block; each other root module that has weights; and the root itself, which holds the plan's float32 parts.
 Gradients are summed, never averaged: the loss is divided by the global element count before backward, which stays right
@@ -32,6 +33,9 @@ def apply_fsdp(
     reshard_after_forward: "always" frees a block's gathered weights after its forward and gathers them again for backward; "never" keeps them;
     "default" is "always", but "never" where the weights are on one rank, as nothing is gathered there.
     """
+    if mesh.size() == 1 and param_dtype == reduce_dtype == torch.float32:
+        return  # nothing to shard, send or cast: the units would only copy weights and gradients
+
     # Inputs are cast by the modules themselves: a policy's cast would also hit times, rotations and modulation, which stay in float32.
     low = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     high = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
