@@ -141,7 +141,8 @@ class Trainer:
         """Plan the clips, encode what the cache lacks (each rank its share), hold some out, and make the loader."""
         c, v = self.config.data, self.config.validation
         cache_folder = Path(c.cache_folder or self.folder / "cache")
-        self.cache = LatentCache(cache_folder, self.encoders.video_id(), self.encoders.text_id())
+        # The identities are hashes of the weights: gigabytes, read once.
+        self.cache = LatentCache(cache_folder, *broadcast_from_zero(lambda: (self.encoders.video_id(), self.encoders.text_id()), self.host_group))
         given = Path(v.prompts_path).read_text(encoding="utf-8").splitlines() if v.enable and v.prompts_path else []
         given = [line.strip() for line in given if line.strip()]
 

@@ -163,7 +163,9 @@ class Checkpoint:
         "", "Weights to start from when there is no checkpoint yet: a step-N folder or, with initial_load_in_hf, a diffusers folder."
     )
     initial_load_in_hf: bool = opt(False, "Start from the diffusers folder initial_load_path (empty: model.hf_assets_path).")
-    last_save_in_hf: bool = opt(False, "After the last step also write the weights (the averaged ones with ema.enable) as a diffusers folder, `hf` in job.dump_folder.")
+    last_save_in_hf: bool = opt(
+        False, "After the last step also write the weights (the averaged ones with ema.enable) as a diffusers folder, `hf` in job.dump_folder."
+    )
     export_dtype: Literal["float32", "bfloat16"] = opt("bfloat16", "Type of the tensors in that folder.")
 
 
