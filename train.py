@@ -79,6 +79,8 @@ class Trainer:
         self.encoders = build_encoders(config.encoder, config.model.hf_assets_path, self.device)
         self.check_encoders()
         self.flow = FlowMatching(config.flow)
+        if config.job.description and self.rank == 0:
+            logger.info(config.job.description)
         if config.job.print_config and self.rank == 0:
             logger.info(f"configuration:\n{dump(config)}")
 

@@ -92,7 +92,7 @@ def test_own_clips_on_two_ranks(front):
     """Clips of mixed size, rate and length; what is wrong with the bad ones is said, and the others are trained on."""
     clips = clips_of_all_kinds(front.root / "clips")
     options = {"data.path": clips, "data.num_workers": 1, "data.fps": 8, "data.buckets": "[[17, 64, 64], [17, 64, 96]]", "training.steps": 3,
-               "job.print_config": "true"}
+               "job.print_config": "true", "job.description": "a trial of mine", "debug.deterministic": "true"}
     run = front.command("run", options, NGPU="2").ok()
     assert len(run.records) == 3 and {row["bucket"] for row in run.records} == {"17x64x64", "17x64x96"}
     rows = {row["path"].rpartition("/")[2]: row for row in map(json.loads, (run.folder / "data_plan.jsonl").read_text().splitlines())}
@@ -101,6 +101,7 @@ def test_own_clips_on_two_ranks(front):
         reason = rows[name]["reason"]
         assert reason and f"{name}:" in run.output and reason.partition(":")[0] in run.output
     assert run.output.count("7 found, 4 kept, 3 dropped") == 1
+    assert "INFO - a trial of mine\n" in run.output
 
 
 def test_no_usable_clip(front):
