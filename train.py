@@ -29,7 +29,7 @@ from titan_video.components.metrics import MetricsLogger
 from titan_video.components.objective import compute_loss
 from titan_video.components.optimizer import build_optimizer
 from titan_video.components.validate import Prompts, Validator
-from titan_video.config.check import check, data_parallel_degrees, gradient_accumulation
+from titan_video.config.check import check, gradient_accumulation
 from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import dump, main_guard, parse_args
 from titan_video.data.batch import Batch
@@ -64,8 +64,7 @@ class Trainer:
         init_distributed(self.device, config.comm.init_timeout_seconds)
         self.closers.append(dist.destroy_process_group)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        replicate, shard = data_parallel_degrees(config.parallelism, self.world_size)
-        self.dims = ParallelDims(replicate, shard)
+        self.dims = ParallelDims.of(config.parallelism, self.world_size)
         self.meshes = self.dims.build_mesh(self.device.type)
         # Waiting for another rank's encoding, or agreeing on a signal, takes place on the host.
         self.host_group = dist.new_group(backend="gloo", timeout=timedelta(days=1))

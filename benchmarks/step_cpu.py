@@ -45,7 +45,7 @@ CASES = {
 def our_step(args: WanArgs, folder: Path):
     with torch.device("meta"):
         model = WanModel(args)
-    meshes, training = ParallelDims(1, 1).build_mesh("cpu"), Training(mixed_precision_param="float32")
+    meshes, training = ParallelDims().build_mesh("cpu"), Training(mixed_precision_param="float32")
     parallelize(model, SPEC.plan, meshes, Parallelism(), training, ActivationCheckpoint(), Compile())
     model.to_empty(device="cpu")
     load_hf(model, folder, SPEC, args)

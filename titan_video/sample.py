@@ -61,7 +61,7 @@ def generate(config: JobConfig, folder: Path, options: argparse.Namespace) -> to
 
     with torch.device("meta"):
         model = spec.build(args)
-    meshes = ParallelDims(1, dist.get_world_size()).build_mesh(device.type)
+    meshes = ParallelDims(dp_shard=dist.get_world_size()).build_mesh(device.type)
     parallelize(model, spec.plan, meshes, config.parallelism, config.training, config.activation_checkpoint, config.compile)
     model.to_empty(device=device)
     source = options.weights or ("ema" if config.ema.enable and config.validation.use_ema else "model")

@@ -64,7 +64,7 @@ class Oracle(torch.nn.Module):
         self.v, self.error = patchify(noise - x0, ARGS.patch), error
         self.seen = None
 
-    def forward(self, x_BLP, pos, t, text, mask):
+    def forward(self, x_BLP, pos, t, text, mask, seq_len=None):
         self.seen = x_BLP, pos, t
         return self.v + self.error
 
@@ -89,7 +89,7 @@ class TowardsPoint(torch.nn.Module):
         super().__init__()
         self.point, self.calls = patchify(point, ARGS.patch), []
 
-    def forward(self, x_BLP, pos, t_B, text, mask):
+    def forward(self, x_BLP, pos, t_B, text, mask, seq_len=None):
         self.calls.append(len(x_BLP))
         has_prompt = (text.abs().sum((1, 2)) > 0).float()[:, None, None]
         return (x_BLP - has_prompt * self.point) / (t_B / 1000)[:, None, None]

@@ -1,23 +1,62 @@
-"""What is minimised: one function for training, gradient accumulation and validation."""
+"""What is minimised: one function for training, gradient accumulation and validation, in two halves for a pipeline, whose ends are on different ranks."""
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from titan_video.data.batch import Batch
+from titan_video.distributed.sequence import SequenceShard
 from titan_video.flow.matching import NUM_TRAIN_TIMESTEPS, interpolate, velocity
+from titan_video.kernels import wide
 from titan_video.models.layers import Patch, patchify, positions, token_shape
 
 
-def compute_loss(model: nn.Module, patch: Patch, batch: Batch, noise_BCFHW: Tensor, s_B: Tensor, weight_B: Tensor) -> Tensor:
-    """Weighted squared error of the velocity, summed over the elements of each sample: [B], float32.
+@dataclass(frozen=True)
+class ModelInputs:
+    """One forward's arguments on one rank, and what it should give. x, target: this rank's tokens, [B, L, P]."""
 
-    The caller divides by the number of elements that count over all ranks and micro-batches of the step.
-    noise: standard normal, like batch.latents_BCFHW; s_B: noise levels in [0, 1], float32; weight_B: loss weights, float32.
-    """
+    x_BLP: Tensor
+    pos_BL3: Tensor
+    t_B: Tensor
+    text_BSD: Tensor
+    text_mask_BS: Tensor
+    seq_len: int | None
+    cond: dict[str, Any]
+    target_BLP: Tensor
+    weight_B: Tensor
+    num_valid: int
+
+
+def model_inputs(patch: Patch, batch: Batch, noise_BCFHW: Tensor, s_B: Tensor, weight_B: Tensor, shard: SequenceShard | None = None) -> ModelInputs:
+    """Noisy tokens at the levels s and their velocity; `shard`: only this rank's tokens of them (None: all)."""
     latents = batch.latents_BCFHW
     shape = token_shape(latents.shape[2:], patch)
     x_BLP = patchify(interpolate(latents, noise_BCFHW, s_B), patch)
     target_BLP = patchify(velocity(latents, noise_BCFHW), patch)
     pos_BL3 = positions(shape, latents.device)
-    v_BLP = model(x_BLP, pos_BL3, NUM_TRAIN_TIMESTEPS * s_B, batch.text_BLD, batch.text_mask_BL, **batch.cond)
-    return weight_B * (v_BLP.float() - target_BLP).square().flatten(1).sum(1, dtype=torch.float32)
+    seq_len, num_valid = None, shape.num_tokens
+    if shard is not None and shard.size > 1:
+        seq_len, num_valid = shape.num_tokens, shard.num_valid(shape.num_tokens)
+        x_BLP, target_BLP, pos_BL3 = shard.slice(x_BLP), shard.slice(target_BLP), shard.slice_for_attention(pos_BL3)
+    t_B = NUM_TRAIN_TIMESTEPS * s_B
+    return ModelInputs(x_BLP, pos_BL3, t_B, batch.text_BLD, batch.text_mask_BL, seq_len, batch.cond, target_BLP, weight_B, num_valid)
+
+
+def velocity_loss(v_BLP: Tensor, inputs: ModelInputs) -> Tensor:
+    """Weighted squared error of the velocity, summed over the elements that this rank has of each sample: [B], float32."""
+    error = (wide(v_BLP) - inputs.target_BLP)[:, : inputs.num_valid]
+    return inputs.weight_B * error.square().flatten(1).sum(1)
+
+
+def compute_loss(
+    model: nn.Module, patch: Patch, batch: Batch, noise_BCFHW: Tensor, s_B: Tensor, weight_B: Tensor, shard: SequenceShard | None = None
+) -> Tensor:
+    """`velocity_loss` of the model: [B], float32; over all ranks of the `sequence` axis these are to be summed.
+
+    The caller divides by the number of elements that count over all ranks and micro-batches of the step.
+    noise: standard normal, like batch.latents_BCFHW; s_B: noise levels in [0, 1], float32; weight_B: loss weights, float32.
+    """
+    i = model_inputs(patch, batch, noise_BCFHW, s_B, weight_B, shard)
+    return velocity_loss(model(i.x_BLP, i.pos_BL3, i.t_B, i.text_BSD, i.text_mask_BS, i.seq_len, **i.cond), i)

@@ -4,16 +4,18 @@ import torch
 from torch import nn
 
 from titan_video.config.job_config import Optimizer
+from titan_video.distributed.utils import mesh_of
 
 
 def build_optimizer(model: nn.Module, section: Optimizer) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019). Vectors, i.e. biases, norm weights and modulation tables, are not decayed."""
-    named = list(model.named_parameters())
-    vectors = [p for name, p in named if p.ndim < 2 or "modulation" in name]
-    matrices = [p for name, p in named if not (p.ndim < 2 or "modulation" in name)]
-    groups = [{"params": matrices, "weight_decay": section.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = {}
+    for name, p in model.named_parameters():
+        decay = 0.0 if p.ndim < 2 or "modulation" in name else section.weight_decay
+        # torch updates the parameters of one mesh at a time.
+        groups.setdefault((decay, mesh_of(p)), {"params": [], "weight_decay": decay})["params"].append(p)
     return torch.optim.AdamW(
-        groups,
+        list(groups.values()),
         lr=section.lr,
         betas=(section.beta1, section.beta2),
         eps=section.eps,

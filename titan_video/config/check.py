@@ -21,7 +21,9 @@ def check(config: JobConfig, world_size: int) -> None:
         *_clips("data.path", c.data.path),
         *_buckets(c.data),
         *_degrees(c.parallelism, world_size),
-        *_batch_size(c.training, world_size),  # the two degrees together are the world
+        *_batch_size(c.training, max(world_size // model_parallel_degree(c.parallelism), 1)),
+        *_parallelism(c),
+        *_activation_checkpoint(c),
         *_schedule(c.lr_scheduler, c.training),
         *_flow(c.flow),
         *_validation(c.validation),
@@ -34,12 +36,17 @@ def check(config: JobConfig, world_size: int) -> None:
 
 
 def data_parallel_degrees(parallelism: Parallelism, world_size: int) -> tuple[int, int]:
-    """(replicate, shard) degrees on `world_size` ranks, a shard degree of -1 filled. Raises ConfigError unless their product is the world size."""
+    """(replicate, shard) degrees on `world_size` ranks, a shard degree of -1 filled. Raises ConfigError unless all degrees multiply to it."""
     errors = list(_degrees(parallelism, world_size))
     if errors:
         raise ConfigError("\n".join(errors))
     replicate = parallelism.data_parallel_replicate_degree
-    return replicate, world_size // replicate
+    return replicate, world_size // model_parallel_degree(parallelism) // replicate
+
+
+def model_parallel_degree(parallelism: Parallelism) -> int:
+    """Ranks that work on the same samples."""
+    return parallelism.pipeline_parallel_degree * parallelism.context_parallel_degree * parallelism.tensor_parallel_degree
 
 
 def gradient_accumulation(training: Training, dp: int) -> int:
@@ -95,14 +102,57 @@ def check_bucket(bucket: tuple[int, ...]) -> Iterator[str]:
             yield f"{side} must be a multiple of {SPATIAL_MULTIPLE}; nearest: {_nearest_multiples(size, SPATIAL_MULTIPLE)}"
 
 
+def _divisors(number: int) -> str:
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+
+
 def _degrees(parallelism: Parallelism, world_size: int) -> Iterator[str]:
-    replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
-    if world_size % replicate:
-        legal = ", ".join(str(d) for d in range(1, world_size + 1) if world_size % d == 0)
-        yield f"parallelism.data_parallel_replicate_degree: given {replicate}, which does not divide the {world_size} ranks; legal: {legal}"
-    elif shard not in (-1, world_size // replicate):
-        yield (f"parallelism.data_parallel_shard_degree: given {shard}; with data_parallel_replicate_degree {replicate} on {world_size} ranks "
-               f"legal: {world_size // replicate}, or -1 for the same")
+    left, taken = world_size, []
+    for axis in ("pipeline_parallel_degree", "tensor_parallel_degree", "context_parallel_degree", "data_parallel_replicate_degree"):
+        degree = getattr(parallelism, axis)
+        if left % degree:
+            given = f" that {' and '.join(taken)} leave{'s' * (len(taken) == 1)}" if taken else ""
+            yield f"parallelism.{axis}: given {degree}, which does not divide the {left} ranks{given}; legal: {_divisors(left)}"
+            return
+        left //= degree
+        taken += [f"{axis} {degree}"] * (degree > 1)
+    if parallelism.data_parallel_shard_degree not in (-1, left):
+        given = f" with {' and '.join(taken)}" if taken else ""
+        yield (f"parallelism.data_parallel_shard_degree: given {parallelism.data_parallel_shard_degree};{given} on {world_size} ranks "
+               f"legal: {left}, or -1 for the same")
+
+
+def _parallelism(config: JobConfig) -> Iterator[str]:
+    p, local = config.parallelism, config.training.local_batch_size
+    cp, ulysses = p.context_parallel_degree, p.context_parallel_ulysses_degree
+    if p.enable_async_tensor_parallel and not config.compile.enable:
+        yield "parallelism.enable_async_tensor_parallel: true, but the compiler does the overlapping; set compile.enable, or leave it false"
+    if p.enable_async_tensor_parallel and p.tensor_parallel_degree == 1:
+        yield "parallelism.enable_async_tensor_parallel: true, but parallelism.tensor_parallel_degree is 1; raise that, or leave it false"
+    if p.context_parallel_method == "unified" and cp % ulysses:
+        yield (f"parallelism.context_parallel_ulysses_degree: given {ulysses}, which does not divide parallelism.context_parallel_degree {cp}; "
+               f"legal: {_divisors(cp)}")
+    if p.context_parallel_method != "unified" and ulysses != 1:
+        yield (f"parallelism.context_parallel_ulysses_degree: given {ulysses}, but parallelism.context_parallel_method is "
+               f"{p.context_parallel_method}; set that to unified, or leave this at 1")
+    if p.pipeline_parallel_degree > 1 and local % p.pipeline_parallel_microbatch_size:
+        yield (f"parallelism.pipeline_parallel_microbatch_size: given {p.pipeline_parallel_microbatch_size}; it must divide "
+               f"training.local_batch_size {local}; legal: {_divisors(local)}")
+
+
+def _activation_checkpoint(config: JobConfig) -> Iterator[str]:
+    a = config.activation_checkpoint
+    if a.mode == "memory_budget" and not config.compile.enable:
+        yield "activation_checkpoint.mode: memory_budget, but the compiler keeps to it; set compile.enable, or choose another mode"
+    if a.mode == "memory_budget" and a.layers:
+        yield f"activation_checkpoint.layers: given {list(a.layers)}, but a memory budget holds for all blocks; leave it empty, or choose another mode"
+    if a.mode == "selective" and not a.save:
+        yield "activation_checkpoint.save: empty, which is mode full; give at least one of attention, matmul, or choose full"
+    for name in ("save", "layers"):
+        if len(set(getattr(a, name))) < len(getattr(a, name)):
+            yield f"activation_checkpoint.{name}: given {list(getattr(a, name))}; remove what is there twice"
+    if a.offload and a.mode in ("none", "memory_budget"):
+        yield f"activation_checkpoint.offload: true, but mode is {a.mode}; choose full or selective, which say what is kept"
 
 
 def _batch_size(training: Training, dp: int) -> Iterator[str]:

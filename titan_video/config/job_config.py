@@ -64,6 +64,7 @@ class Training:
     mixed_precision_param: Literal["bfloat16", "float32"] = opt(
         "bfloat16", "Arithmetic of the model. Master weights, time embedding and modulation stay in float32."
     )
+    enable_cpu_offload: bool = opt(False, "Keep master weights, gradients and optimizer state in host memory; the update runs there.")
     mixed_precision_reduce: Literal["float32"] = opt("float32", "Arithmetic of the gradient reduction.")
     gc_freq: int = opt(50, "Python's garbage collector runs every so many steps, on all ranks at once.", ge=1)
 
@@ -94,11 +95,41 @@ class Parallelism:
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = opt(
         "default", "Free a block's gathered weights after its forward. `default`: yes, unless they are on one rank."
     )
+    tensor_parallel_degree: int = opt(
+        1, "Ranks over which each block's matrices are split, by heads and by feed-forward width; its norms are split over the tokens.", ge=1
+    )
+    enable_async_tensor_parallel: bool = opt(False, "Overlap tensor parallel's communication with its products. Needs compile.enable and a GPU.")
+    context_parallel_degree: int = opt(1, "Ranks over which the tokens of each clip are split.", ge=1)
+    context_parallel_method: Literal["ulysses", "ring", "unified"] = opt(
+        "ulysses", "`ulysses` exchanges heads for tokens around attention; `ring` passes keys and values round; `unified` does both."
+    )
+    context_parallel_ulysses_degree: int = opt(1, "For unified: the part of the degree, on neighbouring ranks, that is Ulysses; the rest is ring.", ge=1)
+    context_parallel_rotate_method: Literal["alltoall", "allgather"] = opt(
+        "alltoall", "For ring and unified: keys and values go from rank to rank behind the arithmetic, or are all gathered first."
+    )
+    pipeline_parallel_degree: int = opt(1, "Ranks over which the blocks are split in depth.", ge=1)
+    pipeline_parallel_schedule: Literal["GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble"] = opt(
+        "1F1B", "Order of forwards and backwards; the interleaved ones have two stages on each rank."
+    )
+    pipeline_parallel_microbatch_size: int = opt(1, "Clips in each micro-batch that passes the pipeline; divides training.local_batch_size.", ge=1)
 
 
 @dataclass(frozen=True)
 class ActivationCheckpoint:
-    mode: Literal["none", "full"] = opt("none", "`full` keeps each block's input and recomputes the block in backward.")
+    mode: Literal["none", "selective", "full", "memory_budget"] = opt(
+        "none",
+        "`full` keeps each block's input and recomputes the block in backward; `selective` also keeps the results of `save`; "
+        "`memory_budget` lets the compiler choose what to keep.",
+    )
+    save: tuple[Literal["attention", "matmul"], ...] = opt(
+        ("attention",), "For selective: results that are kept. attention: never computed twice. matmul: those of every second matrix product."
+    )
+    save_min_kv: int = opt(1024, "For selective: attention over fewer keys than this, such as cross-attention to a text, is computed again.", ge=0)
+    layers: tuple[int, ...] = opt((), "Blocks to which the mode applies, by number; the others keep everything. Empty: all blocks.", ge=0)
+    offload: bool = opt(False, "Move what is kept to host memory after forward and back before backward.")
+    memory_budget: float = opt(
+        0.5, "For memory_budget: activation memory of a block between 0, as little as full, and 1, as much as none.", ge=0, le=1
+    )
 
 
 @dataclass(frozen=True)

@@ -1,34 +1,129 @@
 """The device mesh: which ranks do what.
 
-Axes, outermost first: dp_replicate (copies of the model), dp_shard (a copy's parameters are sharded over it). Every rank of
-both reads different data: the `batch` view. The degrees are checked before start-up (config/check.py).
+Axes, outermost first, so that those that talk most sit on neighbouring ranks:
+
+    pp           pipeline stages
+    dp_replicate copies of the model
+    dp_shard     a copy's parameters are sharded over it
+    ring         context parallel: keys and values travel round
+    ulysses      context parallel: heads are exchanged for tokens
+    tp           tensor parallel: a rank has a part of each block's matrices
+
+The degrees are checked before start-up (config/check.py, and `check_layout` below for what depends on the model).
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, fields
+from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from titan_video.config.check import data_parallel_degrees
+from titan_video.config.job_config import Parallelism
 
 
 @dataclass(frozen=True)
 class ParallelDims:
-    dp_replicate: int
-    dp_shard: int
+    """Degrees, in the order of the mesh."""
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    ring: int = 1
+    ulysses: int = 1
+    tp: int = 1
+
+    @classmethod
+    def of(cls, section: Parallelism, world_size: int) -> "ParallelDims":
+        """The degrees of a run on `world_size` ranks. Raises ConfigError unless they multiply to it."""
+        replicate, shard = data_parallel_degrees(section, world_size)
+        ring, ulysses = context_parallel_degrees(section)
+        return cls(section.pipeline_parallel_degree, replicate, shard, ring, ulysses, section.tensor_parallel_degree)
 
     @property
     def dp(self) -> int:
         """Data-parallel degree: ranks that read different samples."""
         return self.dp_replicate * self.dp_shard
 
+    @property
+    def cp(self) -> int:
+        return self.ring * self.ulysses
+
+    @property
+    def sequence(self) -> int:
+        """Ranks over which the tokens of a clip are spread."""
+        return self.ring * self.ulysses * self.tp
+
     def build_mesh(self, device_type: str) -> "Meshes":
-        world = init_device_mesh(device_type, (self.dp_replicate, self.dp_shard), mesh_dim_names=("dp_replicate", "dp_shard"))
-        batch = world._flatten("batch")
-        return Meshes(world=world, batch=batch, fsdp=world if self.dp_replicate > 1 else world["dp_shard"])
+        names = tuple(f.name for f in fields(self))
+        world = init_device_mesh(device_type, astuple(self), mesh_dim_names=names)
+        batch = world["dp_replicate", "dp_shard"]._flatten("batch")
+        sequence = world["ring", "ulysses", "tp"]._flatten("sequence")
+        world["dp_shard", "ring", "ulysses"]._flatten("fsdp")
+        world["dp_shard", "ring", "ulysses", "tp"]._flatten("fsdp_tp")
+        sharded = [world["dp_replicate", axis] if self.dp_replicate > 1 else world[axis] for axis in ("fsdp", "fsdp_tp")]
+        return Meshes(world, batch, sequence, *sharded, *(world[axis] for axis in ("ring", "ulysses", "tp", "pp")))
 
 
 @dataclass(frozen=True)
 class Meshes:
-    """Named views. batch: 1-D, ranks with different samples, over which the loss is summed. fsdp: 1-D (shard) or 2-D (replicate, shard)."""
+    """Named views of the mesh.
+
+    batch: 1-D; its ranks have different samples. sequence: 1-D; its ranks have different tokens of the same samples. A loss is summed over
+    both. fsdp: 1-D (dp_shard x cp) or 2-D (dp_replicate, dp_shard x cp), over which the blocks are sharded; fsdp_root: the same with tp,
+    for what is outside the blocks: tensor parallel does not split it, and its gradients too are sums over the tokens of all these ranks.
+    """
 
     world: DeviceMesh
     batch: DeviceMesh
+    sequence: DeviceMesh
     fsdp: DeviceMesh
+    fsdp_root: DeviceMesh
+    ring: DeviceMesh
+    ulysses: DeviceMesh
+    tp: DeviceMesh
+    pp: DeviceMesh
+
+
+def context_parallel_degrees(section: Parallelism) -> tuple[int, int]:
+    """(ring, Ulysses) degrees."""
+    cp, method = section.context_parallel_degree, section.context_parallel_method
+    ulysses = {"ulysses": cp, "ring": 1, "unified": section.context_parallel_ulysses_degree}[method]
+    return cp // ulysses, ulysses
+
+
+def check_layout(section: Parallelism, args: Any, world_size: int) -> None:
+    """What a model's architecture asks of a layout. ValueError with one line per rule broken, naming the field and the legal values.
+
+    args: the model's arguments (see ModelSpec).
+    """
+    errors = list(_layout_errors(ParallelDims.of(section, world_size), section, args))
+    if errors:
+        raise ValueError("\n".join(errors))
+
+
+def _divisors(*numbers: int) -> str:
+    return ", ".join(str(d) for d in range(1, min(numbers) + 1) if all(n % d == 0 for n in numbers))
+
+
+def _layout_errors(dims: ParallelDims, section: Parallelism, args: Any) -> Iterator[str]:
+    heads, hidden = args.num_heads, args.ffn_dim
+    if heads % dims.tp or hidden % dims.tp:
+        yield (f"parallelism.tensor_parallel_degree: given {dims.tp}, which does not divide the model's {heads} heads and feed-forward width "
+               f"{hidden}; legal: {_divisors(heads, hidden)}")
+        return
+    if (heads // dims.tp) % dims.ulysses:
+        field = "context_parallel_ulysses_degree" if section.context_parallel_method == "unified" else "context_parallel_degree"
+        per_rank = f"{heads} heads" if dims.tp == 1 else f"{heads // dims.tp} heads of each tensor-parallel rank"
+        yield (f"parallelism.{field}: given {dims.ulysses}, but Ulysses divides the {per_rank}; legal: {_divisors(heads // dims.tp)}; "
+               "context_parallel_method ring or unified takes other degrees")
+    stages = dims.pp * stages_per_rank(section)
+    if stages > args.num_layers:
+        most = args.num_layers // stages_per_rank(section)
+        yield (f"parallelism.pipeline_parallel_degree: given {dims.pp}, which makes {stages} stages of {args.num_layers} blocks with "
+               f"pipeline_parallel_schedule {section.pipeline_parallel_schedule}; legal: at most {most}")
+
+
+def stages_per_rank(section: Parallelism) -> int:
+    """Pipeline stages on each rank: two for the schedules that interleave them."""
+    return 1 if section.pipeline_parallel_degree == 1 or section.pipeline_parallel_schedule in ("GPipe", "1F1B") else 2

@@ -6,8 +6,10 @@ from torch import nn
 from titan_video.config.job_config import ActivationCheckpoint, Compile, Parallelism, Training
 from titan_video.distributed.activation_checkpoint import apply_activation_checkpoint
 from titan_video.distributed.compile import apply_compile
+from titan_video.distributed.context_parallel import apply_context_parallel
 from titan_video.distributed.fsdp import apply_fsdp
 from titan_video.distributed.parallel_dims import Meshes
+from titan_video.distributed.tensor_parallel import apply_tensor_parallel
 from titan_video.models.spec import ParallelPlan
 
 
@@ -20,15 +22,20 @@ def parallelize(
     checkpointing: ActivationCheckpoint,
     compilation: Compile,
 ) -> None:
-    """Checkpointing, then compile, then FSDP2, in place, on a model whose parameters may be on the meta device."""
-    apply_activation_checkpoint(model, plan, checkpointing.mode)
+    """Tensor parallel, context parallel, checkpointing, compile, FSDP2: in place, on a model whose parameters may be on the meta device."""
+    if meshes.tp.size() > 1:
+        apply_tensor_parallel(model, plan, meshes.tp, parallelism.enable_async_tensor_parallel)
+    if meshes.ring.size() * meshes.ulysses.size() > 1:
+        apply_context_parallel(model, plan, meshes.ring, meshes.ulysses, parallelism.context_parallel_rotate_method)
+    apply_activation_checkpoint(model, plan, checkpointing)
     if compilation.enable:
         apply_compile(model, plan, compilation.backend)
     apply_fsdp(
         model,
         plan,
-        meshes.fsdp,
+        meshes,
         param_dtype=getattr(torch, training.mixed_precision_param),
         reduce_dtype=getattr(torch, training.mixed_precision_reduce),
         reshard_after_forward=parallelism.fsdp_reshard_after_forward,
+        cpu_offload=training.enable_cpu_offload,
     )

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections import defaultdict
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -85,14 +86,26 @@ def initialise(model: nn.Module, init_parameter: Callable[[str, Tensor, torch.Ge
 
 
 @torch.no_grad()
-def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
+def clip_grad_norm(model: nn.Module, max_norm: float, pp_mesh: DeviceMesh | None = None) -> Tensor:
     """The 2-norm of all gradients over all ranks, a plain scalar; gradients are scaled down to `max_norm` if that is above 0.
 
-    A norm that is not finite is returned as it is, for the caller to judge.
+    pp_mesh: the axis over whose ranks the parameters are dealt out. A norm that is not finite is returned as it is, for the caller to judge.
     """
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters])
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    by_mesh = defaultdict(list)  # torch sums over the ranks of one mesh at a time
+    for p in model.parameters():
+        if p.grad is not None:
+            by_mesh[mesh_of(p)].append(p)
+    norms = [nn.utils.get_total_norm([p.grad for p in parameters]) for parameters in by_mesh.values()]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    if pp_mesh is not None and pp_mesh.size() > 1:
+        norm = reduce_over(pp_mesh, norm.square(), "sum").sqrt()
     if max_norm > 0:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        for parameters in by_mesh.values():
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
+
+
+def mesh_of(parameter: Tensor) -> DeviceMesh | None:
+    """The mesh that a parameter is spread over."""
+    return parameter.device_mesh if isinstance(parameter, DTensor) else None

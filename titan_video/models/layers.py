@@ -8,6 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
 
 from titan_video.models.spec import TokenShape
 
@@ -63,6 +64,24 @@ def time_features(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
 
 
+def local(weight: Tensor) -> Tensor:
+    """The part of a block's weight that this rank computes with.
+
+    Under tensor parallel a weight is a DTensor. A replicated one meets only this rank's share of the tokens, so its gradient is a
+    partial sum, which is completed where gradients are reduced.
+    """
+    if isinstance(weight, DTensor):
+        return weight.to_local(grad_placements=[Partial() if p.is_replicate() else p for p in weight.placements])
+    return weight
+
+
+class Linear(nn.Linear):
+    """A Linear of a block: plain tensors in and out, under tensor parallel too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, local(self.weight), local(self.bias))
+
+
 class CastLinear(nn.Linear):
     """A Linear whose input takes the weight's type: the door through which activations enter the model's arithmetic."""
 
@@ -71,11 +90,26 @@ class CastLinear(nn.Linear):
 
 
 class AttentionCore(nn.Module):
-    """softmax(q k^T / sqrt(K)) v over whole sequences, [B, L, H, K] in and out. Context parallel replaces this module."""
+    """softmax(q k^T / sqrt(K)) v, [B, L, H, K] in and out. Context parallel replaces this module.
 
-    def forward(self, q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor) -> Tensor:
+    seq_len: keys that count, where those at the end are padding; None: all.
+    """
+
+    def forward(self, q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, seq_len: int | None = None) -> Tensor:
+        if seq_len is not None:
+            k_BSHK, v_BSHK = k_BSHK[:, :seq_len], v_BSHK[:, :seq_len]
         q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BSHK, v_BSHK))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+class MeanSquares(nn.Module):
+    """Statistics of the RMSNorms of q and k, [B, L, 1] each, or None where a norm sees its whole vector and takes its own.
+
+    Tensor parallel replaces this module where a norm runs over all heads, of which a rank then holds a part.
+    """
+
+    def forward(self, q_BLD: Tensor, k_BSD: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        return None, None
 
 
 def xavier_uniform_(weight: Tensor, generator: torch.Generator) -> None:

@@ -26,10 +26,20 @@ class ParallelPlan:
 
     blocks: containers (ModuleDict) of transformer blocks, in forward order. Each block is one FSDP, checkpointing and compile unit.
     fp32: root modules or parameters whose arithmetic stays in float32 under mixed precision. They form the root's own FSDP unit.
+    cores: in each block, the attention cores over the video tokens, which context parallel replaces.
+    tensor: in each block, what tensor parallel does with a module or parameter, by name (distributed/tensor_parallel.py):
+        "gather" a module that needs all tokens of its group, "column" and "row" a Linear split over its output or input,
+        "heads" a vector split like the heads, "mean_squares" a module that is replaced. All other parameters are whole on each rank.
+    first, last: root modules and parameters of the first and the last pipeline stage. `tables`: containers keyed like the blocks.
     """
 
     blocks: tuple[str, ...]
     fp32: tuple[str, ...] = ()
+    cores: tuple[str, ...] = ()
+    tensor: dict[str, str] = field(default_factory=dict)
+    first: tuple[str, ...] = ()
+    last: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,8 +59,8 @@ class NameRule:
 class ModelSpec:
     """A model family.
 
-    flavors: architecture arguments by name: a frozen dataclass with `in_channels`, `patch`, `text_dim`, `text_len`, `flops(num_tokens, batch)`
-        of a forward and `block_flops(num_tokens, batch)`, the part of it that full activation checkpointing runs again.
+    flavors: architecture arguments by name: a frozen dataclass with `in_channels`, `patch`, `text_dim`, `text_len`, `num_heads`, `ffn_dim`,
+        `num_layers`, `flops(num_tokens, batch)` of a forward and `block_flops(num_tokens, batch)`, the part of it that full activation checkpointing runs again.
     build: arguments -> module (built on the meta device by the trainer).
     init_parameter: (name, whole tensor, generator) fills one parameter in place, so every layout starts from the same weights.
     args_from_hf / args_to_hf: diffusers `transformer/config.json` <-> arguments.

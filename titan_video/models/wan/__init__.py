@@ -107,12 +107,29 @@ def args_from_hf(config: dict) -> WanArgs:
         raise ValueError(f"transformer/config.json has no key {e}; it should be the file that diffusers' save_pretrained writes") from e
 
 
+_ATTENTION_STYLES = {"q": "column", "k": "column", "v": "column", "o": "row", "norm_q": "heads", "norm_k": "heads", "mean_squares": "mean_squares"}
+
 SPEC = ModelSpec(
     name="wan",
     flavors=FLAVORS,
     build=WanModel,
     init_parameter=init_parameter,
-    plan=ParallelPlan(blocks=("blocks",), fp32=("time_embedder", "time_proj", "modulation", "head_modulation")),
+    plan=ParallelPlan(
+        blocks=("blocks",),
+        fp32=("time_embedder", "time_proj", "modulation", "head_modulation"),
+        cores=("self_attn.core",),
+        tensor={
+            "self_attn": "gather",
+            "cross_attn": "gather",
+            "ffn": "gather",
+            **{f"{a}.{part}": style for a in ("self_attn", "cross_attn") for part, style in _ATTENTION_STYLES.items()},
+            "ffn.up": "column",
+            "ffn.down": "row",
+        },
+        first=("patch_embedding", "text_embedder", "time_embedder", "time_proj"),
+        last=("head_modulation", "proj_out"),
+        tables=("modulation",),
+    ),
     hf_names=HF_NAMES,
     args_from_hf=args_from_hf,
     args_to_hf=args_to_hf,

@@ -17,7 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan_video.kernels import ada_layer_norm, gated_residual, layer_norm, rms_norm, rms_norm_rope
-from titan_video.models.layers import AttentionCore, CastLinear, Patch, attention_flops, rope_rotations, time_features, xavier_uniform_
+from titan_video.models.layers import (
+    AttentionCore,
+    CastLinear,
+    Linear,
+    MeanSquares,
+    Patch,
+    attention_flops,
+    local,
+    rope_rotations,
+    time_features,
+    xavier_uniform_,
+)
 
 
 @dataclass(frozen=True)
@@ -71,24 +82,30 @@ class Attention(nn.Module):
 
     def __init__(self, args: WanArgs):
         super().__init__()
-        self.num_heads, self.eps = args.num_heads, args.eps
-        self.q, self.k, self.v, self.o = (nn.Linear(args.dim, args.dim) for _ in range(4))
+        self.head_dim, self.eps = args.head_dim, args.eps
+        self.q, self.k, self.v, self.o = (Linear(args.dim, args.dim) for _ in range(4))
         self.norm_q, self.norm_k = (nn.Parameter(torch.empty(args.dim)) for _ in range(2))
-        self.core = AttentionCore()
+        self.mean_squares, self.core = MeanSquares(), AttentionCore()
 
-    def forward(self, x_BLD: Tensor, source_BSD: Tensor, rotations_BLC: Tensor | None = None) -> Tensor:
-        q, k, v = self.q(x_BLD), self.k(source_BSD), self.v(source_BSD).unflatten(-1, (self.num_heads, -1))
+    def forward(
+        self, x_BLD: Tensor, text_BSD: Tensor | None = None, rotations_BLC: Tensor | None = None, seq_len: int | None = None
+    ) -> Tensor:
+        """Attention of x to the text, or without one to x itself, turned by rotations, of which seq_len tokens count."""
+        source_BSD = x_BLD if text_BSD is None else text_BSD
+        q, k, v = self.q(x_BLD), self.k(source_BSD), self.v(source_BSD).unflatten(-1, (-1, self.head_dim))
+        square_q, square_k = self.mean_squares(q, k)
+        parts = (q, local(self.norm_q), square_q), (k, local(self.norm_k), square_k)
         if rotations_BLC is not None:
-            q, k = (rms_norm_rope(y, w, rotations_BLC, self.num_heads, self.eps) for y, w in ((q, self.norm_q), (k, self.norm_k)))
+            q, k = (rms_norm_rope(y, w, rotations_BLC, self.eps, square) for y, w, square in parts)
         else:
-            q, k = (rms_norm(y, w, self.eps).unflatten(-1, (self.num_heads, -1)) for y, w in ((q, self.norm_q), (k, self.norm_k)))
-        return self.o(self.core(q, k, v).flatten(2))
+            q, k = (rms_norm(y, w, self.eps, square).unflatten(-1, (-1, self.head_dim)) for y, w, square in parts)
+        return self.o(self.core(q, k, v, seq_len).flatten(2))
 
 
 class FeedForward(nn.Module):
     def __init__(self, args: WanArgs):
         super().__init__()
-        self.up, self.down = nn.Linear(args.dim, args.ffn_dim), nn.Linear(args.ffn_dim, args.dim)
+        self.up, self.down = Linear(args.dim, args.ffn_dim), Linear(args.ffn_dim, args.dim)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x_BLD), approximate="tanh"))
@@ -103,11 +120,13 @@ class Block(nn.Module):
         self.self_attn, self.cross_attn, self.ffn = Attention(args), Attention(args), FeedForward(args)
         self.norm_weight, self.norm_bias = (nn.Parameter(torch.empty(args.dim)) for _ in range(2))
 
-    def forward(self, x_BLD: Tensor, text_BSD: Tensor, modulation_BT6D: Tensor, rotations_BLC: Tensor) -> Tensor:
+    def forward(
+        self, x_BLD: Tensor, text_BSD: Tensor, modulation_BT6D: Tensor, rotations_BLC: Tensor, seq_len: int | None = None
+    ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation_BT6D.unbind(2)
         y = ada_layer_norm(x_BLD, scale1, shift1, self.eps)
-        x_BLD = gated_residual(x_BLD, self.self_attn(y, y, rotations_BLC), gate1)
-        y = layer_norm(x_BLD, self.norm_weight, self.norm_bias, self.eps)
+        x_BLD = gated_residual(x_BLD, self.self_attn(y, None, rotations_BLC, seq_len), gate1)
+        y = layer_norm(x_BLD, local(self.norm_weight), local(self.norm_bias), self.eps)
         x_BLD = x_BLD + self.cross_attn(y, text_BSD)
         y = ada_layer_norm(x_BLD, scale2, shift2, self.eps)
         return gated_residual(x_BLD, self.ffn(y), gate2)
@@ -129,7 +148,7 @@ class TimeEmbedder(nn.Module):
         self.up, self.down = nn.Linear(args.freq_dim, args.dim), nn.Linear(args.dim, args.dim)
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.down(F.silu(self.up(time_features(t, self.freq_dim))))
+        return self.down(F.silu(self.up(time_features(t, self.freq_dim).to(self.up.weight.dtype))))
 
 
 class WanModel(nn.Module):
@@ -151,22 +170,37 @@ class WanModel(nn.Module):
         self.head_modulation = nn.Parameter(torch.empty(2, args.dim))
         self.proj_out = nn.Linear(args.dim, args.out_channels * args.patch_volume)
 
-    def forward(self, x_BLP: Tensor, pos_BL3: Tensor, t_B: Tensor, text_BSD: Tensor, text_mask_BS: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_BLP: Tensor, pos_BL3: Tensor, t_B: Tensor, text_BSD: Tensor, text_mask_BS: Tensor | None = None, seq_len: int | None = None
+    ) -> Tensor:
         """Velocity [B, L, P_out] of the noisy tokens x.
 
         pos: global token positions [B or 1, L, 3]; t: 1000 s, float32, [B] or [B, L]; text: [B, text_len, text_dim], zero beyond
         each prompt's length. Wan attends to those zeros too (as keys they are what the biases make of them), so the mask is not used.
+        seq_len: tokens of the whole clip, where x is one rank's slice of them or ends in padding; None: x is the clip.
         """
+        state = self.embed(x_BLP, t_B, text_BSD)
+        return self.head(*self.trunk(*state, pos_BL3, seq_len))
+
+    # The three parts of a forward. A pipeline stage runs those whose modules it has, and sends what `embed` and `trunk` return to the next.
+
+    def embed(self, x_BLP: Tensor, t_B: Tensor, text_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens [B, L, D], time [B, T, D] and its projection [B, T, 6D], text [B, S, D]."""
         if text_BSD.shape[1] != self.args.text_len:
             raise ValueError(f"Wan was built for {self.args.text_len} text tokens, got {text_BSD.shape[1]}: set encoder.max_text_length to fit")
-        rotations_BLC = rope_rotations(pos_BL3, self.args.axes_dim, self.args.rope_theta)
         time_BTD = self.time_embedder(t_B if t_B.ndim == 2 else t_B.unsqueeze(1))
-        time_BT6D = self.time_proj(F.silu(time_BTD)).unflatten(-1, (6, -1))
+        return self.patch_embedding(x_BLP), time_BTD, self.time_proj(F.silu(time_BTD)), self.text_embedder(text_BSD)
 
-        x_BLD, text_BSD = self.patch_embedding(x_BLP), self.text_embedder(text_BSD)
+    def trunk(
+        self, x_BLD: Tensor, time_BTD: Tensor, time_BTE: Tensor, text_BSD: Tensor, pos_BL3: Tensor, seq_len: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rotations_BLC = rope_rotations(pos_BL3, self.args.axes_dim, self.args.rope_theta)
+        time_BT6D = time_BTE.unflatten(-1, (6, -1))
         for name, block in self.blocks.items():
-            x_BLD = block(x_BLD, text_BSD, time_BT6D + self.modulation[name], rotations_BLC)
+            x_BLD = block(x_BLD, text_BSD, time_BT6D + self.modulation[name], rotations_BLC, seq_len)
+        return x_BLD, time_BTD, time_BTE, text_BSD
 
+    def head(self, x_BLD: Tensor, time_BTD: Tensor, *_: Tensor) -> Tensor:
         shift, scale = (time_BTD.unsqueeze(2) + self.head_modulation).unbind(2)
         return self.proj_out(ada_layer_norm(x_BLD, scale, shift, self.args.eps))
 
