@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 
@@ -38,8 +39,9 @@ from titan_video.data.latent_cache import CachedClip, LatentCache, cached_clips,
 from titan_video.data.loader import LatentLoader
 from titan_video.data.shapes import resolve_path
 from titan_video.distributed.fsdp import reshard
-from titan_video.distributed.parallel_dims import ParallelDims
+from titan_video.distributed.parallel_dims import ParallelDims, check_layout
 from titan_video.distributed.parallelize import parallelize
+from titan_video.distributed.sequence import SequenceShard
 from titan_video.distributed.utils import broadcast_from_zero, clip_grad_norm, gather_objects, init_distributed, initialise, reduce_over, set_timeout
 from titan_video.encoders import build_encoders
 from titan_video.flow.matching import FlowMatching
@@ -59,6 +61,11 @@ class Trainer:
         self.seed = config.debug.seed
         self.closers = []
 
+        # --- architecture, and whether it can be laid out as asked ---
+        self.spec = get_spec(config.model.name)
+        self.args = get_args(self.spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
+        check_layout(config.parallelism, self.args, int(os.environ.get("WORLD_SIZE", 1)))
+
         # --- ranks and device ---
         self.device = get_device(int(os.environ.get("LOCAL_RANK", 0)))
         init_distributed(self.device, config.comm.init_timeout_seconds)
@@ -66,15 +73,14 @@ class Trainer:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.dims = ParallelDims.of(config.parallelism, self.world_size)
         self.meshes = self.dims.build_mesh(self.device.type)
+        self.shard = SequenceShard(self.meshes.sequence, self.dims.tp)
         # Waiting for another rank's encoding, or agreeing on a signal, takes place on the host.
         self.host_group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
         if config.debug.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this, and reads it at its first use
             torch.use_deterministic_algorithms(True)
 
-        # --- architecture, encoders, objective ---
-        self.spec = get_spec(config.model.name)
-        self.args = get_args(self.spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
+        # --- encoders, objective ---
         self.encoders = build_encoders(config.encoder, config.model.hf_assets_path, self.device)
         self.check_encoders()
         self.flow = FlowMatching(config.flow)
@@ -90,7 +96,7 @@ class Trainer:
         with torch.device("meta"):
             self.model = self.spec.build(self.args)
         parallelize(self.model, self.spec.plan, self.meshes, config.parallelism, config.training, config.activation_checkpoint, config.compile)
-        self.model.to_empty(device=self.device)
+        self.model.to_empty(device="cpu" if config.training.enable_cpu_offload else self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scheduler = Scheduler(self.optimizer, config.lr_scheduler, config.optimizer.lr, config.training.steps)
         self.ema = EmaWeights(self.model, config.ema) if config.ema.enable else None
@@ -209,7 +215,7 @@ class Trainer:
         text_BLD, mask_BL = reader.text([self.cache.text_key(p) for p in (*self.prompts, "")])
         prompts = Prompts(self.prompts, text_BLD[:-1], mask_BL[:-1], text_BLD[-1:], mask_BL[-1:]) if self.prompts else None
         return Validator(
-            self.config.validation, self.model, self.args.patch, self.meshes.batch, self.device, self.seed,
+            self.config.validation, self.model, self.args.patch, self.meshes, self.shard, self.device, self.seed,
             num_clips=len(self.held_out), get_clip=lambda i: reader.batch([self.held_out[i]], [i]),
             prompts=prompts, latent_CFHW=self.latent_shape(self.config.data.buckets[0]), decode=self.encoders.decode_video,
             fps=self.config.data.fps, folder=self.folder / "samples",
@@ -224,20 +230,22 @@ class Trainer:
         num_elements, num_tokens = reduce_over(self.meshes.batch, sizes, "sum").tolist()
 
         loss = torch.zeros((), device=self.device)
-        model_flops = recomputed = 0
+        model_flops = recomputed = 0.0
+        ranks_per_sample = self.world_size // self.dims.dp
         for batch in batches:
             tokens, B = self.num_tokens(batch), len(batch.sample_ids_B)
             s_B = self.flow.levels(draw_uniform(self.seed, batch.sample_ids_B), tokens)
             noise = draw_noise(self.seed, batch.sample_ids_B, tuple(batch.latents_BCFHW.shape[1:]), self.device)
             weight_B, s_B, batch = self.flow.weights(s_B, tokens).to(self.device), s_B.to(self.device), batch.to(self.device)
-            micro_loss = compute_loss(self.model, self.args.patch, batch, noise, s_B, weight_B).sum() / num_elements
+            micro_loss = compute_loss(self.model, self.args.patch, batch, noise, s_B, weight_B, self.shard).sum() / num_elements
             micro_loss.backward()
             loss += micro_loss.detach()
-            model_flops += 3 * self.args.flops(tokens, B)
-            recomputed += self.args.block_flops(tokens, B) if self.config.activation_checkpoint.mode == "full" else 0
+            model_flops += 3 * self.args.flops(tokens, B) / ranks_per_sample
+            recomputed += self.args.block_flops(tokens, B) / ranks_per_sample if self.config.activation_checkpoint.mode == "full" else 0
 
-        grad_norm = clip_grad_norm(self.model, self.config.training.max_norm)
+        grad_norm = clip_grad_norm(self.model, self.config.training.max_norm, self.meshes.pp)
         share = sizes[0].item() / num_elements
+        loss = reduce_over(self.meshes.sequence, loss, "sum")
         global_loss, max_loss = reduce_over(self.meshes.batch, loss, "sum").item(), reduce_over(self.meshes.batch, loss / share, "max").item()
         if self.guard.check(global_loss, grad_norm.item(), self.step):
             self.optimizer.step()
@@ -308,7 +316,7 @@ class Trainer:
                 if self.step % c.training.gc_freq == 0:
                     gc.collect(1)
                 if self.step == first_step:
-                    set_timeout(c.comm.train_timeout_seconds, self.meshes.world, self.meshes.batch)
+                    set_timeout(c.comm.train_timeout_seconds, *(getattr(self.meshes, f.name) for f in fields(self.meshes)))
             self.checkpoint.wait()
         if self.step == last_step:
             self.export()

@@ -131,6 +131,31 @@ COMBINATIONS = [  # (what is set, fields the message names, a piece of the fix)
     ({"parallelism.data_parallel_shard_degree": 8}, "parallelism.data_parallel_shard_degree", "legal: 4"),
     ({"parallelism.data_parallel_replicate_degree": 2, "parallelism.data_parallel_shard_degree": 4},
      "parallelism.data_parallel_shard_degree", "legal: 2"),
+    ({"parallelism.tensor_parallel_degree": 3}, "parallelism.tensor_parallel_degree", "legal: 1, 2, 4"),
+    ({"parallelism.pipeline_parallel_degree": 8}, "parallelism.pipeline_parallel_degree", "legal: 1, 2, 4"),
+    ({"parallelism.tensor_parallel_degree": 2, "parallelism.context_parallel_degree": 4},
+     "parallelism.context_parallel_degree", "the 2 ranks that tensor_parallel_degree 2 leaves; legal: 1, 2"),
+    ({"parallelism.pipeline_parallel_degree": 2, "parallelism.tensor_parallel_degree": 2, "parallelism.context_parallel_degree": 2},
+     "parallelism.context_parallel_degree", "legal: 1"),
+    ({"parallelism.context_parallel_degree": 2, "parallelism.data_parallel_shard_degree": 4}, "parallelism.data_parallel_shard_degree", "legal: 2"),
+    ({"parallelism.context_parallel_degree": 4, "training.global_batch_size": 6, "training.local_batch_size": 4}, "training.global_batch_size", "4 or 8"),
+    ({"parallelism.enable_async_tensor_parallel": True, "parallelism.tensor_parallel_degree": 2},
+     "parallelism.enable_async_tensor_parallel", "set compile.enable"),
+    ({"parallelism.enable_async_tensor_parallel": True, "compile.enable": True},
+     "parallelism.enable_async_tensor_parallel", "parallelism.tensor_parallel_degree"),
+    ({"parallelism.context_parallel_degree": 4, "parallelism.context_parallel_method": "unified", "parallelism.context_parallel_ulysses_degree": 3},
+     "parallelism.context_parallel_ulysses_degree", "legal: 1, 2, 4"),
+    ({"parallelism.context_parallel_degree": 4, "parallelism.context_parallel_ulysses_degree": 2},
+     "parallelism.context_parallel_ulysses_degree", "unified"),
+    ({"parallelism.pipeline_parallel_degree": 2, "training.local_batch_size": 4, "parallelism.pipeline_parallel_microbatch_size": 3},
+     "parallelism.pipeline_parallel_microbatch_size", "legal: 1, 2, 4"),
+    ({"activation_checkpoint.mode": "memory_budget"}, "activation_checkpoint.mode", "compile.enable"),
+    ({"activation_checkpoint.mode": "memory_budget", "compile.enable": True, "activation_checkpoint.layers": [0]},
+     "activation_checkpoint.layers", "leave it empty"),
+    ({"activation_checkpoint.mode": "selective", "activation_checkpoint.save": []}, "activation_checkpoint.save", "at least one"),
+    ({"activation_checkpoint.save": ["attention", "attention"]}, "activation_checkpoint.save", "twice"),
+    ({"activation_checkpoint.layers": [1, 1]}, "activation_checkpoint.layers", "twice"),
+    ({"activation_checkpoint.offload": True}, "activation_checkpoint.offload", "choose full"),
     ({"training.global_batch_size": 0}, "training.global_batch_size", "nearest 4,"),
     ({"training.global_batch_size": 2}, "training.global_batch_size", "nearest 4,"),
     ({"training.global_batch_size": 6}, "training.global_batch_size", "4 or 8"),
@@ -361,6 +386,12 @@ def test_legal_combinations_pass(tmp_path):
         {"parallelism.data_parallel_replicate_degree": 2, "parallelism.data_parallel_shard_degree": 2},
         {"parallelism.data_parallel_replicate_degree": 4},
         {"training.global_batch_size": 12, "training.local_batch_size": 3},
+        {"training.global_batch_size": 2, "parallelism.tensor_parallel_degree": 2},
+        {"parallelism.context_parallel_degree": 4, "parallelism.context_parallel_method": "unified", "parallelism.context_parallel_ulysses_degree": 2},
+        {"parallelism.pipeline_parallel_degree": 2, "parallelism.tensor_parallel_degree": 2, "training.local_batch_size": 4,
+         "parallelism.pipeline_parallel_microbatch_size": 2},
+        {"parallelism.enable_async_tensor_parallel": True, "parallelism.tensor_parallel_degree": 2, "compile.enable": True},
+        {"activation_checkpoint.mode": "memory_budget", "compile.enable": True},
         {"training.steps": 100, "lr_scheduler.warmup_steps": 50, "lr_scheduler.decay_ratio": 0.5},
         {"checkpoint.folder": "a/b", "metrics.save_tb_folder": "a/c"}, {"job.dump_folder": str(tmp_path / "new")},
     ]:
@@ -371,6 +402,7 @@ def test_degrees_and_accumulation():
     assert data_parallel_degrees(Parallelism(), 6) == (1, 6)
     assert data_parallel_degrees(Parallelism(data_parallel_replicate_degree=2), 6) == (2, 3)
     assert data_parallel_degrees(Parallelism(data_parallel_replicate_degree=6, data_parallel_shard_degree=1), 6) == (6, 1)
+    assert data_parallel_degrees(Parallelism(tensor_parallel_degree=2, context_parallel_degree=3, pipeline_parallel_degree=2), 24) == (1, 2)
     assert gradient_accumulation(Training(), 5) == 1
     assert gradient_accumulation(Training(local_batch_size=2, global_batch_size=24), 4) == 3
     with pytest.raises(ConfigError, match="legal: 1, 2, 3, 6"):
@@ -385,6 +417,11 @@ def test_check_command_refuses_without_a_traceback():
 
     toml = str(ROOT / "train_configs" / "debug.toml")
     assert run("2", "--job.config_file", toml).returncode == 0
-    for argv, field in ((["--training.stepz", "3"], "training.steps"), (["--parallelism.data_parallel_shard_degree", "3"], "parallelism.data_parallel_shard_degree")):
-        refused = run("2", "--job.config_file", toml, *argv)
-        assert refused.returncode == 1 and field in refused.stderr and "Traceback" not in refused.stderr
+    refusals = [
+        ("2", ["--training.stepz", "3"], "training.steps", ""),
+        ("2", ["--parallelism.data_parallel_shard_degree", "3"], "parallelism.data_parallel_shard_degree", "legal: 2"),
+        ("3", ["--parallelism.tensor_parallel_degree", "3"], "parallelism.tensor_parallel_degree", "4 heads and feed-forward width 512; legal: 1, 2, 4"),
+    ]
+    for world_size, argv, field, legal in refusals:
+        refused = run(world_size, "--job.config_file", toml, *argv)
+        assert refused.returncode == 1 and field in refused.stderr and legal in refused.stderr and "Traceback" not in refused.stderr

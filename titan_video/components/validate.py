@@ -1,7 +1,7 @@
 """Seeing what the model has learned: held-out loss by noise level, and clips sampled from prompts.
 
 Every rank takes part and runs the model equally often, as sharded weights are gathered by all ranks together. Clips and prompts are dealt
-out over the `batch` axis; a rank that has run out repeats one whose result is not counted.
+out over the `batch` axis; a rank that has run out repeats one whose result is not counted. The other axes share each clip's work.
 """
 
 from collections.abc import Callable
@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from titan_video.components.objective import compute_loss
 from titan_video.components.sampling import sample_latents
 from titan_video.config.job_config import Validation
 from titan_video.data.batch import Batch
+from titan_video.distributed.parallel_dims import Meshes
+from titan_video.distributed.sequence import SequenceShard
 from titan_video.distributed.utils import gather_objects, reduce_over
 from titan_video.flow.noise import draw_noise
 from titan_video.models.layers import Patch
@@ -51,7 +52,8 @@ class Validator:
         section: Validation,
         model: nn.Module,
         patch: Patch,
-        batch_mesh: DeviceMesh,
+        meshes: Meshes,
+        shard: SequenceShard,
         device: torch.device,
         seed: int,
         num_clips: int,
@@ -62,7 +64,9 @@ class Validator:
         fps: float,
         folder: Path,
     ):
-        self.section, self.model, self.patch, self.mesh, self.device, self.seed = section, model, patch, batch_mesh, device, seed
+        self.section, self.model, self.patch, self.mesh, self.device, self.seed = section, model, patch, meshes.batch, device, seed
+        self.shard, self.sequence_mesh = shard, meshes.sequence
+        self.is_first = meshes.sequence.get_local_rank() == 0 and meshes.pp.get_local_rank() == 0  # of the ranks that share a clip
         self.num_clips, self.get_clip, self.prompts, self.latent_CFHW = num_clips, get_clip, prompts, latent_CFHW
         self.decode, self.fps, self.folder = decode, fps, folder
 
@@ -82,16 +86,17 @@ class Validator:
                 ids = torch.tensor([index * len(levels) + k])
                 noise = draw_noise(self.seed, ids, tuple(batch.latents_BCFHW.shape[1:]), self.device, stream="validation")
                 one = torch.ones(1, device=self.device)
-                loss = compute_loss(self.model, self.patch, batch, noise, level * one, one).sum().item()
+                loss = compute_loss(self.model, self.patch, batch, noise, level * one, one, self.shard).sum().item()
                 if counted:
                     sums[k] += loss
                     counts[k] += batch.latents_BCFHW.numel()
-        sums, counts = reduce_over(self.mesh, sums, "sum"), reduce_over(self.mesh, counts, "sum")
+        sums = reduce_over(self.mesh, reduce_over(self.sequence_mesh, sums, "sum"), "sum")
+        counts = reduce_over(self.mesh, counts, "sum")
         losses = {f"loss_t{level:g}": (s / c).item() for level, s, c in zip(levels, sums, counts, strict=True)}
         return losses | {"loss": sum(losses.values()) / len(losses)}
 
     def sample(self, step: int) -> list[tuple[str, Tensor]]:
-        """Sample every prompt, write `step-N/K_prompt.mp4`, and return (prompt, uint8 frames [F, H, W, 3]) in order, on all ranks."""
+        """Sample every prompt, write `step-N/K_prompt.mp4`, and return (prompt, uint8 frames [F, H, W, 3]) in order, on rank 0 at least."""
         if self.prompts is None:
             return []
         p, c, mine = self.prompts, self.section, []
@@ -100,8 +105,10 @@ class Validator:
         for index, counted in dealt_out(len(p.prompts), self.mesh.get_local_rank(), self.mesh.size()):
             text, mask, null, null_mask = (x.to(self.device) for x in (p.text_BLD[index, None], p.mask_BL[index, None], p.null_BLD, p.null_mask_BL))
             settings = c.sample_steps, c.guidance_scale, c.sample_shift
-            latents = sample_latents(self.model, self.patch, text, mask, null, null_mask, self.latent_CFHW, [index], self.seed, *settings)
-            if counted:
+            latents = sample_latents(
+                self.model, self.patch, text, mask, null, null_mask, self.latent_CFHW, [index], self.seed, *settings, shard=self.shard
+            )
+            if counted and self.is_first:
                 frames = self.decode(latents)[0].permute(1, 2, 3, 0).cpu()
                 write_mp4(folder / f"{index}_{file_name(p.prompts[index])}.mp4", frames.numpy(), self.fps)
                 mine.append((index, frames))

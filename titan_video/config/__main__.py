@@ -1,4 +1,4 @@
-"""Two small programs, neither of which needs torch.
+"""Two small programs.
 
     python -m titan_video.config > docs/config.md                       print the reference page, made of nothing but the dataclasses
     python -m titan_video.config check WORLD_SIZE [arguments of train.py]    end with 1 and a message if a run on so many ranks would be refused
@@ -8,6 +8,8 @@ import sys
 
 from titan_video.config.check import check
 from titan_video.config.manager import default_text, describe, limits_of, main_guard, options, parse_args, sections
+from titan_video.distributed.parallel_dims import check_layout
+from titan_video.models import get_args, get_spec
 
 HEAD = """# Configuration
 
@@ -36,6 +38,12 @@ def markdown() -> str:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["check"]:
         with main_guard():
-            check(parse_args(sys.argv[3:]), int(sys.argv[2]))
+            config, world_size = parse_args(sys.argv[3:]), int(sys.argv[2])
+            check(config, world_size)
+        try:
+            args = get_args(get_spec(config.model.name), config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
+            check_layout(config.parallelism, args, world_size)
+        except ValueError as e:
+            sys.exit(f"error: {e}")
     else:
         print(markdown(), end="")
