@@ -40,6 +40,8 @@ def cases():
     square = (x.double() ** 2).mean(-1, keepdim=True).float()
     yield "rms_norm given its statistic", rms_norm, (x, w, 1e-6, square), rms64(x.double(), w.double())
     yield "rms_norm_rope given its statistic", rms_norm_rope, (x, w, rotations, 1e-6, square), rope64(rms64(x.double(), w.double()), angles.double())
+    heads, w_head = x.unflatten(-1, (H, K)), w[:K]
+    yield "rms_norm_rope per head", rms_norm_rope, (heads, w_head, rotations, 1e-6), rope64(rms64(heads.double(), w_head.double()).flatten(2), angles.double())
     yield "rms_norm_rope", rms_norm_rope, (x, w, rotations, 1e-6), rope64(rms64(x.double(), w.double()), angles.double())
 
 

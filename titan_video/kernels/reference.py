@@ -49,12 +49,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, mean_square: Tensor | None =
     return _rms_normed(x, weight, eps, mean_square).to(x.dtype)
 
 
-def rms_norm_rope(x_BLD: Tensor, weight_D: Tensor, rotations_BLC: Tensor, eps: float, mean_square: Tensor | None = None) -> Tensor:
-    """RMSNorm over the whole width, then rotation of each head's neighbouring pairs by complex numbers of modulus 1 (RoPE, Su et al. 2021).
+def rms_norm_rope(x: Tensor, weight: Tensor, rotations_BLC: Tensor, eps: float, mean_square: Tensor | None = None) -> Tensor:
+    """RMSNorm over the last dim, then rotation of each head's neighbouring pairs by complex numbers of modulus 1 (RoPE, Su et al. 2021).
 
-    rotations: complex64 [B or 1, L, C], C = K/2, the same for all heads. mean_square: as in `rms_norm`. Returns [B, L, H, K], rounded once, after both.
+    x: [B, L, D] for one norm over all heads, or [B, L, H, K] for one per head; weight: of the last dim. rotations: complex64 [B or 1, L, C],
+    C = K/2, the same for all heads. mean_square: as in `rms_norm`. Returns [B, L, H, K], rounded once, after both.
     """
-    normed = _rms_normed(x_BLD, weight_D, eps, mean_square).unflatten(-1, (-1, rotations_BLC.shape[-1], 2))
+    normed = _rms_normed(x, weight, eps, mean_square).reshape(*x.shape[:2], -1, rotations_BLC.shape[-1], 2)
     rotations = rotations_BLC.unsqueeze(2)
     if torch.compiler.is_compiling():
         # The compiler generates no code for complex numbers: in real ones the whole function becomes one kernel.
@@ -62,4 +63,4 @@ def rms_norm_rope(x_BLD: Tensor, weight_D: Tensor, rotations_BLC: Tensor, eps: f
         rotated = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
     else:
         rotated = torch.view_as_real(torch.view_as_complex(normed) * rotations)
-    return rotated.flatten(-2).to(x_BLD.dtype)
+    return rotated.flatten(-2).to(x.dtype)

@@ -64,6 +64,16 @@ def time_features(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
 
 
+def per_token(rows_BTD: Tensor, clean_BL: Tensor | None) -> Tensor:
+    """Each token's row of modulation, [B, L, D]: row 0, or row 1 where the token is clean. Without clean tokens [B, 1, D], which serves all.
+
+    A selection and no gather: its gradient is a masked sum over the tokens, in a fixed order.
+    """
+    if clean_BL is None:
+        return rows_BTD[:, :1]
+    return torch.where(clean_BL.unsqueeze(-1), rows_BTD[:, 1:2], rows_BTD[:, :1])
+
+
 def local(weight: Tensor) -> Tensor:
     """The part of a block's weight that this rank computes with.
 
@@ -102,14 +112,42 @@ class AttentionCore(nn.Module):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
+class JointAttentionCore(nn.Module):
+    """One attention in which video and text tokens both ask and answer. Context parallel replaces this module.
+
+    text_mask: the text keys that count; None: all. It is applied whatever it holds: looking inside would make the host wait for the device.
+    seq_len: video keys that count, where those at the end are padding; None: all. Returns the video's and the text's rows,
+    [B, L, H, K] and [B, S, H, K]; those of text tokens that do not count mean nothing.
+    """
+
+    def forward(
+        self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, text_q_BSHK: Tensor, text_k_BSHK: Tensor, text_v_BSHK: Tensor,
+        text_mask_BS: Tensor | None = None, seq_len: int | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if seq_len is not None:
+            k_BLHK, v_BLHK = k_BLHK[:, :seq_len], v_BLHK[:, :seq_len]
+        pairs = (q_BLHK, text_q_BSHK), (k_BLHK, text_k_BSHK), (v_BLHK, text_v_BSHK)
+        q, k, v = (torch.cat(pair, dim=1).transpose(1, 2) for pair in pairs)
+        mask = None if text_mask_BS is None else F.pad(text_mask_BS, (k_BLHK.shape[1], 0), value=True)[:, None, None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+        return out[:, : q_BLHK.shape[1]], out[:, q_BLHK.shape[1] :]
+
+
+class JointLinear(Linear):
+    """One Linear for video tokens and for text tokens. Tensor parallel, which spreads the first over its ranks but not the second, treats them apart."""
+
+    def forward(self, x_BLD: Tensor, text_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x_BLD), super().forward(text_BSD)
+
+
 class MeanSquares(nn.Module):
-    """Statistics of the RMSNorms of q and k, [B, L, 1] each, or None where a norm sees its whole vector and takes its own.
+    """Statistics of the RMSNorms of q and the keys, [B, L, 1] each, or None where a norm sees its whole vector and takes its own.
 
     Tensor parallel replaces this module where a norm runs over all heads, of which a rank then holds a part.
     """
 
-    def forward(self, q_BLD: Tensor, k_BSD: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        return None, None
+    def forward(self, *tensors: Tensor) -> tuple[Tensor | None, ...]:
+        return (None,) * len(tensors)
 
 
 def xavier_uniform_(weight: Tensor, generator: torch.Generator) -> None:
