@@ -1,5 +1,8 @@
 """Collectives that autograd and torch.compile see through, under one name in every supported torch."""
 
+import math
+
+import torch
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -11,12 +14,19 @@ _reduce_scatter = getattr(functional, "reduce_scatter_single_autograd", None) or
 
 def all_gather(x: Tensor, dim: int, mesh: DeviceMesh) -> Tensor:
     """The ranks' tensors, concatenated along `dim`. Backward is a reduce-scatter."""
-    return _ready(_all_gather(x, dim, mesh.get_group()))
+    # Always sent along dim 0 and arranged here. torch 2.13, asked for dim 1 of one clip, gives a view that loses its gradient when waited for.
+    if _is_outermost(x, dim):
+        rows = _ready(_all_gather(x.flatten(0, dim), 0, mesh.get_group()))
+        return rows.view(*x.shape[:dim], -1, *x.shape[dim + 1 :])
+    return torch.cat(_ready(_all_gather(x, 0, mesh.get_group())).chunk(mesh.size()), dim)
 
 
 def reduce_scatter(x: Tensor, dim: int, mesh: DeviceMesh) -> Tensor:
     """The sum of the ranks' tensors, of which each rank keeps its chunk of `dim`. Backward is an all-gather."""
-    return _ready(_reduce_scatter(x, "sum", dim, mesh.get_group()))
+    if _is_outermost(x, dim):
+        rows = _ready(_reduce_scatter(x.flatten(0, dim), "sum", 0, mesh.get_group()))
+        return rows.view(*x.shape[:dim], -1, *x.shape[dim + 1 :])
+    return _ready(_reduce_scatter(torch.cat(x.chunk(mesh.size(), dim)), "sum", 0, mesh.get_group()))
 
 
 def all_reduce(x: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -27,6 +37,11 @@ def all_reduce(x: Tensor, mesh: DeviceMesh) -> Tensor:
 def all_to_all(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """Chunk i of dim 0 goes to rank i; the result holds the chunks received, in rank order. Backward is an all-to-all."""
     return _ready(functional.all_to_all_single_autograd(x, None, None, mesh.get_group()))
+
+
+def _is_outermost(x: Tensor, dim: int) -> bool:
+    """Whether `dim` is the slowest one in memory, as the tokens of a single clip are: nothing is then copied."""
+    return math.prod(x.shape[:dim]) == 1
 
 
 def _ready(x: Tensor) -> Tensor:
