@@ -296,9 +296,13 @@ def test_damaged_folders_are_refused_by_file(tmp_path):
 
 
 def test_scalars_and_unknown_types(tmp_path):
-    model = nn.Module()
-    model.scale = nn.Parameter(torch.tensor(3.0))
-    spec = replace(TOY, hf_names=(NameRule("scale", "scale"),))
+    def build(args):
+        model = nn.Module()
+        model.scale = nn.Parameter(torch.tensor(3.0))
+        return model
+
+    model = build(ARGS)
+    spec = replace(TOY, build=build, hf_names=(NameRule("scale", "scale"),))
     save_hf(model, tmp_path / "m", spec, ARGS, torch.float16)
     with torch.no_grad():
         model.scale.zero_()
@@ -321,6 +325,9 @@ def test_diffusers_writes_and_we_read(tmp_path):
     assert state.keys() == reference.keys() and all(torch.equal(state[n], reference[n]) for n in state)
     with pytest.raises(ValueError, match=r"num_attention_heads = 4 \(the model has 6\).*attention_head_dim"):
         load_hf(ours, tmp_path / "m", SPEC, replace(WAN_ARGS, num_heads=6))
+    with pytest.raises(ValueError, match="not those of the architecture WanArgs.*blocks.0.ffn.up.weight"):
+        save_hf(ours, tmp_path / "n", SPEC, replace(WAN_ARGS, ffn_dim=81), torch.float32)
+    assert not (tmp_path / "n").exists()
 
 
 @pytest.mark.parametrize("max_shard_bytes", [1 << 30, 60_000])

@@ -8,7 +8,9 @@ A save, in the background if `async_mode = "async"`:
     commit     rename to `step-N`; then, and only then, older checkpoints beyond `keep_latest_k` are removed
 
 A load takes the newest `step-N` whose manifest and content agree, reading every byte first (`checkpoint_io.verify`).
-Tensors are named by the model's clean parameter names, so a checkpoint knows nothing of ranks, wrappers or compilation.
+Tensors are named by the model's clean parameter names and saved in pieces of the whole tensor, so a checkpoint knows nothing of ranks,
+layouts, wrappers or compilation. Ranks may hold different tensors (pipeline parallel), different pieces, or the same ones: what is saved is
+all that they hold, each piece once, and a rank that loads reads those pieces that overlap with its own.
 """
 
 import datetime
@@ -91,7 +93,7 @@ class OptimizerState:
             name, _, slot = key.rpartition(".")
             param = self.params.get(name)
             if param is None:
-                continue  # reported by name when the checkpoint is compared with the run
+                continue  # another pipeline stage's, or reported by name when the checkpoint is compared with the run
             if slot == "step":
                 # torch keeps the count beside the weights for the fused step, on the host otherwise.
                 group = self.group_of[param]
@@ -154,18 +156,26 @@ def _saved_under(metadata: Metadata, prefix: str) -> dict[str, TensorStorageMeta
     return {name[len(prefix) + 1:]: entry for name, entry in metadata.state_dict_metadata.items() if name.startswith(f"{prefix}.")}
 
 
-def _compare(folder: Path, prefix: str, live: dict[str, Tensor], saved: dict[str, TensorStorageMetadata], same_dtype: bool) -> None:
-    """DCP ignores tensors that the run lacks and casts types in silence. We do not."""
-    problems = [f"the checkpoint lacks {name}" for name in live if name not in saved]
-    problems += [f"the run lacks {name}" for name in saved if name not in live]
-    for name in sorted(set(live) & set(saved)):
+def _compare(
+    ranks: _Ranks, folder: Path, prefix: str, live: dict[str, Tensor], saved: dict[str, TensorStorageMetadata], same_dtype: bool
+) -> None:
+    """Raise, on all ranks, unless the tensors that the ranks hold between them are those of the checkpoint in name, shape and type.
+
+    Under pipeline parallel each rank holds a part. DCP ignores tensors that the run lacks and casts types in silence. We do not.
+    """
+    mine = [f"the checkpoint lacks {name}" for name in live if name not in saved]
+    for name in sorted(live.keys() & saved.keys()):
         if saved[name].size != live[name].size():
-            problems.append(f"{name} has shape {list(saved[name].size)} in the checkpoint and {list(live[name].size())} in the run")
+            mine.append(f"{name} has shape {list(saved[name].size)} in the checkpoint and {list(live[name].size())} in the run")
         elif same_dtype and saved[name].properties.dtype != live[name].dtype:
-            problems.append(f"{name} has type {saved[name].properties.dtype} in the checkpoint and {live[name].dtype} in the run")
+            mine.append(f"{name} has type {saved[name].properties.dtype} in the checkpoint and {live[name].dtype} in the run")
+    # A byte for each saved name says whether this rank holds it: the names of a large model, from hundreds of ranks, would be a large message.
+    answers = ranks.gather((mine, bytes(name in live for name in saved)))
+    problems = dict.fromkeys(text for texts, _ in answers for text in texts)
+    problems.update((f"the run lacks {name}", None) for name, *held in zip(saved, *(held for _, held in answers), strict=True) if not any(held))
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"{folder}: its `{prefix}` tensors are not those of this run: {'; '.join(problems[:3])}{more}. "
+        raise ValueError(f"{folder}: its `{prefix}` tensors are not those of this run: {'; '.join(list(problems)[:3])}{more}. "
                          "Use the configuration that wrote it, or start in another job.dump_folder.")
 
 
@@ -184,11 +194,12 @@ def load_weights(folder: Path, model: nn.Module, source: str = "model", group: d
     if not folder.is_dir() or files.list_steps(folder):
         names = ", ".join(f"step-{step}" for step in files.list_steps(folder))
         raise ValueError(f"{folder}: give a step-N folder of a checkpoint" + (f"; it holds {names}" if names else "; there is no such folder"))
-    step, metadata = _Ranks(group).verify(folder)
+    ranks = _Ranks(group)
+    step, metadata = ranks.verify(folder)
     saved, live = _saved_under(metadata, source), ModelState(model).state_dict()
     if not saved:
         raise ValueError(f"{folder}: holds no `{source}` weights")
-    _compare(folder, source, live, saved, same_dtype=False)
+    _compare(ranks, folder, source, live, saved, same_dtype=False)
     _read_tensors(folder, metadata, {f"{source}.{name}": tensor for name, tensor in live.items()}, group)
     return step
 
@@ -264,7 +275,7 @@ class CheckpointManager:
             saved = _saved_under(metadata, name)
             if isinstance(owner, OptimizerState):
                 owner.allocate(saved)
-            _compare(folder, name, owner.state_dict(), saved, same_dtype=True)
+            _compare(self.ranks, folder, name, owner.state_dict(), saved, same_dtype=True)
         unused = sorted({name.partition(".")[0] for name in metadata.state_dict_metadata} - set(self.tensors))
         if unused:
             self._log(f"{folder} also holds {', '.join(unused)}, which this run does not use", logging.WARNING)

@@ -1,10 +1,12 @@
 """Weights in the public layout: a folder of config.json and safetensors as diffusers writes it, streamed into and out of sharded parameters.
 
     load   headers of all files -> names, shapes and config.json checked -> each rank copies its own slice of each tensor
-    save   parameter by parameter: all ranks gather it, rank 0 keeps it -> a full shard is written -> ... -> all renamed, config.json last
+    save   parameter by parameter: the ranks that have it gather it, rank 0 keeps it -> a full shard is written -> ... -> all renamed,
+           config.json last
 
 No rank ever holds a whole model: loading needs no memory beside the parameters (a tensor that changes form is read whole, one
-at a time), saving needs one gathered parameter per rank and one shard in rank 0's host memory.
+at a time), saving needs one gathered parameter per rank and one shard in rank 0's host memory. Under pipeline parallel a rank has
+some of the parameters; what the others are is known from the architecture.
 """
 
 import json
@@ -25,7 +27,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from titan_video.components.checkpoint_io import fsync_path
 from titan_video.distributed.fsdp import reshard
-from titan_video.distributed.utils import clean_name
+from titan_video.distributed.utils import clean_name, gather_objects
 from titan_video.models.spec import ModelSpec, NameRule
 
 STEM = "diffusion_pytorch_model"
@@ -46,7 +48,7 @@ def public_names(rules: Sequence[NameRule], our_names: Iterable[str]) -> dict[st
         match, rule = hits[0]
         table[name] = (rule.public.format(*match.groups()), rule)
         used.add(rule.ours)
-    unused = [rule.ours for rule in rules if rule.ours not in used]
+    unused = [rule.ours for rule in rules if rule.ours not in used and not rule.optional]
     if unused:
         raise ValueError(f"rules of the table of public names that fit no parameter: {_some(unused)}")
     if len({public for public, _ in table.values()}) < len(table):
@@ -58,17 +60,18 @@ def public_names(rules: Sequence[NameRule], our_names: Iterable[str]) -> dict[st
 def load_hf(model: nn.Module, folder: Path | str, spec: ModelSpec, args: Any) -> None:
     """Fill the parameters (plain or DTensor, any placements) from `folder`, cast to each parameter's type.
 
-    Each rank reads on its own, without collectives. ValueError names the folder or file and what is missing, extra, misshapen,
+    Each rank reads what it has, on its own, without collectives. ValueError names the folder or file and what is missing, extra, misshapen,
     damaged, or of another architecture than `args`; nothing is loaded then.
     """
     folder = Path(folder)
     _check_config(folder, spec, args)
     params = _parameters(model)
-    table = public_names(spec.hf_names, params)
-    files = _check_stored(folder, {table[ours][0]: _public_shape(p, table[ours][1], args) for ours, p in params.items()})
+    shapes = _whole_shapes(params, spec, args)
+    table = public_names(spec.hf_names, shapes)
+    files = _check_stored(folder, {table[ours][0]: _public_shape(shape, table[ours][1], args) for ours, shape in shapes.items()})
     by_file: dict[Path, list[str]] = {}
-    for ours, (public, _) in table.items():
-        by_file.setdefault(files[public], []).append(ours)
+    for ours in params:
+        by_file.setdefault(files[table[ours][0]], []).append(ours)
     for path, names in by_file.items():
         with _opened(path) as stored:
             for ours in names:
@@ -84,7 +87,8 @@ def save_hf(
     max_shard_bytes: int = 5 * GIB,
     weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write the parameters, or `weights` by the same names (averaged ones, say), to `folder` as `dtype`. Collective: every rank calls it.
+    """Write the parameters, or `weights` by the same names (averaged ones, say), to `folder` as `dtype`. Collective: every rank calls it,
+    with the parameters that it has.
 
     A complete earlier export in the folder is replaced only when the new one is written and verified. When this returns, on any
     rank, the export is on disk; if rank 0 could not write it, RuntimeError says why on all ranks.
@@ -92,30 +96,29 @@ def save_hf(
     if dtype not in DTYPE_NAMES:
         raise ValueError(f"weights cannot be exported as {dtype}; use one of {', '.join(str(d) for d in DTYPE_NAMES)}")
     params = _parameters(model)
-    table = public_names(spec.hf_names, params)
+    shapes = _whole_shapes(params, spec, args)
+    table = public_names(spec.hf_names, shapes)
     if weights is not None and weights.keys() != params.keys():
         raise ValueError(f"weights to export differ in name from the model's parameters: {_some(sorted(weights.keys() ^ params.keys()))}")
     tensors = params if weights is None else weights
-    shards = plan_shards({name: tensors[name].numel() * dtype.itemsize for name in table}, max_shard_bytes)
-    distributed = dist.is_available() and dist.is_initialized()
-    writer = _Writer(Path(folder)) if not distributed or dist.get_rank() == 0 else None
-    for file_name, names in shards.items():
+    owners = _owners(shapes, tensors)
+    writer = _Writer(Path(folder)) if _rank() == 0 else None
+    for file_name, names in plan_shards({name: shape.numel() * dtype.itemsize for name, shape in shapes.items()}, max_shard_bytes).items():
         shard = {}
         for ours in names:
-            whole = _gather(tensors[ours], dtype)
+            whole = _gather(tensors[ours], dtype) if ours in tensors else None
+            whole = _bring_to_zero(whole, owners[ours], shapes[ours], dtype)
             if writer is not None and writer.error is None:
                 public, rule = table[ours]
                 shard[public] = (rule.to_public(whole, args) if rule.to_public else whole).cpu().contiguous()
             del whole
         if writer is not None:
             writer.write(file_name, shard)
+        # File by file, so that no rank runs ahead and waits for rank 0 for longer than a collective may take.
+        _raise_on_all(writer, folder)
     if writer is not None:
-        writer.commit(spec.args_to_hf(args), sum(t.numel() for t in params.values()) * dtype.itemsize)
-    outcome = [writer.error if writer is not None else None]
-    if distributed:
-        dist.broadcast_object_list(outcome, src=0)
-    if outcome[0] is not None:
-        raise RuntimeError(f"the weights could not be exported to {folder}: {outcome[0]}")
+        writer.commit(spec.args_to_hf(args), sum(shape.numel() for shape in shapes.values()) * dtype.itemsize)
+    _raise_on_all(writer, folder)
 
 
 def plan_shards(sizes: dict[str, int], max_bytes: int) -> dict[str, list[str]]:
@@ -199,12 +202,59 @@ def _gather(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _public_shape(param: Tensor, rule: NameRule, args: Any) -> tuple[int, ...]:
-    return tuple(rule.to_public(torch.empty(param.shape, device="meta"), args).shape if rule.to_public else param.shape)
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _owners(names: Iterable[str], tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Name -> lowest rank that has the tensor or a part of it. ValueError, on all ranks, for a name that none has."""
+    held = bytes(name in tensors for name in names)
+    by_rank = gather_objects(held) if dist.is_available() and dist.is_initialized() else [held]
+    owners = {name: flags.index(1) if any(flags) else None for name, *flags in zip(names, *by_rank, strict=True)}
+    missing = [name for name, owner in owners.items() if owner is None]
+    if missing:
+        raise ValueError(f"parameters of the architecture that no rank has: {_some(missing)}")
+    return owners
+
+
+def _bring_to_zero(whole: Tensor | None, owner: int, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+    """The tensor on rank 0, sent through host memory by its owner where rank 0 does not have it."""
+    if owner != 0 and _rank() == owner:
+        dist.send(whole.cpu().contiguous(), 0)
+    elif owner != 0 and _rank() == 0:
+        whole = torch.empty(shape, dtype=dtype)
+        dist.recv(whole, owner)
+    return whole
+
+
+def _raise_on_all(writer: _Writer | None, folder: Path | str) -> None:
+    """RuntimeError on every rank if rank 0's writer has failed."""
+    outcome = [writer.error if writer is not None else None]
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        raise RuntimeError(f"the weights could not be exported to {folder}: {outcome[0]}")
+
+
+def _whole_shapes(params: dict[str, Tensor], spec: ModelSpec, args: Any) -> dict[str, torch.Size]:
+    """Our name -> shape of all parameters of the architecture, in its order; `params`, those on this rank, are among them."""
+    with torch.device("meta"):
+        shapes = {clean_name(name): p.shape for name, p in spec.build(args).named_parameters()}
+    odd = [name for name, p in params.items() if shapes.get(name) != p.shape]
+    if odd:
+        raise ValueError(f"parameters that are not those of the architecture {args}: {_some(odd)}")
+    return shapes
+
+
+def _public_shape(shape: torch.Size, rule: NameRule, args: Any) -> tuple[int, ...]:
+    return tuple(rule.to_public(torch.empty(shape, device="meta"), args).shape if rule.to_public else shape)
 
 
 def _fill(param: Tensor, stored: Any, public: str, rule: NameRule, args: Any) -> None:
-    """Copy this rank's part of one stored tensor into the parameter."""
+    """Copy this rank's part of one stored tensor into the parameter.
+
+    Each part is one box, also where FSDP splits the rows that tensor parallel has split: that degree divides the rows (`check_layout`).
+    """
     local, box = param, (slice(None),) * param.ndim
     if isinstance(param, DTensor):
         local = param.to_local()
