@@ -59,9 +59,9 @@ class ParallelDims:
         world = init_device_mesh(device_type, astuple(self), mesh_dim_names=names)
         batch = world["dp_replicate", "dp_shard"]._flatten("batch")
         sequence = world["ring", "ulysses", "tp"]._flatten("sequence")
-        world["dp_shard", "ring", "ulysses"]._flatten("fsdp")
-        world["dp_shard", "ring", "ulysses", "tp"]._flatten("fsdp_tp")
-        sharded = [world["dp_replicate", axis] if self.dp_replicate > 1 else world[axis] for axis in ("fsdp", "fsdp_tp")]
+        fsdp = world["dp_shard", "ring", "ulysses"]._flatten("fsdp")
+        fsdp_tp = world["dp_shard", "ring", "ulysses", "tp"]._flatten("fsdp_tp")
+        sharded = [DeviceMesh._concatenate([world["dp_replicate"], mesh]) if self.dp_replicate > 1 else mesh for mesh in (fsdp, fsdp_tp)]
         return Meshes(world, batch, sequence, *sharded, *(world[axis] for axis in ("ring", "ulysses", "tp", "pp")))
 
 
