@@ -1,10 +1,35 @@
-"""Context parallel: the tokens of a clip over several ranks."""
+"""Context parallel: the tokens of a clip over several ranks. Only the attention cores know; the rest of a block works token by token.
+
+    ulysses   tokens are exchanged for heads: each rank attends over the whole clip with its own heads
+    ring      queries stay; chunks of keys and values go round, and what each chunk gives is merged
+    unified   both: Ulysses among neighbours, the ring around them
+
+Ranks are counted ring first: rank (i, j) of ring x ulysses holds slice i * ulysses + j of the tokens, so the slices of a Ulysses
+group are one contiguous chunk, which is what the ring passes on. Bytes sent: traffic.py.
+"""
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from titan_video.distributed.context_parallel.ring import RingCore
+from titan_video.distributed.context_parallel.ulysses import UlyssesCore
+from titan_video.distributed.fsdp import blocks_of
+from titan_video.models.layers import AttentionCore
 from titan_video.models.spec import ParallelPlan
 
 
 def apply_context_parallel(model: nn.Module, plan: ParallelPlan, ring: DeviceMesh, ulysses: DeviceMesh, rotate: str) -> None:
-    raise ValueError("parallelism.context_parallel_degree: not built yet; set it to 1")
+    """Replace the plan's attention cores in place. rotate: how the ring moves keys and values, "alltoall" or "allgather"."""
+    for container, key in blocks_of(model, plan):
+        for path in plan.cores:
+            parent_path, _, name = path.rpartition(".")
+            parent = container[key].get_submodule(parent_path)
+            setattr(parent, name, parallel_core(getattr(parent, name), ring, ulysses, rotate))
+
+
+def parallel_core(core: nn.Module, ring: DeviceMesh, ulysses: DeviceMesh, rotate: str) -> nn.Module:
+    """What takes the place of `core` on these two axes; an axis of one rank adds nothing."""
+    assert isinstance(core, AttentionCore), f"plan.cores names a {type(core).__name__}"
+    if ring.size() > 1:
+        core = RingCore(ring, rotate)
+    return UlyssesCore(ulysses, core) if ulysses.size() > 1 else core

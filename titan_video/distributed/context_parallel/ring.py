@@ -1,0 +1,205 @@
+"""Ring attention (Liu et al. 2023): queries stay, chunks of keys and values pass every rank, and the attention to each chunk is merged.
+
+    step 0: own chunk        step 1: the chunk of the rank before        ...        step n-1
+    the next chunk travels while this one is worked on
+
+One `torch.library` op, forward and backward: to checkpointing and compile it is a single attention, of which output and lse can be kept.
+In backward the gradient of a chunk's keys and values is summed in float32 (float64 for float64).
+Letters as in models/layers.py; n ranks.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.utils.flop_counter import register_flop_formula
+
+from titan_video.distributed.context_parallel.local_attention import attend, attend_backward
+from titan_video.kernels import wide
+
+# Renamed in torch 2.13, where the old names warn.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class RingCore(nn.Module):
+    """An attention core over this rank's chunk of the tokens; rank i of the ring holds chunk i.
+
+    rotate: "alltoall": each chunk is passed from neighbour to neighbour, at any time two are held. "allgather": all are fetched at once;
+    one collective instead of n - 1, memory for n chunks.
+    """
+
+    def __init__(self, mesh: DeviceMesh, rotate: str):
+        super().__init__()
+        if rotate not in ("alltoall", "allgather"):
+            raise ValueError(f'parallelism.context_parallel_rotate_method: given {rotate!r}; legal: "alltoall", "allgather"')
+        self.group, self.size, self.rotate = mesh.get_group().group_name, mesh.size(), rotate
+
+    def forward(self, q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, seq_len: int | None = None) -> Tensor:
+        if seq_len is None:
+            seq_len = self.size * k_BSHK.shape[1]
+        return ring_attention(q_BLHK, k_BSHK, v_BSHK, seq_len, self.group, self.rotate)[0]
+
+
+@torch.library.custom_op("titan_video::ring_attention", mutates_args=())
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, seq_len: int, group: str, rotate: str) -> tuple[Tensor, Tensor]:
+    """Attention of q [B, L, H, K] to the first seq_len keys of all ranks, whose chunks k and v [B, S, H, K] are equally long.
+
+    group: name of the process group. Returns the output [B, L, H, K] and its lse [B, H, L].
+    """
+    out = lse = None
+    process_group = _resolve_process_group(group)
+    for owner, (k_chunk, v_chunk) in _chunks(torch.stack([k, v]), process_group, rotate):
+        valid = _num_valid(owner, k.shape[1], seq_len)
+        if valid == 0:
+            continue
+        chunk_out, chunk_lse = attend(q, k_chunk[:, :valid], v_chunk[:, :valid])
+        if out is None:
+            out, lse = wide(chunk_out), chunk_lse
+        else:
+            # The chunk's share of the sum of exponentials so far, [B, L, H, 1].
+            share = torch.sigmoid(chunk_lse - lse).transpose(1, 2).unsqueeze(-1)
+            out, lse = out.lerp_(wide(chunk_out), share), torch.logaddexp(lse, chunk_lse)
+    return out.to(q.dtype).contiguous(), lse.contiguous()
+
+
+@ring_attention.register_fake
+def _(q, k, v, seq_len, group, rotate):
+    lse_type = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=lse_type)
+
+
+@torch.library.custom_op("titan_video::ring_attention_backward", mutates_args=())
+def ring_attention_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seq_len: int, group: str, rotate: str
+) -> tuple[Tensor, Tensor]:
+    """Gradients of q, and of k and v stacked."""
+    process_group = _resolve_process_group(group)
+    kv, grad_out = torch.stack([k, v]), grad_out.contiguous()
+    grad_q = torch.zeros_like(wide(q), memory_format=torch.contiguous_format)
+    sums = (_Gathered if rotate == "allgather" else _Travelling)(kv, process_group)
+    for owner, (k_chunk, v_chunk) in _chunks(kv, process_group, rotate):
+        valid = _num_valid(owner, k.shape[1], seq_len)
+        grads = None
+        if valid:
+            grad_chunk, *grads = attend_backward(grad_out, q, k_chunk[:, :valid], v_chunk[:, :valid], out, lse)
+            grad_q += grad_chunk
+        for total, part in zip(sums.of(owner), grads or ()):
+            total[:, :valid] += part
+        sums.done(owner)
+    return grad_q.to(q.dtype), sums.own().to(k.dtype)
+
+
+@ring_attention_backward.register_fake
+def _(grad_out, q, k, v, out, lse, seq_len, group, rotate):
+    return q.new_empty(q.shape), k.new_empty(2, *k.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, ctx.seq_len, ctx.group, ctx.rotate = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse)
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_out, grad_lse):
+    grad_q, grad_kv = ring_attention_backward(grad_out, *ctx.saved_tensors, ctx.seq_len, ctx.group, ctx.rotate)
+    return grad_q, *grad_kv.unbind(0), None, None, None
+
+
+ring_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+# What the memory-budget mode of activation checkpointing weighs the op by.
+
+
+@register_flop_formula(torch.ops.titan_video.ring_attention)
+def ring_flops(q_shape, k_shape, v_shape, seq_len, *args, out_shape=None, **kwargs) -> int:
+    """FLOPs on this rank, 2 per multiply-add: two products of queries x keys."""
+    return 4 * q_shape.numel() * seq_len
+
+
+@register_flop_formula(torch.ops.titan_video.ring_attention_backward)
+def ring_backward_flops(grad_shape, q_shape, k_shape, v_shape, out_shape_in, lse_shape, seq_len, *args, out_shape=None, **kwargs) -> int:
+    """Five products: the scores again, and the gradients of probabilities, q, k and v."""
+    return 10 * q_shape.numel() * seq_len
+
+
+def _num_valid(owner: int, chunk: int, seq_len: int) -> int:
+    """Keys of rank `owner`'s chunk that are tokens; padding is at the end of the clip."""
+    return min(max(seq_len - owner * chunk, 0), chunk)
+
+
+def _chunks(kv: Tensor, group: dist.ProcessGroup, rotate: str) -> Iterator[tuple[int, Tensor]]:
+    """(owner, its keys and values) for every rank of the ring: this one, the one before, ... The next transfer runs while a chunk is used."""
+    rank, size = group.rank(), group.size()
+    if rotate == "allgather":
+        everyones = kv.new_empty(size, *kv.shape)
+        work = _all_gather(everyones.flatten(0, 1), kv, group=group, async_op=True)
+        yield rank, kv
+        work.wait()
+        for i in range(1, size):
+            yield (rank - i) % size, everyones[(rank - i) % size]
+    else:
+        for i in range(size):
+            receive = _pass_on(kv, group) if i < size - 1 else None
+            yield (rank - i) % size, kv
+            if receive:
+                kv = receive()
+
+
+def _pass_on(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+    """Start sending x to the next rank of the ring. The function returned waits for what the rank before has sent."""
+    rank, size = group.rank(), group.size()
+    received, flat = torch.empty_like(x), x.view(-1)
+    to, of = ([flat.numel() * (i == peer % size) for i in range(size)] for peer in (rank + 1, rank - 1))
+    work = dist.all_to_all_single(received.view(-1), flat, of, to, group=group, async_op=True)
+
+    def receive() -> Tensor:
+        work.wait()
+        return received
+
+    return receive
+
+
+class _Travelling:
+    """Sums of gradients that go round one step behind their chunk, each rank adding its part, until they are back at the owner.
+    What a rank adds for its own chunk never travels."""
+
+    def __init__(self, kv: Tensor, group: dist.ProcessGroup):
+        self.group, self.home, self.receive = group, torch.zeros_like(wide(kv)), None
+
+    def of(self, owner: int) -> Tensor:
+        if owner == self.group.rank():
+            return self.home
+        self.sum = self.receive() if self.receive else torch.zeros_like(self.home)
+        return self.sum
+
+    def done(self, owner: int) -> None:
+        if owner != self.group.rank():
+            self.receive = _pass_on(self.sum, self.group)
+
+    def own(self) -> Tensor:
+        return self.home.add_(self.receive()) if self.receive else self.home
+
+
+class _Gathered:
+    """Sums of gradients for all chunks, kept until all are complete and then added over the ranks."""
+
+    def __init__(self, kv: Tensor, group: dist.ProcessGroup):
+        self.group, self.sums = group, wide(kv).new_zeros(group.size(), *kv.shape)
+
+    def of(self, owner: int) -> Tensor:
+        return self.sums[owner]
+
+    def done(self, owner: int) -> None:
+        pass
+
+    def own(self) -> Tensor:
+        total = torch.empty_like(self.sums[0])
+        _reduce_scatter(total, self.sums.flatten(0, 1), group=self.group)
+        return total
