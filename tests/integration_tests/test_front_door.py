@@ -150,25 +150,72 @@ def test_parts_that_do_not_fit(front, options, words):
     assert run.output.count("\n") == 1 and not run.folder.exists()
 
 
-def layouts():
-    """name -> (ranks, options): the same global batch of four clips."""
-    yield "1", (1, {"training.local_batch_size": 4})
-    yield "1, accumulated", (1, {"training.local_batch_size": 1, "training.global_batch_size": 4})
-    yield "2", (2, {"training.local_batch_size": 2})
-    yield "4", (4, {"training.local_batch_size": 1})
-    yield "2x2", (4, {"training.local_batch_size": 1, "parallelism.data_parallel_replicate_degree": 2, "parallelism.data_parallel_shard_degree": 2})
+CP = "parallelism.context_parallel_degree"
+TP = "parallelism.tensor_parallel_degree"
+PP = "parallelism.pipeline_parallel_degree"
+METHOD = "parallelism.context_parallel_method"
+LAYOUTS = {  # ranks, and options beside a global batch of 4 clips
+    "one": (1, {"training.local_batch_size": 4}),
+    "accumulated": (1, {"training.local_batch_size": 1}),
+    "fsdp2": (2, {"training.local_batch_size": 2}),
+    "tp2": (2, {"training.local_batch_size": 4, TP: 2}),
+    "ulysses2": (2, {"training.local_batch_size": 4, CP: 2, "activation_checkpoint.mode": "selective", "activation_checkpoint.save_min_kv": 64}),
+    "ring2": (2, {"training.local_batch_size": 2, CP: 2, METHOD: "ring", "activation_checkpoint.mode": "full"}),
+    "pp2": (2, {"training.local_batch_size": 4, PP: 2, "parallelism.pipeline_parallel_microbatch_size": 2}),
+    "fsdp4": (4, {"training.local_batch_size": 1}),
+    "hsdp2x2": (4, {"training.local_batch_size": 1, "parallelism.data_parallel_replicate_degree": 2, "parallelism.data_parallel_shard_degree": 2}),
+    "unified2x2": (4, {"training.local_batch_size": 4, CP: 4, METHOD: "unified", "parallelism.context_parallel_ulysses_degree": 2}),
+    "fsdp2 x ulysses2": (4, {"training.local_batch_size": 2, CP: 2}),
+    "tp2 x ring2": (4, {"training.local_batch_size": 4, TP: 2, CP: 2, METHOD: "ring"}),
+    "offload": (1, {"training.local_batch_size": 4, "training.enable_cpu_offload": "true"}),
+}
 
 
-def test_layouts_have_the_same_losses(front):
-    same = {"training.steps": 10, "checkpoint.enable": "false"}
-    results = {name: front.run(name, {**same, **options}, world).ok().records for name, (world, options) in layouts()}
-    one = results["1"]
-    assert len(one) == 10 and len({row["loss"] for row in one}) == 10
-    for name, rows in results.items():
-        for row, expected in zip(rows, one, strict=True):
-            assert (row["samples"], row["tokens"], row["lr"]) == (expected["samples"], expected["tokens"], expected["lr"]), name
-            assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5), name
-            assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), name
+def sample_ids_recorded():
+    """A hook: each rank writes the sample ids of its steps beside the run's metrics."""
+    import train
+
+    run_step = train.Trainer.train_step
+
+    def train_step(self, batches, *args):
+        with open(self.folder / f"ids{self.rank}.jsonl", "a") as f:
+            f.write(json.dumps(sorted(i for b in batches for i in b.sample_ids_B.tolist())) + "\n")
+        run_step(self, batches, *args)
+
+    train.Trainer.train_step = train_step
+
+
+def ids_of_steps(run, world):
+    steps = zip(*((run.folder / f"ids{rank}.jsonl").read_text().splitlines() for rank in range(world)), strict=True)
+    return [sorted({i for text in step for i in json.loads(text)}) for step in steps]
+
+
+@pytest.fixture(scope="module")
+def one_rank(shared_front):
+    return run_of_layout(shared_front, "one")
+
+
+def run_of_layout(front, name):
+    same = {"training.steps": 20, "training.global_batch_size": 4, "checkpoint.enable": "false", "validation.enable": "true", "validation.freq": 100,
+            "validation.holdout": 0.2, "validation.num_videos": 1, "validation.sample_steps": 2, "validation.timesteps": "0.3, 0.8"}  # fmt: skip
+    world, options = LAYOUTS[name]
+    return front.run(name.replace(" ", ""), {**same, **options}, world, hook=sample_ids_recorded).ok()
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one"])
+def test_layouts_have_the_same_losses(front, one_rank, name):
+    run, one = run_of_layout(front, name), one_rank.records
+    assert len(one) == 20 and len({row["loss"] for row in one}) == 20
+    assert ids_of_steps(run, LAYOUTS[name][0]) == ids_of_steps(one_rank, 1)
+    for row, expected in zip(run.records, one, strict=True):
+        assert (row["samples"], row["tokens"], row["lr"]) == (expected["samples"], expected["tokens"], expected["lr"])
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+    assert run.validations.keys() == one_rank.validations.keys() == {0, 20}
+    for step, losses in run.validations.items():
+        assert losses == pytest.approx(one_rank.validations[step], rel=1e-5)
+        mine, theirs = (decode(next((r.folder / "samples" / f"step-{step}").glob("*.mp4"))) for r in (run, one_rank))
+        assert mine.shape == theirs.shape and np.abs(mine.astype(float) - theirs).mean() < 0.5  # of 255, after a lossy file
 
 
 def test_a_run_moves_between_layouts(front):
