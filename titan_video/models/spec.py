@@ -47,12 +47,14 @@ class NameRule:
     """One line of a state-dict table: our parameter name, its name in the public layout, and the change of form, if any.
 
     `{}` stands for a block index, the same on both sides. `to_public(t, args)` and `to_ours(t, args)` are inverse, and only permute or reshape.
+    optional: only some flavors have such a parameter.
     """
 
     ours: str
     public: str
     to_public: Callable[[Any, Any], Any] | None = None
     to_ours: Callable[[Any, Any], Any] | None = None
+    optional: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,69 +1,36 @@
-"""Wan 2.1 text-to-video: flavors, parallel plan, and the names its parameters have in public checkpoints."""
+"""Wan 2.1 and 2.2, text-to-video and image-to-video: flavors, parallel plan, and the public configuration. Names of parameters: names.py."""
 
-from titan_video.models.spec import ModelSpec, NameRule, ParallelPlan
+from dataclasses import replace
+
+from titan_video.models.spec import ModelSpec, ParallelPlan
 from titan_video.models.wan.model import WanArgs, WanModel, init_parameter
+from titan_video.models.wan.names import HF_NAMES
+
+CLIP_TOKENS, CLIP_WIDTH = 257, 1280  # of one image: 16 x 16 patches and the class token of CLIP's ViT-H/14
+
+_DEBUG = WanArgs(dim=128, num_heads=4, num_layers=4, ffn_dim=512, text_dim=64, text_len=16, freq_dim=64)
+_14B = WanArgs(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824)
+_CHANNELS = {"in_channels": 36}  # 16 noisy, 4 of the mask of given frames, 16 of these frames' latents
+_IMAGE = {**_CHANNELS, "image_dim": CLIP_WIDTH, "image_len": CLIP_TOKENS}
+_TWO_IMAGES = {**_IMAGE, "image_len": 2 * CLIP_TOKENS, "image_positions": True}
 
 FLAVORS = {
-    "debug": WanArgs(dim=128, num_heads=4, num_layers=4, ffn_dim=512, text_dim=64, text_len=16, freq_dim=64),
+    # To try things out, with the debug encoders: one of each kind.
+    "debug": _DEBUG,
+    "debug-i2v": replace(_DEBUG, **_IMAGE | {"image_dim": 64}),
+    "debug-flf2v": replace(_DEBUG, **_TWO_IMAGES | {"image_dim": 64}),
+    "debug-i2v-A14B": replace(_DEBUG, **_CHANNELS),
+    "debug-ti2v": replace(_DEBUG, clean_first_frame=True),
+    # Wan 2.1. The 480p and 720p models of i2v-14B differ in their weights only.
     "t2v-1.3B": WanArgs(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960),
-    "t2v-14B": WanArgs(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824),
+    "t2v-14B": _14B,
+    "i2v-14B": replace(_14B, **_IMAGE),
+    "flf2v-14B": replace(_14B, **_TWO_IMAGES),
+    # Wan 2.2. An A14B is two models of this architecture: one for the high noise levels, one for the low.
+    "t2v-A14B": _14B,
+    "i2v-A14B": replace(_14B, **_CHANNELS),
+    "ti2v-5B": WanArgs(dim=3072, num_heads=24, num_layers=30, ffn_dim=14336, in_channels=48, out_channels=48, clean_first_frame=True),
 }
-
-
-def _conv_kernel(weight, args: WanArgs):
-    return weight.reshape(args.dim, args.in_channels, *args.patch)
-
-
-def _flat_kernel(weight, args: WanArgs):
-    return weight.reshape(args.dim, -1)
-
-
-def _channels_last(rows, args: WanArgs):
-    """Our output patch runs over (channel, patch), theirs over (patch, channel)."""
-    return rows.unflatten(0, (args.out_channels, args.patch_volume)).transpose(0, 1).flatten(0, 1)
-
-
-def _channels_first(rows, args: WanArgs):
-    return rows.unflatten(0, (args.patch_volume, args.out_channels)).transpose(0, 1).flatten(0, 1)
-
-
-def _add_batch(table, args: WanArgs):
-    return table.unsqueeze(0)
-
-
-def _drop_batch(table, args: WanArgs):
-    return table.squeeze(0)
-
-
-def _attention(ours: str, public: str) -> list[NameRule]:
-    linear = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
-    rules = [NameRule(f"blocks.{{}}.{ours}.{a}.{part}", f"blocks.{{}}.{public}.{b}.{part}") for a, b in linear.items() for part in ("weight", "bias")]
-    return rules + [NameRule(f"blocks.{{}}.{ours}.norm_{x}", f"blocks.{{}}.{public}.norm_{x}.weight") for x in "qk"]
-
-
-def _linear(ours: str, public: str) -> list[NameRule]:
-    return [NameRule(f"{ours}.{part}", f"{public}.{part}") for part in ("weight", "bias")]
-
-
-HF_NAMES = (
-    NameRule("patch_embedding.weight", "patch_embedding.weight", _conv_kernel, _flat_kernel),
-    NameRule("patch_embedding.bias", "patch_embedding.bias"),
-    *_linear("text_embedder.up", "condition_embedder.text_embedder.linear_1"),
-    *_linear("text_embedder.down", "condition_embedder.text_embedder.linear_2"),
-    *_linear("time_embedder.up", "condition_embedder.time_embedder.linear_1"),
-    *_linear("time_embedder.down", "condition_embedder.time_embedder.linear_2"),
-    *_linear("time_proj", "condition_embedder.time_proj"),
-    NameRule("modulation.{}", "blocks.{}.scale_shift_table", _add_batch, _drop_batch),
-    *_attention("self_attn", "attn1"),
-    *_attention("cross_attn", "attn2"),
-    NameRule("blocks.{}.norm_weight", "blocks.{}.norm2.weight"),
-    NameRule("blocks.{}.norm_bias", "blocks.{}.norm2.bias"),
-    *_linear("blocks.{}.ffn.up", "blocks.{}.ffn.net.0.proj"),
-    *_linear("blocks.{}.ffn.down", "blocks.{}.ffn.net.2"),
-    NameRule("head_modulation", "scale_shift_table", _add_batch, _drop_batch),
-    NameRule("proj_out.weight", "proj_out.weight", _channels_last, _channels_first),
-    NameRule("proj_out.bias", "proj_out.bias", _channels_last, _channels_first),
-)
 
 
 def args_to_hf(args: WanArgs) -> dict:
@@ -82,29 +49,40 @@ def args_to_hf(args: WanArgs) -> dict:
         "cross_attn_norm": True,
         "qk_norm": "rms_norm_across_heads",
         "eps": args.eps,
-        "image_dim": None,
-        "added_kv_proj_dim": None,
+        "image_dim": args.image_dim or None,
+        "added_kv_proj_dim": args.dim if args.image_dim else None,
         "rope_max_seq_len": 1024,
-        "pos_embed_seq_len": None,
+        "pos_embed_seq_len": args.image_len if args.image_positions else None,
     }
 
 
 def args_from_hf(config: dict) -> WanArgs:
-    """Arguments from diffusers' `transformer/config.json`. ValueError for a class or a feature that this model does not have."""
-    fixed = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None}
+    """Arguments from diffusers' `transformer/config.json`. ValueError for a class or a feature that this model does not have.
+
+    The file says nothing of the first frame: a model of 48 latent channels is taken for TI2V-5B, whose first frame may be clean.
+    """
     if config.get("_class_name", "WanTransformer3DModel") != "WanTransformer3DModel":
         raise ValueError(f"transformer/config.json holds a {config['_class_name']}; model.name = \"wan\" needs a WanTransformer3DModel")
-    for key, value in fixed.items():
+    for key, value in {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads"}.items():
         if config.get(key, value) != value:
-            raise ValueError(f"transformer/config.json: {key} = {config[key]!r} is not supported yet, only {value!r} (Wan 2.1 text-to-video)")
+            raise ValueError(f"transformer/config.json: {key} = {config[key]!r} is not supported, only {value!r}")
     names = {"num_layers": "num_layers", "ffn_dim": "ffn_dim", "in_channels": "in_channels", "out_channels": "out_channels", "text_dim": "text_dim",
              "freq_dim": "freq_dim", "eps": "eps"}  # fmt: skip
     try:
         sizes = {ours: config[theirs] for ours, theirs in names.items()}
         heads, width = config["num_attention_heads"], config["attention_head_dim"]
-        return WanArgs(dim=heads * width, num_heads=heads, patch=tuple(config["patch_size"]), **sizes)
+        args = WanArgs(dim=heads * width, num_heads=heads, patch=tuple(config["patch_size"]), **sizes)
     except KeyError as e:
         raise ValueError(f"transformer/config.json has no key {e}; it should be the file that diffusers' save_pretrained writes") from e
+    image_dim, positions = config.get("image_dim"), config.get("pos_embed_seq_len")
+    if config.get("added_kv_proj_dim") != (args.dim if image_dim else None):
+        raise ValueError(f"transformer/config.json: added_kv_proj_dim = {config.get('added_kv_proj_dim')!r} does not go with image_dim = {image_dim!r}; "
+                         f"image tokens need a projection from the model's width {args.dim}, other models none")
+    if positions and not image_dim:
+        raise ValueError(f"transformer/config.json: pos_embed_seq_len = {positions!r} needs image tokens, but there is no image_dim")
+    if image_dim:
+        args = replace(args, image_dim=image_dim, image_len=positions or CLIP_TOKENS, image_positions=bool(positions))
+    return replace(args, clean_first_frame=args.in_channels == 48)
 
 
 _ATTENTION_STYLES = {"q": "column", "k": "column", "v": "column", "o": "row", "norm_q": "heads", "norm_k": "heads", "mean_squares": "mean_squares"}
@@ -123,10 +101,13 @@ SPEC = ModelSpec(
             "cross_attn": "gather",
             "ffn": "gather",
             **{f"{a}.{part}": style for a in ("self_attn", "cross_attn") for part, style in _ATTENTION_STYLES.items()},
+            "cross_attn.k_image": "column",
+            "cross_attn.v_image": "column",
+            "cross_attn.norm_k_image": "heads",
             "ffn.up": "column",
             "ffn.down": "row",
         },
-        first=("patch_embedding", "text_embedder", "time_embedder", "time_proj"),
+        first=("patch_embedding", "text_embedder", "image_embedder", "time_embedder", "time_proj"),
         last=("head_modulation", "proj_out"),
         tables=("modulation",),
     ),

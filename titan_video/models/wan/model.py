@@ -1,13 +1,20 @@
 """The Wan video diffusion transformer: tokens in, velocity tokens out.
 
-    x_BLP -- patch_embedding --+                                       +-- norm, modulate -- proj_out -- v_BLP
-    text -- text_embedder --+  |                                       |
+    x_BLP -- patch_embedding --------------------+                     +-- norm, modulate -- proj_out -- v_BLP
+    image -- image_embedder --+                  |                     |
+    text -- text_embedder ----+- context --+     |                     |
     t -- time_embedder -- time_proj -- (+ table of each block) -- blocks: self-attention, cross-attention, feed-forward
+
+How a given frame (image-to-video) comes in depends on the variant:
+    Wan 2.1          as channels of x beside the noise, and as image tokens: CLIP's features of the frame, or of the first and last
+    Wan 2.2 A14B     as channels of x only; two models of one architecture share the noise levels, which is not this file's business
+    Wan 2.2 TI2V-5B  as tokens: the first latent frame of x is clean, and its tokens' time is 0
 
 Architecture: Wan Team 2025, "Wan: open and advanced large-scale video generative models", and its public code
 (Wan-Video/Wan2.1, wan/modules/model.py); `diffusers.WanTransformer3DModel` is the oracle of the tests.
 
-Letters: B batch, L video tokens, S text tokens, D width, H heads, K head width, P patch width, T time tokens (1, or L for per-token time).
+Letters: B batch, L video tokens, S context tokens (image, then text), D width, H heads, K head width, P patch width, C rotations of a head,
+T times of a clip: 1, or 2 where its first frame may be clean (then row 0 is the noisy tokens' time, row 1 that of the clean ones).
 """
 
 from dataclasses import dataclass
@@ -25,15 +32,24 @@ from titan_video.models.layers import (
     Patch,
     attention_flops,
     local,
+    per_token,
     rope_rotations,
     time_features,
     xavier_uniform_,
 )
 
 
+IMAGE_EPS = 1e-5  # torch's default
+
+
 @dataclass(frozen=True)
 class WanArgs:
-    """Architecture. The defaults that no flavor changes are those of every public Wan."""
+    """Architecture. The defaults that no flavor changes are those of every public Wan.
+
+    in_channels: latent channels, and beyond `out_channels` those of the condition, which follow them in x.
+    image_dim: width of the image tokens, 0 for none; image_len: their number; image_positions: whether a table of positions is added to them.
+    clean_first_frame: the first latent frame may be given clean.
+    """
 
     dim: int
     num_heads: int
@@ -47,6 +63,10 @@ class WanArgs:
     patch: Patch = (1, 2, 2)
     eps: float = 1e-6
     rope_theta: float = 10000.0
+    image_dim: int = 0
+    image_len: int = 0
+    image_positions: bool = False
+    clean_first_frame: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -64,21 +84,22 @@ class WanArgs:
 
     def block_flops(self, num_tokens: int, batch: int = 1) -> int:
         """FLOPs of all blocks' forward for `batch` clips of `num_tokens` tokens."""
-        L, S, D = num_tokens, self.text_len, self.dim
+        L, S, D = num_tokens, self.text_len + self.image_len, self.dim
         linear = 2 * L * (4 * D * D + 2 * D * self.ffn_dim) + 2 * (2 * L + 2 * S) * D * D
         return self.num_layers * (batch * linear + attention_flops(batch, L, L, D) + attention_flops(batch, L, S, D))
 
     def flops(self, num_tokens: int, batch: int = 1) -> int:
-        """FLOPs of a forward, 2 per multiply-add, for `batch` clips of `num_tokens` tokens and one time per clip. Backward takes twice as many."""
+        """FLOPs of a forward, 2 per multiply-add, for `batch` clips of `num_tokens` tokens. Backward takes twice as many."""
         D, patch = self.dim, self.patch_volume
         ends = 2 * num_tokens * patch * (self.in_channels + self.out_channels) * D
         text = 2 * self.text_len * (self.text_dim * D + D * D)
-        time = 2 * (self.freq_dim * D + D * D + 6 * D * D)
-        return self.block_flops(num_tokens, batch) + batch * (ends + text + time)
+        image = 2 * self.image_len * (self.image_dim * self.image_dim + self.image_dim * D)
+        time = (1 + self.clean_first_frame) * 2 * (self.freq_dim * D + D * D + 6 * D * D)
+        return self.block_flops(num_tokens, batch) + batch * (ends + text + image + time)
 
 
 class Attention(nn.Module):
-    """Multi-head attention with RMSNorm of q and k over the whole width, all heads together, before the heads are split."""
+    """Projections of multi-head attention with RMSNorm of q and k over the whole width, all heads together, before the heads are split."""
 
     def __init__(self, args: WanArgs):
         super().__init__()
@@ -87,19 +108,42 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = (nn.Parameter(torch.empty(args.dim)) for _ in range(2))
         self.mean_squares, self.core = MeanSquares(), AttentionCore()
 
-    def forward(
-        self, x_BLD: Tensor, text_BSD: Tensor | None = None, rotations_BLC: Tensor | None = None, seq_len: int | None = None
-    ) -> Tensor:
-        """Attention of x to the text, or without one to x itself, turned by rotations, of which seq_len tokens count."""
-        source_BSD = x_BLD if text_BSD is None else text_BSD
-        q, k, v = self.q(x_BLD), self.k(source_BSD), self.v(source_BSD).unflatten(-1, (-1, self.head_dim))
+    def heads(self, x_BLD: Tensor) -> Tensor:
+        return x_BLD.unflatten(-1, (-1, self.head_dim))
+
+
+class SelfAttention(Attention):
+    def forward(self, x_BLD: Tensor, rotations_BLC: Tensor, seq_len: int | None = None) -> Tensor:
+        """Attention of the tokens to each other, turned by the rotations; seq_len of them count."""
+        q, k, v = self.q(x_BLD), self.k(x_BLD), self.heads(self.v(x_BLD))
         square_q, square_k = self.mean_squares(q, k)
-        parts = (q, local(self.norm_q), square_q), (k, local(self.norm_k), square_k)
-        if rotations_BLC is not None:
-            q, k = (rms_norm_rope(y, w, rotations_BLC, self.eps, square) for y, w, square in parts)
-        else:
-            q, k = (rms_norm(y, w, self.eps, square).unflatten(-1, (-1, self.head_dim)) for y, w, square in parts)
+        q = rms_norm_rope(q, local(self.norm_q), rotations_BLC, self.eps, square_q)
+        k = rms_norm_rope(k, local(self.norm_k), rotations_BLC, self.eps, square_k)
         return self.o(self.core(q, k, v, seq_len).flatten(2))
+
+
+class CrossAttention(Attention):
+    """Attention to the text; where there are image tokens, the same queries attend to these too, by keys and values of their own."""
+
+    def __init__(self, args: WanArgs):
+        super().__init__(args)
+        self.text_len = args.text_len
+        self.k_image, self.v_image = (Linear(args.dim, args.dim) if args.image_dim else None for _ in range(2))
+        self.norm_k_image = nn.Parameter(torch.empty(args.dim)) if args.image_dim else None
+
+    def forward(self, x_BLD: Tensor, context_BSD: Tensor) -> Tensor:
+        image_BSD, text_BSD = context_BSD[:, : -self.text_len], context_BSD[:, -self.text_len :]
+        sources = [(self.k(text_BSD), self.norm_k, self.v(text_BSD))]
+        if self.k_image is not None:
+            sources.append((self.k_image(image_BSD), self.norm_k_image, self.v_image(image_BSD)))
+        q = self.q(x_BLD)
+        square_q, *squares = self.mean_squares(q, *(k for k, _, _ in sources))
+        q = self.heads(rms_norm(q, local(self.norm_q), self.eps, square_q))
+        outputs = [
+            self.core(q, self.heads(rms_norm(k, local(weight), self.eps, square)), self.heads(v))
+            for (k, weight, v), square in zip(sources, squares, strict=True)
+        ]
+        return self.o(sum(outputs[1:], outputs[0]).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -117,17 +161,23 @@ class Block(nn.Module):
     def __init__(self, args: WanArgs):
         super().__init__()
         self.eps = args.eps
-        self.self_attn, self.cross_attn, self.ffn = Attention(args), Attention(args), FeedForward(args)
+        self.self_attn, self.cross_attn, self.ffn = SelfAttention(args), CrossAttention(args), FeedForward(args)
         self.norm_weight, self.norm_bias = (nn.Parameter(torch.empty(args.dim)) for _ in range(2))
 
     def forward(
-        self, x_BLD: Tensor, text_BSD: Tensor, modulation_BT6D: Tensor, rotations_BLC: Tensor, seq_len: int | None = None
+        self,
+        x_BLD: Tensor,
+        context_BSD: Tensor,
+        modulation_BT6D: Tensor,
+        rotations_BLC: Tensor,
+        seq_len: int | None = None,
+        clean_BL: Tensor | None = None,
     ) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation_BT6D.unbind(2)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (per_token(rows_BTD, clean_BL) for rows_BTD in modulation_BT6D.unbind(2))
         y = ada_layer_norm(x_BLD, scale1, shift1, self.eps)
-        x_BLD = gated_residual(x_BLD, self.self_attn(y, None, rotations_BLC, seq_len), gate1)
+        x_BLD = gated_residual(x_BLD, self.self_attn(y, rotations_BLC, seq_len), gate1)
         y = layer_norm(x_BLD, local(self.norm_weight), local(self.norm_bias), self.eps)
-        x_BLD = x_BLD + self.cross_attn(y, text_BSD)
+        x_BLD = x_BLD + self.cross_attn(y, context_BSD)
         y = ada_layer_norm(x_BLD, scale2, shift2, self.eps)
         return gated_residual(x_BLD, self.ffn(y), gate2)
 
@@ -139,6 +189,25 @@ class TextEmbedder(nn.Module):
 
     def forward(self, text_BSD: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(text_BSD), approximate="tanh"))
+
+
+class ImageEmbedder(nn.Module):
+    """Image tokens [B, I, image_dim] -> [B, I, D]. Its LayerNorms and its GELU are torch's own, unlike the rest of Wan."""
+
+    def __init__(self, args: WanArgs):
+        super().__init__()
+        width = args.image_dim
+        self.positions = nn.Parameter(torch.empty(args.image_len, width)) if args.image_positions else None
+        self.norm_in_weight, self.norm_in_bias = (nn.Parameter(torch.empty(width)) for _ in range(2))
+        self.up, self.down = CastLinear(width, width), nn.Linear(width, args.dim)
+        self.norm_out_weight, self.norm_out_bias = (nn.Parameter(torch.empty(args.dim)) for _ in range(2))
+
+    def forward(self, image_BSD: Tensor) -> Tensor:
+        image_BSD = image_BSD.to(torch.promote_types(image_BSD.dtype, self.norm_in_weight.dtype))
+        if self.positions is not None:
+            image_BSD = image_BSD + self.positions
+        y = layer_norm(image_BSD, self.norm_in_weight, self.norm_in_bias, IMAGE_EPS)
+        return layer_norm(self.down(F.gelu(self.up(y))), self.norm_out_weight, self.norm_out_bias, IMAGE_EPS)
 
 
 class TimeEmbedder(nn.Module):
@@ -163,6 +232,7 @@ class WanModel(nn.Module):
         self.args = args
         self.patch_embedding = CastLinear(args.in_channels * args.patch_volume, args.dim)
         self.text_embedder = TextEmbedder(args)
+        self.image_embedder = ImageEmbedder(args) if args.image_dim else None
         self.time_embedder = TimeEmbedder(args)
         self.time_proj = nn.Linear(args.dim, 6 * args.dim)
         self.modulation = nn.ParameterDict({str(i): nn.Parameter(torch.empty(6, args.dim)) for i in range(args.num_layers)})
@@ -171,45 +241,74 @@ class WanModel(nn.Module):
         self.proj_out = nn.Linear(args.dim, args.out_channels * args.patch_volume)
 
     def forward(
-        self, x_BLP: Tensor, pos_BL3: Tensor, t_B: Tensor, text_BSD: Tensor, text_mask_BS: Tensor | None = None, seq_len: int | None = None
+        self,
+        x_BLP: Tensor,
+        pos_BL3: Tensor,
+        t_B: Tensor,
+        text_BSD: Tensor,
+        text_mask_BS: Tensor | None = None,
+        seq_len: int | None = None,
+        image_BSD: Tensor | None = None,
+        clean_BL: Tensor | None = None,
     ) -> Tensor:
         """Velocity [B, L, P_out] of the noisy tokens x.
 
-        pos: global token positions [B or 1, L, 3]; t: 1000 s, float32, [B] or [B, L]; text: [B, text_len, text_dim], zero beyond
+        x: where the model has more input than output channels, the condition's channels follow the noisy ones.
+        pos: global token positions [B or 1, L, 3]; t: 1000 s, float32. text: [B, text_len, text_dim], zero beyond
         each prompt's length. Wan attends to those zeros too (as keys they are what the biases make of them), so the mask is not used.
         seq_len: tokens of the whole clip, where x is one rank's slice of them or ends in padding; None: x is the clip.
+        image: [B, image_len, image_dim], for models with image tokens; first the first frame's, then the last's.
+        clean: bool [B or 1, L], for models with a clean first frame: tokens of x that hold no noise, whose time is 0 instead of t. None: no token.
         """
-        state = self.embed(x_BLP, t_B, text_BSD)
-        return self.head(*self.trunk(*state, pos_BL3, seq_len))
+        state = self.embed(x_BLP, t_B, text_BSD, image_BSD)
+        return self.head(*self.trunk(*state, pos_BL3, seq_len, clean_BL), clean_BL)
 
     # The three parts of a forward. A pipeline stage runs those whose modules it has, and sends what `embed` and `trunk` return to the next.
 
-    def embed(self, x_BLP: Tensor, t_B: Tensor, text_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Tokens [B, L, D], time [B, T, D] and its projection [B, T, 6D], text [B, S, D]."""
-        if text_BSD.shape[1] != self.args.text_len:
-            raise ValueError(f"Wan was built for {self.args.text_len} text tokens, got {text_BSD.shape[1]}: set encoder.max_text_length to fit")
-        time_BTD = self.time_embedder(t_B if t_B.ndim == 2 else t_B.unsqueeze(1))
-        return self.patch_embedding(x_BLP), time_BTD, self.time_proj(F.silu(time_BTD)), self.text_embedder(text_BSD)
+    def embed(self, x_BLP: Tensor, t_B: Tensor, text_BSD: Tensor, image_BSD: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens [B, L, D], time [B, T, D] and its projection [B, T, 6D], context [B, S, D]."""
+        self._check(text_BSD, image_BSD)
+        t_BT = torch.stack([t_B, torch.zeros_like(t_B)], dim=1) if self.args.clean_first_frame else t_B.unsqueeze(1)
+        time_BTD = self.time_embedder(t_BT)
+        context_BSD = self.text_embedder(text_BSD)
+        if image_BSD is not None:
+            context_BSD = torch.cat([self.image_embedder(image_BSD), context_BSD], dim=1)
+        return self.patch_embedding(x_BLP), time_BTD, self.time_proj(F.silu(time_BTD)), context_BSD
 
     def trunk(
-        self, x_BLD: Tensor, time_BTD: Tensor, time_BTE: Tensor, text_BSD: Tensor, pos_BL3: Tensor, seq_len: int | None = None
+        self,
+        x_BLD: Tensor,
+        time_BTD: Tensor,
+        time_BTE: Tensor,
+        context_BSD: Tensor,
+        pos_BL3: Tensor,
+        seq_len: int | None = None,
+        clean_BL: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        assert clean_BL is None or self.args.clean_first_frame
         rotations_BLC = rope_rotations(pos_BL3, self.args.axes_dim, self.args.rope_theta)
         time_BT6D = time_BTE.unflatten(-1, (6, -1))
         for name, block in self.blocks.items():
-            x_BLD = block(x_BLD, text_BSD, time_BT6D + self.modulation[name], rotations_BLC, seq_len)
-        return x_BLD, time_BTD, time_BTE, text_BSD
+            x_BLD = block(x_BLD, context_BSD, time_BT6D + self.modulation[name], rotations_BLC, seq_len, clean_BL)
+        return x_BLD, time_BTD, time_BTE, context_BSD
 
-    def head(self, x_BLD: Tensor, time_BTD: Tensor, *_: Tensor) -> Tensor:
-        shift, scale = (time_BTD.unsqueeze(2) + self.head_modulation).unbind(2)
+    def head(self, x_BLD: Tensor, time_BTD: Tensor, time_BTE: Tensor, context_BSD: Tensor, clean_BL: Tensor | None = None) -> Tensor:
+        shift, scale = (per_token(rows_BTD, clean_BL) for rows_BTD in (time_BTD.unsqueeze(2) + self.head_modulation).unbind(2))
         return self.proj_out(ada_layer_norm(x_BLD, scale, shift, self.args.eps))
+
+    def _check(self, text_BSD: Tensor, image_BSD: Tensor | None) -> None:
+        if text_BSD.shape[1] != self.args.text_len:
+            raise ValueError(f"Wan was built for {self.args.text_len} text tokens, got {text_BSD.shape[1]}: set encoder.max_text_length to fit")
+        given = 0 if image_BSD is None else image_BSD.shape[1]
+        if given != self.args.image_len:
+            raise ValueError(f"Wan was built for {self.args.image_len} image tokens, got {given}: choose model.flavor to fit the images that are given")
 
 
 def init_parameter(name: str, tensor: Tensor, generator: torch.Generator) -> None:
     """Fill one whole parameter in place, as the public code starts its training runs."""
     if name.endswith("modulation") or name.startswith("modulation."):
         tensor.normal_(0, tensor.shape[-1] ** -0.5, generator=generator)
-    elif name.startswith("proj_out.") or name.endswith("bias"):
+    elif name.startswith("proj_out.") or name.endswith(("bias", ".positions")):
         tensor.zero_()
     elif "norm" in name:
         tensor.fill_(1)
