@@ -13,12 +13,14 @@ MAX_EMBEDDED_CLIPS = 100_000
 METADATA_SUFFIXES = (".csv", ".jsonl")
 
 
-def check(config: JobConfig, world_size: int) -> None:
-    """Raises ConfigError with every rule that `config` breaks on `world_size` ranks, one line each: the field, what was given, the fix."""
+def check(config: JobConfig, world_size: int, files: bool = True) -> None:
+    """Raises ConfigError with every rule that `config` breaks on `world_size` ranks, one line each: the field, what was given, the fix.
+
+    files: also that the files and folders which the run reads exist.
+    """
     assert world_size >= 1
     c = config
     errors = [
-        *_clips("data.path", c.data.path),
         *_buckets(c.data),
         *_degrees(c.parallelism, world_size),
         *_batch_size(c.training, max(world_size // model_parallel_degree(c.parallelism), 1)),
@@ -27,9 +29,9 @@ def check(config: JobConfig, world_size: int) -> None:
         *_schedule(c.lr_scheduler, c.training),
         *_flow(c.flow),
         *_validation(c.validation),
-        *_assets(c),
         *_checkpoint(c.checkpoint),
         *_folders(c.job, c.data, c.checkpoint, c.metrics),
+        *(_files(c) if files else ()),
     ]
     if errors:
         raise ConfigError("\n".join(errors))
@@ -177,16 +179,22 @@ def _flow(flow: Flow) -> Iterator[str]:
 
 
 def _validation(validation: Validation) -> Iterator[str]:
-    if validation.path:
-        yield from _clips("validation.path", validation.path)
-    if validation.prompts_path and not os.path.isfile(validation.prompts_path):
-        yield f"validation.prompts_path: there is no file {validation.prompts_path}; give a text file, one prompt a line, or leave it empty"
     if not validation.timesteps:
         yield "validation.timesteps: empty; give at least one noise level, such as [0.5]"
     if len(set(validation.timesteps)) < len(validation.timesteps):
         yield f"validation.timesteps: given {list(validation.timesteps)}; remove what is there twice"
     if validation.enable and not validation.path and validation.holdout == 0 and validation.num_videos == 0:
         yield "validation.enable: there is nothing to validate; set validation.path, validation.holdout above 0 or validation.num_videos above 0"
+
+
+def _files(config: JobConfig) -> Iterator[str]:
+    validation = config.validation
+    yield from _clips("data.path", config.data.path)
+    if validation.path:
+        yield from _clips("validation.path", validation.path)
+    if validation.prompts_path and not os.path.isfile(validation.prompts_path):
+        yield f"validation.prompts_path: there is no file {validation.prompts_path}; give a text file, one prompt a line, or leave it empty"
+    yield from _assets(config)
 
 
 def _assets(config: JobConfig) -> Iterator[str]:

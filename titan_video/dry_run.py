@@ -1,0 +1,293 @@
+"""One rank's training step without the machine: `python -m titan_video.dry_run CONFIG.toml --world-size N [--rank r] [--section.field value ...]`.
+
+Rank r of N is built on a process group that sends nothing and on tensors that hold nothing, and runs one micro-batch of the largest bucket
+forward and backward, on one CPU. What is allocated, sent and computed is counted (tools/step_tracker.py) and printed. Nothing is read but
+the TOML (and with model.flavor hf the folder's config.json).
+
+Operators run as on a GPU in what they keep: attention keeps its output and log-sum-exp, RMSNorm its input and one number a row.
+Compile is off: it fuses element-wise operators, so a compiled step keeps and takes less than is printed here.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.distributed.tensor import DTensor
+
+from titan_video.components.objective import compute_loss
+from titan_video.config.check import SPATIAL_MULTIPLE, TEMPORAL_STRIDE, check, gradient_accumulation
+from titan_video.config.job_config import Compile, JobConfig
+from titan_video.config.manager import ConfigError, main_guard, parse_args
+from titan_video.data.batch import Batch
+from titan_video.distributed.fsdp import blocks_of
+from titan_video.distributed.parallel_dims import Meshes, ParallelDims, check_layout
+from titan_video.distributed.parallelize import parallelize
+from titan_video.distributed.sequence import SequenceShard
+from titan_video.models import get_args, get_spec
+from titan_video.models.layers import token_shape
+from titan_video.models.spec import ModelSpec
+from titan_video.tools.step_tracker import TEMPORARY, Collective, StepTracker
+
+KINDS = ("parameters", "optimizer", "ema", "gradients", "gathered weights", "reduction buffers", "inputs", "activations", TEMPORARY)
+ON_HOST = ("parameters", "optimizer", "ema", "gradients")  # with training.enable_cpu_offload
+UNCOUNTED = "Not counted: the CUDA context and NCCL's buffers (1 to 3 GiB), what the allocator cannot use between blocks, and workspaces of matrix products."
+
+
+@dataclass(frozen=True)
+class Report:
+    """What rank `rank` of `world_size` does in a step. Bytes, by kind of memory, and FLOPs of this rank, by phase.
+
+    tokens: rows of the model's input on this rank, all samples. at_peak: what of each kind there is when the total is largest.
+    The collectives are those of one micro-batch, of which a step has `accumulation`.
+    """
+
+    world_size: int
+    rank: int
+    degrees: dict[str, int]
+    bucket: tuple[int, ...]
+    tokens: int
+    accumulation: int
+    largest: dict[str, int]
+    at_peak: dict[str, int]
+    total: int
+    on_host: int
+    flops: dict[str, int]
+    model_flops: float
+    collectives: list[Collective]
+    seconds: float
+
+
+class _RmsNorm(torch.autograd.Function):
+    """Allocates like F.rms_norm on a GPU; the values are never looked at."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, shape, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[: -len(shape)], *[1] * len(shape), dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), None, torch.empty_like(weight), None
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """RMSNorm as the GPU's one kernel; on a CPU torch takes it apart, and keeps the parts for backward."""
+    original, F.rms_norm = F.rms_norm, _RmsNorm.apply
+    try:
+        yield
+    finally:
+        F.rms_norm = original
+
+
+@contextmanager
+def fake_ranks(world_size: int, rank: int) -> Iterator[None]:
+    """A default process group of which this process is `rank`, and no other process exists."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend too
+
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def dry_run(config: JobConfig, world_size: int, rank: int = 0) -> Report:
+    """Run rank `rank`'s step on nothing. No process group may exist. ValueError for what no machine could run, and for what is not covered."""
+    start = time.perf_counter()
+    check(config, world_size, files=False)
+    if not 0 <= rank < world_size:
+        raise ValueError(f"--rank: given {rank}; legal: 0 to {world_size - 1}")
+    if config.activation_checkpoint.mode == "memory_budget":
+        raise ValueError("activation_checkpoint.mode: memory_budget is the compiler's, which a dry run does without; look at selective and full")
+    if config.parallelism.pipeline_parallel_degree > 1:
+        raise ValueError("parallelism.pipeline_parallel_degree: a dry run does not cover pipelines; set it to 1")
+    spec = get_spec(config.model.name)
+    args = get_args(spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
+    check_layout(config.parallelism, args, world_size)
+    dims = ParallelDims.of(config.parallelism, world_size)
+    accumulation = gradient_accumulation(config.training, dims.dp)
+    with fake_ranks(world_size, rank):
+        meshes = dims.build_mesh("cpu")
+        model = build(config, spec, args, meshes)
+        shard = SequenceShard(meshes.sequence, dims.tp)
+        tracker = StepTracker(axes_of(meshes))
+        bucket = max(config.data.buckets, key=lambda b: tokens_of(b, args))
+        with FakeTensorMode(allow_non_fake_inputs=True), tracker, as_on_gpu():
+            run_step(model, spec, args, make_batch(config, args, bucket), shard, tracker, accumulation > 1)
+        static = state_bytes(model, config.ema.enable)
+    peak, tokens, local = tracker.peak(), tokens_of(bucket, args), config.training.local_batch_size
+    host = ON_HOST if config.training.enable_cpu_offload else ()
+    largest, at_peak = peak.largest | static, peak.at_peak | static
+    return Report(
+        world_size, rank, asdict(dims), bucket, local * shard.length(tokens), accumulation, largest, at_peak,
+        total=sum(n for kind, n in at_peak.items() if kind not in host), on_host=sum(largest.get(kind, 0) for kind in host),
+        flops=dict(tracker.flops), model_flops=3 * args.flops(tokens, local) * dims.dp / world_size,
+        collectives=tracker.collectives(), seconds=time.perf_counter() - start,
+    )  # fmt: skip
+
+
+def build(config: JobConfig, spec: ModelSpec, args: Any, meshes: Meshes) -> nn.Module:
+    """The sharded model, on the meta device. It must not be made inside the fake mode, where each of its tensors costs much more."""
+    with torch.device("meta"):
+        model = spec.build(args)
+    parallelism = replace(config.parallelism, enable_async_tensor_parallel=False)  # the compiler's
+    parallelize(model, spec.plan, meshes, parallelism, config.training, config.activation_checkpoint, Compile(enable=False))
+    return model
+
+
+def run_step(model: nn.Module, spec: ModelSpec, args: Any, batch: Batch, shard: SequenceShard, tracker: StepTracker, accumulating: bool) -> None:
+    """Forward and backward of a micro-batch. accumulating: not the first of a step, so gradients are there already."""
+    model.to_empty(device="cpu")
+    for p in model.parameters():
+        tracker.set_kind(local_part(p), "parameters")
+        if accumulating:
+            p.grad = torch.zeros_like(p)
+            tracker.set_kind(local_part(p.grad), "gradients")
+    watch_recomputation(model, spec, tracker)
+
+    noise, s_B, weight_B = torch.empty_like(batch.latents_BCFHW), torch.empty(len(batch.sample_ids_B)), torch.empty(len(batch.sample_ids_B))
+    tracker.keep("inputs")
+    tracker.phase = "forward"
+    loss = compute_loss(model, args.patch, batch, noise, s_B, weight_B, shard).sum() / batch.latents_BCFHW.numel()
+    tracker.keep("activations")
+    tracker.phase = "backward"
+    loss.backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None, f"{name} got no gradient"
+        tracker.set_kind(local_part(p.grad), "gradients")
+
+
+def watch_recomputation(model: nn.Module, spec: ModelSpec, tracker: StepTracker) -> None:
+    """In backward a block's forward is a recomputation, and what it leaves alive are activations."""
+    started = 0
+
+    def before(module, args):
+        nonlocal started
+        if tracker.phase == "backward":
+            started, tracker.phase = tracker.clock, "recompute"
+
+    def after(module, args, output):
+        if tracker.phase == "recompute":
+            tracker.phase = "backward"
+            tracker.keep_later("activations", since=started)
+
+    for container, key in blocks_of(model, spec.plan):
+        block = getattr(container[key], "_checkpoint_wrapped_module", container[key])
+        block.register_forward_pre_hook(before)
+        # Recomputation stops by an exception once it has all that backward needs.
+        block.register_forward_hook(after, always_call=True)
+
+
+def local_part(t: Tensor) -> Tensor:
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def state_bytes(model: nn.Module, ema: bool) -> dict[str, int]:
+    """AdamW's two float32 moments and its step count of each shard; the averaged weights."""
+    shards = [local_part(p).numel() for p in model.parameters()]
+    return {"optimizer": sum(8 * n + 4 for n in shards)} | ({"ema": sum(4 * n for n in shards)} if ema else {})
+
+
+def latent_shape(bucket: tuple[int, ...], args: Any) -> tuple[int, ...]:
+    """[C, F, H, W] of the latents of a bucket."""
+    frames, height, width = bucket
+    stride = SPATIAL_MULTIPLE // args.patch[-1]
+    return args.in_channels, (frames - 1) // TEMPORAL_STRIDE + 1, height // stride, width // stride
+
+
+def tokens_of(bucket: tuple[int, ...], args: Any) -> int:
+    return token_shape(latent_shape(bucket, args)[1:], args.patch).num_tokens
+
+
+def make_batch(config: JobConfig, args: Any, bucket: tuple[int, ...]) -> Batch:
+    B, text_dtype = config.training.local_batch_size, getattr(torch, config.encoder.dtype)
+    return Batch(
+        latents_BCFHW=torch.empty(B, *latent_shape(bucket, args)),
+        text_BLD=torch.empty(B, args.text_len, args.text_dim, dtype=text_dtype),
+        text_mask_BL=torch.empty(B, args.text_len, dtype=torch.bool),
+        sample_ids_B=torch.empty(B, dtype=torch.int64),
+    )
+
+
+def axes_of(meshes: Meshes) -> dict[str, tuple[str, int]]:
+    """{process group's name: (axis, ranks)}. Axes of the same ranks may share a group, which goes by the first name here."""
+    named = {
+        "fsdp": meshes.fsdp, "fsdp x tp": meshes.fsdp_root, "dp_replicate": meshes.world["dp_replicate"], "ulysses": meshes.ulysses,
+        "ring": meshes.ring, "tp": meshes.tp, "pp": meshes.pp, "sequence": meshes.sequence,
+    }  # fmt: skip
+    axes: dict[str, tuple[str, int]] = {}
+    for name, mesh in named.items():
+        axes.setdefault(mesh.get_group(mesh.ndim - 1).group_name, (name, mesh.size(mesh.ndim - 1)))
+    return axes
+
+
+# ---- what is printed ----
+
+
+def describe(report: Report, host: bool) -> str:
+    r, gib = report, 2**30
+    degrees = " x ".join(f"{axis} {n}" for axis, n in r.degrees.items() if n > 1) or "one rank"
+    flops = sum(r.flops.values())
+    micro = "1 micro-batch" if r.accumulation == 1 else f"{r.accumulation} micro-batches, of which the second and later ones need as much memory as one"
+    lines = [
+        f"rank {r.rank} of {r.world_size}: {degrees}",
+        f"bucket {'x'.join(map(str, r.bucket))}: {r.tokens:,} tokens on this rank, {micro} a step",
+        "", f"{'memory in GiB':<20}{'at the peak':>12}{'largest':>10}",
+    ]  # fmt: skip
+    for kind in KINDS:
+        if r.largest.get(kind):
+            place = "  on the host" if host and kind in ON_HOST else ""
+            lines.append(f"{kind:<20}{r.at_peak.get(kind, 0) / gib:>12.2f}{r.largest[kind] / gib:>10.2f}{place}")
+    lines += [f"{'total':<20}{r.total / gib:>12.2f}", UNCOUNTED, ""]
+    lines += [f"{'a micro-batch sends':<28}{'axis':<14}{'ranks':>6}{'calls':>7}{'MiB':>11}"]
+    for c in r.collectives:
+        lines.append(f"{c.phase + ' ' + c.kind:<28}{c.axis:<14}{c.ranks:>6}{c.count:>7}{c.sent / 2**20:>11.1f}")
+    if not r.collectives:
+        lines.append("nothing")
+    lines += [
+        "", f"{r.accumulation * flops / 1e12:,.0f} TFLOP a step on this rank, of which the model needs {r.accumulation * r.model_flops / 1e12:,.0f}",
+        f"dry run took {r.seconds:.1f} s; compile is off in it",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    about = "Memory, collectives and FLOPs of one rank's training step, without the machine. --section.field VALUE overrides the TOML."
+    parser = argparse.ArgumentParser(prog="python -m titan_video.dry_run", description=about, allow_abbrev=False)
+    parser.add_argument("config", type=Path, help="TOML of the run")
+    parser.add_argument("--world-size", type=int, required=True, help="ranks of the run")
+    parser.add_argument("--rank", type=int, default=0, help="the rank to build")
+    parser.add_argument("--json", type=Path, help="file to write the numbers to, in bytes")
+    return parser.parse_known_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    options, rest = parse(argv)
+    with main_guard():
+        if options.world_size < 1:
+            raise ConfigError(f"--world-size: given {options.world_size}; legal: at least 1")
+        config = parse_args(["--job.config_file", str(options.config), *rest])
+    try:
+        report = dry_run(config, options.world_size, options.rank)
+    except ValueError as e:
+        sys.exit(f"error: {e}")
+    print(describe(report, config.training.enable_cpu_offload))
+    if options.json:
+        options.json.write_text(json.dumps(asdict(report), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

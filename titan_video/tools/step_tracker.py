@@ -1,0 +1,237 @@
+"""What a step allocates, sends and computes, read from the operators that it runs; made for fake tensors, where nothing is computed.
+
+Every storage is followed from its allocation to its end. What kind of memory it was is often known only later (what the forward leaves
+alive was saved for backward), so allocations are logged, and the log is replayed when the step is over and each storage has its kind.
+"""
+
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+TEMPORARY = "temporaries"
+
+# FSDP2's own operators, by what the memory that they write is for.
+FSDP_KINDS = {"all_gather_copy_in": "gathered weights", "split_with_sizes_copy": "gathered weights", "chunk_cat": "reduction buffers"}
+
+COLLECTIVES = {
+    "_allgather_base_": "all-gather", "all_gather_into_tensor": "all-gather", "_reduce_scatter_base_": "reduce-scatter",
+    "reduce_scatter_tensor": "reduce-scatter", "allreduce_": "all-reduce", "all_reduce": "all-reduce", "all_reduce_": "all-reduce",
+    "alltoall_base_": "all-to-all", "all_to_all_single": "all-to-all", "send": "send",
+}  # fmt: skip
+
+
+def bytes_sent(kind: str, payload: int, ranks: int) -> int:
+    """Bytes that each of `ranks` ranks sends at least. payload: bytes of the larger side, a rank's whole tensor (gathered, to be scattered, reduced)."""
+    if kind == "send":
+        return payload
+    return payload * (ranks - 1) // ranks * (2 if kind == "all-reduce" else 1)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Calls of one kind over one axis in one phase. sent: bytes that each rank sends, all calls together."""
+
+    phase: str
+    kind: str
+    axis: str
+    ranks: int
+    count: int
+    sent: int
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Live bytes by kind: `largest` each kind ever had, `at_peak` what each had when their sum, `total`, was largest."""
+
+    largest: dict[str, int]
+    at_peak: dict[str, int]
+    total: int
+
+
+def _sdpa_cpu_flops(query, key, value, *args, **kwargs) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _sdpa_cpu_backward_flops(grad, query, key, value, *args, **kwargs) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+_SDPA_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_cpu_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_cpu_backward_flops,
+}
+
+
+class StepTracker(TorchDispatchMode):
+    """A dispatch mode around one step.
+
+    axes: {process group's name: (name of its mesh axis, ranks)}; collectives of groups of one rank are left out.
+    flops: {operator packet: function of the operator's shapes as in torch.utils.flop_counter}, for operators that torch does not know.
+    sends: {operator packet: function of its arguments giving [(kind, group name, payload bytes)]}, for operators that communicate inside.
+    `phase` labels what comes; the caller sets it.
+    """
+
+    def __init__(self, axes: dict[str, tuple[str, int]], flops: dict[object, Callable] | None = None, sends: dict[object, Callable] | None = None):
+        super().__init__()
+        self.axes, self.sends = axes, sends or {}
+        self.flop_functions = {**_SDPA_CPU, **(flops or {})}
+        self.phase = "build"
+        self.flops: Counter[str] = Counter()
+        self._collectives: dict[tuple, list[int]] = defaultdict(lambda: [0, 0])
+        self._live: dict[int, tuple[int, weakref.ref]] = {}  # address of a storage -> its number
+        self._log: list[tuple[int, int]] = []  # (number, change of bytes), in order
+        self._size: list[int] = []
+        self._kind: list[str] = []
+        self._pending: Callable[[], None] | None = None
+
+    # ---- storages ----
+
+    @property
+    def clock(self) -> int:
+        """Number of storages seen so far; those allocated later have this number or a higher one."""
+        return len(self._size)
+
+    def set_kind(self, tensor: Tensor, kind: str) -> None:
+        """A tensor's storage is of this kind, for all its life."""
+        self._kind[self._number(tensor)] = kind
+
+    def keep(self, kind: str, since: int = 0) -> None:
+        """Give `kind` to the temporaries that are alive and were allocated since a `clock`."""
+        for number, _ in self._live.values():
+            if number >= since and self._kind[number] == TEMPORARY:
+                self._kind[number] = kind
+
+    def keep_later(self, kind: str, since: int) -> None:
+        """`keep` when the next operator runs: when what is about to be dropped is gone."""
+        self._pending = lambda: self.keep(kind, since)
+
+    def workspace(self, size: int) -> None:
+        """Memory that an operator takes and gives back."""
+        number = self.clock
+        self._size.append(size)
+        self._kind.append(TEMPORARY)
+        self._log += [(number, size), (number, -size)]
+
+    def peak(self) -> Peak:
+        now, largest, at_peak, total, most = Counter(), Counter(), {}, 0, 0
+        for number, change in self._log:
+            kind = self._kind[number]
+            now[kind] += change
+            total += change
+            largest[kind] = max(largest[kind], now[kind])
+            if total > most:
+                most, at_peak = total, dict(now)
+        return Peak(dict(largest), at_peak, most)
+
+    def _number(self, tensor: Tensor) -> int:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address not in self._live:
+            number, size = self.clock, storage.nbytes()
+            self._live[address] = number, weakref.ref(storage, lambda _: self._freed(address))
+            self._size.append(size)
+            self._kind.append(TEMPORARY)
+            self._log.append((number, size))
+        return self._live[address][0]
+
+    def _freed(self, address: int) -> None:
+        number, _ = self._live.pop(address)
+        self._log.append((number, -self._size[number]))
+
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self._live:
+            number, _ = self._live[storage._cdata]
+            self._log.append((number, storage.nbytes() - self._size[number]))
+            self._size[number] = storage.nbytes()
+
+    def __enter__(self):
+        # FSDP frees and takes gathered weights by resizing their storage, which is no operator.
+        self._resize = resize = torch.UntypedStorage.resize_
+
+        def resize_(storage, size):
+            result = resize(storage, size)
+            self._resized(storage)
+            return result
+
+        torch.UntypedStorage.resize_ = resize_
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        torch.UntypedStorage.resize_ = self._resize
+        return super().__exit__(*exception)
+
+    # ---- operators ----
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.prim.device.default:
+            return func(*args)
+        if DTensor in types:
+            return NotImplemented  # it comes again, as an operator on the local part
+        if self._pending:
+            pending, self._pending = self._pending, None
+            pending()
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        outputs = result if isinstance(result, (list, tuple)) else (result,)
+        for t in outputs if all(isinstance(t, Tensor) for t in outputs) else tree_leaves(result):
+            if isinstance(t, Tensor):
+                self._number(t)
+        self._count(func, args, kwargs, result)
+        return result
+
+    def _count(self, func, args, kwargs, result) -> None:
+        packet, space = func.overloadpacket, func.namespace
+        if space in ("c10d", "_c10d_functional") and (kind := COLLECTIVES.get(packet.__name__)):
+            self._count_collective(kind, args, kwargs, result)
+        elif space == "fsdp" and (kind := FSDP_KINDS.get(packet.__name__)):
+            for t in tree_leaves((args, kwargs)):
+                if isinstance(t, Tensor) and self._kind[self._number(t)] == TEMPORARY:
+                    self.set_kind(t, kind)
+        elif packet in self.flop_functions:
+            self.flops[self.phase] += self.flop_functions[packet](*_shapes(args), **kwargs)
+        elif packet in flop_registry:
+            self.flops[self.phase] += flop_registry[packet](*args, **kwargs, out_val=result)
+        if packet in self.sends:
+            for kind, group, payload in self.sends[packet](*args, **kwargs):
+                self._add(kind, group, payload)
+        if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+            # The GPU's kernel adds dq up in float32 and keeps a row sum of it.
+            query, lse = args[1], args[5]
+            self.workspace(4 * query.numel() + lse.nbytes)
+
+    def _count_collective(self, kind, args, kwargs, result) -> None:
+        groups = [a for a in (*args, *kwargs.values()) if isinstance(a, (torch.ScriptObject, str))]
+        names = [a if isinstance(a, str) else _group_name(a) for a in groups]
+        name = next((n for n in names if n in self.axes), None)
+        tensors = [t for t in tree_leaves((args, result)) if isinstance(t, Tensor)]
+        self._add(kind, name, max(t.nbytes for t in tensors))
+
+    def _add(self, kind: str, group: str | None, payload: int) -> None:
+        axis, ranks = self.axes.get(group, ("other", 0))
+        if ranks != 1:
+            entry = self._collectives[self.phase, kind, axis, ranks]
+            entry[0] += 1
+            entry[1] += bytes_sent(kind, payload, ranks) if ranks else payload
+
+    def collectives(self) -> list[Collective]:
+        return [Collective(*key, *numbers) for key, numbers in self._collectives.items()]
+
+
+def _shapes(args) -> tuple:
+    return tuple(a.shape if isinstance(a, Tensor) else a for a in args)
+
+
+def _group_name(boxed: torch.ScriptObject) -> str | None:
+    try:
+        return ProcessGroup.unbox(boxed).group_name
+    except RuntimeError:  # another object, such as a reduce operation
+        return None
