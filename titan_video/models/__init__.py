@@ -14,7 +14,11 @@ def get_spec(name: str) -> ModelSpec:
         from titan_video.models.wan import SPEC
 
         return SPEC
-    raise ValueError(f'model.name = "{name}" is unknown; use one of: wan')
+    if name == "hunyuan_video":
+        from titan_video.models.hunyuan_video import SPEC
+
+        return SPEC
+    raise ValueError(f'model.name = "{name}" is unknown; use one of: wan, hunyuan_video')
 
 
 def get_args(spec: ModelSpec, flavor: str, hf_assets_path: str, max_text_length: int) -> Any:
