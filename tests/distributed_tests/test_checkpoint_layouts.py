@@ -1,0 +1,179 @@
+"""A checkpoint knows nothing of the layout: one state goes from layout to layout, each loads what the one before it saved, and nothing changes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from tests.helpers import run_ranks
+from titan_video.components import checkpoint_io as files
+from titan_video.components.checkpoint import CheckpointManager, ModelState, OptimizerState, load_weights
+from titan_video.components.ema import EmaWeights
+from titan_video.components.hf_storage import load_hf, save_hf
+from titan_video.components.objective import compute_loss
+from titan_video.components.optimizer import build_optimizer
+from titan_video.config.job_config import Checkpoint, Ema, Optimizer
+from titan_video.data.batch import Batch
+from titan_video.distributed.fsdp import apply_fsdp
+from titan_video.distributed.parallel_dims import Meshes, ParallelDims
+from titan_video.distributed.sequence import SequenceShard
+from titan_video.distributed.tensor_parallel import apply_tensor_parallel
+from titan_video.distributed.utils import gather_objects, initialise, reduce_over
+from titan_video.flow.noise import draw_noise
+from titan_video.models.wan import SPEC, WanArgs, WanModel
+
+SIZES = {"num_layers": 2, "text_dim": 20, "text_len": 9, "freq_dim": 32}
+# 25 rows of ffn.up on each of two tensor-parallel ranks: FSDP deals them out unevenly. Four such ranks need four heads.
+ODD = WanArgs(dim=36, num_heads=2, ffn_dim=50, **SIZES)
+FOUR = WanArgs(dim=48, num_heads=4, ffn_dim=52, **SIZES)
+LAYOUTS = {
+    "fsdp2": {"dp_shard": 2},
+    "fsdp4": {"dp_shard": 4},
+    "hsdp2x2": {"dp_replicate": 2, "dp_shard": 2},
+    "tp2 x fsdp2": {"dp_shard": 2, "tp": 2},
+    "tp4": {"tp": 4},
+    "ulysses2 x fsdp2": {"dp_shard": 2, "ulysses": 2},
+    "pp2": {"pp": 2},
+    "pp2 x fsdp2": {"pp": 2, "dp_shard": 2},
+    "pp2 x tp2": {"pp": 2, "tp": 2},
+}
+# Each chain starts and ends at one rank without a process group.
+CHAINS = {
+    2: {"odd": (ODD, ("fsdp2", "pp2"))},
+    4: {
+        "odd": (ODD, ("tp2 x fsdp2", "fsdp4", "pp2 x fsdp2", "hsdp2x2", "pp2 x tp2", "ulysses2 x fsdp2")),
+        "four": (FOUR, ("tp4", "pp2 x tp2")),
+    },
+}
+
+
+def keep_stages(model: nn.Module, index: int, count: int) -> None:
+    names = list(model.blocks)
+    mine = names[index * len(names) // count : (index + 1) * len(names) // count]
+    for name in set(names) - set(mine):
+        del model.blocks[name], model.modulation[name]
+    for name in (*(SPEC.plan.first if index else ()), *(SPEC.plan.last if index < count - 1 else ())):
+        setattr(model, name, None)
+
+
+class Run:
+    """A model in a layout ("one": this process alone), its optimizer and averages, and the manager of its checkpoints in `folder`."""
+
+    def __init__(self, args: WanArgs, layout: str, folder: Path, mode: str = "disabled"):
+        self.args, self.meshes = args, None if layout == "one" else ParallelDims(**LAYOUTS[layout]).build_mesh("cpu")
+        with torch.device("meta"):
+            self.model = WanModel(args)
+        if self.meshes is not None:
+            self.parallelize(self.meshes)
+        self.model.to_empty(device="cpu")
+        with torch.no_grad():
+            for p in self.model.parameters():
+                local(p).fill_(float("nan"))
+        self.optimizer = build_optimizer(self.model, Optimizer(lr=1e-2))
+        self.ema = EmaWeights(self.model, Ema(enable=True, decay=0.5))
+        states = {"model": ModelState(self.model), "optimizer": OptimizerState(self.model, self.optimizer), "ema": self.ema}
+        self.checkpoint = CheckpointManager(Checkpoint(interval=1, async_mode=mode, keep_latest_k=0), folder, states, {})
+
+    def parallelize(self, meshes: Meshes) -> None:
+        if meshes.pp.size() > 1:
+            keep_stages(self.model, meshes.pp.get_local_rank(), meshes.pp.size())
+        if meshes.tp.size() > 1:
+            apply_tensor_parallel(self.model, SPEC.plan, meshes.tp, False)
+        apply_fsdp(self.model, SPEC.plan, meshes, torch.float32, torch.float32, "default")
+
+    def loss(self) -> torch.Tensor:
+        """Of the same two clips on all data ranks. 15 tokens divide by no number of ranks."""
+        ids = torch.tensor([3, 4])
+        text = draw_noise(1, ids, (self.args.text_len, self.args.text_dim))
+        batch = Batch(draw_noise(2, ids, (16, 1, 6, 10)), text, torch.ones(2, self.args.text_len, dtype=torch.bool), ids)
+        shard = SequenceShard(self.meshes.sequence, self.meshes.tp.size()) if self.meshes else None
+        noise = draw_noise(0, ids, tuple(batch.latents_BCFHW.shape[1:]))
+        loss = compute_loss(self.model, self.args.patch, batch, noise, torch.tensor([0.3, 0.8]), torch.ones(2), shard).sum()
+        return reduce_over(self.meshes.sequence, loss, "sum") if self.meshes else loss
+
+
+def local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def perturbed_init(name, tensor, generator):
+    """The public initialisation has a head of zeros, through which no gradient would reach the blocks."""
+    SPEC.init_parameter(name, tensor, generator)
+    tensor.add_(torch.empty_like(tensor).normal_(0, 0.05, generator=generator))
+
+
+def write_reference(folder: Path, args: WanArgs) -> None:
+    """Two steps of one process, saved: step-0 of the chain, the same tensors in a file, the export, and the next loss."""
+    run = Run(args, "one", folder)
+    initialise(run.model, perturbed_init, 0)
+    run.ema.reset()
+    for step in (1, 2):
+        run.loss().backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.ema.update(step)
+    run.checkpoint.save(0, force=True)
+    run.checkpoint.close()
+    save_hf(run.model, folder / "hf", SPEC, args, torch.float32, 20_000)
+    loaded = {name: p.bfloat16().float() for name, p in ModelState(run.model).state_dict().items()}
+    save_hf(run.model, folder / "hf_loaded", SPEC, args, torch.bfloat16)
+    torch.save({"tensors": run.checkpoint._live_tensors(), "hf_loaded": loaded, "loss": run.loss().item()}, folder / "reference.pt")
+
+
+def equal_parts(mine: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> None:
+    """What this rank has is bit for bit its part of the reference, and the ranks have all of it."""
+    for name, tensor in mine.items():
+        expected = reference[name]
+        if isinstance(tensor, DTensor):
+            expected = distribute_tensor(expected, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
+        assert tensor.dtype == expected.dtype and torch.equal(local(tensor), expected), name
+    parts = gather_objects(set(mine)) if dist.is_initialized() else [set(mine)]
+    assert set.union(*parts) == reference.keys()
+
+
+def hop(folder: Path, args: WanArgs, layout: str, step: int, mode: str) -> None:
+    """Load what the layout before has saved, in every way there is; save it, and export it."""
+    reference = torch.load(folder / "reference.pt")
+    tensors = reference["tensors"]
+    run = Run(args, layout, folder, mode)
+    load_hf(run.model, folder / "hf_loaded", SPEC, args)
+    equal_parts(ModelState(run.model).state_dict(), reference["hf_loaded"])
+    assert load_weights(files.step_folder(folder, step - 1), run.model, "ema") == step - 1
+    equal_parts(ModelState(run.model).state_dict(), {name.removeprefix("ema."): t for name, t in tensors.items() if name.startswith("ema.")})
+    assert run.checkpoint.load() == step - 1
+    equal_parts(run.checkpoint._live_tensors(), tensors)
+    assert run.checkpoint.save(step)
+    run.checkpoint.close()
+    if "pp" not in layout and "ulysses" not in layout:
+        with torch.no_grad():
+            assert run.loss().item() == pytest.approx(reference["loss"], rel=2e-5)
+    save_hf(run.model, folder / layout, SPEC, args, torch.float32, 20_000)
+
+
+def run_chains(folder: Path) -> None:
+    for name, (args, layouts) in CHAINS[dist.get_world_size()].items():
+        for step, layout in enumerate(layouts, 1):
+            hop(folder / name, args, layout, step, ("async", "disabled")[step % 2])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("world", CHAINS)
+def test_a_state_goes_through_all_layouts(tmp_path, world):
+    for name, (args, _) in CHAINS[world].items():
+        write_reference(tmp_path / name, args)
+    run_ranks(run_chains, world, tmp_path)
+    for name, (args, layouts) in CHAINS[world].items():
+        folder = tmp_path / name
+        hop(folder, args, "one", len(layouts) + 1, "disabled")
+        for layout in layouts:
+            assert contents(folder / layout) == contents(folder / "hf"), layout
+        for step in range(len(layouts) + 2):
+            index = files.verify(files.step_folder(folder, step))[1]
+            chunks = [chunk for entry in index.state_dict_metadata.values() for chunk in entry.chunks]
+            assert len(index.storage_data) == len(chunks), "each piece is written once"
