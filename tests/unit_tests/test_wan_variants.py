@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers import diffusers_wan, hf_state_dict, load_from_hf_state_dict
@@ -124,6 +124,19 @@ def test_weights_round_trip_through_a_diffusers_folder(pair, tmp_path):
     assert {k: v for k, v in back.config.items() if k[0] != "_"} == {k: v for k, v in theirs.config.items() if k[0] != "_"}
     read = args_from_hf(dict(back.config))
     assert replace(read, text_len=args.text_len, clean_first_frame=args.clean_first_frame) == args
+
+
+def test_the_unused_norm_of_published_folders_is_passed_over_and_nothing_else(pair, tmp_path):
+    args = pair[0].args
+    pair[1].save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors, loaded = load_file(path), WanModel(args)
+    save_file(tensors | {"blocks.0.attn2.norm_added_q.weight": torch.ones(args.dim)}, path)
+    load_hf(loaded, tmp_path, SPEC, args)
+    assert all(torch.equal(p, q) for p, q in zip(loaded.parameters(), pair[0].parameters(), strict=True))
+    save_file(tensors | {"blocks.0.attn1.norm_added_q.weight": torch.ones(args.dim)}, path)
+    with pytest.raises(ValueError, match="1 extra: blocks.0.attn1.norm_added_q.weight"):
+        load_hf(loaded, tmp_path, SPEC, args)
 
 
 COUNTS = {

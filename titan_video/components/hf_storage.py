@@ -39,7 +39,7 @@ DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16
 
 def public_names(rules: Sequence[NameRule], our_names: Iterable[str]) -> dict[str, tuple[str, NameRule]]:
     """Our name -> (public name, rule). ValueError naming the name without a rule or with two, and the rule without a name."""
-    patterns = [(re.compile(re.escape(rule.ours).replace(r"\{\}", "([0-9]+)")), rule) for rule in rules]
+    patterns = [(_pattern(rule.ours), rule) for rule in rules]
     table, used = {}, set()
     for name in our_names:
         hits = [(match, rule) for pattern, rule in patterns if (match := pattern.fullmatch(name))]
@@ -68,7 +68,8 @@ def load_hf(model: nn.Module, folder: Path | str, spec: ModelSpec, args: Any) ->
     params = _parameters(model)
     shapes = _whole_shapes(params, spec, args)
     table = public_names(spec.hf_names, shapes)
-    files = _check_stored(folder, {table[ours][0]: _public_shape(shape, table[ours][1], args) for ours, shape in shapes.items()})
+    wanted = {table[ours][0]: _public_shape(shape, table[ours][1], args) for ours, shape in shapes.items()}
+    files = _check_stored(folder, wanted, spec.hf_ignored)
     by_file: dict[Path, list[str]] = {}
     for ours in params:
         by_file.setdefault(files[table[ours][0]], []).append(ours)
@@ -284,8 +285,12 @@ def _check_config(folder: Path, spec: ModelSpec, args: Any) -> None:
         raise ValueError(f"{path} is of another architecture than the model: {_some(differs)}; set model.flavor to fit, or to `hf`")
 
 
-def _check_stored(folder: Path, wanted: dict[str, tuple[int, ...]]) -> dict[str, Path]:
-    """Public name -> file, when the folder holds exactly the wanted names in the wanted shapes."""
+def _pattern(name: str) -> re.Pattern:
+    return re.compile(re.escape(name).replace(r"\{\}", "([0-9]+)"))
+
+
+def _check_stored(folder: Path, wanted: dict[str, tuple[int, ...]], ignored: Sequence[str] = ()) -> dict[str, Path]:
+    """Public name -> file, when the folder holds exactly the wanted names in the wanted shapes, and none beside but ignored ones."""
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     files: dict[str, Path] = {}
     for path, listed in _weight_files(folder).items():
@@ -296,7 +301,7 @@ def _check_stored(folder: Path, wanted: dict[str, tuple[int, ...]]) -> dict[str,
         files.update(dict.fromkeys(header, path))
     problems = {
         "missing": sorted(wanted.keys() - found.keys()),
-        "extra": sorted(found.keys() - wanted.keys()),
+        "extra": sorted(n for n in found.keys() - wanted.keys() if not any(_pattern(name).fullmatch(n) for name in ignored)),
         "of another shape": [f"{n} {found[n][0]} instead of {wanted[n]}" for n in sorted(wanted.keys() & found.keys()) if found[n][0] != wanted[n]],
         "of a type that is no plain floating point": [f"{n} {kind}" for n, (_, kind) in found.items() if kind not in DTYPE_NAMES.values()],
     }

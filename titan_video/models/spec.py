@@ -61,10 +61,11 @@ class NameRule:
 class ModelSpec:
     """A model family.
 
-    flavors: architecture arguments by name: a frozen dataclass with `in_channels`, `patch`, `text_dim`, `text_len`, `num_heads`, `ffn_dim`,
-        `num_layers`, `flops(num_tokens, batch)` of a forward and `block_flops(num_tokens, batch)`, the part of it that full activation checkpointing runs again.
+    flavors: architecture arguments by name: a frozen dataclass with `in_channels`, `out_channels`, `patch`, `text_dim`, `text_len`, `num_heads`,
+        `ffn_dim`, `num_layers`, `flops(num_tokens, batch)` of a forward and `block_flops(num_tokens, batch)`, the part of it that full activation checkpointing runs again.
     build: arguments -> module (built on the meta device by the trainer).
     init_parameter: (name, whole tensor, generator) fills one parameter in place, so every layout starts from the same weights.
+    hf_names: names of the parameters in diffusers' layout. hf_ignored: public names of tensors that some published files hold and no model uses.
     args_from_hf / args_to_hf: diffusers `transformer/config.json` <-> arguments.
     """
 
@@ -77,3 +78,4 @@ class ModelSpec:
     args_from_hf: Callable[[dict], Any]
     args_to_hf: Callable[[Any], dict]
     hf_folder: str = field(default="transformer")
+    hf_ignored: tuple[str, ...] = ()

@@ -112,6 +112,7 @@ SPEC = ModelSpec(
         tables=("modulation",),
     ),
     hf_names=HF_NAMES,
+    hf_ignored=("blocks.{}.attn2.norm_added_q.weight",),  # left over in the published image-to-video folders; diffusers passes over it too
     args_from_hf=args_from_hf,
     args_to_hf=args_to_hf,
 )
