@@ -21,13 +21,17 @@ def parallelize(
     training: Training,
     checkpointing: ActivationCheckpoint,
     compilation: Compile,
+    checkpointed: frozenset[tuple[str, str]] | None = None,
 ) -> None:
-    """Tensor parallel, context parallel, checkpointing, compile, FSDP2: in place, on a model whose parameters may be on the meta device."""
+    """Tensor parallel, context parallel, checkpointing, compile, FSDP2: in place, on a model whose parameters may be on the meta device.
+
+    checkpointed: `chosen_blocks` of the whole model, where `model` is a pipeline stage. ValueError: see `apply_activation_checkpoint`.
+    """
     if meshes.tp.size() > 1:
         apply_tensor_parallel(model, plan, meshes.tp, parallelism.enable_async_tensor_parallel)
     if meshes.ring.size() * meshes.ulysses.size() > 1:
         apply_context_parallel(model, plan, meshes.ring, meshes.ulysses, parallelism.context_parallel_rotate_method)
-    apply_activation_checkpoint(model, plan, checkpointing)
+    apply_activation_checkpoint(model, plan, checkpointing, checkpointed)
     if compilation.enable:
         apply_compile(model, plan, compilation.backend)
     apply_fsdp(
