@@ -11,11 +11,14 @@ group are one contiguous chunk, which is what the ring passes on. Bytes sent: tr
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from titan_video.distributed.context_parallel.ring import RingCore
-from titan_video.distributed.context_parallel.ulysses import UlyssesCore
+from titan_video.distributed.context_parallel.ring import JointRingCore, RingCore
+from titan_video.distributed.context_parallel.ulysses import JointUlyssesCore, UlyssesCore
 from titan_video.distributed.fsdp import blocks_of
-from titan_video.models.layers import AttentionCore
+from titan_video.models.layers import AttentionCore, JointAttentionCore
 from titan_video.models.spec import ParallelPlan
+
+
+_REPLACEMENTS = {AttentionCore: (RingCore, UlyssesCore), JointAttentionCore: (JointRingCore, JointUlyssesCore)}
 
 
 def apply_context_parallel(model: nn.Module, plan: ParallelPlan, ring: DeviceMesh, ulysses: DeviceMesh, rotate: str) -> None:
@@ -29,7 +32,7 @@ def apply_context_parallel(model: nn.Module, plan: ParallelPlan, ring: DeviceMes
 
 def parallel_core(core: nn.Module, ring: DeviceMesh, ulysses: DeviceMesh, rotate: str) -> nn.Module:
     """What takes the place of `core` on these two axes; an axis of one rank adds nothing."""
-    assert isinstance(core, AttentionCore), f"plan.cores names a {type(core).__name__}"
+    in_ring, in_ulysses = _REPLACEMENTS[type(core)]
     if ring.size() > 1:
-        core = RingCore(ring, rotate)
-    return UlyssesCore(ulysses, core) if ulysses.size() > 1 else core
+        core = in_ring(ring, rotate)
+    return in_ulysses(ulysses, core) if ulysses.size() > 1 else core

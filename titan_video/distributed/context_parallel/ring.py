@@ -1,6 +1,6 @@
 """Ring attention (Liu et al. 2023): queries stay, chunks of keys and values pass every rank, and the attention to each chunk is merged.
 
-    step 0: own chunk        step 1: the chunk of the rank before        ...        step n-1
+    step 0: own chunk     step 1: the chunk of the rank before     ...     step n-1: the chunk of the rank after
     the next chunk travels while this one is worked on
 
 One `torch.library` op, forward and backward: to checkpointing and compile it is a single attention, of which output and lse can be kept.
@@ -8,6 +8,7 @@ In backward the gradient of a chunk's keys and values is summed in float32 (floa
 Letters as in models/layers.py; n ranks.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -39,94 +40,144 @@ class RingCore(nn.Module):
         self.group, self.size, self.rotate = mesh.get_group().group_name, mesh.size(), rotate
 
     def forward(self, q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, seq_len: int | None = None) -> Tensor:
-        if seq_len is None:
-            seq_len = self.size * k_BSHK.shape[1]
-        return ring_attention(q_BLHK, k_BSHK, v_BSHK, seq_len, self.group, self.rotate)[0]
+        return self.attend(q_BLHK, k_BSHK, v_BSHK, seq_len)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, seq_len: int | None, *local: Tensor | None) -> Tensor:
+        return ring_attention(q, k, v, self.size * k.shape[1] if seq_len is None else seq_len, self.group, self.rotate, *local)[0]
+
+
+class JointRingCore(RingCore):
+    """The same for video and text. The text is whole on every rank: its queries go with this rank's, its keys are one more chunk that stays.
+
+    Each rank then has all of the text's output and a part of its gradients, of which the sum over the ranks is the gradient.
+    """
+
+    def forward(
+        self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, text_q_BSHK: Tensor, text_k_BSHK: Tensor, text_v_BSHK: Tensor,
+        text_mask_BS: Tensor | None = None, seq_len: int | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        q = torch.cat([q_BLHK, text_q_BSHK], dim=1)
+        out = self.attend(q, k_BLHK, v_BLHK, seq_len, text_k_BSHK, text_v_BSHK, text_mask_BS)
+        return out[:, : q_BLHK.shape[1]], out[:, q_BLHK.shape[1] :]
 
 
 @torch.library.custom_op("titan_video::ring_attention", mutates_args=())
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, seq_len: int, group: str, rotate: str) -> tuple[Tensor, Tensor]:
-    """Attention of q [B, L, H, K] to the first seq_len keys of all ranks, whose chunks k and v [B, S, H, K] are equally long.
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seq_len: int,
+    group: str,
+    rotate: str,
+    local_k: Tensor | None = None,
+    local_v: Tensor | None = None,
+    local_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of q [B, L, H, K] to the first seq_len keys of all ranks, whose chunks k and v [B, S, H, K] are equally long,
+    and to keys that only this rank's queries meet: local_k and local_v [B, T, H, K], of which those in local_mask [B, T] count (None: all).
 
     group: name of the process group. Returns the output [B, L, H, K] and its lse [B, H, L].
     """
     out = lse = None
     process_group = _resolve_process_group(group)
     for owner, (k_chunk, v_chunk) in _chunks(torch.stack([k, v]), process_group, rotate):
-        valid = _num_valid(owner, k.shape[1], seq_len)
-        if valid == 0:
-            continue
-        chunk_out, chunk_lse = attend(q, k_chunk[:, :valid], v_chunk[:, :valid])
-        if out is None:
-            out, lse = wide(chunk_out), chunk_lse
-        else:
-            # The chunk's share of the sum of exponentials so far, [B, L, H, 1].
-            share = torch.sigmoid(chunk_lse - lse).transpose(1, 2).unsqueeze(-1)
-            out, lse = out.lerp_(wide(chunk_out), share), torch.logaddexp(lse, chunk_lse)
+        parts = []
+        if valid := _num_valid(owner, k.shape[1], seq_len):
+            parts.append(attend(q, k_chunk[:, :valid], v_chunk[:, :valid]))
+        if owner == process_group.rank() and local_k is not None:
+            parts.append(attend(q, local_k, local_v, local_mask))
+        for part_out, part_lse in parts:
+            if out is None:
+                out, lse = wide(part_out), part_lse
+            else:
+                # The part's share of the sum of exponentials so far, [B, L, H, 1].
+                share = torch.sigmoid(part_lse - lse).transpose(1, 2).unsqueeze(-1)
+                out, lse = out.lerp_(wide(part_out), share), torch.logaddexp(lse, part_lse)
     return out.to(q.dtype).contiguous(), lse.contiguous()
 
 
 @ring_attention.register_fake
-def _(q, k, v, seq_len, group, rotate):
+def _(q, k, v, seq_len, group, rotate, local_k=None, local_v=None, local_mask=None):
     lse_type = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=lse_type)
 
 
 @torch.library.custom_op("titan_video::ring_attention_backward", mutates_args=())
 def ring_attention_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seq_len: int, group: str, rotate: str
-) -> tuple[Tensor, Tensor]:
-    """Gradients of q, and of k and v stacked."""
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seq_len: int,
+    group: str,
+    rotate: str,
+    local_k: Tensor | None = None,
+    local_v: Tensor | None = None,
+    local_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, of k and v stacked, and of local_k and local_v stacked (empty without these)."""
     process_group = _resolve_process_group(group)
     kv, grad_out = torch.stack([k, v]), grad_out.contiguous()
     grad_q = torch.zeros_like(wide(q), memory_format=torch.contiguous_format)
+    grad_local = q.new_empty(0)
     sums = (_Gathered if rotate == "allgather" else _Travelling)(kv, process_group)
     for owner, (k_chunk, v_chunk) in _chunks(kv, process_group, rotate):
-        valid = _num_valid(owner, k.shape[1], seq_len)
-        grads = None
-        if valid:
-            grad_chunk, *grads = attend_backward(grad_out, q, k_chunk[:, :valid], v_chunk[:, :valid], out, lse)
-            grad_q += grad_chunk
-        for total, part in zip(sums.of(owner), grads or ()):
+        parts = ()
+        if valid := _num_valid(owner, k.shape[1], seq_len):
+            part_q, *parts = attend_backward(grad_out, q, k_chunk[:, :valid], v_chunk[:, :valid], out, lse)
+            grad_q += part_q
+        if owner == process_group.rank() and local_k is not None:
+            part_q, *local = attend_backward(grad_out, q, local_k, local_v, out, lse, local_mask)
+            grad_q += part_q
+            grad_local = torch.stack(local)
+        for total, part in zip(sums.of(owner), parts):
             total[:, :valid] += part
         sums.done(owner)
-    return grad_q.to(q.dtype), sums.own().to(k.dtype)
+    return grad_q.to(q.dtype), sums.own().to(k.dtype), grad_local
 
 
 @ring_attention_backward.register_fake
-def _(grad_out, q, k, v, out, lse, seq_len, group, rotate):
-    return q.new_empty(q.shape), k.new_empty(2, *k.shape)
+def _(grad_out, q, k, v, out, lse, seq_len, group, rotate, local_k=None, local_v=None, local_mask=None):
+    return q.new_empty(q.shape), k.new_empty(2, *k.shape), q.new_empty(0) if local_k is None else local_k.new_empty(2, *local_k.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, ctx.seq_len, ctx.group, ctx.rotate = inputs
+    q, k, v, ctx.seq_len, ctx.group, ctx.rotate, *local = inputs
     out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse)
+    ctx.save_for_backward(q, k, v, out, lse, *local)
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_out, grad_lse):
-    grad_q, grad_kv = ring_attention_backward(grad_out, *ctx.saved_tensors, ctx.seq_len, ctx.group, ctx.rotate)
-    return grad_q, *grad_kv.unbind(0), None, None, None
+    q, k, v, out, lse, *local = ctx.saved_tensors
+    grads = ring_attention_backward(grad_out, q, k, v, out, lse, ctx.seq_len, ctx.group, ctx.rotate, *local)
+    grad_local = (None, None) if local[0] is None else grads[2].unbind(0)
+    return grads[0], *grads[1].unbind(0), None, None, None, *grad_local, None
 
 
 ring_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-# What the memory-budget mode of activation checkpointing weighs the op by.
+# What the memory-budget mode of activation checkpointing weighs the op by: FLOPs on this rank, 2 per multiply-add.
 
 
 @register_flop_formula(torch.ops.titan_video.ring_attention)
-def ring_flops(q_shape, k_shape, v_shape, seq_len, *args, out_shape=None, **kwargs) -> int:
-    """FLOPs on this rank, 2 per multiply-add: two products of queries x keys."""
-    return 4 * q_shape.numel() * seq_len
+def _flops(q, k, v, seq_len, group, rotate, local_k=None, *args, **kwargs) -> int:
+    return 2 * _product_flops(q, seq_len, local_k)
 
 
 @register_flop_formula(torch.ops.titan_video.ring_attention_backward)
-def ring_backward_flops(grad_shape, q_shape, k_shape, v_shape, out_shape_in, lse_shape, seq_len, *args, out_shape=None, **kwargs) -> int:
+def _backward_flops(grad_out, q, k, v, out, lse, seq_len, group, rotate, local_k=None, *args, **kwargs) -> int:
     """Five products: the scores again, and the gradients of probabilities, q, k and v."""
-    return 10 * q_shape.numel() * seq_len
+    return 5 * _product_flops(q, seq_len, local_k)
+
+
+def _product_flops(q_shape: tuple[int, ...], seq_len: int, local_k_shape: tuple[int, ...] | None) -> int:
+    """Of one product of queries x keys x head width."""
+    return 2 * math.prod(q_shape) * (seq_len + (local_k_shape[1] if local_k_shape else 0))
 
 
 def _num_valid(owner: int, chunk: int, seq_len: int) -> int:

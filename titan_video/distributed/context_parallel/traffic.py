@@ -13,14 +13,15 @@ class Traffic:
     sent: int  # bytes, all calls together
 
 
-def ulysses_traffic(qkv_elements: int, degree: int, itemsize: int) -> tuple[list[Traffic], list[Traffic]]:
-    """(forward, backward). qkv_elements: B L H K, of this rank's q.
+def ulysses_traffic(q_elements: int, degree: int, itemsize: int, text_elements: int = 0) -> tuple[list[Traffic], list[Traffic]]:
+    """(forward, backward). q_elements: B L H K, of this rank's q; text_elements: B S H K, where video and text attend jointly.
 
     q, k and v go in one exchange, the output in another; of each, 1 / degree stays. Backward sends the same the other way.
+    Of the text, only the output is sent: a rank's heads of it to all others; backward, each rank's part of their gradient.
     """
-    sent = 4 * qkv_elements * itemsize * (degree - 1) // degree
-    both = [Traffic("all_to_all", 2, sent)]
-    return both, both
+    exchange = Traffic("all_to_all", 2, 4 * q_elements * itemsize * (degree - 1) // degree)
+    text = text_elements * itemsize * (degree - 1) // degree
+    return [exchange, *([Traffic("all_gather", 1, text)] if text else [])], [exchange, *([Traffic("reduce_scatter", 1, text)] if text else [])]
 
 
 def ring_traffic(kv_elements: int, degree: int, itemsize: int, rotate: str) -> tuple[list[Traffic], list[Traffic]]:
@@ -37,11 +38,12 @@ def ring_traffic(kv_elements: int, degree: int, itemsize: int, rotate: str) -> t
     return [forward], [Traffic("all_to_all", 2 * steps, steps * chunk * (itemsize + sum_size))]
 
 
-def exchange_bytes(q_elements: int, ring: int, ulysses: int, itemsize: int, rotate: str = "alltoall") -> tuple[int, int]:
-    """Bytes that a rank sends in one attention core, (forward, backward). q_elements: B L H K of this rank's slice, after tensor parallel."""
-    totals = []
-    for direction in (0, 1):
-        parts = ulysses_traffic(q_elements, ulysses, itemsize)[direction] if ulysses > 1 else []
-        parts = parts + (ring_traffic(q_elements, ring, itemsize, rotate)[direction] if ring > 1 else [])
-        totals.append(sum(part.sent for part in parts))
-    return totals[0], totals[1]
+def exchange_bytes(q_elements: int, ring: int, ulysses: int, itemsize: int, rotate: str = "alltoall", text_elements: int = 0) -> tuple[int, int]:
+    """Bytes that a rank sends in one attention core, (forward, backward).
+
+    q_elements: B L H K of this rank's slice, L after tensor parallel's gather and H its part of the heads. text_elements: as in `ulysses_traffic`.
+    """
+    exchange = ulysses_traffic(q_elements, ulysses, itemsize, text_elements) if ulysses > 1 else ([], [])
+    rounds = ring_traffic(q_elements, ring, itemsize, rotate) if ring > 1 else ([], [])
+    forward, backward = (sum(part.sent for part in [*a, *b]) for a, b in zip(exchange, rounds))
+    return forward, backward

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from titan_video.distributed.collectives import all_to_all
+from titan_video.distributed.collectives import all_gather, all_to_all
 
 
 class UlyssesCore(nn.Module):
@@ -22,6 +22,27 @@ class UlyssesCore(nn.Module):
     def forward(self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, seq_len: int | None = None) -> Tensor:
         q, k, v = tokens_for_heads(q_BLHK, k_BLHK, v_BLHK, self.mesh)
         return heads_for_tokens(self.inner(q, k, v, seq_len), self.mesh)
+
+
+class JointUlyssesCore(nn.Module):
+    """The same for video and text. The text is whole on every rank: each takes its heads of it, and the output's are gathered.
+
+    A rank has a part of the gradients of the text's q, k and v, of which the sum over the ranks is the gradient.
+    """
+
+    def __init__(self, mesh: DeviceMesh, inner: nn.Module):
+        super().__init__()
+        self.mesh, self.inner, self.size, self.rank = mesh, inner, mesh.size(), mesh.get_local_rank()
+
+    def forward(
+        self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, text_q_BSHK: Tensor, text_k_BSHK: Tensor, text_v_BSHK: Tensor,
+        text_mask_BS: Tensor | None = None, seq_len: int | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        video = tokens_for_heads(q_BLHK, k_BLHK, v_BLHK, self.mesh)
+        text = (x.chunk(self.size, dim=2)[self.rank] for x in (text_q_BSHK, text_k_BSHK, text_v_BSHK))
+        out, text_out = self.inner(*video, *text, text_mask_BS, seq_len)
+        # Backward is a reduce-scatter: the ranks' parts of the gradient meet in the rank that computed these heads.
+        return heads_for_tokens(out, self.mesh), all_gather(text_out, 2, self.mesh)
 
 
 def tokens_for_heads(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, mesh: DeviceMesh) -> tuple[Tensor, ...]:
