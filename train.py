@@ -2,7 +2,7 @@
 
     data     plan -> encode what the cache lacks -> loader               once, before training
     model    meta device -> parallelize -> weights                       sharded at every size
-    step     micro-batches -> levels, noise -> compute_loss -> backward -> clip -> update
+    step     micro-batches -> levels, noise -> velocity -> loss -> backward -> clip -> update
     loop     step -> log -> validate -> save -> signal?
 
     torchrun --nproc_per_node 8 train.py --job.config_file train_configs/x.toml --training.steps 100
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from titan_video.components.checkpoint import CheckpointManager, ModelState, OptimizerState
@@ -27,7 +28,7 @@ from titan_video.components.fault_tolerance import NonFiniteGuard, SignalFlag
 from titan_video.components.hf_storage import load_hf, save_hf
 from titan_video.components.lr_scheduler import Scheduler
 from titan_video.components.metrics import MetricsLogger
-from titan_video.components.objective import compute_loss
+from titan_video.components.objective import ModelInputs, model_inputs, predict, velocity_loss
 from titan_video.components.optimizer import build_optimizer
 from titan_video.components.validate import Prompts, Validator
 from titan_video.config.check import check, gradient_accumulation
@@ -41,6 +42,7 @@ from titan_video.data.shapes import resolve_path
 from titan_video.distributed.fsdp import reshard
 from titan_video.distributed.parallel_dims import ParallelDims, check_layout
 from titan_video.distributed.parallelize import parallelize
+from titan_video.distributed.pipeline_parallel import Pipeline, check_microbatches, keep_stages
 from titan_video.distributed.sequence import SequenceShard
 from titan_video.distributed.utils import broadcast_from_zero, clip_grad_norm, gather_objects, init_distributed, initialise, reduce_over, set_timeout
 from titan_video.encoders import build_encoders
@@ -64,14 +66,18 @@ class Trainer:
         # --- architecture, and whether it can be laid out as asked ---
         self.spec = get_spec(config.model.name)
         self.args = get_args(self.spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
-        check_layout(config.parallelism, self.args, int(os.environ.get("WORLD_SIZE", 1)))
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        check_layout(config.parallelism, self.args, world_size)
+        self.dims = ParallelDims.of(config.parallelism, world_size)
+        self.accumulation = gradient_accumulation(config.training, self.dims.dp)
+        if self.dims.pp > 1:
+            check_microbatches(config.parallelism, self.accumulation * config.training.local_batch_size // config.parallelism.pipeline_parallel_microbatch_size)
 
         # --- ranks and device ---
         self.device = get_device(int(os.environ.get("LOCAL_RANK", 0)))
         init_distributed(self.device, config.comm.init_timeout_seconds)
         self.closers.append(dist.destroy_process_group)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.dims = ParallelDims.of(config.parallelism, self.world_size)
         self.meshes = self.dims.build_mesh(self.device.type)
         self.shard = SequenceShard(self.meshes.sequence, self.dims.tp)
         # Waiting for another rank's encoding, or agreeing on a signal, takes place on the host.
@@ -95,8 +101,16 @@ class Trainer:
         # --- model, optimizer, averages ---
         with torch.device("meta"):
             self.model = self.spec.build(self.args)
+        stages = None
+        if self.dims.pp > 1:
+            tokens = max(token_shape(self.latent_shape(bucket)[1:], self.args.patch).num_tokens for bucket in config.data.buckets)
+            stages = keep_stages(self.model, self.spec.plan, self.meshes.pp, config.parallelism, self.args, tokens)
         parallelize(self.model, self.spec.plan, self.meshes, config.parallelism, config.training, config.activation_checkpoint, config.compile)
         self.model.to_empty(device="cpu" if config.training.enable_cpu_offload else self.device)
+        self.pipeline = None
+        if stages:
+            param_dtype = getattr(torch, config.training.mixed_precision_param)
+            self.pipeline = Pipeline(self.model, stages, self.spec.plan, self.meshes.pp, config.parallelism, param_dtype, self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scheduler = Scheduler(self.optimizer, config.lr_scheduler, config.optimizer.lr, config.training.steps)
         self.ema = EmaWeights(self.model, config.ema) if config.ema.enable else None
@@ -165,7 +179,6 @@ class Trainer:
         self.prompts = (given or captions)[: v.num_videos]
 
         t = self.config.training
-        self.accumulation = gradient_accumulation(t, self.dims.dp)
         self.loader = LatentLoader(
             clips, self.cache, self.cache.text_key(""), local_batch_size=t.local_batch_size,
             global_batch_size=t.local_batch_size * self.dims.dp * self.accumulation, dp_rank=self.meshes.batch.get_local_rank(), dp_size=self.dims.dp,
@@ -215,7 +228,7 @@ class Trainer:
         text_BLD, mask_BL = reader.text([self.cache.text_key(p) for p in (*self.prompts, "")])
         prompts = Prompts(self.prompts, text_BLD[:-1], mask_BL[:-1], text_BLD[-1:], mask_BL[-1:]) if self.prompts else None
         return Validator(
-            self.config.validation, self.model, self.args.patch, self.meshes, self.shard, self.device, self.seed,
+            self.config.validation, self.pipeline or self.model, self.args.patch, self.meshes, self.shard, self.device, self.seed,
             num_clips=len(self.held_out), get_clip=lambda i: reader.batch([self.held_out[i]], [i]),
             prompts=prompts, latent_CFHW=self.latent_shape(self.config.data.buckets[0]), decode=self.encoders.decode_video,
             fps=self.config.data.fps, folder=self.folder / "samples",
@@ -229,19 +242,20 @@ class Trainer:
         sizes = torch.tensor([sum(b.latents_BCFHW.numel() for b in batches), sum(self.num_tokens(b) * len(b.sample_ids_B) for b in batches)])
         num_elements, num_tokens = reduce_over(self.meshes.batch, sizes, "sum").tolist()
 
-        loss = torch.zeros((), device=self.device)
-        model_flops = recomputed = 0.0
-        ranks_per_sample = self.world_size // self.dims.dp
-        for batch in batches:
-            tokens, B = self.num_tokens(batch), len(batch.sample_ids_B)
-            s_B = self.flow.levels(draw_uniform(self.seed, batch.sample_ids_B), tokens)
-            noise = draw_noise(self.seed, batch.sample_ids_B, tuple(batch.latents_BCFHW.shape[1:]), self.device)
-            weight_B, s_B, batch = self.flow.weights(s_B, tokens).to(self.device), s_B.to(self.device), batch.to(self.device)
-            micro_loss = compute_loss(self.model, self.args.patch, batch, noise, s_B, weight_B, self.shard).sum() / num_elements
-            micro_loss.backward()
-            loss += micro_loss.detach()
-            model_flops += 3 * self.args.flops(tokens, B) / ranks_per_sample
-            recomputed += self.args.block_flops(tokens, B) / ranks_per_sample if self.config.activation_checkpoint.mode == "full" else 0
+        def loss_of(velocity: Tensor, inputs: ModelInputs) -> Tensor:
+            return velocity_loss(velocity, inputs).sum() / num_elements
+
+        if self.pipeline:
+            size = self.config.parallelism.pipeline_parallel_microbatch_size
+            inputs = [self.noisy(micro) for batch in batches for micro in batch.split(size)]
+            loss = self.pipeline.step(inputs, lambda velocity, i: loss_of(velocity, inputs[i]))
+        else:
+            loss = torch.zeros((), device=self.device)
+            for batch in batches:
+                inputs = self.noisy(batch)
+                micro_loss = loss_of(predict(self.model, inputs), inputs)
+                micro_loss.backward()
+                loss += micro_loss.detach()
 
         grad_norm = clip_grad_norm(self.model, self.config.training.max_norm, self.meshes.pp)
         share = sizes[0].item() / num_elements
@@ -253,6 +267,10 @@ class Trainer:
                 self.ema.update(self.step)
         self.optimizer.zero_grad()
 
+        shares = [(self.num_tokens(b), len(b.sample_ids_B)) for b in batches]
+        ranks_per_sample = self.world_size // self.dims.dp
+        model_flops = 3 * sum(self.args.flops(*share) for share in shares) / ranks_per_sample
+        recomputed = sum(self.args.block_flops(*share) for share in shares) / ranks_per_sample if self.config.activation_checkpoint.mode == "full" else 0
         _, F, H, W = batches[0].latents_BCFHW.shape[1:]
         e = self.encoders
         frames, height, width = (F - 1) * e.stride_t + 1, H * e.stride_s, W * e.stride_s
@@ -262,6 +280,14 @@ class Trainer:
             video_seconds=num_clips * frames / self.config.data.fps, model_flops=model_flops, hardware_flops=model_flops + recomputed,
             step_seconds=time.perf_counter() - start, data_seconds=data_seconds, bucket=f"{frames}x{height}x{width}",
         )  # fmt: skip
+
+    def noisy(self, batch: Batch) -> ModelInputs:
+        """A micro-batch at its noise levels, on the device: what is drawn depends on nothing but the seed and the samples."""
+        tokens = self.num_tokens(batch)
+        s_B = self.flow.levels(draw_uniform(self.seed, batch.sample_ids_B), tokens)
+        noise = draw_noise(self.seed, batch.sample_ids_B, tuple(batch.latents_BCFHW.shape[1:]), self.device)
+        weight_B = self.flow.weights(s_B, tokens).to(self.device)
+        return model_inputs(self.args.patch, batch.to(self.device), noise, s_B.to(self.device), weight_B, self.shard)
 
     def num_tokens(self, batch: Batch) -> int:
         """Tokens of one clip of the batch."""

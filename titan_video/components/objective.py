@@ -44,6 +44,12 @@ def model_inputs(patch: Patch, batch: Batch, noise_BCFHW: Tensor, s_B: Tensor, w
     return ModelInputs(x_BLP, pos_BL3, t_B, batch.text_BLD, batch.text_mask_BL, seq_len, batch.cond, target_BLP, weight_B, num_valid)
 
 
+def predict(model: nn.Module, inputs: ModelInputs) -> Tensor:
+    """The model's velocity [B, L, P]."""
+    i = inputs
+    return model(i.x_BLP, i.pos_BL3, i.t_B, i.text_BSD, i.text_mask_BS, i.seq_len, **i.cond)
+
+
 def velocity_loss(v_BLP: Tensor, inputs: ModelInputs) -> Tensor:
     """Weighted squared error of the velocity, summed over the elements that this rank has of each sample: [B], float32."""
     error = (wide(v_BLP) - inputs.target_BLP)[:, : inputs.num_valid]
@@ -58,5 +64,5 @@ def compute_loss(
     The caller divides by the number of elements that count over all ranks and micro-batches of the step.
     noise: standard normal, like batch.latents_BCFHW; s_B: noise levels in [0, 1], float32; weight_B: loss weights, float32.
     """
-    i = model_inputs(patch, batch, noise_BCFHW, s_B, weight_B, shard)
-    return velocity_loss(model(i.x_BLP, i.pos_BL3, i.t_B, i.text_BSD, i.text_mask_BS, i.seq_len, **i.cond), i)
+    inputs = model_inputs(patch, batch, noise_BCFHW, s_B, weight_B, shard)
+    return velocity_loss(predict(model, inputs), inputs)

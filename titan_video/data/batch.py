@@ -23,6 +23,13 @@ class Batch:
     sample_ids_B: Tensor
     cond: dict[str, Tensor] = field(default_factory=dict)
 
+    def split(self, size: int) -> "list[Batch]":
+        """Batches of `size` samples."""
+        def rows(x, start):
+            return {k: rows(v, start) for k, v in x.items()} if isinstance(x, dict) else x[start : start + size]
+
+        return [Batch(**{f.name: rows(getattr(self, f.name), start) for f in fields(self)}) for start in range(0, len(self.sample_ids_B), size)]
+
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
         def move(x):
             return {k: move(v) for k, v in x.items()} if isinstance(x, dict) else x.to(device, non_blocking=non_blocking)
