@@ -30,6 +30,7 @@ from titan_video.config.check import SPATIAL_MULTIPLE, TEMPORAL_STRIDE, check, g
 from titan_video.config.job_config import Compile, JobConfig
 from titan_video.config.manager import ConfigError, main_guard, parse_args
 from titan_video.data.batch import Batch
+from titan_video.distributed.context_parallel import ring
 from titan_video.distributed.fsdp import blocks_of
 from titan_video.distributed.parallel_dims import Meshes, ParallelDims, check_layout
 from titan_video.distributed.parallelize import parallelize
@@ -37,9 +38,13 @@ from titan_video.distributed.sequence import SequenceShard
 from titan_video.models import get_args, get_spec
 from titan_video.models.layers import token_shape
 from titan_video.models.spec import ModelSpec
-from titan_video.tools.step_tracker import TEMPORARY, Collective, StepTracker
+from titan_video.tools.step_tracker import TEMPORARY, Axis, Collective, StepTracker
 
 KINDS = ("parameters", "optimizer", "ema", "gradients", "gathered weights", "reduction buffers", "inputs", "activations", TEMPORARY)
+BODIES = {
+    torch.ops.titan_video.ring_attention: ring.ring_attention._init_fn,
+    torch.ops.titan_video.ring_attention_backward: ring.ring_attention_backward._init_fn,
+}
 ON_HOST = ("parameters", "optimizer", "ema", "gradients")  # with training.enable_cpu_offload
 UNCOUNTED = "Not counted: the CUDA context and NCCL's buffers (1 to 3 GiB), what the allocator cannot use between blocks, and workspaces of matrix products."
 
@@ -112,10 +117,14 @@ def dry_run(config: JobConfig, world_size: int, rank: int = 0) -> Report:
         raise ValueError(f"--rank: given {rank}; legal: 0 to {world_size - 1}")
     if config.activation_checkpoint.mode == "memory_budget":
         raise ValueError("activation_checkpoint.mode: memory_budget is the compiler's, which a dry run does without; look at selective and full")
+    if config.activation_checkpoint.offload:
+        raise ValueError("activation_checkpoint.offload: a dry run cannot tell the host's memory from the device's; set it to false")
     if config.parallelism.pipeline_parallel_degree > 1:
         raise ValueError("parallelism.pipeline_parallel_degree: a dry run does not cover pipelines; set it to 1")
     spec = get_spec(config.model.name)
     args = get_args(spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
+    if spec.name != "wan" or args.image_dim or args.clean_first_frame or args.in_channels != args.out_channels:
+        raise ValueError(f'model.flavor: {config.model.flavor!r} takes conditions that a dry run cannot make up yet; it covers Wan text-to-video')
     check_layout(config.parallelism, args, world_size)
     dims = ParallelDims.of(config.parallelism, world_size)
     accumulation = gradient_accumulation(config.training, dims.dp)
@@ -123,7 +132,7 @@ def dry_run(config: JobConfig, world_size: int, rank: int = 0) -> Report:
         meshes = dims.build_mesh("cpu")
         model = build(config, spec, args, meshes)
         shard = SequenceShard(meshes.sequence, dims.tp)
-        tracker = StepTracker(axes_of(meshes))
+        tracker = StepTracker(axes_of(meshes), bodies=BODIES)
         bucket = max(config.data.buckets, key=lambda b: tokens_of(b, args))
         with FakeTensorMode(allow_non_fake_inputs=True), tracker, as_on_gpu():
             run_step(model, spec, args, make_batch(config, args, bucket), shard, tracker, accumulation > 1)
@@ -162,6 +171,8 @@ def run_step(model: nn.Module, spec: ModelSpec, args: Any, batch: Batch, shard: 
     tracker.keep("inputs")
     tracker.phase = "forward"
     loss = compute_loss(model, args.patch, batch, noise, s_B, weight_B, shard).sum() / batch.latents_BCFHW.numel()
+    for p in model.parameters():
+        tracker.keep_tensor(local_part(p), "gathered weights")  # those that FSDP does not free after forward
     tracker.keep("activations")
     tracker.phase = "backward"
     loss.backward()
@@ -191,6 +202,7 @@ def watch_recomputation(model: nn.Module, spec: ModelSpec, tracker: StepTracker)
         block.register_forward_hook(after, always_call=True)
 
 
+@torch.no_grad()  # to_local is an operator otherwise
 def local_part(t: Tensor) -> Tensor:
     return t.to_local() if isinstance(t, DTensor) else t
 
@@ -222,15 +234,16 @@ def make_batch(config: JobConfig, args: Any, bucket: tuple[int, ...]) -> Batch:
     )
 
 
-def axes_of(meshes: Meshes) -> dict[str, tuple[str, int]]:
-    """{process group's name: (axis, ranks)}. Axes of the same ranks may share a group, which goes by the first name here."""
+def axes_of(meshes: Meshes) -> dict[str, Axis]:
+    """{process group's name: its axis}. Axes of the same ranks may share a group, which goes by the first name here."""
     named = {
         "fsdp": meshes.fsdp, "fsdp x tp": meshes.fsdp_root, "dp_replicate": meshes.world["dp_replicate"], "ulysses": meshes.ulysses,
         "ring": meshes.ring, "tp": meshes.tp, "pp": meshes.pp, "sequence": meshes.sequence,
     }  # fmt: skip
-    axes: dict[str, tuple[str, int]] = {}
+    axes: dict[str, Axis] = {}
     for name, mesh in named.items():
-        axes.setdefault(mesh.get_group(mesh.ndim - 1).group_name, (name, mesh.size(mesh.ndim - 1)))
+        axis = mesh.ndim - 1
+        axes.setdefault(mesh.get_group(axis).group_name, Axis(name, mesh.size(axis), mesh.get_local_rank(axis)))
     return axes
 
 

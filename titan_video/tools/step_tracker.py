@@ -29,11 +29,25 @@ COLLECTIVES = {
 }  # fmt: skip
 
 
-def bytes_sent(kind: str, payload: int, ranks: int) -> int:
-    """Bytes that each of `ranks` ranks sends at least. payload: bytes of the larger side, a rank's whole tensor (gathered, to be scattered, reduced)."""
+@dataclass(frozen=True)
+class Axis:
+    """A process group: the name of its mesh axis, its ranks, and which of them this is."""
+
+    name: str
+    ranks: int
+    rank: int
+
+
+def bytes_sent(kind: str, payload: int, axis: Axis, splits: list[int] | None = None) -> int:
+    """Bytes that a rank sends at least. payload: bytes of the larger side, a rank's whole tensor (gathered, to be scattered, reduced).
+
+    splits: of an all-to-all whose parts are not equal, how much each rank gets.
+    """
     if kind == "send":
         return payload
-    return payload * (ranks - 1) // ranks * (2 if kind == "all-reduce" else 1)
+    if splits:
+        return payload * (sum(splits) - splits[axis.rank]) // sum(splits)
+    return payload * (axis.ranks - 1) // axis.ranks * (2 if kind == "all-reduce" else 1)
 
 
 @dataclass(frozen=True)
@@ -57,33 +71,24 @@ class Peak:
     total: int
 
 
-def _sdpa_cpu_flops(query, key, value, *args, **kwargs) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _sdpa_cpu_backward_flops(grad, query, key, value, *args, **kwargs) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
-
-
+# Of the shapes of the arguments. torch knows these formulas, but not this operator.
 _SDPA_CPU = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_cpu_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_cpu_backward_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes: sdpa_flop_count(*shapes[:3]),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes: sdpa_backward_flop_count(*shapes[:4]),
 }
 
 
 class StepTracker(TorchDispatchMode):
     """A dispatch mode around one step.
 
-    axes: {process group's name: (name of its mesh axis, ranks)}; collectives of groups of one rank are left out.
-    flops: {operator packet: function of the operator's shapes as in torch.utils.flop_counter}, for operators that torch does not know.
-    sends: {operator packet: function of its arguments giving [(kind, group name, payload bytes)]}, for operators that communicate inside.
+    axes: {process group's name: its axis}; collectives among one rank are left out.
+    bodies: {operator packet: Python function}: what these operators do inside is to be seen, so the function is run in their place.
     `phase` labels what comes; the caller sets it.
     """
 
-    def __init__(self, axes: dict[str, tuple[str, int]], flops: dict[object, Callable] | None = None, sends: dict[object, Callable] | None = None):
+    def __init__(self, axes: dict[str, Axis], bodies: dict[object, Callable] | None = None):
         super().__init__()
-        self.axes, self.sends = axes, sends or {}
-        self.flop_functions = {**_SDPA_CPU, **(flops or {})}
+        self.axes, self.bodies = axes, bodies or {}
         self.phase = "build"
         self.flops: Counter[str] = Counter()
         self._collectives: dict[tuple, list[int]] = defaultdict(lambda: [0, 0])
@@ -92,6 +97,7 @@ class StepTracker(TorchDispatchMode):
         self._size: list[int] = []
         self._kind: list[str] = []
         self._pending: Callable[[], None] | None = None
+        self._depth = 0
 
     # ---- storages ----
 
@@ -103,6 +109,11 @@ class StepTracker(TorchDispatchMode):
     def set_kind(self, tensor: Tensor, kind: str) -> None:
         """A tensor's storage is of this kind, for all its life."""
         self._kind[self._number(tensor)] = kind
+
+    def keep_tensor(self, tensor: Tensor, kind: str) -> None:
+        """`set_kind` for what counts as temporary so far."""
+        if self._kind[self._number(tensor)] == TEMPORARY:
+            self.set_kind(tensor, kind)
 
     def keep(self, kind: str, since: int = 0) -> None:
         """Give `kind` to the temporaries that are alive and were allocated since a `clock`."""
@@ -155,6 +166,9 @@ class StepTracker(TorchDispatchMode):
 
     def __enter__(self):
         # FSDP frees and takes gathered weights by resizing their storage, which is no operator.
+        self._depth += 1
+        if self._depth > 1:  # entered again, for a body
+            return super().__enter__()
         self._resize = resize = torch.UntypedStorage.resize_
 
         def resize_(storage, size):
@@ -166,7 +180,9 @@ class StepTracker(TorchDispatchMode):
         return super().__enter__()
 
     def __exit__(self, *exception):
-        torch.UntypedStorage.resize_ = self._resize
+        self._depth -= 1
+        if self._depth == 0:
+            torch.UntypedStorage.resize_ = self._resize
         return super().__exit__(*exception)
 
     # ---- operators ----
@@ -180,6 +196,9 @@ class StepTracker(TorchDispatchMode):
             pending, self._pending = self._pending, None
             pending()
         kwargs = kwargs or {}
+        if func.overloadpacket in self.bodies:
+            with self:
+                return self.bodies[func.overloadpacket](*args, **kwargs)
         result = func(*args, **kwargs)
         outputs = result if isinstance(result, (list, tuple)) else (result,)
         for t in outputs if all(isinstance(t, Tensor) for t in outputs) else tree_leaves(result):
@@ -194,15 +213,12 @@ class StepTracker(TorchDispatchMode):
             self._count_collective(kind, args, kwargs, result)
         elif space == "fsdp" and (kind := FSDP_KINDS.get(packet.__name__)):
             for t in tree_leaves((args, kwargs)):
-                if isinstance(t, Tensor) and self._kind[self._number(t)] == TEMPORARY:
-                    self.set_kind(t, kind)
-        elif packet in self.flop_functions:
-            self.flops[self.phase] += self.flop_functions[packet](*_shapes(args), **kwargs)
+                if isinstance(t, Tensor):
+                    self.keep_tensor(t, kind)
+        elif packet in _SDPA_CPU:
+            self.flops[self.phase] += _SDPA_CPU[packet](*_shapes(args))
         elif packet in flop_registry:
             self.flops[self.phase] += flop_registry[packet](*args, **kwargs, out_val=result)
-        if packet in self.sends:
-            for kind, group, payload in self.sends[packet](*args, **kwargs):
-                self._add(kind, group, payload)
         if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
             # The GPU's kernel adds dq up in float32 and keeps a row sum of it.
             query, lse = args[1], args[5]
@@ -211,16 +227,14 @@ class StepTracker(TorchDispatchMode):
     def _count_collective(self, kind, args, kwargs, result) -> None:
         groups = [a for a in (*args, *kwargs.values()) if isinstance(a, (torch.ScriptObject, str))]
         names = [a if isinstance(a, str) else _group_name(a) for a in groups]
-        name = next((n for n in names if n in self.axes), None)
-        tensors = [t for t in tree_leaves((args, result)) if isinstance(t, Tensor)]
-        self._add(kind, name, max(t.nbytes for t in tensors))
-
-    def _add(self, kind: str, group: str | None, payload: int) -> None:
-        axis, ranks = self.axes.get(group, ("other", 0))
-        if ranks != 1:
-            entry = self._collectives[self.phase, kind, axis, ranks]
-            entry[0] += 1
-            entry[1] += bytes_sent(kind, payload, ranks) if ranks else payload
+        axis = next((self.axes[n] for n in names if n in self.axes), Axis("other", 0, 0))
+        if axis.ranks == 1:
+            return
+        payload = max(t.nbytes for t in tree_leaves((args, result)) if isinstance(t, Tensor))
+        splits = [a for a in args if isinstance(a, (list, tuple)) and len(a) == axis.ranks and all(isinstance(n, int) for n in a)]
+        entry = self._collectives[self.phase, kind, axis.name, axis.ranks]
+        entry[0] += 1
+        entry[1] += bytes_sent(kind, payload, axis, splits[-1] if kind == "all-to-all" and splits else None) if axis.ranks else payload
 
     def collectives(self) -> list[Collective]:
         return [Collective(*key, *numbers) for key, numbers in self._collectives.items()]
