@@ -1,7 +1,11 @@
 """Tensor parallel: equal to one process, initial weights, gradient norm and updates included; what is sent, counted; async mode."""
 
+from collections import Counter
+
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,7 +18,7 @@ from titan_video.distributed.fsdp import apply_fsdp
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.parallelize import parallelize
 from titan_video.distributed.sequence import SequenceShard
-from titan_video.distributed.tensor_parallel import apply_tensor_parallel
+from titan_video.distributed.tensor_parallel import apply_tensor_parallel, bytes_per_collective, collectives_per_block
 from titan_video.distributed.utils import clean_name, clip_grad_norm, initialise, reduce_over
 from titan_video.flow.noise import draw_noise
 from titan_video.models.wan import SPEC, WanArgs, WanModel
@@ -25,7 +29,8 @@ ARGS_4 = WanArgs(dim=48, num_heads=4, num_layers=2, ffn_dim=52, text_dim=20, tex
 LAYOUTS = {"tp2": {"tp": 2}, "tp4": {"tp": 4}, "fsdp2 tp2": {"dp_shard": 2, "tp": 2}, "hsdp2 tp2": {"dp_replicate": 2, "tp": 2}}
 # (batch, latent grid): 6 tokens divide by 2 ranks but not by 4, 9 by neither, 12 by both
 CASES = ((1, (1, 4, 6)), (2, (1, 6, 6)), (2, (3, 4, 4)))
-DTYPES = {torch.float64: 1e-10, torch.float32: 2e-5}
+LIMITS = {torch.float64: 1e-10, torch.float32: 2e-5}
+RUNS = [(torch.float64, case) for case in CASES] + [(torch.float32, CASES[1])]
 
 
 def perturbed_init(name, tensor, generator):
@@ -89,13 +94,12 @@ def sharded(args, dims, dtype=torch.float32, **options):
 
 def train_rank(args, dims):
     results = []
-    for dtype in DTYPES:
-        for case in CASES:
-            model, meshes, shard = sharded(args, dims, dtype)
-            per_rank = 4 // meshes.batch.size()
-            first = per_rank * meshes.batch.get_local_rank()
-            loss, *rest = train(model, args, case, list(range(first, first + per_rank)), shard)
-            results.append((reduce_over(meshes.batch, reduce_over(meshes.sequence, loss, "sum"), "sum"), *rest))
+    for dtype, case in RUNS:
+        model, meshes, shard = sharded(args, dims, dtype)
+        per_rank = 4 // meshes.batch.size()
+        first = per_rank * meshes.batch.get_local_rank()
+        loss, *rest = train(model, args, case, list(range(first, first + per_rank)), shard)
+        results.append((reduce_over(meshes.batch, reduce_over(meshes.sequence, loss, "sum"), "sum"), *rest))
     return results if torch.distributed.get_rank() in (0, torch.distributed.get_world_size() - 1) else None
 
 
@@ -104,13 +108,12 @@ def test_two_steps_equal_one_process(layout):
     dims = LAYOUTS[layout]
     args = ARGS_4 if layout == "tp4" else ARGS
     ranks = run_ranks(train_rank, 2 if layout == "tp2" else 4, args, dims)
-    runs = [(dtype, case) for dtype in DTYPES for case in CASES]
-    for i, (dtype, case) in enumerate(runs):
+    for i, (dtype, case) in enumerate(RUNS):
         model = WanModel(args).to(dtype)
         initialise(model, perturbed_init, 0)
         ref_loss, ref_grads, ref_norm, ref_before, ref_after = train(model, args, case, [0, 1, 2, 3])
         for loss, grads, norm, before, after in (rank[i] for rank in (ranks[0], ranks[-1])):
-            limit = DTYPES[dtype]
+            limit = LIMITS[dtype]
             assert loss.item() == pytest.approx(ref_loss.item(), rel=limit)
             assert norm.item() == pytest.approx(ref_norm.item(), rel=limit)
             assert grads.keys() == ref_grads.keys()
@@ -120,3 +123,147 @@ def test_two_steps_equal_one_process(layout):
             # Adam divides by the gradient's size, so a small one's rounding counts in full: the first step of 1e-3 is the measure.
             errors = {n: (after[n] - ref_after[n]).abs().max().item() for n in grads}
             assert {n: e for n, e in errors.items() if not e <= (1e-12 if dtype == torch.float64 else 2e-5)} == {}
+
+
+WAYS = {
+    "plain": {},
+    "full": {"checkpointing": ActivationCheckpoint(mode="full")},
+    "compile": {"compilation": Compile(enable=True, backend="aot_eager")},
+    "full+compile": {"checkpointing": ActivationCheckpoint(mode="full"), "compilation": Compile(enable=True, backend="aot_eager")},
+}
+
+
+def ways_rank():
+    results = {}
+    for way, options in WAYS.items():
+        torch._dynamo.reset()
+        model, _, shard = sharded(ARGS, {"tp": 2}, **options)
+        loss = forward_backward(model, ARGS, CASES[1], [0, 1], shard)
+        results[way] = loss, {clean_name(n): whole(p.grad) for n, p in model.named_parameters()}
+    return results
+
+
+def test_checkpointing_and_compile_change_nothing():
+    for results in run_ranks(ways_rank, 2):
+        loss, grads = results.pop("plain")
+        for way, (other_loss, other) in results.items():
+            torch.testing.assert_close(other_loss, loss, rtol=1e-6, atol=0)
+            errors = {n: ((other[n] - grads[n]).norm() / grads[n].norm()).item() for n in grads}
+            assert {n: e for n, e in errors.items() if not e <= 5e-6} == {}, way
+
+
+class Sent(TorchDispatchMode):
+    """Functional collectives, which are those of the sequence axis and tensor parallel: how many, bytes of the larger side, types."""
+
+    KINDS = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter", "all_reduce": "all_reduce", "all_reduce_": "all_reduce"}
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.bytes, self.dtypes = Counter(), Counter(), {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.namespace == "_c10d_functional" and (kind := self.KINDS.get(func._opname)):
+            self.count[kind] += 1
+            self.bytes[kind] += max(args[0].nbytes, out.nbytes)
+            self.dtypes.setdefault(kind, set()).add(args[0].dtype)
+        return out
+
+
+def sent_rank(checkpointing, dtype):
+    model, meshes, shard = sharded(ARGS, {"tp": 2}, checkpointing=checkpointing, training=Training(mixed_precision_param=dtype))
+    expected = collectives_per_block(SPEC.plan, model.blocks["1"])
+    seen = []
+    forward, backward = Sent(), Sent()
+
+    def watch(function, mode):
+        def run(*args):
+            with mode:
+                return function(*args)
+
+        return run
+
+    model.trunk = watch(model.trunk, forward)
+    batch_size, grid = CASES[2]
+    ids = torch.tensor([0, 1])
+    batch = Batch(draw_noise(2, ids, (16, *grid)), draw_noise(1, ids, (ARGS.text_len, ARGS.text_dim)), torch.ones(2, ARGS.text_len, dtype=torch.bool), ids)
+    loss = compute_loss(model, ARGS.patch, batch, batch.latents_BCFHW, ids / 9, ids + 1.0, shard).sum()
+    with backward:
+        loss.backward()
+    return expected, [(mode.count, mode.bytes, mode.dtypes) for mode in (forward, backward)]
+
+
+@pytest.mark.parametrize("mode, dtype", [("none", "float32"), ("full", "bfloat16")])
+def test_what_a_block_sends(mode, dtype):
+    (forward, backward), sent = run_ranks(sent_rank, 2, ActivationCheckpoint(mode=mode), dtype)[0]
+    assert forward == {"all_gather": 3, "reduce_scatter": 3, "all_reduce": 2}
+    assert backward == {"all_gather": 3, "reduce_scatter": 3, "all_reduce": 7}
+    if mode == "full":
+        backward = {kind: backward[kind] + forward[kind] for kind in forward}
+    layers, batch, tokens, text, itemsize = ARGS.num_layers, 2, 12, ARGS.text_len, 2 if dtype == "bfloat16" else 4
+    forwards = (1, 2 if mode == "full" else 1)  # in the forward pass, in the backward pass
+    for expected, times, (count, size, dtypes), is_backward in zip((forward, backward), forwards, sent, (False, True), strict=True):
+        assert count == {kind: layers * n for kind, n in expected.items()}
+        for kind in ("all_gather", "reduce_scatter"):
+            # The larger side, of which a rank does not send its own part.
+            assert size[kind] / 2 == layers * expected[kind] * bytes_per_collective(batch, tokens, ARGS.dim, 2, itemsize)
+            assert dtypes[kind] == {getattr(torch, dtype)}
+        statistics = 4 * batch * (2 * tokens + tokens + text)  # of q and k in self-attention, of q and k in cross-attention
+        vectors = 5 * ARGS.dim * itemsize  # two norm vectors, three biases
+        passes = (1 if mode == "none" else 2) if is_backward else 1
+        assert size["all_reduce"] == layers * (passes * statistics + is_backward * vectors)
+
+
+def test_async_mode_is_refused_without_gpus():
+    class Mesh:
+        device_type = "cpu"
+
+    with pytest.raises(ValueError, match="parallelism.enable_async_tensor_parallel: true, but it needs GPUs.*cpu; leave it false"):
+        apply_tensor_parallel(nn.Module(), SPEC.plan, Mesh(), async_mode=True)
+
+
+def fusable_rank(batch_size):
+    """Per graph, forward then backward: products that each gather feeds, and whether each scatter is of a product, as the compiler's pass sees them."""
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.fx_passes import micro_pipeline_tp as passes
+    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+    from torch._inductor.fx_passes.post_grad import post_grad_passes, view_to_reshape
+    from torch._inductor.virtualized import V
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from titan_video.distributed import tensor_parallel
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    tensor_parallel.enable_async = lambda mesh: None  # it would refuse for want of a GPU
+    seen = []
+
+    def look(gm, inputs):
+        view_to_reshape(gm)
+        with V.set_fake_mode(torch._guards.detect_fake_mode(inputs)):
+            post_grad_passes(gm, False)
+        gathers = [len(passes._find_consumer_matmuls(match.res_node)) for match in passes.find_all_gather_patterns(gm.graph)]
+        scatters = [passes._find_producer_matmul(match.input_node) is not None for match in passes.find_reduce_scatter_patterns(gm.graph)]
+        seen.append((gathers, scatters))
+        return make_boxed_func(gm.forward)
+
+    def partition(gm, inputs, **kwargs):
+        joint_graph_passes(gm)
+        return min_cut_rematerialization_partition(gm, inputs, **kwargs)
+
+    model = WanModel(ARGS)
+    apply_tensor_parallel(model, SPEC.plan, ParallelDims(tp=2).build_mesh("cpu").tp, async_mode=True)
+    block = model.blocks["0"]
+    backend = aot_autograd(fw_compiler=look, bw_compiler=look, partition_fn=partition, decompositions=select_decomp_table())
+    block.compile(backend=backend, fullgraph=True)
+    inputs = [torch.randn(batch_size, *shape, requires_grad=True) for shape in ((6, 48), (ARGS.text_len, 48), (1, 6, 48))]
+    block(*inputs, torch.polar(torch.ones(1, 12, 6), torch.rand(1, 12, 6))).sum().backward()
+    return seen
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_async_mode_is_seen_by_the_compilers_pass(batch_size):
+    forward, backward = run_ranks(fusable_rank, 1, batch_size, init=False)[0]
+    assert forward == ([3, 1, 1], [True, True, True])
+    assert backward == ([1, 1, 1], [True, True, False])

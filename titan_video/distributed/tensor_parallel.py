@@ -12,6 +12,7 @@ are written out; parameters become DTensors, so that FSDP, checkpoints and the g
 
 import operator
 import warnings
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -35,16 +36,56 @@ def apply_tensor_parallel(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh
     """
     if async_mode:
         enable_async(mesh)
+    styles = ASYNC_STYLES if async_mode else STYLES
     for container, key in blocks_of(model, plan):
         block = container[key]
         for name, style in plan.tensor.items():
             parent, _, leaf = name.rpartition(".")
             if has(block, name):  # kinds of blocks and flavors of a model differ in what they have
-                STYLES[style](block.get_submodule(parent), leaf, mesh)
+                styles[style](block.get_submodule(parent), leaf, mesh)
         for module in block.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if not isinstance(parameter, DTensor):
                     distribute(module, name, mesh, Replicate())
+
+
+def enable_async(mesh: DeviceMesh) -> None:
+    """Let the compiler break each gather and scatter into parts that are sent while the product with another part is computed.
+
+    ValueError where that cannot work. Not yet run on GPUs. What torch 2.13's pass (torch/_inductor/fx_passes/micro_pipeline_tp.py) takes, and
+    finds in a compiled Wan block: an all-gather along any dim whose result is multiplied, by one matrix or, for q, k and v, by several; a
+    product whose result is reduce-scattered. A bias within the product (`addmm`) hides the first, hence `column_unfused`. Forward all 3
+    gathers and 3 scatters of a block are taken; backward all 3 gathers and 2 scatters: what q, k and v send back is a sum of products.
+    """
+    if mesh.device_type != "cuda":
+        raise ValueError(f"parallelism.enable_async_tensor_parallel: true, but it needs GPUs that see each other's memory, and this run is on "
+                         f"{mesh.device_type}; leave it false")
+    import torch._inductor.config
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    torch._inductor.config._micro_pipeline_tp = True
+    with warnings.catch_warnings():  # torch 2.13 calls it needless, yet its pass skips groups without it
+        warnings.simplefilter("ignore", FutureWarning)
+        enable_symm_mem_for_group(mesh.get_group().group_name)
+
+
+def collectives_per_block(plan: ParallelPlan, block: nn.Module) -> tuple[dict[str, int], dict[str, int]]:
+    """How often each collective is called for tensor parallel in the forward of a split block, which a checkpointed block runs twice, and in
+    its backward, where the gradient of each whole parameter (norms and biases that follow a scatter) is added up over the ranks."""
+    used = Counter(style for name, style in plan.tensor.items() if has(block, name))
+    gathers = used["gather"] + used["column_gathered"]
+    scatters = used["row"] + used["row_joint"]
+    sums = used["mean_squares"] + used["row_replicated"] + used["row_joint"]
+    whole = sum(p.placements[-1].is_replicate() for p in block.parameters())
+    return (
+        {"all_gather": gathers, "reduce_scatter": scatters, "all_reduce": sums},
+        {"all_gather": scatters, "reduce_scatter": gathers, "all_reduce": sums + whole},
+    )
+
+
+def bytes_per_collective(batch: int, tokens: int, width: int, tp: int, itemsize: int) -> int:
+    """Bytes that each rank sends in one gather or scatter of activations: all parts but its own. tokens: of the whole group."""
+    return (tp - 1) * batch * (tokens // tp) * width * itemsize
 
 
 def has(block: nn.Module, name: str) -> bool:
@@ -70,12 +111,25 @@ def column(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
     distribute(linear, "bias", mesh, Shard(0))
 
 
+def column_gathered(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
+    """A Linear of few rows, of which each rank computes some of the outputs and then has all."""
+    column(parent, name, mesh)
+    parent.get_submodule(name).register_forward_hook(lambda module, args, out: all_gather(out, out.ndim - 1, mesh))
+
+
 def row(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
-    """A Linear of which each rank has some of the inputs: see `RowLinear`."""
-    linear = parent.get_submodule(name)
-    distribute(linear, "weight", mesh, Shard(1))
-    distribute(linear, "bias", mesh, Replicate())
-    parent.register_module(name, RowLinear(linear, mesh))
+    """A Linear of which each rank has some of the inputs, and gets the outputs of its own tokens."""
+    _row(parent, name, mesh, _own_tokens(mesh))
+
+
+def row_replicated(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
+    """A Linear of which each rank has some of the inputs, and gets all outputs: for text, which is whole on each rank."""
+    _row(parent, name, mesh, _all_tokens(mesh))
+
+
+def row_joint(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
+    """A Linear of video and of text tokens: `row` for the former, `row_replicated` for the latter."""
+    _row(parent, name, mesh, _own_tokens(mesh), _all_tokens(mesh))
 
 
 def heads(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
@@ -89,12 +143,40 @@ def mean_squares(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
 
 
 STYLES: dict[str, Callable[[nn.Module, str, DeviceMesh], None]] = {
-    "gather": gather,
-    "column": column,
-    "row": row,
-    "heads": heads,
-    "mean_squares": mean_squares,
+    style.__name__: style for style in (gather, column, column_gathered, row, row_replicated, row_joint, heads, mean_squares)
 }
+
+
+def gather_in_chunks(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
+    """`gather`, always with the concatenation that the compiler's pass looks for."""
+    def hook(module: nn.Module, args: tuple) -> tuple:
+        return torch.cat(all_gather(args[0], 0, mesh).chunk(mesh.size()), dim=1), *args[1:]
+
+    parent.get_submodule(name).register_forward_pre_hook(hook)
+
+
+def column_unfused(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
+    """`column`, with a product that the compiler's pass sees: the bias is added after it."""
+    column(parent, name, mesh)
+    parent.register_module(name, UnfusedLinear(parent.get_submodule(name), (lambda x: x,)))
+
+
+ASYNC_STYLES = {**STYLES, "gather": gather_in_chunks, "column": column_unfused}
+
+
+def _own_tokens(mesh: DeviceMesh) -> Callable[[Tensor], Tensor]:
+    return lambda sums_BLD: reduce_scatter(sums_BLD, 1, mesh)
+
+
+def _all_tokens(mesh: DeviceMesh) -> Callable[[Tensor], Tensor]:
+    return lambda sums_BLD: all_reduce(sums_BLD, mesh)
+
+
+def _row(parent: nn.Module, name: str, mesh: DeviceMesh, *complete: Callable[[Tensor], Tensor]) -> None:
+    linear = parent.get_submodule(name)
+    distribute(linear, "weight", mesh, Shard(1))
+    distribute(linear, "bias", mesh, Replicate())
+    parent.register_module(name, UnfusedLinear(linear, complete))
 
 
 def distribute(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:
@@ -104,15 +186,17 @@ def distribute(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placem
     module.register_parameter(name, nn.Parameter(part, requires_grad=whole.requires_grad))
 
 
-class RowLinear(nn.Module):
-    """[B, L, inputs/t] -> [B, L/t, outputs]: the ranks' partial sums are added and dealt out over the tokens, and then get the bias, once."""
+class UnfusedLinear(nn.Module):
+    """A Linear of one or more inputs, whose products with the weight are completed, each by its function, before the bias is added."""
 
-    def __init__(self, linear: nn.Linear, mesh: DeviceMesh):
+    def __init__(self, linear: nn.Linear, complete: tuple[Callable[[Tensor], Tensor], ...]):
         super().__init__()
-        self.weight, self.bias, self.mesh = linear.weight, linear.bias, mesh
+        self.weight, self.bias, self.complete = linear.weight, linear.bias, complete
 
-    def forward(self, x: Tensor) -> Tensor:
-        return reduce_scatter(F.linear(x, local(self.weight)), 1, self.mesh) + local(self.bias)
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        weight, bias = local(self.weight), local(self.bias)
+        outputs = tuple(complete(F.linear(x, weight)) + bias for complete, x in zip(self.complete, inputs, strict=True))
+        return outputs if len(outputs) > 1 else outputs[0]
 
 
 class GroupMeanSquares(nn.Module):
