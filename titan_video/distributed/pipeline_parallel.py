@@ -66,12 +66,13 @@ def check_microbatches(section: Parallelism, num_microbatches: int) -> None:
     below = next((n for n in range(num_microbatches, 0, -1) if _legal(section, n)), None)
     above = next(n for n in range(num_microbatches, num_microbatches + 2 * section.pipeline_parallel_degree) if _legal(section, n))
     nearest = f"{above}" if below is None else f"{below} or {above}"
-    rule = f"at least {section.pipeline_parallel_degree}" if section.pipeline_parallel_schedule == "1F1B" else (
-        f"any multiple of {section.pipeline_parallel_degree}, and what divides into equal rounds of at least so many")
+    ranks, schedule = section.pipeline_parallel_degree, section.pipeline_parallel_schedule
+    rule = f"{ranks} or more" if schedule == "1F1B" else f"a multiple of {ranks} always, other numbers where they make equal rounds"
     raise ValueError(
-        f"training.global_batch_size: a step passes {num_microbatches} micro-batches through the pipeline, which parallelism.pipeline_parallel_schedule "
-        f"{section.pipeline_parallel_schedule} on {section.pipeline_parallel_degree} ranks cannot run; legal: {rule}; nearest: {nearest}. Change it, or "
-        f"parallelism.pipeline_parallel_microbatch_size, which is {section.pipeline_parallel_microbatch_size}")
+        f"training.global_batch_size: each data-parallel rank has {num_microbatches} micro-batches of parallelism.pipeline_parallel_microbatch_size "
+        f"{section.pipeline_parallel_microbatch_size} in a step, which pipeline_parallel_schedule {schedule} on {ranks} ranks cannot run; "
+        f"legal: {rule}; nearest: {nearest}. Change one of the two sizes"
+    )
 
 
 def _legal(section: Parallelism, num_microbatches: int) -> bool:
@@ -152,7 +153,12 @@ class Pipeline:
         param_dtype: torch.dtype,
         device: torch.device,
     ):
-        """param_dtype: in which the model computes (training.mixed_precision_param)."""
+        """param_dtype: in which the model computes (training.mixed_precision_param). ValueError for compiled blocks under zero bubble."""
+        if section.pipeline_parallel_schedule == "InterleavedZeroBubble" and any(m._compiled_call_impl is not None for m in model.modules()):
+            raise ValueError(
+                "parallelism.pipeline_parallel_schedule: InterleavedZeroBubble computes the gradients of inputs and of weights apart, and a "
+                "compiled block gives them together; set compile.enable to false, or choose Interleaved1F1B"
+            )
         self.model, self.mesh, self.section, self.device = model, pp_mesh, section, device
         self.num_stages, self.rank, self.size, self.group = stages.num_stages, pp_mesh.get_local_rank(), pp_mesh.size(), pp_mesh.get_group()
         self.wide = torch.promote_types(param_dtype, torch.float32)
@@ -167,6 +173,7 @@ class Pipeline:
 
         self._shapes: dict[Any, tuple[tuple[Tensor, ...], Tensor]] = {}
         self._built: tuple[Any, list[PipelineStage], Any] = (None, [], None)
+        self._state: tuple[Tensor, ...] = ()  # what is sent now, on the meta device
         self._inputs, self._loss_of, self._loss = [], None, None
         self._whole_forward = model.forward
         model.forward = self._run_stage
@@ -209,6 +216,10 @@ class Pipeline:
         dist.broadcast(out, self._global_rank(self.num_stages - 1), self.group)
         return out
 
+    def state(self, inputs: Any) -> tuple[Tensor, ...]:
+        """What a stage sends to the next for a micro-batch, on the meta device: see `state_bytes`."""
+        return self._shapes_of(*_arguments(inputs))[0]
+
     def _global_rank(self, stage: int) -> int:
         return dist.get_global_rank(self.group, stage % self.size)
 
@@ -221,12 +232,15 @@ class Pipeline:
             if stage > 0:
                 self.model.embed = lambda *args, **kwargs: state
             if not is_last:
-                self.model.head = lambda *args, **kwargs: args[: self._state_length]  # beside the state, conditions may be among them
+                self.model.head = lambda *args, **kwargs: args[: len(self._state)]  # conditions may follow the state
             out = self._whole_forward(*args, **kwargs)
         if is_last:
             return out.contiguous()
         # What a stage only passes on is cloned: torch detaches, in place, what it has sent, and would cut off what was received.
-        return tuple(t.clone() if any(t is s for s in state) else t.contiguous() for t in out)
+        out = tuple(t.clone() if any(t is s for s in state) else t.contiguous() for t in out)
+        sent, expected = ([(t.shape, t.dtype) for t in tensors] for tensors in (out, self._state))
+        assert sent == expected, f"the model's trunk must keep the shapes and types of its state: {sent} instead of {expected}"
+        return out
 
     @contextmanager
     def _only(self, stage: int) -> Iterator[None]:
@@ -241,6 +255,11 @@ class Pipeline:
                 self.model.set_submodule(path, container)
             for name in ("embed", "head"):
                 self.model.__dict__.pop(name, None)
+
+    def fsdp_modules(self, stage: int) -> list[FSDPModule]:
+        """The units that `stage` computes with, the root first."""
+        with self._only(stage):
+            return [m for m in self.model.modules() if isinstance(m, FSDPModule)]
 
     def _end_prefetch_with_stage(self, plan: ParallelPlan) -> None:
         """Blocks of different stages do not follow each other, so one does not fetch the other's weights."""
@@ -264,9 +283,9 @@ class Pipeline:
                 self.ends.trunk = lambda *a, **k: tuple(seen)
                 args, kwargs = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs))
                 velocity = self.ends(*args, **kwargs)
-            self._state_length = len(seen)
             self._shapes[key] = tuple(torch.empty_like(t, memory_format=torch.contiguous_format, requires_grad=True) for t in seen), \
                 torch.empty_like(velocity, memory_format=torch.contiguous_format, requires_grad=True)
+        self._state = self._shapes[key][0]
         return self._shapes[key]
 
     def _schedule(self, shapes: tuple[tuple[Tensor, ...], Tensor], num_microbatches: int) -> Any:
@@ -312,9 +331,9 @@ class _Stage(nn.Module):
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """For zero bubble: the weights that autograd knows, which with FSDP are the gathered ones."""
-        groups = [m._get_fsdp_state()._fsdp_param_group for m in self.pipeline.model.modules() if isinstance(m, FSDPModule)]
-        gathered = [p.unsharded_param for group in groups if group is not None for p in group.fsdp_params]
-        return iter(gathered) if groups else self.pipeline.model.parameters()
+        modules = self.pipeline.fsdp_modules(self.stage)
+        groups = [group for m in modules if (group := m._get_fsdp_state()._fsdp_param_group) is not None]
+        return iter([p.unsharded_param for group in groups for p in group.fsdp_params]) if modules else self.pipeline.model.parameters()
 
 
 class _ReducingStage(PipelineStage):
@@ -322,13 +341,13 @@ class _ReducingStage(PipelineStage):
     to the inputs, when these are not there yet; here it does so after they are."""
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
-        fsdp = [m for m in self.submod.pipeline.model.modules() if isinstance(m, FSDPModule)]
-        if self.is_first or not fsdp:  # the first stage has no inputs' gradients, so it runs its whole backward here, with the hooks
-            return super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
-        for module in fsdp:
-            module.unshard()
+        # The first stage has no inputs to give gradients to: its whole backward runs here, with the hooks.
+        modules = [] if self.is_first else self.submod.pipeline.fsdp_modules(self.stage_index)
+        for module in modules:
+            module.unshard()  # for what is recomputed
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
-        self.submod.pipeline.model._get_fsdp_state()._root_post_backward_final_callback()
+        if modules:
+            self.submod.pipeline.model._get_fsdp_state()._root_post_backward_final_callback()  # reduces, then frees what was gathered
 
 
 def _arguments(inputs: Any) -> tuple[tuple, dict[str, Any]]:
