@@ -39,6 +39,8 @@ from titan_video.data.dataset import Plan, make_plan
 from titan_video.data.latent_cache import CachedClip, LatentCache, cached_clips, encode_missing, split_holdout
 from titan_video.data.loader import LatentLoader
 from titan_video.data.shapes import resolve_path
+from titan_video.distributed.activation_checkpoint import chosen_blocks
+from titan_video.distributed.compile import num_graphs
 from titan_video.distributed.fsdp import reshard
 from titan_video.distributed.parallel_dims import ParallelDims, check_layout
 from titan_video.distributed.parallelize import parallelize
@@ -62,6 +64,7 @@ class Trainer:
         self.folder = Path(config.job.dump_folder)
         self.seed = config.debug.seed
         self.closers = []
+        self.graphs = 0  # compiled so far
 
         # --- architecture, and whether it can be laid out as asked ---
         self.spec = get_spec(config.model.name)
@@ -71,7 +74,8 @@ class Trainer:
         self.dims = ParallelDims.of(config.parallelism, world_size)
         self.accumulation = gradient_accumulation(config.training, self.dims.dp)
         if self.dims.pp > 1:
-            check_microbatches(config.parallelism, self.accumulation * config.training.local_batch_size // config.parallelism.pipeline_parallel_microbatch_size)
+            clips = self.accumulation * config.training.local_batch_size
+            check_microbatches(config.parallelism, clips // config.parallelism.pipeline_parallel_microbatch_size)
 
         # --- ranks and device ---
         self.device = get_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -101,11 +105,13 @@ class Trainer:
         # --- model, optimizer, averages ---
         with torch.device("meta"):
             self.model = self.spec.build(self.args)
-        stages = None
+        stages, checkpointed = None, chosen_blocks(self.model, self.spec.plan, config.activation_checkpoint.layers)
         if self.dims.pp > 1:
             tokens = max(token_shape(self.latent_shape(bucket)[1:], self.args.patch).num_tokens for bucket in config.data.buckets)
             stages = keep_stages(self.model, self.spec.plan, self.meshes.pp, config.parallelism, self.args, tokens)
-        parallelize(self.model, self.spec.plan, self.meshes, config.parallelism, config.training, config.activation_checkpoint, config.compile)
+        parallelize(
+            self.model, self.spec.plan, self.meshes, config.parallelism, config.training, config.activation_checkpoint, config.compile, checkpointed
+        )
         self.model.to_empty(device="cpu" if config.training.enable_cpu_offload else self.device)
         self.pipeline = None
         if stages:
@@ -280,6 +286,9 @@ class Trainer:
             video_seconds=num_clips * frames / self.config.data.fps, model_flops=model_flops, hardware_flops=model_flops + recomputed,
             step_seconds=time.perf_counter() - start, data_seconds=data_seconds, bucket=f"{frames}x{height}x{width}",
         )  # fmt: skip
+        if num_graphs() > self.graphs:  # the first steps of each bucket may; later ones should not
+            logger.info(f"step {self.step} compiled {num_graphs() - self.graphs} graphs for {frames}x{height}x{width}, {num_graphs()} so far")
+            self.graphs = num_graphs()
 
     def noisy(self, batch: Batch) -> ModelInputs:
         """A micro-batch at its noise levels, on the device: what is drawn depends on nothing but the seed and the samples."""

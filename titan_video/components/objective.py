@@ -1,9 +1,11 @@
-"""What is minimised: one function for training, gradient accumulation and validation, in two halves for a pipeline, whose ends are on different ranks."""
+"""What is minimised, in training, gradient accumulation and validation alike.
+
+A forward is taken apart into what goes in, the model, and the loss, because the ends of a pipeline are on different ranks.
+"""
 
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from titan_video.data.batch import Batch
