@@ -155,7 +155,7 @@ def test_checkpointing_and_compile_change_nothing():
 class Sent(TorchDispatchMode):
     """Functional collectives, which are those of the sequence axis and tensor parallel: how many, bytes of the larger side, types."""
 
-    KINDS = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter", "all_reduce": "all_reduce", "all_reduce_": "all_reduce"}
+    KINDS = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter", "all_reduce": "all_reduce"}
 
     def __init__(self):
         super().__init__()
@@ -186,7 +186,8 @@ def sent_rank(checkpointing, dtype):
     model.trunk = watch(model.trunk, forward)
     batch_size, grid = CASES[2]
     ids = torch.tensor([0, 1])
-    batch = Batch(draw_noise(2, ids, (16, *grid)), draw_noise(1, ids, (ARGS.text_len, ARGS.text_dim)), torch.ones(2, ARGS.text_len, dtype=torch.bool), ids)
+    text = draw_noise(1, ids, (ARGS.text_len, ARGS.text_dim))
+    batch = Batch(draw_noise(2, ids, (16, *grid)), text, torch.ones(2, ARGS.text_len, dtype=torch.bool), ids)
     loss = compute_loss(model, ARGS.patch, batch, batch.latents_BCFHW, ids / 9, ids + 1.0, shard).sum()
     with backward:
         loss.backward()
@@ -223,7 +224,7 @@ def test_async_mode_is_refused_without_gpus():
 
 
 def fusable_rank(batch_size):
-    """Per graph, forward then backward: products that each gather feeds, and whether each scatter is of a product, as the compiler's pass sees them."""
+    """As the compiler's pass sees the graphs of forward and backward: products that each gather feeds, whether each scatter is of a product."""
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
     from torch._inductor.decomposition import select_decomp_table
