@@ -62,7 +62,8 @@ class ModelSpec:
     """A model family.
 
     flavors: architecture arguments by name: a frozen dataclass with `in_channels`, `out_channels`, `patch`, `text_dim`, `text_len`, `num_heads`,
-        `ffn_dim`, `num_layers`, `flops(num_tokens, batch)` of a forward and `block_flops(num_tokens, batch)`, the part of it that full activation checkpointing runs again.
+        `ffn_dim`, `num_layers`, `flops(num_tokens, batch)` of a forward and `block_flops(num_tokens, batch)`, the part of it that full
+        activation checkpointing runs again.
     build: arguments -> module (built on the meta device by the trainer).
     init_parameter: (name, whole tensor, generator) fills one parameter in place, so every layout starts from the same weights.
     hf_names: names of the parameters in diffusers' layout. hf_ignored: public names of tensors that some published files hold and no model uses.

@@ -76,7 +76,8 @@ def args_from_hf(config: dict) -> WanArgs:
         raise ValueError(f"transformer/config.json has no key {e}; it should be the file that diffusers' save_pretrained writes") from e
     image_dim, positions = config.get("image_dim"), config.get("pos_embed_seq_len")
     if config.get("added_kv_proj_dim") != (args.dim if image_dim else None):
-        raise ValueError(f"transformer/config.json: added_kv_proj_dim = {config.get('added_kv_proj_dim')!r} does not go with image_dim = {image_dim!r}; "
+        added = config.get("added_kv_proj_dim")
+        raise ValueError(f"transformer/config.json: added_kv_proj_dim = {added!r} does not go with image_dim = {image_dim!r}; "
                          f"image tokens need a projection from the model's width {args.dim}, other models none")
     if positions and not image_dim:
         raise ValueError(f"transformer/config.json: pos_embed_seq_len = {positions!r} needs image tokens, but there is no image_dim")

@@ -301,7 +301,7 @@ class WanModel(nn.Module):
             raise ValueError(f"Wan was built for {self.args.text_len} text tokens, got {text_BSD.shape[1]}: set encoder.max_text_length to fit")
         given = 0 if image_BSD is None else image_BSD.shape[1]
         if given != self.args.image_len:
-            raise ValueError(f"Wan was built for {self.args.image_len} image tokens, got {given}: choose model.flavor to fit the images that are given")
+            raise ValueError(f"Wan was built for {self.args.image_len} image tokens, got {given}: choose model.flavor to fit the images given")
 
 
 def init_parameter(name: str, tensor: Tensor, generator: torch.Generator) -> None:
