@@ -19,7 +19,7 @@ import torch._functorch.config
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from titan_video.config.job_config import ActivationCheckpoint
@@ -178,11 +178,8 @@ class _Keep(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if self.pick(func, args):
-            # Small ones, the lse and generator states, stay here.
-            largest = max(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))
-            send = self.offload is not None
             # Detached: the result itself will hold the graph, which holds this list.
-            self.kept.append(tree_map_only(Tensor, lambda x: self.offload.send(x) if send and x.numel() == largest else x.detach(), out))
+            self.kept.append(tree_map_only(Tensor, self.offload.pack if self.offload else Tensor.detach, out))
         return out
 
 

@@ -45,7 +45,12 @@ class HostOffload:
         self.stream = None
         self.block: _Block | None = None
         self.leaving: deque[_Block] = deque()
+        self.least = 0  # bytes of a tensor that is worth sending
         self.num_sent = self.num_fetched = 0  # copies out, copies in
+
+    def pack(self, x: Tensor) -> Tensor | OffloadedTensor:
+        """x, sent if it is as large as the tokens of the block that runs."""
+        return self.send(x) if x.nbytes >= self.least else x
 
     def send(self, x: Tensor) -> OffloadedTensor:
         """Start the copy to the host. The caller drops x, which nobody may change."""
@@ -81,10 +86,11 @@ class HostOffload:
                 self._leave(leaving.pop())
         self.block = _Block(self.block)
         self.leaving.append(self.block)
+        self.least = tokens.nbytes
         storages = {_storage(w) for w in weights}
 
         def pack(x: Tensor) -> Tensor | OffloadedTensor:
-            return self.send(x) if x.nbytes >= tokens.nbytes and _storage(x) not in storages else x
+            return x if _storage(x) in storages else self.pack(x)
 
         def unpack(packed: Tensor | OffloadedTensor) -> Tensor:
             return self.fetch(packed) if isinstance(packed, OffloadedTensor) else packed

@@ -1,0 +1,91 @@
+"""Checkpointing on several ranks: under FSDP2, compiled or not, and around the attention of context parallel."""
+
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.helpers import run_ranks
+from tests.unit_tests.test_activation_checkpoint import ARGS, FULL, MATMUL, NONE, SELECTIVE, perturbed
+from titan_video.components.objective import compute_loss
+from titan_video.config.job_config import Compile, Parallelism, Training
+from titan_video.data.batch import Batch
+from titan_video.distributed.parallel_dims import ParallelDims
+from titan_video.distributed.parallelize import parallelize
+from titan_video.distributed.sequence import SequenceShard
+from titan_video.distributed.utils import clean_name, initialise
+from titan_video.flow.noise import draw_noise
+from titan_video.models.wan import SPEC, WanModel
+
+LOCAL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+class Executed(TorchDispatchMode):
+    """Counts attention to the 16 video tokens, all-to-alls and ring steps beneath all other modes."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        if func is LOCAL and args[1].shape[-2] == 16:
+            self.count["attention"] += 1
+        for op in ("all_to_all_single", "titan_video::ring_attention"):
+            if op in name and "backward" not in name:
+                self.count[op.removeprefix("titan_video::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def step(section, compiled, dims, args=replace(ARGS, num_layers=2)):
+    mesh = dims.build_mesh("cpu")
+    with torch.device("meta"):
+        model = WanModel(args)
+    compilation = Compile(enable=compiled, backend="aot_eager")
+    parallelize(model, SPEC.plan, mesh, Parallelism(), Training(mixed_precision_param="float32"), section, compilation)
+    model.to_empty(device="cpu")
+    initialise(model, perturbed, 0)
+    ids = torch.tensor([0, 1])
+    batch = Batch(draw_noise(2, ids, (16, 1, 8, 8)), draw_noise(1, ids, (args.text_len, args.text_dim)), torch.ones(2, args.text_len, dtype=torch.bool), ids)
+    noise, shard = draw_noise(0, ids, (16, 1, 8, 8)), SequenceShard(mesh.sequence)
+    with nullcontext() if compiled else Executed() as executed:
+        compute_loss(model, args.patch, batch, noise, torch.tensor([0.3, 0.6]), torch.ones(2), shard).sum().backward()
+    grads = {clean_name(n): p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for n, p in model.named_parameters()}
+    return grads, dict(executed.count) if executed else None
+
+
+def fsdp():
+    sections = {"none": NONE, "full": replace(FULL, offload=True), "selective": replace(MATMUL, save_min_kv=16, offload=True)}
+    torch._dynamo.reset()
+    return {(name, compiled): step(s, compiled, ParallelDims(dp_shard=2))[0] for name, s in sections.items() for compiled in (False, True)}
+
+
+def test_gradients_under_fsdp_are_equal():
+    for results in run_ranks(fsdp, 2):
+        reference = results["none", False]
+        for (way, compiled), grads in results.items():
+            # The compiler's forms of some operators round differently.
+            errors = {n: ((grads[n] - reference[n]).norm() / reference[n].norm()).item() for n in reference}
+            assert (way, compiled, {n: e for n, e in errors.items() if not e <= (2e-5 if compiled else 0)}) == (way, compiled, {})
+
+
+def context_parallel(dims):
+    ways = {"none": NONE, "full": FULL, "selective": replace(SELECTIVE, save_min_kv=16)}
+    return {name: step(section, False, dims) for name, section in ways.items()}
+
+
+@pytest.mark.parametrize("dims", [ParallelDims(ulysses=2), ParallelDims(ring=2)], ids=["ulysses", "ring"])
+def test_attention_of_context_parallel_runs_once(dims):
+    kind = "attention" if dims.ulysses == 2 else "ring_attention"
+    for results in run_ranks(context_parallel, 2, dims):
+        runs = {way: count.get(kind) for way, (_, count) in results.items()}
+        assert runs == {"none": 2, "selective": 2, "full": 4}  # two blocks
+        exchanges = {way: count.get("all_to_all_single", 0) for way, (_, count) in results.items()}
+        assert exchanges == ({"none": 8, "selective": 12, "full": 12} if dims.ulysses == 2 else {"none": 0, "selective": 0, "full": 0})
+        reference = results["full"][0]
+        for way, (grads, _) in results.items():
+            assert (way, [n for n in grads if not torch.equal(grads[n], reference[n])]) == (way, [])

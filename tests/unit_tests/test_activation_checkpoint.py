@@ -1,0 +1,346 @@
+"""What is kept, what is computed again, and that neither changes a gradient. Layouts of several ranks: tests/distributed_tests."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+import torch._functorch.config
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from titan_video.config.job_config import ActivationCheckpoint
+from titan_video.distributed.activation_checkpoint import CheckpointedBlock, apply_activation_checkpoint, chosen_blocks, saved_bytes_per_token
+from titan_video.distributed.compile import apply_compile, num_graphs
+from titan_video.distributed.offload import IN_FLIGHT
+from titan_video.distributed.utils import initialise
+from titan_video.models.wan import SPEC, WanArgs, WanModel
+
+ARGS = WanArgs(dim=48, num_heads=2, num_layers=4, ffn_dim=96, text_dim=16, text_len=8, freq_dim=32)
+TEXT, TOKENS = ARGS.text_len, 32
+NONE, FULL = ActivationCheckpoint(), ActivationCheckpoint(mode="full")
+SELECTIVE = ActivationCheckpoint(mode="selective", save_min_kv=20)
+MATMUL = replace(SELECTIVE, save=("attention", "matmul"))
+SDPA = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    budget = torch._functorch.config.activation_memory_budget
+    yield
+    torch._functorch.config.activation_memory_budget = budget
+
+
+def perturbed(name, tensor, generator):
+    SPEC.init_parameter(name, tensor, generator)
+    tensor.add_(torch.empty_like(tensor).normal_(0, 0.05, generator=generator))
+
+
+def build(section, args=ARGS, backend=None, dtype=torch.float32):
+    model = WanModel(args)
+    initialise(model, perturbed, 0)
+    model.to(dtype)
+    apply_activation_checkpoint(model, SPEC.plan, section)
+    if backend:
+        apply_compile(model, SPEC.plan, backend)
+    return model
+
+
+def forward(model, tokens=TOKENS, batch=2, seq_len=None):
+    g = torch.Generator().manual_seed(tokens)
+    x, text = torch.randn(batch, tokens, 64, generator=g), torch.randn(batch, TEXT, 16, generator=g)
+    positions = torch.arange(3 * tokens).view(1, tokens, 3)
+    return model(x, positions, 1000 * torch.rand(batch, generator=g), text, None, seq_len)
+
+
+def gradients(model, **options):
+    forward(model, **options).float().square().sum().backward()
+    return {n.replace("_checkpoint_wrapped_module.", ""): p.grad for n, p in model.named_parameters()}
+
+
+def assert_equal(grads, reference):
+    assert grads.keys() == reference.keys()
+    assert [n for n in grads if not torch.equal(grads[n], reference[n])] == []
+
+
+def assert_close(grads, reference):
+    """The compiler's forms of some operators round differently."""
+    errors = {n: ((grads[n] - reference[n]).norm() / reference[n].norm()).item() for n in reference}
+    assert {n: e for n, e in errors.items() if not e <= 2e-5} == {}
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return gradients(build(NONE))
+
+
+class Executed(TorchDispatchMode):
+    """Counts what runs beneath all other modes: attention by its number of keys, and products with bias, which only forwards have."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is SDPA:
+            self.count[args[1].shape[-2]] += 1
+        if func is torch.ops.aten.addmm.default and args[1].shape[0] == 2 * TOKENS:
+            self.count["addmm"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+RUNS = {  # per block: self-attention, cross-attention, products of the video tokens (8: k and v of the text are smaller)
+    "none": (NONE, 1, 1, 8),
+    "full": (FULL, 2, 2, 16),
+    "selective": (SELECTIVE, 1, 2, 16),
+    "all attention": (replace(SELECTIVE, save_min_kv=0), 1, 1, 16),
+    "matmul": (MATMUL, 1, 2, 12),
+    "matmul alone": (replace(SELECTIVE, save=("matmul",)), 2, 2, 12),
+}
+
+
+@pytest.mark.parametrize("way", RUNS)
+@pytest.mark.parametrize("offload", [False, True])
+def test_runs_of_each_operator_and_equal_gradients(way, offload, plain):
+    section, *expected = RUNS[way]
+    if offload and section.mode == "none":
+        pytest.skip("refused by config/check.py")
+    model = build(replace(section, offload=offload))
+    with Executed() as executed:
+        grads = gradients(model)
+    # patch embedding and head are one product each
+    counted = executed.count[TOKENS], executed.count[TEXT], executed.count["addmm"] - 2
+    assert counted == tuple(n * ARGS.num_layers for n in expected)
+    assert_equal(grads, plain)
+
+
+def test_only_the_layers_listed(plain):
+    for section in (FULL, SELECTIVE):
+        model = build(replace(section, layers=(1, 3)))
+        assert [isinstance(b, CheckpointedBlock) for b in model.blocks.values()] == [False, True, False, True]
+        with Executed() as executed:
+            assert_equal(gradients(model), plain)
+        assert executed.count[TEXT] == 4 + 2
+    with pytest.raises(ValueError, match=r"activation_checkpoint.layers: given \[1, 4\], but there is no block 4; legal: 0 to 3"):
+        build(replace(FULL, layers=(1, 4)))
+
+
+def test_a_pipeline_stage_knows_its_blocks_by_the_whole_models_numbers():
+    model = WanModel(ARGS)
+    chosen = chosen_blocks(model, SPEC.plan, (1, 3))
+    del model.blocks["0"], model.blocks["1"]
+    apply_activation_checkpoint(model, SPEC.plan, FULL, chosen)
+    assert [isinstance(b, CheckpointedBlock) for b in model.blocks.values()] == [False, True]
+
+
+def test_parameter_names_do_not_change():
+    names = set(WanModel(ARGS).state_dict())
+    for section in (FULL, replace(MATMUL, offload=True)):
+        model = build(section, backend="eager")
+        assert set(model.state_dict()) == names
+        model.load_state_dict(model.state_dict())
+
+
+def test_backward_can_run_a_block_again_twice(plain):
+    """As the zero-bubble schedule does, which takes gradients of inputs and of weights apart."""
+    for section in (FULL, SELECTIVE, replace(MATMUL, offload=True)):
+        model = build(section)
+        loss = forward(model).square().sum()
+        first = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        second = torch.autograd.grad(loss, list(model.parameters()))
+        names = [n.replace("_checkpoint_wrapped_module.", "") for n, _ in model.named_parameters()]
+        assert_equal(dict(zip(names, first)), plain)
+        assert_equal(dict(zip(names, second)), plain)
+
+
+# ---- bytes ----
+
+
+class Storages(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.bytes = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self.bytes[StorageWeakRef(x.untyped_storage())] = x.untyped_storage().nbytes()
+        return out
+
+    def alive(self):
+        return sum(size for ref, size in self.bytes.items() if not ref.expired())
+
+
+def bytes_alive(section, layers, tokens, dtype):
+    model = build(section, replace(ARGS, num_layers=layers), dtype=dtype)
+    with Storages() as storages:
+        out = forward(model, tokens, batch=1)
+        return storages.alive() + 0 * out.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("way", ["full", "selective"])
+def test_bytes_kept_equal_the_closed_form(way, dtype):
+    section = {"full": FULL, "selective": SELECTIVE}[way]
+    # The differences in tokens and in layers leave out what is there once, or once a layer.
+    alive = {(n, t): bytes_alive(section, n, t, dtype) for n in (2, 5) for t in (32, 64)}
+    measured = (alive[5, 64] - alive[5, 32] - alive[2, 64] + alive[2, 32]) / 3 / 32
+    itemsize = dtype.itemsize
+    assert measured == saved_bytes_per_token(ARGS.dim, ARGS.num_heads, section, itemsize)
+    assert measured == {"full": ARGS.dim * itemsize, "selective": 2 * ARGS.dim * itemsize + 4 * ARGS.num_heads}[way]
+
+
+def test_no_closed_form_where_operators_decide():
+    for section in (NONE, MATMUL):
+        with pytest.raises(ValueError, match="dry run"):
+            saved_bytes_per_token(48, 2, section, 2)
+
+
+# ---- a selection that selects nothing ----
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_a_selection_that_keeps_nothing_is_an_error(backend):
+    small = replace(ARGS, num_layers=1)
+    model = build(replace(SELECTIVE, save_min_kv=33), small, backend)
+    if not backend:
+        with torch.no_grad():
+            forward(model)  # keeps nothing by nature
+    with pytest.raises(ValueError, match="activation_checkpoint.save_min_kv: given 33, but the longest attention of a block has 32 keys.* at most 32"):
+        forward(model)
+    torch._dynamo.reset()
+    with sdpa_kernel(SDPBackend.MATH), pytest.raises(ValueError, match="activation_checkpoint.save: attention.* math"):
+        forward(build(SELECTIVE, small, backend))
+
+
+def test_matmul_without_products_is_an_error():
+    plan = replace(SPEC.plan, blocks=("blocks",))
+    model = torch.nn.Module()
+    model.blocks = torch.nn.ModuleDict({"0": torch.nn.GELU()})
+    apply_activation_checkpoint(model, plan, replace(SELECTIVE, save=("matmul",)))
+    with pytest.raises(ValueError, match="activation_checkpoint.save: matmul"):
+        model.blocks["0"](torch.ones(3, requires_grad=True))
+
+
+# ---- offload ----
+
+
+def offloader(model):
+    return model.blocks["0"].offload
+
+
+@pytest.mark.parametrize("way, per_block", [("full", 1), ("selective", 2), ("matmul", 6)])
+def test_offload_leaves_the_last_blocks_tensors_only(way, per_block, plain):
+    section = {"full": FULL, "selective": SELECTIVE, "matmul": MATMUL}[way]
+    model = build(replace(section, offload=True), replace(ARGS, num_layers=6))
+    offload = offloader(model)
+    sent, send = [], offload.send
+    offload.send = lambda x: sent.append(send(x)) or sent[-1]
+    loss = forward(model).square().sum()
+    assert offload.num_sent == 6 * per_block  # neither the lse nor products of the text
+    on_device = [moved.here is not None for moved in sent]
+    assert on_device == [False] * (6 - IN_FLIGHT) * per_block + [True] * IN_FLIGHT * per_block
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    assert all(moved.host.untyped_storage().data_ptr() not in weights for moved in sent)
+    assert {moved.host.numel() for moved in sent} == {2 * TOKENS * ARGS.dim}
+
+    # In backward one block's are on their way while another's are used.
+    most, fetch = 0, offload.fetch
+
+    def watch(moved):
+        nonlocal most
+        x = fetch(moved)
+        most = max(most, sum(m.here is not None for m in sent))
+        return x
+
+    offload.fetch = watch
+    loss.backward()
+    assert offload.num_fetched == (6 - IN_FLIGHT) * per_block
+    assert most <= 2 * per_block
+    assert all(moved.here is None for moved in sent)
+
+
+def test_offload_over_several_steps_and_micro_batches():
+    reference, model = build(NONE), build(replace(MATMUL, offload=True))
+    for tokens in (32, 48, 24):
+        losses = [[forward(m, tokens, batch).square().sum() for batch in (1, 2)] for m in (reference, model)]
+        for first, second in losses:  # both forwards come first, as in a pipeline
+            first.backward()
+            second.backward()
+        grads = [{n.replace("_checkpoint_wrapped_module.", ""): p.grad for n, p in m.named_parameters()} for m in (reference, model)]
+        assert_equal(grads[1], grads[0])
+
+
+# ---- compiled ----
+
+
+def sdpa_runs(function):
+    """Calls of the attention operator inside compiled code, which dispatch modes cannot watch."""
+    with torch.profiler.profile() as profile:
+        result = function()
+    return result, sum(e.count for e in profile.key_averages() if e.key == "aten::_scaled_dot_product_flash_attention_for_cpu")
+
+
+COMPILED = {  # runs of attention per block, self and cross
+    "none": (NONE, 2),
+    "full": (replace(FULL, offload=True), 4),
+    "selective": (replace(MATMUL, offload=True), 3),
+}
+
+
+@pytest.mark.parametrize("way", COMPILED)
+def test_compiled_equals_eager(way, plain):
+    section, runs = COMPILED[way]
+    before = num_graphs()
+    model = build(section, backend="aot_eager")
+    assert_close(gradients(model), plain)
+    assert num_graphs() == before + 1  # for four blocks
+    model.zero_grad()
+    grads, count = sdpa_runs(lambda: gradients(model))
+    assert_close(grads, plain)
+    assert count == runs * ARGS.num_layers
+    if section.offload:
+        # Weights are saved by compiled code too. They stay, and so do small things.
+        per_block = {"full": 1, "selective": 6}[way]
+        assert offloader(model).num_sent == 2 * per_block * ARGS.num_layers
+
+
+def test_memory_budget_keeps_what_it_is_given():
+    kept = {}
+    for budget in (0.0, 0.4, 1.0):
+        torch._dynamo.reset()
+        model = build(ActivationCheckpoint(mode="memory_budget", memory_budget=budget), replace(ARGS, num_layers=1), "aot_eager")
+        saved = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x, lambda x: x):
+            loss = forward(model).square().sum()
+        kept[budget] = sum(saved.values())
+        loss.backward()
+    assert kept[0.0] < kept[0.4] < kept[1.0]
+
+
+def test_any_lengths_batches_and_numbers_of_true_tokens_cost_few_graphs():
+    model = build(NONE, replace(ARGS, num_layers=2), backend="eager")
+    before = num_graphs()
+
+    def run(tokens, batch, seq_len=None):
+        forward(model, tokens, batch, seq_len).square().sum().backward()
+        return num_graphs() - before
+
+    assert run(24, 1) == 1  # for all blocks
+    # The first block's tokens are a view of a product, where FSDP is not around, so it has graphs of its own once lengths are not compiled in.
+    assert run(32, 1) <= 3
+    assert run(24, 2) <= 5
+    assert run(32, 2) <= 7
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for tokens in (40, 48, 56):
+            for batch in (1, 2):
+                run(tokens, batch)
+    num_before = run(32, 2, 31)
+    assert run(40, 2, 33) <= num_before + 2
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for seq_len in (41, 43, 47):
+            run(48, 2, seq_len)
