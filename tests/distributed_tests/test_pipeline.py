@@ -137,11 +137,20 @@ def reference(dtype, param_dtype=None):
         return steps, model(n.x_BLP, n.pos_BL3, n.t_B, n.text_BSD)
 
 
-def build(pp, schedule, dtype, dp_shard=1, mode="none", compiled=False):
+class Strided(WanModel):
+    """The same function, with gradients and outputs between stages that are views."""
+
+    def trunk(self, x_BLD, *args):
+        x_BLD = torch.cat([x_BLD, torch.zeros_like(x_BLD)], dim=-1)[..., : ARGS.dim]
+        x_BLD, *rest = super().trunk(x_BLD, *args)
+        return torch.cat([x_BLD, x_BLD], dim=-1)[..., : ARGS.dim], *rest
+
+
+def build(pp, schedule, dtype, dp_shard=1, mode="none", compiled=False, model_class=WanModel):
     section = Parallelism(pipeline_parallel_degree=pp, pipeline_parallel_schedule=schedule)
     meshes = ParallelDims(pp=pp, dp_shard=dp_shard).build_mesh("cpu")
     with torch.device("meta"):
-        model = WanModel(ARGS)
+        model = model_class(ARGS)
     stages = keep_stages(model, SPEC.plan, meshes.pp, section, ARGS, LENGTHS[0])
     master = torch.float64 if dtype == "float64" else torch.float32
     model.to(master)
@@ -205,6 +214,8 @@ TWO = {
     "1f1b": {"schedule": "1F1B", "dtype": "float64"},
     "interleaved": {"schedule": "Interleaved1F1B", "dtype": "float64"},
     "zero bubble": {"schedule": "InterleavedZeroBubble", "dtype": "float64", "mode": "full"},
+    "1f1b, views": {"schedule": "1F1B", "dtype": "float64", "model_class": Strided},
+    "zero bubble, views": {"schedule": "InterleavedZeroBubble", "dtype": "float64", "model_class": Strided},
     "1f1b, full, float32": {"schedule": "1F1B", "dtype": "float32", "mode": "full"},
     "zero bubble, float32": {"schedule": "InterleavedZeroBubble", "dtype": "float32"},
     "interleaved, compiled": {"schedule": "Interleaved1F1B", "dtype": "float32", "compiled": True},

@@ -173,7 +173,7 @@ class Pipeline:
 
         self._shapes: dict[Any, tuple[tuple[Tensor, ...], Tensor]] = {}
         self._built: tuple[Any, list[PipelineStage], Any] = (None, [], None)
-        self._state: tuple[Tensor, ...] = ()  # what is sent now, on the meta device
+        self._state: tuple[Tensor, ...] = ()  # the state's shapes now, on the meta device
         self._inputs, self._loss_of, self._loss = [], None, None
         self._whole_forward = model.forward
         model.forward = self._run_stage
@@ -235,9 +235,9 @@ class Pipeline:
                 self.model.head = lambda *args, **kwargs: args[: len(self._state)]  # conditions may follow the state
             out = self._whole_forward(*args, **kwargs)
         if is_last:
-            return out.contiguous()
+            return _packed(out)
         # What a stage only passes on is cloned: torch detaches, in place, what it has sent, and would cut off what was received.
-        out = tuple(t.clone() if any(t is s for s in state) else t.contiguous() for t in out)
+        out = tuple(t.clone() if any(t is s for s in state) else _packed(t) for t in out)
         sent, expected = ([(t.shape, t.dtype) for t in tensors] for tensors in (out, self._state))
         assert sent == expected, f"the model's trunk must keep the shapes and types of its state: {sent} instead of {expected}"
         return out
@@ -330,15 +330,20 @@ class _Stage(nn.Module):
         return self.pipeline.model(*args, **kwargs, stage=self.stage, state=state)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """For zero bubble: the weights that autograd knows, which with FSDP are the gathered ones."""
+        """For zero bubble, the weights that autograd knows, which with FSDP are the gathered ones."""
         modules = self.pipeline.fsdp_modules(self.stage)
         groups = [group for m in modules if (group := m._get_fsdp_state()._fsdp_param_group) is not None]
         return iter([p.unsharded_param for group in groups for p in group.fsdp_params]) if modules else self.pipeline.model.parameters()
 
 
 class _ReducingStage(PipelineStage):
-    """A stage of which zero bubble computes the weights' gradients apart from the inputs'. FSDP reduces gradients in a hook of the backward
-    to the inputs, when these are not there yet; here it does so after they are."""
+    """A stage whose backward zero bubble may run in two parts. FSDP reduces the weights' gradients in hooks of the first, to the inputs, when
+    they are not there yet; here it does so after the second."""
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        # The first part gives gradients as autograd has them, views among them; what is sent must be contiguous.
+        self.bwd_cache[bwd_chunk_id] = tuple(g if g is None else g.contiguous() for g in self.bwd_cache[bwd_chunk_id])
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         # The first stage has no inputs to give gradients to: its whole backward runs here, with the hooks.
@@ -348,6 +353,11 @@ class _ReducingStage(PipelineStage):
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
         if modules:
             self.submod.pipeline.model._get_fsdp_state()._root_post_backward_final_callback()  # reduces, then frees what was gathered
+
+
+def _packed(x: Tensor) -> Tensor:
+    """x with the strides of a new tensor, which torch 2.11 insists on for dimensions of one element too."""
+    return x if x.stride() == torch.empty(x.shape, device="meta").stride() else x.clone(memory_format=torch.contiguous_format)
 
 
 def _arguments(inputs: Any) -> tuple[tuple, dict[str, Any]]:
