@@ -246,7 +246,8 @@ def results():
 @pytest.fixture(scope="module")
 def expected():
     """By type: what one process gives; for bfloat16, whose roundings differ between computations, FSDP without a pipeline."""
-    return {"float64": reference(torch.float64), "float32": reference(torch.float32), "bfloat16": run_ranks(reference, 2, torch.float32, "bfloat16")[0]}
+    mixed = run_ranks(reference, 2, torch.float32, "bfloat16")[0]
+    return {"float64": reference(torch.float64), "float32": reference(torch.float32), "bfloat16": mixed}
 
 
 @pytest.mark.parametrize("name", CASES)
