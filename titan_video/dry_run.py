@@ -235,15 +235,19 @@ def make_batch(config: JobConfig, args: Any, bucket: tuple[int, ...]) -> Batch:
 
 
 def axes_of(meshes: Meshes) -> dict[str, Axis]:
-    """{process group's name: its axis}. Axes of the same ranks may share a group, which goes by the first name here."""
+    """{process group's name: its axis}. Axes of the same ranks may share a group, which then goes by all their names."""
     named = {
         "fsdp": meshes.fsdp, "fsdp x tp": meshes.fsdp_root, "dp_replicate": meshes.world["dp_replicate"], "ulysses": meshes.ulysses,
-        "ring": meshes.ring, "tp": meshes.tp, "pp": meshes.pp, "sequence": meshes.sequence,
+        "ring": meshes.ring, "tp": meshes.tp, "pp": meshes.pp,
     }  # fmt: skip
     axes: dict[str, Axis] = {}
     for name, mesh in named.items():
-        axis = mesh.ndim - 1
-        axes.setdefault(mesh.get_group(axis).group_name, Axis(name, mesh.size(axis), mesh.get_local_rank(axis)))
+        last = mesh.ndim - 1
+        group = mesh.get_group(last).group_name
+        if group not in axes:
+            axes[group] = Axis(name, mesh.size(last), mesh.get_local_rank(last))
+        elif name != "fsdp x tp":
+            axes[group] = replace(axes[group], name=f"{axes[group].name}, {name}")
     return axes
 
 
