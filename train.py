@@ -298,6 +298,10 @@ class Trainer:
         weight_B = self.flow.weights(s_B, tokens).to(self.device)
         return model_inputs(self.args.patch, batch.to(self.device), noise, s_B.to(self.device), weight_B, self.shard)
 
+    def num_parameters(self) -> int:
+        own = torch.tensor(sum(p.numel() for p in self.model.parameters()))
+        return reduce_over(self.meshes.pp, own, "sum").item()
+
     def num_tokens(self, batch: Batch) -> int:
         """Tokens of one clip of the batch."""
         return token_shape(batch.latents_BCFHW.shape[2:], self.args.patch).num_tokens
@@ -329,7 +333,7 @@ class Trainer:
                 self.export()  # asked for later, or the run was killed between its last checkpoint and this
             return
         logger.info(f"training from step {self.step + 1} to {last_step} on {self.world_size} x {self.device.type}, "
-                    f"{sum(p.numel() for p in self.model.parameters()):,} parameters, {self.accumulation} micro-batches a step")
+                    f"{self.num_parameters():,} parameters, {self.accumulation} micro-batches a step")
         if self.validator and self.step == 0:
             self.validate()
 

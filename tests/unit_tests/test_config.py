@@ -149,6 +149,8 @@ COMBINATIONS = [  # (what is set, fields the message names, a piece of the fix)
      "parallelism.context_parallel_ulysses_degree", "unified"),
     ({"parallelism.pipeline_parallel_degree": 2, "training.local_batch_size": 4, "parallelism.pipeline_parallel_microbatch_size": 3},
      "parallelism.pipeline_parallel_microbatch_size", "legal: 1, 2, 4"),
+    ({"parallelism.pipeline_parallel_degree": 2, "parallelism.pipeline_parallel_schedule": "InterleavedZeroBubble", "compile.enable": True},
+     "parallelism.pipeline_parallel_schedule", "Interleaved1F1B"),
     ({"activation_checkpoint.mode": "memory_budget"}, "activation_checkpoint.mode", "compile.enable"),
     ({"activation_checkpoint.mode": "memory_budget", "compile.enable": True, "activation_checkpoint.layers": [0]},
      "activation_checkpoint.layers", "leave it empty"),
@@ -241,7 +243,7 @@ def test_all_mistakes_are_reported_at_once():
     lines = message_of("[training]\nsteps = 0\nlr = 1e-4\n[optimizer]\nlr = -1.0\n[emma]\nenable = true\n[[flow]]\nshift = 1\n").splitlines()
     assert [line.split(":")[0] for line in lines] == ["training.steps", "training.lr", "optimizer.lr", "emma.enable", "flow"]
     lines = message_of('[data]\nbuckets = [[80, 470, 832]]\n[encoder]\nname = "wan"\n[flow]\nmin_t = 1\n').splitlines()
-    assert [line.split(":")[0] for line in lines] == ["data.path", "data.buckets", "data.buckets", "flow.min_t", "model.hf_assets_path"]
+    assert [line.split(":")[0] for line in lines] == ["data.buckets", "data.buckets", "flow.min_t", "data.path", "model.hf_assets_path"]
 
 
 def test_nearest_names():

@@ -137,6 +137,9 @@ def _parallelism(config: JobConfig) -> Iterator[str]:
     if p.context_parallel_method != "unified" and ulysses != 1:
         yield (f"parallelism.context_parallel_ulysses_degree: given {ulysses}, but parallelism.context_parallel_method is "
                f"{p.context_parallel_method}; set that to unified, or leave this at 1")
+    if p.pipeline_parallel_degree > 1 and p.pipeline_parallel_schedule == "InterleavedZeroBubble" and config.compile.enable:
+        yield ("parallelism.pipeline_parallel_schedule: InterleavedZeroBubble, but the backward of a compiled block cannot be split; "
+               "leave compile.enable false, or choose another schedule, such as Interleaved1F1B")
     if p.pipeline_parallel_degree > 1 and local % p.pipeline_parallel_microbatch_size:
         yield (f"parallelism.pipeline_parallel_microbatch_size: given {p.pipeline_parallel_microbatch_size}; it must divide "
                f"training.local_batch_size {local}; legal: {_divisors(local)}")
@@ -147,7 +150,7 @@ def _activation_checkpoint(config: JobConfig) -> Iterator[str]:
     if a.mode == "memory_budget" and not config.compile.enable:
         yield "activation_checkpoint.mode: memory_budget, but the compiler keeps to it; set compile.enable, or choose another mode"
     if a.mode == "memory_budget" and a.layers:
-        yield f"activation_checkpoint.layers: given {list(a.layers)}, but a memory budget holds for all blocks; leave it empty, or choose another mode"
+        yield f"activation_checkpoint.layers: given {list(a.layers)}, but a memory budget holds for all blocks; leave it empty"
     if a.mode == "selective" and not a.save:
         yield "activation_checkpoint.save: empty, which is mode full; give at least one of attention, matmul, or choose full"
     for name in ("save", "layers"):

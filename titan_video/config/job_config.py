@@ -103,7 +103,9 @@ class Parallelism:
     context_parallel_method: Literal["ulysses", "ring", "unified"] = opt(
         "ulysses", "`ulysses` exchanges heads for tokens around attention; `ring` passes keys and values round; `unified` does both."
     )
-    context_parallel_ulysses_degree: int = opt(1, "For unified: the part of the degree, on neighbouring ranks, that is Ulysses; the rest is ring.", ge=1)
+    context_parallel_ulysses_degree: int = opt(
+        1, "For unified: the part of the degree, on neighbouring ranks, that is Ulysses; the rest is ring.", ge=1
+    )
     context_parallel_rotate_method: Literal["alltoall", "allgather"] = opt(
         "alltoall", "For ring and unified: keys and values go from rank to rank behind the arithmetic, or are all gathered first."
     )
