@@ -51,7 +51,7 @@ def step(section, compiled, dims, args=replace(ARGS, num_layers=2)):
     initialise(model, perturbed, 0)
     ids = torch.tensor([0, 1])
     batch = Batch(draw_noise(2, ids, (16, 1, 8, 8)), draw_noise(1, ids, (args.text_len, args.text_dim)), torch.ones(2, args.text_len, dtype=torch.bool), ids)
-    noise, shard = draw_noise(0, ids, (16, 1, 8, 8)), SequenceShard(mesh.sequence)
+    noise, shard = draw_noise(0, ids, (16, 1, 8, 8)), SequenceShard(mesh.sequence, dims.tp)
     with nullcontext() if compiled else Executed() as executed:
         compute_loss(model, args.patch, batch, noise, torch.tensor([0.3, 0.6]), torch.ones(2), shard).sum().backward()
     grads = {clean_name(n): p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for n, p in model.named_parameters()}
@@ -89,3 +89,14 @@ def test_attention_of_context_parallel_runs_once(dims):
         reference = results["full"][0]
         for way, (grads, _) in results.items():
             assert (way, [n for n in grads if not torch.equal(grads[n], reference[n])]) == (way, [])
+
+
+def tensor_parallel():
+    one, selective = replace(ARGS, num_layers=1), replace(SELECTIVE, save_min_kv=16)
+    return [step(section, compiled, ParallelDims(tp=2), one)[0] for section, compiled in ((NONE, False), (selective, True))]
+
+
+def test_compiled_selection_beside_tensor_parallel_weights():
+    for reference, grads in run_ranks(tensor_parallel, 2):
+        errors = {n: ((grads[n] - reference[n]).norm() / reference[n].norm()).item() for n in reference}
+        assert {n: e for n, e in errors.items() if not e <= 2e-5} == {}

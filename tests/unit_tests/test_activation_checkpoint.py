@@ -262,6 +262,7 @@ def test_offload_leaves_the_last_blocks_tensors_only(way, per_block, plain):
     assert offload.num_fetched == (6 - IN_FLIGHT) * per_block
     assert most <= 2 * per_block
     assert all(moved.here is None for moved in sent)
+    assert not any(block.leaving for block in offload.leaving)  # which would hold on to host memory
 
 
 def test_offload_over_several_steps_and_micro_batches():

@@ -18,6 +18,7 @@ import torch
 import torch._functorch.config
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -49,8 +50,7 @@ def apply_activation_checkpoint(
     Later, after the first forward that keeps activations: ValueError if a kind of `section.save` has kept nothing.
     """
     chosen = chosen_blocks(model, plan, section.layers) if chosen is None else chosen
-    if section.mode == "memory_budget":
-        _set_memory_budget(section.memory_budget)
+    _set_memory_budget(section.memory_budget if section.mode == "memory_budget" else 1.0)
     if section.mode not in ("full", "selective"):
         return
     offload = HostOffload() if section.offload else None
@@ -93,6 +93,7 @@ class CheckpointedBlock(ActivationWrapper):
             self._checkpoint_wrapped_module.compile(*args, **kwargs)
         else:
             self.options = {"context_fn": self.selection.traced_contexts}
+            self.selection.beside_mesh = any(isinstance(p, DTensor) for p in self.parameters())
             self.run = torch.compile(self._recomputed, *args, **kwargs)
 
     def _recomputed(self, *args: Any, **kwargs: Any) -> Any:
@@ -110,6 +111,9 @@ class Selection:
         self.save, self.save_min_kv = save, save_min_kv
         self.kept: set[str] = set()
         self.num_operators, self.longest, self.checked = 0, 0, False
+        # Attention that is computed again makes the compiler keep a generator state, on a CPU as one more result of the graph. torch 2.13 does
+        # not find it if the graph holds a mesh too, as that of tensor-parallel weights does. There and on a CPU short attention is kept as well.
+        self.beside_mesh = False
 
         def contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
             # Ours rather than torch's: they send what is kept to the host, allow backward to run a block again a second time, as zero-bubble
@@ -122,7 +126,8 @@ class Selection:
             pick = {is_recompute: self.picker() for is_recompute in (False, True)}
 
             def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-                return CheckpointPolicy.MUST_SAVE if pick[context.is_recompute](operator, args) else CheckpointPolicy.PREFER_RECOMPUTE
+                keep = pick[context.is_recompute](operator, args) or self.beside_mesh and operator.name() in _KEY_DIM and args[0].device.type == "cpu"
+                return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
             return create_selective_checkpoint_contexts(policy)
 
