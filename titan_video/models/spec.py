@@ -44,10 +44,12 @@ class ParallelPlan:
 
 @dataclass(frozen=True)
 class NameRule:
-    """One line of a state-dict table: our parameter name, its name in the public layout, and the change of form, if any.
+    """One line of a state-dict table: our parameter name, its name in diffusers' layout, and the change of form, if any.
 
     `{}` stands for a block index, the same on both sides. `to_public(t, args)` and `to_ours(t, args)` are inverse, and only permute or reshape.
     optional: only some flavors have such a parameter.
+    original: the name in the layout of the model's own public code, in the same form. Lines with one original name are the rows of one tensor,
+    in the order of the table. swapped: its rows are there with the second half first.
     """
 
     ours: str
@@ -55,6 +57,8 @@ class NameRule:
     to_public: Callable[[Any, Any], Any] | None = None
     to_ours: Callable[[Any, Any], Any] | None = None
     optional: bool = False
+    original: str = ""
+    swapped: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,12 +66,14 @@ class ModelSpec:
     """A model family.
 
     flavors: architecture arguments by name: a frozen dataclass with `in_channels`, `out_channels`, `patch`, `text_dim`, `text_len`, `num_heads`,
-        `ffn_dim`, `num_layers`, `flops(num_tokens, batch)` of a forward and `block_flops(num_tokens, batch)`, the part of it that full
+        `ffn_dim`, `num_layers`, `conditions` (flow/conditions.py), `boundary` between two experts or 0, `flops(num_tokens, batch)` of a forward and `block_flops(num_tokens, batch)`, the part of it that full
         activation checkpointing runs again.
     build: arguments -> module (built on the meta device by the trainer).
     init_parameter: (name, whole tensor, generator) fills one parameter in place, so every layout starts from the same weights.
-    hf_names: names of the parameters in diffusers' layout. hf_ignored: public names of tensors that some published files hold and no model uses.
+    hf_names: names of the parameters in diffusers' layout, and in the original one where all lines say it.
+    hf_ignored: diffusers' names of tensors that some published files hold and no model uses.
     args_from_hf / args_to_hf: diffusers `transformer/config.json` <-> arguments.
+    args_to_original: arguments -> config.json of the original layout; None where it has no such file.
     """
 
     name: str
@@ -80,3 +86,4 @@ class ModelSpec:
     args_to_hf: Callable[[Any], dict]
     hf_folder: str = field(default="transformer")
     hf_ignored: tuple[str, ...] = ()
+    args_to_original: Callable[[Any], dict] | None = None

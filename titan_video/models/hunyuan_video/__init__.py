@@ -1,9 +1,11 @@
-"""HunyuanVideo, text-to-video and both forms of image-to-video: flavors, parallel plan, and the names its parameters have in public checkpoints."""
+"""HunyuanVideo, text-to-video and both forms of image-to-video: flavors, parallel plan, and the public configuration.
 
-import torch
+Names of parameters: names.py.
+"""
 
 from titan_video.models.hunyuan_video.model import HunyuanVideoArgs, HunyuanVideoModel, init_parameter
-from titan_video.models.spec import ModelSpec, NameRule, ParallelPlan
+from titan_video.models.hunyuan_video.names import HF_NAMES
+from titan_video.models.spec import ModelSpec, ParallelPlan
 
 _13B = {"dim": 3072, "num_heads": 24, "num_double_layers": 20, "num_single_layers": 40, "ffn_dim": 12288}
 _DEBUG = {"dim": 128, "num_heads": 4, "num_double_layers": 2, "num_single_layers": 2, "ffn_dim": 512, "num_refiner_layers": 1, "text_dim": 64,
@@ -20,72 +22,6 @@ FLAVORS = {
     "i2v-13B-latent-concat": HunyuanVideoArgs(**_13B, **_LATENT_CONCAT, text_len=288 + 256),
     "i2v-13B-token-replace": HunyuanVideoArgs(**_13B, **_TOKEN_REPLACE, text_len=144 + 256),
 }
-
-
-def _conv_kernel(weight, args: HunyuanVideoArgs):
-    return weight.reshape(args.dim, args.in_channels, *args.patch)
-
-
-def _flat_kernel(weight, args: HunyuanVideoArgs):
-    return weight.reshape(args.dim, -1)
-
-
-def _by_kind(weight, args: HunyuanVideoArgs):
-    """Our inputs run over (head, its attention and its feed-forward), theirs over attention, then feed-forward."""
-    attention, hidden = weight.unflatten(1, (args.num_heads, -1)).split([args.head_dim, args.ffn_dim // args.num_heads], dim=2)
-    return torch.cat([attention.flatten(1), hidden.flatten(1)], dim=1)
-
-
-def _by_head(weight, args: HunyuanVideoArgs):
-    attention, hidden = weight.split([args.dim, args.ffn_dim], dim=1)
-    return torch.cat([part.unflatten(1, (args.num_heads, -1)) for part in (attention, hidden)], dim=2).flatten(1)
-
-
-def _linear(ours: str, public: str, optional: bool = False) -> list[NameRule]:
-    return [NameRule(f"{ours}.{part}", f"{public}.{part}", optional=optional) for part in ("weight", "bias")]
-
-
-def _linears(ours: str, public: str, names: dict[str, str]) -> list[NameRule]:
-    return [rule for a, b in names.items() for rule in _linear(f"{ours}.{a}", f"{public}.{b}")]
-
-
-_QKV = {"q": "to_q", "k": "to_k", "v": "to_v"}
-_MLP = {"up": "linear_1", "down": "linear_2"}
-_FFN = {"up": "net.0.proj", "down": "net.2"}
-_DOUBLE, _SINGLE, _REFINER = "double_blocks.{}", "single_blocks.{}", "text_refiner.blocks.{}"
-_HF_DOUBLE, _HF_SINGLE, _HF_REFINER = "transformer_blocks.{}", "single_transformer_blocks.{}", "context_embedder.token_refiner.refiner_blocks.{}"
-
-HF_NAMES = (
-    NameRule("patch_embedding.weight", "x_embedder.proj.weight", _conv_kernel, _flat_kernel),
-    NameRule("patch_embedding.bias", "x_embedder.proj.bias"),
-    *_linears("condition.time", "time_text_embed.timestep_embedder", _MLP),
-    *_linears("condition.text", "time_text_embed.text_embedder", _MLP),
-    *_linear("condition.guidance.up", "time_text_embed.guidance_embedder.linear_1", optional=True),
-    *_linear("condition.guidance.down", "time_text_embed.guidance_embedder.linear_2", optional=True),
-    *_linears("text_condition.time", "context_embedder.time_text_embed.timestep_embedder", _MLP),
-    *_linears("text_condition.text", "context_embedder.time_text_embed.text_embedder", _MLP),
-    *_linear("text_refiner.proj_in", "context_embedder.proj_in"),
-    *_linears(_REFINER, f"{_HF_REFINER}.attn", {**_QKV, "o": "to_out.0"}),
-    *_linears(_REFINER, f"{_HF_REFINER}.ff", _FFN),
-    *_linear(f"{_REFINER}.modulation.linear", f"{_HF_REFINER}.norm_out.linear"),
-    *(NameRule(f"{_REFINER}.norm{i}_{part}", f"{_HF_REFINER}.norm{i}.{part}") for i in (1, 2) for part in ("weight", "bias")),
-    *_linear(f"{_DOUBLE}.modulation.linear", f"{_HF_DOUBLE}.norm1.linear"),
-    *_linear(f"{_DOUBLE}.text_modulation.linear", f"{_HF_DOUBLE}.norm1_context.linear"),
-    *_linears(f"{_DOUBLE}.attn", f"{_HF_DOUBLE}.attn", {**_QKV, "o": "to_out.0", "text_o": "to_add_out"}),
-    *_linears(f"{_DOUBLE}.attn", f"{_HF_DOUBLE}.attn", {f"text_{x}": f"add_{x}_proj" for x in "qkv"}),
-    *(NameRule(f"{_DOUBLE}.attn.norm.{x}", f"{_HF_DOUBLE}.attn.norm_{x}.weight") for x in "qk"),
-    *(NameRule(f"{_DOUBLE}.attn.text_norm.{x}", f"{_HF_DOUBLE}.attn.norm_added_{x}.weight") for x in "qk"),
-    *_linears(f"{_DOUBLE}.ffn", f"{_HF_DOUBLE}.ff", _FFN),
-    *_linears(f"{_DOUBLE}.text_ffn", f"{_HF_DOUBLE}.ff_context", _FFN),
-    *_linear(f"{_SINGLE}.modulation.linear", f"{_HF_SINGLE}.norm.linear"),
-    *_linears(f"{_SINGLE}.attn", f"{_HF_SINGLE}.attn", _QKV),
-    *(NameRule(f"{_SINGLE}.attn.norm.{x}", f"{_HF_SINGLE}.attn.norm_{x}.weight") for x in "qk"),
-    *_linear(f"{_SINGLE}.attn.up", f"{_HF_SINGLE}.proj_mlp"),
-    NameRule(f"{_SINGLE}.attn.out.weight", f"{_HF_SINGLE}.proj_out.weight", _by_kind, _by_head),
-    NameRule(f"{_SINGLE}.attn.out.bias", f"{_HF_SINGLE}.proj_out.bias"),
-    *_linear("head_modulation", "norm_out.linear"),
-    *_linear("proj_out", "proj_out"),
-)
 
 
 def args_to_hf(args: HunyuanVideoArgs) -> dict:

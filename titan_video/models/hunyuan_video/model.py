@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titan_video.flow.conditions import Conditions
 from titan_video.kernels import ada_layer_norm, gated_residual, layer_norm, rms_norm, rms_norm_rope, wide
 from titan_video.models.layers import (
     CastLinear,
@@ -44,6 +45,7 @@ from titan_video.models.layers import (
 )
 
 TIME_DIM = 256  # width of the time features
+IMAGE_TOKENS = 576  # of one image, before they are thinned out
 REFINER_RATIO = 4  # feed-forward width of the text refiner, in widths
 
 
@@ -82,6 +84,21 @@ class HunyuanVideoArgs:
     @property
     def head_dim(self) -> int:
         return self.dim // self.num_heads
+
+    @property
+    def conditions(self) -> Conditions:
+        """What the model is given beside noise, time and text."""
+        common = {"pooled_text": True, "guidance": self.guidance}
+        if self.image_condition == "latent_concat":
+            return Conditions(num_given=1, form="mask_last", text_image_tokens=IMAGE_TOKENS // 2, **common)
+        if self.image_condition == "token_replace":
+            return Conditions(num_given=1, form="clean", text_image_tokens=IMAGE_TOKENS // 4, **common)
+        return Conditions(**common)
+
+    @property
+    def boundary(self) -> float:
+        """One model for all noise levels."""
+        return 0.0
 
     @property
     def patch_volume(self) -> int:

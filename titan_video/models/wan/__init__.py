@@ -19,7 +19,7 @@ FLAVORS = {
     "debug": _DEBUG,
     "debug-i2v": replace(_DEBUG, **_IMAGE | {"image_dim": 64}),
     "debug-flf2v": replace(_DEBUG, **_TWO_IMAGES | {"image_dim": 64}),
-    "debug-i2v-A14B": replace(_DEBUG, **_CHANNELS),
+    "debug-i2v-A14B": replace(_DEBUG, **_CHANNELS, boundary=0.9),
     "debug-ti2v": replace(_DEBUG, clean_first_frame=True),
     # Wan 2.1. The 480p and 720p models of i2v-14B differ in their weights only.
     "t2v-1.3B": WanArgs(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960),
@@ -27,8 +27,8 @@ FLAVORS = {
     "i2v-14B": replace(_14B, **_IMAGE),
     "flf2v-14B": replace(_14B, **_TWO_IMAGES),
     # Wan 2.2. An A14B is two models of this architecture: one for the high noise levels, one for the low.
-    "t2v-A14B": _14B,
-    "i2v-A14B": replace(_14B, **_CHANNELS),
+    "t2v-A14B": replace(_14B, boundary=0.875),
+    "i2v-A14B": replace(_14B, **_CHANNELS, boundary=0.9),
     "ti2v-5B": WanArgs(dim=3072, num_heads=24, num_layers=30, ffn_dim=14336, in_channels=48, out_channels=48, clean_first_frame=True),
 }
 
@@ -86,6 +86,24 @@ def args_from_hf(config: dict) -> WanArgs:
     return replace(args, clean_first_frame=args.in_channels == 48)
 
 
+def args_to_original(args: WanArgs) -> dict:
+    """The public code's config.json for these arguments."""
+    kind = "flf2v" if args.image_positions else "ti2v" if args.clean_first_frame else "i2v" if args.in_channels > args.out_channels else "t2v"
+    return {
+        "_class_name": "WanModel",
+        "model_type": kind,
+        "dim": args.dim,
+        "eps": args.eps,
+        "ffn_dim": args.ffn_dim,
+        "freq_dim": args.freq_dim,
+        "in_dim": args.in_channels,
+        "num_heads": args.num_heads,
+        "num_layers": args.num_layers,
+        "out_dim": args.out_channels,
+        "text_len": 512,
+    }
+
+
 _ATTENTION_STYLES = {"q": "column", "k": "column", "v": "column", "o": "row", "norm_q": "heads", "norm_k": "heads", "mean_squares": "mean_squares"}
 
 SPEC = ModelSpec(
@@ -116,6 +134,7 @@ SPEC = ModelSpec(
     hf_ignored=("blocks.{}.attn2.norm_added_q.weight",),  # left over in the published image-to-video folders; diffusers passes over it too
     args_from_hf=args_from_hf,
     args_to_hf=args_to_hf,
+    args_to_original=args_to_original,
 )
 
 __all__ = ["SPEC", "WanArgs", "WanModel"]

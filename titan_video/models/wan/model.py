@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titan_video.flow.conditions import Conditions
 from titan_video.kernels import ada_layer_norm, gated_residual, layer_norm, rms_norm, rms_norm_rope
 from titan_video.models.layers import (
     AttentionCore,
@@ -49,6 +50,7 @@ class WanArgs:
     in_channels: latent channels, and beyond `out_channels` those of the condition, which follow them in x.
     image_dim: width of the image tokens, 0 for none; image_len: their number; image_positions: whether a table of positions is added to them.
     clean_first_frame: the first latent frame may be given clean.
+    boundary: the noise level at and above which the high-noise expert of two is used; 0: one model for all levels.
     """
 
     dim: int
@@ -67,6 +69,7 @@ class WanArgs:
     image_len: int = 0
     image_positions: bool = False
     clean_first_frame: bool = False
+    boundary: float = 0.0
 
     @property
     def head_dim(self) -> int:
@@ -77,6 +80,13 @@ class WanArgs:
         """Head channels that turn with the frame, the row and the column: 44, 42, 42 of 128."""
         side = 2 * (self.head_dim // 6)
         return self.head_dim - 2 * side, side, side
+
+    @property
+    def conditions(self) -> Conditions:
+        """What the model is given beside noise, time and text."""
+        if self.in_channels > self.out_channels:
+            return Conditions(num_given=2 if self.image_positions else 1, form="mask_first", image_tokens=self.image_len)
+        return Conditions(num_given=1, form="clean") if self.clean_first_frame else Conditions()
 
     @property
     def patch_volume(self) -> int:
