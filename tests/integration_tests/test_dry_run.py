@@ -49,7 +49,7 @@ def blocks(monkeypatch, flavor, number):
 
 def compare(measured, expected):
     for kind, size in expected.items():
-        assert measured[kind] == pytest.approx(size, rel=0.05 if kind == "activations" else 0.01), kind
+        assert measured[kind] == pytest.approx(size, rel=0.01), kind
 
 
 @pytest.mark.parametrize(
@@ -78,10 +78,11 @@ def test_blocks_add_up_equally(monkeypatch):
     for n in (3, 4, 5):
         blocks(monkeypatch, "debug", n)
         report = dry_run(read("debug", SMALL | UNIFIED | SELECTIVE | BFLOAT16 | {"training.global_batch_size": 4}), 4)
-        counts = {(c.phase, c.kind, c.axis): (c.count, c.sent) for c in report.collectives}
-        numbers.append([*report.largest.values(), report.total, *report.flops.values(), *(x for pair in counts.values() for x in pair)])
-        assert {"ring", "ulysses", "fsdp"} == {axis for _, _, axis in counts}
-    assert all(c - b == b - a for a, b, c in zip(*numbers, strict=True))
+        counts = {(c.phase, c.kind, c.axis, what): getattr(c, what) for c in report.collectives for what in ("count", "sent")}
+        numbers.append({**report.largest, **report.flops, **counts, "total": report.total})
+        assert {"ring", "ulysses", "fsdp"} == {axis for _, _, axis, _ in counts}
+    few, more, most = numbers
+    assert {name: more[name] - few[name] for name in more} == {name: most[name] - more[name] for name in more}
 
 
 def test_collectives_of_context_parallel(monkeypatch):
@@ -119,7 +120,7 @@ def test_toml_at_its_world_size(path, monkeypatch, tmp_path, capsys):
 
 
 def test_14b_on_512_ranks_in_under_a_minute():
-    config = read("wan2.1_t2v_14b_720p")
+    config = read("wan2.1_t2v_14b_720p", {"training.global_batch_size": -1})
     start = time.process_time()
     report = dry_run(config, 512, rank=511)
     assert time.process_time() - start < 60  # of this process: the machine may have others
