@@ -46,7 +46,7 @@ BODIES = {
     torch.ops.titan_video.ring_attention_backward: ring.ring_attention_backward._init_fn,
 }
 ON_HOST = ("parameters", "optimizer", "ema", "gradients")  # with training.enable_cpu_offload
-UNCOUNTED = "Not counted: the CUDA context and NCCL's buffers (1 to 3 GiB), what the allocator cannot use between blocks, and workspaces of matrix products."
+UNCOUNTED = "Not counted: the CUDA context, NCCL's buffers, gaps that the allocator leaves, workspaces of matrix products, validation."
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ def describe(report: Report, host: bool) -> str:
     micro = "1 micro-batch" if r.accumulation == 1 else f"{r.accumulation} micro-batches, of which the second and later ones need as much memory as one"
     lines = [
         f"rank {r.rank} of {r.world_size}: {degrees}",
-        f"bucket {'x'.join(map(str, r.bucket))}: {r.tokens:,} tokens on this rank, {micro} a step",
+        f"bucket {'x'.join(map(str, r.bucket))}: {r.tokens:,} tokens on this rank, {micro}",
         "", f"{'memory in GiB':<20}{'at the peak':>12}{'largest':>10}",
     ]  # fmt: skip
     for kind in KINDS:

@@ -94,7 +94,8 @@ def test_collectives_of_context_parallel(monkeypatch):
         if c.axis in ("ulysses", "ring"):
             calls[c.axis, c.phase] = c.count
             sent[c.phase] = sent.get(c.phase, 0) + c.sent
-    assert calls == {("ulysses", phase): 4 for phase in ("forward", "recompute", "backward")} | {("ring", "forward"): 2, ("ring", "recompute"): 2, ("ring", "backward"): 4}
+    exchanges = {("ulysses", phase): 4 for phase in ("forward", "recompute", "backward")}
+    assert calls == exchanges | {("ring", "forward"): 2, ("ring", "recompute"): 2, ("ring", "backward"): 4}
     forward, backward = exchange_bytes(q_elements=2 * 80 * 128, ring=2, ulysses=2, itemsize=2)
     assert sent == {"forward": 2 * forward, "recompute": 2 * forward, "backward": 2 * backward}
 
