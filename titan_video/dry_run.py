@@ -258,7 +258,7 @@ def describe(report: Report, host: bool) -> str:
     r, gib = report, 2**30
     degrees = " x ".join(f"{axis} {n}" for axis, n in r.degrees.items() if n > 1) or "one rank"
     flops = sum(r.flops.values())
-    micro = "1 micro-batch" if r.accumulation == 1 else f"{r.accumulation} micro-batches, of which the second and later ones need as much memory as one"
+    micro = "1 micro-batch a step" if r.accumulation == 1 else f"{r.accumulation} micro-batches a step (memory: from the second on)"
     lines = [
         f"rank {r.rank} of {r.world_size}: {degrees}",
         f"bucket {'x'.join(map(str, r.bucket))}: {r.tokens:,} tokens on this rank, {micro}",
