@@ -30,7 +30,7 @@ from titan_video.components.lr_scheduler import Scheduler
 from titan_video.components.metrics import MetricsLogger
 from titan_video.components.objective import ModelInputs, model_inputs, predict, velocity_loss
 from titan_video.components.optimizer import build_optimizer
-from titan_video.components.validate import Prompts, Validator
+from titan_video.components.validate import Validator, with_frames, with_size
 from titan_video.config.check import check, gradient_accumulation
 from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import dump, main_guard, parse_args
@@ -48,7 +48,7 @@ from titan_video.distributed.pipeline_parallel import Pipeline, check_microbatch
 from titan_video.distributed.sequence import SequenceShard
 from titan_video.distributed.utils import broadcast_from_zero, clip_grad_norm, gather_objects, init_distributed, initialise, reduce_over, set_timeout
 from titan_video.encoders import build_encoders
-from titan_video.flow.matching import FlowMatching
+from titan_video.flow.matching import FlowMatching, expert_levels
 from titan_video.flow.noise import draw_noise, draw_uniform
 from titan_video.models import get_args, get_spec
 from titan_video.models.layers import token_shape
@@ -69,6 +69,9 @@ class Trainer:
         # --- architecture, and whether it can be laid out as asked ---
         self.spec = get_spec(config.model.name)
         self.args = get_args(self.spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
+        self.conditions = self.args.conditions
+        levels = expert_levels(config.flow, config.model.expert, config.model.boundary or self.args.boundary)
+        self.hf_folder = f"{self.spec.hf_folder}_2" if config.model.expert == "low" else self.spec.hf_folder
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         check_layout(config.parallelism, self.args, world_size)
         self.dims = ParallelDims.of(config.parallelism, world_size)
@@ -93,7 +96,7 @@ class Trainer:
         # --- encoders, objective ---
         self.encoders = build_encoders(config.encoder, config.model.hf_assets_path, self.device)
         self.check_encoders()
-        self.flow = FlowMatching(config.flow)
+        self.flow = FlowMatching(levels)
         if config.job.description and self.rank == 0:
             logger.info(config.job.description)
         if config.job.print_config and self.rank == 0:
@@ -145,12 +148,18 @@ class Trainer:
 
     def check_encoders(self) -> None:
         """The model and the encoders do not know each other; here they meet."""
-        e, a = self.encoders, self.args
+        e, a, c = self.encoders, self.args, self.conditions
         flavor, encoder = f"model.flavor = {self.config.model.flavor!r}", f"encoder.name = {self.config.encoder.name!r}"
         if e.text_dim != a.text_dim:
             raise ValueError(f"{flavor} takes text of width {a.text_dim}, {encoder} gives {e.text_dim}: choose the two to fit")
-        if e.channels != a.in_channels:
-            raise ValueError(f"{flavor} takes {a.in_channels} latent channels, {encoder} gives {e.channels}: choose the two to fit")
+        if e.channels != a.out_channels:
+            raise ValueError(f"{flavor} takes {a.out_channels} latent channels, {encoder} gives {e.channels}: choose the two to fit")
+        if c.pooled_text and e.pooled_dim != a.pooled_dim:
+            raise ValueError(f"{flavor} takes pooled text of width {a.pooled_dim}, {encoder} gives {e.pooled_dim}: choose the two to fit")
+        if c.image_tokens and e.image_dim != a.image_dim:
+            raise ValueError(f"{flavor} takes image tokens of width {a.image_dim}, {encoder} gives {e.image_dim}: choose the two to fit")
+        if c.num_given and self.config.validation.prompts_path:
+            raise ValueError(f"validation.prompts_path: {flavor} starts from an image, which a prompt does not have; leave it empty")
         for bucket in self.config.data.buckets:
             token_shape(self.latent_shape(bucket)[1:], a.patch)
 
@@ -169,7 +178,9 @@ class Trainer:
         c, v = self.config.data, self.config.validation
         cache_folder = Path(c.cache_folder or self.folder / "cache")
         # The identities are hashes of the weights: gigabytes, read once.
-        self.cache = LatentCache(cache_folder, *broadcast_from_zero(lambda: (self.encoders.video_id(), self.encoders.text_id()), self.host_group))
+        e, has_images = self.encoders, self.conditions.image_tokens > 0
+        ids = broadcast_from_zero(lambda: (e.video_id(), e.text_id(), e.image_id() if has_images else ""), self.host_group)
+        self.cache = LatentCache(cache_folder, *ids, self.conditions)
         given = Path(v.prompts_path).read_text(encoding="utf-8").splitlines() if v.enable and v.prompts_path else []
         given = [line.strip() for line in given if line.strip()]
 
@@ -181,8 +192,11 @@ class Trainer:
             logger.info(f"{len(held_out)} of {len(clips) + len(held_out)} clips are held out for validation")
         self.encoders.free()
         self.held_out = held_out[: v.max_clips]
-        captions = list(dict.fromkeys(clip.caption for clip in self.held_out or clips))
-        self.prompts = (given or captions)[: v.num_videos]
+        captions = {}
+        for clip in self.held_out or clips:
+            captions.setdefault(clip.caption, clip)
+        self.prompt_clips = list(captions.values())[: v.num_videos]
+        self.prompts = given[: v.num_videos] or [clip.caption for clip in self.prompt_clips]
 
         t = self.config.training
         self.loader = LatentLoader(
@@ -198,7 +212,9 @@ class Trainer:
 
         def make() -> Plan:
             plan = make_plan(resolve_path(path, cache_folder), c.buckets, c.fps, c.num_workers, cache_folder)
+            plan = plan.without_stills() if self.conditions.num_given else plan
             report(plan)
+            plan.require_clips()
             return plan
 
         def report(plan: Plan) -> None:
@@ -218,7 +234,7 @@ class Trainer:
         c = self.config.checkpoint
         if c.initial_load_in_hf:
             source = Path(c.initial_load_path or self.config.model.hf_assets_path)
-            nested = source / self.spec.hf_folder
+            nested = source / self.hf_folder
             load_hf(self.model, nested if nested.is_dir() else source, self.spec, self.args)
             logger.info(f"weights from {source}")
         elif c.initial_load_path:
@@ -230,14 +246,17 @@ class Trainer:
             self.ema.reset()
 
     def build_validator(self) -> Validator:
-        reader = self.loader.reader
-        text_BLD, mask_BL = reader.text([self.cache.text_key(p) for p in (*self.prompts, "")])
-        prompts = Prompts(self.prompts, text_BLD[:-1], mask_BL[:-1], text_BLD[-1:], mask_BL[-1:]) if self.prompts else None
+        reader, null_key, prompts = self.loader.reader, self.cache.text_key(""), None
+        if self.prompts and self.conditions.num_given:
+            prompts = with_frames(reader, self.prompt_clips, null_key)
+        elif self.prompts:
+            keys = [self.cache.text_key(p) for p in self.prompts]
+            prompts = with_size(reader, self.prompts, keys, null_key, self.latent_shape(self.config.data.buckets[0]))
         return Validator(
             self.config.validation, self.pipeline or self.model, self.args.patch, self.meshes, self.shard, self.device, self.seed,
             num_clips=len(self.held_out), get_clip=lambda i: reader.batch([self.held_out[i]], [i]),
-            prompts=prompts, latent_CFHW=self.latent_shape(self.config.data.buckets[0]), decode=self.encoders.decode_video,
-            fps=self.config.data.fps, folder=self.folder / "samples",
+            prompts=prompts, decode=self.encoders.decode_video, fps=self.config.data.fps, folder=self.folder / "samples",
+            conditions=self.conditions, guidance_scale=self.config.training.guidance, interval=self.flow.interval,
         )  # fmt: skip
 
     # ---------------------------------------------------------------- step
@@ -245,7 +264,8 @@ class Trainer:
     def train_step(self, batches: list[Batch], data_seconds: float, start: float) -> None:
         """One optimizer step over this rank's micro-batches. Losses are divided by the elements of all ranks, so gradients only need summing."""
         lr = self.scheduler.set_step(self.step)
-        sizes = torch.tensor([sum(b.latents_BCFHW.numel() for b in batches), sum(self.num_tokens(b) * len(b.sample_ids_B) for b in batches)])
+        counted = sum(self.conditions.counted(b.latents_BCFHW) for b in batches)
+        sizes = torch.tensor([counted, sum(self.num_tokens(b) * len(b.sample_ids_B) for b in batches)])
         num_elements, num_tokens = reduce_over(self.meshes.batch, sizes, "sum").tolist()
 
         def loss_of(velocity: Tensor, inputs: ModelInputs) -> Tensor:
@@ -296,7 +316,8 @@ class Trainer:
         s_B = self.flow.levels(draw_uniform(self.seed, batch.sample_ids_B), tokens)
         noise = draw_noise(self.seed, batch.sample_ids_B, tuple(batch.latents_BCFHW.shape[1:]), self.device)
         weight_B = self.flow.weights(s_B, tokens).to(self.device)
-        return model_inputs(self.args.patch, batch.to(self.device), noise, s_B.to(self.device), weight_B, self.shard)
+        told = self.conditions, self.config.training.guidance
+        return model_inputs(self.args.patch, batch.to(self.device), noise, s_B.to(self.device), weight_B, self.shard, *told)
 
     def num_parameters(self) -> int:
         own = torch.tensor(sum(p.numel() for p in self.model.parameters()))
@@ -328,7 +349,7 @@ class Trainer:
         last_step, freq = c.training.steps, c.validation.freq
         if self.step >= last_step:
             logger.info(f"{self.folder} is already at step {self.step} of {last_step}: raise training.steps to go on, or change job.dump_folder")
-            exported = self.folder / "hf" / self.spec.hf_folder / "config.json"
+            exported = self.folder / "hf" / self.hf_folder / "config.json"
             if self.step == last_step and not broadcast_from_zero(exported.is_file, self.host_group):
                 self.export()  # asked for later, or the run was killed between its last checkpoint and this
             return
@@ -365,7 +386,7 @@ class Trainer:
         c = self.config.checkpoint
         if c.last_save_in_hf:
             weights = self.ema.state_dict() if self.ema else None
-            save_hf(self.model, self.folder / "hf" / self.spec.hf_folder, self.spec, self.args, getattr(torch, c.export_dtype), weights=weights)
+            save_hf(self.model, self.folder / "hf" / self.hf_folder, self.spec, self.args, getattr(torch, c.export_dtype), weights=weights)
             logger.info(f"exported to {self.folder / 'hf'}")
 
     def close(self) -> None:

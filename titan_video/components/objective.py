@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from titan_video.components.conditioning import GivenTokens, guidance
 from titan_video.data.batch import Batch
 from titan_video.distributed.sequence import SequenceShard
+from titan_video.flow.conditions import TEXT_ONLY, Conditions
 from titan_video.flow.matching import NUM_TRAIN_TIMESTEPS, interpolate, velocity
 from titan_video.kernels import wide
 from titan_video.models.layers import Patch, patchify, positions, token_shape
@@ -17,7 +19,7 @@ from titan_video.models.layers import Patch, patchify, positions, token_shape
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """One forward's arguments on one rank, and what it should give. x, target: this rank's tokens, [B, L, P]."""
+    """One forward's arguments on one rank, and what it should give. x, target: this rank's tokens, [B, L, P]; clean: those that are given."""
 
     x_BLP: Tensor
     pos_BL3: Tensor
@@ -29,10 +31,23 @@ class ModelInputs:
     target_BLP: Tensor
     weight_B: Tensor
     num_valid: int
+    clean_BL: Tensor | None = None
 
 
-def model_inputs(patch: Patch, batch: Batch, noise_BCFHW: Tensor, s_B: Tensor, weight_B: Tensor, shard: SequenceShard | None = None) -> ModelInputs:
-    """Noisy tokens at the levels s and their velocity; `shard`: only this rank's tokens of them (None: all)."""
+def model_inputs(
+    patch: Patch,
+    batch: Batch,
+    noise_BCFHW: Tensor,
+    s_B: Tensor,
+    weight_B: Tensor,
+    shard: SequenceShard | None = None,
+    conditions: Conditions = TEXT_ONLY,
+    guidance_scale: float = 1.0,
+) -> ModelInputs:
+    """Noisy tokens at the levels s and their velocity; `shard`: only this rank's tokens of them (None: all).
+
+    conditions: what the model is given beside these, from batch.cond; guidance_scale: what models that take it are told.
+    """
     latents = batch.latents_BCFHW
     shape = token_shape(latents.shape[2:], patch)
     x_BLP = patchify(interpolate(latents, noise_BCFHW, s_B), patch)
@@ -43,7 +58,11 @@ def model_inputs(patch: Patch, batch: Batch, noise_BCFHW: Tensor, s_B: Tensor, w
         seq_len, num_valid = shape.num_tokens, shard.num_valid(shape.num_tokens)
         x_BLP, target_BLP, pos_BL3 = shard.slice(x_BLP), shard.slice(target_BLP), shard.slice_for_attention(pos_BL3)
     t_B = NUM_TRAIN_TIMESTEPS * s_B
-    return ModelInputs(x_BLP, pos_BL3, t_B, batch.text_BLD, batch.text_mask_BL, seq_len, batch.cond, target_BLP, weight_B, num_valid)
+    cond = dict(batch.cond)
+    given = GivenTokens(conditions, cond.pop("given_BCFHW", None), tuple(latents.shape[2:]), patch, shard)
+    cond |= given.arguments | guidance(conditions, guidance_scale, t_B)
+    text = batch.text_BLD, batch.text_mask_BL
+    return ModelInputs(given.model_input(x_BLP), pos_BL3, t_B, *text, seq_len, cond, target_BLP, weight_B, num_valid, given.clean_BL)
 
 
 def predict(model: nn.Module, inputs: ModelInputs) -> Tensor:
@@ -53,18 +72,25 @@ def predict(model: nn.Module, inputs: ModelInputs) -> Tensor:
 
 
 def velocity_loss(v_BLP: Tensor, inputs: ModelInputs) -> Tensor:
-    """Weighted squared error of the velocity, summed over the elements that this rank has of each sample: [B], float32."""
-    error = (wide(v_BLP) - inputs.target_BLP)[:, : inputs.num_valid]
+    """Weighted squared error of the velocity, summed over the elements that this rank has of each sample, but given ones: [B], float32.
+
+    How many of a whole batch count: `Conditions.counted`.
+    """
+    error = wide(v_BLP) - inputs.target_BLP
+    if inputs.clean_BL is not None:
+        error = error.masked_fill(inputs.clean_BL.unsqueeze(-1), 0)
+    error = error[:, : inputs.num_valid]
     return inputs.weight_B * error.square().flatten(1).sum(1)
 
 
 def compute_loss(
-    model: nn.Module, patch: Patch, batch: Batch, noise_BCFHW: Tensor, s_B: Tensor, weight_B: Tensor, shard: SequenceShard | None = None
-) -> Tensor:
+    model: nn.Module, patch: Patch, batch: Batch, noise_BCFHW: Tensor, s_B: Tensor, weight_B: Tensor, shard: SequenceShard | None = None,
+    conditions: Conditions = TEXT_ONLY, guidance_scale: float = 1.0,
+) -> Tensor:  # fmt: skip
     """`velocity_loss` of the model: [B], float32; over all ranks of the `sequence` axis these are to be summed.
 
     The caller divides by the number of elements that count over all ranks and micro-batches of the step.
     noise: standard normal, like batch.latents_BCFHW; s_B: noise levels in [0, 1], float32; weight_B: loss weights, float32.
     """
-    inputs = model_inputs(patch, batch, noise_BCFHW, s_B, weight_B, shard)
+    inputs = model_inputs(patch, batch, noise_BCFHW, s_B, weight_B, shard, conditions, guidance_scale)
     return velocity_loss(predict(model, inputs), inputs)

@@ -4,8 +4,8 @@ Every rank takes part and runs the model equally often, as sharded weights are g
 out over the `batch` axis; a rank that has run out repeats one whose result is not counted. The other axes share each clip's work.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,9 +15,12 @@ from titan_video.components.objective import compute_loss
 from titan_video.components.sampling import sample_latents
 from titan_video.config.job_config import Validation
 from titan_video.data.batch import Batch
+from titan_video.data.latent_cache import CachedClip
+from titan_video.data.loader import EntryReader
 from titan_video.distributed.parallel_dims import Meshes
 from titan_video.distributed.sequence import SequenceShard
 from titan_video.distributed.utils import gather_objects, reduce_over
+from titan_video.flow.conditions import Conditions
 from titan_video.flow.noise import draw_noise
 from titan_video.models.layers import Patch
 from titan_video.tools.video import write_mp4
@@ -25,13 +28,34 @@ from titan_video.tools.video import write_mp4
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts and their embeddings, row by row; null: the empty prompt's, one row. On the host."""
+    """Prompts and their embeddings, row by row; null: the empty prompt's, one row. On the host.
+
+    cond, null_cond: what else the model is given (`Batch.cond`), one batch of one for each prompt, and what the empty prompt has instead.
+    latent_CFHW: size of each clip to sample.
+    """
 
     prompts: list[str]
     text_BLD: Tensor
     mask_BL: Tensor
     null_BLD: Tensor
     null_mask_BL: Tensor
+    latent_CFHW: list[tuple[int, ...]]
+    cond: list[dict[str, Tensor]]
+    null_cond: dict[str, Tensor] = field(default_factory=dict)
+
+
+def with_frames(reader: EntryReader, clips: Sequence[CachedClip], null_key: str) -> Prompts:
+    """For image-to-video: the captions of clips, with these clips' frames and sizes. null_key: of the empty prompt's text."""
+    batches = [reader.batch([clip], [0]) for clip in clips]
+    text, mask = (torch.cat([getattr(b, name) for b in batches]) for name in ("text_BLD", "text_mask_BL"))
+    sizes, cond = [tuple(b.latents_BCFHW.shape[1:]) for b in batches], [b.cond for b in batches]
+    return Prompts([clip.caption for clip in clips], text, mask, *reader.text([null_key]), sizes, cond, reader.pooled([null_key]))
+
+
+def with_size(reader: EntryReader, prompts: Sequence[str], keys: Sequence[str], null_key: str, latent_CFHW: tuple[int, ...]) -> Prompts:
+    """For text-to-video: prompts, by the keys of their texts, all of one size."""
+    cond, sizes = [reader.pooled([key]) for key in keys], [latent_CFHW] * len(keys)
+    return Prompts(list(prompts), *reader.text(keys), *reader.text([null_key]), sizes, cond, reader.pooled([null_key]))
 
 
 def dealt_out(num_items: int, rank: int, world_size: int) -> list[tuple[int, bool]]:
@@ -43,8 +67,9 @@ def dealt_out(num_items: int, rank: int, world_size: int) -> list[tuple[int, boo
 class Validator:
     """Runs validation on the training model.
 
-    num_clips, get_clip: the held-out clips as batches of one, on the host. latent_CFHW: size of the sampled clips. decode: normalised
-    latents [B, C, F, H, W] -> uint8 frames [B, 3, F, H, W].
+    num_clips, get_clip: the held-out clips as batches of one, on the host. decode: normalised latents [B, C, F, H, W] -> uint8 frames
+    [B, 3, F, H, W]. conditions: what the model is given; guidance_scale: what models that take it were told in training.
+    interval: the noise levels that are trained.
     """
 
     def __init__(
@@ -59,15 +84,18 @@ class Validator:
         num_clips: int,
         get_clip: Callable[[int], Batch],
         prompts: Prompts | None,
-        latent_CFHW: tuple[int, ...],
         decode: Callable[[Tensor], Tensor],
         fps: float,
         folder: Path,
+        conditions: Conditions,
+        guidance_scale: float,
+        interval: tuple[float, float],
     ):
         self.section, self.model, self.patch, self.mesh, self.device, self.seed = section, model, patch, meshes.batch, device, seed
         self.shard, self.sequence_mesh = shard, meshes.sequence
         self.is_first = meshes.sequence.get_local_rank() == 0 and meshes.pp.get_local_rank() == 0  # of the ranks that share a clip
-        self.num_clips, self.get_clip, self.prompts, self.latent_CFHW = num_clips, get_clip, prompts, latent_CFHW
+        self.num_clips, self.get_clip, self.prompts = num_clips, get_clip, prompts
+        self.conditions, self.guidance_scale, self.interval = conditions, guidance_scale, interval
         self.decode, self.fps, self.folder = decode, fps, folder
 
     @torch.no_grad()
@@ -78,7 +106,8 @@ class Validator:
         """
         if not self.num_clips:
             return {}
-        levels = self.section.timesteps
+        low, high = self.interval
+        levels = [low + (high - low) * share for share in self.section.timesteps]
         sums, counts = torch.zeros(len(levels), dtype=torch.float64), torch.zeros(len(levels), dtype=torch.float64)
         for index, counted in dealt_out(self.num_clips, self.mesh.get_local_rank(), self.mesh.size()):
             batch = self.get_clip(index).to(self.device)
@@ -86,10 +115,11 @@ class Validator:
                 ids = torch.tensor([index * len(levels) + k])
                 noise = draw_noise(self.seed, ids, tuple(batch.latents_BCFHW.shape[1:]), self.device, stream="validation")
                 one = torch.ones(1, device=self.device)
-                loss = compute_loss(self.model, self.patch, batch, noise, level * one, one, self.shard).sum().item()
+                told = self.conditions, self.guidance_scale
+                loss = compute_loss(self.model, self.patch, batch, noise, level * one, one, self.shard, *told).sum().item()
                 if counted:
                     sums[k] += loss
-                    counts[k] += batch.latents_BCFHW.numel()
+                    counts[k] += self.conditions.counted(batch.latents_BCFHW)
         sums = reduce_over(self.mesh, reduce_over(self.sequence_mesh, sums, "sum"), "sum")
         counts = reduce_over(self.mesh, counts, "sum")
         losses = {f"loss_t{level:g}": (s / c).item() for level, s, c in zip(levels, sums, counts, strict=True)}
@@ -104,10 +134,12 @@ class Validator:
         folder.mkdir(parents=True, exist_ok=True)
         for index, counted in dealt_out(len(p.prompts), self.mesh.get_local_rank(), self.mesh.size()):
             text, mask, null, null_mask = (x.to(self.device) for x in (p.text_BLD[index, None], p.mask_BL[index, None], p.null_BLD, p.null_mask_BL))
+            cond, null_cond = ({name: x.to(self.device) for name, x in d.items()} for d in (p.cond[index], p.null_cond))
             settings = c.sample_steps, c.guidance_scale, c.sample_shift
             latents = sample_latents(
-                self.model, self.patch, text, mask, null, null_mask, self.latent_CFHW, [index], self.seed, *settings, shard=self.shard
-            )
+                self.model, self.patch, text, mask, null, null_mask, p.latent_CFHW[index], [index], self.seed, *settings, shard=self.shard,
+                conditions=self.conditions, cond=cond, null_cond=null_cond, embedded_guidance=c.embedded_guidance,
+            )  # fmt: skip
             if counted and self.is_first:
                 frames = self.decode(latents)[0].permute(1, 2, 3, 0).cpu()
                 write_mp4(folder / f"{index}_{file_name(p.prompts[index])}.mp4", frames.numpy(), self.fps)

@@ -28,6 +28,7 @@ def check(config: JobConfig, world_size: int, files: bool = True) -> None:
         *_activation_checkpoint(c),
         *_schedule(c.lr_scheduler, c.training),
         *_flow(c.flow),
+        *_expert(c),
         *_validation(c.validation),
         *_checkpoint(c.checkpoint),
         *_folders(c.job, c.data, c.checkpoint, c.metrics),
@@ -181,6 +182,14 @@ def _flow(flow: Flow) -> Iterator[str]:
         yield f"flow.min_t: given {flow.min_t}; must be below flow.max_t, which is {flow.max_t}"
 
 
+def _expert(config: JobConfig) -> Iterator[str]:
+    m, f = config.model, config.flow
+    if m.expert != "all" and (f.min_t, f.max_t) != (0, 1):
+        yield f"model.expert: given {m.expert}, which sets the noise levels; leave flow.min_t at 0 and flow.max_t at 1, or model.expert at all"
+    if m.expert == "all" and m.boundary:
+        yield f"model.boundary: given {m.boundary}, but model.expert is all; set that to high or low, or leave this at 0"
+
+
 def _validation(validation: Validation) -> Iterator[str]:
     if not validation.timesteps:
         yield "validation.timesteps: empty; give at least one noise level, such as [0.5]"
@@ -206,8 +215,9 @@ def _assets(config: JobConfig) -> Iterator[str]:
     name = "model.hf_assets_path"
     if assets and not os.path.isdir(assets):
         yield f"{name}: there is no folder {assets}; give a local diffusers folder, or leave it empty"
-    if config.encoder.name == "wan" and not assets:
-        yield f"{name}: empty, but encoder.name wan reads the VAE and the text encoder there; give a diffusers folder or encoder.name debug"
+    if config.encoder.name != "debug" and not assets:
+        encoder = config.encoder.name
+        yield f"{name}: empty, but encoder.name {encoder} reads the VAE and the text encoder there; give a diffusers folder or encoder.name debug"
     if config.model.flavor == "hf" and not assets:
         yield f"{name}: empty, but model.flavor hf reads transformer/config.json there; give a local diffusers folder, or another flavor"
     elif config.model.flavor == "hf" and os.path.isdir(assets) and not os.path.isfile(os.path.join(assets, "transformer", "config.json")):

@@ -23,16 +23,23 @@ class Job:
 
 @dataclass(frozen=True)
 class Model:
-    name: Literal["wan"] = opt("wan", "Model family: a folder of titan_video/models.")
+    name: Literal["wan", "hunyuan_video"] = opt("wan", "Model family: a folder of titan_video/models.")
     flavor: str = opt("debug", "Architecture: a flavor of the family, or `hf` to read `transformer/config.json` of hf_assets_path.")
     hf_assets_path: str = opt("", "Local diffusers folder (transformer/, vae/, text_encoder/, tokenizer/). Nothing is downloaded.")
+    expert: Literal["all", "high", "low"] = opt(
+        "all", "Wan 2.2 A14B: which of two models that share the noise levels this is. It trains those at and above model.boundary, or below; "
+        "in a diffusers folder `low` is transformer_2. Validation samples with this model alone; titan_video.sample takes both."
+    )
+    boundary: float = opt(0.0, "Noise level between the experts; 0: the flavor's own (Wan 2.2: 0.875 for text-to-video, 0.9 for image-to-video).", ge=0, lt=1)
 
 
 @dataclass(frozen=True)
 class Encoder:
-    name: Literal["wan", "debug"] = opt("wan", "Frozen VAE and text encoder. `debug` needs no weights: a fixed video transform and hashed words.")
+    name: Literal["wan", "hunyuan_video", "debug"] = opt(
+        "wan", "Frozen VAE, text and image encoders. `debug` needs no weights: a fixed video transform and hashed words."
+    )
     dtype: Literal["bfloat16", "float32"] = opt("bfloat16", "Arithmetic of the text encoder. The VAE always runs in float32.")
-    max_text_length: int = opt(512, "Tokens a prompt is padded or cut to. Wan was trained with 512.", ge=1)
+    max_text_length: int = opt(512, "Tokens a prompt is padded or cut to. Wan was trained with 512, HunyuanVideo with 256.", ge=1)
     vae_tiling: bool = opt(False, "Encode and decode the VAE in spatial tiles, to save memory at large sizes.")
 
 
@@ -64,6 +71,7 @@ class Training:
     mixed_precision_param: Literal["bfloat16", "float32"] = opt(
         "bfloat16", "Arithmetic of the model. Master weights, time embedding and modulation stay in float32."
     )
+    guidance: float = opt(1.0, "Guidance scale that models which take it as an input (HunyuanVideo) are told in training.", gt=0)
     enable_cpu_offload: bool = opt(False, "Keep master weights, gradients and optimizer state in host memory; the update runs there.")
     mixed_precision_reduce: Literal["float32"] = opt("float32", "Arithmetic of the gradient reduction.")
     gc_freq: int = opt(50, "Python's garbage collector runs every so many steps, on all ranks at once.", ge=1)
@@ -167,11 +175,14 @@ class Validation:
     path: str = opt("", "Held-out clips, in any form that data.path takes. Empty: `holdout` of the training clips.")
     holdout: float = opt(0.05, "Share of the training clips held out when path is empty, chosen by content.", ge=0, lt=1)
     max_clips: int = opt(64, "Held-out clips measured, at most.", ge=1)
-    timesteps: tuple[float, ...] = opt((0.1, 0.3, 0.5, 0.7, 0.9), "Noise levels s at which the held-out loss is measured.", gt=0, le=1)
-    prompts_path: str = opt("", "Text file, one prompt a line. Empty: captions of held-out clips (of training clips if none are held out).")
+    timesteps: tuple[float, ...] = opt((0.1, 0.3, 0.5, 0.7, 0.9), "Noise levels at which the held-out loss is measured, as shares of "
+                                                                "the trained interval, from 0 to 1 or as an expert or flow.min_t and max_t say.", gt=0, le=1)
+    prompts_path: str = opt("", "Text file, one prompt a line. Empty: captions of held-out clips (of training clips if none are held out). "
+                                "Image-to-video takes these, with their frames.")
     num_videos: int = opt(2, "Clips sampled at each validation; 0 samples none.", ge=0)
     sample_steps: int = opt(30, "Euler steps of the sampler.", ge=1)
     guidance_scale: float = opt(5.0, "Classifier-free guidance; 1 does without.", ge=1)
+    embedded_guidance: float = opt(6.0, "Guidance scale that models which take it as an input are told in sampling; they do with guidance_scale 1.", gt=0)
     sample_shift: float = opt(3.0, "Shift of the sampler's schedule.", gt=0)
     use_ema: bool = opt(True, "Use the averaged weights where ema.enable.")
 

@@ -14,7 +14,8 @@ class Batch:
     text_BLD: text embeddings, zero beyond each prompt's length.
     text_mask_BL: bool, true on a prompt's own tokens.
     sample_ids_B: int64, unique per draw over the whole run: keys all randomness of the objective.
-    cond: further conditioning tensors by name, batch first; empty for text-to-video.
+    cond: what else the model is given (flow/conditions.py), batch first: given_BCFHW, latents of given frames; image_BSD, image tokens;
+        pooled_text_BD. Empty for Wan text-to-video.
     """
 
     latents_BCFHW: Tensor

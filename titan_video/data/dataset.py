@@ -27,7 +27,7 @@ PROBE_VERSION = 1
 class PlanEntry:
     """One clip. Dropped with a `reason` (`category: detail`), or kept with its bucket and the source times (ticks) of its frames.
 
-    num_frames counts the whole clip after resampling; the bucket takes its head.
+    num_frames counts the whole clip after resampling; the bucket takes its head. image: a first frame to be given instead of the clip's own.
     """
 
     path: str
@@ -41,6 +41,8 @@ class PlanEntry:
     bucket: Bucket | None = None
     sha256: str = ""
     pts: tuple[int, ...] = ()
+    image: str = ""
+    image_sha256: str = ""
 
     @property
     def kept(self) -> bool:
@@ -64,6 +66,12 @@ class Plan:
         """The plan without the clips that turned out to be unusable: {path: reason}."""
         failed = (replace(e, reason=failures[e.path], bucket=None) if e.kept and e.path in failures else e for e in self.entries)
         return replace(self, entries=tuple(failed))
+
+    def without_stills(self) -> "Plan":
+        """The plan for image-to-video, which has nothing to learn from a clip that is no longer than the frame it is given."""
+        stills = {e.path: "a still: image-to-video needs more than the given frame; use a longer clip, or buckets of 5 frames or more"
+                  for e in self.kept if e.bucket[0] == 1}  # fmt: skip
+        return self.drop(stills)
 
     def require_clips(self) -> None:
         """Raises ValueError, with the summary and what to do, when no clip is left."""
@@ -128,7 +136,7 @@ def make_plan(path: str | os.PathLike, buckets: Sequence[Sequence[int]], fps: fl
 
 
 def _decide(record: ClipRecord, found: Probe | None, buckets: Sequence[Bucket], fps: float) -> PlanEntry:
-    entry = PlanEntry(record.path, record.caption, record.reason)
+    entry = PlanEntry(record.path, record.caption, record.reason, image=record.image)
     if record.reason or found is None:
         return entry
     if found.reason:
@@ -139,7 +147,8 @@ def _decide(record: ClipRecord, found: Probe | None, buckets: Sequence[Bucket], 
     chosen = bucketing.choose(len(indices), found.width, found.height, buckets)
     if chosen is None:
         return replace(entry, reason=f"too short: {len(indices)} frames at {fps:g} fps, the shortest bucket takes {min(b[0] for b in buckets)}")
-    return replace(entry, bucket=chosen, pts=tuple(found.pts[i] for i in indices[: chosen[0]]))
+    entry = replace(entry, bucket=chosen, pts=tuple(found.pts[i] for i in indices[: chosen[0]]))
+    return replace(entry, image_sha256=hashlib.sha256(Path(entry.image).read_bytes()).hexdigest()) if entry.image else entry
 
 
 # ---- probes, in worker processes, kept between runs ----

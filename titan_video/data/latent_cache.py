@@ -2,6 +2,10 @@
 
     <folder>/video/ab/cd/abcd....safetensors   latents_CFHW, float32
     <folder>/text/ef/01/ef01....safetensors    text_LD, the encoder's type, unpadded
+    <folder>/pooled/                           the vector of the same text, under the same key
+    <folder>/given/, <folder>/image/           latents and image tokens of a clip's given frames (encoders/given.py)
+
+Which of the last three there are depends on what the model is given (flow/conditions.py).
 
 An entry is written under a temporary name, synced and renamed: it is whole or not there, whatever is killed when. What it was made from
 stands in its header, with a checksum that every read verifies.
@@ -13,7 +17,7 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +27,16 @@ from torch.utils.data import DataLoader
 
 from titan_video.data.bucket import Bucket
 from titan_video.data.dataset import Plan, PlanEntry
-from titan_video.data.video import UnusableClip, decode
+from titan_video.data.video import UnusableClip, decode, read_image
+from titan_video.encoders.given import encode_given, encode_images
 from titan_video.encoders.spec import Encoders
+from titan_video.flow.conditions import TEXT_ONLY, Conditions
 
 CODE_VERSION = 1  # raise it when decoding, resizing or cropping gives other pixels
 CLIP_MODE = "head"
 TEXTS_AT_ONCE = 8
 LOG_EVERY = 15.0  # seconds
+BLACK = (336, 336)  # the image of a text without one
 
 
 def _hash(*parts: object) -> str:
@@ -37,16 +44,40 @@ def _hash(*parts: object) -> str:
 
 
 class LatentCache:
-    """The cache in `folder` for one pair of encoders, given by their identities."""
+    """The cache in `folder` for encoders, given by their identities, and for what a model is given. Every key depends on what its entry does."""
 
-    def __init__(self, folder: str | os.PathLike, video_id: str, text_id: str):
-        self.folder, self.video_id, self.text_id = Path(folder), video_id, text_id
+    def __init__(self, folder: str | os.PathLike, video_id: str, text_id: str, image_id: str = "", conditions: Conditions = TEXT_ONLY):
+        self.folder, self.video_id, self.text_id, self.image_id, self.conditions = Path(folder), video_id, text_id, image_id, conditions
 
     def video_key(self, file_sha256: str, bucket: Bucket, fps: float) -> str:
         return _hash("video", file_sha256, float(fps), list(bucket), CLIP_MODE, self.video_id, CODE_VERSION)
 
-    def text_key(self, caption: str) -> str:
+    def text_key(self, caption: str, given: str = "") -> str:
+        """given: identity of the given frames (`given_frames`), for models whose text begins with image tokens; "": a black image."""
+        if tokens := self.conditions.text_image_tokens:
+            return _hash("text", caption, given, tokens, self.text_id, CODE_VERSION)
         return _hash("text", caption, self.text_id, CODE_VERSION)
+
+    def given_frames(self, entry: PlanEntry, fps: float) -> str:
+        """Identity of a clip's given frames: what they are read from and their size."""
+        size = [*entry.bucket, float(fps), CLIP_MODE]
+        return _hash("frames", entry.sha256, entry.image_sha256, size, CODE_VERSION)
+
+    def video_keys(self, entry: PlanEntry, fps: float) -> dict[str, str]:
+        """{kind: key} of the entries that are made of a clip's frames."""
+        keys, c = {"video": self.video_key(entry.sha256, entry.bucket, fps)}, self.conditions
+        if c.num_given:
+            keys["given"] = _hash("given", self.given_frames(entry, fps), c.num_given, c.form, self.video_id)
+        if c.image_tokens:
+            keys["image"] = _hash("image", self.given_frames(entry, fps), c.num_given, self.image_id)
+        return keys
+
+    def clip_text_key(self, entry: PlanEntry, fps: float) -> str:
+        return self.text_key(entry.caption, self.given_frames(entry, fps) if self.conditions.text_image_tokens else "")
+
+    @property
+    def text_kinds(self) -> tuple[str, ...]:
+        return ("text", "pooled") if self.conditions.pooled_text else ("text",)
 
     def path(self, kind: str, key: str) -> Path:
         return self.folder / kind / key[:2] / key[2:4] / f"{key}.safetensors"
@@ -55,7 +86,7 @@ class LatentCache:
         return self.path(kind, key).is_file()
 
     def write(self, kind: str, key: str, tensor: Tensor, made_from: Mapping[str, str]) -> None:
-        """Store one tensor of `kind` "video" or "text". made_from: what a person should find in the header (source, caption)."""
+        """Store one tensor of a kind. made_from: what a person should find in the header (source, caption)."""
         from safetensors.torch import save
 
         data = tensor.detach().cpu().contiguous()
@@ -94,7 +125,7 @@ class LatentCache:
         return tensor
 
     def _encoder(self, kind: str) -> str:
-        return self.video_id if kind == "video" else self.text_id
+        return {"video": self.video_id, "given": self.video_id, "text": self.text_id, "pooled": self.text_id, "image": self.image_id}[kind]
 
 
 def _crc32(tensor: Tensor) -> str:
@@ -103,19 +134,24 @@ def _crc32(tensor: Tensor) -> str:
 
 @dataclass(frozen=True)
 class CachedClip:
-    """A clip whose latents and caption are in the cache."""
+    """A clip whose latents and caption are in the cache. given_key, image_key: of what the model is given of it; "": nothing."""
 
     video_key: str
     text_key: str
     bucket: Bucket
     caption: str
     path: str
+    given_key: str = ""
+    image_key: str = ""
 
 
 def cached_clips(plan: Plan, cache: LatentCache, failures: Mapping[str, str] | None = None) -> list[CachedClip]:
     """The kept clips without the failures {path: reason}, ordered by content: not by folder, file name or machine."""
-    clips = [CachedClip(cache.video_key(e.sha256, e.bucket, plan.fps), cache.text_key(e.caption), e.bucket, e.caption, e.path)
-             for e in plan.drop(failures or {}).kept]  # fmt: skip
+    clips = []
+    for e in plan.drop(failures or {}).kept:
+        keys = cache.video_keys(e, plan.fps)
+        text_key = cache.clip_text_key(e, plan.fps)
+        clips.append(CachedClip(keys["video"], text_key, e.bucket, e.caption, e.path, keys.get("given", ""), keys.get("image", "")))
     return sorted(clips, key=lambda c: (c.video_key, c.text_key, c.path))
 
 
@@ -135,19 +171,28 @@ def leave_process_group(worker: int) -> None:
     os.setpgid(0, 0)
 
 
-class _Frames:
-    """Decoded clips, or the reason why one cannot be decoded, by index."""
+def given_frames(e: PlanEntry, num_given: int, frames_CFHW: Tensor | None = None) -> Tensor:
+    """The frames that a model is given of a clip, uint8 [3, N, H, W]: its first or its image, and its last. frames: the clip, if decoded already."""
+    if frames_CFHW is None:
+        frames_CFHW = decode(e.path, e.pts if num_given == 2 else e.pts[:1], e.width, e.height, e.bucket)
+    first = read_image(e.image, e.bucket) if e.image else frames_CFHW[:, :1]
+    return torch.cat([first, frames_CFHW[:, -1:]], dim=1) if num_given == 2 else first
 
-    def __init__(self, entries: list[PlanEntry]):
-        self.entries = entries
+
+class _Frames:
+    """Decoded clips with their given frames, or the reason why one cannot be decoded, by index."""
+
+    def __init__(self, entries: list[PlanEntry], num_given: int):
+        self.entries, self.num_given = entries, num_given
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getitem__(self, index: int) -> Tensor | str:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor | None] | str:
         e = self.entries[index]
         try:
-            return decode(e.path, e.pts, e.width, e.height, e.bucket)
+            frames_CFHW = decode(e.path, e.pts, e.width, e.height, e.bucket)
+            return frames_CFHW, given_frames(e, self.num_given, frames_CFHW) if self.num_given else None
         except UnusableClip as error:
             return str(error)
 
@@ -171,37 +216,75 @@ def encode_missing(
 
     A share depends on the plan alone, so ranks never meet. Killed and started again, it goes on where it stopped.
     """
-    captions = {cache.text_key(text): text for text in ["", *prompts, *(e.caption for e in plan.kept)]}
-    mine = [key for key in sorted(captions)[rank::world_size] if not cache.has("text", key)]
+    failed = _encode_texts(plan, encoders, cache, rank, world_size, log, prompts)
+    failed |= _encode_videos(plan, encoders, cache, rank, world_size, num_workers, log)
+    return failed
+
+
+def _missing(cache: LatentCache, kinds: Iterable[str], key: str) -> bool:
+    return not all(cache.has(kind, key) for kind in kinds)
+
+
+@torch.no_grad()
+def _encode_texts(
+    plan: Plan, encoders: Encoders, cache: LatentCache, rank: int, world_size: int, log: Callable[[str], None], prompts: Sequence[str]
+) -> dict[str, str]:
+    texts: dict[str, tuple[str, PlanEntry | None]] = {cache.text_key(text): (text, None) for text in ["", *prompts]}
+    texts |= {cache.clip_text_key(e, plan.fps): (e.caption, e) for e in plan.kept}
+    mine = [key for key in sorted(texts)[rank::world_size] if _missing(cache, cache.text_kinds, key)]
     batches = [mine[i : i + TEXTS_AT_ONCE] for i in range(0, len(mine), TEXTS_AT_ONCE)]
-    with torch.no_grad():
-        for keys in _progress(batches, f"batches of {TEXTS_AT_ONCE} captions", log):
-            for key, text_LD in zip(keys, encoders.encode_text([captions[k] for k in keys]), strict=True):
-                cache.write("text", key, text_LD, {"caption": captions[key]})
-        if mine:
-            encoders.free()  # the text encoder is the larger half
-        failures = _encode_videos(plan, encoders, cache, rank, world_size, num_workers, log)
-    return failures
+    failed: dict[str, str] = {}
+    image_tokens = cache.conditions.text_image_tokens
+    for keys in _progress(batches, f"batches of {TEXTS_AT_ONCE} captions", log):
+        images: dict[str, Tensor] = {}
+        for key in keys if image_tokens else ():
+            entry = texts[key][1]
+            try:
+                images[key] = torch.zeros(3, *BLACK, dtype=torch.uint8) if entry is None else given_frames(entry, 1)[:, 0]
+            except UnusableClip as error:
+                failed[key] = str(error)
+        keys = [key for key in keys if key not in failed]
+        captions = [texts[key][0] for key in keys]
+        options = {"images": [images[key] for key in keys], "image_tokens": image_tokens} if image_tokens else {}
+        made = {"text": encoders.encode_text(captions, **options)}
+        if cache.conditions.pooled_text:
+            made["pooled"] = encoders.encode_pooled(captions)
+        for kind, tensors in made.items():
+            for key, caption, tensor in zip(keys, captions, tensors, strict=True):
+                cache.write(kind, key, tensor, {"caption": caption})
+    if mine:
+        encoders.free()  # the text encoder is the larger half
+    return {e.path: failed[key] for e in plan.kept if (key := cache.clip_text_key(e, plan.fps)) in failed}
 
 
+@torch.no_grad()
 def _encode_videos(
     plan: Plan, encoders: Encoders, cache: LatentCache, rank: int, world_size: int, num_workers: int, log: Callable[[str], None]
 ) -> dict[str, str]:
-    clips = {cache.video_key(e.sha256, e.bucket, plan.fps): e for e in plan.kept}
-    keys = [key for key in sorted(clips)[rank::world_size] if not cache.has("video", key)]
-    workers = {"num_workers": min(num_workers, len(keys)), "worker_init_fn": leave_process_group}
-    loader = DataLoader(_Frames([clips[k] for k in keys]), batch_size=None, **workers)
-    failed: dict[str, str] = {}
+    clips = {tuple(cache.video_keys(e, plan.fps).items()): e for e in plan.kept}  # copies of a file share their keys
+    jobs = [job for job in sorted(clips)[rank::world_size] if any(not cache.has(kind, key) for kind, key in job)]
+    workers = {"num_workers": min(num_workers, len(jobs)), "worker_init_fn": leave_process_group}
+    loader = DataLoader(_Frames([clips[job] for job in jobs], cache.conditions.num_given), batch_size=None, **workers)
+    failed: dict[tuple, str] = {}
     frames = iter(loader)
-    for key in _progress(keys, "clips", log):
-        frames_CFHW, entry = next(frames), clips[key]
-        if isinstance(frames_CFHW, str):
-            failed[key] = frames_CFHW
+    for job in _progress(jobs, "clips", log):
+        decoded, entry = next(frames), clips[job]
+        if isinstance(decoded, str):
+            failed[job] = decoded
             continue
-        latents_CFHW = encoders.encode_video(frames_CFHW[None])[0].float()
-        if not latents_CFHW.isfinite().all():
-            failed[key] = "not finite: the encoder gave NaN or infinity for this clip"
-            continue
-        cache.write("video", key, latents_CFHW, {"source": entry.path, "caption": entry.caption, "fps": str(plan.fps)})
-    named = ((e.path, cache.video_key(e.sha256, e.bucket, plan.fps)) for e in plan.kept)  # copies of a file share a key
-    return {path: failed[key] for path, key in named if key in failed}
+        frames_CFHW, given_CNHW = decoded
+        make = {
+            "video": lambda: encoders.encode_video(frames_CFHW[None])[0].float(),
+            "given": lambda: encode_given(encoders, cache.conditions, given_CNHW, frames_CFHW.shape[1]),
+            "image": lambda: encode_images(encoders, given_CNHW),
+        }
+        for kind, key in job:
+            if cache.has(kind, key):
+                continue
+            tensor = make[kind]()
+            if not tensor.isfinite().all():
+                failed[job] = "not finite: the encoder gave NaN or infinity for this clip"
+                break
+            cache.write(kind, key, tensor, {"source": entry.path, "given": entry.image, "caption": entry.caption, "fps": str(plan.fps)})
+    named = ((e.path, tuple(cache.video_keys(e, plan.fps).items())) for e in plan.kept)
+    return {path: failed[job] for path, job in named if job in failed}

@@ -20,11 +20,11 @@ from titan_video.flow.noise import drop_caption
 
 MEMORY_LIMIT = 1 << 30  # bytes of entries kept by a loader without workers
 
-Item = list[tuple[str, str, int]]  # (video key, text key, sample id) of one micro-batch
+Item = list[tuple[CachedClip, str, int]]  # (clip, key of the text it is given, sample id) of one micro-batch
 
 
 class EntryReader:
-    """Reads micro-batches from the cache; with `keep` it holds up to 1 GiB of entries in memory."""
+    """Reads micro-batches from the cache, with what cache.conditions names; with `keep` it holds up to 1 GiB of entries in memory."""
 
     def __init__(self, cache: LatentCache, max_text_length: int, text_dim: int, keep: bool = False):
         self.cache, self.max_text_length, self.text_dim = cache, max_text_length, text_dim
@@ -45,11 +45,17 @@ class EntryReader:
     def __getitem__(self, item: Item) -> dict[str, Tensor]:
         """The fields of a `Batch`. All clips of an item have one bucket; text is padded with zeros to max_text_length."""
         text_BLD, mask_BL = self.text([text_key for _, text_key, _ in item])
+        cond = self.pooled([text_key for _, text_key, _ in item])
+        if self.cache.conditions.num_given:
+            cond["given_BCFHW"] = torch.stack([self._read("given", clip.given_key) for clip, _, _ in item])
+        if self.cache.conditions.image_tokens:
+            cond["image_BSD"] = torch.stack([self._read("image", clip.image_key) for clip, _, _ in item])
         return {
-            "latents_BCFHW": torch.stack([self._read("video", video_key) for video_key, _, _ in item]),
+            "latents_BCFHW": torch.stack([self._read("video", clip.video_key) for clip, _, _ in item]),
             "text_BLD": text_BLD,
             "text_mask_BL": mask_BL,
             "sample_ids_B": torch.tensor([sample_id for _, _, sample_id in item], dtype=torch.int64),
+            "cond": cond,
         }
 
     def text(self, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -66,9 +72,13 @@ class EntryReader:
             mask_BL[b, :length] = True
         return text_BLD, mask_BL
 
+    def pooled(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        """{"pooled_text_BD": vectors of these texts}, or {} where the model has none."""
+        return {"pooled_text_BD": torch.stack([self._read("pooled", key) for key in keys])} if self.cache.conditions.pooled_text else {}
+
     def batch(self, clips: Sequence[CachedClip], sample_ids: Sequence[int]) -> Batch:
         """A batch of given clips of one bucket, with their captions."""
-        return Batch(**self[[(c.video_key, c.text_key, i) for c, i in zip(clips, sample_ids, strict=True)]])
+        return Batch(**self[[(c, c.text_key, i) for c, i in zip(clips, sample_ids, strict=True)]])
 
 
 class LatentLoader:
@@ -93,7 +103,7 @@ class LatentLoader:
         self.null_text_key, self.seed, self.caption_dropout = null_text_key, seed, caption_dropout
         self.local_batch_size, self.dp_rank, self.dp_size = local_batch_size, dp_rank, dp_size
         self.num_micro_batches = global_batch_size // (local_batch_size * dp_size)
-        mark = fingerprint([c.video_key + c.text_key for c in bucket] for bucket in self.buckets)
+        mark = fingerprint([c.video_key + c.text_key + c.given_key for c in bucket] for bucket in self.buckets)
         self.sampler = GlobalSampler([len(b) for b in self.buckets], global_batch_size, seed, shuffle, mark)
         self.reader = EntryReader(cache, max_text_length, text_dim, keep=num_workers == 0)
         self.workers = {"num_workers": num_workers, "worker_init_fn": leave_process_group, "pin_memory": pin_memory}
@@ -119,10 +129,10 @@ class LatentLoader:
                 first = (m * self.dp_size + self.dp_rank) * self.local_batch_size
                 yield [self._draw(step.bucket, step.positions[j], step.sample_ids[j]) for j in range(first, first + self.local_batch_size)]
 
-    def _draw(self, bucket: int, position: int, sample_id: int) -> tuple[str, str, int]:
+    def _draw(self, bucket: int, position: int, sample_id: int) -> tuple[CachedClip, str, int]:
         clip = self.buckets[bucket][position]
         dropped = drop_caption(self.seed, sample_id, self.caption_dropout)
-        return clip.video_key, self.null_text_key if dropped else clip.text_key, sample_id
+        return clip, self.null_text_key if dropped else clip.text_key, sample_id
 
     @property
     def samples(self) -> int:

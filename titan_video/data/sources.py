@@ -1,7 +1,8 @@
 """From `data.path` to a list of clips with captions, or with the reason why one cannot be used. No video is opened here.
 
 Two layouts are read: a folder, searched recursively, of clips with a same-name .txt; and a metadata .csv or .jsonl file, or a
-folder that holds `metadata.csv` or `metadata.jsonl`, with one clip a row.
+folder that holds `metadata.csv` or `metadata.jsonl`, with one clip a row. A column `image` may name the first frame that an
+image-to-video model is given instead of the clip's own.
 """
 
 import csv
@@ -18,6 +19,7 @@ MEDIA_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 MEDIA_COLUMNS = ("file_name", "file", "video", "video_path", "path", "media_path", "file_path")
 CAPTION_COLUMNS = ("text", "caption", "prompt", "cap")
+IMAGE_COLUMN = "image"
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class ClipRecord:
     path: str
     caption: str = ""
     reason: str = ""
+    image: str = ""
 
 
 def scan(path: str | Path) -> list[ClipRecord]:
@@ -118,7 +121,12 @@ def _from_row(file: Path, where: str, row: dict, media: str, caption: str) -> Cl
         return ClipRecord(str(path), reason=f"missing file: named in {where}")
     if not isinstance(text, str):
         return ClipRecord(str(path), reason=f"no caption: column {caption!r} of {where} holds {text!r}")
-    return ClipRecord(str(path), text.strip()) if text.strip() else ClipRecord(str(path), reason=f"empty caption: column {caption!r} of {where}")
+    if not text.strip():
+        return ClipRecord(str(path), reason=f"empty caption: column {caption!r} of {where}")
+    image = row.get(IMAGE_COLUMN) or ""
+    if not isinstance(image, str) or (image and not (file.parent / image).is_file()):
+        return ClipRecord(str(path), reason=f"missing image: column {IMAGE_COLUMN!r} of {where} holds {image!r}, which is no file")
+    return ClipRecord(str(path), text.strip(), image=str(file.parent / image) if image else "")
 
 
 def _read_jsonl(file: Path) -> Iterator[tuple[str, dict | str]]:

@@ -103,6 +103,14 @@ def probe(path: str) -> Probe:
     return Probe(sha256, width, height, str(time_base), pts, end)
 
 
+def read_image(path: str, bucket: Bucket) -> Tensor:
+    """An image, or the first frame of a clip, resized and cropped like a clip of the bucket: uint8 RGB [3, 1, H, W]. Raises UnusableClip."""
+    found = probe(path)
+    if found.reason:
+        raise UnusableClip(f"unusable image: {path}: {found.reason}")
+    return decode(path, found.pts[:1], found.width, found.height, bucket)
+
+
 def _sha256(path: str) -> str:
     digest, size = hashlib.sha256(), 0
     with open(path, "rb") as f:

@@ -4,6 +4,8 @@ Video: each block of 4 x 8 x 8 pixels is expanded in an orthonormal 3-D cosine b
 coefficients that carry most of the energy of simple clips are kept. The first frame is a block of its own, as in Wan: it is coded
 as if it stood still for 4 frames. The basis is orthonormal, so decoding is the transpose.
 
+Image tokens: a random projection of each of 16 x 16 patches, after a token of the whole image, as many as CLIP's. They serve as a text's too.
+
 Shapes: B batch, C latent channels, F H W frames, height, width, K values of one block (3 x 4 x 8 x 8).
 """
 
@@ -25,7 +27,8 @@ COEFFICIENTS = (
 )
 COLORS = np.array([[1, 1, 1], [-1, -1, 2], [1, -1, 0]]) / np.sqrt([[3], [6], [2]])  # orthonormal rows over R, G, B
 VERSION = 1
-TEXT_DIM = 64
+TEXT_DIM = IMAGE_DIM = 64
+PATCHES, PATCH = 16, 4  # of an image, a side; pixels of a patch, a side, after shrinking
 BEGIN = "\0begin"  # no word of a caption starts so
 
 
@@ -38,7 +41,7 @@ def _cosines(n: int) -> np.ndarray:
 class DebugEncoders:
     """See `encoders.spec.Encoders`. Deterministic; everything but the kept coefficients of a clip is lost."""
 
-    stride_t, stride_s, channels, text_dim = 4, 8, len(COEFFICIENTS), TEXT_DIM
+    stride_t, stride_s, channels, text_dim, pooled_dim, image_dim = 4, 8, len(COEFFICIENTS), TEXT_DIM, TEXT_DIM, IMAGE_DIM
 
     def __init__(self, max_text_length: int):
         self.max_text_length = max_text_length
@@ -47,6 +50,8 @@ class DebugEncoders:
         self.basis_CK = torch.tensor(np.stack(rows), dtype=torch.float32)
         self.mean_C = torch.tensor([mean for _, mean, _ in COEFFICIENTS])
         self.std_C = torch.tensor([std for _, _, std in COEFFICIENTS])
+        random = np.random.Generator(np.random.Philox(key=VERSION)).standard_normal((IMAGE_DIM, 3 * PATCH * PATCH))
+        self.projection_DK = torch.tensor(random / np.sqrt(3 * PATCH * PATCH), dtype=torch.float32)
 
     def video_id(self) -> str:
         return f"debug-video-{VERSION}"
@@ -54,12 +59,15 @@ class DebugEncoders:
     def text_id(self) -> str:
         return f"debug-text-{VERSION}-{TEXT_DIM}-{self.max_text_length}"
 
+    def image_id(self) -> str:
+        return f"debug-image-{VERSION}-{IMAGE_DIM}"
+
     def encode_video(self, frames_BCFHW: Tensor) -> Tensor:
-        """Uint8 RGB [B, 3, 4k+1, 8h, 8w] -> latents [B, 16, k+1, h, w], float32."""
+        """RGB [B, 3, 4k+1, 8h, 8w], uint8 or float32 from -1 to 1 -> latents [B, 16, k+1, h, w], float32."""
         B, colors, num_frames, height, width = frames_BCFHW.shape
-        if frames_BCFHW.dtype != torch.uint8 or colors != 3 or num_frames % 4 != 1 or height % 8 or width % 8:
+        if frames_BCFHW.dtype not in (torch.uint8, torch.float32) or colors != 3 or num_frames % 4 != 1 or height % 8 or width % 8:
             raise ValueError(f"frames must be uint8 [B, 3, 4k+1, 8h, 8w], got {frames_BCFHW.dtype} {list(frames_BCFHW.shape)}")
-        x_BCFHW = frames_BCFHW.float() / 127.5 - 1
+        x_BCFHW = frames_BCFHW if frames_BCFHW.is_floating_point() else frames_BCFHW.float() / 127.5 - 1
         x_BCFHW = torch.cat([x_BCFHW[:, :, :1].expand(-1, -1, 3, -1, -1), x_BCFHW], dim=2)
         blocks = x_BCFHW.unflatten(4, (-1, 8)).unflatten(3, (-1, 8)).unflatten(2, (-1, 4))  # B c f 4 h 8 w 8
         x_BFHWK = blocks.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
@@ -78,10 +86,28 @@ class DebugEncoders:
         x_BCFHW = torch.cat([first, x_BCFHW[:, :, 4:]], dim=2)
         return ((x_BCFHW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
-    def encode_text(self, prompts: list[str]) -> list[Tensor]:
-        """A begin token, then one fixed Gaussian vector per lower-case word: [1 + words, 64] each, cut at max_text_length."""
+    def encode_text(self, prompts: list[str], images: list[Tensor] | None = None, image_tokens: int = 0) -> list[Tensor]:
+        """A begin token, then one fixed Gaussian vector per lower-case word: [1 + words, 64] each, cut at max_text_length.
+
+        images: their tokens come first, repeated to `image_tokens`.
+        """
         words = [[w.strip(string.punctuation) for w in prompt.lower().split()] for prompt in prompts]
-        return [torch.stack([_word_vector(w) for w in [BEGIN, *filter(None, ws)][: self.max_text_length]]) for ws in words]
+        texts = [torch.stack([_word_vector(w) for w in [BEGIN, *filter(None, ws)][: self.max_text_length]]) for ws in words]
+        if images is None:
+            return texts
+        rows = torch.arange(image_tokens) % (PATCHES * PATCHES + 1)
+        return [torch.cat([self.encode_images(image[None])[0, rows].cpu(), text]) for image, text in zip(images, texts, strict=True)]
+
+    def encode_pooled(self, prompts: list[str]) -> list[Tensor]:
+        """The mean of the text's tokens, of unit variance: [64] each."""
+        return [text_LD.sum(0) / len(text_LD) ** 0.5 for text_LD in self.encode_text(prompts)]
+
+    def encode_images(self, frames_BCHW: Tensor) -> Tensor:
+        """Uint8 RGB [B, 3, H, W] -> tokens [B, 257, 64], float32."""
+        x_BCHW = F.adaptive_avg_pool2d(frames_BCHW.float() / 127.5 - 1, PATCHES * PATCH)
+        x_BLK = F.unfold(x_BCHW, PATCH, stride=PATCH).transpose(1, 2)
+        x_BLK = torch.cat([x_BLK.mean(1, keepdim=True), x_BLK], dim=1)
+        return F.linear(x_BLK, self.projection_DK.to(x_BLK.device))
 
     def free(self) -> None:
         """Nothing is held."""

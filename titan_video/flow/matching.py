@@ -9,6 +9,7 @@ eq. 20 (mode), eq. 23 (shift); the bell weight is that of public Wan trainers (D
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -34,6 +35,15 @@ def velocity(x0: Tensor, noise: Tensor) -> Tensor:
     return noise.float() - x0.float()
 
 
+def expert_levels(section: Flow, expert: str, boundary: float) -> Flow:
+    """The section with the noise levels of one of two experts: "high" trains those from the boundary on, "low" those below it; "all": as it is."""
+    if expert == "all":
+        return section
+    if not boundary:
+        raise ValueError(f'model.expert = "{expert}", but this model.flavor knows no boundary between experts; set model.boundary, such as 0.875')
+    return replace(section, min_t=boundary) if expert == "high" else replace(section, max_t=boundary)
+
+
 class FlowMatching:
     """Noise levels and loss weights of one run.
 
@@ -44,6 +54,11 @@ class FlowMatching:
     def __init__(self, section: Flow):
         self.section = section
         self._weight_means: dict[int, float] = {}
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The noise levels that are trained."""
+        return self.section.min_t, self.section.max_t
 
     def alpha(self, num_tokens: int) -> float:
         """The shift for clips of this many tokens."""

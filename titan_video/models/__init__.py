@@ -22,7 +22,10 @@ def get_spec(name: str) -> ModelSpec:
 
 
 def get_args(spec: ModelSpec, flavor: str, hf_assets_path: str, max_text_length: int) -> Any:
-    """Architecture arguments of a flavor; `hf` reads them from the diffusers folder's transformer/config.json."""
+    """Architecture arguments of a flavor; `hf` reads them from the diffusers folder's transformer/config.json.
+
+    max_text_length: tokens of a prompt, to which those of a given image may be added.
+    """
     if flavor == "hf":
         path = Path(hf_assets_path) / spec.hf_folder / "config.json"
         if not path.is_file():
@@ -35,4 +38,4 @@ def get_args(spec: ModelSpec, flavor: str, hf_assets_path: str, max_text_length:
         args = spec.flavors[flavor]
     else:
         raise ValueError(f'model.flavor = "{flavor}" is unknown for {spec.name}; use one of: hf, {", ".join(spec.flavors)}')
-    return replace(args, text_len=max_text_length)
+    return replace(args, text_len=args.conditions.text_image_tokens + max_text_length)
