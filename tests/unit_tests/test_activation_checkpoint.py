@@ -12,7 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from titan_video.config.job_config import ActivationCheckpoint
-from titan_video.distributed.activation_checkpoint import CheckpointedBlock, apply_activation_checkpoint, chosen_blocks, saved_bytes_per_token
+from titan_video.distributed.activation_checkpoint import (
+    CheckpointedBlock,
+    apply_activation_checkpoint,
+    check_save_min_kv,
+    chosen_blocks,
+    recomputed_flops,
+    saved_bytes_per_token,
+)
 from titan_video.distributed.compile import apply_compile, num_graphs
 from titan_video.distributed.offload import IN_FLIGHT
 from titan_video.distributed.utils import initialise
@@ -200,6 +207,14 @@ def test_no_closed_form_where_operators_decide():
             saved_bytes_per_token(48, 2, section, 2)
 
 
+def test_flops_of_recomputation():
+    whole, attention = ARGS.block_flops(100, 2), ARGS.num_layers * 4 * 2 * 100 * 100 * ARGS.dim
+    assert recomputed_flops(NONE, ARGS, 100, 2) == 0 and recomputed_flops(FULL, ARGS, 100, 2) == whole
+    assert recomputed_flops(SELECTIVE, ARGS, 100, 2) == whole - attention
+    assert recomputed_flops(replace(SELECTIVE, save=("attention", "matmul")), ARGS, 100, 2) == (whole - attention) / 2
+    assert recomputed_flops(replace(FULL, layers=(1,)), ARGS, 100, 2) == whole / ARGS.num_layers
+
+
 # ---- a selection that selects nothing ----
 
 
@@ -207,14 +222,21 @@ def test_no_closed_form_where_operators_decide():
 def test_a_selection_that_keeps_nothing_is_an_error(backend):
     small = replace(ARGS, num_layers=1)
     model = build(replace(SELECTIVE, save_min_kv=33), small, backend)
-    if not backend:
-        with torch.no_grad():
-            forward(model)  # keeps nothing by nature
-    with pytest.raises(ValueError, match="activation_checkpoint.save_min_kv: given 33, but the longest attention of a block has 32 keys.* at most 32"):
-        forward(model)
+    forward(model)  # a clip of 32 tokens; longer ones may come
     torch._dynamo.reset()
     with sdpa_kernel(SDPBackend.MATH), pytest.raises(ValueError, match="activation_checkpoint.save: attention.* math"):
-        forward(build(SELECTIVE, small, backend))
+        model = build(SELECTIVE, small, backend)
+        if not backend:
+            with torch.no_grad():
+                forward(model)  # keeps nothing by nature
+        forward(model)
+
+
+def test_a_length_that_no_clip_has_is_refused():
+    check_save_min_kv(replace(SELECTIVE, save_min_kv=33), 33)
+    check_save_min_kv(replace(FULL, save_min_kv=33), 32)
+    with pytest.raises(ValueError, match="activation_checkpoint.save_min_kv: given 33, but the longest clip .* 32 tokens.* at most 32"):
+        check_save_min_kv(replace(SELECTIVE, save_min_kv=33), 32)
 
 
 def test_matmul_without_products_is_an_error():

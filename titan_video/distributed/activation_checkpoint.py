@@ -25,6 +25,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from titan_video.config.job_config import ActivationCheckpoint
 from titan_video.distributed.offload import HostOffload, OffloadedTensor
+from titan_video.models.layers import attention_flops
 from titan_video.models.spec import ParallelPlan
 
 # Attention operators by name, so that none need be there: the dim of argument 1, the keys, along which they are counted.
@@ -47,7 +48,7 @@ def apply_activation_checkpoint(
 ) -> None:
     """Wrap the blocks in place. chosen: `chosen_blocks` of the whole model, where `model` is only a pipeline stage of it.
 
-    Later, after the first forward that keeps activations: ValueError if a kind of `section.save` has kept nothing.
+    Later, after the first forward that keeps activations: ValueError if a kind of `section.save` met no operator that it could keep.
     """
     chosen = chosen_blocks(model, plan, section.layers) if chosen is None else chosen
     _set_memory_budget(section.memory_budget if section.mode == "memory_budget" else 1.0)
@@ -60,6 +61,13 @@ def apply_activation_checkpoint(
         for key in container:
             if (path, key) in chosen:
                 container[key] = CheckpointedBlock(container[key], selection, offload)
+
+
+def check_save_min_kv(section: ActivationCheckpoint, longest: int) -> None:
+    """ValueError if even the longest clip, of so many tokens, has too few keys for its attention to be kept: selective would be full, unsaid."""
+    if section.mode == "selective" and "attention" in section.save and longest < section.save_min_kv:
+        raise ValueError(f"activation_checkpoint.save_min_kv: given {section.save_min_kv}, but the longest clip of data.buckets has {longest} tokens, "
+                         f"so no attention would be kept; set it to at most {longest}, or activation_checkpoint.mode to full")
 
 
 def chosen_blocks(model: nn.Module, plan: ParallelPlan, layers: tuple[int, ...]) -> frozenset[tuple[str, str]]:
@@ -155,14 +163,14 @@ class Selection:
         return pick
 
     def check(self) -> None:
-        """After a forward. ValueError if a kind was asked for of which there was nothing to keep: that would silently be mode full."""
+        """After a forward. ValueError if a kind was asked for of which there is no operator: that would silently be mode full."""
         if self.checked or not self.num_operators:
             return  # without gradients nothing is kept, and a graph from the compiler's cache was checked when it was made
         self.checked = True
         if "attention" in self.save and "attention" not in self.kept:
-            if self.longest:
-                raise ValueError(f"activation_checkpoint.save_min_kv: given {self.save_min_kv}, but the longest attention of a block has "
-                                 f"{self.longest} keys, so none is kept; set it to at most {self.longest}, or activation_checkpoint.mode to full")
+            if self.longest:  # a short clip; longer ones will come, see `check_save_min_kv`
+                self.checked = False
+                return
             raise ValueError("activation_checkpoint.save: attention, but a block ran no attention operator that has a result to keep (the math "
                              "backend of scaled_dot_product_attention is none); run another backend, or set activation_checkpoint.mode to full")
         if "matmul" in self.save and "matmul" not in self.kept:
@@ -224,3 +232,15 @@ def saved_bytes_per_token(dim: int, num_heads: int, section: ActivationCheckpoin
     attention = section.mode == "selective"
     on_device = 0 if section.offload else dim * itemsize * (1 + attention)
     return on_device + 4 * num_heads * attention
+
+
+def recomputed_flops(section: ActivationCheckpoint, args: Any, num_tokens: int, batch: int) -> float:
+    """FLOPs of blocks' forward that backward runs again; args: the model's (see ModelSpec). Of a memory budget, what the compiler chose is not known: 0."""
+    if section.mode not in ("full", "selective"):
+        return 0.0
+    again = args.block_flops(num_tokens, batch)
+    if section.mode == "selective":
+        attention = args.num_layers * attention_flops(batch, num_tokens, num_tokens, args.dim)
+        products = again - attention
+        again = attention * ("attention" not in section.save) + products * (0.5 if "matmul" in section.save else 1)
+    return again * (len(section.layers) or args.num_layers) / args.num_layers
