@@ -39,7 +39,7 @@ from titan_video.data.dataset import Plan, make_plan
 from titan_video.data.latent_cache import CachedClip, LatentCache, cached_clips, encode_missing, split_holdout
 from titan_video.data.loader import LatentLoader
 from titan_video.data.shapes import resolve_path
-from titan_video.distributed.activation_checkpoint import chosen_blocks
+from titan_video.distributed.activation_checkpoint import check_save_min_kv, chosen_blocks, recomputed_flops
 from titan_video.distributed.compile import num_graphs
 from titan_video.distributed.fsdp import reshard
 from titan_video.distributed.parallel_dims import ParallelDims, check_layout
@@ -109,8 +109,9 @@ class Trainer:
         with torch.device("meta"):
             self.model = self.spec.build(self.args)
         stages, checkpointed = None, chosen_blocks(self.model, self.spec.plan, config.activation_checkpoint.layers)
+        tokens = max(token_shape(self.latent_shape(bucket)[1:], self.args.patch).num_tokens for bucket in config.data.buckets)
+        check_save_min_kv(config.activation_checkpoint, tokens)
         if self.dims.pp > 1:
-            tokens = max(token_shape(self.latent_shape(bucket)[1:], self.args.patch).num_tokens for bucket in config.data.buckets)
             stages = keep_stages(self.model, self.spec.plan, self.meshes.pp, config.parallelism, self.args, tokens)
         parallelize(
             self.model, self.spec.plan, self.meshes, config.parallelism, config.training, config.activation_checkpoint, config.compile, checkpointed
@@ -296,7 +297,7 @@ class Trainer:
         shares = [(self.num_tokens(b), len(b.sample_ids_B)) for b in batches]
         ranks_per_sample = self.world_size // self.dims.dp
         model_flops = 3 * sum(self.args.flops(*share) for share in shares) / ranks_per_sample
-        recomputed = sum(self.args.block_flops(*share) for share in shares) / ranks_per_sample if self.config.activation_checkpoint.mode == "full" else 0
+        recomputed = sum(recomputed_flops(self.config.activation_checkpoint, self.args, *share) for share in shares) / ranks_per_sample
         _, F, H, W = batches[0].latents_BCFHW.shape[1:]
         e = self.encoders
         frames, height, width = (F - 1) * e.stride_t + 1, H * e.stride_s, W * e.stride_s
