@@ -1,15 +1,15 @@
-"""Wan 2.1's frozen encoders from a local diffusers folder: `vae/`, `text_encoder/`, `tokenizer/`. Nothing is downloaded.
+"""Wan's frozen encoders from a local diffusers folder: `vae/`, `text_encoder/`, `tokenizer/`, and for Wan 2.1's image-to-video
+`image_encoder/`, `image_processor/`. Nothing is downloaded.
 
     uint8 frames -- AutoencoderKLWan, posterior mode -- (mu - mean) / std -- latents
     prompt -- clean -- tokenizer -- UMT5 encoder -- cut to the prompt's own tokens
+    uint8 image -- CLIP's resize, crop and normalisation -- CLIP vision, the last layer but one -- image tokens
 
-Letters: B batch, C channels, F frames, H height, W width, L text tokens, D text width.
+Two VAEs are known: that of Wan 2.1 and A14B, 4x8x8 to 16 channels, and that of Wan 2.2's TI2V-5B, 4x16x16 to 48.
+Letters: B batch, C channels, F frames, H height, W width, L tokens, D width.
 """
 
-import hashlib
 import html
-import json
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Wan 2.1's, by keys of vae/config.json; of dim_mult the length counts. Keys that only newer files have default to these values.
-GEOMETRY = {"z_dim": 16, "dim_mult": 4, "temperal_downsample": [False, True, True], "in_channels": 3, "patch_size": None, "is_residual": False}
+from titan_video.encoders.folders import digest, load, load_tokenizer, read_config, settings_files, weight_files
+
+# By keys of vae/config.json; of dim_mult the length counts. Keys that only newer files have default to the values of Wan 2.1.
+WAN21_VAE = {"z_dim": 16, "dim_mult": 4, "temperal_downsample": [False, True, True], "in_channels": 3, "patch_size": None, "is_residual": False}
+TI2V_VAE = WAN21_VAE | {"z_dim": 48, "in_channels": 12, "patch_size": 2, "is_residual": True}
 
 
 def clean_prompt(text: str) -> str:
@@ -37,8 +40,7 @@ class WanEncoders:
     """
 
     stride_t = 4
-    stride_s = 8
-    channels = 16
+    pooled_dim = 0
 
     def __init__(self, hf_assets_path: str, dtype: torch.dtype, max_text_length: int, vae_tiling: bool, device: torch.device | str):
         root = Path(hf_assets_path)
@@ -46,16 +48,20 @@ class WanEncoders:
             raise ValueError(f'model.hf_assets_path = "{hf_assets_path}" is no folder; it should hold vae/, text_encoder/, tokenizer/')
         self.vae_folder, self.text_folder, self.tokenizer_folder = root / "vae", root / "text_encoder", root / "tokenizer"
         self.dtype, self.max_text_length, self.vae_tiling, self.device = dtype, max_text_length, vae_tiling, torch.device(device)
-        mean, std = _latent_statistics(self.vae_folder)
+        self.image_folder, self.processor_folder = root / "image_encoder", root / "image_processor"
+        mean, std, self.stride_s = _latent_statistics(self.vae_folder)
+        self.channels = len(mean)
         self.mean_11111 = torch.tensor(mean, device=self.device).view(1, -1, 1, 1, 1)
         self.std_11111 = torch.tensor(std, device=self.device).view(1, -1, 1, 1, 1)
-        text_config = _read_config(self.text_folder)
+        text_config = read_config(self.text_folder)
         if "d_model" not in text_config:
             raise ValueError(f"{self.text_folder / 'config.json'} has no d_model; it should be the configuration of a UMT5 encoder")
         self.text_dim = text_config["d_model"]
         if not any((self.tokenizer_folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
             raise ValueError(f"{self.tokenizer_folder} holds neither tokenizer.json nor spiece.model; copy tokenizer/ of a diffusers Wan 2.1")
+        self.image_dim = read_config(self.image_folder).get("hidden_size", 0) if self.image_folder.is_dir() else 0
         self._vae: Any = None
+        self._image_encoder: Any = None
         self._text_encoder: Any = None
         self._tokenizer: Any = None
 
@@ -71,34 +77,59 @@ class WanEncoders:
 
     @cached_property
     def _video_id(self) -> str:
-        return _digest(_weight_files(self.vae_folder, "diffusion_pytorch_model"), f"tiling={self.vae_tiling}")
+        return digest(weight_files(self.vae_folder, "diffusion_pytorch_model"), f"tiling={self.vae_tiling}")
 
     @cached_property
     def _text_id(self) -> str:
-        tokenizer = sorted(p for p in self.tokenizer_folder.iterdir() if p.is_file() and p.suffix in (".json", ".model"))
-        return _digest(_weight_files(self.text_folder, "model") + tokenizer, f"dtype={self.dtype} length={self.max_text_length}")
+        return digest(weight_files(self.text_folder, "model") + settings_files(self.tokenizer_folder), f"dtype={self.dtype} length={self.max_text_length}")
+
+    def image_id(self) -> str:
+        """SHA-256 of the image encoder and its processor."""
+        self._check_images()
+        return digest(weight_files(self.image_folder, "model") + settings_files(self.processor_folder), "")
 
     @torch.no_grad()
     def encode_video(self, frames_BCFHW: Tensor) -> Tensor:
-        """uint8 RGB [B, 3, 4k+1, H, W], H and W multiples of 8 -> float32 latents [B, 16, k+1, H/8, W/8] on the encoders' device."""
+        """RGB [B, 3, 4k+1, H, W], uint8 or float32 from -1 to 1 -> float32 latents [B, C, k+1, H/stride, W/stride] on the encoders' device."""
         num_frames, height, width = frames_BCFHW.shape[2:]
-        if frames_BCFHW.dtype != torch.uint8 or (num_frames - 1) % self.stride_t or height % self.stride_s or width % self.stride_s:
-            raise ValueError(f"Wan's VAE takes uint8 frames of 4k+1 x 8m x 8n, got {frames_BCFHW.dtype} {num_frames}x{height}x{width}")
-        x_BCFHW = frames_BCFHW.to(self.device).float() / 127.5 - 1
+        if frames_BCFHW.dtype not in (torch.uint8, torch.float32) or (num_frames - 1) % self.stride_t or height % self.stride_s or width % self.stride_s:
+            s = self.stride_s
+            raise ValueError(f"Wan's VAE takes uint8 frames of 4k+1 x {s}m x {s}n, got {frames_BCFHW.dtype} {num_frames}x{height}x{width}")
+        x_BCFHW = frames_BCFHW.to(self.device)
+        x_BCFHW = x_BCFHW if x_BCFHW.is_floating_point() else x_BCFHW.float() / 127.5 - 1
         return (self.vae.encode(x_BCFHW).latent_dist.mode() - self.mean_11111) / self.std_11111
 
     @torch.no_grad()
     def decode_video(self, latents_BCFHW: Tensor) -> Tensor:
-        """Normalised latents [B, 16, k+1, h, w] -> uint8 RGB [B, 3, 4k+1, 8h, 8w] on the encoders' device."""
+        """Normalised latents [B, C, k+1, h, w] -> uint8 RGB [B, 3, 4k+1, stride h, stride w] on the encoders' device."""
         z_BCFHW = latents_BCFHW.to(self.device, torch.float32) * self.std_11111 + self.mean_11111
         return ((self.vae.decode(z_BCFHW).sample + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
     @torch.no_grad()
-    def encode_text(self, prompts: list[str]) -> list[Tensor]:
+    def encode_text(self, prompts: list[str], images: list[Tensor] | None = None, image_tokens: int = 0) -> list[Tensor]:
         """Last hidden state [L_i, text_dim] of each prompt's own tokens, in `dtype`. The encoder sees the prompt padded to
         max_text_length under its mask, as in diffusers' WanPipeline.
         """
+        assert images is None, "Wan's text has no image tokens"
         return [self._encode_prompt(prompt) for prompt in prompts]
+
+    def encode_pooled(self, prompts: list[str]) -> list[Tensor]:
+        raise AssertionError("Wan has no pooled text")
+
+    @torch.no_grad()
+    def encode_images(self, frames_BCHW: Tensor) -> Tensor:
+        """Uint8 RGB [B, 3, H, W] -> tokens [B, 257, D] of CLIP's last layer but one, float32, as in diffusers' WanImageToVideoPipeline."""
+        from PIL import Image
+
+        encoder, processor = self.image_encoder
+        images = [Image.fromarray(frame_CHW.permute(1, 2, 0).cpu().numpy()) for frame_CHW in frames_BCHW]
+        pixels_BCHW = processor(images=images, return_tensors="pt").pixel_values.to(self.device)
+        return torch.cat([encoder(pixels[None], output_hidden_states=True).hidden_states[-2] for pixels in pixels_BCHW])
+
+    def _check_images(self) -> None:
+        for folder in (self.image_folder, self.processor_folder):
+            if not folder.is_dir():
+                raise ValueError(f"{folder} is missing; Wan 2.1's image-to-video needs it: set model.hf_assets_path to its diffusers folder")
 
     def _encode_prompt(self, prompt: str) -> Tensor:
         encoder, tokenizer = self.text_encoder, self._tokenizer
@@ -114,7 +145,7 @@ class WanEncoders:
             from diffusers import AutoencoderKLWan
 
             options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}  # the low-memory path needs one more package, for a small model
-            self._vae = _load(AutoencoderKLWan, self.vae_folder, "diffusion_pytorch_model", **options).to(self.device)
+            self._vae = load(AutoencoderKLWan, self.vae_folder, "diffusion_pytorch_model", **options).to(self.device)
             self._vae.enable_slicing()
             if self.vae_tiling:
                 self._vae.enable_tiling()
@@ -124,81 +155,40 @@ class WanEncoders:
     def text_encoder(self):
         """The UMT5EncoderModel, loaded with its tokenizer at the first use."""
         if self._text_encoder is None:
-            from transformers import AutoTokenizer, UMT5EncoderModel
+            from transformers import UMT5EncoderModel
 
-            try:
-                self._tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_folder, local_files_only=True)
-            except Exception as e:  # the tokenizer library raises bare Exception for a file that it cannot parse
-                raise ValueError(f"{self.tokenizer_folder} holds no tokenizer that can be read: {e}") from e
-            self._text_encoder = _load(UMT5EncoderModel, self.text_folder, "model", dtype=self.dtype).to(self.device)
+            self._tokenizer = load_tokenizer(self.tokenizer_folder)
+            self._text_encoder = load(UMT5EncoderModel, self.text_folder, "model", dtype=self.dtype).to(self.device)
         return self._text_encoder
+
+    @property
+    def image_encoder(self):
+        """The float32 CLIPVisionModel and its processor, loaded at the first use."""
+        if self._image_encoder is None:
+            from transformers import CLIPImageProcessor, CLIPVisionModel
+
+            self._check_images()
+            processor = CLIPImageProcessor.from_pretrained(self.processor_folder, local_files_only=True)
+            self._image_encoder = load(CLIPVisionModel, self.image_folder, "model", dtype=torch.float32).to(self.device), processor
+        return self._image_encoder
 
     def free(self) -> None:
         """Drop the weights; the next use loads them again."""
-        self._vae = self._text_encoder = self._tokenizer = None
+        self._vae = self._text_encoder = self._tokenizer = self._image_encoder = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def _read_config(folder: Path) -> dict:
-    path = folder / "config.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path} cannot be read ({e}); model.hf_assets_path should be a diffusers Wan 2.1 folder") from e
-
-
-def _latent_statistics(folder: Path) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per latent channel; ValueError for any other VAE than Wan 2.1's 4x8x8 of 16 channels."""
-    config = _read_config(folder)
-    found = {**{key: config.get(key, default) for key, default in GEOMETRY.items()}, "dim_mult": len(config.get("dim_mult", ()))}
-    wrong = [f"{key} = {config.get(key)}" for key, value in GEOMETRY.items() if found[key] != value]
+def _latent_statistics(folder: Path) -> tuple[list[float], list[float], int]:
+    """Mean and standard deviation per latent channel, and the spatial stride; ValueError for any other VAE than Wan's two."""
+    config = read_config(folder)
+    geometry = TI2V_VAE if config.get("z_dim") == TI2V_VAE["z_dim"] else WAN21_VAE
+    found = {**{key: config.get(key, default) for key, default in WAN21_VAE.items()}, "dim_mult": len(config.get("dim_mult", ()))}
+    wrong = [f"{key} = {config.get(key)}" for key, value in geometry.items() if found[key] != value]
     mean, std = config.get("latents_mean", ()), config.get("latents_std", ())
-    if len(mean) != GEOMETRY["z_dim"] or len(std) != GEOMETRY["z_dim"] or min(std) <= 0:
-        wrong.append("latents_mean or latents_std without 16 values")
+    if len(mean) != geometry["z_dim"] or len(std) != geometry["z_dim"] or min(std) <= 0:
+        wrong.append(f"latents_mean or latents_std without {geometry['z_dim']} values")
     if wrong:
-        raise ValueError(f"{folder / 'config.json'}: {', '.join(wrong)}; only Wan 2.1's VAE is supported (4x8x8, 16 channels)")
-    return mean, std
-
-
-def _weight_files(folder: Path, stem: str) -> list[Path]:
-    """config.json and the safetensors files that make up the weights; ValueError naming the first that is missing."""
-    index = folder / f"{stem}.safetensors.index.json"
-    names = [f"{stem}.safetensors"]
-    if index.is_file():
-        try:
-            names = [index.name, *sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (ValueError, KeyError, AttributeError) as e:
-            raise ValueError(f"{index} is no index of safetensors files") from e
-    files = [folder / name for name in ("config.json", *names)]
-    for path in files:
-        if not path.is_file():
-            raise ValueError(f"{path} is missing; model.hf_assets_path should be a complete diffusers Wan 2.1 folder with safetensors weights")
-    return files
-
-
-def _load(cls, folder: Path, stem: str, **kwargs):
-    """from_pretrained that refuses what the libraries only warn about: weights that are missing would be left random."""
-    _weight_files(folder, stem)
-    try:
-        model, info = cls.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **kwargs)
-    except Exception as e:  # SafetensorError derives from Exception alone
-        raise ValueError(f"{folder} cannot be loaded as {cls.__name__}: {e}") from e
-    bad = sorted(str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info.get(kind, ()))
-    if bad:
-        raise ValueError(f"{folder}: {len(bad)} weights are missing, unexpected or of another shape than config.json says: {', '.join(bad[:5])}")
-    return model.eval().requires_grad_(False)
-
-
-def _digest(files: list[Path], settings: str) -> str:
-    with ThreadPoolExecutor() as pool:
-        parts = [f"{path.name} {digest}" for path, digest in zip(files, pool.map(_sha256, files), strict=True)]
-    return hashlib.sha256("\n".join([settings, *parts]).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while chunk := f.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()
+        known = "Wan 2.1's VAE (4x8x8, 16 channels) and TI2V-5B's (4x16x16, 48 channels)"
+        raise ValueError(f"{folder / 'config.json'}: {', '.join(wrong)}; supported are only {known}")
+    return mean, std, 8 if geometry is WAN21_VAE else 16

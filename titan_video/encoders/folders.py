@@ -1,0 +1,73 @@
+"""Encoders in local diffusers folders: reading, checking and naming what is there. Nothing is downloaded."""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+
+def read_config(folder: Path) -> dict:
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path} cannot be read ({e}); model.hf_assets_path should be a diffusers folder") from e
+
+
+def weight_files(folder: Path, stem: str) -> list[Path]:
+    """config.json and the safetensors files that make up the weights; ValueError naming the first that is missing."""
+    index = folder / f"{stem}.safetensors.index.json"
+    names = [f"{stem}.safetensors"]
+    if index.is_file():
+        try:
+            names = [index.name, *sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (ValueError, KeyError, AttributeError) as e:
+            raise ValueError(f"{index} is no index of safetensors files") from e
+    files = [folder / name for name in ("config.json", *names)]
+    for path in files:
+        if not path.is_file():
+            raise ValueError(f"{path} is missing; model.hf_assets_path should be a complete diffusers folder with safetensors weights")
+    return files
+
+
+def load(cls: Any, folder: Path, stem: str, **kwargs: Any) -> Any:
+    """from_pretrained that refuses what the libraries only warn about: weights that are missing would be left random."""
+    weight_files(folder, stem)
+    try:
+        model, info = cls.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **kwargs)
+    except Exception as e:  # SafetensorError derives from Exception alone
+        raise ValueError(f"{folder} cannot be loaded as {cls.__name__}: {e}") from e
+    bad = sorted(str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info.get(kind, ()))
+    if bad:
+        raise ValueError(f"{folder}: {len(bad)} weights are missing, unexpected or of another shape than config.json says: {', '.join(bad[:5])}")
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer saved there; ValueError naming the folder."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as e:  # the tokenizer library raises bare Exception for a file that it cannot parse
+        raise ValueError(f"{folder} holds no tokenizer that can be read: {e}") from e
+
+
+def settings_files(folder: Path) -> list[Path]:
+    """The files of a tokenizer or an image processor."""
+    return sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in (".json", ".model", ".txt"))
+
+
+def digest(files: list[Path], settings: str) -> str:
+    with ThreadPoolExecutor() as pool:
+        parts = [f"{path.name} {digest}" for path, digest in zip(files, pool.map(_sha256, files), strict=True)]
+    return hashlib.sha256("\n".join([settings, *parts]).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while chunk := f.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()
