@@ -202,7 +202,7 @@ def diffusers_wan(args):
 
 
 def _public_names(names, spec):
-    from titan_video.components.hf_storage import public_names
+    from titan_video.components.formats import public_names
 
     return public_names(spec.hf_names, list(names))
 

@@ -5,7 +5,8 @@ import torch
 
 from tests.helpers import run_ranks
 from tests.unit_tests.test_hf_storage import ARGS, TOY, Toy, assert_holds, toy_model, toy_tensors, write_public
-from titan_video.components import hf_storage
+from titan_video.components import safetensors_io
+from titan_video.components.formats import public_names
 from titan_video.components.hf_storage import load_hf, save_hf
 
 
@@ -83,7 +84,7 @@ class Recorder:
         return tensor
 
 
-real_open = hf_storage.safe_open
+real_open = safetensors_io.safe_open
 LAYOUTS = {2: ("fsdp", "dim1"), 4: ("fsdp", "hsdp", "tp")}
 
 
@@ -95,17 +96,17 @@ def load_rank(folder, layouts):
 def load_one(folder, layout):
     model = sharded_model(layout)
     Recorder.reads = {}
-    hf_storage.safe_open = Recorder
+    safetensors_io.safe_open = Recorder
     try:
         load_hf(model, folder, TOY, ARGS)
     finally:
-        hf_storage.safe_open = real_open
+        safetensors_io.safe_open = real_open
     if layout == "tp":
         assert "_StridedShard" in [type(x).__name__ for x in model.out.weight.placements]
     owned = {n: p.to_local().numel() for n, p in model.named_parameters()}
     loaded = {n: torch.equal(p.full_tensor(), toy_tensors()[n]) for n, p in model.named_parameters()}
     assert all(loaded.values()), (layout, loaded)
-    table = hf_storage.public_names(TOY.hf_names, owned)
+    table = public_names(TOY.hf_names, owned)
     return {ours: (Recorder.reads.get(public, 0), owned[ours], rule.to_ours is not None) for ours, (public, rule) in table.items()}
 
 
@@ -169,7 +170,7 @@ def failing_rank(source, folder):
     torch.distributed.barrier()
     missing.unlink(missing_ok=True)
     torch.distributed.barrier()
-    with pytest.raises(ValueError, match="neither diffusion_pytorch_model.safetensors nor"):
+    with pytest.raises(ValueError, match="holds no weights. Looked there"):
         load_hf(model, source, TOY, ARGS)
 
 

@@ -1,6 +1,7 @@
 """Weights in the diffusers layout, single process: names, slices, refusals, atomic replacement, parity with diffusers."""
 
 import json
+import os
 import shutil
 from dataclasses import dataclass, replace
 
@@ -10,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.helpers import diffusers_wan, hf_state_dict
-from titan_video.components import hf_storage
-from titan_video.components.hf_storage import load_hf, plan_shards, public_names, save_hf
+from titan_video.components import safetensors_io
+from titan_video.components.formats import public_names
+from titan_video.components.hf_storage import load_hf, plan_shards, save_hf
 from titan_video.distributed.utils import clean_name
 from titan_video.models.spec import ModelSpec, NameRule, ParallelPlan
 from titan_video.models.wan import SPEC, WanArgs, WanModel
@@ -179,30 +181,58 @@ def test_a_new_export_replaces_the_old_one_whole(tmp_path):
 def test_a_failed_export_leaves_the_old_one(tmp_path, monkeypatch):
     folder, calls = tmp_path / "m", []
     save_hf(toy_model(toy_tensors()), folder, TOY, ARGS, torch.float32)
+    put = safetensors_io.SafetensorsFile._put
 
-    def full_disk(tensors, path, metadata):
-        calls.append(path)
-        if len(calls) == 2:
+    def full_disk(file, data):
+        calls.append(data)
+        if len(calls) == 12:
             raise OSError(28, "No space left on device")
-        save_file(tensors, path, metadata)
+        put(file, data)
 
-    monkeypatch.setattr(hf_storage, "save_file", full_disk)
-    with pytest.raises(RuntimeError, match="No space left"):
-        save_hf(toy_model(toy_tensors(1)), folder, TOY, ARGS, torch.float32, 300)
-    monkeypatch.setattr(hf_storage, "save_file", lambda tensors, path, metadata: save_file(dict(list(tensors.items())[1:]), path, metadata))
-    with pytest.raises(RuntimeError, match="does not hold what was written"):
-        save_hf(toy_model(toy_tensors(1)), folder, TOY, ARGS, torch.float32, 300)
+    def flipped(file, data):
+        put(file, data)
+        if file.file.tell() == file.size:
+            file.file.seek(file.size - 5)
+            file.file.write(b"\xab")
+
+    def short(file, data):
+        put(file, data)
+        if file.file.tell() == file.size:
+            file.file.truncate(file.size - 4)
+
+    for damage, message in ((full_disk, "No space left"), (flipped, "does not hold what was written to it: bytes 0 to"), (short, "bytes 0 to")):
+        with monkeypatch.context() as patch:
+            patch.setattr(safetensors_io.SafetensorsFile, "_put", damage)
+            with pytest.raises(RuntimeError, match=message):
+                save_hf(toy_model(toy_tensors(1)), folder, TOY, ARGS, torch.float32, 300)
     model = toy_model()
     load_hf(model, folder, TOY, ARGS)
     assert_holds(model, toy_tensors())
 
 
+def test_long_files_are_read_back_while_they_grow(tmp_path, monkeypatch):
+    reads = []
+    monkeypatch.setattr(safetensors_io, "CHECK_EVERY", 100)
+    real = safetensors_io.SafetensorsFile._read_back
+    monkeypatch.setattr(safetensors_io.SafetensorsFile, "_read_back", lambda file: (reads.append(file.checked), real(file)))
+    save_hf(toy_model(toy_tensors()), tmp_path / "m", TOY, ARGS, torch.float32)
+    assert len(reads) > 4 and reads == sorted(set(reads)) and reads[0] == 0
+    model = toy_model()
+    load_hf(model, tmp_path / "m", TOY, ARGS)
+    assert_holds(model, toy_tensors())
+
+
 def test_config_is_written_last(tmp_path, monkeypatch):
-    order, real = [], hf_storage.os.replace
-    monkeypatch.setattr(hf_storage.os, "replace", lambda a, b: (order.append(b.name), real(a, b)))
+    order, real = [], os.rename
+
+    def patch(move):
+        for name in ("replace", "rename"):
+            monkeypatch.setattr(os, name, move)
+
+    patch(lambda a, b: (order.append(b.name), real(a, b)))
     save_hf(toy_model(toy_tensors()), tmp_path / "m", TOY, ARGS, torch.float32, 300)
     assert order[-2:] == ["diffusion_pytorch_model.safetensors.index.json", "config.json"] and len(order) > 4
-    monkeypatch.setattr(hf_storage.os, "replace", lambda a, b: real(a, b) if b.name != "config.json" else 1 / 0)
+    patch(lambda a, b: real(a, b) if b.name != "config.json" else 1 / 0)
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
         save_hf(toy_model(toy_tensors()), tmp_path / "m", TOY, ARGS, torch.float32, 300)
     with pytest.raises(ValueError, match="config.json"):
@@ -284,7 +314,7 @@ def test_damaged_folders_are_refused_by_file(tmp_path):
     refused(lambda: (folder / second).write_bytes((folder / second).read_bytes()[:-1]), second)
     refused(lambda: (folder / second).write_bytes(b"\xff" * 64), second)
     refused(lambda: (folder / second).write_bytes(b""), second)
-    refused(lambda: (folder / index_name).unlink(), "neither diffusion_pytorch_model.safetensors nor")
+    refused(lambda: (folder / index_name).unlink(), r"3 files \*.safetensors and no diffusion_pytorch_model.safetensors.index.json")
     refused(lambda: (folder / index_name).write_text("{"), index_name)
     refused(lambda: (folder / index_name).write_text("[]"), index_name)
     swapped = {"head.bias": "head.weight", "head.weight": "head.bias"}
