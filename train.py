@@ -96,6 +96,8 @@ class Trainer:
         # --- encoders, objective ---
         self.encoders = build_encoders(config.encoder, config.model.hf_assets_path, self.device)
         self.check_encoders()
+        longest = max(token_shape(self.latent_shape(bucket)[1:], self.args.patch).num_tokens for bucket in config.data.buckets)
+        check_save_min_kv(config.activation_checkpoint, longest)
         self.flow = FlowMatching(levels)
         if config.job.description and self.rank == 0:
             logger.info(config.job.description)
@@ -109,10 +111,8 @@ class Trainer:
         with torch.device("meta"):
             self.model = self.spec.build(self.args)
         stages, checkpointed = None, chosen_blocks(self.model, self.spec.plan, config.activation_checkpoint.layers)
-        tokens = max(token_shape(self.latent_shape(bucket)[1:], self.args.patch).num_tokens for bucket in config.data.buckets)
-        check_save_min_kv(config.activation_checkpoint, tokens)
         if self.dims.pp > 1:
-            stages = keep_stages(self.model, self.spec.plan, self.meshes.pp, config.parallelism, self.args, tokens)
+            stages = keep_stages(self.model, self.spec.plan, self.meshes.pp, config.parallelism, self.args, longest)
         parallelize(
             self.model, self.spec.plan, self.meshes, config.parallelism, config.training, config.activation_checkpoint, config.compile, checkpointed
         )

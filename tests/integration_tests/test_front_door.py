@@ -144,6 +144,7 @@ def forbid_process_group():
 @pytest.mark.parametrize("options, words", [
     ({"model.flavor": "tiny"}, ["model.flavor", "tiny", "debug"]),
     ({"model.flavor": "t2v-1.3B"}, ["model.flavor", "encoder.name"]),
+    ({"activation_checkpoint.mode": "selective"}, ["activation_checkpoint.save_min_kv", "at most 48"]),
 ])  # fmt: skip
 def test_parts_that_do_not_fit(front, options, words):
     run = front.run("run", options).fails_with(*words)
@@ -159,7 +160,7 @@ LAYOUTS = {  # ranks, and options beside a global batch of 4 clips
     "accumulated": (1, {"training.local_batch_size": 1}),
     "fsdp2": (2, {"training.local_batch_size": 2}),
     "tp2": (2, {"training.local_batch_size": 4, TP: 2}),
-    "ulysses2": (2, {"training.local_batch_size": 4, CP: 2, "activation_checkpoint.mode": "selective", "activation_checkpoint.save_min_kv": 64}),
+    "ulysses2": (2, {"training.local_batch_size": 4, CP: 2, "activation_checkpoint.mode": "selective", "activation_checkpoint.save_min_kv": 48}),
     "ring2": (2, {"training.local_batch_size": 2, CP: 2, METHOD: "ring", "activation_checkpoint.mode": "full"}),
     "pp2": (2, {"training.local_batch_size": 4, PP: 2, "parallelism.pipeline_parallel_microbatch_size": 2}),
     "fsdp4": (4, {"training.local_batch_size": 1}),
