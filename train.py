@@ -30,6 +30,7 @@ from titan_video.components.lr_scheduler import Scheduler
 from titan_video.components.metrics import MetricsLogger
 from titan_video.components.objective import ModelInputs, model_inputs, predict, velocity_loss
 from titan_video.components.optimizer import build_optimizer
+from titan_video.components.pipeline_folder import complete_pipeline, export_path, is_checkpoint, is_exported
 from titan_video.components.validate import Validator, with_frames, with_size
 from titan_video.config.check import check, gradient_accumulation
 from titan_video.config.job_config import JobConfig
@@ -233,16 +234,15 @@ class Trainer:
 
     def load_initial_weights(self) -> None:
         c = self.config.checkpoint
-        if c.initial_load_in_hf:
-            source = Path(c.initial_load_path or self.config.model.hf_assets_path)
-            nested = source / self.hf_folder
-            load_hf(self.model, nested if nested.is_dir() else source, self.spec, self.args)
-            logger.info(f"weights from {source}")
-        elif c.initial_load_path:
-            self.checkpoint.load_model_only(Path(c.initial_load_path))
-            logger.info(f"weights from {c.initial_load_path}")
-        else:
+        source = c.initial_load_path or (self.config.model.hf_assets_path if c.initial_load_in_hf else "")
+        if not source:
             initialise(self.model, self.spec.init_parameter, self.seed)
+        elif is_checkpoint(Path(source)):
+            self.checkpoint.load_model_only(Path(source))
+        else:
+            load_hf(self.model, source, self.spec, self.args, self.hf_folder)
+        if source:
+            logger.info(f"weights from {source}")
         if self.ema:
             self.ema.reset()
 
@@ -350,8 +350,8 @@ class Trainer:
         last_step, freq = c.training.steps, c.validation.freq
         if self.step >= last_step:
             logger.info(f"{self.folder} is already at step {self.step} of {last_step}: raise training.steps to go on, or change job.dump_folder")
-            exported = self.folder / "hf" / self.hf_folder / "config.json"
-            if self.step == last_step and not broadcast_from_zero(exported.is_file, self.host_group):
+            path, form = export_path(self.folder, c.checkpoint.export_format, self.hf_folder), c.checkpoint.export_format
+            if self.step == last_step and not broadcast_from_zero(lambda: is_exported(path, form, self.spec), self.host_group):
                 self.export()  # asked for later, or the run was killed between its last checkpoint and this
             return
         logger.info(f"training from step {self.step + 1} to {last_step} on {self.world_size} x {self.device.type}, "
@@ -384,11 +384,13 @@ class Trainer:
             logger.info(f"finished: {self.folder}")
 
     def export(self) -> None:
-        c = self.config.checkpoint
+        c, assets = self.config.checkpoint, self.config.model.hf_assets_path
         if c.last_save_in_hf:
-            weights = self.ema.state_dict() if self.ema else None
-            save_hf(self.model, self.folder / "hf" / self.hf_folder, self.spec, self.args, getattr(torch, c.export_dtype), weights=weights)
-            logger.info(f"exported to {self.folder / 'hf'}")
+            path, weights = export_path(self.folder, c.export_format, self.hf_folder), self.ema.state_dict() if self.ema else None
+            if c.export_format == "diffusers" and assets:
+                broadcast_from_zero(lambda: complete_pipeline(Path(assets), path.parent, self.hf_folder), self.host_group)
+            save_hf(self.model, path, self.spec, self.args, getattr(torch, c.export_dtype), weights=weights, format_name=c.export_format)
+            logger.info(f"exported to {path}")
 
     def close(self) -> None:
         for closer in reversed(self.closers):

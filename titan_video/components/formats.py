@@ -231,7 +231,7 @@ class StoredWeights:
             raise ValueError(f"{path} cannot be read ({e}); it belongs to the weights beside it") from e
 
     def places(self, spec: ModelSpec, args: Any, shapes: dict[str, torch.Size]) -> dict[str, Place]:
-        """Our name -> place of every parameter of the architecture. ValueError naming what is missing, extra, misshapen or of another architecture."""
+        """Our name -> place of every parameter. ValueError naming what is missing, extra, misshapen or of another architecture than `args`."""
         layout, prefix = self.layout(spec)
         self._check_config(spec, args, layout)
         wanted = {prefix + name: tensor for name, tensor in public_tensors(spec, layout, shapes, args).items()}
@@ -256,10 +256,11 @@ class StoredWeights:
     def _check_tensors(self, wanted: dict[str, Shape], ignored: Sequence[str], prefix: str) -> None:
         found = self.found
         extra = sorted(name for name in found.keys() - wanted.keys() if not any(_pattern(prefix + pattern).fullmatch(name) for pattern in ignored))
+        misshapen = [name for name in sorted(wanted.keys() & found.keys()) if found[name][0] != wanted[name]]
         problems = {
             "missing": sorted(wanted.keys() - found.keys()),
             "extra": extra,
-            "of another shape": [f"{n} {found[n][0]} instead of {wanted[n]}" for n in sorted(wanted.keys() & found.keys()) if found[n][0] != wanted[n]],
+            "of another shape": [f"{name} {found[name][0]} instead of {wanted[name]}" for name in misshapen],
             "of a type that is no plain floating point": [f"{n} {kind}" for n, (_, kind) in found.items() if kind not in DTYPES],
         }
         text = "; ".join(f"{len(names)} {kind}: {some(names)}" for kind, names in problems.items() if names)

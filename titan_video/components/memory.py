@@ -16,18 +16,23 @@ from titan_video.models.spec import ModelSpec, ParallelPlan
 
 
 def estimate(config: JobConfig, spec: ModelSpec, args: Any, dims: ParallelDims, num_tokens: int) -> dict[str, int]:
-    """Bytes on the fullest rank by kind of memory, the most that there ever is of each. num_tokens: of one clip.
+    """Bytes on the fullest rank by kind of memory, the most that there ever is of each: `state`, and activations. num_tokens: of one clip.
 
-    ValueError for what no closed form is written for: pipelines, models but Wan's text-to-video, offload, memory budget.
+    ValueError for what no closed form is written for: pipelines, activations of models but Wan's text-to-video, offload, memory budget.
     """
+    itemsize = getattr(torch, config.training.mixed_precision_param).itemsize
+    activations = wan_activations(args, config.activation_checkpoint, dims, num_tokens, config.training.local_batch_size, itemsize)
+    return state(config, spec, args, dims) | {"activations": activations}
+
+
+def state(config: JobConfig, spec: ModelSpec, args: Any, dims: ParallelDims) -> dict[str, int]:
+    """Bytes on the fullest rank of parameters, gradients, optimizer state and averaged weights, of any model. ValueError for pipelines."""
     if dims.pp > 1:
         raise ValueError("parallelism.pipeline_parallel_degree: the closed forms are of one stage; set it to 1, or run a dry run")
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in spec.build(args).named_parameters()}
     parameters = 4 * sum(shard_numel(name, shape, spec.plan, dims) for name, shape in shapes.items())
-    itemsize = getattr(torch, config.training.mixed_precision_param).itemsize
-    activations = wan_activations(args, config.activation_checkpoint, dims, num_tokens, config.training.local_batch_size, itemsize)
-    sizes = {"parameters": parameters, "gradients": parameters, "optimizer": 2 * parameters, "activations": activations}
+    sizes = {"parameters": parameters, "gradients": parameters, "optimizer": 2 * parameters}
     return sizes | ({"ema": parameters} if config.ema.enable else {})
 
 
@@ -40,10 +45,10 @@ def shard_numel(name: str, shape: tuple[int, ...], plan: ParallelPlan, dims: Par
         ranks, size = dims.dp_shard * dims.cp, list(shape)
         in_block = name[len(path) + 1 :].partition(".")[2]
         module, _, leaf = in_block.rpartition(".")
-        style = plan.tensor.get(in_block) or plan.tensor.get(module)
-        if style in ("column", "heads"):
+        style = plan.tensor.get(in_block) or plan.tensor.get(module) or ""
+        if style.startswith(("column", "heads")):
             size[0] //= dims.tp
-        elif style == "row" and leaf == "weight":
+        elif style.startswith("row") and leaf == "weight":
             size[1] //= dims.tp
     return -(-size[0] // ranks) * math.prod(size[1:])
 
@@ -62,8 +67,7 @@ def wan_activations(args: Any, section: ActivationCheckpoint, dims: ParallelDims
 
     wrapped = [section.mode != "none" and (not section.layers or i in section.layers) for i in range(args.num_layers)]
     total = B * S * e * 3 * D + 4 * args.head_dim * L * t  # the text on its three stages; rotations
-    # The patches, cast; in float32 those of the whole clip, of which a rank's are a view.
-    total += B * e * (L if e < 4 else num_tokens) * args.in_channels * args.patch_volume
+    total += B * e * L * args.in_channels * args.patch_volume if e < 4 else 0  # the patches, cast
     most = total
     for is_wrapped in wrapped:
         # In backward the blocks after this one are gone, and it is there whole.

@@ -31,7 +31,10 @@ Shape = tuple[int, ...]
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A file of tensors: `keys()`, `get_tensor(name)`, `get_slice(name)[box]`. Nothing is read before it is asked for. ValueError if it is damaged."""
+    """A file of tensors: `keys()`, `get_tensor(name)`, `get_slice(name)[box]`. No tensor is read before it is asked for.
+
+    ValueError if the file is damaged.
+    """
     if path.suffix in PICKLED:
         yield _Pickled(path)
         return

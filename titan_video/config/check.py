@@ -222,8 +222,8 @@ def _assets(config: JobConfig) -> Iterator[str]:
         yield f"{name}: empty, but model.flavor hf reads transformer/config.json there; give a local diffusers folder, or another flavor"
     elif config.model.flavor == "hf" and os.path.isdir(assets) and not os.path.isfile(os.path.join(assets, "transformer", "config.json")):
         yield f"{name}: {assets} has no transformer/config.json, which model.flavor hf reads; give a whole diffusers folder, or another flavor"
-    if initial and not os.path.isdir(initial):
-        yield f"checkpoint.initial_load_path: there is no folder {initial}; give a step-N or diffusers folder, or leave it empty"
+    if initial and not os.path.exists(initial):
+        yield f"checkpoint.initial_load_path: there is no {initial}; give a step-N folder, a folder or file of public weights, or leave it empty"
     if config.checkpoint.initial_load_in_hf and not initial and not assets:
         yield "checkpoint.initial_load_in_hf: nothing to load; give a diffusers folder in checkpoint.initial_load_path or model.hf_assets_path"
 

@@ -204,13 +204,18 @@ class Checkpoint:
     async_mode: Literal["disabled", "async"] = opt("async", "`async` writes from a copy in host memory while training goes on.")
     load_step: int = opt(-1, "Step to resume from; -1: the newest valid one.", ge=-1)
     initial_load_path: str = opt(
-        "", "Weights to start from when there is no checkpoint yet: a step-N folder or, with initial_load_in_hf, a diffusers folder."
+        "", "Weights to start from when there is no checkpoint yet: a step-N folder, or a folder or file of any public format, which its names tell."
     )
-    initial_load_in_hf: bool = opt(False, "Start from the diffusers folder initial_load_path (empty: model.hf_assets_path).")
+    initial_load_in_hf: bool = opt(False, "Start from model.hf_assets_path where initial_load_path is empty.")
     last_save_in_hf: bool = opt(
-        False, "After the last step also write the weights (the averaged ones with ema.enable) as a diffusers folder, `hf` in job.dump_folder."
+        False, "After the last step also export the weights (the averaged ones with ema.enable) into job.dump_folder, in export_format."
     )
-    export_dtype: Literal["float32", "bfloat16"] = opt("bfloat16", "Type of the tensors in that folder.")
+    export_format: Literal["diffusers", "original", "single_file", "comfyui"] = opt(
+        "diffusers",
+        "A diffusers folder `hf`, whole where model.hf_assets_path is; a folder `original` in the layout of the model's public code; one file "
+        "`single_file.safetensors` of that layout; or `comfyui.safetensors`, the same with names behind `model.diffusion_model.`",
+    )
+    export_dtype: Literal["float32", "bfloat16"] = opt("bfloat16", "Type of the exported tensors.")
 
 
 @dataclass(frozen=True)

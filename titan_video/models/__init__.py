@@ -7,6 +7,8 @@ from typing import Any
 
 from titan_video.models.spec import ModelSpec
 
+FAMILIES = ("wan", "hunyuan_video")
+
 
 def get_spec(name: str) -> ModelSpec:
     """The declaration of a family; ValueError naming model.name and the known ones."""
@@ -18,7 +20,7 @@ def get_spec(name: str) -> ModelSpec:
         from titan_video.models.hunyuan_video import SPEC
 
         return SPEC
-    raise ValueError(f'model.name = "{name}" is unknown; use one of: wan, hunyuan_video')
+    raise ValueError(f'model.name = "{name}" is unknown; use one of: {", ".join(FAMILIES)}')
 
 
 def get_args(spec: ModelSpec, flavor: str, hf_assets_path: str, max_text_length: int) -> Any:

@@ -1,0 +1,189 @@
+"""Weights from one format to another: `python -m titan_video.convert SRC DST --format diffusers|original|single_file|comfyui`.
+
+SRC is a folder or file of any of these formats, which its names tell, or a step-N folder of a run. A tensor at a time is read and written,
+so memory is that of the largest tensor, whatever the model. What is written is read back.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from titan_video.components import checkpoint_io
+from titan_video.components.formats import FORMATS, StoredWeights, detect, read_part, some
+from titan_video.components.hf_storage import GIB, WritePlan, Writer, whole_shapes
+from titan_video.components.pipeline_folder import PIPELINE, complete_pipeline, is_checkpoint
+from titan_video.components.safetensors_io import opened
+from titan_video.config.manager import load
+from titan_video.models import FAMILIES, get_args, get_spec
+from titan_video.models.spec import ModelSpec
+from titan_video.tools.logging import init_logger, logger
+
+
+class StepSource:
+    """The weights of a step-N folder; the run's config.toml says of which model."""
+
+    def __init__(self, folder: Path, weights: str):
+        if not (folder / checkpoint_io.MANIFEST).is_file():
+            steps = ", ".join(f"step-{step}" for step in checkpoint_io.list_steps(folder))
+            raise ValueError(f"{folder} is no step-N folder; it holds {steps}: give one of them")
+        config_path = next((parent / "config.toml" for parent in folder.resolve().parents[:3] if (parent / "config.toml").is_file()), None)
+        if config_path is None:
+            raise ValueError(f"{folder}: there is no config.toml above it, which says of which model it is; leave the folder inside its run's folder")
+        config = load(config_path)
+        self.spec = get_spec(config.model.name)
+        self.args = get_args(self.spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
+        self.shapes = whole_shapes(self.spec, self.args)
+        self.folder, self.prefix = folder, f"{weights}."
+        _, self.metadata = checkpoint_io.verify(folder)
+        saved = {name[len(self.prefix):]: entry for name, entry in self.metadata.state_dict_metadata.items() if name.startswith(self.prefix)}
+        if not saved:
+            raise ValueError(f"{folder} holds no `{weights}` weights")
+        odd = sorted(name for name in saved.keys() | self.shapes.keys() if name not in saved or saved[name].size != self.shapes.get(name))
+        if odd:
+            raise ValueError(f"{folder}: the tensors are not those of the model in {config_path}: {some(odd)}")
+        self.dtypes = {name: saved[name].properties.dtype for name in self.shapes}
+
+    def read(self, name: str) -> Tensor:
+        tensor = torch.empty(self.shapes[name], dtype=self.dtypes[name])
+        reader = checkpoint_io.TensorReader(self.folder, self.metadata)
+        with checkpoint_io.plain_errors(f"reading {self.folder}"):
+            dcp.load({self.prefix + name: tensor}, storage_reader=reader, planner=checkpoint_io.TensorLoadPlanner(flatten_state_dict=False))
+        return tensor
+
+
+class PublicSource:
+    """Weights in a public format. Which model they are of is told by the options, by config.json, or by the shapes of a known flavor."""
+
+    def __init__(self, path: Path, options: argparse.Namespace):
+        subfolder = options.subfolder or get_spec(FAMILIES[0]).hf_folder
+        stored = StoredWeights(path, subfolder)
+        specs = [get_spec(name) for name in ([options.model] if options.model else FAMILIES)]
+        self.spec = max(specs, key=lambda spec: detect(stored.found, spec)[0])
+        layout, _ = stored.layout(self.spec)
+        self.args = _architecture(stored, self.spec, layout, options)
+        self.shapes = whole_shapes(self.spec, self.args)
+        self.places = stored.places(self.spec, self.args, self.shapes)
+        self.dtypes = {name: place.dtype for name, place in self.places.items()}
+
+    def read(self, name: str) -> Tensor:
+        place = self.places[name]
+        # Opened for each tensor: a file's mapped pages count as this process's memory until it is closed.
+        with opened(place.file) as stored:
+            box = (slice(None),) * len(self.shapes[name])
+            return read_part(stored, place.name, place.part, box, self.args).clone()
+
+
+def _architecture(stored: StoredWeights, spec: ModelSpec, layout: str, options: argparse.Namespace) -> Any:
+    if options.flavor:
+        return get_args(spec, options.flavor, "", _text_len(spec, options.flavor))
+    if options.config:
+        return spec.args_from_hf(_read_json(options.config))
+    if layout == "diffusers" and stored.root.is_dir():
+        return spec.args_from_hf(stored.config())
+    fits, first_error = {}, None
+    for flavor, args in spec.flavors.items():
+        try:
+            stored.places(spec, args, whole_shapes(spec, args))
+            fits.setdefault(_identity(spec, args), (flavor, args))
+        except ValueError as e:
+            first_error = first_error or e
+    if len(fits) == 1:
+        flavor, args = next(iter(fits.values()))
+        logger.info(f"the weights fit {spec.name} {flavor}")
+        return args
+    if not fits:
+        hint = "give --flavor, or --config, a transformer/config.json of diffusers"
+        raise ValueError(f"{stored.root} fits no flavor of {spec.name}: {hint}. The first: {first_error}")
+    raise ValueError(f"{stored.root} fits several flavors of {spec.name}: give one with --flavor: {', '.join(flavor for flavor, _ in fits.values())}")
+
+
+def _text_len(spec: ModelSpec, flavor: str) -> int:
+    return spec.flavors[flavor].text_len if flavor in spec.flavors else 1
+
+
+def _identity(spec: ModelSpec, args: Any) -> str:
+    """What distinguishes two architectures in the files."""
+    return json.dumps([spec.args_to_hf(args), spec.args_to_original(args) if spec.args_to_original else None])
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path} cannot be read: {e}") from e
+
+
+@torch.no_grad()
+def convert(source: StepSource | PublicSource, path: Path, format_name: str, dtype: torch.dtype | None, max_shard_bytes: int) -> None:
+    """Write the weights of `source` to `path`. dtype None: each tensor keeps its type."""
+    dtypes = {name: dtype or kind for name, kind in source.dtypes.items()}
+    writer = Writer(WritePlan(path, source.spec, source.args, source.shapes, dtypes, format_name, max_shard_bytes))
+    for part in writer.plan.parts():
+        if writer.error is None:
+            writer.write(part.to_public(source.read(part.ours), source.args))
+    writer.commit()
+    if writer.error is not None:
+        raise RuntimeError(f"{path} could not be written: {writer.error}")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    about = "Convert weights between public formats, and from a run's checkpoint. The format of SRC is told by its names."
+    parser = argparse.ArgumentParser(prog="python -m titan_video.convert", description=about, allow_abbrev=False)
+    parser.add_argument("source", type=Path, metavar="SRC", help="folder or file of weights, pipeline folder, or step-N folder of a run")
+    parser.add_argument("target", type=Path, metavar="DST", help="file or folder to make; a diffusers folder gets its weights in transformer/")
+    parser.add_argument("--format", choices=FORMATS, required=True)
+    parser.add_argument("--model", choices=FAMILIES, help="model family (else told by the names)")
+    parser.add_argument("--flavor", help="architecture (else config.json, or the flavor with these shapes)")
+    parser.add_argument("--config", type=Path, help="transformer/config.json of diffusers, for an architecture that is no flavor")
+    parser.add_argument("--subfolder", default="", help="folder of the weights in a pipeline folder: transformer, or transformer_2 of Wan 2.2 A14B")
+    parser.add_argument("--weights", choices=("model", "ema"), default="model", help="which weights of a step-N folder")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="type to write (else as in SRC)")
+    parser.add_argument("--max-shard-gib", type=float, default=5.0, help="size of the files in a folder, at most")
+    parser.add_argument("--assets", type=Path, help="diffusers pipeline folder to complete DST from (else SRC, if it is one)")
+    return parser.parse_args(argv)
+
+
+def run(options: argparse.Namespace) -> Path:
+    """Convert as asked; the folder or file with the weights. ValueError for a source or option that does not do."""
+    source, target = options.source, options.target
+    if not source.exists():
+        raise ValueError(f"SRC {source} does not exist")
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise ValueError(f"DST {target} exists; give a new path")
+    if FORMATS[options.format].one_file and target.suffix != ".safetensors":
+        raise ValueError(f"DST {target}: --format {options.format} is one file, whose name should end in .safetensors")
+    if options.max_shard_gib <= 0:
+        raise ValueError("--max-shard-gib must be above 0")
+    weights = StepSource(source, options.weights) if is_checkpoint(source) else PublicSource(source, options)
+    path = target
+    if options.format == "diffusers":
+        subfolder = options.subfolder or weights.spec.hf_folder
+        path = target / subfolder
+        pipeline = next((folder for folder in (options.assets, source, source.parent) if folder and (folder / PIPELINE).is_file()), None)
+        if pipeline:
+            complete_pipeline(pipeline, target, subfolder)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    convert(weights, path, options.format, dtype, int(options.max_shard_gib * GIB))
+    return path
+
+
+def main(argv: list[str]) -> None:
+    options = parse(argv)
+    init_logger()
+    try:
+        path = run(options)
+    except (ValueError, RuntimeError) as e:
+        sys.exit(f"error: {e}")
+    logger.info(f"{options.format} weights written to {path}, and read back")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
