@@ -12,8 +12,15 @@ from titan_video.data.dataset import Plan, make_plan
 from titan_video.data.latent_cache import LatentCache, cached_clips, encode_missing
 from titan_video.data.shapes import resolve_path
 from titan_video.encoders import build_encoders
+from titan_video.flow.conditions import Conditions
+from titan_video.models import get_args, get_spec
 
 USAGE = "usage: python -m titan_video.data plan|encode CONFIG.toml [--section.field VALUE] ..."
+
+
+def conditions(config: JobConfig) -> Conditions:
+    """What the model is given beside the text."""
+    return get_args(get_spec(config.model.name), config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length).conditions
 
 
 def plan(config: JobConfig) -> tuple[Plan, Path]:
@@ -21,6 +28,7 @@ def plan(config: JobConfig) -> tuple[Plan, Path]:
     cache_folder = Path(config.data.cache_folder or Path(config.job.dump_folder) / "cache")
     source = resolve_path(config.data.path, cache_folder)
     made = make_plan(source, config.data.buckets, config.data.fps, config.data.num_workers, cache_folder)
+    made = made.without_stills() if conditions(config).num_given else made
     report = Path(config.job.dump_folder) / "data_plan.jsonl"
     made.write_jsonl(report)
     print(f"{made.summary()}\n  every clip: {report}")
@@ -28,11 +36,12 @@ def plan(config: JobConfig) -> tuple[Plan, Path]:
 
 
 def encode(config: JobConfig) -> None:
-    """Fill the latent cache; a later run with the same sections [data] and [encoder] finds everything there."""
+    """Fill the latent cache; a later run with the same sections [data] and [encoder] and the same model finds everything there."""
     made, cache_folder = plan(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoders = build_encoders(config.encoder, config.model.hf_assets_path, device)
-    cache = LatentCache(cache_folder, encoders.video_id(), encoders.text_id())
+    given = conditions(config)
+    cache = LatentCache(cache_folder, encoders.video_id(), encoders.text_id(), encoders.image_id() if given.image_tokens else "", given)
     failures = encode_missing(made, encoders, cache, num_workers=config.data.num_workers)
     made = made.drop(failures)
     made.require_clips()

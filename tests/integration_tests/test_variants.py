@@ -1,0 +1,158 @@
+"""Every debug flavor of both families trains, validates, samples and resumes on the embedded clips; on two ranks it has the same losses."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.helpers import run_ranks
+from tests.integration_tests.test_sample import decode, run_sample
+from tests.unit_tests.data_clips import captioned, write_clip
+from titan_video.models import get_spec
+
+FLAVORS = [(family, flavor) for family in ("wan", "hunyuan_video") for flavor in get_spec(family).flavors if flavor.startswith("debug")]
+IMAGES = [(family, flavor) for family, flavor in FLAVORS if get_spec(family).flavors[flavor].conditions.num_given]
+SHORT = {
+    "data.path": "embedded:shapes-6", "data.buckets": "[[9, 32, 32]]", "training.steps": 3, "optimizer.lr": 1e-2, "checkpoint.interval": 2,
+    "lr_scheduler.warmup_steps": 0,
+    "validation.enable": "true", "validation.freq": 2, "validation.holdout": 0.4, "validation.timesteps": "[0.5]", "validation.num_videos": 1,
+    "validation.sample_steps": 1, "ema.enable": "false", "metrics.log_freq": 1, "training.guidance": 2.0,
+}  # fmt: skip
+
+
+def options_of(family, flavor, **more):
+    return {**SHORT, "model.name": family, "model.flavor": flavor, **{k.replace("__", "."): v for k, v in more.items()}}
+
+
+def losses(run):
+    return [row["loss"] for row in run.records]
+
+
+@pytest.mark.parametrize("family, flavor", FLAVORS)
+def test_a_variant_trains_validates_samples_and_resumes(front, family, flavor):
+    options = options_of(family, flavor)
+    whole = front.run("whole", options).ok()
+    assert whole.records[0]["loss"] > whole.records[-1]["loss"] > 0 and len(whole.records) == 3
+    assert set(whole.validations) == {0, 2, 3} and all(np.isfinite(list(v.values())).all() for v in whole.validations.values())
+    assert whole.validations[0]["loss"] != whole.validations[3]["loss"]
+    (clip,) = (whole.folder / "samples" / "step-3").glob("*.mp4")
+    assert decode(clip).shape == (9, 32, 32, 3)
+
+    front.run("parts", {**options, "training.steps": 2}).ok()
+    parts = front.run("parts", options).ok()
+    assert losses(parts) == losses(whole) and parts.validations[3] == whole.validations[3]
+
+
+@pytest.mark.parametrize("family, flavor, layout", [
+    ("wan", "debug-ti2v", {"parallelism.context_parallel_degree": 2}),
+    ("wan", "debug-flf2v", {"parallelism.pipeline_parallel_degree": 2}),
+    ("hunyuan_video", "debug-i2v-token-replace", {"parallelism.context_parallel_degree": 2}),
+    ("hunyuan_video", "debug-i2v-token-replace", {"parallelism.tensor_parallel_degree": 2}),
+    ("hunyuan_video", "debug-i2v-latent-concat", {}),
+])  # fmt: skip
+def test_two_ranks_have_the_losses_of_one(front, family, flavor, layout):
+    """27 tokens a clip, of which 9 may be clean: slices of unequal length. Without a layout: data parallel."""
+    options = {**options_of(family, flavor), "data.buckets": "[[9, 48, 48]]", "checkpoint.enable": "false", "training.global_batch_size": 2}
+    one = front.start("one", {**options, "training.local_batch_size": 2})
+    two = front.run("two", {**options, **layout, "training.local_batch_size": 2 if layout else 1}, world=2).ok()
+    one = front.finish("one", one).ok()
+    for a, b in zip(one.records, two.records, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    assert one.validations.keys() == two.validations.keys()
+    for step, values in one.validations.items():
+        assert values == pytest.approx(two.validations[step], rel=1e-5)
+    clips = [decode(next((run.folder / "samples" / "step-3").glob("*.mp4"))) for run in (one, two)]
+    assert np.abs(clips[0].astype(int) - clips[1]).max() <= 8
+
+
+def picture(path, seed):
+    from PIL import Image
+
+    noise = np.random.Generator(np.random.Philox(key=seed)).integers(0, 255, (4, 6, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((96, 64)).save(path)
+    return path
+
+
+def test_sampling_starts_from_an_image(front, tmp_path):
+    run = front.run("run", {**options_of("wan", "debug-flf2v"), "validation.enable": "false"}).ok()
+    first, last = picture(tmp_path / "first.png", 1), picture(tmp_path / "last.png", 2)
+    base = [run.folder, "--prompt", "a red circle moves left", "--out", tmp_path / "x.mp4"]
+    seen = []
+    for images in (["--image", first, "--last-image", last], ["--image", last, "--last-image", last], ["--image", first, "--last-image", first]):
+        run_ranks(run_sample, 1, [*base, *images], init=False)
+        seen.append(decode(tmp_path / "x.mp4"))
+    assert seen[0].shape == (9, 32, 32, 3) and not any(np.array_equal(seen[0], clip) for clip in seen[1:])
+    for images, words in (([], "--image"), (["--image", first], "--last-image"), (["--image", tmp_path / "none.png", "--last-image", last], "none.png")):
+        with pytest.raises(AssertionError, match=f"SystemExit: error: .*{words}"):
+            run_ranks(run_sample, 1, [*base, *images], init=False)
+
+
+@pytest.mark.parametrize("flavor", ["debug-i2v-token-replace", "debug-i2v-latent-concat"])
+def test_a_hunyuan_clip_begins_with_its_image(front, tmp_path, flavor):
+    """For token replacement the first frame is the image itself."""
+    run = front.run("run", {**options_of("hunyuan_video", flavor), "validation.enable": "false"}).ok()
+    image = picture(tmp_path / "first.png", 1)
+    base = [run.folder, "--prompt", "a red circle moves left", "--out", tmp_path / "x.mp4", "--image", image]
+    seen = []
+    for more in ([], ["--guidance", 1], ["--embedded-guidance", 900]):
+        run_ranks(run_sample, 1, [*base, *more], init=False)
+        seen.append(decode(tmp_path / "x.mp4"))
+    from titan_video.data.video import read_image
+
+    expected = read_image(str(image), (9, 32, 32))[:, 0].permute(1, 2, 0).numpy()
+    error = [np.abs(clip[k].astype(int) - expected).mean() for clip in seen[:1] for k in (0, -1)]
+    if flavor == "debug-i2v-token-replace":
+        assert error[0] < 20 < error[1]
+    assert not np.array_equal(seen[0], seen[1])
+    assert np.array_equal(seen[0], seen[2]) == (flavor == "debug-i2v-latent-concat")  # the one that is not told the scale
+
+
+def test_experts_train_their_levels_and_sample_together(front, tmp_path):
+    options = {**options_of("wan", "debug-i2v-A14B"), "model.boundary": 0.6}
+    started = {expert: front.start(expert, {**options, "model.expert": expert}) for expert in ("high", "low")}
+    high, low = (front.finish(expert, program).ok() for expert, program in started.items())
+    assert "loss_t0.8" in high.validations[3] and "loss_t0.3" in low.validations[3]
+    image = picture(tmp_path / "first.png", 1)
+    base = ["--prompt", "a red circle moves left", "--out", tmp_path / "x.mp4", "--image", image, "--steps", 4]
+    seen = []
+    for argv in ([high.folder], [low.folder], [high.folder, "--low", low.folder]):
+        run_ranks(run_sample, 1, [*argv, *base], init=False)
+        seen.append(decode(tmp_path / "x.mp4"))
+    assert not any(np.array_equal(a, b) for a, b in ((seen[0], seen[2]), (seen[1], seen[2])))
+    with pytest.raises(AssertionError, match="SystemExit: error: --low: .*model.expert are high and low"):
+        run_ranks(run_sample, 1, [low.folder, "--low", high.folder, *base], init=False)
+    front.run("none", {**options_of("wan", "debug"), "model.expert": "low"}).fails_with("model.expert", "model.boundary")
+    front.run("both", {**options, "model.expert": "low", "flow.max_t": 0.5}).fails_with("model.expert", "flow.max_t")
+
+
+def test_images_of_a_column_and_stills(front):
+    """The column's image is what the model starts from; a still is left out by name, and stills alone end the run."""
+    clips = front.root / "clips"
+    clips.mkdir()
+    rows = []
+    for k in range(3):
+        write_clip(clips / f"clip{k}.mp4", count=40, fps=8)
+        rows.append({"file": f"clip{k}.mp4", "caption": f"clip {k}", "image": picture(clips / f"image{k}.png", k).name})
+    write_clip(clips / "still.mp4", count=1, fps=8)
+    rows += [{"file": "still.mp4", "caption": "a still"}, {"file": "clip0.mp4", "caption": "again", "image": "nothing.png"}]
+    (clips / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {**options_of("wan", "debug-ti2v"), "data.path": clips, "data.buckets": "[[9, 32, 32], [1, 32, 32]]", "data.fps": 8,
+               "training.local_batch_size": 3, "data.num_workers": 1, "validation.enable": "false", "checkpoint.enable": "false"}  # fmt: skip
+    run = front.run("run", options).ok()
+    planned = {row["caption"] or row["reason"]: row for row in map(json.loads, (run.folder / "data_plan.jsonl").read_text().splitlines())}
+    assert planned["a still"]["reason"].startswith("a still") and "still.mp4: image-to-video" in run.output
+    assert "missing image" in run.output and "nothing.png" in run.output
+    assert planned["clip 0"]["image"].endswith("image0.png")
+
+    for row in rows:
+        row.pop("image", None)
+    (clips / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    own = front.run("own", options).ok()
+    assert losses(own) != losses(run)
+    text = front.run("text", {**options, "model.flavor": "debug", "data.path": clips}).ok()  # text-to-video has no use for either
+    assert len(text.records) == 3
+
+    alone = front.root / "alone"
+    alone.mkdir()
+    captioned(alone / "still.mp4", "a still", count=1, fps=8)
+    front.run("alone", {**options, "data.path": alone}).fails_with("still.mp4", "image-to-video")
