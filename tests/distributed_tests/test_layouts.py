@@ -199,15 +199,16 @@ def test_layout_equals_one_process(name, one_process):
     check(name, [(way, torch.float64) for way in EAGER] + [("plain", torch.float32)], one_process)
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if LAYOUTS[name].world_size <= 2])
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if LAYOUTS[name].world_size == 2])
 def test_compiled_layout_equals_one_process(name, one_process):
-    check(name, [(way, torch.float64) for way in COMPILED_WAYS], one_process)
+    check(name, [(way, torch.float64) for way in (COMPILED_WAYS if name == "fsdp2" else ("selective+compile",))], one_process)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_whole_table(name, one_process):
-    check(name, [(way, dtype) for way in WAYS for dtype in LIMITS], one_process)
+def test_whole_table(name, dtype, one_process):
+    check(name, [(way, dtype) for way in WAYS], one_process)
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "fsdp2 x tp2"])
@@ -262,8 +263,7 @@ def dtypes_inside():
         before, after = watch(name)
         model.get_submodule(name).register_forward_pre_hook(before)
         model.get_submodule(name).register_forward_hook(after)
-    batch = sample(1, torch.float32)
-    compute_loss(model, ARGS.patch, batch, batch.latents_BCFHW, torch.tensor([0.5]), torch.ones(1)).sum().backward()
+    compute_loss(model, *arguments(1, torch.float32)).sum().backward()
     return seen, {p.dtype for p in model.parameters()} | {p.grad.dtype for p in model.parameters()}
 
 
