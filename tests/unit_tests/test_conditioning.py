@@ -1,0 +1,350 @@
+"""What models are given beside noise, time and text: each tensor against the diffusers pipelines' own, from tiny random encoders saved to disk."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.unit_tests.test_encoder_wan import saved as wan_folder  # noqa: F401
+from titan_video.components.conditioning import GivenTokens, guidance
+from titan_video.components.objective import compute_loss, model_inputs
+from titan_video.config.job_config import Encoder
+from titan_video.data.batch import Batch
+from titan_video.encoders import build_encoders
+from titan_video.encoders.given import encode_given, encode_images
+from titan_video.flow.conditions import Conditions
+from titan_video.models import get_spec
+from titan_video.models.layers import patchify, token_shape, unpatchify
+
+PATCH = (1, 2, 2)
+FRAMES, HEIGHT, WIDTH = 9, 32, 64
+LATENT = (3, 4, 8)
+PROMPTS = ["a red circle moves left", "", "the blue square moves up " * 40]
+LENGTH = 24
+
+
+def conditions_of(family, flavor):
+    return get_spec(family).flavors[flavor].conditions
+
+
+def frame(seed):
+    return torch.from_numpy(np.random.Generator(np.random.Philox(key=seed)).integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)).permute(2, 0, 1)
+
+
+def picture(frame_CHW):
+    from PIL import Image
+
+    return Image.fromarray(frame_CHW.permute(1, 2, 0).numpy())
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours.float(), theirs.float(), rtol=1e-5, atol=1e-5)
+    assert theirs.float().abs().max() > 1e-3
+
+
+def randomise(module, std=0.3):
+    for p in module.parameters():
+        torch.nn.init.normal_(p, std=std)
+    return module.eval()
+
+
+def clip_vision(root, image_size, patch_size, width=32):
+    from transformers import CLIPImageProcessor, CLIPVisionConfig
+
+    size = {"shortest_edge": image_size}
+    CLIPImageProcessor(size=size, crop_size={"height": image_size, "width": image_size}).save_pretrained(root / "image_processor")
+    return CLIPVisionConfig(hidden_size=width, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=image_size,
+                            patch_size=patch_size)  # fmt: skip
+
+
+# ---- Wan ----
+
+
+@pytest.fixture(scope="module")
+def wan21(wan_folder, tmp_path_factory):  # noqa: F811
+    from transformers import CLIPVisionModel
+
+    root = tmp_path_factory.mktemp("conditions") / "wan21"
+    shutil.copytree(wan_folder, root)
+    torch.manual_seed(0)
+    randomise(CLIPVisionModel(clip_vision(root, 224, 14)), 0.1).save_pretrained(root / "image_encoder")
+    return root
+
+
+@pytest.fixture(scope="module")
+def wan22(wan_folder, tmp_path_factory):  # noqa: F811
+    from diffusers import AutoencoderKLWan
+
+    root = tmp_path_factory.mktemp("conditions") / "wan22"
+    shutil.copytree(wan_folder, root)
+    torch.manual_seed(0)
+    numbers = {"latents_mean": torch.randn(48).tolist(), "latents_std": (1 + torch.rand(48)).tolist()}
+    vae = AutoencoderKLWan(base_dim=4, decoder_base_dim=4, z_dim=48, dim_mult=[1, 1, 1, 1], num_res_blocks=1, is_residual=True, in_channels=12,
+                           out_channels=12, patch_size=2, scale_factor_spatial=16, scale_factor_temporal=4, **numbers)  # fmt: skip
+    vae.save_pretrained(root / "vae")
+    return root
+
+
+def wan_encoders(root):
+    return build_encoders(Encoder(name="wan", dtype="float32", max_text_length=LENGTH), str(root), "cpu")
+
+
+def wan_pipeline(root, expand_timesteps=False):
+    from diffusers import AutoencoderKLWan, WanImageToVideoPipeline
+    from transformers import CLIPImageProcessor, CLIPVisionModel
+
+    has_images = (root / "image_encoder").is_dir()
+    return WanImageToVideoPipeline(
+        tokenizer=None, text_encoder=None, vae=AutoencoderKLWan.from_pretrained(root / "vae"), scheduler=None,
+        image_processor=CLIPImageProcessor.from_pretrained(root / "image_processor") if has_images else None,
+        image_encoder=CLIPVisionModel.from_pretrained(root / "image_encoder").eval() if has_images else None,
+        expand_timesteps=expand_timesteps,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def prepared(pipeline, images, num_channels, latents):
+    pixels = [pipeline.video_processor.preprocess(picture(i), height=HEIGHT, width=WIDTH) for i in images]
+    return pipeline.prepare_latents(pixels[0], 1, num_channels, HEIGHT, WIDTH, FRAMES, torch.float32, "cpu", None, latents, *pixels[1:])
+
+
+@pytest.mark.parametrize("flavor", ["i2v-14B", "flf2v-14B", "i2v-A14B"])
+@torch.no_grad()
+def test_wan_channels_and_image_tokens(wan21, flavor):
+    conditions, encoders, pipeline = conditions_of("wan", flavor), wan_encoders(wan21), wan_pipeline(wan21)
+    images = [frame(k) for k in range(conditions.num_given)]
+    latents = torch.randn(1, 16, *LATENT)
+    _, expected = prepared(pipeline, images, 16, latents)
+    given_CNHW = torch.stack(images, dim=1)
+    given = encode_given(encoders, conditions, given_CNHW, FRAMES)[None]
+    channels = conditions.channels(given, LATENT[0])
+    assert channels.shape == (1, 20, *LATENT)
+    close(channels, expected)
+    assert torch.equal(channels[:, :4], expected[:, :4])
+    x = GivenTokens(conditions, given, LATENT, PATCH).model_input(patchify(latents, PATCH))
+    close(x, patchify(torch.cat([latents, expected], dim=1), PATCH))
+    if conditions.image_tokens:
+        tokens = encode_images(encoders, given_CNHW)
+        theirs = pipeline.encode_image([picture(i) for i in images], "cpu")
+        assert len(tokens) == conditions.image_tokens
+        close(tokens, theirs.flatten(0, 1))
+    assert len(encoders.image_id()) == 64
+
+
+@torch.no_grad()
+def test_wan_clean_first_frame(wan22):
+    conditions, encoders, pipeline = conditions_of("wan", "ti2v-5B"), wan_encoders(wan22), wan_pipeline(wan22, expand_timesteps=True)
+    assert (encoders.channels, encoders.stride_s) == (48, 16)
+    grid = 3, 2, 4
+    latents, expected, mask = prepared(pipeline, [frame(0)], 48, torch.randn(1, 48, *grid))
+    given = encode_given(encoders, conditions, frame(0)[:, None], FRAMES)[None]
+    close(given, expected)
+    tokens = GivenTokens(conditions, given, grid, PATCH)
+    x = tokens.model_input(patchify(latents, PATCH))
+    close(unpatchify(x, token_shape(grid, PATCH), PATCH), (1 - mask) * expected + mask * latents)
+    times = torch.where(tokens.arguments["clean_BL"], 0, 700)
+    assert torch.equal(times, (mask[0][0][:, ::2, ::2] * 700).flatten()[None].long())
+
+    frames = torch.stack([frame(k) for k in range(FRAMES)], dim=1)[None]
+    close(encoders.encode_video(frames)[:, :, :1], given)  # causal: a clip's first latent frame is that of its first frame
+    z = pipeline.vae.encode(frames.float() / 127.5 - 1).latent_dist.mode()
+    decoded = pipeline.vae.decode(z).sample
+    assert (encoders.decode_video(encoders.encode_video(frames)).float() - ((decoded + 1) * 127.5).clamp(0, 255)).abs().max() <= 0.51
+
+
+# ---- HunyuanVideo ----
+
+
+def tokenizer(root, name, special, template):
+    """Byte-level words learned from the models' own templates."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from titan_video.encoders.hunyuan_video import IMAGE_TEMPLATE
+
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    words.train_from_iterator([IMAGE_TEMPLATE, *PROMPTS, "\n\n"] * 20, trainer)
+    words.post_processor = processors.TemplateProcessing(single=template, special_tokens=[(s, words.token_to_id(s)) for s in template.split() if "<" in s])
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, pad_token=special[0], padding_side="right", bos_token=special[1], eos_token=special[2])
+    fast.save_pretrained(root / name)
+    return fast
+
+
+def hunyuan_folder(root, image_to_video):
+    from diffusers import AutoencoderKLHunyuanVideo
+    from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel, LlavaConfig, LlavaForConditionalGeneration
+
+    torch.manual_seed(0)
+    vae = AutoencoderKLHunyuanVideo(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2, latent_channels=16)
+    vae.save_pretrained(root / "vae")
+    special = ["<pad>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<image>"]
+    words = tokenizer(root, "tokenizer", special, "<|begin_of_text|> $A")
+    text = LlamaConfig(vocab_size=len(words), hidden_size=24, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, pad_token_id=0)
+    if image_to_video:
+        vision = clip_vision(root, 336, 14, width=16)
+        config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=special.index("<image>"), pad_token_id=0)
+        randomise(LlavaForConditionalGeneration(config), 0.1).save_pretrained(root / "text_encoder")
+    else:
+        randomise(LlamaModel(text), 0.1).save_pretrained(root / "text_encoder")
+    clip = tokenizer(root, "tokenizer_2", ["<|endoftext|>", "<|startoftext|>", "<|end|>"], "<|startoftext|> $A <|end|>")
+    config = CLIPTextConfig(vocab_size=len(clip), hidden_size=20, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, eos_token_id=2,
+                            pad_token_id=0, bos_token_id=1)  # fmt: skip
+    randomise(CLIPTextModel(config), 0.1).save_pretrained(root / "text_encoder_2")
+    return root
+
+
+@pytest.fixture(scope="module")
+def hunyuan_t2v(tmp_path_factory):
+    return hunyuan_folder(tmp_path_factory.mktemp("hunyuan_t2v"), False)
+
+
+@pytest.fixture(scope="module")
+def hunyuan_i2v(tmp_path_factory):
+    return hunyuan_folder(tmp_path_factory.mktemp("hunyuan_i2v"), True)
+
+
+def hunyuan_encoders(root):
+    return build_encoders(Encoder(name="hunyuan_video", dtype="float32", max_text_length=LENGTH), str(root), "cpu")
+
+
+def hunyuan_pipeline(root, cls, text_class, **more):
+    from diffusers import AutoencoderKLHunyuanVideo
+    from transformers import AutoTokenizer, CLIPTextModel
+
+    return cls(
+        text_encoder=text_class.from_pretrained(root / "text_encoder").eval(), tokenizer=AutoTokenizer.from_pretrained(root / "tokenizer"),
+        transformer=None, vae=AutoencoderKLHunyuanVideo.from_pretrained(root / "vae"), scheduler=None,
+        text_encoder_2=CLIPTextModel.from_pretrained(root / "text_encoder_2").eval(),
+        tokenizer_2=AutoTokenizer.from_pretrained(root / "tokenizer_2"), **more,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def test_hunyuan_text(hunyuan_t2v):
+    from diffusers import HunyuanVideoPipeline
+    from transformers import LlamaModel
+
+    encoders, pipeline = hunyuan_encoders(hunyuan_t2v), hunyuan_pipeline(hunyuan_t2v, HunyuanVideoPipeline, LlamaModel)
+    assert (encoders.text_dim, encoders.pooled_dim) == (24, 20)
+    texts, pooled = encoders.encode_text(PROMPTS), encoders.encode_pooled(PROMPTS)
+    for prompt, text, vector in zip(PROMPTS, texts, pooled, strict=True):
+        expected, theirs, mask = pipeline.encode_prompt(prompt, device="cpu", max_sequence_length=LENGTH)
+        assert mask.sum() == len(text) and mask[0, : len(text)].all()
+        close(text, expected[0, : len(text)])
+        close(vector, theirs[0])
+    assert len(texts[2]) == LENGTH > len(texts[0]) > len(texts[1]) > 0
+    with pytest.raises(ValueError, match="text_encoder.*text-to-video"):
+        encoders.encode_text(["a"], images=[frame(0)], image_tokens=144)
+
+
+@pytest.mark.parametrize("flavor", ["i2v-13B-latent-concat", "i2v-13B-token-replace"])
+@torch.no_grad()
+def test_hunyuan_image(hunyuan_i2v, flavor):
+    from diffusers import HunyuanVideoImageToVideoPipeline
+    from transformers import CLIPImageProcessor, LlavaForConditionalGeneration
+
+    processor = {"image_processor": CLIPImageProcessor.from_pretrained(hunyuan_i2v / "image_processor")}
+    encoders = hunyuan_encoders(hunyuan_i2v)
+    pipeline = hunyuan_pipeline(hunyuan_i2v, HunyuanVideoImageToVideoPipeline, LlavaForConditionalGeneration, **processor)
+    conditions, form = conditions_of("hunyuan_video", flavor), flavor.removeprefix("i2v-13B-").replace("-", "_")
+    images = [frame(k) for k in range(len(PROMPTS))]
+    texts = encoders.encode_text(PROMPTS, images, conditions.text_image_tokens)
+    for prompt, image, text in zip(PROMPTS, images, texts, strict=True):
+        stride = {"latent_concat": 2, "token_replace": 4}[form]
+        expected, _, mask = pipeline.encode_prompt(picture(image), prompt, device="cpu", max_sequence_length=LENGTH, image_embed_interleave=stride)
+        assert mask.sum() == len(text) and mask[0, : len(text)].all()
+        close(text, expected[0, : len(text)])
+    assert not torch.allclose(texts[0], encoders.encode_text(PROMPTS[:1], images[1:2], conditions.text_image_tokens)[0])
+
+    pixels, latents = pipeline.video_processor.preprocess(picture(images[0]), HEIGHT, WIDTH), torch.randn(1, 16, *LATENT)
+    _, expected = pipeline.prepare_latents(pixels, 1, 16, HEIGHT, WIDTH, FRAMES, torch.float32, "cpu", None, latents, form)
+    given = encode_given(encoders, conditions, images[0][:, None], FRAMES)[None]
+    close(given, expected[:, :, :1])
+    if form == "latent_concat":  # as the pipeline's __call__ goes on
+        mask = torch.zeros(1, 1, *LATENT)
+        mask[:, :, 0], expected[:, :, 1:] = 1, 0
+        expected = torch.cat([latents, expected, mask], dim=1)
+    else:
+        expected = torch.cat([expected, latents[:, :, 1:]], dim=2)
+    x = GivenTokens(conditions, given, LATENT, PATCH).model_input(patchify(latents, PATCH))
+    close(unpatchify(x, token_shape(LATENT, PATCH), PATCH), expected)
+    assert guidance(conditions, 6.0, torch.zeros(2)) == {} or guidance(conditions, 6.0, torch.zeros(2))["guidance_B"].tolist() == [6000.0, 6000.0]
+
+
+@torch.no_grad()
+def test_hunyuan_video_latents(hunyuan_t2v):
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    encoders, vae = hunyuan_encoders(hunyuan_t2v), AutoencoderKLHunyuanVideo.from_pretrained(hunyuan_t2v / "vae").eval()
+    frames = torch.stack([frame(k) for k in range(FRAMES)], dim=1)[None]
+    z = vae.encode(frames.float() / 127.5 - 1).latent_dist.mode()
+    latents = encoders.encode_video(frames)
+    close(latents, z * vae.config.scaling_factor)
+    assert (encoders.decode_video(latents).float() - ((vae.decode(z).sample + 1) * 127.5).clamp(0, 255)).abs().max() <= 0.51
+    assert encoders.video_id() != encoders.text_id()
+
+
+def test_unfit_hunyuan_folders_are_refused_by_name(hunyuan_t2v, tmp_path):
+    for name, words in (("text_encoder_2", "text_encoder_2/config.json"), ("tokenizer", "tokenizer is missing"), ("vae", "vae/config.json")):
+        root = shutil.copytree(hunyuan_t2v, tmp_path / name)
+        shutil.rmtree(root / name)
+        with pytest.raises(ValueError, match=words):
+            hunyuan_encoders(root)
+    config = tmp_path / "vae2" / "vae" / "config.json"
+    shutil.copytree(hunyuan_t2v, tmp_path / "vae2")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"spatial_compression_ratio": 16}))
+    with pytest.raises(ValueError, match="vae/config.json.*strides"):
+        hunyuan_encoders(tmp_path / "vae2")
+    with pytest.raises(ValueError, match="hf_assets_path"):
+        hunyuan_encoders("")
+
+
+# ---- the objective ----
+
+
+class Recorder(torch.nn.Module):
+    """Answers 0 and keeps what it was given."""
+
+    def forward(self, x_BLP, pos, t, text, mask, seq_len=None, **cond):
+        self.x, self.cond = x_BLP, cond
+        return torch.zeros(*x_BLP.shape[:2], 64)
+
+
+def make_batch(given):
+    return Batch(torch.randn(2, 16, *LATENT), torch.zeros(2, 5, 8), torch.ones(2, 5, dtype=torch.bool), torch.arange(2), {"given_BCFHW": given})
+
+
+def test_given_tokens_hold_no_noise_and_no_loss():
+    conditions = Conditions(num_given=1, form="clean", guidance=True)
+    batch, noise = make_batch(torch.randn(2, 16, 1, 4, 8)), torch.randn(2, 16, *LATENT)
+    model, s = Recorder(), torch.tensor([0.25, 0.75])
+    loss = compute_loss(model, PATCH, batch, noise, s, torch.ones(2), None, conditions, 3.0)
+    torch.testing.assert_close(loss, (noise - batch.latents_BCFHW)[:, :, 1:].square().flatten(1).sum(1))
+    assert conditions.counted(batch.latents_BCFHW) == batch.latents_BCFHW[:, :, 1:].numel()
+    assert model.cond["guidance_B"].tolist() == [3000.0, 3000.0]
+    first = model.cond["clean_BL"][0]
+    assert first.sum() == 8 and first[:8].all()
+    x = unpatchify(model.x, token_shape(LATENT, PATCH), PATCH)
+    assert torch.equal(x[:, :, :1], batch.cond["given_BCFHW"])
+    torch.testing.assert_close(x[0, :, 1:], (0.75 * batch.latents_BCFHW + 0.25 * noise)[0, :, 1:])
+    assert "given_BCFHW" in batch.cond  # the batch is not used up
+
+    concat = Conditions(num_given=1, form="mask_last")
+    inputs = model_inputs(PATCH, batch, noise, s, torch.ones(2), None, concat)
+    assert inputs.cond == {} and inputs.clean_BL is None and concat.counted(noise) == noise.numel()
+    tail = unpatchify(inputs.x_BLP[..., 64:], token_shape(LATENT, PATCH), PATCH)
+    expected = F.pad(torch.cat([batch.cond["given_BCFHW"], torch.ones(2, 1, 1, 4, 8)], dim=1), [0, 0, 0, 0, 0, 2])
+    assert torch.equal(tail, expected)
+    with pytest.raises(ValueError, match="image-to-video"):
+        model_inputs(PATCH, Batch(batch.latents_BCFHW, batch.text_BLD, batch.text_mask_BL, batch.sample_ids_B), noise, s, s, None, concat)
+
+
+def test_batches_are_split_and_moved_with_their_conditions():
+    batch = make_batch(torch.arange(2.0).view(2, 1, 1, 1, 1))
+    parts = [part.cond["given_BCFHW"].item() for part in batch.split(1)]
+    assert parts == [0.0, 1.0] and batch.to("meta").cond["given_BCFHW"].is_meta
