@@ -160,6 +160,57 @@ def test_files_do_not_depend_on_the_layout(tmp_path, world):
     assert_holds(model, toy_tensors())
 
 
+def fused_rank(folder):
+    """HunyuanVideo under tensor parallel and FSDP, from the original layout: by our name, elements read and owned, and what is saved again."""
+    from titan_video.distributed.fsdp import apply_fsdp
+    from titan_video.distributed.parallel_dims import ParallelDims
+    from titan_video.distributed.tensor_parallel import apply_tensor_parallel
+    from titan_video.models.hunyuan_video import SPEC
+
+    args = SPEC.flavors["debug"]
+    with torch.device("meta"):
+        model = SPEC.build(args)
+    meshes = ParallelDims(tp=2, dp_shard=2).build_mesh("cpu")
+    apply_tensor_parallel(model, SPEC.plan, meshes.tp, async_mode=False)
+    apply_fsdp(model, SPEC.plan, meshes, torch.bfloat16, torch.float32, "default")
+    model.to_empty(device="cpu")
+    Recorder.reads = {}
+    safetensors_io.safe_open = Recorder
+    try:
+        load_hf(model, folder / "in.safetensors", SPEC, args)
+    finally:
+        safetensors_io.safe_open = real_open
+    save_hf(model, folder / "out.safetensors", SPEC, args, torch.float32, format_name="comfyui")
+    owned = {n: p.to_local().numel() for n, p in model.named_parameters()}
+    table = public_names(SPEC.hf_names, owned, "original")
+    by_file = {}
+    for ours, (public, rule) in table.items():
+        entry = by_file.setdefault(public, [Recorder.reads.get(public, 0), 0, bool(rule.to_ours) or rule.swapped])
+        entry[1] += owned[ours]
+    return by_file
+
+
+def test_fused_tensors_are_read_in_parts(tmp_path):
+    from safetensors.torch import load_file
+
+    from titan_video.models.hunyuan_video import SPEC
+
+    args = SPEC.flavors["debug"]
+    model, g = SPEC.build(args), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(generator=g)
+    save_hf(model, tmp_path / "in.safetensors", SPEC, args, torch.float32, format_name="single_file")
+    expected = load_file(tmp_path / "in.safetensors")
+    for by_file in run_ranks(fused_rank, 4, tmp_path):
+        assert by_file.keys() == expected.keys()
+        assert {n for n, (read, owned, changes) in by_file.items() if not changes and read != owned} == set()
+        read, owned, _ = by_file["single_blocks.1.linear1.weight"]
+        assert read == owned == expected["single_blocks.1.linear1.weight"].numel() // 4
+    saved = {n.removeprefix("model.diffusion_model."): t for n, t in load_file(tmp_path / "out.safetensors").items()}
+    assert saved.keys() == expected.keys() and all(torch.equal(saved[n], expected[n]) for n in expected)
+
+
 def failing_rank(source, folder):
     model = sharded_model("fsdp")
     load_hf(model, source, TOY, ARGS)
