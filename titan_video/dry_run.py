@@ -1,8 +1,8 @@
 """One rank's training step without the machine: `python -m titan_video.dry_run CONFIG.toml --world-size N [--rank r] [--section.field value ...]`.
 
 Rank r of N is built on a process group that sends nothing and on tensors that hold nothing, and runs one micro-batch of the largest bucket
-forward and backward, on one CPU. What is allocated, sent and computed is counted (tools/step_tracker.py) and printed. Nothing is read but
-the TOML (and with model.flavor hf the folder's config.json).
+forward and backward, on one CPU; in a pipeline, where micro-batches overlap, all of a step by the real schedule. What is allocated, sent and
+computed is counted (tools/step_tracker.py) and printed. Nothing is read but the TOML (and with model.flavor hf the folder's config.json).
 
 Operators run as on a GPU in what they keep: attention keeps its output and log-sum-exp, RMSNorm its input and one number a row.
 Compile is off: it fuses element-wise operators, so a compiled step keeps and takes less than is printed here.
@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,27 +25,37 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
-from titan_video.components.objective import compute_loss
-from titan_video.config.check import SPATIAL_MULTIPLE, TEMPORAL_STRIDE, check, gradient_accumulation
+from titan_video.components.objective import ModelInputs, model_inputs, predict, velocity_loss
+from titan_video.config.check import TEMPORAL_STRIDE, check, gradient_accumulation
 from titan_video.config.job_config import Compile, JobConfig
 from titan_video.config.manager import ConfigError, main_guard, parse_args
 from titan_video.data.batch import Batch
+from titan_video.distributed.activation_checkpoint import chosen_blocks
 from titan_video.distributed.context_parallel import ring
 from titan_video.distributed.fsdp import blocks_of
+from titan_video.distributed.offload import HostOffload
 from titan_video.distributed.parallel_dims import Meshes, ParallelDims, check_layout
 from titan_video.distributed.parallelize import parallelize
+from titan_video.distributed.pipeline_parallel import Pipeline, Stages, check_microbatches, keep_stages
 from titan_video.distributed.sequence import SequenceShard
 from titan_video.models import get_args, get_spec
 from titan_video.models.layers import token_shape
 from titan_video.models.spec import ModelSpec
 from titan_video.tools.step_tracker import TEMPORARY, Axis, Collective, StepTracker
 
-KINDS = ("parameters", "optimizer", "ema", "gradients", "gathered weights", "reduction buffers", "inputs", "activations", TEMPORARY)
+OFFLOADED = "offloaded activations"
+KINDS = (
+    "parameters", "optimizer", "ema", "gradients", "gathered weights", "reduction buffers", "inputs", "pipeline buffers", "activations", TEMPORARY,
+    OFFLOADED,
+)  # fmt: skip
 BODIES = {
+    # Numbers are asked for by pipelines only: which micro-batch it is, of many that are alike, and once, in int32, whether shapes are known.
+    torch.ops.aten._local_scalar_dense: lambda number: int(number.dtype == torch.int32),
     torch.ops.titan_video.ring_attention: ring.ring_attention._init_fn,
     torch.ops.titan_video.ring_attention_backward: ring.ring_attention_backward._init_fn,
 }
-ON_HOST = ("parameters", "optimizer", "ema", "gradients")  # with training.enable_cpu_offload
+STATE = ("parameters", "optimizer", "ema", "gradients")  # on the host with training.enable_cpu_offload
+SPATIAL_STRIDES = {16: 8, 48: 16}  # of the VAEs, by latent channels
 UNCOUNTED = "Not counted: the CUDA context, NCCL's buffers, gaps that the allocator leaves, workspaces of matrix products, validation."
 
 
@@ -53,8 +63,9 @@ UNCOUNTED = "Not counted: the CUDA context, NCCL's buffers, gaps that the alloca
 class Report:
     """What rank `rank` of `world_size` does in a step. Bytes, by kind of memory, and FLOPs of this rank, by phase.
 
-    tokens: rows of the model's input on this rank, all samples. at_peak: what of each kind there is when the total is largest.
-    The collectives are those of one micro-batch, of which a step has `accumulation`.
+    tokens: rows of the model's input on this rank, all samples of a micro-batch. at_peak: what of each kind there is when `total`, the sum of
+    those on the device, is largest. on_host: the most that there is elsewhere. A step is `accumulation` times what is counted.
+    stages: how many blocks each pipeline stage of this rank has, by its number, where what is counted is a step of `microbatches`.
     """
 
     world_size: int
@@ -63,6 +74,8 @@ class Report:
     bucket: tuple[int, ...]
     tokens: int
     accumulation: int
+    microbatches: int
+    stages: dict[int, int]
     largest: dict[str, int]
     at_peak: dict[str, int]
     total: int
@@ -117,68 +130,125 @@ def dry_run(config: JobConfig, world_size: int, rank: int = 0) -> Report:
         raise ValueError(f"--rank: given {rank}; legal: 0 to {world_size - 1}")
     if config.activation_checkpoint.mode == "memory_budget":
         raise ValueError("activation_checkpoint.mode: memory_budget is the compiler's, which a dry run does without; look at selective and full")
-    if config.activation_checkpoint.offload:
-        raise ValueError("activation_checkpoint.offload: a dry run cannot tell the host's memory from the device's; set it to false")
-    if config.parallelism.pipeline_parallel_degree > 1:
-        raise ValueError("parallelism.pipeline_parallel_degree: a dry run does not cover pipelines; set it to 1")
     spec = get_spec(config.model.name)
     args = get_args(spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
-    if spec.name != "wan" or args.image_dim or args.clean_first_frame or args.in_channels != args.out_channels:
-        raise ValueError(f'model.flavor: {config.model.flavor!r} takes conditions that a dry run cannot make up yet; it covers Wan text-to-video')
+    if args.out_channels not in SPATIAL_STRIDES:
+        raise ValueError(f"model.flavor: {config.model.flavor!r} has {args.out_channels} latent channels; a dry run knows VAEs of 16 and of 48")
     check_layout(config.parallelism, args, world_size)
     dims = ParallelDims.of(config.parallelism, world_size)
-    accumulation = gradient_accumulation(config.training, dims.dp)
+    bucket = max(config.data.buckets, key=lambda b: tokens_of(b, args))
+    tokens, size, accumulation, microbatches = tokens_of(bucket, args), *micro_batches(config, dims)
     with fake_ranks(world_size, rank):
         meshes = dims.build_mesh("cpu")
-        model = build(config, spec, args, meshes)
-        shard = SequenceShard(meshes.sequence, dims.tp)
+        model, stages = build(config, spec, args, meshes, tokens)
+        dtype, cpu = getattr(torch, config.training.mixed_precision_param), torch.device("cpu")
+        pipeline = Pipeline(model, stages, spec.plan, meshes.pp, config.parallelism, dtype, cpu) if stages else None
         tracker = StepTracker(axes_of(meshes), bodies=BODIES)
-        bucket = max(config.data.buckets, key=lambda b: tokens_of(b, args))
-        with FakeTensorMode(allow_non_fake_inputs=True), tracker, as_on_gpu():
-            run_step(model, spec, args, make_batch(config, args, bucket), shard, tracker, accumulation > 1)
+        shard = SequenceShard(meshes.sequence, dims.tp)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            batches = [make_batch(config, args, bucket, size) for _ in range(microbatches)]
+            noisy = lambda batch: noisy_inputs(args, batch, shard, config.training.guidance)
+            if pipeline:
+                pipeline.state(noisy(batches[0]))  # its shapes are found on the meta device, before anything is counted
+            with tracker, as_on_gpu(), offload_seen(tracker):
+                run_step(model, pipeline, spec, batches, noisy, tracker, accumulation > 1)
         static = state_bytes(model, config.ema.enable)
-    peak, tokens, local = tracker.peak(), tokens_of(bucket, args), config.training.local_batch_size
-    host = ON_HOST if config.training.enable_cpu_offload else ()
+    host = (OFFLOADED, *(STATE if config.training.enable_cpu_offload else ()))
+    peak = tracker.peak(elsewhere=host)
     largest, at_peak = peak.largest | static, peak.at_peak | static
     return Report(
-        world_size, rank, asdict(dims), bucket, local * shard.length(tokens), accumulation, largest, at_peak,
+        world_size, rank, asdict(dims), bucket, size * shard.length(tokens), accumulation, microbatches,
+        {stage: len(blocks) for stage, blocks in stages.blocks.items()} if stages else {}, largest, at_peak,
         total=sum(n for kind, n in at_peak.items() if kind not in host), on_host=sum(largest.get(kind, 0) for kind in host),
-        flops=dict(tracker.flops), model_flops=3 * args.flops(tokens, local) * dims.dp / world_size,
+        flops=dict(tracker.flops), model_flops=3 * args.flops(tokens, microbatches * size) * dims.dp / world_size,
         collectives=tracker.collectives(), seconds=time.perf_counter() - start,
     )  # fmt: skip
 
 
-def build(config: JobConfig, spec: ModelSpec, args: Any, meshes: Meshes) -> nn.Module:
-    """The sharded model, on the meta device. It must not be made inside the fake mode, where each of its tensors costs much more."""
+def micro_batches(config: JobConfig, dims: ParallelDims) -> tuple[int, int, int]:
+    """(clips in one, how often what is counted is done in a step, how many are counted). ValueError for what a pipeline's schedule cannot run."""
+    local, accumulation = config.training.local_batch_size, gradient_accumulation(config.training, dims.dp)
+    if dims.pp == 1:
+        return local, accumulation, 1
+    size = config.parallelism.pipeline_parallel_microbatch_size
+    check_microbatches(config.parallelism, accumulation * local // size)
+    return size, 1, accumulation * local // size
+
+
+def build(config: JobConfig, spec: ModelSpec, args: Any, meshes: Meshes, num_tokens: int) -> tuple[nn.Module, Stages | None]:
+    """The sharded model, of a pipeline this rank's stages, on the meta device. It must not be made inside the fake mode, where each of its
+    tensors costs much more."""
     with torch.device("meta"):
         model = spec.build(args)
+    stages, checkpointed = None, chosen_blocks(model, spec.plan, config.activation_checkpoint.layers)
+    if meshes.pp.size() > 1:
+        stages = keep_stages(model, spec.plan, meshes.pp, config.parallelism, args, num_tokens)
     parallelism = replace(config.parallelism, enable_async_tensor_parallel=False)  # the compiler's
-    parallelize(model, spec.plan, meshes, parallelism, config.training, config.activation_checkpoint, Compile(enable=False))
-    return model
+    off = Compile(enable=False)
+    parallelize(model, spec.plan, meshes, parallelism, config.training, config.activation_checkpoint, off, checkpointed)
+    return model, stages
 
 
-def run_step(model: nn.Module, spec: ModelSpec, args: Any, batch: Batch, shard: SequenceShard, tracker: StepTracker, accumulating: bool) -> None:
-    """Forward and backward of a micro-batch. accumulating: not the first of a step, so gradients are there already."""
+def run_step(
+    model: nn.Module, pipeline: Pipeline | None, spec: ModelSpec, batches: list[Batch], noisy: Callable[[Batch], ModelInputs], tracker: StepTracker,
+    accumulating: bool,
+) -> None:  # fmt: skip
+    """Forward and backward of one micro-batch, or of all of a pipeline. accumulating: not the first of a step, so gradients are there already."""
     model.to_empty(device="cpu")
     for p in model.parameters():
         tracker.set_kind(local_part(p), "parameters")
         if accumulating:
             p.grad = torch.zeros_like(p)
-            tracker.set_kind(local_part(p.grad), "gradients")
+    watch_forwards(model, tracker)
     watch_recomputation(model, spec, tracker)
 
-    noise, s_B, weight_B = torch.empty_like(batch.latents_BCFHW), torch.empty(len(batch.sample_ids_B)), torch.empty(len(batch.sample_ids_B))
+    for batch in batches:
+        for t in (batch.latents_BCFHW, batch.text_BLD, batch.text_mask_BL, batch.sample_ids_B, *batch.cond.values()):
+            tracker.set_kind(t, "inputs")
+    inputs = [noisy(batch) for batch in batches]
     tracker.keep("inputs")
-    tracker.phase = "forward"
-    loss = compute_loss(model, args.patch, batch, noise, s_B, weight_B, shard).sum() / batch.latents_BCFHW.numel()
-    for p in model.parameters():
-        tracker.keep_tensor(local_part(p), "gathered weights")  # those that FSDP does not free after forward
-    tracker.keep("activations")
-    tracker.phase = "backward"
-    loss.backward()
+
+    def loss_of(velocity: Tensor, i: int) -> Tensor:
+        loss = velocity_loss(velocity, inputs[i]).sum() / batches[i].latents_BCFHW.numel()
+        tracker.keep("activations")
+        tracker.phase = "backward"
+        return loss
+
+    if pipeline:
+        pipeline.step(inputs, loss_of)
+    else:
+        loss_of(predict(model, inputs[0]), 0).backward()
     for name, p in model.named_parameters():
         assert p.grad is not None, f"{name} got no gradient"
         tracker.set_kind(local_part(p.grad), "gradients")
+
+
+def noisy_inputs(args: Any, batch: Batch, shard: SequenceShard, guidance: float) -> ModelInputs:
+    noise, (s_B, weight_B) = torch.empty_like(batch.latents_BCFHW), torch.empty(2, len(batch.sample_ids_B))
+    return model_inputs(args.patch, batch, noise, s_B, weight_B, shard, args.conditions, guidance)
+
+
+def watch_forwards(model: nn.Module, tracker: StepTracker) -> None:
+    """What a forward of the model, or of a pipeline stage, leaves alive is for backward."""
+    started = False
+
+    def before(module, args, kwargs):
+        nonlocal started
+        if not started:
+            tracker.keep("pipeline buffers")  # for what is received, all micro-batches of a step
+        started, tracker.phase = True, "forward"
+        for p in model.parameters():
+            if p.grad is not None:  # of the micro-batch before
+                tracker.set_kind(local_part(p.grad), "gradients")
+
+    def after(module, args, output):
+        for p in model.parameters():
+            tracker.keep_tensor(local_part(p), "gathered weights")  # those that FSDP does not free after forward
+        tracker.keep("activations")
+        tracker.phase = "backward"
+
+    model.register_forward_pre_hook(before, prepend=True, with_kwargs=True)  # before FSDP gathers weights
+    model.register_forward_hook(after)
 
 
 def watch_recomputation(model: nn.Module, spec: ModelSpec, tracker: StepTracker) -> None:
@@ -202,6 +272,27 @@ def watch_recomputation(model: nn.Module, spec: ModelSpec, tracker: StepTracker)
         block.register_forward_hook(after, always_call=True)
 
 
+@contextmanager
+def offload_seen(tracker: StepTracker) -> Iterator[None]:
+    """Copies that activation offload makes on the host, and those that it fetches back: on one CPU there is no telling them apart."""
+    send, start = HostOffload.send, HostOffload._start
+
+    def send_seen(self, x):
+        moved = send(self, x)
+        tracker.set_kind(moved.host, OFFLOADED)
+        return moved
+
+    def start_seen(self, moved):
+        start(self, moved)
+        tracker.set_kind(moved.here, "activations")
+
+    HostOffload.send, HostOffload._start = send_seen, start_seen
+    try:
+        yield
+    finally:
+        HostOffload.send, HostOffload._start = send, start
+
+
 @torch.no_grad()  # to_local is an operator otherwise
 def local_part(t: Tensor) -> Tensor:
     return t.to_local() if isinstance(t, DTensor) else t
@@ -216,21 +307,31 @@ def state_bytes(model: nn.Module, ema: bool) -> dict[str, int]:
 def latent_shape(bucket: tuple[int, ...], args: Any) -> tuple[int, ...]:
     """[C, F, H, W] of the latents of a bucket."""
     frames, height, width = bucket
-    stride = SPATIAL_MULTIPLE // args.patch[-1]
-    return args.in_channels, (frames - 1) // TEMPORAL_STRIDE + 1, height // stride, width // stride
+    stride = SPATIAL_STRIDES[args.out_channels]
+    return args.out_channels, (frames - 1) // TEMPORAL_STRIDE + 1, height // stride, width // stride
 
 
 def tokens_of(bucket: tuple[int, ...], args: Any) -> int:
     return token_shape(latent_shape(bucket, args)[1:], args.patch).num_tokens
 
 
-def make_batch(config: JobConfig, args: Any, bucket: tuple[int, ...]) -> Batch:
-    B, text_dtype = config.training.local_batch_size, getattr(torch, config.encoder.dtype)
+def make_batch(config: JobConfig, args: Any, bucket: tuple[int, ...], size: int) -> Batch:
+    """`size` clips, with all that the model's conditions ask for."""
+    c, text_dtype = args.conditions, getattr(torch, config.encoder.dtype)
+    channels, frames, height, width = latent_shape(bucket, args)
+    cond = {}
+    if c.num_given:
+        cond["given_BCFHW"] = torch.empty(size, channels, frames if c.form == "mask_first" else 1, height, width)
+    if c.image_tokens:
+        cond["image_BSD"] = torch.empty(size, c.image_tokens, args.image_dim)
+    if c.pooled_text:
+        cond["pooled_text_BD"] = torch.empty(size, args.pooled_dim, dtype=text_dtype)
     return Batch(
-        latents_BCFHW=torch.empty(B, *latent_shape(bucket, args)),
-        text_BLD=torch.empty(B, args.text_len, args.text_dim, dtype=text_dtype),
-        text_mask_BL=torch.empty(B, args.text_len, dtype=torch.bool),
-        sample_ids_B=torch.empty(B, dtype=torch.int64),
+        latents_BCFHW=torch.empty(size, channels, frames, height, width),
+        text_BLD=torch.empty(size, args.text_len, args.text_dim, dtype=text_dtype),
+        text_mask_BL=torch.empty(size, args.text_len, dtype=torch.bool),
+        sample_ids_B=torch.empty(size, dtype=torch.int64),
+        cond=cond,
     )
 
 
@@ -259,6 +360,10 @@ def describe(report: Report, host: bool) -> str:
     degrees = " x ".join(f"{axis} {n}" for axis, n in r.degrees.items() if n > 1) or "one rank"
     flops = sum(r.flops.values())
     micro = "1 micro-batch a step" if r.accumulation == 1 else f"{r.accumulation} micro-batches a step (memory: from the second on)"
+    counted = "a micro-batch"
+    if r.stages:
+        stages = ", ".join(f"stage {stage} of {n} blocks" for stage, n in r.stages.items())
+        micro, counted = f"{stages}, through which {r.microbatches} micro-batches pass in a step", "a step"
     lines = [
         f"rank {r.rank} of {r.world_size}: {degrees}",
         f"bucket {'x'.join(map(str, r.bucket))}: {r.tokens:,} tokens on this rank, {micro}",
@@ -266,12 +371,12 @@ def describe(report: Report, host: bool) -> str:
     ]  # fmt: skip
     for kind in KINDS:
         if r.largest.get(kind):
-            place = "  on the host" if host and kind in ON_HOST else ""
+            place = "  on the host" if kind == OFFLOADED or host and kind in STATE else ""
             lines.append(f"{kind:<20}{r.at_peak.get(kind, 0) / gib:>12.2f}{r.largest[kind] / gib:>10.2f}{place}")
     lines += [f"{'total':<20}{r.total / gib:>12.2f}", UNCOUNTED, ""]
-    lines += [f"{'a micro-batch sends':<28}{'axis':<14}{'ranks':>6}{'calls':>7}{'MiB':>11}"]
+    lines += [f"{counted + ' sends':<28}{'axis':<14}{'ranks':>6}{'calls':>7}{'MiB':>11}"]
     for c in r.collectives:
-        lines.append(f"{c.phase + ' ' + c.kind:<28}{c.axis:<14}{c.ranks:>6}{c.count:>7}{c.sent / 2**20:>11.1f}")
+        lines.append(f"{(c.phase + ' ' + c.kind).strip():<28}{c.axis:<14}{c.ranks:>6}{c.count:>7}{c.sent / 2**20:>11.1f}")
     if not r.collectives:
         lines.append("nothing")
     lines += [

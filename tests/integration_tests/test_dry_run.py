@@ -12,13 +12,12 @@ from dataclasses import replace
 import pytest
 
 from tests.helpers import ROOT
-from titan_video.components.memory import estimate
+from titan_video.components.memory import estimate, state
 from titan_video.config.manager import parse_args
 from titan_video.distributed.context_parallel.traffic import exchange_bytes
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.dry_run import dry_run, main, tokens_of
 from titan_video.models import get_args, get_spec
-from titan_video.models.wan import FLAVORS
 
 TOMLS = sorted((ROOT / "train_configs").glob("*.toml"))
 SMALL = {"data.buckets": "[[17,128,128]]", "training.local_batch_size": 2, "activation_checkpoint.save_min_kv": 100}
@@ -37,14 +36,20 @@ def read(name, options=None):
 
 
 def closed_form(config, world_size):
+    """Activations among it for Wan's text-to-video only."""
     spec = get_spec(config.model.name)
     args = get_args(spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
-    tokens = max(tokens_of(b, args) for b in config.data.buckets)
-    return estimate(config, spec, args, ParallelDims.of(config.parallelism, world_size), tokens)
+    dims = ParallelDims.of(config.parallelism, world_size)
+    if config.model.name != "wan" or args.conditions.num_given:
+        return state(config, spec, args, dims)
+    return estimate(config, spec, args, dims, max(tokens_of(b, args) for b in config.data.buckets))
 
 
-def blocks(monkeypatch, flavor, number):
-    monkeypatch.setitem(FLAVORS, flavor, replace(FLAVORS[flavor], num_layers=number))
+def blocks(monkeypatch, flavor, number, name="wan", single=1):
+    """`number` blocks; for HunyuanVideo so many double ones."""
+    flavors = get_spec(name).flavors
+    few = {"num_layers": number} if name == "wan" else {"num_double_layers": number, "num_single_layers": single}
+    monkeypatch.setitem(flavors, flavor, replace(flavors[flavor], **few))
 
 
 def compare(measured, expected):
@@ -100,24 +105,118 @@ def test_collectives_of_context_parallel(monkeypatch):
     assert sent == {"forward": 2 * forward, "recompute": 2 * forward, "backward": 2 * backward}
 
 
+@pytest.mark.parametrize(
+    "name, flavor",
+    [
+        *(("wan", flavor) for flavor in ("debug-i2v", "debug-flf2v", "debug-i2v-A14B", "debug-ti2v")),
+        *(("hunyuan_video", flavor) for flavor in ("debug", "debug-i2v-latent-concat", "debug-i2v-token-replace")),
+    ],
+)
+def test_every_model(name, flavor, monkeypatch):
+    """It is given what it is told to want, and its shards are those of its plan."""
+    blocks(monkeypatch, flavor, 1, name)
+    one_rank = {"model.name": name, "model.flavor": flavor, "training.local_batch_size": 2}
+    config = read("debug", one_rank)
+    args = get_args(get_spec(name), flavor, "", config.encoder.max_text_length)
+    report = dry_run(config, 1)
+    assert report.flops["forward"] == args.flops(report.tokens // 2, 2)
+    split = read("debug", one_rank | BFLOAT16 | FULL | TP | {"parallelism.context_parallel_degree": 2})
+    compare(dry_run(split, 4).largest, closed_form(split, 4))
+
+
+@pytest.mark.parametrize("options", [{}, FULL | BFLOAT16], ids=["none", "full"])
+def test_pipeline(options, monkeypatch):
+    """Four stages of a block each: the ranks have the model between them, send and receive every state, and keep what 1F1B keeps."""
+    blocks(monkeypatch, "debug", 4)
+    ranks, microbatches, D, itemsize = 4, 6, 128, 2 if options else 4
+    options = SMALL | options | {"training.local_batch_size": microbatches, "ema.enable": "false"}
+    config = read("debug", options | {"parallelism.pipeline_parallel_degree": ranks})
+    reports = [dry_run(config, ranks, rank) for rank in range(ranks)]
+    assert [r.stages for r in reports] == [{rank: 1} for rank in range(ranks)]
+    assert [r.microbatches for r in reports] == [microbatches] * ranks
+
+    alone = read("debug", options)
+    whole = state(alone, get_spec("wan"), get_args(get_spec("wan"), "debug", "", 16), ParallelDims())
+    compare({kind: sum(r.largest[kind] for r in reports) for kind in whole}, whole)
+
+    boundary = (320 + 16) * D * itemsize + 7 * D * 4  # tokens and text; time and its projection, in float32
+    neighbours = [1, 2, 2, 1]
+    for report, n in zip(reports, neighbours, strict=True):
+        sends = [c for c in report.collectives if c.kind == "send"]
+        assert [(c.axis, c.sent) for c in sends] == [("pp", n * microbatches * boundary)]
+        assert report.largest["pipeline buffers"] == pytest.approx(n * microbatches * boundary, abs=100)
+    kept = [r.largest["activations"] for r in reports]
+    block_input = 320 * D * itemsize
+    assert kept[1] - kept[2] >= block_input and kept[0] > kept[1] > kept[2]
+    if not options.keys() & FULL.keys():
+        assert kept[1] / kept[2] == pytest.approx(3 / 2, rel=0.01)
+    gpipe = dry_run(read("debug", options | {"parallelism.pipeline_parallel_degree": ranks, "parallelism.pipeline_parallel_schedule": "GPipe"}), ranks, 2)
+    assert gpipe.largest["activations"] - kept[2] >= (microbatches - 2) * block_input
+
+
+@pytest.mark.parametrize("schedule", ["Interleaved1F1B", "InterleavedZeroBubble"])
+def test_interleaved_pipeline(schedule, monkeypatch):
+    blocks(monkeypatch, "debug", 4)
+    options = {"parallelism.pipeline_parallel_degree": 2, "parallelism.pipeline_parallel_schedule": schedule, "training.local_batch_size": 2}
+    report = dry_run(read("debug", SMALL | BFLOAT16 | options), 4, rank=3)
+    assert report.stages == {1: 1, 3: 1} and report.microbatches == 2
+
+
+@pytest.mark.parametrize("mode, tensors", [(FULL, 1), (SELECTIVE, 2)], ids=["full", "selective"])
+def test_offload(mode, tensors, monkeypatch):
+    """Of each block its input, and with selective also the output of attention, is on the host; on the device what the last two keep."""
+    blocks(monkeypatch, "debug", 5)
+    here, there = (dry_run(read("debug", SMALL | BFLOAT16 | mode | {"activation_checkpoint.offload": o}), 1) for o in ("false", "true"))
+    kept = tensors * 2 * 320 * 128 * 2
+    assert here.on_host == 0 and there.on_host == there.largest["offloaded activations"] == 5 * kept
+    assert here.largest["activations"] - there.largest["activations"] == 3 * kept
+    assert there.total == sum(size for kind, size in there.at_peak.items() if kind != "offloaded activations") <= here.total
+
+
+def test_state_on_the_host(monkeypatch):
+    blocks(monkeypatch, "debug", 2)
+    here, there = (dry_run(read("debug", SMALL | BFLOAT16 | FULL | {"training.enable_cpu_offload": o}), 1) for o in ("false", "true"))
+    assert there.on_host == sum(here.largest[kind] for kind in ("parameters", "gradients", "optimizer", "ema"))
+    assert there.total < here.total - here.largest["optimizer"] - here.largest["parameters"]
+
+
 @pytest.mark.parametrize("path", TOMLS, ids=lambda p: p.stem)
 def test_toml_at_its_world_size(path, monkeypatch, tmp_path, capsys):
-    """By its command line, with 3 blocks; the figures of its comment, of the whole model, are those of the closed forms."""
+    """By its command line, with 3 blocks. The figures of its comment, of the whole model, are those of the closed forms; where there is none, they
+    follow from dry runs of few blocks of each kind, as blocks add up equally."""
     text = path.read_text()
     world_size = int(re.match(r"# world size: (\d+)\n", text)[1])
     config = read(path.stem)
     figures = {kind: float(gib) for kind, gib in re.findall(r"(parameters|gradients|optimizer|activations) (\d+\.\d+) GiB", text)}
     assert path.stem in ("debug", "shapes") or len(figures) == 4
     whole = closed_form(config, world_size)
+    if figures and "activations" not in whole:
+        whole["activations"] = extrapolated(monkeypatch, config, world_size)
     for kind, gib in figures.items():
         assert gib == pytest.approx(whole[kind] / 2**30, rel=0.05 if kind == "activations" else 0.01, abs=0.006), kind
 
-    blocks(monkeypatch, config.model.flavor, 3)
+    blocks(monkeypatch, config.model.flavor, 3, config.model.name)
     main([str(path), "--world-size", str(world_size), "--json", str(tmp_path / "numbers.json")])
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     compare(numbers["largest"], closed_form(config, world_size))
     printed = capsys.readouterr().out
     assert f"rank 0 of {world_size}" in printed and f"{numbers['tokens']:,} tokens" in printed and "reduce-scatter" in printed or world_size == 1
+
+
+def extrapolated(monkeypatch, config, world_size):
+    """Activations of all blocks, from few."""
+    args = get_spec(config.model.name).flavors[config.model.flavor]
+
+    def measured(*number):
+        with monkeypatch.context() as patch:
+            blocks(patch, config.model.flavor, number[0], config.model.name, *number[1:])
+            return dry_run(config, world_size).largest["activations"]
+
+    if config.model.name == "wan":
+        base, more = measured(1), measured(2)
+        return base + (args.num_layers - 1) * (more - base)
+    base, double, single = measured(1, 2), measured(2, 2), measured(1, 3)
+    return base + (args.num_double_layers - 1) * (double - base) + (args.num_single_layers - 2) * (single - base)
 
 
 def test_14b_on_512_ranks_in_under_a_minute():
@@ -137,10 +236,9 @@ def test_14b_on_512_ranks_in_under_a_minute():
         (["--world-size", "8", "--parallelism.context_parallel_degree", "8"], "legal: 1, 2, 4"),
         (["--world-size", "0"], "--world-size"),
         (["--world-size", "2", "--rank", "2"], "--rank: given 2; legal: 0 to 1"),
-        (["--world-size", "2", "--parallelism.pipeline_parallel_degree", "2"], "does not cover pipelines"),
+        (["--world-size", "2", "--parallelism.pipeline_parallel_degree", "2", "--training.local_batch_size", "1"], "legal: 2 or more"),
         (["--world-size", "1", "--compile.enable", "--activation_checkpoint.mode", "memory_budget"], "memory_budget"),
-        (["--world-size", "1", "--activation_checkpoint.mode", "full", "--activation_checkpoint.offload"], "offload"),
-        (["--world-size", "1", "--model.flavor", "debug-i2v"], "text-to-video"),
+        (["--world-size", "1", "--activation_checkpoint.offload"], "choose full or selective"),
         (["--world-size", "1", "--training.stepz", "3"], "training.steps"),
     ],
 )

@@ -67,7 +67,8 @@ def wan_activations(args: Any, section: ActivationCheckpoint, dims: ParallelDims
 
     wrapped = [section.mode != "none" and (not section.layers or i in section.layers) for i in range(args.num_layers)]
     total = B * S * e * 3 * D + 4 * args.head_dim * L * t  # the text on its three stages; rotations
-    total += B * e * L * args.in_channels * args.patch_volume if e < 4 else 0  # the patches, cast
+    # The patches, cast; in float32 only where a rank's slice of several clips is made contiguous.
+    total += B * e * L * args.in_channels * args.patch_volume if e < 4 or dims.sequence > 1 < B else 0
     most = total
     for is_wrapped in wrapped:
         # In backward the blocks after this one are gone, and it is there whole.

@@ -52,7 +52,7 @@ def bytes_sent(kind: str, payload: int, axis: Axis, splits: list[int] | None = N
 
 @dataclass(frozen=True)
 class Collective:
-    """Calls of one kind over one axis in one phase. sent: bytes that each rank sends, all calls together."""
+    """Calls of one kind over one axis in one phase ("" for a pipeline's sends). sent: bytes that each rank sends, all calls together."""
 
     phase: str
     kind: str
@@ -64,7 +64,7 @@ class Collective:
 
 @dataclass(frozen=True)
 class Peak:
-    """Live bytes by kind: `largest` each kind ever had, `at_peak` what each had when their sum, `total`, was largest."""
+    """Live bytes by kind: `largest` each kind ever had, `at_peak` what each had when the sum of those here, `total`, was largest."""
 
     largest: dict[str, int]
     at_peak: dict[str, int]
@@ -83,7 +83,7 @@ class StepTracker(TorchDispatchMode):
 
     axes: {process group's name: its axis}; collectives among one rank are left out.
     bodies: {operator packet: Python function}: what these operators do inside is to be seen, so the function is run in their place.
-    `phase` labels what comes; the caller sets it.
+    `phase` labels what comes; the caller sets it. What is sent before is not counted.
     """
 
     def __init__(self, axes: dict[str, Axis], bodies: dict[object, Callable] | None = None):
@@ -132,12 +132,13 @@ class StepTracker(TorchDispatchMode):
         self._kind.append(TEMPORARY)
         self._log += [(number, size), (number, -size)]
 
-    def peak(self) -> Peak:
+    def peak(self, elsewhere: tuple[str, ...] = ()) -> Peak:
+        """elsewhere: kinds that are in other memory, and so not in the sum."""
         now, largest, at_peak, total, most = Counter(), Counter(), {}, 0, 0
         for number, change in self._log:
             kind = self._kind[number]
             now[kind] += change
-            total += change
+            total += change if kind not in elsewhere else 0
             largest[kind] = max(largest[kind], now[kind])
             if total > most:
                 most, at_peak = total, dict(now)
@@ -228,11 +229,12 @@ class StepTracker(TorchDispatchMode):
         groups = [a for a in (*args, *kwargs.values()) if isinstance(a, (torch.ScriptObject, str))]
         names = [a if isinstance(a, str) else _group_name(a) for a in groups]
         axis = next((self.axes[n] for n in names if n in self.axes), Axis("other", 0, 0))
-        if axis.ranks == 1:
+        if axis.ranks == 1 or self.phase == "build":
             return
         payload = max(t.nbytes for t in tree_leaves((args, result)) if isinstance(t, Tensor))
         splits = [a for a in args if isinstance(a, (list, tuple)) and len(a) == axis.ranks and all(isinstance(n, int) for n in a)]
-        entry = self._collectives[self.phase, kind, axis.name, axis.ranks]
+        phase = "" if kind == "send" else self.phase  # a pipeline sends when its schedule says so
+        entry = self._collectives[phase, kind, axis.name, axis.ranks]
         entry[0] += 1
         entry[1] += bytes_sent(kind, payload, axis, splits[-1] if kind == "all-to-all" and splits else None) if axis.ranks else payload
 
