@@ -78,7 +78,7 @@ class PublicSource:
         # Opened for each tensor: a file's mapped pages count as this process's memory until it is closed.
         with opened(place.file) as stored:
             box = (slice(None),) * len(self.shapes[name])
-            return read_part(stored, place.name, place.part, box, self.args).clone()
+            return read_part(stored, place.name, place.part, box, self.args)
 
 
 def _architecture(stored: StoredWeights, spec: ModelSpec, layout: str, options: argparse.Namespace) -> Any:

@@ -28,6 +28,7 @@ from titan_video.components.formats import CONFIG, FORMATS, INDEX, STEM, Place, 
 from titan_video.components.safetensors_io import DTYPE_NAMES, SafetensorsFile, opened
 from titan_video.distributed.fsdp import reshard
 from titan_video.distributed.utils import clean_name, gather_objects
+from titan_video.models.lora import is_adapter
 from titan_video.models.spec import ModelSpec
 
 GIB = 1 << 30
@@ -76,13 +77,13 @@ def save_hf(
     if weights is not None and weights.keys() != params.keys():
         raise ValueError(f"weights to export differ in name from the model's parameters: {some(sorted(weights.keys() ^ params.keys()))}")
     tensors = params if weights is None else weights
-    owners = _owners(shapes, tensors)
+    owners = owners_of(shapes, tensors)
     plan = WritePlan(Path(path), spec, args, shapes, dict.fromkeys(shapes, dtype), format_name, max_shard_bytes)
     writer = Writer(plan) if _rank() == 0 else None
     pending = 0
     for part in plan.parts():
-        whole = _gather(tensors[part.ours], dtype) if part.ours in tensors else None
-        whole = _bring_to_zero(whole, owners[part.ours], shapes[part.ours], dtype)
+        whole = gather_whole(tensors[part.ours], dtype) if part.ours in tensors else None
+        whole = bring_to_zero(whole, owners[part.ours], shapes[part.ours], dtype)
         if writer is not None:
             writer.write(part.to_public(whole, args))
         del whole
@@ -136,7 +137,7 @@ class WritePlan:
         sizes = {name: torch.Size(t.shape).numel() * types[name].itemsize for name, t in tensors.items()}
         self.folder, self.one_file = (path.parent, True) if kind.one_file else (path, False)
         files = {path.name: list(sizes)} if kind.one_file else plan_shards(sizes, max_shard_bytes)
-        # In a file, wider types first: see SafetensorsFile.
+        # In a file, wider types first, as each tensor must lie at a multiple of its type's size.
         self.files = {file: sorted(names, key=lambda name: -types[name].itemsize) for file, names in files.items()}
         self.tensors, self.types, self.total_size = tensors, types, sum(sizes.values())
         to_config = None if kind.one_file else spec.args_to_hf if kind.layout == "diffusers" else spec.args_to_original
@@ -213,9 +214,9 @@ class Writer:
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters by clean name. A forward without backward leaves FSDP's root gathered, in the type of the arithmetic: shard it again first."""
+    """Parameters by clean name, without adapters (lora.py), which these formats do not know. A forward without backward leaves FSDP's root gathered, in the type of the arithmetic: shard it again first."""
     reshard(model)
-    return {clean_name(name): p for name, p in model.named_parameters()}
+    return {clean_name(name): p for name, p in model.named_parameters() if not is_adapter(clean_name(name))}
 
 
 def _check_parameters(params: dict[str, Tensor], shapes: dict[str, torch.Size], args: Any) -> None:
@@ -225,7 +226,7 @@ def _check_parameters(params: dict[str, Tensor], shapes: dict[str, torch.Size], 
         raise ValueError(f"parameters that are not those of the architecture {args}: {some(odd)}")
 
 
-def _gather(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def gather_whole(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The whole tensor, cast before it is sent."""
     tensor = tensor.detach().to(dtype)
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -235,7 +236,7 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def _owners(names: Iterable[str], tensors: dict[str, Tensor]) -> dict[str, int]:
+def owners_of(names: Iterable[str], tensors: dict[str, Tensor]) -> dict[str, int]:
     """Name -> lowest rank that has the tensor or a part of it. ValueError, on all ranks, for a name that none has."""
     held = bytes(name in tensors for name in names)
     by_rank = gather_objects(held) if dist.is_available() and dist.is_initialized() else [held]
@@ -246,7 +247,7 @@ def _owners(names: Iterable[str], tensors: dict[str, Tensor]) -> dict[str, int]:
     return owners
 
 
-def _bring_to_zero(whole: Tensor | None, owner: int, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+def bring_to_zero(whole: Tensor | None, owner: int, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
     """The tensor on rank 0, sent through host memory by its owner where rank 0 does not have it."""
     if owner != 0 and _rank() == owner:
         dist.send(whole.cpu().contiguous(), 0)

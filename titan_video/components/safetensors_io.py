@@ -98,8 +98,7 @@ class SafetensorsFile:
     """
 
     def __init__(self, path: Path, entries: dict[str, tuple[Shape, torch.dtype]]):
-        # Wider types first, as each tensor must lie at a multiple of its type's size.
-        self.path, self.entries = path, dict(sorted(entries.items(), key=lambda entry: -entry[1][1].itemsize))
+        self.path, self.entries = path, entries
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, (shape, dtype) in self.entries.items():
