@@ -61,13 +61,14 @@ class CounterState(Protocol):
 
 
 class ModelState:
-    """Parameters and persistent buffers of a module."""
+    """Parameters and persistent buffers of a module, or those of which `which` says so by name."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, which: Callable[[str], bool] | None = None) -> None:
+        self.model, self.which = model, which
 
     def state_dict(self) -> dict[str, Tensor]:
-        return get_model_state_dict(self.model)
+        state = get_model_state_dict(self.model)
+        return state if self.which is None else {name: tensor for name, tensor in state.items() if self.which(name)}
 
 
 class OptimizerState:
@@ -185,8 +186,10 @@ def _read_tensors(folder: Path, metadata: Metadata, tensors: dict[str, Tensor], 
         dcp.load(tensors, storage_reader=reader, planner=planner, process_group=group)
 
 
-def load_weights(folder: Path, model: nn.Module, source: str = "model", group: dist.ProcessGroup | None = None) -> int:
-    """Fill `model` from a verified `step-N` folder, whatever run, layout or number of ranks wrote it; return its step.
+def load_weights(
+    folder: Path, model: nn.Module, source: str = "model", group: dist.ProcessGroup | None = None, which: Callable[[str], bool] | None = None
+) -> int:
+    """Fill `model`, or those of its parameters of which `which` says so by name, from a verified `step-N` folder, whatever run, layout or number of ranks wrote it; return its step.
 
     `source` is "model", or "ema" for the averaged weights. Values are cast to the model's types.
     All ranks of `group` (default: all there are) call it.
@@ -196,7 +199,7 @@ def load_weights(folder: Path, model: nn.Module, source: str = "model", group: d
         raise ValueError(f"{folder}: give a step-N folder of a checkpoint" + (f"; it holds {names}" if names else "; there is no such folder"))
     ranks = _Ranks(group)
     step, metadata = ranks.verify(folder)
-    saved, live = _saved_under(metadata, source), ModelState(model).state_dict()
+    saved, live = _saved_under(metadata, source), ModelState(model, which).state_dict()
     if not saved:
         raise ValueError(f"{folder}: holds no `{source}` weights")
     _compare(ranks, folder, source, live, saved, same_dtype=False)
@@ -262,9 +265,9 @@ class CheckpointManager:
         raise ValueError(f"{self.folder} holds checkpoints, but none is valid; training does not restart from step 0 unasked:\n  "
                          + "\n  ".join(problems) + "\nMove these folders away to start over, or give another job.dump_folder.")
 
-    def load_model_only(self, path: Path) -> int:
-        """Start from the weights of another run's `step-N` folder; return its step."""
-        return load_weights(Path(path), self.tensors["model"].model, group=self.ranks.group)
+    def load_model_only(self, path: Path, which: Callable[[str], bool] | None = None) -> int:
+        """Start from the weights of another run's `step-N` folder; return its step. which: see `load_weights`."""
+        return load_weights(Path(path), self.tensors["model"].model, group=self.ranks.group, which=which)
 
     def _restore(self, folder: Path, metadata: Metadata) -> None:
         state = json.loads((folder / files.STATE).read_text(encoding="utf-8"))

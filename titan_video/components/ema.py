@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, sharded as they are."""
+"""An exponential moving average of the weights that are trained, sharded as they are."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ class EmaWeights:
 
     def __init__(self, model: nn.Module, section: Ema):
         self.section, self.model = section, model
-        self._weights = {clean_name(name): p for name, p in model.named_parameters()}
+        self._weights = {clean_name(name): p for name, p in model.named_parameters() if p.requires_grad}
         self.shadow = {name: p.detach().clone() for name, p in self._weights.items()}
 
     @torch.no_grad()

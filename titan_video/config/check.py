@@ -31,6 +31,7 @@ def check(config: JobConfig, world_size: int, files: bool = True) -> None:
         *_expert(c),
         *_validation(c.validation),
         *_checkpoint(c.checkpoint),
+        *_lora(c),
         *_folders(c.job, c.data, c.checkpoint, c.metrics),
         *(_files(c) if files else ()),
     ]
@@ -224,6 +225,9 @@ def _assets(config: JobConfig) -> Iterator[str]:
         yield f"{name}: {assets} has no transformer/config.json, which model.flavor hf reads; give a whole diffusers folder, or another flavor"
     if initial and not os.path.exists(initial):
         yield f"checkpoint.initial_load_path: there is no {initial}; give a step-N folder, a folder or file of public weights, or leave it empty"
+    adapters = config.lora.initial_load_path
+    if adapters and not os.path.isfile(adapters):
+        yield f"lora.initial_load_path: there is no file {adapters}; give a safetensors file of adapters, or leave it empty"
     if config.checkpoint.initial_load_in_hf and not initial and not assets:
         yield "checkpoint.initial_load_in_hf: nothing to load; give a diffusers folder in checkpoint.initial_load_path or model.hf_assets_path"
 
@@ -231,6 +235,18 @@ def _assets(config: JobConfig) -> Iterator[str]:
 def _checkpoint(checkpoint: Checkpoint) -> Iterator[str]:
     if checkpoint.load_step >= 0 and not checkpoint.enable:
         yield f"checkpoint.load_step: given {checkpoint.load_step}, but checkpoint.enable is false; enable it, or set load_step to -1"
+
+
+def _lora(config: JobConfig) -> Iterator[str]:
+    lora = config.lora
+    for name in ("target_modules", "export"):
+        values = getattr(lora, name)
+        if len(set(values)) < len(values):
+            yield f"lora.{name}: given {list(values)}; remove what is there twice"
+    if lora.enable and config.checkpoint.last_save_in_hf and not lora.export:
+        yield "lora.export: empty, but checkpoint.last_save_in_hf is true; give at least one of diffusers, comfyui, merged, or set that to false"
+    if lora.initial_load_path and not lora.enable:
+        yield f"lora.initial_load_path: given {lora.initial_load_path}, but lora.enable is false; enable it, or leave this empty"
 
 
 def _folders(job: Job, data: Data, checkpoint: Checkpoint, metrics: Metrics) -> Iterator[str]:

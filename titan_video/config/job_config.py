@@ -196,6 +196,22 @@ class Ema:
 
 
 @dataclass(frozen=True)
+class Lora:
+    enable: bool = opt(False, "Train low-rank adapters of frozen weights, which are held in training.mixed_precision_param. Checkpoints hold the "
+                              "adapters and what belongs to them; the frozen weights are read again from where the run started.")
+    rank: int = opt(32, "Rank of an adapter.", ge=1)
+    alpha: float = opt(32.0, "An adapter counts alpha / rank.", gt=0)
+    target_modules: tuple[str, ...] = opt((), "Linears of the blocks that get an adapter, by the end of their dotted names in our model, such as "
+                                              "self_attn.q. Empty: all of attention and feed-forward but those of image tokens.")
+    initial_load_path: str = opt("", "File of adapters to start from when there is no checkpoint yet, in diffusers' or ComfyUI's form.")
+    export: tuple[Literal["diffusers", "comfyui", "merged"], ...] = opt(
+        ("diffusers", "comfyui"),
+        "What checkpoint.last_save_in_hf writes: `lora/pytorch_lora_weights.safetensors` for diffusers, `lora/comfyui.safetensors`, and all weights "
+        "with the adapters added to them, as checkpoint.export_format says.",
+    )
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     enable: bool = opt(True, "Save, and resume from the newest valid checkpoint of the folder.")
     folder: str = opt("checkpoint", "Folder of the step-N folders, inside job.dump_folder.")
@@ -259,6 +275,7 @@ class JobConfig:
     flow: Flow = Flow()
     validation: Validation = Validation()
     ema: Ema = Ema()
+    lora: Lora = Lora()
     checkpoint: Checkpoint = Checkpoint()
     metrics: Metrics = Metrics()
     comm: Comm = Comm()

@@ -25,7 +25,7 @@ from torch.distributed.tensor.placement_types import Placement
 from titan_video.distributed.collectives import all_gather, all_reduce, reduce_scatter
 from titan_video.distributed.fsdp import blocks_of
 from titan_video.kernels import mean_square
-from titan_video.models.layers import local
+from titan_video.models.layers import Linear, local
 from titan_video.models.spec import ParallelPlan
 
 
@@ -76,7 +76,7 @@ def collectives_per_block(plan: ParallelPlan, block: nn.Module) -> tuple[dict[st
     gathers = used["gather"] + used["column_gathered"]
     scatters = used["row"] + used["row_joint"]
     sums = used["mean_squares"] + used["row_replicated"] + used["row_joint"]
-    whole = sum(p.placements[-1].is_replicate() for p in block.parameters())
+    whole = sum(p.requires_grad and p.placements[-1].is_replicate() for p in block.parameters())
     return (
         {"all_gather": gathers, "reduce_scatter": scatters, "all_reduce": sums},
         {"all_gather": scatters, "reduce_scatter": gathers, "all_reduce": sums + whole},
@@ -109,6 +109,8 @@ def column(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
     linear = parent.get_submodule(name)
     distribute(linear, "weight", mesh, Shard(0))
     distribute(linear, "bias", mesh, Shard(0))
+    if linear.adapter is not None:
+        distribute(linear.adapter, "up", mesh, Shard(0))
 
 
 def column_gathered(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
@@ -176,6 +178,8 @@ def _row(parent: nn.Module, name: str, mesh: DeviceMesh, *complete: Callable[[Te
     linear = parent.get_submodule(name)
     distribute(linear, "weight", mesh, Shard(1))
     distribute(linear, "bias", mesh, Replicate())
+    if linear.adapter is not None:
+        distribute(linear.adapter, "down", mesh, Shard(1))
     parent.register_module(name, UnfusedLinear(linear, complete))
 
 
@@ -189,13 +193,14 @@ def distribute(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placem
 class UnfusedLinear(nn.Module):
     """A Linear of one or more inputs, whose products with the weight are completed, each by its function, before the bias is added."""
 
-    def __init__(self, linear: nn.Linear, complete: tuple[Callable[[Tensor], Tensor], ...]):
+    def __init__(self, linear: Linear, complete: tuple[Callable[[Tensor], Tensor], ...]):
         super().__init__()
-        self.weight, self.bias, self.complete = linear.weight, linear.bias, complete
+        self.weight, self.bias, self.adapter, self.complete = linear.weight, linear.bias, linear.adapter, complete
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         weight, bias = local(self.weight), local(self.bias)
-        outputs = tuple(complete(F.linear(x, weight)) + bias for complete, x in zip(self.complete, inputs, strict=True))
+        products = (F.linear(x, weight) if self.adapter is None else F.linear(x, weight) + self.adapter(x) for x in inputs)
+        outputs = tuple(complete(y) + bias for complete, y in zip(self.complete, products, strict=True))
         return outputs if len(outputs) > 1 else outputs[0]
 
 

@@ -70,14 +70,18 @@ def seed_of(name: str, seed: int) -> int:
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, init_parameter: Callable[[str, Tensor, torch.Generator], None], seed: int) -> None:
-    """Fill every parameter from a generator keyed by (seed, name), so that all layouts start from the same weights.
+def initialise(
+    model: nn.Module, init_parameter: Callable[[str, Tensor, torch.Generator], None], seed: int, which: Callable[[str], bool] | None = None
+) -> None:
+    """Fill every parameter, or those of which `which` says so by name, from a generator keyed by (seed, name), so that all layouts start from the same weights.
 
     Each rank makes each whole tensor on the host, one at a time, and keeps its shard; nothing is sent. (torch's own
     initialisers give the shards of a CPU mesh equal values, and on GPUs values that depend on the layout.)
     """
     for name, p in model.named_parameters():
         name = clean_name(name)
+        if which is not None and not which(name):
+            continue
         full = torch.empty(p.shape, dtype=torch.float32)
         init_parameter(name, full, torch.Generator().manual_seed(seed_of(name, seed)))
         if isinstance(p, DTensor):

@@ -86,10 +86,15 @@ def local(weight: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A Linear of a block: plain tensors in and out, under tensor parallel too."""
+    """A Linear of a block: plain tensors in and out, under tensor parallel too. adapter: what is added to it (models/lora.py), or None."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features)
+        self.adapter: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, local(self.weight), local(self.bias))
+        y = F.linear(x, local(self.weight), local(self.bias))
+        return y if self.adapter is None else y + self.adapter(x)
 
 
 class CastLinear(nn.Linear):

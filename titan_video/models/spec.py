@@ -74,6 +74,7 @@ class ModelSpec:
     hf_ignored: diffusers' names of tensors that some published files hold and no model uses.
     args_from_hf / args_to_hf: diffusers `transformer/config.json` <-> arguments.
     args_to_original: arguments -> config.json of the original layout; None where it has no such file.
+    lora_targets: ends of the names of those Linears of blocks that get an adapter where the run does not say which.
     """
 
     name: str
@@ -87,3 +88,4 @@ class ModelSpec:
     hf_folder: str = field(default="transformer")
     hf_ignored: tuple[str, ...] = ()
     args_to_original: Callable[[Any], dict] | None = None
+    lora_targets: tuple[str, ...] = ()

@@ -101,6 +101,10 @@ SPEC = ModelSpec(
     hf_names=HF_NAMES,
     args_from_hf=args_from_hf,
     args_to_hf=args_to_hf,
+    lora_targets=(
+        *(f"attn.{part}" for part in ("q", "k", "v", "o", "text_q", "text_k", "text_v", "text_o", "up", "out")),
+        *(f"{ffn}.{part}" for ffn in ("ffn", "text_ffn") for part in ("up", "down")),
+    ),
 )
 
 __all__ = ["SPEC", "HunyuanVideoArgs", "HunyuanVideoModel"]

@@ -135,6 +135,7 @@ SPEC = ModelSpec(
     args_from_hf=args_from_hf,
     args_to_hf=args_to_hf,
     args_to_original=args_to_original,
+    lora_targets=(*(f"{a}.{part}" for a in ("self_attn", "cross_attn") for part in "qkvo"), "ffn.up", "ffn.down"),
 )
 
 __all__ = ["SPEC", "WanArgs", "WanModel"]
