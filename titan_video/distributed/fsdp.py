@@ -47,7 +47,7 @@ def apply_fsdp(
     low = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     high = MixedPrecisionPolicy(param_dtype=torch.promote_types(param_dtype, torch.float32), reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     offload = CPUOffloadPolicy(pin_memory=meshes.world.device_type == "cuda") if cpu_offload else OffloadPolicy()
-    shard_degree = meshes.fsdp.size(-1)
+    shard_degree = meshes.fsdp.shape[-1]
     reshard = reshard_after_forward == "always" or (reshard_after_forward == "default" and shard_degree > 1)
 
     blocks = [container[key] for container, key in blocks_of(model, plan)]
