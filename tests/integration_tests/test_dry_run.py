@@ -124,12 +124,11 @@ def test_every_model(name, flavor, monkeypatch):
     compare(dry_run(split, 4).largest, closed_form(split, 4))
 
 
-@pytest.mark.parametrize("options", [{}, FULL | BFLOAT16], ids=["none", "full"])
-def test_pipeline(options, monkeypatch):
+def test_pipeline(monkeypatch):
     """Four stages of a block each: the ranks have the model between them, send and receive every state, and keep what 1F1B keeps."""
     blocks(monkeypatch, "debug", 4)
-    ranks, microbatches, D, itemsize = 4, 6, 128, 2 if options else 4
-    options = SMALL | options | {"training.local_batch_size": microbatches, "ema.enable": "false"}
+    ranks, microbatches, D, itemsize = 4, 4, 128, 4
+    options = SMALL | {"training.local_batch_size": microbatches, "ema.enable": "false"}
     config = read("debug", options | {"parallelism.pipeline_parallel_degree": ranks})
     reports = [dry_run(config, ranks, rank) for rank in range(ranks)]
     assert [r.stages for r in reports] == [{rank: 1} for rank in range(ranks)]
@@ -146,30 +145,27 @@ def test_pipeline(options, monkeypatch):
         assert [(c.axis, c.sent) for c in sends] == [("pp", n * microbatches * boundary)]
         assert report.largest["pipeline buffers"] == pytest.approx(n * microbatches * boundary, abs=100)
     kept = [r.largest["activations"] for r in reports]
-    block_input = 320 * D * itemsize
-    assert kept[1] - kept[2] >= block_input and kept[0] > kept[1] > kept[2]
-    if not options.keys() & FULL.keys():
-        assert kept[1] / kept[2] == pytest.approx(3 / 2, rel=0.01)
-    gpipe = dry_run(read("debug", options | {"parallelism.pipeline_parallel_degree": ranks, "parallelism.pipeline_parallel_schedule": "GPipe"}), ranks, 2)
-    assert gpipe.largest["activations"] - kept[2] >= (microbatches - 2) * block_input
+    assert kept[1] / kept[2] == pytest.approx(3 / 2, rel=0.01) and kept[0] > kept[1]
+    gpipe = read("debug", options | {"parallelism.pipeline_parallel_degree": ranks, "parallelism.pipeline_parallel_schedule": "GPipe"})
+    assert dry_run(gpipe, ranks, 2).largest["activations"] / kept[2] == pytest.approx(microbatches / 2, rel=0.05)
 
 
 @pytest.mark.parametrize("schedule", ["Interleaved1F1B", "InterleavedZeroBubble"])
 def test_interleaved_pipeline(schedule, monkeypatch):
     blocks(monkeypatch, "debug", 4)
     options = {"parallelism.pipeline_parallel_degree": 2, "parallelism.pipeline_parallel_schedule": schedule, "training.local_batch_size": 2}
-    report = dry_run(read("debug", SMALL | BFLOAT16 | options), 4, rank=3)
+    report = dry_run(read("debug", SMALL | options), 2, rank=1)
     assert report.stages == {1: 1, 3: 1} and report.microbatches == 2
 
 
 @pytest.mark.parametrize("mode, tensors", [(FULL, 1), (SELECTIVE, 2)], ids=["full", "selective"])
 def test_offload(mode, tensors, monkeypatch):
     """Of each block its input, and with selective also the output of attention, is on the host; on the device what the last two keep."""
-    blocks(monkeypatch, "debug", 5)
+    blocks(monkeypatch, "debug", 3)
     here, there = (dry_run(read("debug", SMALL | BFLOAT16 | mode | {"activation_checkpoint.offload": o}), 1) for o in ("false", "true"))
     kept = tensors * 2 * 320 * 128 * 2
-    assert here.on_host == 0 and there.on_host == there.largest["offloaded activations"] == 5 * kept
-    assert here.largest["activations"] - there.largest["activations"] == 3 * kept
+    assert here.on_host == 0 and there.on_host == there.largest["offloaded activations"] == 3 * kept
+    assert here.largest["activations"] - there.largest["activations"] == kept
     assert there.total == sum(size for kind, size in there.at_peak.items() if kind != "offloaded activations") <= here.total
 
 
@@ -183,7 +179,7 @@ def test_state_on_the_host(monkeypatch):
 @pytest.mark.parametrize("path", TOMLS, ids=lambda p: p.stem)
 def test_toml_at_its_world_size(path, monkeypatch, tmp_path, capsys):
     """By its command line, with 3 blocks. The figures of its comment, of the whole model, are those of the closed forms; where there is none, they
-    follow from dry runs of few blocks of each kind, as blocks add up equally."""
+    follow from dry runs of few blocks, as blocks add up equally."""
     text = path.read_text()
     world_size = int(re.match(r"# world size: (\d+)\n", text)[1])
     config = read(path.stem)
@@ -204,19 +200,15 @@ def test_toml_at_its_world_size(path, monkeypatch, tmp_path, capsys):
 
 
 def extrapolated(monkeypatch, config, world_size):
-    """Activations of all blocks, from few."""
-    args = get_spec(config.model.name).flavors[config.model.flavor]
-
-    def measured(*number):
+    """Activations of all blocks, from few. Checkpointed, HunyuanVideo's double blocks keep what single ones do. Recomputed they have more, but
+    the most is at the last block, a single one: so single ones alone."""
+    name, flavor, measured = config.model.name, config.model.flavor, []
+    args = get_spec(name).flavors[flavor]
+    for number in (1, 2):
         with monkeypatch.context() as patch:
-            blocks(patch, config.model.flavor, number[0], config.model.name, *number[1:])
-            return dry_run(config, world_size).largest["activations"]
-
-    if config.model.name == "wan":
-        base, more = measured(1), measured(2)
-        return base + (args.num_layers - 1) * (more - base)
-    base, double, single = measured(1, 2), measured(2, 2), measured(1, 3)
-    return base + (args.num_double_layers - 1) * (double - base) + (args.num_single_layers - 2) * (single - base)
+            blocks(patch, flavor, number if name == "wan" else 0, name, single=number)
+            measured.append(dry_run(config, world_size).largest["activations"])
+    return measured[0] + (args.num_layers - 1) * (measured[1] - measured[0])
 
 
 def test_14b_on_512_ranks_in_under_a_minute():
