@@ -25,12 +25,14 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from titan_video.components.checkpoint import CheckpointManager, ModelState, OptimizerState
 from titan_video.components.ema import EmaWeights
 from titan_video.components.fault_tolerance import NonFiniteGuard, SignalFlag
-from titan_video.components.hf_storage import load_hf, save_hf
+from titan_video.components.hf_storage import save_hf
+from titan_video.components.lora import MergedWeights, are_exported, lora_path, save_lora
 from titan_video.components.lr_scheduler import Scheduler
 from titan_video.components.metrics import MetricsLogger
 from titan_video.components.objective import ModelInputs, model_inputs, predict, velocity_loss
 from titan_video.components.optimizer import build_optimizer
-from titan_video.components.pipeline_folder import complete_pipeline, export_path, is_checkpoint, is_exported
+from titan_video.components.pipeline_folder import complete_pipeline, export_path, is_exported
+from titan_video.components.start import load_start
 from titan_video.components.validate import Validator, with_frames, with_size
 from titan_video.config.check import check, gradient_accumulation
 from titan_video.config.job_config import JobConfig
@@ -47,12 +49,13 @@ from titan_video.distributed.parallel_dims import ParallelDims, check_layout
 from titan_video.distributed.parallelize import parallelize
 from titan_video.distributed.pipeline_parallel import Pipeline, check_microbatches, keep_stages
 from titan_video.distributed.sequence import SequenceShard
-from titan_video.distributed.utils import broadcast_from_zero, clip_grad_norm, gather_objects, init_distributed, initialise, reduce_over, set_timeout
+from titan_video.distributed.utils import broadcast_from_zero, clip_grad_norm, gather_objects, init_distributed, reduce_over, set_timeout
 from titan_video.encoders import build_encoders
 from titan_video.flow.matching import FlowMatching, expert_levels
 from titan_video.flow.noise import draw_noise, draw_uniform
 from titan_video.models import get_args, get_spec
 from titan_video.models.layers import token_shape
+from titan_video.models.lora import add_adapters, is_adapter
 from titan_video.tools.device import get_device
 from titan_video.tools.logging import init_logger, logger
 
@@ -111,6 +114,8 @@ class Trainer:
         # --- model, optimizer, averages ---
         with torch.device("meta"):
             self.model = self.spec.build(self.args)
+        if config.lora.enable:
+            add_adapters(self.model, self.spec, config.lora, getattr(torch, config.training.mixed_precision_param))
         stages, checkpointed = None, chosen_blocks(self.model, self.spec.plan, config.activation_checkpoint.layers)
         if self.dims.pp > 1:
             stages = keep_stages(self.model, self.spec.plan, self.meshes.pp, config.parallelism, self.args, longest)
@@ -127,12 +132,14 @@ class Trainer:
         self.ema = EmaWeights(self.model, config.ema) if config.ema.enable else None
 
         # --- weights: a checkpoint of this run, else what the run starts from ---
-        tensors = {"model": ModelState(self.model), "optimizer": OptimizerState(self.model, self.optimizer)}
+        tensors = {"model": ModelState(self.model, is_adapter if config.lora.enable else None), "optimizer": OptimizerState(self.model, self.optimizer)}
         if self.ema:
             tensors["ema"] = self.ema
         self.checkpoint = CheckpointManager(config.checkpoint, self.folder / config.checkpoint.folder, tensors, {"data": self.loader})
+        if config.lora.enable:
+            self.load_initial_weights()  # frozen weights are in no checkpoint
         self.step = self.checkpoint.load()
-        if self.step == 0:
+        if self.step == 0 and not config.lora.enable:
             self.load_initial_weights()
         if self.step >= config.training.steps:
             return  # finished: `train` says so, and nothing in the folder changes
@@ -235,14 +242,7 @@ class Trainer:
     def load_initial_weights(self) -> None:
         c = self.config.checkpoint
         source = c.initial_load_path or (self.config.model.hf_assets_path if c.initial_load_in_hf else "")
-        if not source:
-            initialise(self.model, self.spec.init_parameter, self.seed)
-        elif is_checkpoint(Path(source)):
-            self.checkpoint.load_model_only(Path(source))
-        else:
-            load_hf(self.model, source, self.spec, self.args, self.hf_folder)
-        if source:
-            logger.info(f"weights from {source}")
+        load_start(self.model, source, self.spec, self.args, self.hf_folder, self.seed, self.config.lora, self.host_group)
         if self.ema:
             self.ema.reset()
 
@@ -350,8 +350,7 @@ class Trainer:
         last_step, freq = c.training.steps, c.validation.freq
         if self.step >= last_step:
             logger.info(f"{self.folder} is already at step {self.step} of {last_step}: raise training.steps to go on, or change job.dump_folder")
-            path, form = export_path(self.folder, c.checkpoint.export_format, self.hf_folder), c.checkpoint.export_format
-            if self.step == last_step and not broadcast_from_zero(lambda: is_exported(path, form, self.spec), self.host_group):
+            if self.step == last_step and not broadcast_from_zero(self.is_exported, self.host_group):
                 self.export()  # asked for later, or the run was killed between its last checkpoint and this
             return
         logger.info(f"training from step {self.step + 1} to {last_step} on {self.world_size} x {self.device.type}, "
@@ -383,14 +382,26 @@ class Trainer:
             self.export()
             logger.info(f"finished: {self.folder}")
 
+    def is_exported(self) -> bool:
+        c, lora = self.config.checkpoint, self.config.lora
+        path = export_path(self.folder, c.export_format, self.hf_folder)
+        return are_exported(self.folder, lora) and (lora.only_adapters or is_exported(path, c.export_format, self.spec))
+
     def export(self) -> None:
-        c, assets = self.config.checkpoint, self.config.model.hf_assets_path
-        if c.last_save_in_hf:
-            path, weights = export_path(self.folder, c.export_format, self.hf_folder), self.ema.state_dict() if self.ema else None
-            if c.export_format == "diffusers" and assets:
-                broadcast_from_zero(lambda: complete_pipeline(Path(assets), path.parent, self.hf_folder), self.host_group)
-            save_hf(self.model, path, self.spec, self.args, getattr(torch, c.export_dtype), weights=weights, format_name=c.export_format)
-            logger.info(f"exported to {path}")
+        c, assets, lora = self.config.checkpoint, self.config.model.hf_assets_path, self.config.lora
+        if not c.last_save_in_hf:
+            return
+        path, weights = export_path(self.folder, c.export_format, self.hf_folder), self.ema.state_dict() if self.ema else None
+        dtype = getattr(torch, c.export_dtype)
+        for form in lora.forms:
+            save_lora(self.model, lora_path(self.folder, form), self.spec, self.args, lora, form, dtype, weights)
+        if lora.only_adapters:
+            return
+        if c.export_format == "diffusers" and assets:
+            broadcast_from_zero(lambda: complete_pipeline(Path(assets), path.parent, self.hf_folder), self.host_group)
+        weights = MergedWeights(self.model, weights) if lora.enable else weights
+        save_hf(self.model, path, self.spec, self.args, dtype, weights=weights, format_name=c.export_format)
+        logger.info(f"exported to {path}")
 
     def close(self) -> None:
         for closer in reversed(self.closers):

@@ -38,6 +38,9 @@ class StepSource:
         if config_path is None:
             raise ValueError(f"{folder}: there is no config.toml above it, which says of which model it is; leave the folder inside its run's folder")
         config = load(config_path)
+        if config.lora.enable:
+            raise ValueError(f"{folder} is of a run with lora.enable and holds adapters, no whole weights; run it to its end with "
+                             "checkpoint.last_save_in_hf true and \"merged\" in lora.export")
         self.spec = get_spec(config.model.name)
         self.args = get_args(self.spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
         self.shapes = whole_shapes(self.spec, self.args)

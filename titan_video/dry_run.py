@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from titan_video.distributed.pipeline_parallel import Pipeline, Stages, check_mi
 from titan_video.distributed.sequence import SequenceShard
 from titan_video.models import get_args, get_spec
 from titan_video.models.layers import token_shape
+from titan_video.models.lora import add_adapters
 from titan_video.models.spec import ModelSpec
 from titan_video.tools.step_tracker import TEMPORARY, Axis, Collective, StepTracker
 
@@ -147,7 +149,7 @@ def dry_run(config: JobConfig, world_size: int, rank: int = 0) -> Report:
         shard = SequenceShard(meshes.sequence, dims.tp)
         with FakeTensorMode(allow_non_fake_inputs=True):
             batches = [make_batch(config, args, bucket, size) for _ in range(microbatches)]
-            noisy = lambda batch: noisy_inputs(args, batch, shard, config.training.guidance)
+            noisy = partial(noisy_inputs, args, shard, config.training.guidance)
             if pipeline:
                 pipeline.state(noisy(batches[0]))  # its shapes are found on the meta device, before anything is counted
             with tracker, as_on_gpu(), offload_seen(tracker):
@@ -180,6 +182,8 @@ def build(config: JobConfig, spec: ModelSpec, args: Any, meshes: Meshes, num_tok
     tensors costs much more."""
     with torch.device("meta"):
         model = spec.build(args)
+    if config.lora.enable:
+        add_adapters(model, spec, config.lora, getattr(torch, config.training.mixed_precision_param))
     stages, checkpointed = None, chosen_blocks(model, spec.plan, config.activation_checkpoint.layers)
     if meshes.pp.size() > 1:
         stages = keep_stages(model, spec.plan, meshes.pp, config.parallelism, args, num_tokens)
@@ -197,7 +201,7 @@ def run_step(
     model.to_empty(device="cpu")
     for p in model.parameters():
         tracker.set_kind(local_part(p), "parameters")
-        if accumulating:
+        if accumulating and p.requires_grad:
             p.grad = torch.zeros_like(p)
     watch_forwards(model, tracker)
     watch_recomputation(model, spec, tracker)
@@ -218,12 +222,12 @@ def run_step(
         pipeline.step(inputs, loss_of)
     else:
         loss_of(predict(model, inputs[0]), 0).backward()
-    for name, p in model.named_parameters():
+    for name, p in ((name, p) for name, p in model.named_parameters() if p.requires_grad):
         assert p.grad is not None, f"{name} got no gradient"
         tracker.set_kind(local_part(p.grad), "gradients")
 
 
-def noisy_inputs(args: Any, batch: Batch, shard: SequenceShard, guidance: float) -> ModelInputs:
+def noisy_inputs(args: Any, shard: SequenceShard, guidance: float, batch: Batch) -> ModelInputs:
     noise, (s_B, weight_B) = torch.empty_like(batch.latents_BCFHW), torch.empty(2, len(batch.sample_ids_B))
     return model_inputs(args.patch, batch, noise, s_B, weight_B, shard, args.conditions, guidance)
 
@@ -300,7 +304,7 @@ def local_part(t: Tensor) -> Tensor:
 
 def state_bytes(model: nn.Module, ema: bool) -> dict[str, int]:
     """AdamW's two float32 moments and its step count of each shard; the averaged weights."""
-    shards = [local_part(p).numel() for p in model.parameters()]
+    shards = [local_part(p).numel() for p in model.parameters() if p.requires_grad]
     return {"optimizer": sum(8 * n + 4 for n in shards)} | ({"ema": sum(4 * n for n in shards)} if ema else {})
 
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from titan_video.components.checkpoint import load_weights
 from titan_video.components.checkpoint_io import list_steps, looks_valid, step_folder
 from titan_video.components.sampling import Experts, sample_latents
+from titan_video.components.start import load_start
 from titan_video.config.check import check_bucket
 from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import load
@@ -30,6 +31,7 @@ from titan_video.encoders.given import encode_given, encode_images
 from titan_video.encoders.spec import Encoders
 from titan_video.flow.conditions import Conditions
 from titan_video.models import get_args, get_spec
+from titan_video.models.lora import add_adapters, is_adapter
 from titan_video.tools.device import get_device
 from titan_video.tools.logging import init_logger, logger
 from titan_video.tools.video import write_mp4
@@ -58,14 +60,20 @@ def pad(text_LD: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]
 
 def load_model(config: JobConfig, args: Any, folder: Path, weights: str | None, device: torch.device) -> torch.nn.Module:
     """The model of a run with the weights of one of its checkpoints, sharded over the ranks. weights: "model", "ema"; None: those the run validated."""
-    spec = get_spec(config.model.name)
+    spec, lora, c = get_spec(config.model.name), config.lora, config.checkpoint
     with torch.device("meta"):
         model = spec.build(args)
+    if lora.enable:
+        add_adapters(model, spec, lora, getattr(torch, config.training.mixed_precision_param))
     meshes = ParallelDims(dp_shard=dist.get_world_size()).build_mesh(device.type)
     parallelize(model, spec.plan, meshes, config.parallelism, config.training, config.activation_checkpoint, config.compile)
     model.to_empty(device=device)
     source = weights or ("ema" if config.ema.enable and config.validation.use_ema else "model")
-    step = load_weights(folder, model, source)
+    if lora.enable:  # the checkpoint holds the adapters only
+        subfolder = f"{spec.hf_folder}_2" if config.model.expert == "low" else spec.hf_folder
+        start = c.initial_load_path or (config.model.hf_assets_path if c.initial_load_in_hf else "")
+        load_start(model, start, spec, args, subfolder, config.debug.seed, lora)
+    step = load_weights(folder, model, source, which=is_adapter if lora.enable else None)
     logger.info(f"{source} weights of step {step} from {folder}")
     return model
 

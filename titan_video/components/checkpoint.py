@@ -265,10 +265,6 @@ class CheckpointManager:
         raise ValueError(f"{self.folder} holds checkpoints, but none is valid; training does not restart from step 0 unasked:\n  "
                          + "\n  ".join(problems) + "\nMove these folders away to start over, or give another job.dump_folder.")
 
-    def load_model_only(self, path: Path, which: Callable[[str], bool] | None = None) -> int:
-        """Start from the weights of another run's `step-N` folder; return its step. which: see `load_weights`."""
-        return load_weights(Path(path), self.tensors["model"].model, group=self.ranks.group, which=which)
-
     def _restore(self, folder: Path, metadata: Metadata) -> None:
         state = json.loads((folder / files.STATE).read_text(encoding="utf-8"))
         missing = [name for name in self.counters if name not in state["counters"]]

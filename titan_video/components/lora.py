@@ -33,6 +33,7 @@ from titan_video.distributed.utils import broadcast_from_zero, clean_name
 from titan_video.kernels import wide
 from titan_video.models.lora import NAME, Adapter, add_adapters, is_adapter
 from titan_video.models.spec import ModelSpec
+from titan_video.tools.logging import logger
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ FORMS = {
 def lora_path(folder: Path, form: str) -> Path:
     """Where a run's adapters lie in its folder."""
     return folder / "lora" / FORMS[form].file
+
+
+def are_exported(folder: Path, section: Lora) -> bool:
+    """Whether all the files of adapters that a run exports are in its folder."""
+    return all(lora_path(folder, form).is_file() for form in section.forms)
 
 
 # --- which matrices ---
@@ -133,6 +139,7 @@ def save_lora(
         _write(path, _public(adapters, spec, args, section, FORMS[form], dtype))
 
     on_zero(write)
+    logger.info(f"adapters exported to {path}")
 
 
 def _public(adapters: dict[str, Tensor], spec: ModelSpec, args: Any, section: Lora, form: Form, dtype: torch.dtype) -> dict[str, Tensor]:

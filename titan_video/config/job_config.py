@@ -210,6 +210,16 @@ class Lora:
         "with the adapters added to them, as checkpoint.export_format says.",
     )
 
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """Forms of files of adapters that are exported."""
+        return tuple(form for form in self.export if form != "merged") if self.enable else ()
+
+    @property
+    def only_adapters(self) -> bool:
+        """Whether an export holds no whole weights."""
+        return self.enable and "merged" not in self.export
+
 
 @dataclass(frozen=True)
 class Checkpoint:
