@@ -28,7 +28,7 @@ def context():
     return _context
 
 
-def _rank_main(fn, rank, world, store, results, init, env, args, kwargs):
+def _rank_main(fn, rank, world, store, results, init, env, timeout, args, kwargs):
     import torch
     import torch.distributed as dist
 
@@ -36,7 +36,7 @@ def _rank_main(fn, rank, world, store, results, init, env, args, kwargs):
     os.environ.update(env)
     try:
         if init:
-            dist.init_process_group("gloo", rank=rank, world_size=world, store=dist.FileStore(store, world), timeout=datetime.timedelta(seconds=60))
+            dist.init_process_group("gloo", rank=rank, world_size=world, store=dist.FileStore(store, world), timeout=datetime.timedelta(seconds=timeout))
         value = fn(*args, **kwargs)
         if init:
             dist.barrier()
@@ -50,15 +50,15 @@ def _rank_main(fn, rank, world, store, results, init, env, args, kwargs):
         os._exit(1)
 
 
-def start_ranks(fn, world, *args, init=True, env=None, **kwargs):
-    """Start `fn(*args, **kwargs)` on `world` gloo ranks and return (processes, result queue) at once."""
+def start_ranks(fn, world, *args, init=True, env=None, group_timeout=60, **kwargs):
+    """Start `fn(*args, **kwargs)` on `world` gloo ranks and return (processes, result queue) at once. group_timeout: seconds of a collective."""
     ctx = context()
     results = ctx.Queue()
     folder = tempfile.mkdtemp(prefix="titan_video_ranks_")
     processes = []
     for rank in range(world):
         rank_env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), **(env or {})}
-        processes.append(ctx.Process(target=_rank_main, args=(fn, rank, world, f"{folder}/store", results, init, rank_env, args, kwargs), daemon=False))
+        processes.append(ctx.Process(target=_rank_main, args=(fn, rank, world, f"{folder}/store", results, init, rank_env, group_timeout, args, kwargs), daemon=False))
     for p in processes:
         p.start()
     return processes, results
@@ -66,7 +66,7 @@ def start_ranks(fn, world, *args, init=True, env=None, **kwargs):
 
 def run_ranks(fn, world, *args, timeout=120, init=True, env=None, **kwargs):
     """Run `fn` (a module-level function) on `world` gloo ranks; return its results by rank, or raise with the failing ranks' tracebacks."""
-    processes, results = start_ranks(fn, world, *args, init=init, env=env, **kwargs)
+    processes, results = start_ranks(fn, world, *args, init=init, env=env, group_timeout=timeout, **kwargs)  # ranks may compile at their own pace
     values, errors, deadline = {}, {}, time.monotonic() + timeout
     try:
         while len(values) < world and not errors:
