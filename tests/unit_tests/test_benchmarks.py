@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import learn_shapes, step_cpu
-from tests.helpers import run_ranks
+from benchmarks import learn_shapes, step_cpu, traffic
+from tests.helpers import ROOT, run_ranks
 from titan_video.data.shapes import COMBINATIONS, combination, render
+from titan_video.distributed.parallel_dims import ParallelDims
+from titan_video.distributed.tensor_parallel import apply_tensor_parallel, collectives_per_block
 from titan_video.encoders.debug import DebugEncoders
+from titan_video.models.wan import SPEC, WanModel
 
 CLIPS = range(COMBINATIONS)
 
@@ -50,3 +53,22 @@ def test_step_cpu_runs_and_writes_its_table(case, tmp_path):
     run_ranks(run_step_cpu, 1, ["--rounds", "1", "--cases", case, "--write", str(page)], init=False, env={}, timeout=200)
     text = page.read_text()
     assert "old" not in text and f"| {case} |" in text and text.startswith("before\n") and text.endswith("\nafter\n")
+
+
+def test_page_of_layouts_holds_the_tables_that_the_script_prints():
+    page = (ROOT / "docs" / "parallelism.md").read_text()
+    assert page.split(traffic.MARKER)[1].strip() == traffic.page("t2v-14B", 75600, 8)
+
+
+def split_block():
+    mesh = ParallelDims().build_mesh("cpu")
+    with torch.device("meta"):
+        model = WanModel(SPEC.flavors["debug"])
+    apply_tensor_parallel(model, SPEC.plan, mesh.tp, False)
+    return collectives_per_block(SPEC.plan, model.blocks["0"])
+
+
+def test_table_of_layouts_has_the_counts_of_tensor_parallel():
+    """The counts that tests/distributed_tests/test_tensor_parallel.py finds on real ranks."""
+    row = next(row for row in traffic.rows(SPEC.flavors["t2v-14B"], 75600, 8) if row[0] == "tensor parallel")
+    assert [row[1], row[2]] == [traffic.words(calls) for calls in run_ranks(split_block, 1)[0]]
