@@ -49,7 +49,8 @@ def rows(args, tokens: int, g: int) -> list[tuple[str, ...]]:
     for name, directions in methods.items():
         found.append((name, *(words({t.collective: t.calls for t in d}) for d in directions), *(sum(t.sent for t in d) for d in directions)))
     unified = [[*u, *r] for u, r in zip(ulysses_traffic(elements, g // 2, BF16), ring_traffic(elements, 2, BF16, "alltoall"))]
-    found.append((f"unified 2 x {g // 2}", *(words({"all_to_all": sum(t.calls for t in d)}) for d in unified), *(sum(t.sent for t in d) for d in unified)))
+    calls, sent = ([sum(getattr(t, field) for t in d) for d in unified] for field in ("calls", "sent"))
+    found.append((f"unified 2 x {g // 2}", *(words({"all_to_all": n}) for n in calls), *sent))
     found.append(("tensor parallel", "3 all-gather, 3 reduce-scatter, 2 all-reduce", "3 all-gather, 3 reduce-scatter, 7 all-reduce",
                   6 * sizes.tp, 6 * sizes.tp))  # fmt: skip
     return [(name, forward, backward, megabytes(a), megabytes(b)) for name, forward, backward, a, b in found]

@@ -7,8 +7,6 @@ so memory is that of the largest tensor, whatever the model. What is written is 
 import argparse
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 

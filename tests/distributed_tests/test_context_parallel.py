@@ -149,8 +149,8 @@ def check_joint(layouts, shapes, dtypes, heads=HEADS):
         for batch, seq_len in shapes:
             for dtype in dtypes:
                 whole, (text, mask) = whole_tensors(batch, seq_len, dtype, heads), whole_text(batch, dtype, heads)
-                for mask in (mask, None):
-                    got, expected = run_joint(block, mesh, whole, text, mask, seq_len), joint_reference(whole, text, mask)
+                for given in (mask, None):
+                    got, expected = run_joint(block, mesh, whole, text, given, seq_len), joint_reference(whole, text, given)
                     rows = slice_of(torch.ones_like(whole[0]), mesh, 0.0)
                     got[0] = got[0] * rows
                     for i in (0, 2, 3, 4):  # those of the video

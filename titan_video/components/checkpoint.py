@@ -189,7 +189,8 @@ def _read_tensors(folder: Path, metadata: Metadata, tensors: dict[str, Tensor], 
 def load_weights(
     folder: Path, model: nn.Module, source: str = "model", group: dist.ProcessGroup | None = None, which: Callable[[str], bool] | None = None
 ) -> int:
-    """Fill `model`, or those of its parameters of which `which` says so by name, from a verified `step-N` folder, whatever run, layout or number of ranks wrote it; return its step.
+    """Fill `model`, or those of its parameters of which `which` says so by name, from a verified `step-N` folder, whatever run, layout or
+    number of ranks wrote it; return its step.
 
     `source` is "model", or "ema" for the averaged weights. Values are cast to the model's types.
     All ranks of `group` (default: all there are) call it.

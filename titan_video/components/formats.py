@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titan_video.components.safetensors_io import DTYPES, SUFFIXES, Shape, opened, read_header
+from titan_video.components.safetensors_io import DTYPES, SUFFIXES, Shape, read_header
 from titan_video.models.spec import ModelSpec, NameRule
 
 STEM = "diffusion_pytorch_model"
@@ -105,7 +105,7 @@ def public_tensors(spec: ModelSpec, layout: str, shapes: dict[str, torch.Size], 
     for ours, (public, _) in table.items():
         groups.setdefault(public, []).append(ours)
     order = {rule.ours: i for i, rule in enumerate(spec.hf_names)}
-    tensors = {}
+    tensors, tail = {}, ()
     for public, names in groups.items():
         names = sorted(names, key=lambda ours: order[table[ours][1].ours])
         parts, heights = [], [0]

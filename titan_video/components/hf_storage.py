@@ -214,7 +214,8 @@ class Writer:
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters by clean name, without adapters (lora.py), which these formats do not know. A forward without backward leaves FSDP's root gathered, in the type of the arithmetic: shard it again first."""
+    """Parameters by clean name, without adapters (lora.py), which these formats do not know."""
+    # A forward without backward leaves FSDP's root gathered, in the type of the arithmetic.
     reshard(model)
     return {clean_name(name): p for name, p in model.named_parameters() if not is_adapter(clean_name(name))}
 

@@ -66,8 +66,8 @@ def apply_activation_checkpoint(
 def check_save_min_kv(section: ActivationCheckpoint, longest: int) -> None:
     """ValueError if even the longest clip, of so many tokens, has too few keys for its attention to be kept: selective would be full, unsaid."""
     if section.mode == "selective" and "attention" in section.save and longest < section.save_min_kv:
-        raise ValueError(f"activation_checkpoint.save_min_kv: given {section.save_min_kv}, but the longest clip of data.buckets has {longest} tokens, "
-                         f"so no attention would be kept; set it to at most {longest}, or activation_checkpoint.mode to full")
+        raise ValueError(f"activation_checkpoint.save_min_kv: given {section.save_min_kv}, but the longest clip of data.buckets has {longest} "
+                         f"tokens, so no attention would be kept; set it to at most {longest}, or activation_checkpoint.mode to full")
 
 
 def chosen_blocks(model: nn.Module, plan: ParallelPlan, layers: tuple[int, ...]) -> frozenset[tuple[str, str]]:
@@ -235,7 +235,7 @@ def saved_bytes_per_token(dim: int, num_heads: int, section: ActivationCheckpoin
 
 
 def recomputed_flops(section: ActivationCheckpoint, args: Any, num_tokens: int, batch: int) -> float:
-    """FLOPs of blocks' forward that backward runs again; args: the model's (see ModelSpec). Of a memory budget, what the compiler chose is not known: 0."""
+    """FLOPs of blocks' forward that backward runs again; args: the model's (see ModelSpec). What a memory budget makes of it is not known: 0."""
     if section.mode not in ("full", "selective"):
         return 0.0
     again = args.block_flops(num_tokens, batch)

@@ -1,4 +1,7 @@
-"""Collectives that autograd and torch.compile see through, under one name in every supported torch. What they send is contiguous, as torch 2.11 asks."""
+"""Collectives that autograd and torch.compile see through, under one name in every supported torch.
+
+What they send is made contiguous, as torch 2.11 asks.
+"""
 
 import math
 

@@ -28,7 +28,6 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.utils._pytree import tree_flatten, tree_map
 
 from titan_video.config.job_config import Parallelism
-from titan_video.distributed.fsdp import blocks_of
 from titan_video.distributed.parallel_dims import stages_per_rank
 from titan_video.distributed.utils import reduce_over
 from titan_video.models.spec import ParallelPlan

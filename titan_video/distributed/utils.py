@@ -73,7 +73,8 @@ def seed_of(name: str, seed: int) -> int:
 def initialise(
     model: nn.Module, init_parameter: Callable[[str, Tensor, torch.Generator], None], seed: int, which: Callable[[str], bool] | None = None
 ) -> None:
-    """Fill every parameter, or those of which `which` says so by name, from a generator keyed by (seed, name), so that all layouts start from the same weights.
+    """Fill every parameter, or those of which `which` says so by name, from a generator keyed by (seed, name), so that all layouts start from
+    the same weights.
 
     Each rank makes each whole tensor on the host, one at a time, and keeps its shard; nothing is sent. (torch's own
     initialisers give the shards of a CPU mesh equal values, and on GPUs values that depend on the layout.)

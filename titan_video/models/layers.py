@@ -139,7 +139,7 @@ class JointAttentionCore(nn.Module):
 
 
 class JointLinear(Linear):
-    """One Linear for video tokens and for text tokens. Tensor parallel, which spreads the first over its ranks but not the second, treats them apart."""
+    """One Linear for video tokens and for text tokens. Tensor parallel spreads the first over its ranks, but not the second."""
 
     def forward(self, x_BLD: Tensor, text_BSD: Tensor) -> tuple[Tensor, Tensor]:
         return super().forward(x_BLD), super().forward(text_BSD)

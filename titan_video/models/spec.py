@@ -66,8 +66,8 @@ class ModelSpec:
     """A model family.
 
     flavors: architecture arguments by name: a frozen dataclass with `in_channels`, `out_channels`, `patch`, `text_dim`, `text_len`, `num_heads`,
-        `ffn_dim`, `num_layers`, `conditions` (flow/conditions.py), `boundary` between two experts or 0, `flops(num_tokens, batch)` of a forward and `block_flops(num_tokens, batch)`, the part of it that full
-        activation checkpointing runs again.
+        `ffn_dim`, `num_layers`, `conditions` (flow/conditions.py), `boundary` between two experts or 0, `flops(num_tokens, batch)` of a
+        forward and `block_flops(num_tokens, batch)`, the part of it that full activation checkpointing runs again.
     build: arguments -> module (built on the meta device by the trainer).
     init_parameter: (name, whole tensor, generator) fills one parameter in place, so every layout starts from the same weights.
     hf_names: names of the parameters in diffusers' layout, and in the original one where all lines say it.

@@ -17,7 +17,6 @@ from titan_video.distributed.fsdp import blocks_of
 from titan_video.models.layers import AttentionCore, JointAttentionCore
 from titan_video.models.spec import ParallelPlan
 
-
 _REPLACEMENTS = {AttentionCore: (RingCore, UlyssesCore), JointAttentionCore: (JointRingCore, JointUlyssesCore)}
 
 

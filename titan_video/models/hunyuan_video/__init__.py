@@ -58,8 +58,8 @@ def args_from_hf(config: dict) -> HunyuanVideoArgs:
                               ("image_condition_type", image_condition, [None, "latent_concat", "token_replace"])):  # fmt: skip
         if value not in legal:
             raise ValueError(f"transformer/config.json: {key} = {value!r} is not supported; it must be one of {legal}")
-    names = {"in_channels": "in_channels", "out_channels": "out_channels", "num_double_layers": "num_layers", "num_single_layers": "num_single_layers",
-             "num_refiner_layers": "num_refiner_layers", "guidance": "guidance_embeds", "text_dim": "text_embed_dim",
+    names = {"in_channels": "in_channels", "out_channels": "out_channels", "num_double_layers": "num_layers",
+             "num_single_layers": "num_single_layers", "num_refiner_layers": "num_refiner_layers", "guidance": "guidance_embeds", "text_dim": "text_embed_dim",
              "pooled_dim": "pooled_projection_dim", "rope_theta": "rope_theta"}  # fmt: skip
     try:
         sizes = {ours: config[theirs] for ours, theirs in names.items()}

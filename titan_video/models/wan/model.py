@@ -39,7 +39,6 @@ from titan_video.models.layers import (
     xavier_uniform_,
 )
 
-
 IMAGE_EPS = 1e-5  # torch's default
 
 

@@ -1,0 +1,89 @@
+"""`--lora.enable` through the trainer: one and two ranks, resume, averages, validation, exports, sampling from its checkpoint."""
+
+import signal
+from functools import partial
+
+import pytest
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+
+from tests.helpers import signal_at
+from titan_video import convert, sample
+from titan_video.config.manager import parse_args
+from titan_video.dry_run import dry_run
+
+LORA = {
+    "lora.enable": "true", "lora.rank": 4, "lora.alpha": 8, "training.steps": 4, "training.global_batch_size": 4, "ema.enable": "true", "ema.decay": 0.5,
+    "optimizer.lr": 0.01, "checkpoint.interval": 2, "checkpoint.last_save_in_hf": "true", "lora.export": "diffusers,comfyui,merged",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(shared_front):
+    """What all start from: a random model's head is zero, and through it no adapter would get a gradient."""
+    return shared_front.run("base", {"training.steps": 2, "optimizer.lr": 0.01}).ok().checkpoint(2)
+
+
+@pytest.fixture(scope="module")
+def options(base):
+    return {**LORA, "checkpoint.initial_load_path": base}
+
+
+@pytest.fixture(scope="module")
+def whole(shared_front, options):
+    return shared_front.run("whole", options).ok()
+
+
+def adapters(run):
+    return (run.folder / "lora" / "pytorch_lora_weights.safetensors").read_bytes(), (run.folder / "lora" / "comfyui.safetensors").read_bytes()
+
+
+def test_a_checkpoint_holds_adapters_only(whole):
+    metadata = dcp.FileSystemReader(whole.checkpoint(4)).read_metadata().state_dict_metadata
+    assert metadata and all(".adapter." in name for name in metadata)
+    assert {name.split(".")[0] for name in metadata} == {"model", "optimizer", "ema"}
+    assert len({r["loss"] for r in whole.records}) == 4 and all(r["grad_norm"] > 0 for r in whole.records)
+
+
+def test_resumed_is_bitwise(front, whole, options):
+    front.run("cut", options, hook=partial(signal_at, 3, signal.SIGTERM)).ok()
+    run = front.run("cut", options).ok()
+    assert run.records == whole.records and adapters(run) == adapters(whole)
+
+
+def test_two_ranks_have_the_losses_of_one(shared_front, front, base):
+    options = {**LORA, "checkpoint.initial_load_path": base, "training.mixed_precision_param": "float32", "training.steps": 3, "checkpoint.enable": "false"}
+    one = front.run("one", options).ok()
+    two = front.run("two", {**options, "training.local_batch_size": 1, "parallelism.tensor_parallel_degree": 2}, world=2).ok()
+    for a, b in zip(one.records, two.records, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+    for name, tensor in load_file(one.folder / "lora" / "comfyui.safetensors").items():
+        other = load_file(two.folder / "lora" / "comfyui.safetensors")[name]
+        assert (tensor.float() - other.float()).norm() <= 0.02 * tensor.float().norm() + 1e-6, name
+
+
+def test_seeded_base_starts_from_exported_adapters_and_resumes(front, whole):
+    """A run without pretrained weights: the frozen ones are made from the seed again."""
+    start = whole.folder / "lora" / "comfyui.safetensors"
+    options = {**LORA, "lora.initial_load_path": start, "validation.enable": "true", "validation.freq": 2, "validation.num_videos": 1,
+               "validation.sample_steps": 1, "validation.timesteps": "0.5", "lora.export": "diffusers"}  # fmt: skip
+    run = front.run("seeded", {**options, "training.steps": 2}).ok()
+    assert f"adapters from {start}" in run.output and not (run.folder / "hf").exists()
+    again = front.run("seeded", options).ok()
+    assert len(again.records) == 4 and "adapters exported to" in again.output
+
+
+def test_sample_and_convert(whole, tmp_path):
+    folder, config = sample.find_checkpoint(whole.folder)
+    with pytest.raises(ValueError, match="holds adapters, no whole weights"):
+        convert.StepSource(folder, "model")
+    merged = load_file(whole.folder / "hf" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert len(merged) > 100 and (whole.folder / "hf" / "transformer" / "config.json").is_file()
+
+
+def test_dry_run_counts_what_is_trained(whole):
+    argv = [f"--job.config_file={whole.folder / 'config.toml'}"]
+    argv = ["--job.config_file", str(whole.folder / "config.toml")]
+    small, full = dry_run(parse_args(argv), 1), dry_run(parse_args([*argv, "--lora.enable=false"]), 1)
+    assert small.largest["optimizer"] < full.largest["optimizer"] / 5 and small.largest["gradients"] < full.largest["gradients"] / 5
+    assert small.largest["parameters"] < 0.7 * full.largest["parameters"]
