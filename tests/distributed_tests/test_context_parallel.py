@@ -156,7 +156,7 @@ def check_joint(layouts, shapes, dtypes, heads=HEADS):
                     for i in (0, 2, 3, 4):  # those of the video
                         expected[i] = slice_of(expected[i], mesh, 0.0)
                     error = max((x.double() - y).abs().max().item() for x, y in zip(got, expected))
-                    errors[ring, ulysses, rotate, batch, seq_len, mask is None, dtype] = error
+                    errors[ring, ulysses, rotate, batch, seq_len, given is None, dtype] = error
     return errors
 
 
