@@ -3,18 +3,20 @@
 import signal
 from functools import partial
 
+import numpy as np
 import pytest
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
-from tests.helpers import signal_at
-from titan_video import convert, sample
+from tests.helpers import run_ranks, signal_at
+from tests.integration_tests.test_sample import decode, run_sample
+from titan_video import convert
 from titan_video.config.manager import parse_args
 from titan_video.dry_run import dry_run
 
 LORA = {
     "lora.enable": "true", "lora.rank": 4, "lora.alpha": 8, "training.steps": 4, "training.global_batch_size": 4, "ema.enable": "true", "ema.decay": 0.5,
-    "optimizer.lr": 0.01, "checkpoint.interval": 2, "checkpoint.last_save_in_hf": "true", "lora.export": "diffusers,comfyui,merged",
+    "optimizer.lr": 0.01, "training.mixed_precision_param": "bfloat16", "checkpoint.interval": 2, "checkpoint.last_save_in_hf": "true", "lora.export": "diffusers,comfyui,merged",
 }  # fmt: skip
 
 
@@ -62,27 +64,36 @@ def test_two_ranks_have_the_losses_of_one(shared_front, front, base):
         assert (tensor.float() - other.float()).norm() <= 0.02 * tensor.float().norm() + 1e-6, name
 
 
-def test_seeded_base_starts_from_exported_adapters_and_resumes(front, whole):
-    """A run without pretrained weights: the frozen ones are made from the seed again."""
+@pytest.fixture(scope="module")
+def validated(shared_front, whole):
+    """A run without pretrained weights, whose frozen ones are made from the seed, stopped and resumed."""
     start = whole.folder / "lora" / "comfyui.safetensors"
     options = {**LORA, "lora.initial_load_path": start, "validation.enable": "true", "validation.freq": 2, "validation.num_videos": 1,
-               "validation.sample_steps": 1, "validation.timesteps": "0.5", "lora.export": "diffusers"}  # fmt: skip
-    run = front.run("seeded", {**options, "training.steps": 2}).ok()
+               "validation.sample_steps": 1, "validation.timesteps": "0.5", "validation.path": "embedded:shapes-12", "lora.export": "diffusers"}  # fmt: skip
+    run = shared_front.run("seeded", {**options, "training.steps": 2}).ok()
     assert f"adapters from {start}" in run.output and not (run.folder / "hf").exists()
-    again = front.run("seeded", options).ok()
-    assert len(again.records) == 4 and "adapters exported to" in again.output
+    return shared_front.run("seeded", options).ok()
 
 
-def test_sample_and_convert(whole, tmp_path):
-    folder, config = sample.find_checkpoint(whole.folder)
+def test_a_run_without_pretrained_weights_resumes(validated):
+    assert len(validated.records) == 4 and "adapters exported to" in validated.output
+
+
+def test_a_checkpoint_is_sampled_as_it_validated(validated, tmp_path):
+    (seen,) = (validated.folder / "samples" / "step-4").glob("*.mp4")
+    prompt = seen.stem.partition("_")[2].replace("_", " ")
+    run_ranks(run_sample, 1, [validated.folder, "--prompt", prompt, "--out", tmp_path / "x.mp4"], init=False)
+    assert np.array_equal(decode(tmp_path / "x.mp4"), decode(seen))
+
+
+def test_whole_weights_are_exported_and_not_converted(whole):
     with pytest.raises(ValueError, match="holds adapters, no whole weights"):
-        convert.StepSource(folder, "model")
+        convert.StepSource(whole.checkpoint(4), "model")
     merged = load_file(whole.folder / "hf" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert len(merged) > 100 and (whole.folder / "hf" / "transformer" / "config.json").is_file()
 
 
 def test_dry_run_counts_what_is_trained(whole):
-    argv = [f"--job.config_file={whole.folder / 'config.toml'}"]
     argv = ["--job.config_file", str(whole.folder / "config.toml")]
     small, full = dry_run(parse_args(argv), 1), dry_run(parse_args([*argv, "--lora.enable=false"]), 1)
     assert small.largest["optimizer"] < full.largest["optimizer"] / 5 and small.largest["gradients"] < full.largest["gradients"] / 5
