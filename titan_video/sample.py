@@ -59,7 +59,8 @@ def pad(text_LD: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def load_model(config: JobConfig, args: Any, folder: Path, weights: str | None, device: torch.device) -> torch.nn.Module:
-    """The model of a run with the weights of one of its checkpoints, sharded over the ranks. weights: "model", "ema"; None: those the run validated."""
+    """The model of a run with the weights of one of its checkpoints, sharded over the ranks. weights: "model", "ema"
+    or None, which is what the run validated."""
     spec, lora, c = get_spec(config.model.name), config.lora, config.checkpoint
     with torch.device("meta"):
         model = spec.build(args)

@@ -82,7 +82,8 @@ def test_sampling_starts_from_an_image(front, tmp_path):
         run_ranks(run_sample, 1, [*base, *images], init=False)
         seen.append(decode(tmp_path / "x.mp4"))
     assert seen[0].shape == (9, 32, 32, 3) and not any(np.array_equal(seen[0], clip) for clip in seen[1:])
-    for images, words in (([], "--image"), (["--image", first], "--last-image"), (["--image", tmp_path / "none.png", "--last-image", last], "none.png")):
+    missing = ["--image", tmp_path / "none.png", "--last-image", last]
+    for images, words in (([], "--image"), (["--image", first], "--last-image"), (missing, "none.png")):
         with pytest.raises(AssertionError, match=f"SystemExit: error: .*{words}"):
             run_ranks(run_sample, 1, [*base, *images], init=False)
 

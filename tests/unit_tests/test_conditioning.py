@@ -169,7 +169,8 @@ def tokenizer(root, name, special, template):
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     words.train_from_iterator([IMAGE_TEMPLATE, *PROMPTS, "\n\n"] * 20, trainer)
-    words.post_processor = processors.TemplateProcessing(single=template, special_tokens=[(s, words.token_to_id(s)) for s in template.split() if "<" in s])
+    ends = [(s, words.token_to_id(s)) for s in template.split() if "<" in s]
+    words.post_processor = processors.TemplateProcessing(single=template, special_tokens=ends)
     fast = PreTrainedTokenizerFast(tokenizer_object=words, pad_token=special[0], padding_side="right", bos_token=special[1], eos_token=special[2])
     fast.save_pretrained(root / name)
     return fast

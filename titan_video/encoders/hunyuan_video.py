@@ -61,12 +61,13 @@ class HunyuanVideoEncoders:
         vae, text, pooled = (read_config(self.root / name) for name in ("vae", "text_encoder", "text_encoder_2"))
         strides = vae.get("temporal_compression_ratio", 4), vae.get("spatial_compression_ratio", 8)
         if strides != (self.stride_t, self.stride_s) or "scaling_factor" not in vae:
-            raise ValueError(f"{self.root / 'vae' / 'config.json'} is not that of HunyuanVideo's VAE, which has a scaling_factor and strides of 4 and 8")
+            path = self.root / "vae" / "config.json"
+            raise ValueError(f"{path} is not that of HunyuanVideo's VAE, which has a scaling_factor and strides of 4 and 8")
         self.channels, self.scaling_factor = vae.get("latent_channels", 16), vae["scaling_factor"]
         self.has_images = text.get("model_type") == "llava"
         sizes = text.get("text_config", {}) if self.has_images else text
         if "hidden_size" not in pooled or not (self.has_images or "hidden_size" in sizes):
-            raise ValueError(f"{self.root}: text_encoder/ should hold a LLaMA or a LLaVA, text_encoder_2/ a CLIP text model; their config.json do not")
+            raise ValueError(f"{self.root}: text_encoder/config.json should be of a LLaMA or a LLaVA, text_encoder_2/config.json of a CLIP text model")
         self.text_dim, self.pooled_dim = sizes.get("hidden_size", 4096), pooled["hidden_size"]  # a LLaVA's defaults are not written
         for name in ("tokenizer", "tokenizer_2", *(["image_processor"] if self.has_images else [])):
             if not (self.root / name).is_dir():

@@ -8,7 +8,8 @@ from torch import Tensor
 class Encoders(Protocol):
     """A causal video VAE, a text encoder and, for some models, an image encoder. Weights, if any, are loaded at the first use of each.
 
-    Frames are uint8 RGB [B, 3, F, H, W] with F = 4k+1, or float32 from -1 to 1, which can be grey; latents are float32, normalised to about zero mean and unit variance,
+    Frames are uint8 RGB [B, 3, F, H, W] with F = 4k+1, or float32 from -1 to 1, which can be grey; latents are float32, normalised to about
+    zero mean and unit variance,
     [B, channels, (F-1)/stride_t + 1, H/stride_s, W/stride_s].
     pooled_dim: width of a whole text's vector; image_dim: of image tokens; 0: this family has none.
     """

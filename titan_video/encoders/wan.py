@@ -81,7 +81,8 @@ class WanEncoders:
 
     @cached_property
     def _text_id(self) -> str:
-        return digest(weight_files(self.text_folder, "model") + settings_files(self.tokenizer_folder), f"dtype={self.dtype} length={self.max_text_length}")
+        files = weight_files(self.text_folder, "model") + settings_files(self.tokenizer_folder)
+        return digest(files, f"dtype={self.dtype} length={self.max_text_length}")
 
     def image_id(self) -> str:
         """SHA-256 of the image encoder and its processor."""
@@ -92,8 +93,8 @@ class WanEncoders:
     def encode_video(self, frames_BCFHW: Tensor) -> Tensor:
         """RGB [B, 3, 4k+1, H, W], uint8 or float32 from -1 to 1 -> float32 latents [B, C, k+1, H/stride, W/stride] on the encoders' device."""
         num_frames, height, width = frames_BCFHW.shape[2:]
-        if frames_BCFHW.dtype not in (torch.uint8, torch.float32) or (num_frames - 1) % self.stride_t or height % self.stride_s or width % self.stride_s:
-            s = self.stride_s
+        s = self.stride_s
+        if frames_BCFHW.dtype not in (torch.uint8, torch.float32) or (num_frames - 1) % self.stride_t or height % s or width % s:
             raise ValueError(f"Wan's VAE takes uint8 frames of 4k+1 x {s}m x {s}n, got {frames_BCFHW.dtype} {num_frames}x{height}x{width}")
         x_BCFHW = frames_BCFHW.to(self.device)
         x_BCFHW = x_BCFHW if x_BCFHW.is_floating_point() else x_BCFHW.float() / 127.5 - 1
