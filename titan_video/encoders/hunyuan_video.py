@@ -67,7 +67,7 @@ class HunyuanVideoEncoders:
         self.has_images = text.get("model_type") == "llava"
         sizes = text.get("text_config", {}) if self.has_images else text
         if "hidden_size" not in pooled or not (self.has_images or "hidden_size" in sizes):
-            raise ValueError(f"{self.root}: text_encoder/config.json should be of a LLaMA or a LLaVA, text_encoder_2/config.json of a CLIP text model")
+            raise ValueError(f"{self.root}: text_encoder should hold a LLaMA or a LLaVA, text_encoder_2 a CLIP text model")
         self.text_dim, self.pooled_dim = sizes.get("hidden_size", 4096), pooled["hidden_size"]  # a LLaVA's defaults are not written
         for name in ("tokenizer", "tokenizer_2", *(["image_processor"] if self.has_images else [])):
             if not (self.root / name).is_dir():
