@@ -132,7 +132,8 @@ class Trainer:
         self.ema = EmaWeights(self.model, config.ema) if config.ema.enable else None
 
         # --- weights: a checkpoint of this run, else what the run starts from ---
-        tensors = {"model": ModelState(self.model, is_adapter if config.lora.enable else None), "optimizer": OptimizerState(self.model, self.optimizer)}
+        saved = ModelState(self.model, is_adapter if config.lora.enable else None)
+        tensors = {"model": saved, "optimizer": OptimizerState(self.model, self.optimizer)}
         if self.ema:
             tensors["ema"] = self.ema
         self.checkpoint = CheckpointManager(config.checkpoint, self.folder / config.checkpoint.folder, tensors, {"data": self.loader})

@@ -91,7 +91,8 @@ class PublicAdapter:
             adapters[f"{module}.{NAME}.up"] = up[rows, columns]
             left[rows, columns] = 0
         if len(self.parts) > 1 and (down.shape[0] % len(self.parts) or left.any()):
-            raise ValueError(f"{self.name} is one adapter of {len(self.parts)} matrices that each have their own here; use the file in diffusers' form")
+            raise ValueError(f"{self.name} is one adapter of {len(self.parts)} matrices that each have their own here; "
+                             "use the file in diffusers' form")
         return adapters
 
 
@@ -234,7 +235,8 @@ def load_lora(model: nn.Module, path: Path, spec: ModelSpec, args: Any, section:
         raise ValueError(f"{path} has adapters that lora.target_modules does not ask for, or other tensors: {some(sorted(tensors))}")
     odd = [name for name, shape in shapes.items() if found[name].shape != shape]
     if odd:
-        raise ValueError(f"{path}: {odd[0]} has shape {list(found[odd[0]].shape)}, in this run {list(shapes[odd[0]])}: set lora.rank and model.flavor to fit")
+        raise ValueError(f"{path}: {odd[0]} has shape {list(found[odd[0]].shape)}, in this run {list(shapes[odd[0]])}: "
+                         "set lora.rank and model.flavor to fit")
     for name, p in model.named_parameters():
         if (name := clean_name(name)) in found:
             whole = found[name].to(p.device, p.dtype)

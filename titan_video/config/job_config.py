@@ -30,7 +30,9 @@ class Model:
         "all", "Wan 2.2 A14B: which of two models that share the noise levels this is. It trains those at and above model.boundary, or below; "
         "in a diffusers folder `low` is transformer_2. Validation samples with this model alone; titan_video.sample takes both."
     )
-    boundary: float = opt(0.0, "Noise level between the experts; 0: the flavor's own (Wan 2.2: 0.875 for text-to-video, 0.9 for image-to-video).", ge=0, lt=1)
+    boundary: float = opt(
+        0.0, "Noise level between the experts; 0: the flavor's own (Wan 2.2: 0.875 for text-to-video, 0.9 for image-to-video).", ge=0, lt=1
+    )
 
 
 @dataclass(frozen=True)
@@ -176,13 +178,16 @@ class Validation:
     holdout: float = opt(0.05, "Share of the training clips held out when path is empty, chosen by content.", ge=0, lt=1)
     max_clips: int = opt(64, "Held-out clips measured, at most.", ge=1)
     timesteps: tuple[float, ...] = opt((0.1, 0.3, 0.5, 0.7, 0.9), "Noise levels at which the held-out loss is measured, as shares of "
-                                                                "the trained interval, from 0 to 1 or as an expert or flow.min_t and max_t say.", gt=0, le=1)
+                                                                "the trained interval, from 0 to 1 or as an expert or flow.min_t and max_t say.",
+                                       gt=0, le=1)  # fmt: skip
     prompts_path: str = opt("", "Text file, one prompt a line. Empty: captions of held-out clips (of training clips if none are held out). "
                                 "Image-to-video takes these, with their frames.")
     num_videos: int = opt(2, "Clips sampled at each validation; 0 samples none.", ge=0)
     sample_steps: int = opt(30, "Euler steps of the sampler.", ge=1)
     guidance_scale: float = opt(5.0, "Classifier-free guidance; 1 does without.", ge=1)
-    embedded_guidance: float = opt(6.0, "Guidance scale that models which take it as an input are told in sampling; they do with guidance_scale 1.", gt=0)
+    embedded_guidance: float = opt(
+        6.0, "Guidance scale that models which take it as an input are told in sampling; they do with guidance_scale 1.", gt=0
+    )
     sample_shift: float = opt(3.0, "Shift of the sampler's schedule.", gt=0)
     use_ema: bool = opt(True, "Use the averaged weights where ema.enable.")
 

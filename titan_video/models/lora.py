@@ -19,7 +19,7 @@ NAME = "adapter"
 
 
 class Adapter(nn.Module):
-    """The change to one Linear. Under tensor parallel its parts are split with the Linear's weight: `up` over the outputs, or `down` over the inputs."""
+    """The change to one Linear. Tensor parallel splits its parts with the Linear's weight: `up` over the outputs, or `down` over the inputs."""
 
     def __init__(self, linear: nn.Linear, rank: int, scale: float, dtype: torch.dtype):
         super().__init__()
@@ -51,12 +51,18 @@ def add_adapters(model: nn.Module, spec: ModelSpec, section: Lora, dtype: torch.
         if name not in spec.plan.fp32:
             child.to(dtype)
     model.requires_grad_(False)
-    linears = {f"{path}.{name}": module for path in spec.plan.blocks for name, module in model.get_submodule(path).named_modules() if isinstance(module, Linear)}
+    linears = {
+        f"{path}.{name}": module
+        for path in spec.plan.blocks
+        for name, module in model.get_submodule(path).named_modules()
+        if isinstance(module, Linear)
+    }
     targets = section.target_modules or spec.lora_targets
     for target in targets:
         if not any(_fits(name, target) for name in linears):
             known = dict.fromkeys(name.split(".", 2)[2] for name in linears)
-            raise ValueError(f"lora.target_modules: {target!r} is the end of no name of a Linear in a block of {spec.name}; there are {', '.join(known)}")
+            raise ValueError(f"lora.target_modules: {target!r} is the end of no name of a Linear in a block of {spec.name}; "
+                             f"there are {', '.join(known)}")
     for name, linear in linears.items():
         if any(_fits(name, target) for target in targets):
             linear.adapter = Adapter(linear, section.rank, section.alpha / section.rank, torch.promote_types(dtype, torch.float32))

@@ -59,8 +59,8 @@ def args_from_hf(config: dict) -> HunyuanVideoArgs:
         if value not in legal:
             raise ValueError(f"transformer/config.json: {key} = {value!r} is not supported; it must be one of {legal}")
     names = {"in_channels": "in_channels", "out_channels": "out_channels", "num_double_layers": "num_layers",
-             "num_single_layers": "num_single_layers", "num_refiner_layers": "num_refiner_layers", "guidance": "guidance_embeds", "text_dim": "text_embed_dim",
-             "pooled_dim": "pooled_projection_dim", "rope_theta": "rope_theta"}  # fmt: skip
+             "num_single_layers": "num_single_layers", "num_refiner_layers": "num_refiner_layers", "guidance": "guidance_embeds",
+             "text_dim": "text_embed_dim", "pooled_dim": "pooled_projection_dim", "rope_theta": "rope_theta"}  # fmt: skip
     try:
         sizes = {ours: config[theirs] for ours, theirs in names.items()}
         heads, dim = config["num_attention_heads"], config["num_attention_heads"] * config["attention_head_dim"]
