@@ -11,7 +11,7 @@ import torch
 
 from tests.helpers import context
 from tests.unit_tests.data_clips import captioned
-from titan_video.data.dataset import make_plan
+from titan_video.data.dataset import PlanEntry, make_plan
 from titan_video.data.latent_cache import LatentCache, cached_clips, encode_missing, split_holdout
 from titan_video.data.shapes import resolve_path
 from titan_video.data.video import decode
@@ -55,11 +55,13 @@ def entries(cache, kind):
 
 
 def test_a_key_names_all_that_matters(cache):
-    key = cache.video_key("ab" * 32, (5, 32, 32), 8)
-    assert key == cache.video_key("ab" * 32, (5, 32, 32), 8.0)
-    others = [cache.video_key("cd" * 32, (5, 32, 32), 8), cache.video_key("ab" * 32, (5, 32, 48), 8), cache.video_key("ab" * 32, (5, 32, 32), 16)]
+    entry = PlanEntry("a.mp4", "a", sha256="ab" * 32, bucket=(5, 32, 32), pts=(0, 1, 2, 3, 4))
+    key = cache.video_key(entry.content)
+    assert key == cache.video_key(replace(entry, path="b.mp4", caption="b").content)
+    changes = {"sha256": "cd" * 32}, {"bucket": (5, 32, 48)}, {"pts": (0, 1, 2, 3, 5)}
+    others = [cache.video_key(replace(entry, **change).content) for change in changes]
     other_encoder = LatentCache(cache.folder, "another", "another")
-    others.append(other_encoder.video_key("ab" * 32, (5, 32, 32), 8))
+    others.append(other_encoder.video_key(entry.content))
     texts = [cache.text_key("a"), cache.text_key("b"), other_encoder.text_key("a"), cache.text_key("")]
     assert len({key, *others, *texts}) == 9
 

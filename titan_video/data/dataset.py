@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from titan_video.data import bucket as bucketing
 from titan_video.data.bucket import Bucket
 from titan_video.data.sources import ClipRecord, scan
-from titan_video.data.video import Probe, frame_indices, probe
+from titan_video.data.video import Probe, decode, frame_indices, probe
 
 NAMES_SHOWN = 20
 PROBE_VERSION = 1
@@ -25,14 +26,22 @@ PROBE_VERSION = 1
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """One clip. Dropped with a `reason` (`category: detail`), or kept with its bucket and the source times (ticks) of its frames.
+    """One training clip. Dropped with a `reason` (`category: detail`), or kept with its bucket and the source times of its frames.
 
-    num_frames counts the whole clip after resampling; the bucket takes its head. image: a first frame to be given instead of the clip's own.
+    num_frames counts the whole source after resampling to `fps`, of which the clip takes the bucket's frames from number `start`; the source
+    gives `num_clips` such clips. pts: in ticks, or with by_index numbers of frames. repeats: how often an epoch holds it.
+    captions: all that it has, `caption` is the first. image: a first frame to be given instead of the clip's own.
     """
 
     path: str
     caption: str = ""
     reason: str = ""
+    captions: tuple[str, ...] = ()
+    fps: float = 0.0
+    repeats: int = 1
+    start: int = 0
+    num_clips: int = 1
+    by_index: bool = False
     width: int = 0
     height: int = 0
     source_fps: float = 0.0
@@ -47,6 +56,12 @@ class PlanEntry:
     @property
     def kept(self) -> bool:
         return not self.reason
+
+    @property
+    def content(self) -> str:
+        """Identity of the pixels that `read_frames` gives: the file's content, the frames taken and their size."""
+        made_of = [self.sha256, self.by_index, list(self.pts), list(self.bucket or ())]
+        return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -120,6 +135,11 @@ class Plan:
         return "\n".join(lines)
 
 
+def read_frames(entry: PlanEntry, first_only: bool = False) -> Tensor:
+    """The training clip of a kept entry, or its first frame alone: uint8 RGB [3, F, H, W]. Raises UnusableClip."""
+    return decode(entry.path, entry.pts[:1] if first_only else entry.pts, entry.width, entry.height, entry.bucket)
+
+
 def make_plan(path: str | os.PathLike, buckets: Sequence[Sequence[int]], fps: float, num_workers: int, cache_folder: str | os.PathLike) -> Plan:
     """Scan `path`, probe each file in worker processes (0: in this one) and decide about each clip.
 
@@ -136,7 +156,7 @@ def make_plan(path: str | os.PathLike, buckets: Sequence[Sequence[int]], fps: fl
 
 
 def _decide(record: ClipRecord, found: Probe | None, buckets: Sequence[Bucket], fps: float) -> PlanEntry:
-    entry = PlanEntry(record.path, record.caption, record.reason, image=record.image)
+    entry = PlanEntry(record.path, record.caption, record.reason, (record.caption,), fps, image=record.image)
     if record.reason or found is None:
         return entry
     if found.reason:

@@ -26,14 +26,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from titan_video.data.bucket import Bucket
-from titan_video.data.dataset import Plan, PlanEntry
-from titan_video.data.video import UnusableClip, decode, read_image
+from titan_video.data.dataset import Plan, PlanEntry, read_frames
+from titan_video.data.video import UnusableClip, read_image
 from titan_video.encoders.given import encode_given, encode_images
 from titan_video.encoders.spec import Encoders
 from titan_video.flow.conditions import TEXT_ONLY, Conditions
 
-CODE_VERSION = 1  # raise it when decoding, resizing or cropping gives other pixels
-CLIP_MODE = "head"
+CODE_VERSION = 2  # raise it when decoding, resizing or cropping gives other pixels
 TEXTS_AT_ONCE = 8
 LOG_EVERY = 15.0  # seconds
 BLACK = (336, 336)  # the image of a text without one
@@ -49,8 +48,9 @@ class LatentCache:
     def __init__(self, folder: str | os.PathLike, video_id: str, text_id: str, image_id: str = "", conditions: Conditions = TEXT_ONLY):
         self.folder, self.video_id, self.text_id, self.image_id, self.conditions = Path(folder), video_id, text_id, image_id, conditions
 
-    def video_key(self, file_sha256: str, bucket: Bucket, fps: float) -> str:
-        return _hash("video", file_sha256, float(fps), list(bucket), CLIP_MODE, self.video_id, CODE_VERSION)
+    def video_key(self, content: str) -> str:
+        """content: of a plan's entry."""
+        return _hash("video", content, self.video_id, CODE_VERSION)
 
     def text_key(self, caption: str, given: str = "") -> str:
         """given: identity of the given frames (`given_frames`), for models whose text begins with image tokens; "": a black image."""
@@ -58,22 +58,21 @@ class LatentCache:
             return _hash("text", caption, given, tokens, self.text_id, CODE_VERSION)
         return _hash("text", caption, self.text_id, CODE_VERSION)
 
-    def given_frames(self, entry: PlanEntry, fps: float) -> str:
+    def given_frames(self, entry: PlanEntry) -> str:
         """Identity of a clip's given frames: what they are read from and their size."""
-        size = [*entry.bucket, float(fps), CLIP_MODE]
-        return _hash("frames", entry.sha256, entry.image_sha256, size, CODE_VERSION)
+        return _hash("frames", entry.content, entry.image_sha256, CODE_VERSION)
 
-    def video_keys(self, entry: PlanEntry, fps: float) -> dict[str, str]:
+    def video_keys(self, entry: PlanEntry) -> dict[str, str]:
         """{kind: key} of the entries that are made of a clip's frames."""
-        keys, c = {"video": self.video_key(entry.sha256, entry.bucket, fps)}, self.conditions
+        keys, c = {"video": self.video_key(entry.content)}, self.conditions
         if c.num_given:
-            keys["given"] = _hash("given", self.given_frames(entry, fps), c.num_given, c.form, self.video_id)
+            keys["given"] = _hash("given", self.given_frames(entry), c.num_given, c.form, self.video_id)
         if c.image_tokens:
-            keys["image"] = _hash("image", self.given_frames(entry, fps), c.num_given, self.image_id)
+            keys["image"] = _hash("image", self.given_frames(entry), c.num_given, self.image_id)
         return keys
 
-    def clip_text_key(self, entry: PlanEntry, fps: float) -> str:
-        return self.text_key(entry.caption, self.given_frames(entry, fps) if self.conditions.text_image_tokens else "")
+    def clip_text_key(self, entry: PlanEntry) -> str:
+        return self.text_key(entry.caption, self.given_frames(entry) if self.conditions.text_image_tokens else "")
 
     @property
     def text_kinds(self) -> tuple[str, ...]:
@@ -134,7 +133,8 @@ def _crc32(tensor: Tensor) -> str:
 
 @dataclass(frozen=True)
 class CachedClip:
-    """A clip whose latents and caption are in the cache. given_key, image_key: of what the model is given of it; "": nothing."""
+    """A clip whose latents and caption are in the cache. given_key, image_key: of what the model is given of it; "": nothing.
+    repeats: how often an epoch holds it."""
 
     video_key: str
     text_key: str
@@ -143,15 +143,16 @@ class CachedClip:
     path: str
     given_key: str = ""
     image_key: str = ""
+    repeats: int = 1
 
 
 def cached_clips(plan: Plan, cache: LatentCache, failures: Mapping[str, str] | None = None) -> list[CachedClip]:
     """The kept clips without the failures {path: reason}, ordered by content: not by folder, file name or machine."""
     clips = []
     for e in plan.drop(failures or {}).kept:
-        keys = cache.video_keys(e, plan.fps)
-        text_key = cache.clip_text_key(e, plan.fps)
-        clips.append(CachedClip(keys["video"], text_key, e.bucket, e.caption, e.path, keys.get("given", ""), keys.get("image", "")))
+        keys = cache.video_keys(e)
+        text_key = cache.clip_text_key(e)
+        clips.append(CachedClip(keys["video"], text_key, e.bucket, e.caption, e.path, keys.get("given", ""), keys.get("image", ""), e.repeats))
     return sorted(clips, key=lambda c: (c.video_key, c.text_key, c.path))
 
 
@@ -174,7 +175,7 @@ def leave_process_group(worker: int) -> None:
 def given_frames(e: PlanEntry, num_given: int, frames_CFHW: Tensor | None = None) -> Tensor:
     """The frames that a model is given of a clip, uint8 [3, N, H, W]: its first or its image, and its last. frames: the clip, if decoded already."""
     if frames_CFHW is None:
-        frames_CFHW = decode(e.path, e.pts if num_given == 2 else e.pts[:1], e.width, e.height, e.bucket)
+        frames_CFHW = read_frames(e, first_only=num_given == 1)
     first = read_image(e.image, e.bucket) if e.image else frames_CFHW[:, :1]
     return torch.cat([first, frames_CFHW[:, -1:]], dim=1) if num_given == 2 else first
 
@@ -191,7 +192,7 @@ class _Frames:
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor | None] | str:
         e = self.entries[index]
         try:
-            frames_CFHW = decode(e.path, e.pts, e.width, e.height, e.bucket)
+            frames_CFHW = read_frames(e)
             return frames_CFHW, given_frames(e, self.num_given, frames_CFHW) if self.num_given else None
         except UnusableClip as error:
             return str(error)
@@ -230,7 +231,7 @@ def _encode_texts(
     plan: Plan, encoders: Encoders, cache: LatentCache, rank: int, world_size: int, log: Callable[[str], None], prompts: Sequence[str]
 ) -> dict[str, str]:
     texts: dict[str, tuple[str, PlanEntry | None]] = {cache.text_key(text): (text, None) for text in ["", *prompts]}
-    texts |= {cache.clip_text_key(e, plan.fps): (e.caption, e) for e in plan.kept}
+    texts |= {cache.clip_text_key(e): (e.caption, e) for e in plan.kept}
     mine = [key for key in sorted(texts)[rank::world_size] if _missing(cache, cache.text_kinds, key)]
     batches = [mine[i : i + TEXTS_AT_ONCE] for i in range(0, len(mine), TEXTS_AT_ONCE)]
     failed: dict[str, str] = {}
@@ -254,14 +255,14 @@ def _encode_texts(
                 cache.write(kind, key, tensor, {"caption": caption})
     if mine:
         encoders.free()  # the text encoder is the larger half
-    return {e.path: failed[key] for e in plan.kept if (key := cache.clip_text_key(e, plan.fps)) in failed}
+    return {e.path: failed[key] for e in plan.kept if (key := cache.clip_text_key(e)) in failed}
 
 
 @torch.no_grad()
 def _encode_videos(
     plan: Plan, encoders: Encoders, cache: LatentCache, rank: int, world_size: int, num_workers: int, log: Callable[[str], None]
 ) -> dict[str, str]:
-    clips = {tuple(cache.video_keys(e, plan.fps).items()): e for e in plan.kept}  # copies of a file share their keys
+    clips = {tuple(cache.video_keys(e).items()): e for e in plan.kept}  # copies of a file share their keys
     jobs = [job for job in sorted(clips)[rank::world_size] if any(not cache.has(kind, key) for kind, key in job)]
     workers = {"num_workers": min(num_workers, len(jobs)), "worker_init_fn": leave_process_group}
     loader = DataLoader(_Frames([clips[job] for job in jobs], cache.conditions.num_given), batch_size=None, **workers)
@@ -285,6 +286,6 @@ def _encode_videos(
             if not tensor.isfinite().all():
                 failed[job] = "not finite: the encoder gave NaN or infinity for this clip"
                 break
-            cache.write(kind, key, tensor, {"source": entry.path, "given": entry.image, "caption": entry.caption, "fps": str(plan.fps)})
-    named = ((e.path, tuple(cache.video_keys(e, plan.fps).items())) for e in plan.kept)
+            cache.write(kind, key, tensor, {"source": entry.path, "given": entry.image, "caption": entry.caption, "fps": str(entry.fps)})
+    named = ((e.path, tuple(cache.video_keys(e).items())) for e in plan.kept)
     return {path: failed[job] for path, job in named if job in failed}
