@@ -26,6 +26,8 @@ def check(config: JobConfig, world_size: int, files: bool = True) -> None:
         *_batch_size(c.training, max(world_size // model_parallel_degree(c.parallelism), 1)),
         *_parallelism(c),
         *_activation_checkpoint(c),
+        *_optimizer(c, max(world_size // model_parallel_degree(c.parallelism), 1)),
+        *_low_precision(c),
         *_schedule(c.lr_scheduler, c.training),
         *_flow(c.flow),
         *_expert(c),
@@ -160,6 +162,42 @@ def _activation_checkpoint(config: JobConfig) -> Iterator[str]:
             yield f"activation_checkpoint.{name}: given {list(getattr(a, name))}; remove what is there twice"
     if a.offload and a.mode in ("none", "memory_budget"):
         yield f"activation_checkpoint.offload: true, but mode is {a.mode}; choose full or selective, which say what is kept"
+
+
+def _optimizer(config: JobConfig, dp: int) -> Iterator[str]:
+    o, t = config.optimizer, config.training
+    if o.name == "Muon" and config.lora.enable:
+        yield "optimizer.name: Muon makes whole weights' updates orthogonal, but lora.enable trains adapters only; choose AdamW or AdamW8bit"
+    if not o.in_backward:
+        return
+    where = "optimizer.in_backward: true, but"
+    if o.name == "Muon":
+        yield f"{where} optimizer.name is Muon, whose matrices are dealt out over the ranks at the end; choose AdamW or AdamW8bit"
+    if t.max_norm > 0:
+        yield f"{where} training.max_norm is {t.max_norm}, and the norm is known when all weights are updated already; set it to 0"
+    if t.global_batch_size not in (-1, t.local_batch_size * dp):
+        yield f"{where} training.global_batch_size {t.global_batch_size} takes several backwards for one update; set it to -1"
+    if config.parallelism.pipeline_parallel_degree > 1:
+        yield f"{where} a pipeline adds up gradients over several backwards; set parallelism.pipeline_parallel_degree to 1"
+    if t.enable_cpu_offload:
+        yield f"{where} with training.enable_cpu_offload gradients are on the host anyway; set one of them to false"
+    if config.fault_tolerance.nonfinite == "skip":
+        yield f"{where} an update that has been made cannot be skipped; set fault_tolerance.nonfinite to stop"
+
+
+def _low_precision(config: JobConfig) -> Iterator[str]:
+    t, f = config.training, config.float8
+    if t.dtype == "bfloat16" and t.mixed_precision_param != "bfloat16":
+        yield f"training.dtype: bfloat16, but training.mixed_precision_param is {t.mixed_precision_param}; set that to bfloat16 too"
+    if t.dtype == "bfloat16" and config.lora.enable:
+        yield "training.dtype: bfloat16, but with lora.enable frozen weights are held as training.mixed_precision_param anyway; leave it float32"
+    if f.enable and not f.emulate and t.mixed_precision_param != "bfloat16":
+        yield f"float8.enable: true, but training.mixed_precision_param is {t.mixed_precision_param}; set that to bfloat16, or float8.emulate"
+    if f.enable and config.parallelism.enable_async_tensor_parallel:
+        yield "float8.enable: true, but the compiler does not overlap float8 products; leave parallelism.enable_async_tensor_parallel false"
+    if f.enable and config.parallelism.pipeline_parallel_degree > 1 and config.parallelism.pipeline_parallel_schedule == "InterleavedZeroBubble":
+        yield ("parallelism.pipeline_parallel_schedule: InterleavedZeroBubble, but a float8 product gives both its gradients at once; leave "
+               "float8.enable false, or choose another schedule, such as Interleaved1F1B")
 
 
 def _batch_size(training: Training, dp: int) -> Iterator[str]:

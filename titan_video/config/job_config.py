@@ -73,6 +73,9 @@ class Training:
     mixed_precision_param: Literal["bfloat16", "float32"] = opt(
         "bfloat16", "Arithmetic of the model. Master weights, time embedding and modulation stay in float32."
     )
+    dtype: Literal["float32", "bfloat16"] = opt(
+        "float32", "Weights that are held and updated. bfloat16: no float32 masters; gradients are bfloat16 too, and updates round stochastically."
+    )
     guidance: float = opt(1.0, "Guidance scale that models which take it as an input (HunyuanVideo) are told in training.", gt=0)
     enable_cpu_offload: bool = opt(False, "Keep master weights, gradients and optimizer state in host memory; the update runs there.")
     mixed_precision_reduce: Literal["float32"] = opt("float32", "Arithmetic of the gradient reduction.")
@@ -81,13 +84,25 @@ class Training:
 
 @dataclass(frozen=True)
 class Optimizer:
-    name: Literal["AdamW"] = opt("AdamW", "Optimizer.")
+    name: Literal["AdamW", "AdamW8bit", "Muon"] = opt(
+        "AdamW", "AdamW8bit: the moments of matrices in 8 bits. Muon: the blocks' matrices, the rest by AdamW, with one learning rate for both."
+    )
     lr: float = opt(1e-4, "Peak learning rate.", gt=0)
     beta1: float = opt(0.9, "Decay of the first moment.", ge=0, lt=1)
     beta2: float = opt(0.95, "Decay of the second moment.", ge=0, lt=1)
     eps: float = opt(1e-8, "Added to the denominator.", gt=0)
     weight_decay: float = opt(0.01, "Decoupled weight decay of matrices; vectors (biases, norms) are not decayed.", ge=0)
-    implementation: Literal["fused", "foreach", "for-loop"] = opt("fused", "Implementation in torch.optim.")
+    momentum: float = opt(0.95, "Of Muon.", ge=0, lt=1)
+    implementation: Literal["fused", "foreach", "for-loop"] = opt("fused", "Implementation in torch.optim of AdamW with float32 weights.")
+    in_backward: bool = opt(False, "Update each weight as soon as backward has its gradient, and free that. Gradients cannot be clipped.")
+
+
+@dataclass(frozen=True)
+class Float8:
+    enable: bool = opt(False, "Products of the blocks' Linears in float8, by torchao. Needs a GPU of compute capability 8.9 or more.")
+    recipe_name: Literal["tensorwise", "rowwise"] = opt("tensorwise", "One scale for each tensor, or for each row and column of a product.")
+    filter_fqns: tuple[str, ...] = opt(("modulation",), "Linears whose dotted name contains one of these stay as they are.")
+    emulate: bool = opt(False, "Round to float8 and multiply in the unrounded type: for tests, on any device.")
 
 
 @dataclass(frozen=True)
@@ -283,6 +298,7 @@ class JobConfig:
     data: Data = Data()
     training: Training = Training()
     optimizer: Optimizer = Optimizer()
+    float8: Float8 = Float8()
     lr_scheduler: LrScheduler = LrScheduler()
     parallelism: Parallelism = Parallelism()
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
