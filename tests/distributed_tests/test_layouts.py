@@ -300,6 +300,13 @@ def test_adapters_equal_one_process(name, layout, one_process):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_model_in_every_layout(layout, one_process):
+    for name in MODELS:
+        check(name, layout, [(way, torch.float64) for way in EAGER], one_process)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", MODELS)

@@ -1,6 +1,7 @@
-"""Every debug flavor of both families trains, validates, samples and resumes on the embedded clips; on two ranks it has the same losses."""
+"""Every debug flavor of both families trains, validates, samples and resumes on the embedded clips; on more ranks it has the same losses."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -43,26 +44,41 @@ def test_a_variant_trains_validates_samples_and_resumes(front, family, flavor):
     assert losses(parts) == losses(whole) and parts.validations[3] == whole.validations[3]
 
 
-@pytest.mark.parametrize("family, flavor, layout", [
-    ("wan", "debug-ti2v", {"parallelism.context_parallel_degree": 2}),
-    ("wan", "debug-flf2v", {"parallelism.pipeline_parallel_degree": 2}),
-    ("hunyuan_video", "debug-i2v-token-replace", {"parallelism.context_parallel_degree": 2}),
-    ("hunyuan_video", "debug-i2v-token-replace", {"parallelism.tensor_parallel_degree": 2}),
-    ("hunyuan_video", "debug-i2v-latent-concat", {}),
-])  # fmt: skip
-def test_two_ranks_have_the_losses_of_one(front, family, flavor, layout):
-    """27 tokens a clip, of which 9 may be clean: slices of unequal length. Without a layout: data parallel."""
-    options = {**options_of(family, flavor), "data.buckets": "[[9, 48, 48]]", "checkpoint.enable": "false", "training.global_batch_size": 2}
-    one = front.start("one", {**options, "training.local_batch_size": 2})
-    two = front.run("two", {**options, **layout, "training.local_batch_size": 2 if layout else 1}, world=2).ok()
-    one = front.finish("one", one).ok()
-    for a, b in zip(one.records, two.records, strict=True):
+def assert_alike(one, other):
+    """Two runs of three steps under different layouts: the same losses, validations and clips."""
+    for a, b in zip(one.records, other.records, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
-    assert one.validations.keys() == two.validations.keys()
+    assert one.validations.keys() == other.validations.keys()
     for step, values in one.validations.items():
-        assert values == pytest.approx(two.validations[step], rel=1e-5)
-    clips = [decode(next((run.folder / "samples" / "step-3").glob("*.mp4"))) for run in (one, two)]
+        assert values == pytest.approx(other.validations[step], rel=1e-5)
+    clips = [decode(next((run.folder / "samples" / "step-3").glob("*.mp4"))) for run in (one, other)]
     assert np.abs(clips[0].astype(int) - clips[1]).max() <= 8
+
+
+@pytest.mark.parametrize("family, flavor, world, layout", [
+    ("wan", "debug-ti2v", 4, {"parallelism.context_parallel_degree": 2}),
+    ("wan", "debug-flf2v", 2, {"parallelism.pipeline_parallel_degree": 2}),
+    ("hunyuan_video", "debug-i2v-token-replace", 4, {"parallelism.context_parallel_degree": 2, "parallelism.tensor_parallel_degree": 2}),
+    ("hunyuan_video", "debug-i2v-latent-concat", 2, {}),
+])  # fmt: skip
+def test_ranks_have_the_losses_of_one(front, family, flavor, world, layout):
+    """27 tokens a clip, of which 9 may be clean: slices of unequal length."""
+    options = {**options_of(family, flavor), "data.buckets": "[[9, 48, 48]]", "checkpoint.enable": "false", "training.global_batch_size": 2}
+    degree = math.prod(layout.values())
+    one = front.start("one", {**options, "training.local_batch_size": 2})
+    more = front.run("more", {**options, **layout, "training.local_batch_size": 2 * degree // world}, world=world).ok()
+    assert_alike(front.finish("one", one).ok(), more)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, flavor", FLAVORS)
+def test_the_launcher_on_one_rank_and_on_four(front, family, flavor):
+    """The latter stopped and gone on with."""
+    options = {**options_of(family, flavor), "training.global_batch_size": 4}
+    one = front.command("one", {**options, "training.local_batch_size": 4}, NGPU="1").ok()
+    options["training.local_batch_size"] = 1
+    front.command("four", {**options, "training.steps": 2}, NGPU="4").ok()
+    assert_alike(one, front.command("four", options, NGPU="4").ok())
 
 
 def picture(path, seed):
