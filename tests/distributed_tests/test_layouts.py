@@ -112,7 +112,6 @@ WAYS = {
     "selective": (SELECTIVE, Compile()),
     "compile": (ActivationCheckpoint(), COMPILED),
     "selective+compile": (SELECTIVE, COMPILED),
-    "full+compile": (FULL, COMPILED),
 }
 LIMITS = {torch.float64: 1e-10, torch.float32: 2e-5}
 NUM_BATCHES = 12  # as many for each data-parallel rank, of 1, 2, 3 or 4
