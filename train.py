@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from titan_video import kernels
 from titan_video.components.checkpoint import CheckpointManager, ModelState, OptimizerState
 from titan_video.components.ema import EmaWeights
 from titan_video.components.fault_tolerance import NonFiniteGuard, SignalFlag
@@ -86,6 +87,7 @@ class Trainer:
 
         # --- ranks and device ---
         self.device = get_device(int(os.environ.get("LOCAL_RANK", 0)))
+        kernels.use(kernels.choose(config.model.kernels, self.device))
         init_distributed(self.device, config.comm.init_timeout_seconds)
         self.closers.append(dist.destroy_process_group)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from titan_video import kernels
 from titan_video.components.checkpoint import load_weights
 from titan_video.components.checkpoint_io import list_steps, looks_valid, step_folder
 from titan_video.components.sampling import Experts, sample_latents
@@ -102,6 +103,7 @@ def generate(config: JobConfig, folder: Path, options: argparse.Namespace) -> to
     """Frames of one clip, uint8 [F, H, W, 3], on the host."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     args = get_args(get_spec(config.model.name), config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
+    kernels.use(kernels.choose(config.model.kernels, device))
     conditions = args.conditions
     check_images(conditions, options)
     low = find_low(config, options.low) if options.low else None

@@ -1,7 +1,10 @@
 """The memory-bound operators of a video DiT block in plain torch: what every faster form must equal.
 
 Statistics and rotations are computed in float32 (float64 for a float64 input); the result has the input's type.
-Letters: B batch, L tokens, D width, H heads, K head width.
+Letters: B batch, L tokens, D width, H heads, K head width, T rows of modulation.
+
+Modulation (scale, shift, gate), float32, [B or 1, T, D]: T = 1, one row for all tokens of a sample; T = L, one for each token; or, with
+clean_BL, bool [B or 1, L], T = 2: row 1 for the clean tokens, row 0 for the others.
 """
 
 import torch
@@ -14,20 +17,41 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def ada_layer_norm(x_BLD: Tensor, scale_BLD: Tensor, shift_BLD: Tensor, eps: float) -> Tensor:
-    """LayerNorm without affine, then x (1 + scale) + shift (DiT, Peebles and Xie 2023). scale and shift: float32, [B or 1, L or 1, D]."""
+def _each(rows_BTD: Tensor, clean_BL: Tensor | None) -> Tensor:
+    """Each token's row, [B, L, D], or what broadcasts to that. A selection and no gather: its gradient is a masked sum, in a fixed order."""
+    return rows_BTD if clean_BL is None else torch.where(clean_BL.unsqueeze(-1), rows_BTD[:, 1:2], rows_BTD[:, :1])
+
+
+def ada_layer_norm(x_BLD: Tensor, scale_BTD: Tensor, shift_BTD: Tensor, eps: float, clean_BL: Tensor | None = None) -> Tensor:
+    """LayerNorm without affine, then x (1 + scale) + shift (DiT, Peebles and Xie 2023)."""
     normed = F.layer_norm(wide(x_BLD), x_BLD.shape[-1:], eps=eps)
-    return torch.addcmul(shift_BLD, normed, 1 + scale_BLD).to(x_BLD.dtype)
+    return torch.addcmul(_each(shift_BTD, clean_BL), normed, 1 + _each(scale_BTD, clean_BL)).to(x_BLD.dtype)
 
 
-def gated_residual(x_BLD: Tensor, y_BLD: Tensor, gate_BLD: Tensor) -> Tensor:
-    """x + gate y with a float32 gate, added in float32 and rounded once."""
-    return torch.addcmul(wide(x_BLD), wide(y_BLD), gate_BLD).to(x_BLD.dtype)
+def gated_residual(x_BLD: Tensor, y_BLD: Tensor, gate_BTD: Tensor, clean_BL: Tensor | None = None) -> Tensor:
+    """x + gate y, added in float32 and rounded once."""
+    return torch.addcmul(wide(x_BLD), wide(y_BLD), _each(gate_BTD, clean_BL)).to(x_BLD.dtype)
 
 
 def layer_norm(x_BLD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
     """LayerNorm with affine; statistics and affine in float32."""
     return F.layer_norm(wide(x_BLD), x_BLD.shape[-1:], wide(weight_D), wide(bias_D), eps).to(x_BLD.dtype)
+
+
+def residual_layer_norm(
+    x_BLD: Tensor, y_BLD: Tensor, gate_BTD: Tensor | None, weight_D: Tensor, bias_D: Tensor, eps: float, clean_BL: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x' = x + gate y, or x + y without a gate, and LayerNorm of x' with affine."""
+    x_BLD = x_BLD + y_BLD if gate_BTD is None else gated_residual(x_BLD, y_BLD, gate_BTD, clean_BL)
+    return x_BLD, layer_norm(x_BLD, weight_D, bias_D, eps)
+
+
+def residual_ada_layer_norm(
+    x_BLD: Tensor, y_BLD: Tensor, gate_BTD: Tensor | None, scale_BTD: Tensor, shift_BTD: Tensor, eps: float, clean_BL: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x' = x + gate y, or x + y without a gate, and the modulated LayerNorm of x'."""
+    x_BLD = x_BLD + y_BLD if gate_BTD is None else gated_residual(x_BLD, y_BLD, gate_BTD, clean_BL)
+    return x_BLD, ada_layer_norm(x_BLD, scale_BTD, shift_BTD, eps, clean_BL)
 
 
 def mean_square(x: Tensor) -> Tensor:

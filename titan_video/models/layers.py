@@ -64,14 +64,9 @@ def time_features(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
 
 
-def per_token(rows_BTD: Tensor, clean_BL: Tensor | None) -> Tensor:
-    """Each token's row of modulation, [B, L, D]: row 0, or row 1 where the token is clean. Without clean tokens [B, 1, D], which serves all.
-
-    A selection and no gather: its gradient is a masked sum over the tokens, in a fixed order.
-    """
-    if clean_BL is None:
-        return rows_BTD[:, :1]
-    return torch.where(clean_BL.unsqueeze(-1), rows_BTD[:, 1:2], rows_BTD[:, :1])
+def rows_in_use(modulation_BT: Tensor, clean_BL: Tensor | None) -> Tensor:
+    """The rows of modulation that the kernels choose from: both for noisy and clean tokens, or the first alone where no token is clean."""
+    return modulation_BT[:, :1] if clean_BL is None else modulation_BT
 
 
 def local(weight: Tensor) -> Tensor:
@@ -95,6 +90,15 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, local(self.weight), local(self.bias))
         return y if self.adapter is None else y + self.adapter(x)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int, ffn_dim: int):
+        super().__init__()
+        self.up, self.down = Linear(dim, ffn_dim), Linear(ffn_dim, dim)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x_BLD), approximate="tanh"))
 
 
 class CastLinear(nn.Linear):

@@ -28,18 +28,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titan_video import kernels
 from titan_video.flow.conditions import Conditions
-from titan_video.kernels import ada_layer_norm, gated_residual, layer_norm, rms_norm, rms_norm_rope, wide
 from titan_video.models.layers import (
     CastLinear,
+    FeedForward,
     JointAttentionCore,
     JointLinear,
     Linear,
     Patch,
     attention_flops,
     local,
-    per_token,
     rope_rotations,
+    rows_in_use,
     time_features,
     xavier_uniform_,
 )
@@ -166,16 +167,7 @@ class Modulation(nn.Module):
 
     def forward(self, condition_BTD: Tensor) -> tuple[Tensor, ...]:
         rows = self.linear(F.silu(condition_BTD).to(self.linear.weight.dtype))
-        return wide(rows).chunk(self.parts, dim=-1)
-
-
-class FeedForward(nn.Module):
-    def __init__(self, args: HunyuanVideoArgs):
-        super().__init__()
-        self.up, self.down = Linear(args.dim, args.ffn_dim), Linear(args.ffn_dim, args.dim)
-
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_BLD), approximate="tanh"))
+        return kernels.wide(rows).chunk(self.parts, dim=-1)
 
 
 class HeadNorm(nn.Module):
@@ -189,9 +181,9 @@ class HeadNorm(nn.Module):
     def forward(self, q_BLD: Tensor, k_BLD: Tensor, rotations_BLC: Tensor | None = None) -> tuple[Tensor, Tensor]:
         parts = [(x.unflatten(-1, (-1, self.head_dim)), local(weight)) for x, weight in ((q_BLD, self.q), (k_BLD, self.k))]
         if rotations_BLC is None:
-            q, k = (rms_norm(x, weight, self.eps) for x, weight in parts)
+            q, k = (kernels.rms_norm(x, weight, self.eps) for x, weight in parts)
         else:
-            q, k = (rms_norm_rope(x, weight, rotations_BLC, self.eps) for x, weight in parts)
+            q, k = (kernels.rms_norm_rope(x, weight, rotations_BLC, self.eps) for x, weight in parts)
         return q, k
 
 
@@ -222,7 +214,8 @@ class DoubleBlock(nn.Module):
         super().__init__()
         self.eps = args.eps
         self.modulation, self.text_modulation = Modulation(args.dim, 6), Modulation(args.dim, 6)
-        self.attn, self.ffn, self.text_ffn = JointAttention(args), FeedForward(args), FeedForward(args)
+        self.attn = JointAttention(args)
+        self.ffn, self.text_ffn = (FeedForward(args.dim, args.ffn_dim) for _ in range(2))
 
     def forward(
         self,
@@ -234,15 +227,16 @@ class DoubleBlock(nn.Module):
         seq_len: int | None = None,
         clean_BL: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        shift1, scale1, gate1, shift2, scale2, gate2 = (per_token(rows_BTD, clean_BL) for rows_BTD in self.modulation(condition_BTD))
+        shift1, scale1, gate1, shift2, scale2, gate2 = (rows_in_use(rows_BTD, clean_BL) for rows_BTD in self.modulation(condition_BTD))
         text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = self.text_modulation(condition_BTD[:, :1])
 
-        y, text_y = ada_layer_norm(x_BLD, scale1, shift1, self.eps), ada_layer_norm(text_BSD, text_scale1, text_shift1, self.eps)
+        y = kernels.ada_layer_norm(x_BLD, scale1, shift1, self.eps, clean_BL)
+        text_y = kernels.ada_layer_norm(text_BSD, text_scale1, text_shift1, self.eps)
         y, text_y = self.attn(y, text_y, rotations_BLC, text_mask_BS, seq_len)
-        x_BLD, text_BSD = gated_residual(x_BLD, y, gate1), gated_residual(text_BSD, text_y, text_gate1)
-
-        y, text_y = ada_layer_norm(x_BLD, scale2, shift2, self.eps), ada_layer_norm(text_BSD, text_scale2, text_shift2, self.eps)
-        return gated_residual(x_BLD, self.ffn(y), gate2), gated_residual(text_BSD, self.text_ffn(text_y), text_gate2)
+        x_BLD, y = kernels.residual_ada_layer_norm(x_BLD, y, gate1, scale2, shift2, self.eps, clean_BL)
+        text_BSD, text_y = kernels.residual_ada_layer_norm(text_BSD, text_y, text_gate1, text_scale2, text_shift2, self.eps)
+        text_BSD = kernels.gated_residual(text_BSD, self.text_ffn(text_y), text_gate2)
+        return kernels.gated_residual(x_BLD, self.ffn(y), gate2, clean_BL), text_BSD
 
 
 class AttentionAndFeedForward(nn.Module):
@@ -292,11 +286,12 @@ class SingleBlock(nn.Module):
         clean_BL: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         parts = self.modulation(condition_BTD)
-        shift, scale, gate = (per_token(rows_BTD, clean_BL) for rows_BTD in parts)
-        text_shift, text_scale, text_gate = (rows_BTD[:, :1] for rows_BTD in parts)
-        y, text_y = ada_layer_norm(x_BLD, scale, shift, self.eps), ada_layer_norm(text_BSD, text_scale, text_shift, self.eps)
+        shift, scale, gate = (rows_in_use(rows_BTD, clean_BL) for rows_BTD in parts)
+        text_shift, text_scale, text_gate = (rows_in_use(rows_BTD, None) for rows_BTD in parts)
+        y = kernels.ada_layer_norm(x_BLD, scale, shift, self.eps, clean_BL)
+        text_y = kernels.ada_layer_norm(text_BSD, text_scale, text_shift, self.eps)
         y, text_y = self.attn(y, text_y, rotations_BLC, text_mask_BS, seq_len)
-        return gated_residual(x_BLD, y, gate), gated_residual(text_BSD, text_y, text_gate)
+        return kernels.gated_residual(x_BLD, y, gate, clean_BL), kernels.gated_residual(text_BSD, text_y, text_gate)
 
 
 class RefinerBlock(nn.Module):
@@ -313,12 +308,11 @@ class RefinerBlock(nn.Module):
 
     def forward(self, text_BSD: Tensor, condition_B1D: Tensor, mask_B1SS: Tensor | None) -> Tensor:
         gate1, gate2 = self.modulation(condition_B1D)
-        y = layer_norm(text_BSD, self.norm1_weight, self.norm1_bias, self.eps)
+        y = kernels.layer_norm(text_BSD, self.norm1_weight, self.norm1_bias, self.eps)
         q, k, v = (linear(y).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for linear in (self.q, self.k, self.v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1SS).transpose(1, 2).flatten(2)
-        text_BSD = gated_residual(text_BSD, self.o(y), gate1)
-        y = layer_norm(text_BSD, self.norm2_weight, self.norm2_bias, self.eps)
-        return gated_residual(text_BSD, self.down(F.silu(self.up(y))), gate2)
+        text_BSD, y = kernels.residual_layer_norm(text_BSD, self.o(y), gate1, self.norm2_weight, self.norm2_bias, self.eps)
+        return kernels.gated_residual(text_BSD, self.down(F.silu(self.up(y))), gate2)
 
 
 class TextRefiner(nn.Module):
@@ -427,15 +421,15 @@ class HunyuanVideoModel(nn.Module):
     def head(self, x_BLD: Tensor, condition_BTD: Tensor, text_BSD: Tensor) -> Tensor:
         """The clean tokens' velocity, which nobody asks for, is computed as if they were noisy, as in the public code."""
         scale, shift = self.head_modulation(F.silu(condition_BTD[:, :1])).chunk(2, dim=-1)
-        return self.proj_out(ada_layer_norm(x_BLD, scale, shift, self.args.eps))
+        return self.proj_out(kernels.ada_layer_norm(x_BLD, scale, shift, self.args.eps))
 
 
 def masked_mean(text_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
     """Mean of each text's own tokens, [B, D]."""
     if mask_BS is None:
-        return wide(text_BSD).mean(1)
-    weights_BS1 = mask_BS.unsqueeze(-1).to(wide(text_BSD).dtype)
-    return (wide(text_BSD) * weights_BS1).sum(1) / weights_BS1.sum(1)
+        return kernels.wide(text_BSD).mean(1)
+    weights_BS1 = mask_BS.unsqueeze(-1).to(kernels.wide(text_BSD).dtype)
+    return (kernels.wide(text_BSD) * weights_BS1).sum(1) / weights_BS1.sum(1)
 
 
 def leading(mask_BS: Tensor) -> Tensor:

@@ -23,18 +23,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titan_video import kernels
 from titan_video.flow.conditions import Conditions
-from titan_video.kernels import ada_layer_norm, gated_residual, layer_norm, rms_norm, rms_norm_rope
 from titan_video.models.layers import (
     AttentionCore,
     CastLinear,
+    FeedForward,
     Linear,
     MeanSquares,
     Patch,
     attention_flops,
     local,
-    per_token,
     rope_rotations,
+    rows_in_use,
     time_features,
     xavier_uniform_,
 )
@@ -126,8 +127,8 @@ class SelfAttention(Attention):
         """Attention of the tokens to each other, turned by the rotations; seq_len of them count."""
         q, k, v = self.q(x_BLD), self.k(x_BLD), self.heads(self.v(x_BLD))
         square_q, square_k = self.mean_squares(q, k)
-        q = rms_norm_rope(q, local(self.norm_q), rotations_BLC, self.eps, square_q)
-        k = rms_norm_rope(k, local(self.norm_k), rotations_BLC, self.eps, square_k)
+        q = kernels.rms_norm_rope(q, local(self.norm_q), rotations_BLC, self.eps, square_q)
+        k = kernels.rms_norm_rope(k, local(self.norm_k), rotations_BLC, self.eps, square_k)
         return self.o(self.core(q, k, v, seq_len).flatten(2))
 
 
@@ -147,21 +148,12 @@ class CrossAttention(Attention):
             sources.append((self.k_image(image_BSD), self.norm_k_image, self.v_image(image_BSD)))
         q = self.q(x_BLD)
         square_q, *squares = self.mean_squares(q, *(k for k, _, _ in sources))
-        q = self.heads(rms_norm(q, local(self.norm_q), self.eps, square_q))
+        q = self.heads(kernels.rms_norm(q, local(self.norm_q), self.eps, square_q))
         outputs = [
-            self.core(q, self.heads(rms_norm(k, local(weight), self.eps, square)), self.heads(v))
+            self.core(q, self.heads(kernels.rms_norm(k, local(weight), self.eps, square)), self.heads(v))
             for (k, weight, v), square in zip(sources, squares, strict=True)
         ]
         return self.o(sum(outputs[1:], outputs[0]).flatten(2))
-
-
-class FeedForward(nn.Module):
-    def __init__(self, args: WanArgs):
-        super().__init__()
-        self.up, self.down = Linear(args.dim, args.ffn_dim), Linear(args.ffn_dim, args.dim)
-
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_BLD), approximate="tanh"))
 
 
 class Block(nn.Module):
@@ -170,7 +162,7 @@ class Block(nn.Module):
     def __init__(self, args: WanArgs):
         super().__init__()
         self.eps = args.eps
-        self.self_attn, self.cross_attn, self.ffn = SelfAttention(args), CrossAttention(args), FeedForward(args)
+        self.self_attn, self.cross_attn, self.ffn = SelfAttention(args), CrossAttention(args), FeedForward(args.dim, args.ffn_dim)
         self.norm_weight, self.norm_bias = (nn.Parameter(torch.empty(args.dim)) for _ in range(2))
 
     def forward(
@@ -182,13 +174,13 @@ class Block(nn.Module):
         seq_len: int | None = None,
         clean_BL: Tensor | None = None,
     ) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = (per_token(rows_BTD, clean_BL) for rows_BTD in modulation_BT6D.unbind(2))
-        y = ada_layer_norm(x_BLD, scale1, shift1, self.eps)
-        x_BLD = gated_residual(x_BLD, self.self_attn(y, rotations_BLC, seq_len), gate1)
-        y = layer_norm(x_BLD, local(self.norm_weight), local(self.norm_bias), self.eps)
-        x_BLD = x_BLD + self.cross_attn(y, context_BSD)
-        y = ada_layer_norm(x_BLD, scale2, shift2, self.eps)
-        return gated_residual(x_BLD, self.ffn(y), gate2)
+        shift1, scale1, gate1, shift2, scale2, gate2 = rows_in_use(modulation_BT6D, clean_BL).unbind(2)
+        y = kernels.ada_layer_norm(x_BLD, scale1, shift1, self.eps, clean_BL)
+        y = self.self_attn(y, rotations_BLC, seq_len)
+        x_BLD, y = kernels.residual_layer_norm(x_BLD, y, gate1, local(self.norm_weight), local(self.norm_bias), self.eps, clean_BL)
+        y = self.cross_attn(y, context_BSD)
+        x_BLD, y = kernels.residual_ada_layer_norm(x_BLD, y, None, scale2, shift2, self.eps, clean_BL)
+        return kernels.gated_residual(x_BLD, self.ffn(y), gate2, clean_BL)
 
 
 class TextEmbedder(nn.Module):
@@ -215,8 +207,8 @@ class ImageEmbedder(nn.Module):
         image_BSD = image_BSD.to(torch.promote_types(image_BSD.dtype, self.norm_in_weight.dtype))
         if self.positions is not None:
             image_BSD = image_BSD + self.positions
-        y = layer_norm(image_BSD, self.norm_in_weight, self.norm_in_bias, IMAGE_EPS)
-        return layer_norm(self.down(F.gelu(self.up(y))), self.norm_out_weight, self.norm_out_bias, IMAGE_EPS)
+        y = kernels.layer_norm(image_BSD, self.norm_in_weight, self.norm_in_bias, IMAGE_EPS)
+        return kernels.layer_norm(self.down(F.gelu(self.up(y))), self.norm_out_weight, self.norm_out_bias, IMAGE_EPS)
 
 
 class TimeEmbedder(nn.Module):
@@ -302,8 +294,8 @@ class WanModel(nn.Module):
         return x_BLD, time_BTD, time_BTE, context_BSD
 
     def head(self, x_BLD: Tensor, time_BTD: Tensor, time_BTE: Tensor, context_BSD: Tensor, clean_BL: Tensor | None = None) -> Tensor:
-        shift, scale = (per_token(rows_BTD, clean_BL) for rows_BTD in (time_BTD.unsqueeze(2) + self.head_modulation).unbind(2))
-        return self.proj_out(ada_layer_norm(x_BLD, scale, shift, self.args.eps))
+        shift, scale = rows_in_use(time_BTD.unsqueeze(2) + self.head_modulation, clean_BL).unbind(2)
+        return self.proj_out(kernels.ada_layer_norm(x_BLD, scale, shift, self.args.eps, clean_BL))
 
     def _check(self, text_BSD: Tensor, image_BSD: Tensor | None) -> None:
         if text_BSD.shape[1] != self.args.text_len:
