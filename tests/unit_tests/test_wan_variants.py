@@ -149,6 +149,7 @@ COUNTS = {
     "t2v-A14B": 14_288_491_584,
     "i2v-A14B": 14_288_901_184,
     "ti2v-5B": 4_999_787_712,
+    "t2v-5B": 4_999_787_712,
 }
 
 
@@ -161,6 +162,13 @@ def test_parameter_counts_are_exact(flavor):
 
 def test_every_flavor_is_counted_or_for_debugging():
     assert SPEC.flavors.keys() - COUNTS.keys() == {"debug", "debug-i2v", "debug-flf2v", "debug-i2v-A14B", "debug-ti2v"}
+
+
+def test_the_5B_is_one_model_for_both_tasks():
+    both, text = SPEC.flavors["ti2v-5B"], SPEC.flavors["t2v-5B"]
+    assert both.conditions.num_given == 1 and text.conditions.num_given == 0
+    assert SPEC.args_to_hf(both) == SPEC.args_to_hf(text) and SPEC.args_to_original(both) == SPEC.args_to_original(text)
+    assert SPEC.args_to_original(both)["model_type"] == "ti2v"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ CLIP_TOKENS, CLIP_WIDTH = 257, 1280  # of one image: 16 x 16 patches and the cla
 
 _DEBUG = WanArgs(dim=128, num_heads=4, num_layers=4, ffn_dim=512, text_dim=64, text_len=16, freq_dim=64)
 _14B = WanArgs(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824)
+_5B = WanArgs(dim=3072, num_heads=24, num_layers=30, ffn_dim=14336, in_channels=48, out_channels=48, clean_first_frame=True)
 _CHANNELS = {"in_channels": 36}  # 16 noisy, 4 of the mask of given frames, 16 of these frames' latents
 _IMAGE = {**_CHANNELS, "image_dim": CLIP_WIDTH, "image_len": CLIP_TOKENS}
 _TWO_IMAGES = {**_IMAGE, "image_len": 2 * CLIP_TOKENS, "image_positions": True}
@@ -29,7 +30,9 @@ FLAVORS = {
     # Wan 2.2. An A14B is two models of this architecture: one for the high noise levels, one for the low.
     "t2v-A14B": replace(_14B, boundary=0.875),
     "i2v-A14B": replace(_14B, **_CHANNELS, boundary=0.9),
-    "ti2v-5B": WanArgs(dim=3072, num_heads=24, num_layers=30, ffn_dim=14336, in_channels=48, out_channels=48, clean_first_frame=True),
+    # TI2V-5B is one model for both tasks: trained from a first frame, or, as t2v-5B, from the text alone.
+    "ti2v-5B": _5B,
+    "t2v-5B": replace(_5B, clean_first_frame=False),
 }
 
 
@@ -88,7 +91,7 @@ def args_from_hf(config: dict) -> WanArgs:
 
 def args_to_original(args: WanArgs) -> dict:
     """The public code's config.json for these arguments."""
-    kind = "flf2v" if args.image_positions else "ti2v" if args.clean_first_frame else "i2v" if args.in_channels > args.out_channels else "t2v"
+    kind = "flf2v" if args.image_positions else "ti2v" if args.in_channels == 48 else "i2v" if args.in_channels > args.out_channels else "t2v"
     return {
         "_class_name": "WanModel",
         "model_type": kind,
