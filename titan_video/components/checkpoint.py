@@ -35,8 +35,9 @@ from torch.distributed.tensor import DTensor
 
 from titan_video.components import checkpoint_io as files
 from titan_video.components.checkpoint_io import InvalidCheckpoint
+from titan_video.components.optimizer import SLOTS
 from titan_video.config.job_config import Checkpoint
-from titan_video.distributed.utils import clean_name
+from titan_video.distributed.utils import clean_name, zeros_beside
 from titan_video.tools.logging import logger
 
 # Saving and hashing hundreds of gigabytes on a slow file system outlasts the time a collective of a training step is given.
@@ -88,7 +89,10 @@ class OptimizerState:
         return {f"{name}.{slot}": value for name, param in self.params.items() for slot, value in self.optimizer.state.get(param, {}).items()}
 
     def allocate(self, saved: dict[str, TensorStorageMetadata]) -> None:
-        """Give the optimizer exactly the slots of `saved`, to be loaded into. A fresh optimizer has none before its first step."""
+        """Give the optimizer exactly the slots of `saved`, to be loaded into. A fresh optimizer has none before its first step.
+
+        ValueError where these are not what this optimizer keeps.
+        """
         self.optimizer.state.clear()
         for key, entry in saved.items():
             name, _, slot = key.rpartition(".")
@@ -101,8 +105,13 @@ class OptimizerState:
                 device = param.device if group.get("fused") or group.get("capturable") else "cpu"
                 value = torch.zeros((), dtype=entry.properties.dtype, device=device)
             else:
-                value = torch.zeros_like(param, dtype=entry.properties.dtype, requires_grad=False)
+                value = zeros_beside(param, entry.size[-1], entry.properties.dtype)
             self.optimizer.state[param][slot] = value
+        for name, param in self.params.items():
+            slots, kept = set(self.optimizer.state.get(param, ())), SLOTS[self.group_of[param].get("kind", "AdamW")]
+            if slots and slots != set(kept):
+                raise ValueError(f"the checkpoint has {', '.join(sorted(slots))} of {name}, and optimizer.name of this run keeps {', '.join(kept)}: "
+                                 "go on with the optimizer that wrote it, or start another run from its weights by checkpoint.initial_load_path")
 
 
 # --- the ranks ---

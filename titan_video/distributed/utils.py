@@ -111,6 +111,24 @@ def clip_grad_norm(model: nn.Module, max_norm: float, pp_mesh: DeviceMesh | None
     return norm
 
 
+def local_part(t: Tensor) -> Tensor:
+    """This rank's part of a tensor, in the same memory. Without gradient: `models.layers.local` has one."""
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+@torch.no_grad()
+def zeros_beside(parameter: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """A tensor with the rows of a parameter and so many columns in place of its last dim, sharded like it. A split of columns must be even."""
+    own = local_part(parameter)
+    size = *own.shape[:-1], columns * own.shape[-1] // parameter.shape[-1]
+    zeros = torch.zeros(size, dtype=dtype, device=parameter.device)
+    if not isinstance(parameter, DTensor):
+        return zeros
+    whole = torch.Size((*parameter.shape[:-1], columns))
+    stride = (columns, 1)[2 - len(whole) :]
+    return DTensor.from_local(zeros, parameter.device_mesh, parameter.placements, run_check=False, shape=whole, stride=stride)
+
+
 def mesh_of(parameter: Tensor) -> DeviceMesh | None:
     """The mesh that a parameter is spread over."""
     return parameter.device_mesh if isinstance(parameter, DTensor) else None
