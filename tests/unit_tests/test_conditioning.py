@@ -263,9 +263,10 @@ def test_hunyuan_image(hunyuan_i2v, flavor):
     assert not torch.allclose(texts[0], encoders.encode_text(PROMPTS[:1], images[1:2], conditions.text_image_tokens)[0])
 
     pixels, latents = pipeline.video_processor.preprocess(picture(images[0]), HEIGHT, WIDTH), torch.randn(1, 16, *LATENT)
-    _, expected = pipeline.prepare_latents(pixels, 1, 16, HEIGHT, WIDTH, FRAMES, torch.float32, "cpu", None, latents, form)
+    start, expected = pipeline.prepare_latents(pixels, 1, 16, HEIGHT, WIDTH, FRAMES, torch.float32, "cpu", None, latents, form)
     given = encode_given(encoders, conditions, images[0][:, None], FRAMES)[None]
     close(given, expected[:, :, :1])
+    close(conditions.start(latents, given) - latents, start - latents)
     if form == "latent_concat":  # as the pipeline's __call__ goes on
         mask = torch.zeros(1, 1, *LATENT)
         mask[:, :, 0], expected[:, :, 1:] = 1, 0

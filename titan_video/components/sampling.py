@@ -59,7 +59,8 @@ def sample_latents(
     pos_BL3 = positions(shape, device)
     use_guidance = guidance_scale != 1
     cond = dict(cond or {})
-    given = GivenTokens(conditions, cond.pop("given_BCFHW", None), latent_CFHW[1:], patch, shard)
+    given_BCFHW = cond.pop("given_BCFHW", None)
+    given = GivenTokens(conditions, given_BCFHW, latent_CFHW[1:], patch, shard)
     if use_guidance:
         null = {name: (null_cond or {}).get(name, x).expand_as(x) for name, x in cond.items()}
         cond = {name: torch.cat([x, null[name]]) for name, x in cond.items()}
@@ -76,7 +77,7 @@ def sample_latents(
         v = model(x_BLP, pos_BL3, t_B, text_BLD, mask_BL, seq_len, **cond, **given.arguments, **told).float()
         return guided(*v.chunk(2), guidance_scale) if use_guidance else v
 
-    x_BLP = patchify(draw_noise(seed, torch.tensor(ids), latent_CFHW, device, stream="sampling"), patch)
+    x_BLP = patchify(conditions.start(draw_noise(seed, torch.tensor(ids), latent_CFHW, device, stream="sampling"), given_BCFHW), patch)
     if seq_len is None:
         return unpatchify(given.put_into(euler(velocity, x_BLP, num_steps, shift)), shape, patch)
     x_BLP = given.put_into(euler(velocity, shard.slice(x_BLP), num_steps, shift))

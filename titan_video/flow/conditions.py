@@ -25,6 +25,7 @@ class Conditions:
     num_given: frames of the clip that the model is given: 0, 1 (the first), 2 (the first and the last). form: see above.
     image_tokens: tokens of the given frames from an image encoder, of all frames together. text_image_tokens: tokens of the first frame
     with which the text begins. pooled_text: a vector of the whole text. guidance: the guidance scale is an input.
+    still: share of the first frame, in all frames, in what sampling starts from; the rest is noise.
     """
 
     num_given: Literal[0, 1, 2] = 0
@@ -33,6 +34,7 @@ class Conditions:
     text_image_tokens: int = 0
     pooled_text: bool = False
     guidance: bool = False
+    still: float = 0.0
 
     @property
     def is_clean(self) -> bool:
@@ -43,6 +45,10 @@ class Conditions:
         """Elements of clips that count in the loss."""
         frames = latents_BCFHW.shape[2]
         return latents_BCFHW.numel() // frames * (frames - self.is_clean)
+
+    def start(self, noise_BCFHW: Tensor, given_BCFHW: Tensor | None) -> Tensor:
+        """What sampling starts from. given: as in `channels`."""
+        return noise_BCFHW * (1 - self.still) + given_BCFHW * self.still if self.still else noise_BCFHW
 
     def channels(self, given_BCFHW: Tensor, num_frames: int) -> Tensor | None:
         """What follows the noisy channels of a clip of `num_frames` latent frames, [B, C', F, H, W]; None for other forms.

@@ -47,6 +47,7 @@ from titan_video.models.layers import (
 
 TIME_DIM = 256  # width of the time features
 IMAGE_TOKENS = 576  # of one image, before they are thinned out
+STILL = 0.001  # of the first frame in what the public image-to-video samplers start from
 REFINER_RATIO = 4  # feed-forward width of the text refiner, in widths
 
 
@@ -91,9 +92,9 @@ class HunyuanVideoArgs:
         """What the model is given beside noise, time and text."""
         common = {"pooled_text": True, "guidance": self.guidance}
         if self.image_condition == "latent_concat":
-            return Conditions(num_given=1, form="mask_last", text_image_tokens=IMAGE_TOKENS // 2, **common)
+            return Conditions(num_given=1, form="mask_last", text_image_tokens=IMAGE_TOKENS // 2, still=STILL, **common)
         if self.image_condition == "token_replace":
-            return Conditions(num_given=1, form="clean", text_image_tokens=IMAGE_TOKENS // 4, **common)
+            return Conditions(num_given=1, form="clean", text_image_tokens=IMAGE_TOKENS // 4, still=STILL, **common)
         return Conditions(**common)
 
     @property
