@@ -39,6 +39,7 @@ from titan_video.config.check import check, gradient_accumulation
 from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import dump, main_guard, parse_args
 from titan_video.data.batch import Batch
+from titan_video.data.bucket import Batching, Bucket, Work
 from titan_video.data.dataset import Plan, make_plan
 from titan_video.data.latent_cache import CachedClip, LatentCache, cached_clips, encode_missing, split_holdout
 from titan_video.data.loader import LatentLoader
@@ -80,10 +81,8 @@ class Trainer:
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         check_layout(config.parallelism, self.args, world_size)
         self.dims = ParallelDims.of(config.parallelism, world_size)
-        self.accumulation = gradient_accumulation(config.training, self.dims.dp)
-        if self.dims.pp > 1:
-            clips = self.accumulation * config.training.local_batch_size
-            check_microbatches(config.parallelism, clips // config.parallelism.pipeline_parallel_microbatch_size)
+        self.accumulation = gradient_accumulation(config, self.dims.dp)
+        self.batching = Batching.of(config.data, config.training, config.parallelism, self.accumulation * self.dims.dp)
 
         # --- ranks and device ---
         self.device = get_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -102,7 +101,11 @@ class Trainer:
         # --- encoders, objective ---
         self.encoders = build_encoders(config.encoder, config.model.hf_assets_path, self.device)
         self.check_encoders()
-        longest = max(token_shape(self.latent_shape(bucket)[1:], self.args.patch).num_tokens for bucket in config.data.buckets)
+        works = [self.work(bucket) for bucket in config.data.buckets]
+        longest = max(work.tokens for work in works)
+        for work in works if self.dims.pp > 1 else ():
+            clips = self.accumulation * self.batching.clips_of(work.tokens)
+            check_microbatches(config.parallelism, clips // config.parallelism.pipeline_parallel_microbatch_size)
         check_save_min_kv(config.activation_checkpoint, longest)
         self.flow = FlowMatching(levels)
         if config.job.description and self.rank == 0:
@@ -172,8 +175,6 @@ class Trainer:
             raise ValueError(f"{flavor} takes image tokens of width {a.image_dim}, {encoder} gives {e.image_dim}: choose the two to fit")
         if c.num_given and self.config.validation.prompts_path:
             raise ValueError(f"validation.prompts_path: {flavor} starts from an image, which a prompt does not have; leave it empty")
-        for bucket in self.config.data.buckets:
-            token_shape(self.latent_shape(bucket)[1:], a.patch)
 
     def latent_shape(self, bucket: tuple[int, ...]) -> tuple[int, ...]:
         frames, height, width = bucket
@@ -210,13 +211,16 @@ class Trainer:
         self.prompt_clips = list(captions.values())[: v.num_videos]
         self.prompts = given[: v.num_videos] or [clip.caption for clip in self.prompt_clips]
 
-        t = self.config.training
         self.loader = LatentLoader(
-            clips, self.cache, self.cache.text_key(""), local_batch_size=t.local_batch_size,
-            global_batch_size=t.local_batch_size * self.dims.dp * self.accumulation, dp_rank=self.meshes.batch.get_local_rank(), dp_size=self.dims.dp,
+            clips, self.cache, self.cache.text_key(""), self.batching, self.work, dp_rank=self.meshes.batch.get_local_rank(), dp_size=self.dims.dp,
             seed=self.seed, shuffle=c.shuffle, caption_dropout=c.caption_dropout, max_text_length=self.args.text_len, text_dim=self.args.text_dim,
             num_workers=c.num_workers, prefetch_factor=c.prefetch_factor, pin_memory=self.device.type == "cuda",
         )  # fmt: skip
+
+    def work(self, bucket: Bucket) -> Work:
+        """Of one clip; ValueError where the model's patch does not divide it."""
+        tokens = token_shape(self.latent_shape(bucket)[1:], self.args.patch).num_tokens
+        return Work(tokens, self.args.flops(tokens))
 
     def encode(self, path: str, cache_folder: Path, plan_name: str, prompts: list[str]) -> list[CachedClip]:
         """The clips of `path` that can be trained on, in the cache; what was dropped and why is logged and written to `plan_name`."""
@@ -269,8 +273,10 @@ class Trainer:
         """One optimizer step over this rank's micro-batches. Losses are divided by the elements of all ranks, so gradients only need summing."""
         lr = self.scheduler.set_step(self.step)
         counted = sum(self.conditions.counted(b.latents_BCFHW) for b in batches)
-        sizes = torch.tensor([counted, sum(self.num_tokens(b) * len(b.sample_ids_B) for b in batches)])
-        num_elements, num_tokens = reduce_over(self.meshes.batch, sizes, "sum").tolist()
+        pixel_sizes = [self.pixel_size(b) for b in batches]
+        frames = sum(size[0] * len(b.sample_ids_B) for size, b in zip(pixel_sizes, batches, strict=True))
+        sizes = torch.tensor([counted, sum(self.num_tokens(b) * len(b.sample_ids_B) for b in batches), frames])
+        num_elements, num_tokens, num_frames = reduce_over(self.meshes.batch, sizes, "sum").tolist()
 
         def loss_of(velocity: Tensor, inputs: ModelInputs) -> Tensor:
             return velocity_loss(velocity, inputs).sum() / num_elements
@@ -301,17 +307,14 @@ class Trainer:
         ranks_per_sample = self.world_size // self.dims.dp
         model_flops = 3 * sum(self.args.flops(*share) for share in shares) / ranks_per_sample
         recomputed = sum(recomputed_flops(self.config.activation_checkpoint, self.args, *share) for share in shares) / ranks_per_sample
-        _, F, H, W = batches[0].latents_BCFHW.shape[1:]
-        e = self.encoders
-        frames, height, width = (F - 1) * e.stride_t + 1, H * e.stride_s, W * e.stride_s
-        num_clips = self.accumulation * self.config.training.local_batch_size * self.dims.dp
+        bucket = "+".join(dict.fromkeys("x".join(map(str, size)) for size in pixel_sizes))
         self.metrics.log(
             self.step, loss=global_loss, max_loss=max_loss, grad_norm=grad_norm.item(), lr=lr, samples=self.loader.samples, tokens=num_tokens,
-            video_seconds=num_clips * frames / self.config.data.fps, model_flops=model_flops, hardware_flops=model_flops + recomputed,
-            step_seconds=time.perf_counter() - start, data_seconds=data_seconds, bucket=f"{frames}x{height}x{width}",
+            video_seconds=num_frames / self.config.data.fps, model_flops=model_flops, hardware_flops=model_flops + recomputed,
+            step_seconds=time.perf_counter() - start, data_seconds=data_seconds, bucket=bucket,
         )  # fmt: skip
         if num_graphs() > self.graphs:  # the first steps of each bucket may; later ones should not
-            logger.info(f"step {self.step} compiled {num_graphs() - self.graphs} graphs for {frames}x{height}x{width}, {num_graphs()} so far")
+            logger.info(f"step {self.step} compiled {num_graphs() - self.graphs} graphs for {bucket}, {num_graphs()} so far")
             self.graphs = num_graphs()
 
     def noisy(self, batch: Batch) -> ModelInputs:
@@ -330,6 +333,11 @@ class Trainer:
     def num_tokens(self, batch: Batch) -> int:
         """Tokens of one clip of the batch."""
         return token_shape(batch.latents_BCFHW.shape[2:], self.args.patch).num_tokens
+
+    def pixel_size(self, batch: Batch) -> Bucket:
+        _, F, H, W = batch.latents_BCFHW.shape[1:]
+        e = self.encoders
+        return (F - 1) * e.stride_t + 1, H * e.stride_s, W * e.stride_s
 
     def validate(self) -> None:
         start = time.perf_counter()

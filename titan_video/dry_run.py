@@ -31,6 +31,7 @@ from titan_video.config.check import TEMPORAL_STRIDE, check, gradient_accumulati
 from titan_video.config.job_config import Compile, JobConfig
 from titan_video.config.manager import ConfigError, main_guard, parse_args
 from titan_video.data.batch import Batch
+from titan_video.data.bucket import Batching
 from titan_video.distributed.activation_checkpoint import chosen_blocks
 from titan_video.distributed.context_parallel import ring
 from titan_video.distributed.fsdp import blocks_of
@@ -138,8 +139,9 @@ def dry_run(config: JobConfig, world_size: int, rank: int = 0) -> Report:
         raise ValueError(f"model.flavor: {config.model.flavor!r} has {args.out_channels} latent channels; a dry run knows VAEs of 16 and of 48")
     check_layout(config.parallelism, args, world_size)
     dims = ParallelDims.of(config.parallelism, world_size)
-    bucket = max(config.data.buckets, key=lambda b: tokens_of(b, args))
-    tokens, size, accumulation, microbatches = tokens_of(bucket, args), *micro_batches(config, dims)
+    bucket = max(config.data.buckets, key=lambda b: tokens_of(b, args) * micro_batches(config, dims, tokens_of(b, args))[0])
+    tokens = tokens_of(bucket, args)
+    size, accumulation, microbatches = micro_batches(config, dims, tokens)
     with fake_ranks(world_size, rank):
         meshes = dims.build_mesh("cpu")
         model, stages = build(config, spec, args, meshes, tokens)
@@ -167,9 +169,11 @@ def dry_run(config: JobConfig, world_size: int, rank: int = 0) -> Report:
     )  # fmt: skip
 
 
-def micro_batches(config: JobConfig, dims: ParallelDims) -> tuple[int, int, int]:
-    """(clips in one, how often what is counted is done in a step, how many are counted). ValueError for what a pipeline's schedule cannot run."""
-    local, accumulation = config.training.local_batch_size, gradient_accumulation(config.training, dims.dp)
+def micro_batches(config: JobConfig, dims: ParallelDims, tokens: int) -> tuple[int, int, int]:
+    """(clips in one, how often what is counted is done in a step, how many are counted), for clips of so many tokens. ValueError for what a
+    pipeline's schedule cannot run."""
+    accumulation = gradient_accumulation(config, dims.dp)
+    local = Batching.of(config.data, config.training, config.parallelism, accumulation * dims.dp).clips_of(tokens)
     if dims.pp == 1:
         return local, accumulation, 1
     size = config.parallelism.pipeline_parallel_microbatch_size

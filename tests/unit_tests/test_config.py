@@ -12,7 +12,7 @@ import tomli_w
 from tests.helpers import ROOT
 from titan_video.config import ConfigError, JobConfig, dump, from_dict, load, main_guard, parse, parse_args
 from titan_video.config.check import check, data_parallel_degrees, gradient_accumulation
-from titan_video.config.job_config import Parallelism, Training
+from titan_video.config.job_config import Data, Parallelism, Training
 from titan_video.config.manager import _nearest, limits_of, options, sections
 
 WORLD = 4
@@ -162,6 +162,13 @@ COMBINATIONS = [  # (what is set, fields the message names, a piece of the fix)
     ({"training.global_batch_size": 2}, "training.global_batch_size", "nearest 4,"),
     ({"training.global_batch_size": 6}, "training.global_batch_size", "4 or 8"),
     ({"training.global_batch_size": 12, "training.local_batch_size": 2}, "training.global_batch_size", "8 or 16"),
+    ({"data.tokens_per_microbatch": 99, "training.local_batch_size": 2}, "training.local_batch_size", "data.tokens_per_microbatch"),
+    ({"data.tokens_per_microbatch": 99, "training.global_batch_size": 4}, "training.global_batch_size", "data.global_micro_batches"),
+    ({"data.tokens_per_microbatch": 99, "data.global_micro_batches": 6}, "data.global_micro_batches", "4 or 8"),
+    ({"data.global_micro_batches": 4}, "data.global_micro_batches", "data.tokens_per_microbatch"),
+    ({"data.buckets_per_step": 2}, "data.buckets_per_step", "legal: 1"),
+    ({"data.buckets_per_step": 2, "training.global_batch_size": 12}, "data.buckets_per_step", "legal: 1, 3"),
+    ({"data.buckets_per_step": 2, "training.global_batch_size": 4, "parallelism.pipeline_parallel_degree": 2}, "data.buckets_per_step", "pipeline"),
     ({"lr_scheduler.warmup_steps": 10001}, "lr_scheduler.warmup_steps", "at most 10000"),
     ({"lr_scheduler.warmup_steps": 60, "lr_scheduler.decay_ratio": 0.5, "training.steps": 100}, "lr_scheduler.warmup_steps", "at most 50"),
     ({"lr_scheduler.decay_ratio": 1.0}, "lr_scheduler.warmup_steps", "at most 0"),
@@ -407,6 +414,8 @@ def test_legal_combinations_pass(tmp_path):
          "parallelism.pipeline_parallel_microbatch_size": 2},
         {"parallelism.enable_async_tensor_parallel": True, "parallelism.tensor_parallel_degree": 2, "compile.enable": True},
         {"activation_checkpoint.mode": "memory_budget", "compile.enable": True},
+        {"data.tokens_per_microbatch": 99, "data.global_micro_batches": 24, "data.buckets_per_step": 3},
+        {"data.tokens_per_microbatch": 99, "parallelism.pipeline_parallel_degree": 2, "parallelism.pipeline_parallel_microbatch_size": 2},
         {"training.steps": 100, "lr_scheduler.warmup_steps": 50, "lr_scheduler.decay_ratio": 0.5},
         {"checkpoint.folder": "a/b", "metrics.save_tb_folder": "a/c"}, {"job.dump_folder": str(tmp_path / "new")},
     ]:
@@ -418,12 +427,18 @@ def test_degrees_and_accumulation():
     assert data_parallel_degrees(Parallelism(data_parallel_replicate_degree=2), 6) == (2, 3)
     assert data_parallel_degrees(Parallelism(data_parallel_replicate_degree=6, data_parallel_shard_degree=1), 6) == (6, 1)
     assert data_parallel_degrees(Parallelism(tensor_parallel_degree=2, context_parallel_degree=3, pipeline_parallel_degree=2), 24) == (1, 2)
-    assert gradient_accumulation(Training(), 5) == 1
-    assert gradient_accumulation(Training(local_batch_size=2, global_batch_size=24), 4) == 3
+    assert gradient_accumulation(JobConfig(), 5) == 1
+    assert gradient_accumulation(JobConfig(training=Training(local_batch_size=2, global_batch_size=24)), 4) == 3
+    budget = Data(tokens_per_microbatch=1000, global_micro_batches=24, buckets_per_step=3)
+    assert gradient_accumulation(JobConfig(data=budget), 4) == 6 and gradient_accumulation(JobConfig(data=Data(tokens_per_microbatch=9)), 4) == 1
     with pytest.raises(ConfigError, match="legal: 1, 2, 3, 6"):
         data_parallel_degrees(Parallelism(data_parallel_replicate_degree=4), 6)
     with pytest.raises(ConfigError, match="nearest 16 or 24"):
-        gradient_accumulation(replace(Training(), local_batch_size=2, global_batch_size=20), 4)
+        gradient_accumulation(JobConfig(training=Training(local_batch_size=2, global_batch_size=20)), 4)
+    for data, words in ((replace(budget, global_micro_batches=6), "data.global_micro_batches: given 6; legal: a multiple of 4"),
+                        (replace(budget, buckets_per_step=4), "data.buckets_per_step: given 4; a rank has 6 .* legal: 1, 2, 3, 6")):
+        with pytest.raises(ConfigError, match=words):
+            gradient_accumulation(JobConfig(data=data), 4)
 
 
 def test_check_command_refuses_without_a_traceback():

@@ -1,6 +1,7 @@
 """Micro-batches: the same global batches for every layout, exact resumption, padding and caption dropout; and the data commands."""
 
 import json
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from tests.unit_tests.data_clips import captioned, flat_frames
 from titan_video.data import __main__ as command
 from titan_video.data import loader as loader_module
+from titan_video.data.bucket import Batching, Work
 from titan_video.data.dataset import make_plan
 from titan_video.data.latent_cache import LatentCache, cached_clips, encode_missing
 from titan_video.data.loader import EntryReader, LatentLoader
@@ -35,8 +37,10 @@ def data(tmp_path_factory):
 
 def make(data, **kwargs):
     clips, cache = data
-    settings = {"local_batch_size": 2, "global_batch_size": 4, "seed": 5, "caption_dropout": 0.3, "max_text_length": 6, "text_dim": 64}
-    return LatentLoader(clips, cache, cache.text_key(""), **{**settings, **kwargs})
+    local, total, budget = kwargs.pop("local", 2), kwargs.pop("total", 4), kwargs.pop("budget", 0)
+    batching = Batching(total if budget else total // local, local, budget)
+    settings = {"seed": 5, "caption_dropout": 0.3, "max_text_length": 6, "text_dim": 64}
+    return LatentLoader(clips, cache, cache.text_key(""), batching, lambda b: Work(b[0] * b[1], b[1]), **{**settings, **kwargs})
 
 
 def samples(step):
@@ -50,8 +54,8 @@ def same(a, b):
 
 @pytest.mark.parametrize("dp_size, local, num_workers", [(1, 1, 0), (1, 12, 2), (2, 3, 0), (3, 2, 1), (4, 3, 0), (12, 1, 0)])
 def test_the_global_batch_is_the_same_for_every_layout(data, dp_size, local, num_workers):
-    reference = [samples(s) for s in islice(make(data, local_batch_size=4, global_batch_size=12), 6)]
-    ranks = [make(data, local_batch_size=local, global_batch_size=12, dp_rank=r, dp_size=dp_size, num_workers=num_workers) for r in range(dp_size)]
+    reference = [samples(s) for s in islice(make(data, local=4, total=12), 6)]
+    ranks = [make(data, local=local, total=12, dp_rank=r, dp_size=dp_size, num_workers=num_workers) for r in range(dp_size)]
     steps = [list(islice(loader, 6)) for loader in ranks]
     for n, wanted in enumerate(reference):
         union = {}
@@ -64,7 +68,7 @@ def test_the_global_batch_is_the_same_for_every_layout(data, dp_size, local, num
 
 
 def test_the_place_of_a_draw(data):
-    loader = make(data, local_batch_size=2, global_batch_size=8, dp_rank=1, dp_size=2)
+    loader = make(data, local=2, total=8, dp_rank=1, dp_size=2)
     first = next(iter(loader))
     assert [b.sample_ids_B.tolist() for b in first] == [[2, 3], [6, 7]]
 
@@ -112,8 +116,39 @@ def test_resume_is_exact_and_ignores_what_was_prefetched(data, num_workers, done
     assert same(samples(next(iter(loader))), whole[done])  # iterating again goes on as well
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_resume_on_another_number_of_ranks_and_workers(data):
+    """All pairs of degrees, with worker counts in turn: the samples are those of the uninterrupted run, in its order."""
+    def steps(degree, num_workers, state, count):
+        ranks = [make(data, total=8, budget=150, dp_rank=r, dp_size=degree, num_workers=num_workers, prefetch_factor=3) for r in range(degree)]
+        found = []
+        for loader in ranks:
+            if state:
+                loader.load_state_dict(state)
+        for step in islice(zip(*ranks, strict=True), count):
+            found += [i for micro_step in zip(*step, strict=True) for b in micro_step for i in b.sample_ids_B.tolist()]
+        assert all(loader.state_dict() == ranks[0].state_dict() for loader in ranks)
+        return found, json.loads(json.dumps(ranks[0].state_dict()))
+
+    whole, last = steps(1, 0, None, 6)
+    pairs = [(a, b) for a in (1, 2, 4, 8) for b in (1, 2, 4, 8)]
+    for k, (before, after) in enumerate(pairs):
+        first, state = steps(before, 1 if k == 5 else 0, None, 1 + k % 5)
+        rest, end = steps(after, {9: 1, 1: 2, 0: 4}.get(k, 0), state, 5 - k % 5)
+        assert first + rest == whole and end == last
+
+
+def test_repeated_clips_come_as_often_in_an_epoch(data):
+    clips, cache = data
+    clips = [replace(c, repeats=3) if c.bucket == (5, 64, 32) else c for c in clips]
+    loader = make((clips, cache), local=1, total=1)
+    count = sum(c.repeats for c in clips)
+    shapes = [b.latents_BCFHW.shape[3] for step in islice(loader, count) for b in step]
+    assert count == 6 + 3 * 3 and shapes.count(8) == 9
+
+
 def test_state_is_the_same_on_all_ranks(data):
-    loaders = [make(data, local_batch_size=1, dp_rank=r, dp_size=4) for r in range(4)]
+    loaders = [make(data, local=1, dp_rank=r, dp_size=4) for r in range(4)]
     for loader in loaders:
         next(iter(loader))
     assert all(loader.state_dict() == loaders[0].state_dict() for loader in loaders)
@@ -133,8 +168,8 @@ def test_memory_of_a_loader_without_workers_is_bounded(data, monkeypatch):
 
 
 def test_wrong_numbers_are_refused(data):
-    with pytest.raises(ValueError, match="global_batch_size"):
-        make(data, global_batch_size=3)
+    with pytest.raises(ValueError, match="no multiple of data-parallel degree 2"):
+        make(data, total=6, dp_size=2)
     with pytest.raises(ValueError, match="the run takes 6 x 32"):
         next(iter(make(data, text_dim=32)))
 

@@ -1,27 +1,37 @@
-"""The global sampler: what is drawn, in what order, and that it is a function of its counters."""
+"""The global sampler: what is drawn, in what order, that it is a function of its counters, and that ranks have equal work."""
 
 import json
 from collections import Counter
 
 import pytest
 
-from titan_video.data.sampler import GlobalSampler, fingerprint
+from titan_video.data.bucket import Batching, Work
+from titan_video.data.sampler import CostClass, GlobalSampler, fingerprint
+from titan_video.models.wan import SPEC
+
+DEBUG = SPEC.flavors["debug"]
+
+
+def sampler_of(sizes, clips, micro_batches=1, parts=1, seed=0, shuffle=True, mark="", classes=None):
+    return GlobalSampler(sizes, classes or [CostClass((b,), clips) for b in range(len(sizes))], micro_batches, parts, seed, shuffle, mark)
 
 
 def draws(sampler, steps):
-    return [sampler.next() for _ in range(steps)]
+    return [m for _ in range(steps) for m in sampler.next()]
 
 
-@pytest.mark.parametrize("sizes, batch", [([10], 4), ([7, 3, 1], 4), ([100, 1], 8), ([2], 5), ([5, 5], 5), ([64], 64)])
+@pytest.mark.parametrize("sizes, clips", [([10], 4), ([7, 3, 1], 4), ([100, 1], 8), ([2], 5), ([5, 5], 5), ([64], 64)])
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_every_epoch_of_a_bucket_holds_every_clip_once(sizes, batch, shuffle):
+@pytest.mark.parametrize("one_class", [True, False])
+def test_every_epoch_of_a_bucket_holds_every_clip_once(sizes, clips, shuffle, one_class):
     stream = {b: [] for b in range(len(sizes))}
     ids = []
-    for step in draws(GlobalSampler(sizes, batch, 0, shuffle), 300):
-        assert len(step.positions) == batch
-        stream[step.bucket] += step.positions
-        ids += step.sample_ids
-    assert ids == list(range(300 * batch))
+    classes = [CostClass(tuple(range(len(sizes))), clips)] if one_class else None
+    for micro_batch in draws(sampler_of(sizes, clips, 2, 3, shuffle=shuffle, classes=classes), 50):
+        assert len(micro_batch.positions) == clips
+        stream[micro_batch.bucket] += micro_batch.positions
+        ids += micro_batch.sample_ids
+    assert ids == list(range(300 * clips))
     for b, size in enumerate(sizes):
         epochs = [stream[b][i : i + size] for i in range(0, len(stream[b]) - size + 1, size)]
         assert epochs and all(sorted(e) == list(range(size)) for e in epochs)
@@ -32,53 +42,154 @@ def test_every_epoch_of_a_bucket_holds_every_clip_once(sizes, batch, shuffle):
 
 
 def test_buckets_take_turns_by_their_size():
-    sampler = GlobalSampler([60, 30, 10], 5, 0, True)
     drawn = Counter()
-    for n, step in enumerate(draws(sampler, 400), 1):
+    for n, step in enumerate(draws(sampler_of([60, 30, 10], 5), 400), 1):
         drawn[step.bucket] += 5
         for bucket, share in enumerate((0.6, 0.3, 0.1)):
             assert abs(drawn[bucket] - share * 5 * n) <= 5
     assert drawn == {0: 1200, 1: 600, 2: 200}
 
 
+def test_classes_of_unequal_micro_batches_have_their_share_too():
+    classes = [CostClass((0, 2), 1), CostClass((1,), 20)]
+    drawn = Counter()
+    for step in draws(sampler_of([30, 60, 10], 0, 4, classes=classes), 1000):
+        drawn[step.bucket] += len(step.positions)
+    total = sum(drawn.values())
+    assert [round(drawn[b] / total, 2) for b in range(3)] == [0.3, 0.6, 0.1]
+
+
 def test_seeds_buckets_and_epochs_have_their_own_order():
-    first = draws(GlobalSampler([50, 50], 50, 0, True), 4)
-    orders = [tuple(s.positions) for s in first] + [tuple(s.positions) for s in draws(GlobalSampler([50, 50], 50, 1, True), 4)]
+    first = draws(sampler_of([50, 50], 50), 4)
+    orders = [tuple(s.positions) for s in first] + [tuple(s.positions) for s in draws(sampler_of([50, 50], 50, seed=1), 4)]
     assert len(set(orders)) == 8
-    assert draws(GlobalSampler([50, 50], 50, 0, True), 4) == first
-    assert draws(GlobalSampler([8], 8, 2**63 - 1, True), 1)[0].positions == [6, 0, 4, 2, 5, 3, 1, 7]  # a resume may meet another numpy
+    assert draws(sampler_of([50, 50], 50), 4) == first
+    assert draws(sampler_of([8], 8, seed=2**63 - 1), 1)[0].positions == [6, 0, 4, 2, 5, 3, 1, 7]  # a resume may meet another numpy
 
 
 @pytest.mark.parametrize("done", [0, 1, 7, 23])
 def test_resume_in_the_middle(done):
-    whole = draws(GlobalSampler([11, 4], 6, 3, True, "x"), 40)
-    sampler = GlobalSampler([11, 4], 6, 3, True, "x")
+    whole = draws(sampler_of([11, 4], 6, seed=3, mark="x"), 40)
+    sampler = sampler_of([11, 4], 6, seed=3, mark="x")
     draws(sampler, done)
     state = json.loads(json.dumps(sampler.state_dict()))
     draws(sampler, 5)
-    resumed = GlobalSampler([11, 4], 6, 3, True, "x")
+    resumed = sampler_of([11, 4], 6, seed=3, mark="x")
     resumed.load_state_dict(state)
     assert draws(resumed, 40 - done) == whole[done:]
 
 
 def test_resume_with_another_batch_goes_on_with_the_next_clips():
-    sampler = GlobalSampler([12], 4, 0, True)
+    sampler = sampler_of([12], 4)
     first = [p for s in draws(sampler, 2) for p in s.positions]
-    other = GlobalSampler([12], 2, 0, True)
+    other = sampler_of([12], 2)
     other.load_state_dict(sampler.state_dict())
     rest = draws(other, 2)
     assert sorted(first + [p for s in rest for p in s.positions]) == list(range(12)) and rest[0].sample_ids == [8, 9]
 
 
 def test_other_clips_are_noticed():
-    state = GlobalSampler([3], 1, 0, True, fingerprint([["a", "b", "c"]])).state_dict()
+    state = sampler_of([3], 1, mark=fingerprint([["a", "b", "c"]])).state_dict()
     for keys in ([["a", "b", "d"]], [["a", "c", "b"]], [["a", "b"], ["c"]], [["a", "b"]]):
-        sampler = GlobalSampler([len(k) for k in keys], 1, 0, True, fingerprint(keys))
         with pytest.raises(ValueError, match="initial_load_path"):
-            sampler.load_state_dict(state)
+            sampler_of([len(k) for k in keys], 1, mark=fingerprint(keys)).load_state_dict(state)
 
 
 def test_an_empty_bucket_is_refused():
     for sizes in ([], [3, 0]):
         with pytest.raises(ValueError, match="needs a clip"):
-            GlobalSampler(sizes, 1, 0, True)
+            sampler_of(sizes, 1)
+
+
+# ---- token budget and equal cost ----
+
+SIZES = [(1, 256, 256), (17, 256, 256), (17, 480, 832), (17, 832, 480), (33, 480, 832), (49, 320, 576), (81, 256, 256), (81, 480, 832)]
+
+
+def work(bucket):
+    frames, height, width = bucket
+    tokens = ((frames - 1) // 4 + 1) * (height // 16) * (width // 16)
+    return Work(tokens, DEBUG.flops(tokens))
+
+
+WORKS = [work(b) for b in SIZES]
+
+
+def test_clips_that_fit_into_the_budget():
+    counts = [100_000] * len(SIZES)
+    classes = Batching(8, token_budget=32760).classes(counts, WORKS)
+    assert sorted(b for c in classes for b in c.buckets) == list(range(len(SIZES)))
+    for c in classes:
+        assert all(c.clips == max(1, 32760 // WORKS[b].tokens) for b in c.buckets)
+        costs = [WORKS[b].flops for b in c.buckets]
+        assert max(costs) <= 1.05 * min(costs)
+    assert any(set(c.buckets) == {2, 3} for c in classes)  # wide and tall of one area
+    assert {c.clips for c in Batching(8, token_budget=100).classes(counts, WORKS)} == {1}  # more than the budget, but one at least
+
+
+def test_a_micro_batch_shrinks_rather_than_repeat_clips_in_a_part():
+    few = [20] * len(SIZES)
+    by_bucket = {b: c.clips for c in Batching(8, token_budget=32760).classes(few, WORKS) for b in c.buckets}
+    assert by_bucket[0] == 20 // 8 and by_bucket[7] == 1 and by_bucket[2] == min(4, 40 // 8)
+    assert {c.clips for c in Batching(64, token_budget=32760).classes(few, WORKS)} == {1}
+    halves = {b: c.clips for c in Batching(8, token_budget=32760, parts=2).classes(few, WORKS) for b in c.buckets}
+    assert halves[0] == 20 // 4
+    sampler = sampler_of(few, 0, 8, classes=Batching(8, token_budget=32760).classes(few, WORKS))
+    for _ in range(50):
+        step = sampler.next()
+        for bucket in {m.bucket for m in step}:
+            drawn = [p for m in step if m.bucket == bucket for p in m.positions]
+            assert len(drawn) <= 20
+
+
+def test_pipelines_have_one_size_and_whole_microbatches():
+    classes = Batching(8, token_budget=32760, multiple=2).classes([9] * len(SIZES), WORKS)
+    assert all(len(c.buckets) == 1 and c.clips % 2 == 0 and c.clips >= 2 for c in classes)
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_ranks_differ_by_a_tenth_at_most_at_each_micro_step(ranks):
+    counts = [500, 40, 60, 33, 20, 11, 7, 90]
+    classes = Batching(16, token_budget=32760, parts=2).classes(counts, WORKS)
+    sampler = sampler_of(counts, 0, 8, 2, classes=classes)
+    spreads, seen = [], set()
+    for _ in range(200):
+        step = sampler.next()
+        for j in range(0, 16, ranks):
+            costs = [len(m.positions) * WORKS[m.bucket].flops for m in step[j : j + ranks]]
+            spreads.append(max(costs) / min(costs) - 1)
+            seen |= {m.bucket for m in step[j : j + ranks]}
+    assert sum(spreads) / len(spreads) <= 0.1 and max(spreads) <= 0.1 and len(seen) == len(SIZES)
+
+
+def test_a_step_may_mix_buckets():
+    sampler = sampler_of([50, 50], 1, micro_batches=2, parts=3)
+    assert any(len({m.bucket for m in sampler.next()}) == 2 for _ in range(3))
+    assert all(len({m.bucket for m in sampler_of([50, 50], 1, micro_batches=6).next()}) == 1 for _ in range(3))
+
+
+# ---- any number of ranks ----
+
+
+def test_the_sequence_is_the_same_for_all_pairs_of_degrees():
+    """Training on one number of ranks and going on with another, in mid-epoch and mid-bucket, is the uninterrupted sequence."""
+    counts = [31, 12, 7, 5, 3, 3, 2, 9]
+
+    def build():
+        return sampler_of(counts, 0, 8, 2, seed=4, classes=Batching(16, token_budget=32760, parts=2).classes(counts, WORKS))
+
+    def of_ranks(sampler, degree):
+        step = sampler.next()
+        ranks = [step[r::degree] for r in range(degree)]
+        return [m for micro_step in zip(*ranks, strict=True) for m in micro_step]
+
+    whole = draws(build(), 24)
+    for before in (1, 2, 4, 8):
+        for after in (1, 2, 4, 8):
+            for done in (1, 5, 12):
+                first = build()
+                found = [m for _ in range(done) for m in of_ranks(first, before)]
+                second = build()
+                second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+                found += [m for _ in range(24 - done) for m in of_ranks(second, after)]
+                assert found == whole

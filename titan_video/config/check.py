@@ -23,7 +23,7 @@ def check(config: JobConfig, world_size: int, files: bool = True) -> None:
     errors = [
         *_buckets(c.data),
         *_degrees(c.parallelism, world_size),
-        *_batch_size(c.training, max(world_size // model_parallel_degree(c.parallelism), 1)),
+        *_batch_size(c, max(world_size // model_parallel_degree(c.parallelism), 1)),
         *_parallelism(c),
         *_activation_checkpoint(c),
         *_optimizer(c, max(world_size // model_parallel_degree(c.parallelism), 1)),
@@ -55,12 +55,15 @@ def model_parallel_degree(parallelism: Parallelism) -> int:
     return parallelism.pipeline_parallel_degree * parallelism.context_parallel_degree * parallelism.tensor_parallel_degree
 
 
-def gradient_accumulation(training: Training, dp: int) -> int:
+def gradient_accumulation(config: JobConfig, dp: int) -> int:
     """Micro-batches per optimizer step and rank, with `dp` data-parallel ranks. Raises ConfigError unless it is a whole number."""
-    errors = list(_batch_size(training, dp))
+    errors = list(_batch_size(config, dp))
     if errors:
         raise ConfigError("\n".join(errors))
-    return 1 if training.global_batch_size == -1 else training.global_batch_size // (training.local_batch_size * dp)
+    t, d = config.training, config.data
+    if d.tokens_per_microbatch:
+        return max(1, d.global_micro_batches // dp)
+    return max(1, t.global_batch_size // (t.local_batch_size * dp))
 
 
 # ---- the rules: each yields one line per mistake ----
@@ -144,7 +147,7 @@ def _parallelism(config: JobConfig) -> Iterator[str]:
     if p.pipeline_parallel_degree > 1 and p.pipeline_parallel_schedule == "InterleavedZeroBubble" and config.compile.enable:
         yield ("parallelism.pipeline_parallel_schedule: InterleavedZeroBubble, but the backward of a compiled block cannot be split; "
                "leave compile.enable false, or choose another schedule, such as Interleaved1F1B")
-    if p.pipeline_parallel_degree > 1 and local % p.pipeline_parallel_microbatch_size:
+    if p.pipeline_parallel_degree > 1 and not config.data.tokens_per_microbatch and local % p.pipeline_parallel_microbatch_size:
         yield (f"parallelism.pipeline_parallel_microbatch_size: given {p.pipeline_parallel_microbatch_size}; it must divide "
                f"training.local_batch_size {local}; legal: {_divisors(local)}")
 
@@ -200,12 +203,27 @@ def _low_precision(config: JobConfig) -> Iterator[str]:
                "float8.enable false, or choose another schedule, such as Interleaved1F1B")
 
 
-def _batch_size(training: Training, dp: int) -> Iterator[str]:
-    given, unit = training.global_batch_size, training.local_batch_size * dp
+def _batch_size(config: JobConfig, dp: int) -> Iterator[str]:
+    d, local = config.data, config.training.local_batch_size
+    if d.tokens_per_microbatch:
+        name, given, unit, of = "data.global_micro_batches", d.global_micro_batches, dp, f"{dp} data-parallel ranks"
+        for other, default in (("local_batch_size", 1), ("global_batch_size", -1)):
+            if (value := getattr(config.training, other)) != default:
+                yield (f"training.{other}: given {value}, but data.tokens_per_microbatch says how many clips make a micro-batch and "
+                       f"data.global_micro_batches how many of these a step; leave it at {default}")
+    else:
+        name, given, unit = "training.global_batch_size", config.training.global_batch_size, local * dp
+        of = f"training.local_batch_size {local} x {dp} ranks"
+        if d.global_micro_batches != -1:
+            yield (f"data.global_micro_batches: given {d.global_micro_batches}, but data.tokens_per_microbatch is 0; "
+                   f"set that, or use training.global_batch_size")
     if given != -1 and (given <= 0 or given % unit):
-        local = training.local_batch_size
-        yield (f"training.global_batch_size: given {given}; legal: a multiple of {unit} (training.local_batch_size {local} x {dp} ranks), "
-               f"nearest {_nearest_multiples(given, unit)}, or -1 for {unit}")
+        yield f"{name}: given {given}; legal: a multiple of {unit} ({of}), nearest {_nearest_multiples(given, unit)}, or -1 for {unit}"
+    elif (max(given, unit) // unit) % d.buckets_per_step:
+        accumulation = max(given, unit) // unit
+        yield f"data.buckets_per_step: given {d.buckets_per_step}; a rank has {accumulation} micro-batches in a step; legal: {_divisors(accumulation)}"
+    if d.buckets_per_step > 1 and config.parallelism.pipeline_parallel_degree > 1:
+        yield f"data.buckets_per_step: given {d.buckets_per_step}, but the micro-batches that pass a pipeline have one size; leave it at 1"
 
 
 def _schedule(lr_scheduler: LrScheduler, training: Training) -> Iterator[str]:

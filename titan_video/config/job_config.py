@@ -60,6 +60,17 @@ class Data:
     )
     fps: float = opt(16.0, "Frames per second every clip is resampled to.", gt=0)
     caption_dropout: float = opt(0.1, "Share of draws trained with the empty caption, for classifier-free guidance.", ge=0, le=1)
+    tokens_per_microbatch: int = opt(
+        0, "Instead of training.local_batch_size: as many clips of a bucket as have so many tokens make a micro-batch, at least one. 0: none.", ge=0
+    )
+    global_micro_batches: int = opt(
+        -1, "With tokens_per_microbatch: micro-batches of all ranks in an optimizer step; a multiple of the data-parallel degree. "
+        "-1: one for each data-parallel rank.", ge=-1
+    )  # fmt: skip
+    buckets_per_step: int = opt(
+        1, "Parts in which a step's clips are drawn, each of one bucket or, with tokens_per_microbatch, of buckets of equal cost. "
+        "Divides the micro-batches of a rank.", ge=1
+    )  # fmt: skip
     shuffle: bool = opt(True, "Draw the clips in a new random order each epoch.")
     num_workers: int = opt(2, "Worker processes per rank that decode clips or read cached latents; 0 works in the main process.", ge=0)
     prefetch_factor: int = opt(2, "Batches each worker holds ready.", ge=1)

@@ -6,7 +6,7 @@ The sampler runs ahead of training by what the workers hold ready; the state tha
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from titan_video.data.batch import Batch
+from titan_video.data.bucket import Batching, Bucket, Work
 from titan_video.data.latent_cache import CachedClip, LatentCache, leave_process_group
 from titan_video.data.sampler import GlobalSampler, fingerprint
 from titan_video.flow.noise import drop_caption
@@ -82,29 +83,31 @@ class EntryReader:
 
 
 class LatentLoader:
-    """Endless iterator over optimizer steps: each is the list of this rank's micro-batches, all of one bucket.
+    """Endless iterator over optimizer steps: each is the list of this rank's micro-batches.
 
-    Micro-batch m of rank r holds draws (m x dp_size + r) x local_batch_size and on of the step's global batch, so the clips of a step,
-    their sample ids and dropped captions are the same for every layout. Iterating again goes on after the last step given out.
+    Rank r takes every dp_size-th of a step's micro-batches from number r on, so the clips of a step, their sample ids and dropped captions are
+    the same for every number of ranks. Iterating again goes on after the last step given out. work: of one clip of a bucket.
     """
 
     def __init__(
-        self, clips: Sequence[CachedClip], cache: LatentCache, null_text_key: str, *, local_batch_size: int, global_batch_size: int,
+        self, clips: Sequence[CachedClip], cache: LatentCache, null_text_key: str, batching: Batching, work: Callable[[Bucket], Work], *,
         max_text_length: int, text_dim: int, dp_rank: int = 0, dp_size: int = 1, seed: int = 0, shuffle: bool = True, caption_dropout: float = 0.0,
         num_workers: int = 0, prefetch_factor: int = 2, pin_memory: bool = False,
     ):  # fmt: skip
-        if global_batch_size % (local_batch_size * dp_size):
-            micro = f"local_batch_size {local_batch_size} x data-parallel degree {dp_size}"
-            raise ValueError(f"training.global_batch_size {global_batch_size} is no multiple of {micro}")
-        by_bucket: dict[Any, list[CachedClip]] = {}
+        b = batching
+        if b.micro_batches % (b.parts * dp_size):
+            raise ValueError(f"{b.micro_batches} micro-batches a step are no multiple of data-parallel degree {dp_size} x {b.parts} buckets a step")
+        by_bucket: dict[Bucket, list[CachedClip]] = {}
         for clip in clips:
-            by_bucket.setdefault(clip.bucket, []).append(clip)
-        self.buckets = [by_bucket[b] for b in sorted(by_bucket)]
+            by_bucket.setdefault(clip.bucket, []).extend([clip] * clip.repeats)
+        sizes = sorted(by_bucket)
+        self.buckets = [by_bucket[size] for size in sizes]
         self.null_text_key, self.seed, self.caption_dropout = null_text_key, seed, caption_dropout
-        self.local_batch_size, self.dp_rank, self.dp_size = local_batch_size, dp_rank, dp_size
-        self.num_micro_batches = global_batch_size // (local_batch_size * dp_size)
+        self.dp_rank, self.dp_size, self.num_micro_batches = dp_rank, dp_size, b.micro_batches // dp_size
+        counts = [len(bucket) for bucket in self.buckets]
+        self.classes = b.classes(counts, [work(size) for size in sizes])
         mark = fingerprint([c.video_key + c.text_key + c.given_key for c in bucket] for bucket in self.buckets)
-        self.sampler = GlobalSampler([len(b) for b in self.buckets], global_batch_size, seed, shuffle, mark)
+        self.sampler = GlobalSampler(counts, self.classes, b.micro_batches // b.parts, b.parts, seed, shuffle, mark)
         self.reader = EntryReader(cache, max_text_length, text_dim, keep=num_workers == 0)
         self.workers = {"num_workers": num_workers, "worker_init_fn": leave_process_group, "pin_memory": pin_memory}
         if num_workers:
@@ -125,9 +128,8 @@ class LatentLoader:
         while True:
             step = self.sampler.next()
             states.append(self.sampler.state_dict())
-            for m in range(self.num_micro_batches):
-                first = (m * self.dp_size + self.dp_rank) * self.local_batch_size
-                yield [self._draw(step.bucket, step.positions[j], step.sample_ids[j]) for j in range(first, first + self.local_batch_size)]
+            for m in step[self.dp_rank :: self.dp_size]:
+                yield [self._draw(m.bucket, position, sample_id) for position, sample_id in zip(m.positions, m.sample_ids, strict=True)]
 
     def _draw(self, bucket: int, position: int, sample_id: int) -> tuple[CachedClip, str, int]:
         clip = self.buckets[bucket][position]

@@ -11,12 +11,20 @@ _STREAM = 16  # top word of the Philox counter, apart from the streams of flow.n
 
 
 @dataclass(frozen=True)
-class GlobalBatch:
-    """The clips of one optimizer step: positions within one bucket, and the number of each draw over the whole run."""
+class MicroBatch:
+    """Clips of one bucket: their positions in it, and the number of each draw over the whole run."""
 
     bucket: int
     positions: list[int]
     sample_ids: list[int]
+
+
+@dataclass(frozen=True)
+class CostClass:
+    """Buckets, by number, whose micro-batches of `clips` clips cost the same."""
+
+    buckets: tuple[int, ...]
+    clips: int
 
 
 def fingerprint(keys_by_bucket: Iterable[Iterable[str]]) -> str:
@@ -28,29 +36,44 @@ def fingerprint(keys_by_bucket: Iterable[Iterable[str]]) -> str:
 
 
 class GlobalSampler:
-    """Draws `global_batch_size` clips a step, all from one bucket.
+    """Draws the micro-batches of all ranks: a step has `parts` parts of `micro_batches` micro-batches each, a part is of one cost class.
 
-    The bucket that lags most behind its share of the clips is next (stride scheduling), so after any number of steps each has had its
-    share to within one batch. Within a bucket draw c is place c mod size of epoch c // size, whose order is a permutation keyed by
-    (seed, bucket, epoch). So a batch may span epochs, nothing is ever left out, and a bucket may be smaller than a batch.
+    Dealt out in turn to any number of ranks that divides `micro_batches`, all have work of equal cost at every moment. Classes take parts, and
+    the buckets of a class take micro-batches, by worst-case fair queueing (Bennett and Zhang 1996): of those that are not ahead of the epoch,
+    the one that is first done with its next. So after any number of steps each has had its share of the clips to within one part. Within a
+    bucket draw c is place c mod size of epoch c // size, whose order is a permutation keyed by (seed, bucket, epoch). So a micro-batch may
+    span epochs, nothing is ever left out, and a bucket may be smaller than a micro-batch.
     """
 
-    def __init__(self, bucket_sizes: Sequence[int], global_batch_size: int, seed: int, shuffle: bool, fingerprint: str = ""):
+    def __init__(self, bucket_sizes: Sequence[int], classes: Sequence[CostClass], micro_batches: int, parts: int, seed: int, shuffle: bool,
+                 fingerprint: str = ""):  # fmt: skip
         if not bucket_sizes or min(bucket_sizes) < 1:
             raise ValueError(f"every bucket needs a clip, got sizes {list(bucket_sizes)}")
-        self.sizes, self.global_batch_size = list(bucket_sizes), global_batch_size
+        assert sorted(b for c in classes for b in c.buckets) == list(range(len(bucket_sizes))), "each bucket is in one class"
+        self.sizes, self.classes, self.micro_batches, self.parts = list(bucket_sizes), list(classes), micro_batches, parts
         self.seed, self.shuffle, self.fingerprint = seed, shuffle, fingerprint
         self.draws = [0] * len(self.sizes)
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  # bucket -> the order of the epoch last asked for
 
-    def next(self) -> GlobalBatch:
-        """The clips of the next step; advances the counters."""
-        total, batch = sum(self.draws), self.global_batch_size
-        lag = [size * (total + batch) - drawn * sum(self.sizes) for size, drawn in zip(self.sizes, self.draws, strict=True)]
-        bucket = lag.index(max(lag))
-        first = self.draws[bucket]
-        self.draws[bucket] += batch
-        return GlobalBatch(bucket, [self._position(bucket, c) for c in range(first, first + batch)], list(range(total, total + batch)))
+    def next(self) -> list[MicroBatch]:
+        """The micro-batches of the next step, in the order in which ranks take them; advances the counters."""
+        step = []
+        for _ in range(self.parts):
+            which = self._turn([c.buckets for c in self.classes], [c.clips * self.micro_batches for c in self.classes])
+            chosen = self.classes[which]
+            for _ in range(self.micro_batches):
+                bucket = chosen.buckets[self._turn([[b] for b in chosen.buckets], [chosen.clips] * len(chosen.buckets))]
+                total, first = sum(self.draws), self.draws[bucket]
+                self.draws[bucket] += chosen.clips
+                positions = [self._position(bucket, c) for c in range(first, first + chosen.clips)]
+                step.append(MicroBatch(bucket, positions, list(range(total, total + chosen.clips))))
+        return step
+
+    def _turn(self, groups: Sequence[Sequence[int]], clips: Sequence[int]) -> int:
+        """Which group of buckets is next; clips: what each would take."""
+        drawn, sizes = ([sum(numbers[b] for b in group) for group in groups] for numbers in (self.draws, self.sizes))
+        behind = [g for g in range(len(groups)) if drawn[g] * sum(sizes) <= sum(drawn) * sizes[g]]
+        return min(behind, key=lambda g: (drawn[g] + clips[g]) / sizes[g])
 
     def _position(self, bucket: int, draw: int) -> int:
         epoch, place = divmod(draw, self.sizes[bucket])
@@ -68,7 +91,7 @@ class GlobalSampler:
         """Raises ValueError when the clips are not those of the checkpoint: its position means nothing in another list."""
         if state["fingerprint"] != self.fingerprint or len(state["draws"]) != len(self.sizes):
             raise ValueError(
-                "the training clips (files, captions, data.fps, data.buckets, validation.holdout, encoders) are not those of the checkpoint, so its "
+                "the training clips (files, captions, [data], validation.holdout, encoders) are not those of the checkpoint, so its "
                 "place among them is lost; restore them, or start a new run from its weights: another job.dump_folder and "
                 "checkpoint.initial_load_path = its step-N folder"
             )
