@@ -31,7 +31,7 @@ from titan_video.components.lora import MergedWeights, are_exported, lora_path, 
 from titan_video.components.lr_scheduler import Scheduler
 from titan_video.components.metrics import MetricsLogger
 from titan_video.components.objective import ModelInputs, model_inputs, predict, velocity_loss
-from titan_video.components.optimizer import build_optimizer
+from titan_video.components.optimizer import InBackward, build_optimizer
 from titan_video.components.pipeline_folder import complete_pipeline, export_path, is_exported
 from titan_video.components.start import load_start
 from titan_video.components.validate import Validator, with_frames, with_size
@@ -56,7 +56,7 @@ from titan_video.encoders import build_encoders
 from titan_video.flow.matching import FlowMatching, expert_levels
 from titan_video.flow.noise import draw_noise, draw_uniform
 from titan_video.models import get_args, get_spec
-from titan_video.models.layers import token_shape
+from titan_video.models.layers import hold_in, token_shape
 from titan_video.models.lora import add_adapters, is_adapter
 from titan_video.tools.device import get_device
 from titan_video.tools.logging import init_logger, logger
@@ -121,6 +121,8 @@ class Trainer:
             self.model = self.spec.build(self.args)
         if config.lora.enable:
             add_adapters(self.model, self.spec, config.lora, getattr(torch, config.training.mixed_precision_param))
+        else:
+            hold_in(self.model, self.spec.plan.fp32, getattr(torch, config.training.dtype))
         stages, checkpointed = None, chosen_blocks(self.model, self.spec.plan, config.activation_checkpoint.layers)
         if self.dims.pp > 1:
             stages = keep_stages(self.model, self.spec.plan, self.meshes.pp, config.parallelism, self.args, longest)
@@ -132,7 +134,8 @@ class Trainer:
         if stages:
             param_dtype = getattr(torch, config.training.mixed_precision_param)
             self.pipeline = Pipeline(self.model, stages, self.spec.plan, self.meshes.pp, config.parallelism, param_dtype, self.device)
-        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.optimizer = build_optimizer(self.model, config.optimizer, self.spec.plan.blocks, self.seed)
+        self.in_backward = InBackward(self.optimizer) if config.optimizer.in_backward else None
         self.scheduler = Scheduler(self.optimizer, config.lr_scheduler, config.optimizer.lr, config.training.steps)
         self.ema = EmaWeights(self.model, config.ema) if config.ema.enable else None
 
@@ -293,7 +296,10 @@ class Trainer:
                 micro_loss.backward()
                 loss += micro_loss.detach()
 
-        grad_norm = clip_grad_norm(self.model, self.config.training.max_norm, self.meshes.pp)
+        if self.in_backward:
+            grad_norm = self.in_backward.grad_norm()
+        else:
+            grad_norm = clip_grad_norm(self.model, self.config.training.max_norm, self.meshes.pp)
         share = sizes[0].item() / num_elements
         loss = reduce_over(self.meshes.sequence, loss, "sum")
         global_loss, max_loss = reduce_over(self.meshes.batch, loss, "sum").item(), reduce_over(self.meshes.batch, loss / share, "max").item()

@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights that are trained, sharded as they are."""
+"""An exponential moving average of the weights that are trained, sharded as they are, in float32 where they are bfloat16."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from titan_video.config.job_config import Ema
 from titan_video.distributed.fsdp import reshard
 from titan_video.distributed.utils import clean_name
+from titan_video.kernels import wide
 
 
 def _local(t: Tensor) -> Tensor:
@@ -22,7 +23,7 @@ class EmaWeights:
     def __init__(self, model: nn.Module, section: Ema):
         self.section, self.model = section, model
         self._weights = {clean_name(name): p for name, p in model.named_parameters() if p.requires_grad}
-        self.shadow = {name: p.detach().clone() for name, p in self._weights.items()}
+        self.shadow = {name: wide(p.detach()).clone() for name, p in self._weights.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -30,8 +31,13 @@ class EmaWeights:
         if step <= self.section.start_step:
             self.reset()
         elif (step - self.section.start_step) % self.section.interval == 0:
-            shadows, weights = zip(*((_local(self.shadow[n]), _local(p)) for n, p in self._weights.items()), strict=True)
-            torch._foreach_lerp_(list(shadows), list(weights), 1 - self.section.decay)
+            pairs = [(_local(self.shadow[n]), _local(p)) for n, p in self._weights.items()]
+            for shadow, weight in pairs:
+                if shadow.dtype != weight.dtype:
+                    shadow.lerp_(wide(weight), 1 - self.section.decay)
+            if alike := [pair for pair in pairs if pair[0].dtype == pair[1].dtype]:
+                shadows, weights = zip(*alike, strict=True)
+                torch._foreach_lerp_(list(shadows), list(weights), 1 - self.section.decay)
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -42,20 +48,28 @@ class EmaWeights:
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Inside, the model computes with the averaged weights; its own come back afterwards, bit for bit."""
-        self._swap()
+        kept = self._swap({})
         try:
             yield
         finally:
-            self._swap()
+            self._swap(kept)
 
     @torch.no_grad()
-    def _swap(self) -> None:
+    def _swap(self, kept: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Exchange weights and averages, in place where they have one type. Weights of another are set to `kept`, or returned as a copy and
+        set to the averages."""
         reshard(self.model)
+        copies = {}
         for name, p in self._weights.items():
             a, b = _local(p), _local(self.shadow[name])
-            kept = a.clone()
-            a.copy_(b)
-            b.copy_(kept)
+            copy = a.clone()
+            if a.dtype == b.dtype:
+                a.copy_(b)
+                b.copy_(copy)
+            else:
+                a.copy_(kept.get(name, b))
+                copies[name] = copy
+        return copies
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by clean parameter name: the live tensors, for checkpoints to write from and load into."""

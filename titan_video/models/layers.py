@@ -101,6 +101,13 @@ class FeedForward(nn.Module):
         return self.down(F.gelu(self.up(x_BLD), approximate="tanh"))
 
 
+def hold_in(model: nn.Module, fp32: tuple[str, ...], dtype: torch.dtype) -> None:
+    """Make the weights of a model `dtype`, in place, but for those of the root modules and parameters `fp32` (see ParallelPlan)."""
+    for name, child in model.named_children():
+        if name not in fp32:
+            child.to(dtype)
+
+
 class CastLinear(nn.Linear):
     """A Linear whose input takes the weight's type: the door through which activations enter the model's arithmetic."""
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan_video.config.job_config import Lora
-from titan_video.models.layers import Linear, local
+from titan_video.models.layers import Linear, hold_in, local
 from titan_video.models.spec import ModelSpec
 
 NAME = "adapter"
@@ -47,9 +47,7 @@ def add_adapters(model: nn.Module, spec: ModelSpec, section: Lora, dtype: torch.
     dtype: that of the arithmetic, in which frozen weights are held; the plan's float32 parts keep their own. Adapters are float32 at least.
     ValueError for a target that no Linear of a block fits. Before anything else is done to the model, which may be on the meta device.
     """
-    for name, child in model.named_children():
-        if name not in spec.plan.fp32:
-            child.to(dtype)
+    hold_in(model, spec.plan.fp32, dtype)
     model.requires_grad_(False)
     linears = {
         f"{path}.{name}": module
