@@ -1,0 +1,284 @@
+"""A training step on one device: ours in its variants against diffusers', in turns in one process, same weights and data, compared first.
+
+    python benchmarks/step.py [--cases 1.3b 14b-stack 14b-block] [--variants "ours" "diffusers" ...] [--json FILE]
+    python benchmarks/step.py --device cpu --json FILE
+
+Forward, loss, backward, clipping and update. Reported: the median over the rounds and the spread between quartiles; MFU, which counts each FLOP of
+the model once, and HFU, recomputed ones too, both of the data sheet's peak; T_roof / T (roof.py); peak memory as if each variant were alone; and how
+many times as fast as each of diffusers' variants, where a difference below twice the spread is called a tie. A step on a CPU is bound by matrix
+products: there it guards against waste, and says nothing of a GPU.
+"""
+
+import argparse
+import gc
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.common import cosine, device_of, environment, interleaved, markdown, options, relative_error, seconds_of, write_json  # noqa: E402
+from benchmarks.roof import Ceilings, measure, roof  # noqa: E402
+from benchmarks.training import Data, Diffusers, Ours, Step, diffusers_step, make_data, our_step, process_group  # noqa: E402
+from titan_video.config.job_config import ActivationCheckpoint, Compile, JobConfig  # noqa: E402
+from titan_video.distributed.activation_checkpoint import recomputed_flops  # noqa: E402
+from titan_video.models.layers import token_shape  # noqa: E402
+from titan_video.models.wan import SPEC, WanArgs  # noqa: E402
+from titan_video.tools.device import peak_flops, synchronize  # noqa: E402
+
+VARIANTS: dict[str, Ours | Diffusers] = {
+    "ours": Ours(),
+    "ours, attention kept": Ours(checkpoint="selective"),
+    "ours, full checkpointing": Ours(checkpoint="full"),
+    "ours, torch kernels": Ours(kernels="torch"),
+    "ours, eager": Ours(compile=False),
+    "ours, eager, torch kernels": Ours(kernels="torch", compile=False),
+    "ours, eager, full checkpointing": Ours(checkpoint="full", compile=False),
+    "diffusers": Diffusers(),
+    "diffusers, compiled": Diffusers(compile=True),
+    "diffusers, tuned": Diffusers(compile=True, cudnn=True, weights="bfloat16"),
+    "diffusers, tuned, nothing recomputed": Diffusers(checkpoint=False, compile=True, cudnn=True, weights="bfloat16"),
+    "ours, float32": Ours(kernels="torch", compile=False, dtype="float32"),
+    "diffusers, float32": Diffusers(checkpoint=False, weights="float32"),
+}
+# At most three states and one set of activations are on the device at once, so the many variants of 1.3B take turns in groups.
+GPU_GROUPS = (
+    ("ours", "diffusers", "diffusers, tuned"),
+    ("ours, attention kept", "ours, full checkpointing", "diffusers, tuned"),
+    ("ours, torch kernels", "ours, eager", "diffusers, compiled"),
+)
+STACK_GROUPS = (("ours", "ours, attention kept", "ours, full checkpointing", "diffusers", "diffusers, tuned"),)
+CPU_GROUPS = (("ours, float32", "diffusers, float32"),)
+AGREE = 0.9999  # cosine, with the step in float32
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, of `layers` blocks (0: all that the flavor has), and clips of `grid` latent frames, rows and columns."""
+
+    args: WanArgs
+    grid: tuple[int, int, int]
+    batch: int = 1
+    groups: tuple[tuple[str, ...], ...] = GPU_GROUPS
+
+    @property
+    def tokens(self) -> int:
+        return token_shape(self.grid, self.args.patch).num_tokens
+
+
+def _small(dim: int, heads: int, layers: int, ffn: int, text: tuple[int, int]) -> WanArgs:
+    return WanArgs(dim=dim, num_heads=heads, num_layers=layers, ffn_dim=ffn, text_dim=text[0], text_len=text[1])
+
+
+_14B = SPEC.flavors["t2v-14B"]
+CASES = {
+    "1.3b": Case(SPEC.flavors["t2v-1.3B"], (21, 60, 104)),
+    "14b-stack": Case(replace(_14B, num_layers=4), (24, 60, 104), groups=STACK_GROUPS),
+    "14b-block": Case(replace(_14B, num_layers=1), (21, 90, 160), groups=STACK_GROUPS),
+    "cpu-256": Case(_small(256, 4, 4, 1024, (256, 64)), (5, 16, 16), 4, CPU_GROUPS),
+    "cpu-512": Case(_small(512, 4, 4, 2048, (512, 512)), (5, 32, 32), 1, CPU_GROUPS),
+    "cpu-1536": Case(_small(1536, 12, 2, 8960, (512, 512)), (10, 16, 16), 1, CPU_GROUPS),
+    "toy": Case(SPEC.flavors["debug"], (2, 8, 8), 2, (tuple(VARIANTS),)),
+}
+DEFAULTS = {"cuda": ("1.3b", "14b-stack", "14b-block"), "cpu": ("cpu-256", "cpu-512", "cpu-1536")}
+
+
+def fitted(variant: Ours | Diffusers, device: torch.device, toy: bool) -> Ours | Diffusers:
+    """The variant as far as a CPU has it: torch's kernels and attention. toy: compiled without generating code."""
+    backend = "aot_eager" if toy else "inductor"
+    if isinstance(variant, Diffusers):
+        return replace(variant, cudnn=variant.cudnn and device.type == "cuda", backend=backend)
+    config = replace(JobConfig(), compile=Compile(backend=backend), activation_checkpoint=ActivationCheckpoint(save_min_kv=0 if toy else 1024))
+    return replace(variant, config=config)
+
+
+def build(variant: Ours | Diffusers, case: Case, device: torch.device) -> Step:
+    return (our_step if isinstance(variant, Ours) else diffusers_step)(variant, case.args, device)
+
+
+def data_of(variant: Ours | Diffusers, case: Case, device: torch.device) -> Data:
+    dtype = torch.float32 if "float32" in (getattr(variant, "dtype", ""), getattr(variant, "weights", "")) else torch.bfloat16
+    return make_data(case.args, case.grid, case.batch, device, dtype)
+
+
+def free() -> None:
+    gc.collect()
+    torch._dynamo.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def failure(error: Exception) -> str:
+    """One line of it. A variant that fails does not take the others along."""
+    return "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+# ---- do they compute the same ----
+
+
+def compare(case: Case, variants: dict[str, Ours | Diffusers], device: torch.device) -> dict[str, Any]:
+    """Each variant's velocity and gradients of all weights, of one block at the case's size, against diffusers' in float32."""
+    case = replace(case, args=replace(case.args, num_layers=1))
+
+    def results(variant: Ours | Diffusers) -> tuple[float, Tensor, dict[str, Tensor]]:
+        step = build(variant, case, device)
+        loss, velocity = step.forward_backward(data_of(variant, case, device))
+        found = loss.item(), velocity.cpu(), {name: g.cpu() for name, g in step.gradients().items()}
+        del step
+        free()
+        return found
+
+    loss, velocity, gradients = results(Diffusers(checkpoint=False, weights="float32"))
+    found = {}
+    for name, variant in variants.items():
+        try:
+            its_loss, its_velocity, its_gradients = results(variant)
+        except Exception as e:
+            free()
+            found[name] = {"failed": failure(e)}
+            continue
+        found[name] = {
+            "loss": its_loss, "float32 loss": loss, "velocity error": relative_error(its_velocity, velocity),
+            "velocity cosine": cosine([its_velocity], [velocity]),
+            "gradient cosine": cosine([its_gradients[n] for n in gradients], list(gradients.values())),
+        }  # fmt: skip
+    return found
+
+
+def comparison_table(found: dict[str, Any]) -> str:
+    rows = []
+    for name, r in found.items():
+        if "failed" in r:
+            rows.append([name, r["failed"], None, None])
+            continue
+        low = min(r["velocity cosine"], r["gradient cosine"])
+        rows.append([name, f"{r['velocity cosine']:.6f}", f"{r['gradient cosine']:.6f}", "yes" if low >= AGREE else f"NO, below {AGREE}"])
+    return markdown(["one block against float32", "velocity, cosine", "gradients, cosine", "agrees"], rows)
+
+
+# ---- how fast ----
+
+
+def warm_up(step: Step, data: Data, device: torch.device, before: int) -> tuple[float, float | None]:
+    """(seconds of the first step, compilation included; peak GiB of a later step as if only this variant were on the device).
+
+    before: bytes that were on the device before the variant was built.
+    """
+    first = seconds_of(lambda: step.run(data), device)
+    if device.type != "cuda":
+        step.run(data)
+        return first, None
+    own = torch.cuda.memory_allocated(device) - before
+    torch.cuda.reset_peak_memory_stats(device)
+    start = torch.cuda.memory_allocated(device)
+    step.run(data)
+    synchronize(device)
+    return first, (own + torch.cuda.max_memory_allocated(device) - start) / 2**30
+
+
+def time_group(
+    case: Case, variants: dict[str, Ours | Diffusers], device: torch.device, rounds: int, ceilings: Ceilings | None
+) -> dict[str, dict[str, Any]]:
+    results: dict[str, dict[str, Any]] = {}
+    steps: dict[str, Callable[[], Tensor]] = {}
+    for name, variant in variants.items():
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        try:
+            step, data = build(variant, case, device), data_of(variant, case, device)
+            first, peak = warm_up(step, data, device, before)
+        except Exception as e:
+            step = data = None
+            free_keeping_graphs()
+            results[name] = {"failed": failure(e)}
+            continue
+        num_parameters = sum(p.numel() for p in step.model.parameters())
+        steps[name], results[name] = partial(step.run, data), {"first step": first, "peak GiB": peak, "parameters": num_parameters}
+    times = interleaved(steps, device, rounds, budget=0)
+    for name, t in times.items():
+        results[name] |= t.as_dict() | figures(case, variants[name], t.median, device, ceilings, results[name]["parameters"])
+        results[name]["speedup"] = {other: t.speedup(over=times[other]) for other in times if other != name and "diffusers" in other}
+    return results
+
+
+def free_keeping_graphs() -> None:
+    """The graphs of the variants that stay are not thrown away."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def figures(
+    case: Case, variant: Ours | Diffusers, seconds: float, device: torch.device, ceilings: Ceilings | None, num_parameters: int
+) -> dict[str, Any]:
+    args, mode = case.args, checkpoint_mode(variant)
+    model = 3 * args.flops(case.tokens, case.batch)
+    hardware = model + recomputed_flops(ActivationCheckpoint(mode=mode), args, case.tokens, case.batch)
+    found = {"TFLOP/s": model / seconds / 1e12}
+    if (peak := peak_flops(device)) is not None:
+        found |= {"MFU": model / seconds / peak, "HFU": hardware / seconds / peak}
+    if ceilings is not None:
+        parts = roof(args, case.tokens, case.batch, mode, num_parameters, ceilings)
+        found |= {"roof": parts, "T_roof/T": sum(parts.values()) / seconds}
+    return found
+
+
+def checkpoint_mode(variant: Ours | Diffusers) -> str:
+    return variant.checkpoint if isinstance(variant, Ours) else "full" if variant.checkpoint else "none"
+
+
+def step_table(results: dict[str, dict[str, Any]]) -> str:
+    rows = []
+    for name, r in results.items():
+        if "failed" in r:
+            rows.append([name, r["failed"], *[None] * 7])
+            continue
+        shares = [None if (x := r.get(key)) is None else f"{100 * x:.1f} %" for key in ("MFU", "HFU")]
+        speedups = "; ".join(f"{ratio} x {other}" for other, ratio in r["speedup"].items()) or "-"
+        rows.append([name, f"{r['median']:.3f}", f"{r['iqr']:.3f}", r["TFLOP/s"], *shares, r.get("T_roof/T"), r["peak GiB"], speedups])
+    return markdown(["variant", "step, s", "IQR, s", "TFLOP/s", "MFU", "HFU", "T_roof/T", "peak GiB", "speed"], rows)
+
+
+# ---- the program ----
+
+
+def run_case(name: str, given: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    case = CASES[name]
+    groups = (tuple(given.variants),) if given.variants else case.groups
+    chosen = {v: fitted(VARIANTS[v], device, given.toy) for group in groups for v in group}
+    print(f"\n## {name}: {case.args.num_layers} blocks of width {case.args.dim}, {case.batch} x {case.tokens:,} tokens\n", flush=True)
+    with_roof = device.type == "cuda" or given.toy
+    ceilings = measure(case.args, case.tokens, device, given.toy) if with_roof else None
+    if ceilings:
+        print(ceilings.table() + "\n", flush=True)
+    agreement = compare(case, chosen, device)
+    print(comparison_table(agreement) + "\n", flush=True)
+    timed = []
+    for group in groups:
+        timed.append(time_group(case, {v: chosen[v] for v in group}, device, given.rounds, ceilings))
+        print(step_table(timed[-1]) + "\n", flush=True)
+        free()
+    size = {"tokens": case.tokens, "batch": case.batch, "layers": case.args.num_layers, "dim": case.args.dim}
+    return {"case": name, **size, "ceilings": ceilings and ceilings.as_dict(), "agreement": agreement, "groups": timed, "rounds": given.rounds}
+
+
+def main(argv: list[str]) -> None:
+    parser = options(__doc__)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), help="default: the GPU's, or the CPU's")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="default: those of the case; all given are on the device at once")
+    parser.add_argument("--rounds", type=int, default=7)
+    given = parser.parse_args(argv)
+    device = device_of(given)
+    with process_group(device):
+        results = [run_case(name, given, device) for name in given.cases or (("toy",) if given.toy else DEFAULTS[device.type])]
+    if given.json:
+        write_json(given.json, "step", given, environment(device), results)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
