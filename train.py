@@ -25,6 +25,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from titan_video import kernels
 from titan_video.components.checkpoint import CheckpointManager, ModelState, OptimizerState
 from titan_video.components.ema import EmaWeights
+from titan_video.components.encoding import encode_plan, shared_plan
 from titan_video.components.fault_tolerance import NonFiniteGuard, SignalFlag
 from titan_video.components.hf_storage import save_hf
 from titan_video.components.lora import MergedWeights, are_exported, lora_path, save_lora
@@ -41,7 +42,7 @@ from titan_video.config.manager import dump, main_guard, parse_args
 from titan_video.data.batch import Batch
 from titan_video.data.bucket import Batching, Bucket, Work
 from titan_video.data.dataset import Plan, make_plan
-from titan_video.data.latent_cache import CachedClip, LatentCache, cached_clips, encode_missing, split_holdout
+from titan_video.data.latent_cache import CachedClip, LatentCache, split_holdout
 from titan_video.data.loader import LatentLoader
 from titan_video.data.shapes import resolve_path
 from titan_video.distributed.activation_checkpoint import check_save_min_kv, chosen_blocks, recomputed_flops
@@ -51,7 +52,7 @@ from titan_video.distributed.parallel_dims import ParallelDims, check_layout
 from titan_video.distributed.parallelize import parallelize
 from titan_video.distributed.pipeline_parallel import Pipeline, check_microbatches, keep_stages
 from titan_video.distributed.sequence import SequenceShard
-from titan_video.distributed.utils import broadcast_from_zero, clip_grad_norm, gather_objects, init_distributed, reduce_over, set_timeout
+from titan_video.distributed.utils import broadcast_from_zero, clip_grad_norm, init_distributed, reduce_over, set_timeout
 from titan_video.encoders import build_encoders
 from titan_video.flow.matching import FlowMatching, expert_levels
 from titan_video.flow.noise import draw_noise, draw_uniform
@@ -200,9 +201,9 @@ class Trainer:
         given = Path(v.prompts_path).read_text(encoding="utf-8").splitlines() if v.enable and v.prompts_path else []
         given = [line.strip() for line in given if line.strip()]
 
-        clips, held_out = self.encode(c.path, cache_folder, "data_plan.jsonl", given), []
+        clips, held_out = self.encoded(c.path, cache_folder, "data_plan.jsonl", given), []
         if v.enable and v.path:
-            held_out = self.encode(v.path, cache_folder, "validation_plan.jsonl", [])
+            held_out = self.encoded(v.path, cache_folder, "validation_plan.jsonl", [])
         elif v.enable:
             clips, held_out = split_holdout(clips, v.holdout)
             logger.info(f"{len(held_out)} of {len(clips) + len(held_out)} clips are held out for validation")
@@ -225,29 +226,16 @@ class Trainer:
         tokens = token_shape(self.latent_shape(bucket)[1:], self.args.patch).num_tokens
         return Work(tokens, self.args.flops(tokens))
 
-    def encode(self, path: str, cache_folder: Path, plan_name: str, prompts: list[str]) -> list[CachedClip]:
+    def encoded(self, path: str, cache_folder: Path, plan_name: str, prompts: list[str]) -> list[CachedClip]:
         """The clips of `path` that can be trained on, in the cache; what was dropped and why is logged and written to `plan_name`."""
         c = self.config.data
 
         def make() -> Plan:
             plan = make_plan(resolve_path(path, cache_folder), c.buckets, c.fps, c.num_workers, cache_folder)
-            plan = plan.without_stills() if self.conditions.num_given else plan
-            report(plan)
-            plan.require_clips()
-            return plan
+            return plan.without_stills() if self.conditions.num_given else plan
 
-        def report(plan: Plan) -> None:
-            plan.write_jsonl(self.folder / plan_name)
-            logger.info(plan.summary())
-
-        plan = broadcast_from_zero(make, self.host_group)
-        mine = encode_missing(plan, self.encoders, self.cache, self.rank, self.world_size, c.num_workers, logger.info, prompts)
-        failures = {clip: reason for part in gather_objects(mine, self.host_group) for clip, reason in part.items()}
-        if failures:
-            plan = plan.drop(failures)
-            broadcast_from_zero(lambda: report(plan), self.host_group)
-            plan.require_clips()
-        return cached_clips(plan, self.cache)
+        plan = shared_plan(make, self.folder / plan_name, self.host_group)
+        return encode_plan(plan, self.folder / plan_name, self.encoders, self.cache, self.host_group, c.num_workers, prompts)
 
     def load_initial_weights(self) -> None:
         c = self.config.checkpoint

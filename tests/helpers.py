@@ -97,6 +97,12 @@ def run_ranks(fn, world, *args, timeout=120, init=True, env=None, **kwargs):
 # ---- the whole program ----
 
 
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
 def _program(argv, log, env, hook):
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
@@ -121,10 +127,7 @@ class Program:
     """
 
     def __init__(self, argv, folder, world=1, hook=None):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         envs = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)] if world > 1 else [{}]
         self.logs = [f"{folder}/log{rank}" for rank in range(world)]
         for log in self.logs:

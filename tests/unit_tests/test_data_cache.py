@@ -1,4 +1,4 @@
-"""The latent cache: keys, entries, filling it, and what happens to it when killed or damaged."""
+"""The latent cache: keys, shards, filling it over ranks, and what happens to it when killed, damaged or stale."""
 
 import json
 import os
@@ -9,12 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.helpers import context
+from tests.helpers import ROOT, context, free_port
 from tests.unit_tests.data_clips import captioned
-from titan_video.data.dataset import PlanEntry, make_plan
-from titan_video.data.latent_cache import LatentCache, cached_clips, encode_missing, split_holdout
+from titan_video.data import latent_cache
+from titan_video.data.__main__ import main
+from titan_video.data.dataset import PlanEntry, make_plan, read_frames
+from titan_video.data.encode import encode_missing, encode_share, missing_jobs, share
+from titan_video.data.latent_cache import LatentCache, cached_clips, split_holdout
 from titan_video.data.shapes import resolve_path
-from titan_video.data.video import decode
 from titan_video.encoders.debug import DebugEncoders
 
 BUCKETS = [[5, 32, 32]]
@@ -43,12 +45,29 @@ def quiet(_):
     pass
 
 
-def files(cache, kind):
-    return sorted((cache.folder / kind).rglob("*"), key=str) if (cache.folder / kind).exists() else []
-
-
 def entries(cache, kind):
-    return [p for p in files(cache, kind) if p.suffix == ".safetensors"]
+    """Names of the entries of a kind that are on disk."""
+    there = LatentCache(cache.folder, cache.video_id, cache.text_id)
+    return sorted(name for name in there.where if name.startswith(f"{kind}/"))
+
+
+def shards(cache):
+    return sorted((cache.folder / "shards").glob("*")) if cache.folder.exists() else []
+
+
+def contents(cache):
+    """{entry: (its bytes, what its header says)}, over all shards; none is there twice."""
+    found = {}
+    for path in (cache.folder / "shards").glob("*.safetensors"):
+        raw = path.read_bytes()
+        start = 8 + int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8:start])
+        made = header.pop("__metadata__")
+        for name, info in header.items():
+            assert name not in found
+            first, last = info.pop("data_offsets")
+            found[name] = raw[start + first : start + last], info, made[name]
+    return found
 
 
 # ---- keys ----
@@ -88,34 +107,41 @@ def test_content_counts_and_not_names(clips, cache, encoders):
 @pytest.mark.parametrize("num_workers, world", [(0, 1), (2, 1), (0, 3)])
 def test_the_cache_holds_what_the_encoders_give(clips, cache, encoders, num_workers, world):
     plan = make_plan(clips, BUCKETS, 10, num_workers, cache.folder)
-    for rank in range(world):
-        assert encode_missing(plan, encoders, cache, rank, world, num_workers, log=quiet) == {}
     found = cached_clips(plan, cache)
+    jobs = missing_jobs(found, cache, log=quiet)
+    for rank in range(world):
+        other = LatentCache(cache.folder, cache.video_id, cache.text_id)
+        assert encode_share(jobs, encoders, other, rank, world, num_workers, quiet) == {}
+    cache.refresh()
     assert len(found) == 4
     for clip in found:
-        e = next(e for e in plan.kept if e.path == clip.path)
-        frames = decode(e.path, e.pts, e.width, e.height, e.bucket)
-        assert torch.equal(cache.read("video", clip.video_key), encoders.encode_video(frames[None])[0])
+        assert torch.equal(cache.read("video", clip.video_key), encoders.encode_video(read_frames(clip.entry)[None])[0])
         assert torch.equal(cache.read("text", clip.text_key), encoders.encode_text([clip.caption])[0])
     assert cache.read("text", cache.text_key("")).shape == (1, 64)
-    stamps = {p: p.stat().st_mtime_ns for p in entries(cache, "video")}
-    encode_missing(plan, encoders, cache, log=quiet)
-    assert stamps == {p: p.stat().st_mtime_ns for p in entries(cache, "video")}
+    before = [p.name for p in shards(cache)]
+    assert encode_missing(plan, encoders, cache, log=quiet) == {} and [p.name for p in shards(cache)] == before
 
 
-def test_ranks_share_the_work(clips, cache, encoders):
+def test_ranks_share_the_work_by_its_cost(clips, cache):
+    long = replace(make_plan(clips, BUCKETS, 10, 0, cache.folder).kept[0], bucket=(17, 32, 32))
+    jobs = missing_jobs(cached_clips(make_plan(clips, BUCKETS, 10, 0, cache.folder), cache), cache, log=quiet)[1]
+    jobs = [replace(jobs[0], entry=long), *jobs]
+    shares = [share(jobs, rank, 3) for rank in range(3)]
+    assert [len(part) for part in shares] == [1, 2, 2] and sorted(job.keys for part in shares for job in part) == sorted(job.keys for job in jobs)
+
+
+def test_every_caption_of_a_clip_is_encoded(clips, cache, encoders):
     plan = make_plan(clips, BUCKETS, 10, 0, cache.folder)
-    counts = []
-    for rank in range(3):
-        before = len(entries(cache, "video"))
-        encode_missing(plan, encoders, cache, rank, 3, log=quiet)
-        counts.append(len(entries(cache, "video")) - before)
-    assert counts == [2, 1, 1]
+    several = replace(plan, entries=tuple(replace(e, captions=(e.caption, f"more of {e.caption}")) for e in plan.entries))
+    assert encode_missing(several, encoders, cache, log=quiet) == {}
+    for clip in cached_clips(several, cache):
+        assert len(clip.text_keys) == 2
+        for key, caption in zip(clip.text_keys, clip.captions, strict=True):
+            assert torch.equal(cache.read("text", key), encoders.encode_text([caption])[0])
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_clips_that_do_not_decode_are_reported(clips, cache, encoders, num_workers):
-    plan = make_plan(clips, BUCKETS, 10, 0, cache.folder)
     (clips / "copy.mp4").write_bytes((clips / "b.mp4").read_bytes())
     (clips / "copy.txt").write_text("a copy")
     plan = make_plan(clips, BUCKETS, 10, 0, cache.folder)
@@ -135,93 +161,181 @@ def test_latents_that_are_not_finite_are_refused(clips, cache, encoders):
         plan.drop(failures).require_clips()
 
 
-def encode_shapes(folder):
-    encoders = DebugEncoders(16)
-    plan = make_plan(resolve_path("embedded:shapes-48", folder), [[17, 64, 64]], 8, 0, folder)
-    encode_missing(plan, encoders, LatentCache(folder, encoders.video_id(), encoders.text_id()), log=quiet)
+def test_stale_entries_are_named_with_the_reason(clips, cache, encoders, monkeypatch):
+    def told(fps=10, other=cache):
+        lines = []
+        missing_jobs(cached_clips(make_plan(clips, BUCKETS, fps, 0, cache.folder), other), other, log=lines.append)
+        return "\n".join(lines)
+
+    assert told() == ""
+    encode_missing(make_plan(clips, BUCKETS, 10, 0, cache.folder), encoders, cache, log=quiet)
+    assert told() == ""
+    assert "4 stale entries are refused, and encoded anew: video: data.fps was 10, is 5, frames was" in told(5)
+    another = LatentCache(cache.folder, "another vae", cache.text_id)
+    assert f"4 stale entries are refused, and encoded anew: video: encoder was {cache.video_id}, is another vae" in told(10, another)
+    monkeypatch.setattr(latent_cache, "CODE_VERSION", 99)
+    assert "code version was" in told() and "is 99" in told()
+
+
+def encode_shapes(folder, rank=0, port=0, per_shard=1000):
+    """`python -m titan_video.data encode` on generated clips, as rank `rank` of two, or alone without a port."""
+    latent_cache.SHARD_ENTRIES = per_shard
+    if port:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    options = {"job.dump_folder": folder / "run", "data.cache_folder": folder, "data.path": folder.parent / "clips", "data.buckets": "[[5, 64, 64]]"}
+    main(["encode", str(ROOT / "train_configs" / "debug.toml"), *(word for key, value in options.items() for word in (f"--{key}", str(value)))])
+
+
+def killed_again_and_again(tmp_path, kills, seed):
+    """The cache of two ranks that are killed at random moments is that of one uninterrupted process, byte for byte per entry."""
+    resolve_path("embedded:shapes-12", tmp_path / "made")
+    (tmp_path / "clips").symlink_to(tmp_path / "made" / "shapes-12")
+    encode_shapes(tmp_path / "whole")
+    cache, rng, partial = LatentCache(tmp_path / "killed", "debug-video-1", "debug-text-1-64-16"), random.Random(seed), 0
+    for kill in range(kills + 1):
+        if len(contents(cache)) == 25 and kill < kills:  # begin again with a part, so that there is something to interrupt
+            for path in rng.sample(shards(cache), len(shards(cache)) * 2 // 3):
+                path.unlink()
+        port = free_port()
+        ranks = [context().Process(target=encode_shapes, args=(tmp_path / "killed", rank, port, 2)) for rank in range(2)]
+        for p in ranks:
+            p.start()
+        if kill < kills:
+            target, deadline = len(shards(cache)) + rng.randint(0, 2), time.monotonic() + 60
+            while len(shards(cache)) <= target and all(p.is_alive() for p in ranks) and time.monotonic() < deadline:
+                time.sleep(0.0005)
+            time.sleep(rng.uniform(0, 0.01))
+            for p in ranks:
+                p.kill()
+        for p in ranks:
+            p.join()
+        partial += 0 < len(contents(cache)) < 25
+    assert partial and [p.exitcode for p in ranks] == [0, 0]
+    expected = contents(LatentCache(tmp_path / "whole", "", ""))
+    assert len(expected) == 25 and contents(cache) == expected
+    return cache
 
 
 def test_killed_while_encoding(tmp_path):
-    """kill -9 at random moments: no entry is ever half written, and the next start finishes."""
-    resolve_path("embedded:shapes-48", tmp_path)
-    encoders = DebugEncoders(16)
-    cache, rng = LatentCache(tmp_path, encoders.video_id(), encoders.text_id()), random.Random(0)
-    counts = []
-    for _ in range(3):
-        process = context().Process(target=encode_shapes, args=(tmp_path,))
-        process.start()
-        target, deadline = len(entries(cache, "video")) + rng.randint(2, 10), time.monotonic() + 60
-        while len(entries(cache, "video")) < target and process.is_alive() and time.monotonic() < deadline:
-            time.sleep(0.002)
-        process.kill()
-        process.join()
-        counts.append(len(entries(cache, "video")))
-    assert 0 < counts[0] < counts[1] < counts[2] < 48
-    for path in entries(cache, "video"):
-        assert cache.read("video", path.stem).shape == (16, 5, 8, 8)
-    (entries(cache, "video")[0].parent / ".rest.safetensors.1.tmp").write_bytes(b"half")
-    encode_shapes(tmp_path)
-    assert len(entries(cache, "video")) == 48 and len(entries(cache, "text")) == 49
+    """kill -9 at random moments: no entry is lost, half written or there twice, and the next start finishes."""
+    cache = killed_again_and_again(tmp_path, 2, 0)
+    leftover = cache.folder / "shards" / ".rest.safetensors.host.1.tmp"
+    leftover.write_bytes(b"half")
+    cache.remove_leftovers()
+    assert leftover.exists()  # it may be another run's, which is writing it
+    os.utime(leftover, (0, 0))
+    cache.remove_leftovers()
+    assert not leftover.exists()
 
 
-# ---- entries ----
+@pytest.mark.slow
+def test_killed_fifty_times(tmp_path):
+    killed_again_and_again(tmp_path, 50, 1)
+
+
+# ---- entries and shards ----
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_entries_keep_type_and_tell_their_origin(cache, dtype):
     tensor = torch.randn(3, 4).to(dtype)
-    cache.write("text", "ab" * 32, tensor, {"caption": "an é"})
-    again = cache.read("text", "ab" * 32)
+    cache.write("text", "ab" * 32, tensor, {"of": "an é"})
+    assert torch.equal(cache.read("text", "ab" * 32), tensor) and not shards(cache)  # it waits
+    cache.flush()
+    again = LatentCache(cache.folder, cache.video_id, cache.text_id).read("text", "ab" * 32)
     assert again.dtype == dtype and torch.equal(again, tensor)
-    raw = cache.path("text", "ab" * 32).read_bytes()
-    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
-    assert header["caption"] == "an é" and header["encoder"] == cache.text_id and header["shape"] == "[3, 4]"
-    assert [p.name for p in files(cache, "text")][-1] == "ab" * 32 + ".safetensors"
+    made = json.loads(contents(cache)["text/" + "ab" * 32][2])
+    assert made["of"] == "an é" and made["encoder"] == cache.text_id
 
 
-def test_an_entry_appears_whole_and_synced(cache, monkeypatch):
-    path, calls = cache.path("text", "ab" * 32), []
+def test_a_shard_is_written_when_full_or_old(cache, monkeypatch):
+    monkeypatch.setattr(latent_cache, "SHARD_BYTES", 1000)
+    write = lambda n: cache.write("text", f"{n:064x}", torch.full((100,), float(n)), {})
+    write(0), write(1)
+    assert not shards(cache)
+    write(2)
+    assert len(shards(cache)) == 1 and not cache.waiting
+    write(3)
+    monkeypatch.setattr(latent_cache, "SHARD_SECONDS", 0)
+    write(4)
+    assert len(shards(cache)) == 2 and [cache.read("text", f"{n:064x}")[0].item() for n in range(5)] == [0, 1, 2, 3, 4]
+
+
+def test_no_entry_is_written_twice(cache):
+    other = LatentCache(cache.folder, cache.video_id, cache.text_id)
+    for n, c in ((1, cache), (1, other), (2, other)):
+        c.write("text", f"{n:064x}", torch.ones(n), {})
+    cache.flush(), other.flush()
+    assert len(contents(cache)) == 2 and len(shards(cache)) == 2
+
+
+def test_a_shard_appears_whole_and_synced(cache, monkeypatch):
+    calls, there = [], lambda: bool(list(cache.folder.glob("shards/*.safetensors")))
     sync, rename = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: calls.append(("sync", path.exists())) or sync(fd))
-    monkeypatch.setattr(os, "replace", lambda a, b: calls.append(("rename", path.exists())) or rename(a, b))
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append(("sync", there())) or sync(fd))
+    monkeypatch.setattr(os, "replace", lambda a, b: calls.append(("rename", there())) or rename(a, b))
     cache.write("text", "ab" * 32, torch.zeros(3), {})
-    assert calls == [("sync", False), ("rename", False)] and path.exists()
+    cache.flush()
+    assert calls == [("sync", False), ("rename", False), ("sync", True)]
     monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
+    cache.write("text", "cd" * 32, torch.zeros(3), {})
     with pytest.raises(OSError, match="disk full"):
-        cache.write("text", "cd" * 32, torch.zeros(3), {})
-    assert [p for p in files(cache, "text") if p.is_file()] == [path]
+        cache.flush()
+    assert len(shards(cache)) == 1
+
+
+def test_the_manifest_repeats_the_shards(cache):
+    for n in range(3):
+        cache.write("text", f"{n:064x}", torch.ones(n + 1), {})
+        cache.flush()
+    assert cache.write_manifest() == {"text": 3}
+    again = LatentCache(cache.folder, cache.video_id, cache.text_id)
+    assert again.where == cache.where and not again._headers  # no shard was opened
+    shards(cache)[0].unlink()
+    cache.folder.joinpath("shards", "new.safetensors").write_bytes(shards(cache)[-1].read_bytes())
+    later = LatentCache(cache.folder, cache.video_id, cache.text_id)
+    assert len(later.where) == 2 and len(later.shards) == 3
+    (cache.folder / "manifest.jsonl").write_text('{"shard": 1}\nnonsense')
+    assert LatentCache(cache.folder, cache.video_id, cache.text_id).where == later.where
 
 
 def test_damaged_entries_are_named(cache):
-    key, rng = "ab" * 32, random.Random(0)
-    cache.write("video", key, torch.randn(16, 2, 4, 4), {"source": "x.mp4"})
-    path = cache.path("video", key)
+    keys, rng = ["ab" * 32, "cd" * 32], random.Random(0)
+    for key in keys:
+        cache.write("video", key, torch.randn(16, 2, 4, 4), {"source": "x.mp4"})
+    cache.flush()
+    (path,) = shards(cache)
     data = path.read_bytes()
     for trial in range(60):
         broken = bytearray(data)
         if trial < 40:
-            at = rng.randrange(len(data) - 16 * 2 * 4 * 4 * 4, len(data))
+            at = rng.randrange(len(data) - 2 * 16 * 2 * 4 * 4 * 4, len(data))
             broken[at] ^= 1 << rng.randrange(8)
         else:
             del broken[rng.randrange(len(data)) :]
         path.write_bytes(bytes(broken))
         with pytest.raises(ValueError, match="delete this file") as e:
-            cache.read("video", key)
+            there = LatentCache(cache.folder, cache.video_id, cache.text_id)
+            for key in keys:
+                there.read("video", key)
         assert str(path) in str(e.value)
+    there = LatentCache(cache.folder, cache.video_id, cache.text_id) if path.write_bytes(data) else None
     path.unlink()
+    there._headers.clear()
     with pytest.raises(ValueError, match="cannot be read"):
-        cache.read("video", key)
+        there.read("video", keys[0])
+    with pytest.raises(ValueError, match="holds no video/ef"):
+        there.read("video", "ef" * 32)
 
 
-def test_an_entry_under_a_wrong_name_is_refused(cache):
+def test_an_entry_of_another_encoder_or_version_is_refused(cache, monkeypatch):
     cache.write("video", "ab" * 32, torch.zeros(2), {})
-    target = cache.path("video", "cd" * 32)
-    target.parent.mkdir(parents=True)
-    target.write_bytes(cache.path("video", "ab" * 32).read_bytes())
-    with pytest.raises(ValueError, match="does not match"):
-        cache.read("video", "cd" * 32)
-    with pytest.raises(ValueError, match="does not match"):
-        LatentCache(cache.folder, "another encoder", "t").read("video", "ab" * 32)
+    cache.flush()
+    with pytest.raises(ValueError, match="is stale: its encoder was debug-video-1, is another"):
+        LatentCache(cache.folder, "another", "t").read("video", "ab" * 32)
+    monkeypatch.setattr(latent_cache, "CODE_VERSION", 99)
+    with pytest.raises(ValueError, match="is stale: its code version was"):
+        cache.read("video", "ab" * 32)
 
 
 # ---- held-out clips ----

@@ -12,7 +12,8 @@ from titan_video.data import __main__ as command
 from titan_video.data import loader as loader_module
 from titan_video.data.bucket import Batching, Work
 from titan_video.data.dataset import make_plan
-from titan_video.data.latent_cache import LatentCache, cached_clips, encode_missing
+from titan_video.data.encode import encode_missing
+from titan_video.data.latent_cache import LatentCache, cached_clips
 from titan_video.data.loader import EntryReader, LatentLoader
 from titan_video.encoders.debug import DebugEncoders
 from titan_video.flow.noise import drop_caption
@@ -189,10 +190,11 @@ def test_commands(tmp_path, capsys):
     command.main(["plan", file])
     assert "16 found, 16 kept, 0 dropped" in capsys.readouterr().out
     assert len((tmp_path / "out" / "data_plan.jsonl").read_text().splitlines()) == 16
-    assert not (tmp_path / "out" / "cache" / "video").exists()
+    assert not (tmp_path / "out" / "cache" / "shards").exists()
     command.main(["encode", file])
     assert "16 clips in" in capsys.readouterr().out
-    assert len(list((tmp_path / "out" / "cache" / "video").rglob("*.safetensors"))) == 16
+    (made,) = [json.loads(line) for line in (tmp_path / "out" / "cache" / "manifest.jsonl").read_text().splitlines() if "video/" in line]
+    assert len(made["entries"]) == 16
 
 
 def test_commands_end_with_a_message(tmp_path, capsys):

@@ -1,19 +1,27 @@
-"""`python -m titan_video.data plan|encode CONFIG.toml [--section.field value ...]`: look at the data of a run, or encode it beforehand."""
+"""`python -m titan_video.data plan|encode CONFIG.toml [--section.field value ...]`: look at the data of a run, or encode it beforehand.
+
+`encode` also runs under torchrun: `torchrun --nproc_per_node 8 -m titan_video.data encode CONFIG.toml`.
+"""
 
 import logging
+import os
 import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
+from titan_video.components.encoding import encode_plan
 from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import main_guard, parse_args
 from titan_video.data.dataset import Plan, make_plan
-from titan_video.data.latent_cache import LatentCache, cached_clips, encode_missing
+from titan_video.data.latent_cache import LatentCache
 from titan_video.data.shapes import resolve_path
+from titan_video.distributed.utils import broadcast_from_zero, init_distributed
 from titan_video.encoders import build_encoders
 from titan_video.flow.conditions import Conditions
 from titan_video.models import get_args, get_spec
+from titan_video.tools.device import get_device
 
 USAGE = "usage: python -m titan_video.data plan|encode CONFIG.toml [--section.field VALUE] ..."
 
@@ -36,25 +44,26 @@ def plan(config: JobConfig) -> tuple[Plan, Path]:
 
 
 def encode(config: JobConfig) -> None:
-    """Fill the latent cache; a later run with the same sections [data] and [encoder] and the same model finds everything there."""
-    made, cache_folder = plan(config)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoders = build_encoders(config.encoder, config.model.hf_assets_path, device)
-    given = conditions(config)
-    cache = LatentCache(cache_folder, encoders.video_id(), encoders.text_id(), encoders.image_id() if given.image_tokens else "", given)
-    failures = encode_missing(made, encoders, cache, num_workers=config.data.num_workers)
-    made = made.drop(failures)
-    made.require_clips()
-    if failures:
-        made.write_jsonl(Path(config.job.dump_folder) / "data_plan.jsonl")
-        print(made.summary())
-    print(f"{len(cached_clips(made, cache))} clips in {cache_folder}")
+    """Fill the latent cache with all ranks; a later run with the same sections [data] and [encoder] and the same model finds everything there."""
+    init_distributed(torch.device("cpu"), timeout_seconds=24 * 3600)  # an idle rank waits for the others' encoding
+    try:
+        made, cache_folder = broadcast_from_zero(lambda: plan(config))
+        encoders = build_encoders(config.encoder, config.model.hf_assets_path, get_device(int(os.environ.get("LOCAL_RANK", 0))))
+        given = conditions(config)
+        ids = broadcast_from_zero(lambda: (encoders.video_id(), encoders.text_id(), encoders.image_id() if given.image_tokens else ""))
+        cache = LatentCache(cache_folder, *ids, given)
+        clips = encode_plan(made, Path(config.job.dump_folder) / "data_plan.jsonl", encoders, cache, None, config.data.num_workers)
+        if dist.get_rank() == 0:
+            print(f"{len(clips)} clips in {cache_folder}")
+    finally:
+        dist.destroy_process_group()
 
 
 def main(argv: list[str]) -> None:
     if len(argv) < 2 or argv[0] not in ("plan", "encode") or argv[1].startswith("--"):
         sys.exit(USAGE)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    who = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+    logging.basicConfig(level=logging.INFO, format=f"{who}%(message)s")
     with main_guard():
         config = parse_args(["--job.config_file", argv[1], *argv[2:]])
     try:

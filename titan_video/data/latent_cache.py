@@ -1,14 +1,17 @@
 """Latents and text embeddings on disk, keyed by content, so that a change of clip, transform, encoder or code is another entry.
 
-    <folder>/video/ab/cd/abcd....safetensors   latents_CFHW, float32
-    <folder>/text/ef/01/ef01....safetensors    text_LD, the encoder's type, unpadded
-    <folder>/pooled/                           the vector of the same text, under the same key
-    <folder>/given/, <folder>/image/           latents and image tokens of a clip's given frames (encoders/given.py)
+    <folder>/shards/*.safetensors    many entries each, under the names kind/key:
+        video     latents_CFHW, float32
+        text      text_LD, the encoder's type, unpadded
+        pooled    the vector of the same text, under the same key
+        given     latents of a clip's given frames, image: their image tokens (encoders/given.py)
+    <folder>/manifest.jsonl          a line for each shard with what it holds, so that a start need not open them all
 
-Which of the last three there are depends on what the model is given (flow/conditions.py).
+Which of the last three kinds there are depends on what the model is given (flow/conditions.py).
 
-An entry is written under a temporary name, synced and renamed: it is whole or not there, whatever is killed when. What it was made from
-stands in its header, with a checksum that every read verifies.
+What is written waits in memory until a shard is full or a minute old. A shard is written under a temporary name, synced, renamed and never
+changed: killed at any moment, a writer leaves whole entries and loses at most those that waited. The shards are the truth, the manifest a
+copy of their names. What an entry was made from stands in its shard's header, with a checksum that every read verifies.
 """
 
 import hashlib
@@ -17,25 +20,26 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from titan_video.data.bucket import Bucket
-from titan_video.data.dataset import Plan, PlanEntry, read_frames
-from titan_video.data.video import UnusableClip, read_image
-from titan_video.encoders.given import encode_given, encode_images
-from titan_video.encoders.spec import Encoders
+from titan_video.data.dataset import Plan, PlanEntry
 from titan_video.flow.conditions import TEXT_ONLY, Conditions
 
 CODE_VERSION = 2  # raise it when decoding, resizing or cropping gives other pixels
-TEXTS_AT_ONCE = 8
-LOG_EVERY = 15.0  # seconds
-BLACK = (336, 336)  # the image of a text without one
+FORMAT = "titan-video cache 2"
+SHARD_BYTES, SHARD_ENTRIES, SHARD_SECONDS = 256 << 20, 4096, 60.0
+HEADERS_KEPT = 64
+LEFTOVER_SECONDS = 600  # no write of a shard takes so long
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DAMAGES = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError)  # what a damaged file makes of its reader
 
 
 def _hash(*parts: object) -> str:
@@ -47,6 +51,14 @@ class LatentCache:
 
     def __init__(self, folder: str | os.PathLike, video_id: str, text_id: str, image_id: str = "", conditions: Conditions = TEXT_ONLY):
         self.folder, self.video_id, self.text_id, self.image_id, self.conditions = Path(folder), video_id, text_id, image_id, conditions
+        self.shards: dict[str, int] = {}  # size in bytes
+        self.where: dict[str, str] = {}  # entry -> shard
+        self.waiting: dict[str, tuple[Tensor, dict[str, str]]] = {}
+        self.oldest = 0.0
+        self._headers: OrderedDict[str, tuple[dict[str, Any], int]] = OrderedDict()
+        self.refresh()
+
+    # ---- keys ----
 
     def video_key(self, content: str) -> str:
         """content: of a plan's entry."""
@@ -71,89 +83,221 @@ class LatentCache:
             keys["image"] = _hash("image", self.given_frames(entry), c.num_given, self.image_id)
         return keys
 
-    def clip_text_key(self, entry: PlanEntry) -> str:
-        return self.text_key(entry.caption, self.given_frames(entry) if self.conditions.text_image_tokens else "")
+    def clip_text_keys(self, entry: PlanEntry) -> tuple[str, ...]:
+        """Of each of a clip's captions."""
+        given = self.given_frames(entry) if self.conditions.text_image_tokens else ""
+        return tuple(self.text_key(caption, given) for caption in entry.captions)
 
     @property
     def text_kinds(self) -> tuple[str, ...]:
         return ("text", "pooled") if self.conditions.pooled_text else ("text",)
 
-    def path(self, kind: str, key: str) -> Path:
-        return self.folder / kind / key[:2] / key[2:4] / f"{key}.safetensors"
+    def encoder(self, kind: str) -> str:
+        """Identity of the encoder that makes entries of a kind."""
+        return {"video": self.video_id, "given": self.video_id, "text": self.text_id, "pooled": self.text_id, "image": self.image_id}[kind]
+
+    # ---- entries ----
 
     def has(self, kind: str, key: str) -> bool:
-        return self.path(kind, key).is_file()
+        """Whether the entry was there at the last `refresh`, or was written since by this object."""
+        name = f"{kind}/{key}"
+        return name in self.where or name in self.waiting
+
+    def refresh(self) -> None:
+        """Find what others have written."""
+        listed = {} if self.shards else self._read_manifest()
+        for path in sorted((self.folder / "shards").glob("*.safetensors")):
+            if path.name in self.shards:
+                continue
+            size = path.stat().st_size
+            names = listed.get((path.name, size)) or [name for name in self._header(path.name)[0] if name != "__metadata__"]
+            self.shards[path.name] = size
+            for name in names:
+                self.where.setdefault(name, path.name)
 
     def write(self, kind: str, key: str, tensor: Tensor, made_from: Mapping[str, str]) -> None:
-        """Store one tensor of a kind. made_from: what a person should find in the header (source, caption)."""
+        """Store one tensor of a kind; `flush` makes it last. made_from: what a person should find in the header, and `explain` compares."""
+        data = tensor.detach().cpu().contiguous()
+        self.oldest = self.oldest if self.waiting else time.monotonic()
+        made = {**made_from, "encoder": self.encoder(kind), "code version": str(CODE_VERSION), "crc32": _crc32(data)}
+        self.waiting[f"{kind}/{key}"] = data, made
+        is_full = len(self.waiting) >= SHARD_ENTRIES or sum(t.nbytes for t, _ in self.waiting.values()) >= SHARD_BYTES
+        if is_full or time.monotonic() - self.oldest > SHARD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the shard of what waits, but for what another process has written meanwhile."""
         from safetensors.torch import save
 
-        data = tensor.detach().cpu().contiguous()
-        identity = {"format": "titan-video cache 1", "kind": kind, "key": key, "encoder": self._encoder(kind), "code_version": str(CODE_VERSION)}
-        header = {**made_from, **identity, "shape": json.dumps(list(data.shape)), "crc32": _crc32(data)}
-        path = self.path(kind, key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as f:
-                f.write(save({kind: data}, metadata=header))
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        if not self.waiting:
+            return
+        self.refresh()
+        fresh = {name: self.waiting[name] for name in sorted(self.waiting) if name not in self.where}
+        self.waiting = {}
+        if not fresh:
+            return
+        path = self.folder / "shards" / f"{_hash(list(fresh))[:32]}.safetensors"
+        header = {name: json.dumps(made, ensure_ascii=False, sort_keys=True) for name, (_, made) in fresh.items()}
+        _write_whole(path, save({name: tensor for name, (tensor, _) in fresh.items()}, metadata={"format": FORMAT, **header}))
+        self.shards[path.name] = path.stat().st_size
+        self.where.update(dict.fromkeys(fresh, path.name))
 
     def read(self, kind: str, key: str) -> Tensor:
-        """The tensor of an entry. Raises ValueError, naming the file, when it is missing, damaged or not what its name says."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
-        path = self.path(kind, key)
+        """The tensor of an entry. Raises ValueError, naming the file, when it is missing, damaged, stale or not what its name says."""
+        name = f"{kind}/{key}"
+        if name in self.waiting:
+            return self.waiting[name][0]
+        if name not in self.where:
+            raise ValueError(f"{self.folder}: the cache holds no {name}; start again with the same [data] to encode it")
+        path = self.folder / "shards" / self.where[name]
         try:
-            raw = path.read_bytes()
+            header, start = self._header(path.name)
+            first, last = header[name]["data_offsets"]
+            with open(path, "rb") as f:
+                f.seek(start + first)
+                raw = f.read(last - first)
+            tensor = torch.frombuffer(bytearray(raw), dtype=DTYPES[header[name]["dtype"]]).view(header[name]["shape"])
+            made = json.loads(header["__metadata__"][name])
+            stated = {what: made[what] for what in ("encoder", "code version", "crc32")}
         except OSError as e:
-            raise ValueError(f"{path}: cannot be read ({e.strerror}); start again with the same data.path to encode it anew") from e
-        try:
-            header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
-            tensor = load(raw)[kind]
-            stated = (header["kind"], header["key"], header["encoder"], header["shape"], header["crc32"])
-        except (ValueError, KeyError, TypeError, OverflowError, SafetensorError) as e:
-            raise ValueError(f"{path}: damaged cache entry ({type(e).__name__}); delete this file and start again") from e
-        if stated != (kind, key, self._encoder(kind), json.dumps(list(tensor.shape)), _crc32(tensor)):
-            raise ValueError(f"{path}: the content of this cache entry does not match its header; delete this file and start again")
+            raise ValueError(f"{path}: cannot be read ({e.strerror}); start again with the same [data] to encode what it held") from e
+        except DAMAGES as e:
+            raise ValueError(f"{path}: {name} is damaged ({type(e).__name__}); delete this file and start again") from e
+        if stated["crc32"] != _crc32(tensor):
+            raise ValueError(f"{path}: {name} is damaged (its checksum differs); delete this file and start again")
+        for what, now in (("encoder", self.encoder(kind)), ("code version", str(CODE_VERSION))):
+            if stated[what] != now:
+                raise ValueError(f"{path}: {name} is stale: its {what} was {stated[what]}, is {now}; delete this file and start again")
         return tensor
 
-    def _encoder(self, kind: str) -> str:
-        return {"video": self.video_id, "given": self.video_id, "text": self.text_id, "pooled": self.text_id, "image": self.image_id}[kind]
+    def _header(self, shard: str) -> tuple[dict[str, Any], int]:
+        """A shard's safetensors header, and where its data begins. Raises ValueError for a damaged file, OSError for none."""
+        if shard not in self._headers:
+            path = self.folder / "shards" / shard
+            try:
+                with open(path, "rb") as f:
+                    length = int.from_bytes(f.read(8), "little")
+                    if length > path.stat().st_size:
+                        raise ValueError("its header is longer than the file")
+                    header = json.loads(f.read(length))
+                if header["__metadata__"]["format"] != FORMAT:
+                    raise ValueError("it has another format")
+            except DAMAGES as e:
+                raise ValueError(f"{path}: is no shard of a cache ({type(e).__name__}: {e}); delete this file and start again") from e
+            self._headers[shard] = header, 8 + length
+            if len(self._headers) > HEADERS_KEPT:
+                self._headers.popitem(last=False)
+        return self._headers[shard]
+
+    # ---- manifest, leftovers, what is stale ----
+
+    def write_manifest(self) -> Counter[str]:
+        """Write what each shard holds; return the number of entries by kind. For one process, when all have written."""
+        names: dict[str, list[str]] = defaultdict(list)
+        for name, shard in self.where.items():
+            names[shard].append(name)
+        rows = [{"shard": shard, "bytes": self.shards[shard], "entries": sorted(names[shard])} for shard in sorted(self.shards)]
+        _write_whole(self.folder / "manifest.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+        return Counter(name.partition("/")[0] for name in self.where)
+
+    def _read_manifest(self) -> dict[tuple[str, int], list[str]]:
+        try:
+            rows = [json.loads(line) for line in (self.folder / "manifest.jsonl").read_text().splitlines()]
+            return {(row["shard"], row["bytes"]): row["entries"] for row in rows}
+        except (OSError, *DAMAGES):  # none, or not ours: the shards tell the same
+            return {}
+
+    def remove_leftovers(self) -> None:
+        """Delete what writers that were killed have left. For one process, before encoding."""
+        for path in self.folder.glob("shards/.*.tmp"):
+            if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
+                path.unlink(missing_ok=True)
+
+    def explain(self, missing: Iterable[tuple[str, Mapping[str, str]]], wanted: Container[str]) -> Counter[str]:
+        """Why what is there of the same origin ("of" in made_from) cannot serve for these, (kind, made_from): {reason: how many}.
+
+        wanted: entries that are in use, so not stale.
+        """
+        there: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
+        for shard in self.shards:
+            header = self._header(shard)[0]
+            for name in (name for name in header if name != "__metadata__" and name not in wanted):
+                made = json.loads(header["__metadata__"][name])
+                there[name.partition("/")[0], made.get("of", "")].append(made)
+        reasons: Counter[str] = Counter()
+        for kind, made_from in missing:
+            now = {**made_from, "encoder": self.encoder(kind), "code version": str(CODE_VERSION)}
+            compared = [what for what in now if what not in ("of", "source", "caption", "given")]
+            changes = [[f"{what} was {old.get(what)}, is {now[what]}" for what in compared if old.get(what) != now[what]]
+                       for old in there.get((kind, made_from["of"]), ())]  # fmt: skip
+            if changes:
+                reasons[f"{kind}: {', '.join(min(changes, key=len))}"] += 1
+        return reasons
 
 
 def _crc32(tensor: Tensor) -> str:
-    return f"{zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy()):08x}"
+    data = tensor.contiguous().flatten().view(torch.uint8).numpy()
+    return f"{zlib.crc32(data, zlib.crc32(f'{tensor.dtype} {list(tensor.shape)}'.encode())):08x}"
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """The file appears whole, and lasts, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def leave_process_group(worker: int) -> None:
+    """For DataLoader workers. Schedulers signal whole process groups; a worker that died of it would take down the trainer before it could save."""
+    os.setpgid(0, 0)
+
+
+# ---- clips, by their keys ----
 
 
 @dataclass(frozen=True)
 class CachedClip:
-    """A clip whose latents and caption are in the cache. given_key, image_key: of what the model is given of it; "": nothing.
-    repeats: how often an epoch holds it."""
+    """A clip by the keys of its entries. given_key, image_key: of what the model is given of it; "": nothing. text_keys: of `captions`.
+    repeats: how often an epoch holds it. entry: what it is made of."""
 
     video_key: str
-    text_key: str
+    text_keys: tuple[str, ...]
     bucket: Bucket
-    caption: str
+    captions: tuple[str, ...]
     path: str
     given_key: str = ""
     image_key: str = ""
     repeats: int = 1
+    entry: PlanEntry | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def text_key(self) -> str:
+        return self.text_keys[0]
+
+    @property
+    def caption(self) -> str:
+        return self.captions[0]
 
 
 def cached_clips(plan: Plan, cache: LatentCache, failures: Mapping[str, str] | None = None) -> list[CachedClip]:
     """The kept clips without the failures {path: reason}, ordered by content: not by folder, file name or machine."""
     clips = []
     for e in plan.drop(failures or {}).kept:
-        keys = cache.video_keys(e)
-        text_key = cache.clip_text_key(e)
-        clips.append(CachedClip(keys["video"], text_key, e.bucket, e.caption, e.path, keys.get("given", ""), keys.get("image", ""), e.repeats))
-    return sorted(clips, key=lambda c: (c.video_key, c.text_key, c.path))
+        keys, texts = cache.video_keys(e), cache.clip_text_keys(e)
+        clips.append(CachedClip(keys["video"], texts, e.bucket, e.captions, e.path, keys.get("given", ""), keys.get("image", ""), e.repeats, e))
+    return sorted(clips, key=lambda c: (c.video_key, c.text_keys, c.path))
 
 
 def split_holdout(clips: Sequence[CachedClip], share: float) -> tuple[list[CachedClip], list[CachedClip]]:
@@ -162,130 +306,3 @@ def split_holdout(clips: Sequence[CachedClip], share: float) -> tuple[list[Cache
     by_hash = sorted(range(len(clips)), key=lambda i: (_hash("holdout", clips[i].video_key), i))
     held = set(by_hash[:count])
     return [c for i, c in enumerate(clips) if i not in held], [c for i, c in enumerate(clips) if i in held]
-
-
-# ---- filling the cache ----
-
-
-def leave_process_group(worker: int) -> None:
-    """For DataLoader workers. Schedulers signal whole process groups; a worker that died of it would take down the trainer before it could save."""
-    os.setpgid(0, 0)
-
-
-def given_frames(e: PlanEntry, num_given: int, frames_CFHW: Tensor | None = None) -> Tensor:
-    """The frames that a model is given of a clip, uint8 [3, N, H, W]: its first or its image, and its last. frames: the clip, if decoded already."""
-    if frames_CFHW is None:
-        frames_CFHW = read_frames(e, first_only=num_given == 1)
-    first = read_image(e.image, e.bucket) if e.image else frames_CFHW[:, :1]
-    return torch.cat([first, frames_CFHW[:, -1:]], dim=1) if num_given == 2 else first
-
-
-class _Frames:
-    """Decoded clips with their given frames, or the reason why one cannot be decoded, by index."""
-
-    def __init__(self, entries: list[PlanEntry], num_given: int):
-        self.entries, self.num_given = entries, num_given
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor | None] | str:
-        e = self.entries[index]
-        try:
-            frames_CFHW = read_frames(e)
-            return frames_CFHW, given_frames(e, self.num_given, frames_CFHW) if self.num_given else None
-        except UnusableClip as error:
-            return str(error)
-
-
-def _progress(items: Sequence, what: str, log: Callable[[str], None]) -> Iterator:
-    started = last = time.monotonic()
-    for done, item in enumerate(items):
-        yield item
-        if time.monotonic() - last > LOG_EVERY:
-            last = time.monotonic()
-            log(f"encoded {done + 1} of {len(items)} {what}, {(last - started) / (done + 1) * (len(items) - done - 1):.0f} s to go")
-    if len(items):
-        log(f"encoded {len(items)} {what} in {time.monotonic() - started:.1f} s")
-
-
-def encode_missing(
-    plan: Plan, encoders: Encoders, cache: LatentCache, rank: int = 0, world_size: int = 1, num_workers: int = 0, log: Callable[[str], None] = print,
-    prompts: Sequence[str] = (),
-) -> dict[str, str]:  # fmt: skip
-    """Encode this rank's share of what the cache lacks, captions (with the empty one and `prompts`) and clips; return its failures {path: reason}.
-
-    A share depends on the plan alone, so ranks never meet. Killed and started again, it goes on where it stopped.
-    """
-    failed = _encode_texts(plan, encoders, cache, rank, world_size, log, prompts)
-    failed |= _encode_videos(plan, encoders, cache, rank, world_size, num_workers, log)
-    return failed
-
-
-def _missing(cache: LatentCache, kinds: Iterable[str], key: str) -> bool:
-    return not all(cache.has(kind, key) for kind in kinds)
-
-
-@torch.no_grad()
-def _encode_texts(
-    plan: Plan, encoders: Encoders, cache: LatentCache, rank: int, world_size: int, log: Callable[[str], None], prompts: Sequence[str]
-) -> dict[str, str]:
-    texts: dict[str, tuple[str, PlanEntry | None]] = {cache.text_key(text): (text, None) for text in ["", *prompts]}
-    texts |= {cache.clip_text_key(e): (e.caption, e) for e in plan.kept}
-    mine = [key for key in sorted(texts)[rank::world_size] if _missing(cache, cache.text_kinds, key)]
-    batches = [mine[i : i + TEXTS_AT_ONCE] for i in range(0, len(mine), TEXTS_AT_ONCE)]
-    failed: dict[str, str] = {}
-    image_tokens = cache.conditions.text_image_tokens
-    for keys in _progress(batches, f"batches of {TEXTS_AT_ONCE} captions", log):
-        images: dict[str, Tensor] = {}
-        for key in keys if image_tokens else ():
-            entry = texts[key][1]
-            try:
-                images[key] = torch.zeros(3, *BLACK, dtype=torch.uint8) if entry is None else given_frames(entry, 1)[:, 0]
-            except UnusableClip as error:
-                failed[key] = str(error)
-        keys = [key for key in keys if key not in failed]
-        captions = [texts[key][0] for key in keys]
-        options = {"images": [images[key] for key in keys], "image_tokens": image_tokens} if image_tokens else {}
-        made = {"text": encoders.encode_text(captions, **options)}
-        if cache.conditions.pooled_text:
-            made["pooled"] = encoders.encode_pooled(captions)
-        for kind, tensors in made.items():
-            for key, caption, tensor in zip(keys, captions, tensors, strict=True):
-                cache.write(kind, key, tensor, {"caption": caption})
-    if mine:
-        encoders.free()  # the text encoder is the larger half
-    return {e.path: failed[key] for e in plan.kept if (key := cache.clip_text_key(e)) in failed}
-
-
-@torch.no_grad()
-def _encode_videos(
-    plan: Plan, encoders: Encoders, cache: LatentCache, rank: int, world_size: int, num_workers: int, log: Callable[[str], None]
-) -> dict[str, str]:
-    clips = {tuple(cache.video_keys(e).items()): e for e in plan.kept}  # copies of a file share their keys
-    jobs = [job for job in sorted(clips)[rank::world_size] if any(not cache.has(kind, key) for kind, key in job)]
-    workers = {"num_workers": min(num_workers, len(jobs)), "worker_init_fn": leave_process_group}
-    loader = DataLoader(_Frames([clips[job] for job in jobs], cache.conditions.num_given), batch_size=None, **workers)
-    failed: dict[tuple, str] = {}
-    frames = iter(loader)
-    for job in _progress(jobs, "clips", log):
-        decoded, entry = next(frames), clips[job]
-        if isinstance(decoded, str):
-            failed[job] = decoded
-            continue
-        frames_CFHW, given_CNHW = decoded
-        make = {
-            "video": lambda: encoders.encode_video(frames_CFHW[None])[0].float(),
-            "given": lambda: encode_given(encoders, cache.conditions, given_CNHW, frames_CFHW.shape[1]),
-            "image": lambda: encode_images(encoders, given_CNHW),
-        }
-        for kind, key in job:
-            if cache.has(kind, key):
-                continue
-            tensor = make[kind]()
-            if not tensor.isfinite().all():
-                failed[job] = "not finite: the encoder gave NaN or infinity for this clip"
-                break
-            cache.write(kind, key, tensor, {"source": entry.path, "given": entry.image, "caption": entry.caption, "fps": str(entry.fps)})
-    named = ((e.path, tuple(cache.video_keys(e).items())) for e in plan.kept)
-    return {path: failed[job] for path, job in named if job in failed}

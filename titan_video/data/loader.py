@@ -67,8 +67,7 @@ class EntryReader:
         for b, text_LD in enumerate(texts):
             length, dim = text_LD.shape
             if length > self.max_text_length or dim != self.text_dim:
-                path = self.cache.path("text", keys[b])
-                raise ValueError(f"{path}: text of {length} x {dim}, the run takes {self.max_text_length} x {self.text_dim}")
+                raise ValueError(f"text/{keys[b]} of the cache has {length} x {dim}, the run takes {self.max_text_length} x {self.text_dim}")
             text_BLD[b, :length] = text_LD
             mask_BL[b, :length] = True
         return text_BLD, mask_BL
