@@ -119,8 +119,8 @@ class MixedOptimizer(torch.optim.Optimizer):
             weight, grad = wide(local_part(p)[rows]), wide(local_part(p.grad)[rows])
             part = {slot: value[rows] for slot, value in state.items()}
             if is_8bit:
-                mean = decode(part["exp_avg"], part["exp_avg_scale"], signed=True)
-                square = decode(part["exp_avg_root"], part["exp_avg_root_scale"], signed=False).square_()
+                mean = decode(part["exp_avg"], part["exp_avg_scale"], signed=True).to(weight.dtype)
+                square = decode(part["exp_avg_root"], part["exp_avg_root_scale"], signed=False).to(weight.dtype).square_()
             else:
                 mean, square = part["exp_avg"], part["exp_avg_sq"]
             mean.lerp_(grad, 1 - beta1)
