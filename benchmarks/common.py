@@ -57,6 +57,11 @@ def environment(device: torch.device) -> dict[str, Any]:
     return found
 
 
+def failure(error: Exception) -> str:
+    """One line of it: what fails is written down, and the rest is measured all the same."""
+    return "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
 def _commit() -> str:
     try:
         run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -204,12 +209,15 @@ def attention_tensors(tokens: int, keys: int, heads: int, head_dim: int, device:
     return q, k, v, grad
 
 
-def halves(
-    forward: Callable[[], Tensor | tuple[Tensor, ...]], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]
-) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def leaves(values: Any) -> tuple[Tensor, ...]:
+    """The tensors among them that carry gradients."""
+    return tuple(v for v in (values if isinstance(values, (tuple, list)) else (values,)) if isinstance(v, Tensor) and v.requires_grad)
+
+
+def halves(forward: Callable[[], Any], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """(forward without a graph, backward alone) as functions to be timed, both warm. grads: of the results."""
     torch._functorch.config.donated_buffer = False  # a compiled backward runs more than once
-    out = forward()
+    out = leaves(forward())
 
     def backward() -> None:
         torch.autograd.grad(out, inputs, grads, retain_graph=True)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import cosine, device_of, environment, interleaved, markdown, options, relative_error, seconds_of, write_json  # noqa: E402
+from benchmarks.common import cosine, device_of, environment, failure, interleaved, markdown, options, relative_error, seconds_of, write_json  # noqa: E402
 from benchmarks.roof import Ceilings, measure, roof  # noqa: E402
 from benchmarks.training import Data, Diffusers, Ours, Step, diffusers_step, make_data, our_step, process_group  # noqa: E402
 from titan_video.config.job_config import ActivationCheckpoint, Compile, JobConfig  # noqa: E402
@@ -112,11 +112,6 @@ def free() -> None:
     torch._dynamo.reset()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def failure(error: Exception) -> str:
-    """One line of it. A variant that fails does not take the others along."""
-    return "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 # ---- do they compute the same ----

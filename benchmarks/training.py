@@ -18,7 +18,7 @@ from benchmarks.common import rand
 from titan_video import kernels
 from titan_video.components.formats import public_names
 from titan_video.components.objective import model_inputs, predict, velocity_loss
-from titan_video.components.optimizer import build_optimizer
+from titan_video.components.optimizer import InBackward, build_optimizer
 from titan_video.config.job_config import JobConfig
 from titan_video.data.batch import Batch
 from titan_video.distributed.parallel_dims import ParallelDims
@@ -26,7 +26,7 @@ from titan_video.distributed.parallelize import parallelize
 from titan_video.distributed.utils import clean_name, clip_grad_norm, init_distributed, seed_of
 from titan_video.flow.matching import NUM_TRAIN_TIMESTEPS, interpolate, velocity
 from titan_video.kernels import attention
-from titan_video.models.layers import token_shape, unpatchify
+from titan_video.models.layers import hold_in, token_shape, unpatchify
 from titan_video.models.wan import SPEC, WanArgs, args_to_hf
 
 MAX_NORM = JobConfig().training.max_norm
@@ -168,11 +168,13 @@ def our_step(variant: Ours, args: WanArgs, device: torch.device) -> Step:
     choose()
     with torch.device("meta"):
         model = SPEC.build(args)
+    hold_in(model, SPEC.plan.fp32, getattr(torch, config.training.dtype))
     meshes = ParallelDims.of(config.parallelism, 1).build_mesh(device.type)
     parallelize(model, SPEC.plan, meshes, config.parallelism, config.training, config.activation_checkpoint, config.compile)
     model.to_empty(device=device)
     fill(model)
-    optimizer = build_optimizer(model, config.optimizer)
+    optimizer = build_optimizer(model, config.optimizer, SPEC.plan.blocks)
+    in_backward = InBackward(optimizer) if config.optimizer.in_backward else None
 
     def forward_backward(data: Data) -> tuple[Tensor, Tensor]:
         choose()
@@ -184,7 +186,9 @@ def our_step(variant: Ours, args: WanArgs, device: torch.device) -> Step:
         return loss.detach(), unpatchify(v_BLP.detach(), token_shape(latents.shape[2:], args.patch), args.patch)
 
     def update() -> None:
-        if config.training.max_norm:
+        if in_backward:
+            in_backward.grad_norm()
+        else:
             clip_grad_norm(model, config.training.max_norm)
         optimizer.step()
         optimizer.zero_grad()

@@ -1,0 +1,161 @@
+"""How much fits on one GPU: the longest clip that Wan 1.3B trains on, and a step of all parameters of Wan 14B at 75,600 tokens.
+
+    python benchmarks/memory.py [--checkpoint full] [--offload] [--seconds 500] [--json FILE]
+    python benchmarks/memory.py --14b --json FILE
+
+Whole steps are run: forward, backward, clipping, AdamW. First at a few lengths, whose peaks lie on a line; then at longer ones, between the longest
+that is known to fit and the shortest that is known not to, by halves, as long as a step is expected to end within the time given. What is predicted
+by the line and was not run is called so. The 14B step: bfloat16 weights with stochastic rounding, 8-bit AdamW in backward, attention kept.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.common import device_of, environment, failure, markdown, options, write_json  # noqa: E402
+from benchmarks.step import free_keeping_graphs  # noqa: E402
+from benchmarks.training import Ours, Step, make_data, our_step, process_group  # noqa: E402
+from titan_video.config.job_config import ActivationCheckpoint, JobConfig, Optimizer, Training  # noqa: E402
+from titan_video.models.wan import SPEC, WanArgs  # noqa: E402
+from titan_video.tools.device import DeviceMemory, synchronize  # noqa: E402
+
+ROWS, COLS = 60, 104  # latents of 480 x 832
+FIRST = (21, 41, 81)  # latent frames of the first lengths; 21 are 81 frames
+FRAMES_A_LATENT, FPS = 4, 16
+STEP = 4  # latent frames by which two lengths differ at least
+FULL_14B = replace(JobConfig(), training=Training(dtype="bfloat16", max_norm=0), optimizer=Optimizer(name="AdamW8bit", in_backward=True))
+
+
+def attempt(step: Step, args: WanArgs, grid: tuple[int, int, int], device: torch.device) -> dict[str, Any]:
+    """One step at this length: peak GiB, seconds and loss, or why it failed."""
+    memory = DeviceMemory(device)
+    free_keeping_graphs()
+    tokens = grid[0] * grid[1] * grid[2] // args.patch_volume
+    found: dict[str, Any] = {"latent frames": grid[0], "tokens": tokens}
+    try:
+        data = make_data(args, grid, 1, device)
+        memory.reset_peak()
+        synchronize(device)
+        start = time.perf_counter()
+        loss = step.run(data).item()
+    except Exception as e:
+        return found | {"failed": failure(e)}
+    finally:
+        for p in step.model.parameters():
+            p.grad = None
+    stats = memory.stats()
+    return found | {"seconds": time.perf_counter() - start, "loss": loss, "peak GiB": stats.max_active_gib, "reserved GiB": stats.max_reserved_gib}
+
+
+def line(points: list[tuple[float, float]]) -> tuple[float, float]:
+    """(slope, offset) of the least squares."""
+    n, sum_x, sum_y = len(points), sum(x for x, _ in points), sum(y for _, y in points)
+    slope = (n * sum(x * y for x, y in points) - sum_x * sum_y) / (n * sum(x * x for x, _ in points) - sum_x**2)
+    return slope, (sum_y - slope * sum_x) / n
+
+
+def longest(fits: Callable[[int], bool | None], low: int, high: int, guess: int, step: int) -> int:
+    """The largest number known to fit, where `low` does, by halves; `guess` is tried first. fits: None where it cannot be tried."""
+    trial = min(max(guess, low + step), high)
+    while high - low >= step:
+        answer = fits(trial)
+        if answer is None:
+            break
+        low, high = (trial, high) if answer else (low, trial)
+        trial = (low + high) // 2
+    return low
+
+
+def longest_clip(
+    args: WanArgs, checkpoint: str, offload: bool, device: torch.device, seconds: float, first: tuple[int, ...], size: tuple[int, int]
+) -> dict[str, Any]:
+    """Runs at the lengths `first` (latent frames, of latents of this size), the line through their peaks, and what the search found."""
+    end = time.perf_counter() + seconds
+    config = replace(JobConfig(), activation_checkpoint=ActivationCheckpoint(offload=offload))
+    step = our_step(Ours(checkpoint, compile=False, config=config), args, device)
+    attempt(step, args, (first[0], *size), device)  # makes the optimizer's state
+    runs = [attempt(step, args, (frames, *size), device) for frames in first]
+    done = [r for r in runs if "failed" not in r]
+    result: dict[str, Any] = {"checkpoint": checkpoint, "offload": offload, "runs": runs}
+    if len(done) < 2:
+        return result
+    slope, offset = line([(r["tokens"], r["peak GiB"]) for r in done])
+    capacity = DeviceMemory(device).capacity / 2**30
+    a_frame = done[0]["tokens"] / done[0]["latent frames"]
+    predicted = int((capacity - offset) / max(slope, 1e-12) / a_frame)
+    result |= {"KiB a token": slope * 2**20, "GiB at no tokens": offset}
+    result |= {"predicted latent frames": predicted, "predicted tokens": round(predicted * a_frame)}
+
+    def fits(frames: int) -> bool | None:
+        known = max((r for r in runs if "failed" not in r), key=lambda r: r["tokens"])
+        expected = known["seconds"] * (frames / known["latent frames"]) ** 2
+        if device.type != "cuda" or time.perf_counter() + expected > end:
+            return None
+        runs.append(attempt(step, args, (frames, *size), device))
+        return "failed" not in runs[-1]
+
+    low = done[-1]["latent frames"]
+    result["longest latent frames"] = found = longest(fits, low, max(int(1.1 * predicted), low + STEP), int(0.95 * predicted), STEP)
+    return result | {"longest tokens": round(found * a_frame)}
+
+
+def full_parameters(args: WanArgs, grid: tuple[int, int, int], device: torch.device, steps: int = 3) -> dict[str, Any]:
+    """Some steps of all parameters in bfloat16."""
+    config = replace(FULL_14B, activation_checkpoint=ActivationCheckpoint(save_min_kv=0 if device.type == "cpu" else 1024))
+    step = our_step(Ours("selective", compile=False, config=config), args, device)
+    size = sum(p.numel() for p in step.model.parameters())
+    return {"parameters": size, "layers": args.num_layers, "runs": [attempt(step, args, grid, device) for _ in range(steps)]}
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    rows = []
+    for r in runs:
+        clip = f"{(r['latent frames'] - 1) * FRAMES_A_LATENT + 1:,}"
+        rest = [r["failed"], None, None, None]
+        if "failed" not in r:
+            rest = [f"{r['peak GiB']:.1f}", f"{r['reserved GiB']:.1f}", r["seconds"], f"{r['loss']:.4f}"]
+        rows.append([clip, f"{r['tokens']:,}", *rest])
+    return markdown(["frames", "tokens", "peak, GiB", "reserved, GiB", "step, s", "loss"], rows)
+
+
+def summary(result: dict[str, Any]) -> str:
+    if "predicted tokens" not in result:
+        return "too few lengths ran to say more"
+    seconds = (result["predicted latent frames"] - 1) * FRAMES_A_LATENT / FPS
+    return (
+        f"{result['KiB a token']:.0f} KiB a token beside {result['GiB at no tokens']:.1f} GiB: the line reaches all of the memory at "
+        f"{result['predicted tokens']:,} tokens ({seconds:,.0f} s of video); the longest that was run is {result['longest tokens']:,} tokens"
+    )
+
+
+def main(argv: list[str]) -> None:
+    parser = options(__doc__)
+    parser.add_argument("--checkpoint", choices=("full", "selective", "none"), default="full")
+    parser.add_argument("--offload", action="store_true", help="keep blocks' inputs in host memory")
+    parser.add_argument("--seconds", type=float, default=500, help="time for the search")
+    parser.add_argument("--14b", action="store_true", dest="full_14b", help="the step of Wan 14B instead")
+    given = parser.parse_args(argv)
+    device = device_of(given)
+    debug = SPEC.flavors["debug"]
+    with process_group(device):
+        if given.full_14b:
+            results = full_parameters(*((debug, (2, 8, 8)) if given.toy else (SPEC.flavors["t2v-14B"], (21, 90, 160))), device)
+            print(f"{results['parameters']:,} parameters, all trained\n\n{table(results['runs'])}")
+        else:
+            which = (debug, (2, 3), (8, 8)) if given.toy else (SPEC.flavors["t2v-1.3B"], FIRST, (ROWS, COLS))
+            args, first, size = which
+            results = longest_clip(args, given.checkpoint, given.offload, device, given.seconds, first, size)
+            print(f"{table(results['runs'])}\n\n{summary(results)}")
+    if given.json:
+        write_json(given.json, "memory_14b" if given.full_14b else "memory", given, environment(device), results)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

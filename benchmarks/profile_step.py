@@ -1,0 +1,116 @@
+"""One training step as a table: where the device's time goes, beside the floor of each part (roof.py).
+
+    python benchmarks/profile_step.py [--case 1.3b] [--variant "ours"] [--trace FILE] [--json FILE]
+
+Kernels are sorted by name. Host gaps are the time in which no kernel runs. On a CPU the parts are of operators' own time, and there is no gap.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.common import device_of, environment, markdown, options, seconds_of, write_json  # noqa: E402
+from benchmarks.roof import PARTS, measure, roof  # noqa: E402
+from benchmarks.step import CASES, VARIANTS, build, checkpoint_mode, data_of, fitted  # noqa: E402
+from benchmarks.training import process_group  # noqa: E402
+from titan_video.tools.device import synchronize  # noqa: E402
+
+# Words of kernels' names, in the order in which they are looked for: a generated kernel is named after all that it fuses, and attention's
+# kernels, too, are matrix products.
+WORDS = {
+    "norms and element-wise": ("triton_", "layer_norm_forward", "layer_norm_backward", "rms_norm"),
+    "attention": ("flash", "fmha", "sdpa", "attention", "attend"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "wgmma", "cublas", "aten::mm", "addmm", "aten::bmm", "splitk"),
+    "optimizer": ("adam", "multi_tensor", "lpnorm", "foreach"),
+}
+LONGEST = 20
+
+
+def part_of(kernel: str) -> str:
+    """One of PARTS; what has no known name is element-wise."""
+    name = kernel.lower()
+    return next((part for part, words in WORDS.items() if any(word in name for word in words)), "norms and element-wise")
+
+
+def busy(intervals: list[tuple[float, float]]) -> float:
+    """Length of the union."""
+    total, end = 0.0, float("-inf")
+    for start, stop in sorted(intervals):
+        total += max(stop - max(start, end), 0.0)
+        end = max(end, stop)
+    return total
+
+
+def profiled(run, device: torch.device, trace: Path | None) -> dict[str, Any]:
+    """Seconds of a step by kernel, and its host gaps."""
+    gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA] if gpu else [ProfilerActivity.CPU]) as p:
+        run()
+        synchronize(device)
+    if trace:
+        p.export_chrome_trace(str(trace))
+    kernels: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    if gpu:
+        events = [e for e in p.events() if e.device_type == DeviceType.CUDA]
+        for e in events:
+            kernels[e.name] = kernels.get(e.name, 0.0) + (e.time_range.end - e.time_range.start) / 1e6
+            counts[e.name] = counts.get(e.name, 0) + 1
+        spans = [(e.time_range.start / 1e6, e.time_range.end / 1e6) for e in events]
+        whole = max(end for _, end in spans) - min(start for start, _ in spans)
+        return {"kernels": kernels, "counts": counts, "span": whole, "host gaps": whole - busy(spans)}
+    for e in p.key_averages():
+        kernels[e.key], counts[e.key] = e.self_cpu_time_total / 1e6, e.count
+    return {"kernels": kernels, "counts": counts, "span": sum(kernels.values()), "host gaps": 0.0}
+
+
+def by_part(found: dict[str, Any]) -> dict[str, float]:
+    parts = dict.fromkeys(PARTS, 0.0)
+    for name, seconds in found["kernels"].items():
+        parts[part_of(name)] += seconds
+    return parts | {"host gaps": found["host gaps"]}
+
+
+def table(parts: dict[str, float], floor: dict[str, float], step: float) -> str:
+    pairs = [(part, seconds, floor.get(part, 0.0)) for part, seconds in parts.items()] + [("step, not profiled", step, sum(floor.values()))]
+    rows = [[part, *(f"{1000 * x:,.1f}" for x in (s, least, s - least)), f"{100 * s / step:.1f} %"] for part, s, least in pairs]
+    return markdown(["part", "time, ms", "floor, ms", "above it, ms", "of the step"], rows)
+
+
+def kernels_table(found: dict[str, Any]) -> str:
+    longest = sorted(found["kernels"].items(), key=lambda item: -item[1])[:LONGEST]
+    return markdown(["kernel", "part", "times", "ms"], [[f"`{k[:100]}`", part_of(k), found["counts"][k], f"{1000 * s:,.1f}"] for k, s in longest])
+
+
+def main(argv: list[str]) -> None:
+    parser = options(__doc__)
+    parser.add_argument("--case", choices=list(CASES))
+    parser.add_argument("--variant", choices=list(VARIANTS), default="ours")
+    parser.add_argument("--trace", type=Path, help="file for the whole trace, for a trace viewer")
+    given = parser.parse_args(argv)
+    device = device_of(given)
+    case = CASES[given.case or ("toy" if given.toy else "1.3b" if device.type == "cuda" else "cpu-256")]
+    variant = fitted(VARIANTS[given.variant], device, given.toy)
+    with process_group(device):
+        ceilings = measure(case.args, case.tokens, device, given.toy or device.type == "cpu")
+        step, data = build(variant, case, device), data_of(variant, case, device)
+        for _ in range(2):
+            step.run(data)
+        seconds = seconds_of(lambda: step.run(data), device, repeats=1 if given.toy else 3)
+        found = profiled(lambda: step.run(data), device, given.trace)
+        floor = roof(case.args, case.tokens, case.batch, checkpoint_mode(variant), sum(p.numel() for p in step.model.parameters()), ceilings)
+    parts = by_part(found)
+    print(f"{given.variant}, {case.batch} x {case.tokens:,} tokens\n\n{table(parts, floor, seconds)}\n\n{kernels_table(found)}")
+    if given.json:
+        results = {"variant": given.variant, "tokens": case.tokens, "batch": case.batch, "step": seconds, "parts": parts, "floor": floor, **found}
+        write_json(given.json, "profile", given, environment(device), results | {"ceilings": ceilings.as_dict()})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

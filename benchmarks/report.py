@@ -1,0 +1,205 @@
+"""docs/performance.md from the figures in benchmarks/results: python benchmarks/report.py [--check]
+
+One JSON of a benchmark is one section. What has no JSON is called not yet measured.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import attention, block_bytes, kernels, memory, profile_step, step  # noqa: E402
+from benchmarks.common import ROOT, markdown  # noqa: E402
+
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
+NOT_YET = "not yet measured"
+Record = dict[str, Any]
+
+INTRO = """# Performance
+
+Written by `python benchmarks/report.py` from `benchmarks/results`. Each figure names its machine, versions and date; what says "not yet measured" has
+been run at toy size on a CPU only. `benchmarks/run_all.sh FOLDER` measures all of it on one GPU in two commands of ten minutes each.
+
+Protocol: one process, random bfloat16 data (zeros are faster than real data), the same weights in all, results compared first, in turns for several
+rounds, medians and the spread between quartiles; a difference below twice the spread is called a tie. The ceilings (copy, matrix products at the
+model's shapes, attention) are measured in the same run, and T_roof is what a step would take at them (`benchmarks/roof.py`).
+"""
+
+COMMANDS = {
+    "block_bytes": "python benchmarks/block_bytes.py",
+    "step_cpu": "python benchmarks/step.py --device cpu",
+    "kernels": "python benchmarks/kernels.py",
+    "attention": "python benchmarks/attention.py",
+    "step": "python benchmarks/step.py",
+    "profile": "python benchmarks/profile_step.py",
+    "memory": "python benchmarks/memory.py",
+    "memory_14b": "python benchmarks/memory.py --14b",
+}
+
+
+def load(folder: Path) -> dict[str, Record]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if path.stem in COMMANDS}
+
+
+# ---- what was promised ----
+
+
+def _steps(record: Record, case: str) -> dict[str, Record]:
+    """{variant: its figures}; of a variant that was timed in several groups the first."""
+    found: dict[str, Record] = {}
+    for c in record["results"]:
+        if c["case"] == case:
+            for group in c["groups"]:
+                found = {**group, **found}
+    return {name: r for name, r in found.items() if "failed" not in r}
+
+
+def _step(case: str, variant: str, key: str, form: Callable[[Any], str]) -> Callable[[Record], str]:
+    return lambda record: form(_steps(record, case)[variant][key])
+
+
+def _percent(x: float) -> str:
+    return f"{100 * x:.1f} %"
+
+
+def _worst(half: str) -> Callable[[Record], str]:
+    return lambda record: f"{min(op[half]['fraction'] for op in record['results']['ops']):.2f} at the worst"
+
+
+def _bytes_ratio(what: str) -> Callable[[Record], str]:
+    def ratio(record: Record) -> str:
+        found = record["results"]["per element"].values()
+        return ", ".join(f"{who['ours, triton kernels'][what] / who['diffusers'][what]:.2f}" for who in found)
+
+    return ratio
+
+
+def _speed(over: str) -> Callable[[Record], str]:
+    return lambda record: f"{_steps(record, '1.3b')['ours']['speedup'][over]} x"
+
+
+def _full_14b(record: Record) -> str:
+    runs = [r for r in record["results"]["runs"] if "failed" not in r]
+    return f"{len(runs)} steps, peak {max(r['peak GiB'] for r in runs):.0f} GiB, {runs[-1]['seconds']:.0f} s each" if runs else "failed"
+
+
+TARGETS: tuple[tuple[str, str, str, Callable[[Record], str]], ...] = (
+    ("saved bytes of a block, 1.3B and 14B", "<= 0.75 x diffusers'", "block_bytes", _bytes_ratio("saved")),
+    ("bytes moved outside products and attention", "<= 0.55 x diffusers'", "block_bytes", _bytes_ratio("traffic")),
+    ("kernels forward, of the copy bandwidth", ">= 0.85", "kernels", _worst("forward")),
+    ("kernels backward, of the copy bandwidth", ">= 0.80", "kernels", _worst("backward")),
+    ("kernels' error, of compiled torch's", "<= 1.1", "kernels", lambda r: f"{max(op['errors']['ratio'] for op in r['results']['ops']):.2f} at the worst"),
+    ("1.3B step at 32,760 tokens, MFU", ">= 52 %", "step", _step("1.3b", "ours", "MFU", _percent)),
+    ("same, attention kept", ">= 48 %", "step", _step("1.3b", "ours, attention kept", "MFU", _percent)),
+    ("same, full checkpointing", ">= 41 %", "step", _step("1.3b", "ours, full checkpointing", "MFU", _percent)),
+    ("same, T_roof / T", ">= 0.90", "step", _step("1.3b", "ours", "T_roof/T", "{:.2f}".format)),
+    ("same, against diffusers with gradient checkpointing", ">= 2.0 x", "step", _speed("diffusers")),
+    ("same, against diffusers tuned: compiled, cuDNN, bfloat16 weights", ">= 1.2 x", "step", _speed("diffusers, tuned")),
+    ("14B, four blocks at 37,440 tokens", ">= 520 TFLOP/s", "step", _step("14b-stack", "ours", "TFLOP/s", "{:.0f} TFLOP/s".format)),
+    ("same, attention kept", ">= 470 TFLOP/s", "step", _step("14b-stack", "ours, attention kept", "TFLOP/s", "{:.0f} TFLOP/s".format)),
+    ("longest clip that 1.3B trains on, one GPU", ">= 400,920 tokens", "memory", lambda r: f"{r['results']['longest tokens']:,} tokens"),
+    ("14B, all parameters, 75,600 tokens, one GPU", "runs, <= 135 GiB", "memory_14b", _full_14b),
+)
+
+
+def targets(records: dict[str, Record]) -> str:
+    rows = []
+    for item, bar, benchmark, measured in TARGETS:
+        try:
+            found = measured(records[benchmark]) if benchmark in records else NOT_YET
+        except (KeyError, ValueError, TypeError):  # the run had no such variant, or it failed
+            found = NOT_YET
+        rows.append([item, bar, found])
+    return markdown(["", "target", "measured"], rows)
+
+
+# ---- the sections ----
+
+
+def _step_section(record: Record) -> str:
+    parts = []
+    for c in record["results"]:
+        clips = "1 clip" if c["batch"] == 1 else f"{c['batch']} clips"
+        parts.append(f"### {c['layers']} blocks of width {c['dim']:,}, {clips} of {c['tokens']:,} tokens")
+        if c["ceilings"]:
+            ceilings = c["ceilings"]
+            rates = "; ".join(f"{shape} {rate / 1e12:,.0f}" for shape, rate in ceilings["gemm"].items())
+            parts.append(f"Ceilings: copy {ceilings['copy'] / 1e12:.2f} TB/s; products (TFLOP/s) {rates}; attention ({ceilings['attention']}) forward "
+                         f"{ceilings['attention_forward'] / 1e12:,.0f}, backward {ceilings['attention_backward'] / 1e12:,.0f} TFLOP/s.")  # fmt: skip
+        parts += [step.comparison_table(c["agreement"]), *(step.step_table(group) for group in c["groups"])]
+    return "\n\n".join(parts)
+
+
+def _memory_section(record: Record) -> str:
+    r = record["results"]
+    offload = ", inputs of blocks on the host" if r["offload"] else ""
+    return f"Checkpointing {r['checkpoint']}{offload}.\n\n{memory.table(r['runs'])}\n\n{memory.summary(r)}."
+
+
+def _attention_section(record: Record) -> str:
+    r = record["results"]
+    return f"`auto` is {r['auto']} there.\n\n{attention.table(r['shapes'])}\n\n{attention.kernels_table(r['kernels'])}"
+
+
+def _profile_section(record: Record) -> str:
+    r = record["results"]
+    title = f"Variant: {r['variant']}, {r['tokens']:,} tokens."
+    return f"{title}\n\n{profile_step.table(r['parts'], r['floor'], r['step'])}\n\n{profile_step.kernels_table(r)}"
+
+
+SECTIONS: dict[str, tuple[str, str, Callable[[Record], str]]] = {
+    "block_bytes": (
+        "Bytes of a block",
+        "Per element of tokens x width, in bfloat16, on the meta device: exact, and the same on any machine. Saved: what is kept for backward without "
+        "checkpointing. Moved: what all operators but matrix products and attention read and write; a kernel of ours is one operator. Compile, which "
+        "fuses plain torch's operators, is off.",
+        lambda r: block_bytes.table(r["results"]["per element"]),
+    ),
+    "step_cpu": (
+        "CPU step against diffusers",
+        "The trainer's own step against the same step written with `diffusers.WanTransformer3DModel`. A step on a CPU is bound by matrix products, so "
+        "this guards against waste and says nothing about a GPU.",
+        _step_section,
+    ),
+    "kernels": ("Kernels", "Each memory-bound operator; see the top of the script for what is counted.", lambda r: kernels.table(r["results"]["ops"])),
+    "attention": ("Attention", "Each backend of model.attention, 128 channels a head. Forward counts two products, backward five.", _attention_section),
+    "step": ("Training step", "Forward, loss, backward, clipping, AdamW. `diffusers` is as its users run it, in eager mode under autocast with gradient "
+             "checkpointing; tuned is with regional compile, cuDNN attention and bfloat16 weights.", _step_section),
+    "profile": ("Where a step's time goes", "Beside the floor of each part.", _profile_section),
+    "memory": ("Longest clip on one GPU", "Wan 1.3B, whole steps with AdamW.", _memory_section),
+    "memory_14b": (
+        "All parameters of Wan 14B on one GPU",
+        "75,600 tokens, bfloat16 weights with stochastic rounding, 8-bit AdamW in backward, attention kept.",
+        lambda r: memory.table(r["results"]["runs"]),
+    ),
+}  # fmt: skip
+
+
+def where(record: Record) -> str:
+    """Machine, versions, date and arguments of a run."""
+    arguments = " ".join(f"--{k} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in record["arguments"].items() if v not in (None, False))
+    return ", ".join(f"{k} {v}" for k, v in record["environment"].items()) + f". Arguments: `{arguments}`."
+
+
+def page(records: dict[str, Record]) -> str:
+    parts = [INTRO.strip(), "## Targets", targets(records)]
+    for name, (title, about, section) in SECTIONS.items():
+        parts += [f"## {title}", f"`{COMMANDS[name]}` {about}"]
+        parts += [section(records[name]), f"_{where(records[name])}_"] if name in records else [f"{NOT_YET.capitalize()}."]
+    return "\n\n".join(parts) + "\n"
+
+
+def main(argv: list[str]) -> None:
+    text = page(load(RESULTS))
+    if argv == ["--check"]:
+        if PAGE.read_text() != text:
+            sys.exit(f"{PAGE} is not what benchmarks/results gives: run python benchmarks/report.py")
+        return
+    PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
