@@ -56,6 +56,7 @@ from titan_video.distributed.utils import broadcast_from_zero, clip_grad_norm, i
 from titan_video.encoders import build_encoders
 from titan_video.flow.matching import FlowMatching, expert_levels
 from titan_video.flow.noise import draw_noise, draw_uniform
+from titan_video.kernels import attention
 from titan_video.models import get_args, get_spec
 from titan_video.models.layers import hold_in, token_shape
 from titan_video.models.lora import add_adapters, is_adapter
@@ -98,6 +99,9 @@ class Trainer:
         if config.debug.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this, and reads it at its first use
             torch.use_deterministic_algorithms(True)
+        param_dtype = getattr(torch, config.training.mixed_precision_param)
+        words = attention.use(config.model.attention, self.device, param_dtype, self.args.head_dim, self.spec.masks_text)
+        logger.info(f"attention: {words}")
 
         # --- encoders, objective ---
         self.encoders = build_encoders(config.encoder, config.model.hf_assets_path, self.device)
@@ -133,7 +137,6 @@ class Trainer:
         self.model.to_empty(device="cpu" if config.training.enable_cpu_offload else self.device)
         self.pipeline = None
         if stages:
-            param_dtype = getattr(torch, config.training.mixed_precision_param)
             self.pipeline = Pipeline(self.model, stages, self.spec.plan, self.meshes.pp, config.parallelism, param_dtype, self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer, self.spec.plan.blocks, self.seed)
         self.in_backward = InBackward(self.optimizer) if config.optimizer.in_backward else None

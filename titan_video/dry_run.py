@@ -40,6 +40,7 @@ from titan_video.distributed.parallel_dims import Meshes, ParallelDims, check_la
 from titan_video.distributed.parallelize import parallelize
 from titan_video.distributed.pipeline_parallel import Pipeline, Stages, check_microbatches, keep_stages
 from titan_video.distributed.sequence import SequenceShard
+from titan_video.kernels import attention
 from titan_video.models import get_args, get_spec
 from titan_video.models.layers import token_shape
 from titan_video.models.lora import add_adapters
@@ -54,6 +55,8 @@ KINDS = (
 BODIES = {
     # Numbers are asked for by pipelines only: which micro-batch it is, of many that are alike, and once, in int32, whether shapes are known.
     torch.ops.aten._local_scalar_dense: lambda number: int(number.dtype == torch.int32),
+    torch.ops.titan_video.attention: attention.own_attention._init_fn,
+    torch.ops.titan_video.attention_backward: attention.own_attention_backward._init_fn,
     torch.ops.titan_video.ring_attention: ring.ring_attention._init_fn,
     torch.ops.titan_video.ring_attention_backward: ring.ring_attention_backward._init_fn,
 }
@@ -137,6 +140,7 @@ def dry_run(config: JobConfig, world_size: int, rank: int = 0) -> Report:
     args = get_args(spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
     if args.out_channels not in SPATIAL_STRIDES:
         raise ValueError(f"model.flavor: {config.model.flavor!r} has {args.out_channels} latent channels; a dry run knows VAEs of 16 and of 48")
+    attention.check(config.model.attention, getattr(torch, config.training.mixed_precision_param), args.head_dim, spec.masks_text)
     check_layout(config.parallelism, args, world_size)
     dims = ParallelDims.of(config.parallelism, world_size)
     bucket = max(config.data.buckets, key=lambda b: tokens_of(b, args) * micro_batches(config, dims, tokens_of(b, args))[0])

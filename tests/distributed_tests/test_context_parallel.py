@@ -10,8 +10,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers import run_ranks
-from titan_video.distributed.context_parallel import apply_context_parallel, local_attention
-from titan_video.distributed.context_parallel.local_attention import _bias, _math, _math_backward, attend, attend_backward
+from titan_video.distributed.context_parallel import apply_context_parallel
 from titan_video.distributed.context_parallel.ring import RingCore, ring_attention
 from titan_video.distributed.context_parallel.traffic import Traffic, exchange_bytes, ring_traffic, ulysses_traffic
 from titan_video.distributed.parallel_dims import ParallelDims
@@ -166,13 +165,6 @@ def test_joint_attention_equals_that_of_one_rank(world):
     for rank, errors in enumerate(run_ranks(check_joint, world, layouts, shapes, [torch.float64, torch.float32])):
         for case, error in errors.items():
             assert error <= 2 * TOLERANCE[case[-1]], (rank, case, error)
-
-
-def test_text_of_which_nothing_counts_has_no_weight():
-    whole, (text, _) = whole_tensors(1, 7, torch.float64), whole_text(1, torch.float64)
-    out, lse = attend(*whole[:3])
-    _, text_lse = attend(whole[0], text[1], text[2], torch.zeros(1, TEXT, dtype=torch.bool))
-    assert torch.equal(torch.sigmoid(text_lse - lse), torch.zeros_like(lse))
 
 
 # ---- what is sent ----
@@ -365,32 +357,6 @@ def test_ring_op_is_a_well_formed_operator_and_counts_its_flops():
     queries = 2 * HEADS * 6
     keys = [5, 5, 5 + TEXT, 5 + TEXT]
     assert run_ranks(check_op, 1) == [[product * queries * n * WIDTH for product, n in zip((4, 10, 4, 10), keys)]]
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_math_kernel_equals_the_fused_one(masked):
-    q, k, v, grad = whole_tensors(2, 7, torch.float64)
-    k, v = k[:, :TEXT], v[:, :TEXT]
-    mask = whole_text(2, torch.float64)[1] if masked else None
-    out, lse = attend(q, k, v, mask)
-    heads_first = [x.transpose(1, 2) for x in (grad, q, k, v, out)]
-    bias = _bias(mask, heads_first[1])
-    plain_out, plain_lse = _math(*heads_first[1:4], bias)
-    torch.testing.assert_close(plain_out.transpose(1, 2), out, rtol=0, atol=1e-14)
-    torch.testing.assert_close(plain_lse, lse, rtol=0, atol=1e-14)
-    for fused, plain in zip(attend_backward(grad, q, k, v, out, lse, mask), _math_backward(*heads_first, lse, bias)):
-        torch.testing.assert_close(plain.transpose(1, 2), fused, rtol=0, atol=1e-13)
-
-
-@pytest.mark.parametrize("kernel, masked", [("flash", False), ("cudnn", False), ("cudnn", True), ("efficient", False), ("efficient", True)])
-def test_cuda_kernels_are_called_as_they_are_declared(kernel, masked):
-    """Without a GPU: shapes only. tests/gpu_tests has the values."""
-    q, k = (torch.empty(2, 3, n, 16, device="meta", dtype=torch.bfloat16) for n in (40, 24))
-    bias = local_attention._bias(torch.ones(2, 24, device="meta", dtype=torch.bool), q) if masked else None
-    out, lse = getattr(local_attention, f"_{kernel}")(q, k, k, bias)
-    assert out.shape == q.shape and lse.shape == q.shape[:3]
-    grads = getattr(local_attention, f"_{kernel}_backward")(q, q, k, k, out, lse, bias)
-    assert [x.shape for x in grads] == [q.shape, k.shape, k.shape]
 
 
 def test_unknown_rotation_is_refused():

@@ -25,6 +25,7 @@ def check(config: JobConfig, world_size: int, files: bool = True) -> None:
         *_degrees(c.parallelism, world_size),
         *_batch_size(c, max(world_size // model_parallel_degree(c.parallelism), 1)),
         *_parallelism(c),
+        *_attention(c),
         *_activation_checkpoint(c),
         *_optimizer(c, max(world_size // model_parallel_degree(c.parallelism), 1)),
         *_low_precision(c),
@@ -152,6 +153,18 @@ def _parallelism(config: JobConfig) -> Iterator[str]:
                f"training.local_batch_size {local}; legal: {_divisors(local)}")
 
 
+def _attention(config: JobConfig) -> Iterator[str]:
+    a, p, c = config.model.attention, config.parallelism, config.activation_checkpoint
+    if a != "flex":
+        return
+    if p.context_parallel_degree > 1 and p.context_parallel_method != "ulysses":
+        yield ("model.attention: flex, but a ring merges parts of attention, which flex cannot give; choose another backend, "
+               "or parallelism.context_parallel_method ulysses")
+    if c.mode == "selective" and "attention" in c.save and not config.compile.enable:
+        yield ("model.attention: flex, but outside a compiled block its result cannot be kept (activation_checkpoint.save); set compile.enable, "
+               "or choose another backend")
+
+
 def _activation_checkpoint(config: JobConfig) -> Iterator[str]:
     a = config.activation_checkpoint
     if a.mode == "memory_budget" and not config.compile.enable:
@@ -221,7 +234,8 @@ def _batch_size(config: JobConfig, dp: int) -> Iterator[str]:
         yield f"{name}: given {given}; legal: a multiple of {unit} ({of}), nearest {_nearest_multiples(given, unit)}, or -1 for {unit}"
     elif (max(given, unit) // unit) % d.buckets_per_step:
         accumulation = max(given, unit) // unit
-        yield f"data.buckets_per_step: given {d.buckets_per_step}; a rank has {accumulation} micro-batches in a step; legal: {_divisors(accumulation)}"
+        yield (f"data.buckets_per_step: given {d.buckets_per_step}; a rank has {accumulation} micro-batches in a step; "
+               f"legal: {_divisors(accumulation)}")
     if d.buckets_per_step > 1 and config.parallelism.pipeline_parallel_degree > 1:
         yield f"data.buckets_per_step: given {d.buckets_per_step}, but the micro-batches that pass a pipeline have one size; leave it at 1"
 

@@ -33,6 +33,10 @@ class Model:
     boundary: float = opt(
         0.0, "Noise level between the experts; 0: the flavor's own (Wan 2.2: 0.875 for text-to-video, 0.9 for image-to-video).", ge=0, lt=1
     )
+    attention: Literal["auto", "cudnn", "flash", "efficient", "flash3", "flash4", "flex", "math"] = opt(
+        "auto", "Backend of the blocks' attention; no other takes over what it cannot do. `auto`: cuDNN on Hopper, else flash attention. flash3 and "
+        "flash4 are packages to install. On a CPU: auto, flash, math."
+    )
     kernels: Literal["auto", "triton", "torch"] = opt(
         "auto", "Norms, residuals and rotations of the blocks: fused Triton kernels, which need a GPU, or plain torch. `auto`: triton on a GPU."
     )

@@ -28,16 +28,14 @@ from titan_video.distributed.offload import HostOffload, OffloadedTensor
 from titan_video.models.layers import attention_flops
 from titan_video.models.spec import ParallelPlan
 
-# Attention operators by name, so that none need be there: the dim of argument 1, the keys, along which they are counted.
-# The math backend of scaled_dot_product_attention is not one operator but several, and has no such result to keep.
+# Attention operators by name (kernels/attention.py), so that none need be there: the dim of argument 1, the keys, along which they are counted.
 _KEY_DIM = {
+    "titan_video::attention": -3,
     "aten::_scaled_dot_product_flash_attention": -2,
     "aten::_scaled_dot_product_flash_attention_for_cpu": -2,
     "aten::_scaled_dot_product_efficient_attention": -2,
     "aten::_scaled_dot_product_cudnn_attention": -2,
-    "aten::_scaled_dot_product_fused_attention_overrideable": -2,
-    "aten::_flash_attention_forward": -3,
-    "aten::_efficient_attention_forward": -3,
+    "flex_attention": -2,  # seen in a compiled block only
 }
 _RING = "titan_video::ring_attention"  # its argument 3 is the number of keys on all ranks
 _MATMULS = ("aten::mm", "aten::addmm")
@@ -171,8 +169,7 @@ class Selection:
             if self.longest:  # a short clip; longer ones will come, see `check_save_min_kv`
                 self.checked = False
                 return
-            raise ValueError("activation_checkpoint.save: attention, but a block ran no attention operator that has a result to keep (the math "
-                             "backend of scaled_dot_product_attention is none); run another backend, or set activation_checkpoint.mode to full")
+            raise ValueError("activation_checkpoint.save: attention, but a block ran no attention operator that has a result to keep; take it out")
         if "matmul" in self.save and "matmul" not in self.kept:
             raise ValueError("activation_checkpoint.save: matmul, but a block ran fewer than two matrix products (aten.mm, aten.addmm); take it out")
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
+from titan_video.kernels.attention import attention, joint_attention
 from titan_video.models.spec import TokenShape
 
 Patch = tuple[int, int, int]
@@ -124,8 +125,7 @@ class AttentionCore(nn.Module):
     def forward(self, q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, seq_len: int | None = None) -> Tensor:
         if seq_len is not None:
             k_BSHK, v_BSHK = k_BSHK[:, :seq_len], v_BSHK[:, :seq_len]
-        q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BSHK, v_BSHK))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return attention(q_BLHK, k_BSHK, v_BSHK)
 
 
 class JointAttentionCore(nn.Module):
@@ -142,10 +142,7 @@ class JointAttentionCore(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if seq_len is not None:
             k_BLHK, v_BLHK = k_BLHK[:, :seq_len], v_BLHK[:, :seq_len]
-        pairs = (q_BLHK, text_q_BSHK), (k_BLHK, text_k_BSHK), (v_BLHK, text_v_BSHK)
-        q, k, v = (torch.cat(pair, dim=1).transpose(1, 2) for pair in pairs)
-        mask = None if text_mask_BS is None else F.pad(text_mask_BS, (k_BLHK.shape[1], 0), value=True)[:, None, None]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+        out = joint_attention(torch.cat([q_BLHK, text_q_BSHK], dim=1), k_BLHK, v_BLHK, text_k_BSHK, text_v_BSHK, text_mask_BS)
         return out[:, : q_BLHK.shape[1]], out[:, q_BLHK.shape[1] :]
 
 

@@ -66,7 +66,7 @@ class ModelSpec:
     """A model family.
 
     flavors: architecture arguments by name: a frozen dataclass with `in_channels`, `out_channels`, `patch`, `text_dim`, `text_len`, `num_heads`,
-        `ffn_dim`, `num_layers`, `conditions` (flow/conditions.py), `boundary` between two experts or 0, `flops(num_tokens, batch)` of a
+        `head_dim`, `ffn_dim`, `num_layers`, `conditions` (flow/conditions.py), `boundary` between two experts or 0, `flops(num_tokens, batch)` of a
         forward and `block_flops(num_tokens, batch)`, the part of it that full activation checkpointing runs again.
     build: arguments -> module (built on the meta device by the trainer).
     init_parameter: (name, whole tensor, generator) fills one parameter in place, so every layout starts from the same weights.
@@ -75,6 +75,7 @@ class ModelSpec:
     args_from_hf / args_to_hf: diffusers `transformer/config.json` <-> arguments.
     args_to_original: arguments -> config.json of the original layout; None where it has no such file.
     lora_targets: ends of the names of those Linears of blocks that get an adapter where the run does not say which.
+    masks_text: whether the blocks' attention leaves out the padding of the text.
     """
 
     name: str
@@ -89,3 +90,4 @@ class ModelSpec:
     hf_ignored: tuple[str, ...] = ()
     args_to_original: Callable[[Any], dict] | None = None
     lora_targets: tuple[str, ...] = ()
+    masks_text: bool = False

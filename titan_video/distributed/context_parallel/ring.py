@@ -18,8 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils.flop_counter import register_flop_formula
 
-from titan_video.distributed.context_parallel.local_attention import attend, attend_backward
 from titan_video.kernels import wide
+from titan_video.kernels.attention import attend, attend_backward, merge
 
 # Renamed in torch 2.13, where the old names warn.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -87,12 +87,7 @@ def ring_attention(
         if owner == process_group.rank() and local_k is not None:
             parts.append(attend(q, local_k, local_v, local_mask))
         for part_out, part_lse in parts:
-            if out is None:
-                out, lse = wide(part_out), part_lse
-            else:
-                # The part's share of the sum of exponentials so far, [B, L, H, 1].
-                share = torch.sigmoid(part_lse - lse).transpose(1, 2).unsqueeze(-1)
-                out, lse = out.lerp_(wide(part_out), share), torch.logaddexp(lse, part_lse)
+            out, lse = (wide(part_out), part_lse) if out is None else merge(out, lse, part_out, part_lse)
     return out.to(q.dtype).contiguous(), lse.contiguous()
 
 

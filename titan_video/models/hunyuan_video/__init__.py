@@ -105,6 +105,7 @@ SPEC = ModelSpec(
         *(f"attn.{part}" for part in ("q", "k", "v", "o", "text_q", "text_k", "text_v", "text_o", "up", "out")),
         *(f"{ffn}.{part}" for ffn in ("ffn", "text_ffn") for part in ("up", "down")),
     ),
+    masks_text=True,
 )
 
 __all__ = ["SPEC", "HunyuanVideoArgs", "HunyuanVideoModel"]
