@@ -1,6 +1,7 @@
 """Micro-batches: the same global batches for every layout, exact resumption, padding and caption dropout; and the data commands."""
 
 import json
+from collections import Counter, deque
 from dataclasses import replace
 from itertools import islice
 
@@ -173,6 +174,32 @@ def test_wrong_numbers_are_refused(data):
         make(data, total=6, dp_size=2)
     with pytest.raises(ValueError, match="the run takes 6 x 32"):
         next(iter(make(data, text_dim=32)))
+
+
+def test_a_draw_chooses_one_of_the_captions(data):
+    clips, cache = data
+    several = [replace(c, text_keys=(c.text_key, other.text_key), captions=(c.caption, other.caption)) for c, other in zip(clips, clips[1:] + clips[:1])]
+    chosen = []
+    for kwargs in ({}, {"local": 4, "num_workers": 1}):
+        order = make((several, cache), **kwargs).order
+        states, keys = deque(), {}
+        for step in order.steps(30, states):
+            for micro_batch in step:
+                for clip, key, sample_id in order.item(micro_batch):
+                    assert key in (*clip.text_keys, cache.text_key(""))
+                    keys[sample_id] = key, clip.text_keys.index(key) if key in clip.text_keys else None
+        chosen.append(keys)
+    assert chosen[0] == chosen[1] and len(chosen[0]) == 120
+    counts = Counter(which for _, which in chosen[0].values())
+    assert counts.keys() == {0, 1, None} and 0.5 < counts[0] / counts[1] < 2
+
+
+def test_so_many_steps_and_no_more(data):
+    for num_workers in (0, 1):
+        loader = make(data, num_workers=num_workers)
+        assert len(list(loader.steps(3))) == 3 and len(list(loader.steps(0))) == 0
+        reference = list(islice(make(data), 5))
+        assert [samples(s).keys() for s in loader.steps(2)] == [samples(s).keys() for s in reference[3:]]
 
 
 # ---- python -m titan_video.data ----

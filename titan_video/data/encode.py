@@ -52,7 +52,7 @@ class Job:
             return {"of": self.caption}
         e = self.entry
         frames = {"bucket": "x".join(map(str, e.bucket)), "data.fps": f"{e.fps:g}", "frames": f"{e.pts[0]} to {e.pts[-1]}"}
-        return {"of": e.sha256, **frames, "source": e.path, "given": e.image, "caption": e.caption}
+        return {"of": e.sha256, **frames, "source": e.path, "given": e.image, "captions": " | ".join(e.captions)}
 
 
 def frames_job(cache: LatentCache, entry: PlanEntry) -> Job:

@@ -227,7 +227,7 @@ class LatentCache:
         reasons: Counter[str] = Counter()
         for kind, made_from in missing:
             now = {**made_from, "encoder": self.encoder(kind), "code version": str(CODE_VERSION)}
-            compared = [what for what in now if what not in ("of", "source", "caption", "given")]
+            compared = [what for what in now if what not in ("of", "source", "captions", "given")]
             changes = [[f"{what} was {old.get(what)}, is {now[what]}" for what in compared if old.get(what) != now[what]]
                        for old in there.get((kind, made_from["of"]), ())]  # fmt: skip
             if changes:

@@ -1,13 +1,15 @@
 """Micro-batches of cached latents for one data-parallel rank.
 
-    GlobalSampler (main process) -- items of one micro-batch -- worker processes read the cache -- list[Batch] per step
+    Order (main process) -- items of one micro-batch -- worker processes read the cache -- list[Batch] per step
 
-The sampler runs ahead of training by what the workers hold ready; the state that is saved is that of the last step given out.
+The order runs ahead of training by what the workers hold ready; the state that is saved is that of the last step given out. Instead of
+being read, entries can be encoded when their turn comes (`Live`: live.py, remote.py); the batches are the same.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import count
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,8 +18,8 @@ from torch.utils.data import DataLoader
 from titan_video.data.batch import Batch
 from titan_video.data.bucket import Batching, Bucket, Work
 from titan_video.data.latent_cache import CachedClip, LatentCache, leave_process_group
-from titan_video.data.sampler import GlobalSampler, fingerprint
-from titan_video.flow.noise import drop_caption
+from titan_video.data.sampler import GlobalSampler, MicroBatch, fingerprint
+from titan_video.flow.noise import choose_caption, drop_caption
 
 MEMORY_LIMIT = 1 << 30  # bytes of entries kept by a loader without workers
 
@@ -81,59 +83,92 @@ class EntryReader:
         return Batch(**self[[(c, c.text_key, i) for c, i in zip(clips, sample_ids, strict=True)]])
 
 
+class Order:
+    """Which clips and captions each micro-batch of all ranks holds. work: of one clip of a bucket. It can be sent to another process."""
+
+    def __init__(
+        self, clips: Sequence[CachedClip], null_text_key: str, batching: Batching, work: Callable[[Bucket], Work], seed: int, shuffle: bool,
+        caption_dropout: float,
+    ):  # fmt: skip
+        by_bucket: dict[Bucket, list[CachedClip]] = {}
+        for clip in clips:
+            by_bucket.setdefault(clip.bucket, []).extend([clip] * clip.repeats)
+        self.sizes = sorted(by_bucket)
+        self.buckets = [by_bucket[size] for size in self.sizes]
+        self.null_text_key, self.seed, self.caption_dropout = null_text_key, seed, caption_dropout
+        counts = [len(bucket) for bucket in self.buckets]
+        self.classes = batching.classes(counts, [work(size) for size in self.sizes])
+        mark = fingerprint(["".join((c.video_key, *c.text_keys, c.given_key)) for c in bucket] for bucket in self.buckets)
+        self.sampler = GlobalSampler(counts, self.classes, batching.micro_batches // batching.parts, batching.parts, seed, shuffle, mark)
+
+    def steps(self, num_steps: int | None, states: deque[dict[str, Any]]) -> Iterator[list[MicroBatch]]:
+        """All ranks' micro-batches, for so many steps (None: for ever); `states` receives the state after each step."""
+        for _ in range(num_steps) if num_steps is not None else count():
+            step = self.sampler.next()
+            states.append(self.sampler.state_dict())
+            yield step
+
+    def item(self, micro_batch: MicroBatch) -> Item:
+        return [self._draw(self.buckets[micro_batch.bucket][position], sample_id)
+                for position, sample_id in zip(micro_batch.positions, micro_batch.sample_ids, strict=True)]  # fmt: skip
+
+    def _draw(self, clip: CachedClip, sample_id: int) -> tuple[CachedClip, str, int]:
+        dropped = drop_caption(self.seed, sample_id, self.caption_dropout)
+        return clip, self.null_text_key if dropped else clip.text_keys[choose_caption(self.seed, sample_id, len(clip.text_keys))], sample_id
+
+
+class Live(Protocol):
+    """Where the entries of a micro-batch come from when they are not simply read from the cache."""
+
+    cache: Any
+    """The cache, in which the entries of the item last given out are to be found too."""
+
+    def items(self, order: Order, steps: Iterable[list[MicroBatch]]) -> Iterator[Item]:
+        """This rank's micro-batches, each as soon as its entries are there."""
+
+
 class LatentLoader:
     """Endless iterator over optimizer steps: each is the list of this rank's micro-batches.
 
-    Rank r takes every dp_size-th of a step's micro-batches from number r on, so the clips of a step, their sample ids and dropped captions are
+    Rank r takes every dp_size-th of a step's micro-batches from number r on, so the clips of a step, their sample ids and captions are
     the same for every number of ranks. Iterating again goes on after the last step given out. work: of one clip of a bucket.
     """
 
     def __init__(
         self, clips: Sequence[CachedClip], cache: LatentCache, null_text_key: str, batching: Batching, work: Callable[[Bucket], Work], *,
         max_text_length: int, text_dim: int, dp_rank: int = 0, dp_size: int = 1, seed: int = 0, shuffle: bool = True, caption_dropout: float = 0.0,
-        num_workers: int = 0, prefetch_factor: int = 2, pin_memory: bool = False,
+        num_workers: int = 0, prefetch_factor: int = 2, pin_memory: bool = False, live: Live | None = None,
     ):  # fmt: skip
         b = batching
         if b.micro_batches % (b.parts * dp_size):
             raise ValueError(f"{b.micro_batches} micro-batches a step are no multiple of data-parallel degree {dp_size} x {b.parts} buckets a step")
-        by_bucket: dict[Bucket, list[CachedClip]] = {}
-        for clip in clips:
-            by_bucket.setdefault(clip.bucket, []).extend([clip] * clip.repeats)
-        sizes = sorted(by_bucket)
-        self.buckets = [by_bucket[size] for size in sizes]
-        self.null_text_key, self.seed, self.caption_dropout = null_text_key, seed, caption_dropout
+        self.order = Order(clips, null_text_key, batching, work, seed, shuffle, caption_dropout)
+        self.sampler, self.classes = self.order.sampler, self.order.classes
         self.dp_rank, self.dp_size, self.num_micro_batches = dp_rank, dp_size, b.micro_batches // dp_size
-        counts = [len(bucket) for bucket in self.buckets]
-        self.classes = b.classes(counts, [work(size) for size in sizes])
-        mark = fingerprint([c.video_key + c.text_key + c.given_key for c in bucket] for bucket in self.buckets)
-        self.sampler = GlobalSampler(counts, self.classes, b.micro_batches // b.parts, b.parts, seed, shuffle, mark)
-        self.reader = EntryReader(cache, max_text_length, text_dim, keep=num_workers == 0)
+        self.live = live
+        self.reader = EntryReader(live.cache if live else cache, max_text_length, text_dim, keep=num_workers == 0 and live is None)
         self.workers = {"num_workers": num_workers, "worker_init_fn": leave_process_group, "pin_memory": pin_memory}
         if num_workers:
             self.workers["prefetch_factor"] = prefetch_factor
         self._state = self.sampler.state_dict()
 
     def __iter__(self) -> Iterator[list[Batch]]:
+        return self.steps(None)
+
+    def steps(self, num_steps: int | None) -> Iterator[list[Batch]]:
+        """So many steps (None: for ever) after the last one given out; nothing beyond them is prepared."""
         self.sampler.load_state_dict(self._state)
         states: deque[dict[str, Any]] = deque()
-        micro_batches = iter(DataLoader(self.reader, batch_size=None, sampler=self._items(states), **self.workers))
-        while True:
-            step = [Batch(**next(micro_batches)) for _ in range(self.num_micro_batches)]
+        steps = self.order.steps(num_steps, states)
+        if self.live:
+            micro_batches = (self.reader[item] for item in self.live.items(self.order, steps))
+        else:
+            items = (self.order.item(m) for step in steps for m in step[self.dp_rank :: self.dp_size])
+            micro_batches = iter(DataLoader(self.reader, batch_size=None, sampler=items, **self.workers))
+        for fields in micro_batches:
+            step = [Batch(**fields), *(Batch(**next(micro_batches)) for _ in range(self.num_micro_batches - 1))]
             self._state = states.popleft()
             yield step
-
-    def _items(self, states: deque[dict[str, Any]]) -> Iterator[Item]:
-        """This rank's micro-batches, for ever; `states` receives the state after each step."""
-        while True:
-            step = self.sampler.next()
-            states.append(self.sampler.state_dict())
-            for m in step[self.dp_rank :: self.dp_size]:
-                yield [self._draw(m.bucket, position, sample_id) for position, sample_id in zip(m.positions, m.sample_ids, strict=True)]
-
-    def _draw(self, bucket: int, position: int, sample_id: int) -> tuple[CachedClip, str, int]:
-        clip = self.buckets[bucket][position]
-        dropped = drop_caption(self.seed, sample_id, self.caption_dropout)
-        return clip, self.null_text_key if dropped else clip.text_key, sample_id
 
     @property
     def samples(self) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_STREAMS = {"noise": 1, "timestep": 2, "caption": 3, "validation": 4, "sampling": 5}
+_STREAMS = {"noise": 1, "timestep": 2, "caption": 3, "validation": 4, "sampling": 5, "which caption": 6}
 
 
 def generator(seed: int, sample_id: int, stream: str) -> np.random.Generator:
@@ -34,3 +34,8 @@ def draw_uniform(seed: int, sample_ids_B: Tensor) -> Tensor:
 def drop_caption(seed: int, sample_id: int, probability: float) -> bool:
     """Whether this draw is trained with the empty caption."""
     return bool(generator(seed, sample_id, "caption").random() < probability)
+
+
+def choose_caption(seed: int, sample_id: int, count: int) -> int:
+    """Which of a clip's captions this draw is trained with, from 0 to count - 1."""
+    return int(generator(seed, sample_id, "which caption").random() * count) if count > 1 else 0
