@@ -41,10 +41,9 @@ from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import dump, main_guard, parse_args
 from titan_video.data.batch import Batch
 from titan_video.data.bucket import Batching, Bucket, Work
-from titan_video.data.dataset import Plan, make_plan
+from titan_video.data.dataset import Plan, plan_of
 from titan_video.data.latent_cache import CachedClip, LatentCache, split_holdout
 from titan_video.data.loader import LatentLoader
-from titan_video.data.shapes import resolve_path
 from titan_video.distributed.activation_checkpoint import check_save_min_kv, chosen_blocks, recomputed_flops
 from titan_video.distributed.compile import num_graphs
 from titan_video.distributed.fsdp import reshard
@@ -106,7 +105,7 @@ class Trainer:
         # --- encoders, objective ---
         self.encoders = build_encoders(config.encoder, config.model.hf_assets_path, self.device)
         self.check_encoders()
-        works = [self.work(bucket) for bucket in config.data.buckets]
+        works = [self.work(bucket) for bucket in config.data.sizes]
         longest = max(work.tokens for work in works)
         for work in works if self.dims.pp > 1 else ():
             clips = self.accumulation * self.batching.clips_of(work.tokens)
@@ -204,7 +203,7 @@ class Trainer:
         given = Path(v.prompts_path).read_text(encoding="utf-8").splitlines() if v.enable and v.prompts_path else []
         given = [line.strip() for line in given if line.strip()]
 
-        clips, held_out = self.encoded(c.path, cache_folder, "data_plan.jsonl", given), []
+        clips, held_out = self.encoded("", cache_folder, "data_plan.jsonl", given), []
         if v.enable and v.path:
             held_out = self.encoded(v.path, cache_folder, "validation_plan.jsonl", [])
         elif v.enable:
@@ -234,7 +233,7 @@ class Trainer:
         c = self.config.data
 
         def make() -> Plan:
-            plan = make_plan(resolve_path(path, cache_folder), c.buckets, c.fps, c.num_workers, cache_folder)
+            plan = plan_of(c, cache_folder, path)
             return plan.without_stills() if self.conditions.num_given else plan
 
         plan = shared_plan(make, self.folder / plan_name, self.host_group)
@@ -253,7 +252,7 @@ class Trainer:
             prompts = with_frames(reader, self.prompt_clips, null_key)
         elif self.prompts:
             keys = [self.cache.text_key(p) for p in self.prompts]
-            prompts = with_size(reader, self.prompts, keys, null_key, self.latent_shape(self.config.data.buckets[0]))
+            prompts = with_size(reader, self.prompts, keys, null_key, self.latent_shape(self.config.data.sizes[0]))
         return Validator(
             self.config.validation, self.pipeline or self.model, self.args.patch, self.meshes, self.shard, self.device, self.seed,
             num_clips=len(self.held_out), get_clip=lambda i: reader.batch([self.held_out[i]], [i]),

@@ -143,7 +143,7 @@ def dry_run(config: JobConfig, world_size: int, rank: int = 0) -> Report:
     attention.check(config.model.attention, getattr(torch, config.training.mixed_precision_param), args.head_dim, spec.masks_text)
     check_layout(config.parallelism, args, world_size)
     dims = ParallelDims.of(config.parallelism, world_size)
-    bucket = max(config.data.buckets, key=lambda b: tokens_of(b, args) * micro_batches(config, dims, tokens_of(b, args))[0])
+    bucket = max(config.data.sizes, key=lambda b: tokens_of(b, args) * micro_batches(config, dims, tokens_of(b, args))[0])
     tokens = tokens_of(bucket, args)
     size, accumulation, microbatches = micro_batches(config, dims, tokens)
     with fake_ranks(world_size, rank):

@@ -175,7 +175,7 @@ def main(argv: list[str]) -> None:
     try:
         folder, config = find_checkpoint(options.checkpoint)
         v = config.validation
-        defaults = {"size": config.data.buckets[0], "fps": config.data.fps}
+        defaults = {"size": config.data.sizes[0], "fps": config.data.fps}
         defaults |= {"steps": v.sample_steps, "guidance": v.guidance_scale, "embedded_guidance": v.embedded_guidance, "shift": v.sample_shift}
         for name, value in defaults.items():
             if getattr(options, name) is None:

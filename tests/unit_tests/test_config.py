@@ -3,8 +3,8 @@
 import random
 import subprocess
 import sys
-from dataclasses import asdict, replace
-from typing import Literal, get_args, get_origin
+from dataclasses import asdict, fields, is_dataclass, replace
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import tomli_w
@@ -12,7 +12,7 @@ import tomli_w
 from tests.helpers import ROOT
 from titan_video.config import ConfigError, JobConfig, dump, from_dict, load, main_guard, parse, parse_args
 from titan_video.config.check import check, data_parallel_degrees, gradient_accumulation
-from titan_video.config.job_config import Data, Parallelism, Training
+from titan_video.config.job_config import Data, Parallelism, Source, Training
 from titan_video.config.manager import _nearest, limits_of, options, sections
 
 WORLD = 4
@@ -24,6 +24,9 @@ def draw(kind, limits, rng):
     """A legal value of a field, as TOML gives it."""
     if get_origin(kind) is tuple:
         return [draw(get_args(kind)[0], limits, rng) for _ in range(rng.randrange(4))]
+    if is_dataclass(kind):
+        kinds = get_type_hints(kind)
+        return {f.name: draw(kinds[f.name], limits_of(f), rng) for f in fields(kind) if rng.random() < 0.7}
     if get_origin(kind) is Literal:
         return rng.choice(get_args(kind))
     if kind is bool:
@@ -91,6 +94,9 @@ def wrong_types(kind):
     if get_origin(kind) is tuple:
         inner = [[v] for v in wrong_types(get_args(kind)[0])]
         return [1, "1", True, {"a": 1}, *inner]
+    if is_dataclass(kind):
+        kinds = get_type_hints(kind)
+        return [1, "a", True, [1], *({f.name: v} for f in fields(kind) for v in wrong_types(kinds[f.name]) + out_of_range(kinds[f.name], limits_of(f)))]
     if get_origin(kind) is Literal:
         return ["none of these", 1, True, [get_args(kind)[0]], get_args(kind)[0].swapcase()]
     return {bool: ["true", 1, 0.0, [True]], int: ["3", 3.0, True, [3], 2**63, -(2**63) - 1, float("inf")], str: [3, 1.5, False, ["a"], "a\0b"],
@@ -101,6 +107,8 @@ def out_of_range(kind, limits):
     """Values on the wrong side of each limit: the limit itself, where it is excluded, and beyond."""
     if get_origin(kind) is tuple:
         return [[v] for v in out_of_range(get_args(kind)[0], limits)]
+    if is_dataclass(kind):
+        return []
     step = {int: 1, float: 1e-6}.get(kind)
     beyond = {"ge": lambda x: [x - step, x - 999], "le": lambda x: [x + step, x + 999], "gt": lambda x: [x, x - step], "lt": lambda x: [x, x + step]}
     return [kind(v) for name, limit in limits.items() for v in beyond[name](limit)]
@@ -115,6 +123,16 @@ COMBINATIONS = [  # (what is set, fields the message names, a piece of the fix)
     ({"data.path": "embedded:shapes-5x"}, "data.path", "embedded:shapes-N"),
     ({"data.path": "/no/such/folder"}, "data.path", "does not exist"),
     ({"data.path": __file__}, "data.path", ".jsonl"),
+    ({"data.path": "clips/*.mp4"}, "data.path", ".tar"),
+    ({"data.path": "s3://bucket/clips"}, "data.path", ".tar"),
+    ({"data.source": [{"path": "embedded:shapes-8"}]}, "data.path", "data.source"),
+    ({"data.path": "", "data.source": [{"path": "embedded:shapes-8"}, {"path": "/no/such"}]}, "data.source: item 1: path", "does not exist"),
+    ({"data.path": "", "data.source": [{"num_repeats": 2}]}, "data.source: item 0: path", "empty"),
+    ({"data.source": [{"num_repeat": 2}]}, "data.source", "nearest known name: num_repeats"),
+    ({"data.resolutions": [512]}, "data.resolutions", "set buckets to []"),
+    ({"data.buckets": [], "data.resolutions": [512], "data.frame_buckets": []}, "data.frame_buckets", "[81]"),
+    ({"data.frame_buckets": [1, 32]}, "data.frame_buckets", "29 or 33"),
+    ({"data.min_ar": 3.0}, "data.min_ar", "data.max_ar"),
     ({"data.cache_folder": __file__}, "data.cache_folder", "folder"),
     ({"data.buckets": []}, "data.buckets", "at least one"),
     ({"data.buckets": [[]]}, "data.buckets", "[frames, height, width]"),
@@ -344,6 +362,28 @@ def test_command_line_forms():
     assert parse_args(["--validation.timesteps="]).validation.timesteps == ()
 
 
+def test_sources_are_tables():
+    text = '[data]\nfps = 8\n[[data.source]]\npath = "a"\nfps = 24\n[[data.source]]\npath = "b"\nnum_repeats = 3\n'
+    config = parse(text)
+    assert config.data.source == (Source("a", fps=24.0), Source("b", num_repeats=3)) == config.data.sources and parse(dump(config)) == config
+    assert dump(config).count("[[data.source]]") == 2 and JobConfig(data=Data(path="c")).data.sources == (Source("c"),)
+    assert parse_args(["--data.fps", "8", "--data.source", '[{path = "a", fps = 24}, {path = "b", num_repeats = 3}]']) == config
+    for value, words in (('[{path = 3}]', "item 0: path: given 3; legal: a string"), ("a", "legal: a list of tables of path, num_repeats"),
+                         ('[{path = "a"}, {fps = -1}]', "item 1: fps: given -1; legal: a number >= 0")):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"data.source: .*{words}"):
+            parse_args(["--data.source", value])
+
+
+def test_derived_buckets():
+    data = Data(buckets=(), resolutions=(512,), frame_buckets=(1, 33), min_ar=0.5, max_ar=2.0, num_ar_buckets=3)
+    assert data.sizes == ((1, 736, 352), (1, 512, 512), (1, 352, 736), (33, 736, 352), (33, 512, 512), (33, 352, 736))
+    assert Data().sizes == Data().buckets
+    for side in (256, 480, 720):
+        sizes = replace(data, resolutions=(side,), num_ar_buckets=9).sizes
+        assert all(h % 32 == w % 32 == 0 and 0.85 < h * w / side**2 < 1.15 for _, h, w in sizes)
+    assert replace(data, num_ar_buckets=1).sizes == ((1, 512, 512), (33, 512, 512))
+
+
 def test_command_line_mistakes_name_the_option():
     wrong = {"training.steps": ["3.0", "1e3", " 3", "", "٣", "0", "-1", "9" * 5000],
              "optimizer.lr": ["nan", "inf", "-inf", "1e999", "1_0", "0x1p3", "0"],
@@ -416,6 +456,9 @@ def test_legal_combinations_pass(tmp_path):
         {"activation_checkpoint.mode": "memory_budget", "compile.enable": True},
         {"data.tokens_per_microbatch": 99, "data.global_micro_batches": 24, "data.buckets_per_step": 3},
         {"data.tokens_per_microbatch": 99, "parallelism.pipeline_parallel_degree": 2, "parallelism.pipeline_parallel_microbatch_size": 2},
+        {"data.path": "", "data.source": [{"path": "embedded:shapes-8", "num_repeats": 2}, {"path": "s3://bucket/{00..12}.tar"}]},
+        {"data.buckets": [], "data.resolutions": [256, 512], "data.frame_buckets": [1, 17]},
+        {"data.path": str(tmp_path / "*.tar")},
         {"training.steps": 100, "lr_scheduler.warmup_steps": 50, "lr_scheduler.decay_ratio": 0.5},
         {"checkpoint.folder": "a/b", "metrics.save_tb_folder": "a/c"}, {"job.dump_folder": str(tmp_path / "new")},
     ]:

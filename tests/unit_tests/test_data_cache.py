@@ -74,9 +74,9 @@ def contents(cache):
 
 
 def test_a_key_names_all_that_matters(cache):
-    entry = PlanEntry("a.mp4", "a", sha256="ab" * 32, bucket=(5, 32, 32), pts=(0, 1, 2, 3, 4))
+    entry = PlanEntry("a.mp4", ("a",), sha256="ab" * 32, bucket=(5, 32, 32), pts=(0, 1, 2, 3, 4))
     key = cache.video_key(entry.content)
-    assert key == cache.video_key(replace(entry, path="b.mp4", caption="b").content)
+    assert key == cache.video_key(replace(entry, path="b.mp4", captions=("b",)).content)
     changes = {"sha256": "cd" * 32}, {"bucket": (5, 32, 48)}, {"pts": (0, 1, 2, 3, 5)}
     others = [cache.video_key(replace(entry, **change).content) for change in changes]
     other_encoder = LatentCache(cache.folder, "another", "another")

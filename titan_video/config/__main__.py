@@ -5,6 +5,9 @@
 """
 
 import sys
+import typing
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
 
 from titan_video.config.check import check
 from titan_video.config.manager import default_text, describe, limits_of, main_guard, options, parse_args, sections
@@ -28,11 +31,22 @@ def markdown() -> str:
     parts = [HEAD]
     for section in sections():
         parts.append(f"\n## [{section}]\n\n| field | legal | default | meaning |\n|---|---|---|---|\n")
+        tables: dict[str, type] = {}
         for full, (kind, f) in options().items():
             if full.startswith(f"{section}."):
                 cells = f.name, describe(kind, limits_of(f)), f"`{default_text(f)}`", f.metadata["help"]
-                parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n")
+                parts.append(_row(cells))
+                if typing.get_args(kind) and is_dataclass(typing.get_args(kind)[0]):
+                    tables[full] = typing.get_args(kind)[0]
+        for full, item in tables.items():
+            parts.append(f"\n### [[{full}]]\n\n| field | legal | default | meaning |\n|---|---|---|---|\n")
+            kinds = typing.get_type_hints(item)
+            parts += [_row((f.name, describe(kinds[f.name], limits_of(f)), f"`{default_text(f)}`", f.metadata["help"])) for f in fields(item)]
     return "".join(parts)
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 
 if __name__ == "__main__":

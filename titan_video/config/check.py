@@ -10,7 +10,7 @@ from titan_video.config.manager import ConfigError
 SPATIAL_MULTIPLE = 16  # VAE stride 8 x patch 2
 TEMPORAL_STRIDE = 4
 MAX_EMBEDDED_CLIPS = 100_000
-METADATA_SUFFIXES = (".csv", ".jsonl")
+FILE_SUFFIXES = (".csv", ".json", ".jsonl", ".tar", ".parquet", ".arrow")
 
 
 def check(config: JobConfig, world_size: int, files: bool = True) -> None:
@@ -73,15 +73,18 @@ def gradient_accumulation(config: JobConfig, dp: int) -> int:
 def _clips(name: str, path: str) -> Iterator[str]:
     form = f"`embedded:shapes-N`, N from 1 to {MAX_EMBEDDED_CLIPS}, generates clips"
     if not path:
-        yield f"{name}: empty; give a folder of clips, a metadata .csv or .jsonl file, or {form}"
+        yield f"{name}: empty; give a folder of clips, a file ({' '.join(FILE_SUFFIXES)}), or {form}"
     elif path.startswith("embedded:"):
         match = re.fullmatch(r"embedded:shapes-([0-9]{1,9})", path)
         if not match or not 1 <= int(match[1]) <= MAX_EMBEDDED_CLIPS:
             yield f"{name}: given {path}; legal: {form}"
+    elif "://" in path or set("*?[{") & set(path):
+        if not path.lower().endswith(FILE_SUFFIXES):
+            yield f"{name}: given {path}; a path with wildcards, braces or a URL names files that end in {' '.join(FILE_SUFFIXES)}"
     elif not os.path.exists(path):
-        yield f"{name}: {path} does not exist; give a folder of clips, a metadata .csv or .jsonl file, or {form}"
-    elif not os.path.isdir(path) and not path.lower().endswith(METADATA_SUFFIXES):
-        yield f"{name}: {path} is a file; legal: a metadata .csv or .jsonl file, or a folder of clips"
+        yield f"{name}: {path} does not exist; give a folder of clips, a file ({' '.join(FILE_SUFFIXES)}), or {form}"
+    elif not os.path.isdir(path) and not path.lower().endswith(FILE_SUFFIXES):
+        yield f"{name}: {path} is a file; legal: one that ends in {' '.join(FILE_SUFFIXES)}, or a folder of clips"
 
 
 def _nearest_multiples(value: int, step: int, offset: int = 0) -> str:
@@ -91,8 +94,18 @@ def _nearest_multiples(value: int, step: int, offset: int = 0) -> str:
 
 
 def _buckets(data: Data) -> Iterator[str]:
-    if not data.buckets:
-        yield "data.buckets: empty; give at least one [frames, height, width], such as [[81, 480, 832]]"
+    if not data.buckets and not data.resolutions:
+        yield "data.buckets: empty; give at least one [frames, height, width], such as [[81, 480, 832]], or derive them by data.resolutions"
+    if data.buckets and data.resolutions:
+        yield (f"data.resolutions: given {list(data.resolutions)}, which derives the buckets, but data.buckets names them; "
+               f"set buckets to [], or leave this []")
+    if data.min_ar > data.max_ar:
+        yield f"data.min_ar: given {data.min_ar}; legal: at most data.max_ar, which is {data.max_ar}"
+    if data.resolutions and not data.frame_buckets:
+        yield "data.frame_buckets: empty; give at least one number of frames, such as [81]"
+    for frames in data.frame_buckets:
+        if frames % TEMPORAL_STRIDE != 1:
+            yield f"data.frame_buckets: given {frames}; legal: {TEMPORAL_STRIDE}k+1; nearest: {_nearest_multiples(frames, TEMPORAL_STRIDE, 1)}"
     for i, bucket in enumerate(data.buckets):
         where = f"data.buckets: item {i}, {list(bucket)}"
         if bucket in data.buckets[:i]:
@@ -272,7 +285,12 @@ def _validation(validation: Validation) -> Iterator[str]:
 
 def _files(config: JobConfig) -> Iterator[str]:
     validation = config.validation
-    yield from _clips("data.path", config.data.path)
+    if config.data.path and config.data.source:
+        yield f"data.path: given {config.data.path}, but data.source is there too; make it one of the sources, or remove these"
+    elif not config.data.source:
+        yield from _clips("data.path", config.data.path)
+    for i, source in enumerate(config.data.source):
+        yield from _clips(f"data.source: item {i}: path", source.path)
     if validation.path:
         yield from _clips("validation.path", validation.path)
     if validation.prompts_path and not os.path.isfile(validation.prompts_path):

@@ -8,6 +8,8 @@ meanings follow torchtitan v0.2 where it has them.
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+DERIVED_MULTIPLE = 32  # of pixels: every VAE's stride times every model's patch
+
 
 def opt(default: Any, help: str, **limits: float) -> Any:
     """A documented field. `limits` are among ge, gt, le, lt and hold for the value, or for every number in a list."""
@@ -53,15 +55,47 @@ class Encoder:
 
 
 @dataclass(frozen=True)
+class Source:
+    """One of several sources of clips, a table `[[data.source]]`."""
+
+    path: str = opt("", "Where its clips are, in any form that data.path takes.")
+    num_repeats: int = opt(1, "How often an epoch holds each of its clips.", ge=1)
+    caption_prefix: str = opt("", "Put before each of its captions.")
+    caption_column: str = opt("", "Column of metadata or tables, or key of a tar's .json, that holds the captions. Empty: the first known name.")
+    fps: float = opt(0.0, "Its clips are resampled to this instead of data.fps; 0: to that.", ge=0)
+    source_fps: float = opt(0.0, "Rate of its folders of frames, which do not tell it. 0: they are dropped.", ge=0)
+    clip_choice: Literal["default", "head", "chunk", "slide", "uniform", "full"] = opt("default", "Instead of data.clip_choice; `default`: that.")
+    trust_metadata: bool = opt(
+        False, "Believe the columns width, height, num_frames and fps, where a row has all of them, and do not open the file for the plan. "
+        "The decoder compares, and drops a clip that is not as stated."
+    )
+
+
+@dataclass(frozen=True)
 class Data:
-    path: str = opt("", "Folder of clips with same-name .txt captions, or a metadata .csv/.jsonl file (or a folder that holds one). "
-                        "`embedded:shapes-N` generates N clips of moving shapes.")
+    path: str = opt("", "Folder of clips with same-name .txt captions, a metadata .csv/.json/.jsonl file, WebDataset tars (wildcards, braces, "
+                        "URLs), or .parquet/.arrow files. `embedded:shapes-N` generates N clips of moving shapes. Short for one data.source.")
+    source: tuple[Source, ...] = opt((), "Several sources, instead of path.")
     buckets: tuple[tuple[int, ...], ...] = opt(
         ((81, 480, 832),),
         "Training sizes [frames, height, width]; frames = 4k+1. A clip goes to the bucket of nearest aspect ratio among those with the most frames "
         "it can fill.",
         ge=1,
     )
+    resolutions: tuple[int, ...] = opt(
+        (), "Derive the buckets, with `buckets` empty: for each of frame_buckets and each of these, num_ar_buckets sizes of about the area of a "
+        "square with this side, in multiples of 32.", ge=64
+    )  # fmt: skip
+    frame_buckets: tuple[int, ...] = opt((1, 33, 81), "Frames of derived buckets; 4k+1.", ge=1)
+    min_ar: float = opt(0.5, "Lowest aspect ratio, width to height, of derived buckets.", gt=0)
+    max_ar: float = opt(2.0, "Highest aspect ratio of derived buckets.", gt=0)
+    num_ar_buckets: int = opt(5, "Aspect ratios of derived buckets, evenly spread as ratios.", ge=1)
+    clip_choice: Literal["head", "chunk", "slide", "uniform", "full"] = opt(
+        "head", "What a file longer than its bucket gives: its head; all chunks one after the other; a clip every slide_stride frames; uniform_clips "
+        "clips evenly spread; or its full length, cut to 4k+1 frames and to the most of any bucket, as a size of its own."
+    )
+    uniform_clips: int = opt(4, "For uniform: clips of a file, at most.", ge=1)
+    slide_stride: int = opt(16, "For slide: frames, after resampling, between the starts of two clips.", ge=1)
     fps: float = opt(16.0, "Frames per second every clip is resampled to.", gt=0)
     caption_dropout: float = opt(0.1, "Share of draws trained with the empty caption, for classifier-free guidance.", ge=0, le=1)
     tokens_per_microbatch: int = opt(
@@ -79,6 +113,21 @@ class Data:
     num_workers: int = opt(2, "Worker processes per rank that decode clips or read cached latents; 0 works in the main process.", ge=0)
     prefetch_factor: int = opt(2, "Batches each worker holds ready.", ge=1)
     cache_folder: str = opt("", "Latents and text embeddings, keyed by content. Empty: `cache` in job.dump_folder.")
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return self.source or (Source(path=self.path),)
+
+    @property
+    def sizes(self) -> tuple[tuple[int, ...], ...]:
+        """The buckets, given or derived."""
+        if not self.resolutions:
+            return self.buckets
+        last = self.num_ar_buckets - 1
+        ratios = [self.min_ar * (self.max_ar / self.min_ar) ** (i / last if last else 0.5) for i in range(self.num_ar_buckets)]
+        grid = [[max(1, round(side * ratio**power / DERIVED_MULTIPLE)) * DERIVED_MULTIPLE for power in (-0.5, 0.5)]
+                for side in self.resolutions for ratio in ratios]  # fmt: skip
+        return tuple(dict.fromkeys((frames, *size) for frames in self.frame_buckets for size in grid))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import Field, asdict, fields
+from dataclasses import Field, asdict, fields, is_dataclass
 from difflib import SequenceMatcher
 from functools import cache
 from pathlib import Path
@@ -78,6 +78,8 @@ def describe(kind: Any, limits: dict[str, float], plural: bool = False) -> str:
     if get_origin(kind) is Literal:
         choices = get_args(kind)
         return f"one of {', '.join(choices)}" if len(choices) > 1 else f"only {choices[0]}"
+    if is_dataclass(kind):
+        return ("tables" if plural else "a table") + " of " + ", ".join(f.name for f in fields(kind))
     if get_origin(kind) is tuple:
         return ("lists" if plural else "a list") + " of " + describe(get_args(kind)[0], limits, plural=True)
     words = {bool: ("true or false", "booleans"), int: ("an integer", "integers"), float: ("a number", "numbers"), str: ("a string", "strings")}
@@ -118,6 +120,8 @@ def _convert(value: Any, kind: Any, limits: dict[str, float]) -> Any:
         if not isinstance(value, list):
             raise wrong
         return tuple(_element(v, get_args(kind)[0], limits, i) for i, v in enumerate(value))
+    if is_dataclass(kind):
+        return _table(value, kind)
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise wrong
@@ -138,6 +142,22 @@ def _element(value: Any, kind: Any, limits: dict[str, float], index: int) -> Any
         return _convert(value, kind, limits)
     except ValueError as e:
         raise ValueError(f"item {index}: {e}") from None
+
+
+def _table(value: Any, kind: Any) -> Any:
+    """A table inside a section, such as one [[data.source]]."""
+    kinds = get_type_hints(kind)
+    if not isinstance(value, dict):
+        raise ValueError(f"given {_show(value)}; legal: {describe(kind, {})}")
+    typed = {}
+    for name, item in value.items():
+        if name not in kinds:
+            raise ValueError(f"{name}: unknown field; nearest known name: {max(kinds, key=lambda known: SequenceMatcher(None, name, known).ratio())}")
+        try:
+            typed[name] = _convert(item, kinds[name], limits_of(kind.__dataclass_fields__[name]))
+        except ValueError as e:
+            raise ValueError(f"{name}: {e}") from None
+    return kind(**typed)
 
 
 def _storable(text: str) -> bool:
@@ -231,6 +251,8 @@ def dump(config: JobConfig) -> str:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
 
 
@@ -297,7 +319,7 @@ def _convert_text(text: str, kind: Any, limits: dict[str, float]) -> Any:
         value = float(text)
     elif get_origin(kind) is tuple and text.lstrip().startswith("["):
         value = _toml_list(text)
-    elif get_origin(kind) is tuple and get_origin(get_args(kind)[0]) is not tuple:
+    elif get_origin(kind) is tuple and get_origin(get_args(kind)[0]) is not tuple and not is_dataclass(get_args(kind)[0]):
         return tuple(_convert_text(item.strip(), get_args(kind)[0], limits) for item in text.split(",")) if text else ()
     return _convert(value, kind, limits)
 

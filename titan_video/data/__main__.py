@@ -14,9 +14,8 @@ import torch.distributed as dist
 from titan_video.components.encoding import encode_plan
 from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import main_guard, parse_args
-from titan_video.data.dataset import Plan, make_plan
+from titan_video.data.dataset import Plan, plan_of
 from titan_video.data.latent_cache import LatentCache
-from titan_video.data.shapes import resolve_path
 from titan_video.distributed.utils import broadcast_from_zero, init_distributed
 from titan_video.encoders import build_encoders
 from titan_video.flow.conditions import Conditions
@@ -34,8 +33,7 @@ def conditions(config: JobConfig) -> Conditions:
 def plan(config: JobConfig) -> tuple[Plan, Path]:
     """Print the plan of data.path and write data_plan.jsonl; return it and the cache folder."""
     cache_folder = Path(config.data.cache_folder or Path(config.job.dump_folder) / "cache")
-    source = resolve_path(config.data.path, cache_folder)
-    made = make_plan(source, config.data.buckets, config.data.fps, config.data.num_workers, cache_folder)
+    made = plan_of(config.data, cache_folder)
     made = made.without_stills() if conditions(config).num_given else made
     report = Path(config.job.dump_folder) / "data_plan.jsonl"
     made.write_jsonl(report)

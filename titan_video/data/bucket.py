@@ -11,9 +11,38 @@ Bucket = tuple[int, int, int]  # frames (4k+1), height, width
 SAME_COST = 1.05  # micro-batches of one class differ by at most this factor
 
 
-def choose(num_frames: int, width: int, height: int, buckets: Sequence[Bucket]) -> Bucket | None:
+@dataclass(frozen=True)
+class ClipChoice:
+    """Which clips a file gives: from its head, chunks one after the other, overlapping ones every `stride` frames, `count` of them evenly
+    spread, or its full length."""
+
+    mode: str = "head"
+    count: int = 1
+    stride: int = 1
+
+
+def starts(num_frames: int, clip_frames: int, choice: ClipChoice) -> list[int]:
+    """First frames, of `num_frames` after resampling, of a file's clips; at least one, none twice."""
+    last = num_frames - clip_frames
+    if choice.mode == "chunk":
+        return list(range(0, last + 1, clip_frames))
+    if choice.mode == "slide":
+        return list(range(0, last + 1, choice.stride))
+    if choice.mode == "uniform":
+        count = choice.count
+        return sorted({round(last * (i + 0.5) / count) if count == 1 else round(last * i / (count - 1)) for i in range(count)})
+    return [0]
+
+
+def choose(num_frames: int, width: int, height: int, buckets: Sequence[Bucket], whole: bool = False) -> Bucket | None:
     """The bucket for a clip of `num_frames` after resampling: the most frames it can fill, then the nearest aspect ratio
-    (as a ratio: twice as wide is as far as half as wide), then the larger area. None if it fills no bucket."""
+    (as a ratio: twice as wide is as far as half as wide), then the larger area. None if it fills no bucket.
+
+    whole: only sizes come from the buckets, frames are the clip's, cut to 4k+1 and to the most that any bucket has.
+    """
+    if whole and buckets:
+        frames = min((num_frames - 1) // 4 * 4 + 1, max(b[0] for b in buckets))
+        num_frames, buckets = frames, sorted({(frames, b[1], b[2]) for b in buckets} if frames >= min(b[0] for b in buckets) else buckets)
     fitting = [b for b in buckets if b[0] <= num_frames]
     if not fitting:
         return None

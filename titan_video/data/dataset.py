@@ -1,6 +1,6 @@
 """The data plan: what becomes of every clip, decided and printed before anything is encoded.
 
-    scan (sources.py) -- probe (video.py, worker processes) -- frame_indices -- bucket.choose -- PlanEntry per clip
+    scan (sources.py) -- probe (video.py, worker processes) -- frame_indices -- bucket.choose -- bucket.starts -- PlanEntry per training clip
 """
 
 import hashlib
@@ -15,13 +15,16 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from titan_video.config.job_config import Data, Source
 from titan_video.data import bucket as bucketing
-from titan_video.data.bucket import Bucket
+from titan_video.data import media
+from titan_video.data.bucket import Bucket, ClipChoice
+from titan_video.data.shapes import resolve_path
 from titan_video.data.sources import ClipRecord, scan
 from titan_video.data.video import Probe, decode, frame_indices, probe
 
 NAMES_SHOWN = 20
-PROBE_VERSION = 1
+PROBE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -30,18 +33,19 @@ class PlanEntry:
 
     num_frames counts the whole source after resampling to `fps`, of which the clip takes the bucket's frames from number `start`; the source
     gives `num_clips` such clips. pts: in ticks, or with by_index numbers of frames. repeats: how often an epoch holds it.
-    captions: all that it has, `caption` is the first. image: a first frame to be given instead of the clip's own.
+    captions: all that it has. stated_fps: the rate that metadata state of a file that was not opened, to be compared by the decoder.
+    image: a first frame to be given instead of the clip's own.
     """
 
     path: str
-    caption: str = ""
-    reason: str = ""
     captions: tuple[str, ...] = ()
+    reason: str = ""
     fps: float = 0.0
     repeats: int = 1
     start: int = 0
     num_clips: int = 1
     by_index: bool = False
+    stated_fps: float = 0.0
     width: int = 0
     height: int = 0
     source_fps: float = 0.0
@@ -54,8 +58,19 @@ class PlanEntry:
     image_sha256: str = ""
 
     @property
+    def caption(self) -> str:
+        return self.captions[0] if self.captions else ""
+
+    @property
     def kept(self) -> bool:
         return not self.reason
+
+    @property
+    def verdict(self) -> str:
+        """What became of the source: kept whole, trimmed to one clip, split into several, or dropped."""
+        if self.reason:
+            return "dropped"
+        return "split" if self.num_clips > 1 else "trimmed" if self.num_frames > self.bucket[0] else "kept"
 
     @property
     def content(self) -> str:
@@ -99,7 +114,7 @@ class Plan:
             longest = max(e.num_frames for e in too_short)
             fits = (longest - 1) // 4 * 4 + 1
             return f"The longest clip has {longest} frames at data.fps = {self.fps:g}: add a bucket of {fits} frames or fewer, or change data.fps"
-        return "Give clips (.mp4 and the like) with same-name .txt captions, or a metadata file that names both, as data.path"
+        return "Give clips (.mp4 and the like) with same-name .txt captions, or a metadata file that names both, as data.path or in [[data.source]]"
 
     def write_jsonl(self, path: str | os.PathLike) -> None:
         """One line per clip, with all that was decided; the file appears whole or not at all."""
@@ -108,19 +123,30 @@ class Plan:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         with open(temporary, "w", encoding="utf-8") as f:
             for entry in self.entries:
-                row: dict[str, Any] = {"kept": entry.kept, **asdict(entry)}
-                del row["pts"]
+                row = {"kept": entry.kept, "verdict": entry.verdict, **asdict(entry), **self._geometry(entry)}
                 f.write(json.dumps(row, ensure_ascii=False) + "\n")
         os.replace(temporary, path)
+
+    @staticmethod
+    def _geometry(e: PlanEntry) -> dict[str, Any]:
+        """The frames taken, as (first, last) time or number, and how they are resized and cropped: [left, top, width, height]."""
+        if not e.kept:
+            return {"pts": []}
+        width, height, left, top = bucketing.cover(e.width, e.height, e.bucket)
+        return {"pts": [e.pts[0], e.pts[-1]], "resize": [width, height], "crop": [left, top, e.bucket[2], e.bucket[1]]}
 
     def summary(self) -> str:
         """Counts by bucket, and by reason with names, for people."""
         kept = self.kept
-        found, dropped = len(self.entries), len(self.entries) - len(kept)
-        lines = [f"data plan of {self.source} at {self.fps:g} fps: {found} found, {len(kept)} kept, {dropped} dropped"]
+        found, num_dropped = len(self.entries), len(self.entries) - len(kept)
+        verdicts = Counter({e.path: e.verdict for e in kept}.values())
+        cut = ", ".join(f"{count} {verdict}" for verdict in ("trimmed", "split") if (count := verdicts[verdict]))
+        lines = [f"data plan of {self.source} at {self.fps:g} fps: {found} found, {len(kept)} kept, {num_dropped} dropped"]
+        if cut:
+            lines.append(f"  of {len({e.path for e in kept})} files that are kept: {cut}")
         counts = Counter(e.bucket for e in kept)
         upscaled = Counter(e.bucket for e in kept if bucketing.is_upscaled(e.width, e.height, e.bucket))
-        for b in self.buckets:
+        for b in sorted({*self.buckets, *counts}):
             note = f", {upscaled[b]} of them smaller than that and upscaled" if upscaled[b] else ""
             lines.append(f"  bucket {b[0]} x {b[1]} x {b[2]} (frames, height, width): {counts[b]} clips{note}")
         dropped: dict[str, list[PlanEntry]] = {}
@@ -137,38 +163,88 @@ class Plan:
 
 def read_frames(entry: PlanEntry, first_only: bool = False) -> Tensor:
     """The training clip of a kept entry, or its first frame alone: uint8 RGB [3, F, H, W]. Raises UnusableClip."""
-    return decode(entry.path, entry.pts[:1] if first_only else entry.pts, entry.width, entry.height, entry.bucket)
+    pts = entry.pts[:1] if first_only else entry.pts
+    return decode(entry.path, pts, entry.width, entry.height, entry.bucket, entry.by_index, entry.stated_fps)
 
 
-def make_plan(path: str | os.PathLike, buckets: Sequence[Sequence[int]], fps: float, num_workers: int, cache_folder: str | os.PathLike) -> Plan:
-    """Scan `path`, probe each file in worker processes (0: in this one) and decide about each clip.
+def plan_of(section: Data, cache_folder: str | os.PathLike, path: str = "") -> Plan:
+    """The plan of [data], or of another path (validation.path) by the same rules, its own source alone."""
+    sources = [Source(path=path)] if path else section.sources
+    choice = ClipChoice(section.clip_choice, section.uniform_clips, section.slide_stride)
+    return make_plan(sources, section.sizes, section.fps, section.num_workers, cache_folder, choice)
+
+
+def make_plan(
+    sources: str | os.PathLike | Sequence[Source], buckets: Sequence[Sequence[int]], fps: float, num_workers: int, cache_folder: str | os.PathLike,
+    choice: ClipChoice = ClipChoice(),
+) -> Plan:  # fmt: skip
+    """Scan the sources (or one path), probe each file in worker processes (0: in this one) and decide about each clip.
 
     Probes are kept in cache_folder, so a second plan does not read the files again unless their size or time of change differ.
     Raises ValueError for a path or metadata of no known layout, and when no clip is usable.
     """
-    records = scan(path)
+    sources = [Source(path=str(sources))] if isinstance(sources, (str, os.PathLike)) else list(sources)
     sizes = tuple(tuple(b) for b in buckets)
-    paths = list(dict.fromkeys(r.path for r in records if not r.reason))
+    scanned = [(source, record) for source in sources for record in _scan(source, Path(cache_folder))]
+    paths = list(dict.fromkeys(r.path for s, r in scanned if not r.reason and not (s.trust_metadata and r.stated)))
     probes = dict(zip(paths, probe_all(paths, num_workers, Path(cache_folder) / "probes"), strict=True))
-    plan = Plan(str(path), fps, sizes, tuple(_decide(r, probes.get(r.path), sizes, fps) for r in records))
+    entries = []
+    for source, record in scanned:
+        mode = choice.mode if source.clip_choice == "default" else source.clip_choice
+        entries += _decide(source, record, probes.get(record.path), sizes, source.fps or fps, replace(choice, mode=mode))
+    plan = Plan(", ".join(str(s.path) for s in sources), fps, sizes, tuple(entries))
     plan.require_clips()
     return plan
 
 
-def _decide(record: ClipRecord, found: Probe | None, buckets: Sequence[Bucket], fps: float) -> PlanEntry:
-    entry = PlanEntry(record.path, record.caption, record.reason, (record.caption,), fps, image=record.image)
-    if record.reason or found is None:
-        return entry
+def _scan(source: Source, cache_folder: Path) -> list[ClipRecord]:
+    path = source.path if media.is_url(source.path) else str(resolve_path(source.path, cache_folder))
+    return scan(path, source.caption_column)
+
+
+def _decide(
+    source: Source, record: ClipRecord, found: Probe | None, buckets: Sequence[Bucket], fps: float, choice: ClipChoice
+) -> list[PlanEntry]:
+    """The training clips of a source's file, or the one entry that says why there are none."""
+    captions = tuple(source.caption_prefix + caption for caption in record.captions)
+    entry = PlanEntry(record.path, captions, record.reason, fps=fps, repeats=source.num_repeats, image=record.image)
+    if record.reason:
+        return [entry]
+    kind = media.kind(record.path)
+    if found is None:
+        found, entry = _stated(record), replace(entry, by_index=True, stated_fps=record.stated[3])
+        rate = record.stated[3]
+    else:
+        rate = source.source_fps if kind == "frames" else 0.0
     if found.reason:
-        return replace(entry, reason=found.reason)
-    indices = frame_indices(*found.seconds(), fps)
-    entry = replace(entry, width=found.width, height=found.height, source_fps=round(found.fps, 3), source_frames=len(found.pts),
-                    num_frames=len(indices), sha256=found.sha256)  # fmt: skip
-    chosen = bucketing.choose(len(indices), found.width, found.height, buckets)
+        return [replace(entry, reason=found.reason)]
+    if kind == "frames" and not rate:
+        return [replace(entry, reason="no rate: a folder of frames does not tell its rate; set source_fps in its [[data.source]]")]
+    times, end = found.seconds()
+    if rate:
+        times, end = [i / rate for i in range(len(found.pts))], len(found.pts) / rate
+    indices = [0] if kind == "image" else frame_indices(times, end, fps)
+    entry = replace(entry, width=found.width, height=found.height, source_fps=round(rate or found.fps, 3) if kind != "image" else 0.0,
+                    source_frames=len(found.pts), num_frames=len(indices), sha256=found.sha256)  # fmt: skip
+    chosen = bucketing.choose(len(indices), found.width, found.height, buckets, whole=choice.mode == "full")
     if chosen is None:
-        return replace(entry, reason=f"too short: {len(indices)} frames at {fps:g} fps, the shortest bucket takes {min(b[0] for b in buckets)}")
-    entry = replace(entry, bucket=chosen, pts=tuple(found.pts[i] for i in indices[: chosen[0]]))
-    return replace(entry, image_sha256=hashlib.sha256(Path(entry.image).read_bytes()).hexdigest()) if entry.image else entry
+        return [replace(entry, reason=f"too short: {len(indices)} frames at {fps:g} fps, the shortest bucket takes {min(b[0] for b in buckets)}")]
+    if entry.image:
+        entry = replace(entry, image_sha256=media.sha256(entry.image)[0])
+    starts = bucketing.starts(len(indices), chosen[0], choice)
+    return [replace(entry, bucket=chosen, start=start, num_clips=len(starts), pts=tuple(found.pts[i] for i in indices[start : start + chosen[0]]))
+            for start in starts]  # fmt: skip
+
+
+def _stated(record: ClipRecord) -> Probe:
+    """What metadata say of a file, in place of a probe; it is known by name, size and time, not by its content."""
+    width, height, count, rate = record.stated
+    try:
+        identity = media.version(record.path)
+    except OSError as e:
+        return Probe(reason=f"unreadable: {e.strerror or e}")
+    name = hashlib.sha256(json.dumps([identity, rate]).encode()).hexdigest()
+    return Probe(name, int(width), int(height), "1", tuple(range(int(count))), int(count))
 
 
 # ---- probes, in worker processes, kept between runs ----
@@ -193,19 +269,18 @@ class _Probes:
         return len(self.paths)
 
     def _identity(self, path: str) -> dict[str, Any]:
-        stat = os.stat(path)
-        return {"version": PROBE_VERSION, "path": os.path.abspath(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        return {"probe": PROBE_VERSION, **media.version(path)}
 
     def _file(self, path: str) -> Path:
-        name = hashlib.sha256(os.path.abspath(path).encode("utf-8", "surrogateescape")).hexdigest()
+        name = hashlib.sha256((path if media.is_url(path) else os.path.abspath(path)).encode("utf-8", "surrogateescape")).hexdigest()
         return self.folder / name[:2] / f"{name}.json"
 
     def read(self, index: int) -> Probe | None:
         path = self.paths[index]
         try:
             saved = json.loads(self._file(path).read_text(encoding="utf-8"))
-            found = Probe(**saved.pop("probe"))
-            return replace(found, pts=tuple(found.pts)) if saved == self._identity(path) else None
+            found = Probe(**saved["found"])
+            return replace(found, pts=tuple(found.pts)) if saved["of"] == self._identity(path) else None
         except (OSError, ValueError, TypeError, KeyError, AttributeError):  # not there, or not whole: probe again
             return None
 
@@ -219,6 +294,6 @@ class _Probes:
         file = self._file(path)
         temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({**identity, "probe": asdict(found)}), encoding="utf-8")
+        temporary.write_text(json.dumps({"of": identity, "found": asdict(found)}), encoding="utf-8")
         os.replace(temporary, file)
         return found

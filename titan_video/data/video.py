@@ -1,12 +1,13 @@
 """Reading video: what is in a file (`probe`), which of its frames a clip takes (`frame_indices`), and those frames (`decode`).
 
 Frames are named by their presentation time in ticks of the stream's time base. So the plan, which only reads packets, and the
-loader, which decodes, mean the same frames, whatever the codec's order or delay. Files come from anywhere: every way in which one
-can be broken becomes an `UnusableClip` with its reason.
+loader, which decodes, mean the same frames, whatever the codec's order or delay. Images, folders of them, and videos whose metadata was
+believed unread go by the number of the frame. Files come from anywhere (media.py): every way in which one can be broken becomes an
+`UnusableClip` with its reason.
 """
 
 import bisect
-import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from titan_video.data import media
 from titan_video.data.bucket import Bucket, cover
 
 TOLERANCE = 0.0005  # seconds; containers round times to as coarse as a millisecond
 MISSING_TAIL = 0.1  # seconds that the packets may end before the declared end
 MAX_SIDE = 16384
+SEEK_FROM = 2.0  # seconds into a file from which a clip is sought instead of decoded up to
 
 
 class UnusableClip(ValueError):
@@ -72,7 +75,8 @@ def _open(path: str) -> Iterator:
     import av
 
     try:
-        with av.open(path, metadata_errors="replace") as container:
+        source = path if os.path.isfile(path) else media.open_binary(path)
+        with av.open(source, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise UnusableClip("not a video: no video stream")
             stream = container.streams.video[0]
@@ -87,9 +91,16 @@ def _open(path: str) -> Iterator:
 
 
 def probe(path: str) -> Probe:
-    """Read a file's packets and first frame; the other frames are not decoded. Never raises for what is in the file."""
+    """Read a file's packets and first frame; the other frames are not decoded. Never raises for what is in the file.
+
+    The frames of an image and of a folder of images last one tick of a second each.
+    """
     try:
-        sha256 = _sha256(path)
+        sha256, size = media.sha256(path)
+        if not size:
+            raise UnusableClip("corrupt: the file is empty")
+        if media.kind(path) != "video":
+            return _probe_images(path, sha256)
         with _open(path) as (container, stream):
             time_base = stream.time_base
             frames = _packet_times(container, stream)
@@ -103,23 +114,37 @@ def probe(path: str) -> Probe:
     return Probe(sha256, width, height, str(time_base), pts, end)
 
 
+def _probe_images(path: str, sha256: str) -> Probe:
+    sizes = {(frame.width, frame.height) for _, frame in _images(path)}
+    if len(sizes) > 1:
+        raise UnusableClip(f"corrupt: the frames differ in size: {', '.join(f'{w} x {h}' for w, h in sorted(sizes)[:4])}")
+    (width, height), count = sizes.pop(), 1 if media.kind(path) == "image" else len(media.frame_files(path))
+    if max(width, height) > MAX_SIDE:
+        raise UnusableClip(f"too large: {width} x {height}, more than {MAX_SIDE} a side")
+    return Probe(sha256, width, height, "1", tuple(range(count)), count)
+
+
+def _images(path: str) -> Iterator:
+    """(number, frame) of an image, or of a folder of images."""
+    import av
+    from PIL import Image, ImageOps
+
+    files = [path] if media.kind(path) == "image" else media.frame_files(path)
+    for number, file in enumerate(files):
+        try:
+            with media.open_binary(str(file)) as f, Image.open(f) as image:
+                pixels_HWC = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+            raise UnusableClip(f"corrupt: {'' if len(files) == 1 else f'{file.name}: '}{e or type(e).__name__}") from e
+        yield number, av.VideoFrame.from_ndarray(pixels_HWC, format="rgb24")
+
+
 def read_image(path: str, bucket: Bucket) -> Tensor:
     """An image, or the first frame of a clip, resized and cropped like a clip of the bucket: uint8 RGB [3, 1, H, W]. Raises UnusableClip."""
     found = probe(path)
     if found.reason:
         raise UnusableClip(f"unusable image: {path}: {found.reason}")
     return decode(path, found.pts[:1], found.width, found.height, bucket)
-
-
-def _sha256(path: str) -> str:
-    digest, size = hashlib.sha256(), 0
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-            size += len(chunk)
-    if not size:
-        raise UnusableClip("corrupt: the file is empty")
-    return digest.hexdigest()
 
 
 def _packet_times(container, stream) -> tuple[tuple[int, ...], int] | None:
@@ -160,12 +185,12 @@ def _is_avi(container) -> bool:
     return container.format.name == "avi"
 
 
-def _frames(container, stream) -> Iterator:
-    """(presentation time in ticks, decoded frame), in order."""
-    avi = _is_avi(container)
+def _frames(container, stream, by_index: bool = False) -> Iterator:
+    """(presentation time in ticks, or number, decoded frame), in order."""
+    by_index |= _is_avi(container)
     for count, frame in enumerate(container.decode(stream)):
-        if avi or frame.pts is not None:
-            yield count if avi else frame.pts, frame
+        if by_index or frame.pts is not None:
+            yield count if by_index else frame.pts, frame
 
 
 def _finish(durations: dict[int, int]) -> tuple[tuple[int, ...], int]:
@@ -185,32 +210,57 @@ def _shown_size(stream, frame) -> tuple[int, int]:
     return (height, width) if frame.rotation % 180 else (width, height)
 
 
-def decode(path: str, pts: Sequence[int], width: int, height: int, bucket: Bucket) -> Tensor:
-    """The frames shown at `pts` (ticks, ascending, may repeat), resized to cover the bucket and cropped to its centre.
+def decode(path: str, pts: Sequence[int], width: int, height: int, bucket: Bucket, by_index: bool = False, rate: float = 0.0) -> Tensor:
+    """The frames shown at `pts` (ticks, or numbers with by_index; ascending, may repeat), resized to cover the bucket and cropped to its centre.
 
-    width, height: of the probe. Returns uint8 RGB [3, F, H, W]. Raises UnusableClip when the file does not give every frame whole.
+    width, height: of the probe. rate: what metadata say of a file that was not probed; they are compared with what is found.
+    Returns uint8 RGB [3, F, H, W]. Raises UnusableClip when the file does not give every frame whole.
     """
+    if media.kind(path) != "video":
+        found_HWC = _wanted(_images(path), pts, width, height, bucket)
+    else:
+        with _open(path) as (container, stream):
+            if rate:
+                _compare(stream, width, height, rate)
+            tick = stream.time_base or 0
+            seek = not by_index and not _is_avi(container) and (pts[0] - (stream.start_time or 0)) * tick > SEEK_FROM
+            if seek:
+                container.seek(pts[0], stream=stream)
+            found_HWC = _wanted(_frames(container, stream, by_index), pts, width, height, bucket)
+        if seek and len(found_HWC) < len(set(pts)):  # an index that leads astray
+            with _open(path) as (container, stream):
+                found_HWC = _wanted(_frames(container, stream), pts, width, height, bucket)
+    missing = sorted(set(pts) - found_HWC.keys())
+    if missing:
+        raise UnusableClip(f"corrupt: {len(missing)} of {len(set(pts))} frames do not decode")
+    return torch.from_numpy(np.stack([found_HWC[t] for t in pts])).permute(3, 0, 1, 2).contiguous()
+
+
+def _compare(stream, width: int, height: int, rate: float) -> None:
+    context, found = stream.codec_context, float(stream.average_rate or 0)
+    if {context.width, context.height} != {width, height} or abs(found - rate) > 0.01 * rate:
+        raise UnusableClip(f"wrong metadata: {width} x {height} at {rate:g} fps are stated, the file has "
+                           f"{context.width} x {context.height} at {found:g} fps")  # fmt: skip
+
+
+def _wanted(frames: Iterator, pts: Sequence[int], width: int, height: int, bucket: Bucket) -> dict[int, np.ndarray]:
+    """{time: image of the bucket's size, [H, W, 3]} of the frames at `pts`, as far as they are found."""
     from av.video.reformatter import VideoReformatter
 
     _, bucket_height, bucket_width = bucket
     new_width, new_height, left, top = cover(width, height, bucket)
     method = "AREA" if new_width < width else "BICUBIC"
     found_HWC: dict[int, np.ndarray] = {}
-    wanted = set(pts)
+    wanted, last = set(pts), max(pts)
     scaler = VideoReformatter()  # one for all frames: it keeps its tables
-    with _open(path) as (container, stream):
-        for time, frame in _frames(container, stream):
-            if time not in wanted:
-                continue
+    for time, frame in frames:
+        if time in wanted:
             if frame.is_corrupt:
-                raise UnusableClip(f"corrupt: the frame at {float(time * stream.time_base):.2f} s is damaged")
+                raise UnusableClip(f"corrupt: the frame at {float(time * (frame.time_base or 1)):.2f} s is damaged")
             turns = round(frame.rotation / 90) % 4  # counter-clockwise, as np.rot90
             size = {"width": new_height, "height": new_width} if turns % 2 else {"width": new_width, "height": new_height}
             image = np.rot90(scaler.reformat(frame, format="rgb24", interpolation=method, **size).to_ndarray(), turns)
             found_HWC[time] = image[top : top + bucket_height, left : left + bucket_width].copy()
-            if len(found_HWC) == len(wanted):
-                break
-    missing = sorted(wanted - found_HWC.keys())
-    if missing:
-        raise UnusableClip(f"corrupt: {len(missing)} of {len(wanted)} frames do not decode")
-    return torch.from_numpy(np.stack([found_HWC[t] for t in pts])).permute(3, 0, 1, 2).contiguous()
+        if len(found_HWC) == len(wanted) or time > last:
+            break
+    return found_HWC

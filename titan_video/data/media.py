@@ -1,0 +1,205 @@
+"""Where the bytes of a clip are. A clip is named by one string, wherever it lies:
+
+    clips/a.mp4   clips/a.png                      a file
+    clips/walk                                     a folder of images, each a frame
+    shards/000.tar!0007.mp4@1536+84213             a member of a tar, by its offset and size: nothing is extracted
+    data/train.parquet!video/a.mp4@3+12            a value of a table: row group (or batch, of an .arrow file) and row
+    s3://bucket/000.tar!0007.mp4@1536+84213        either of the first and third by any URL that fsspec opens (fsspec and its drivers are optional)
+"""
+
+import glob
+import hashlib
+import io
+import os
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+_MEMBER = re.compile(r"(?P<container>.+\.(?:tar|parquet|arrow))!(?P<name>.*)@(?P<a>\d+)\+(?P<b>\d+)", re.DOTALL)
+
+
+def member(container: str, name: str, a: int, b: int) -> str:
+    """The path of a tar's member (offset, size) or of a table's value (group, row)."""
+    return f"{container}!{name}@{a}+{b}"
+
+
+def kind(path: str) -> Literal["video", "image", "frames"]:
+    found = _MEMBER.fullmatch(path)
+    name = found["name"] if found else path
+    if name.lower().endswith(IMAGE_SUFFIXES):
+        return "image"
+    return "frames" if found is None and os.path.isdir(path) else "video"
+
+
+def is_url(path: str) -> bool:
+    return "://" in path
+
+
+def _fsspec() -> Any:
+    try:
+        import fsspec
+    except ImportError:
+        raise ValueError("a URL as data path needs the package fsspec and its driver for the URL's protocol: pip install fsspec") from None
+    return fsspec
+
+
+def expand(pattern: str) -> list[str]:
+    """Paths that a path with braces ({000..012}, {a,b}) and wildcards means, in order."""
+    opening = re.search(r"\{([^{}]*)\}", pattern)
+    if opening:
+        span = re.fullmatch(r"(\d+)\.\.(\d+)", opening[1])
+        items = [f"{i:0{len(span[1])}d}" for i in range(int(span[1]), int(span[2]) + 1)] if span else opening[1].split(",")
+        return [path for item in items for path in expand(pattern[: opening.start()] + item + pattern[opening.end() :])]
+    if not glob.has_magic(pattern):
+        return [pattern]
+    if is_url(pattern):
+        fs, inner = _fsspec().core.url_to_fs(pattern)
+        return sorted(fs.unstrip_protocol(path) for path in fs.glob(inner))
+    return sorted(glob.glob(pattern, recursive=True))
+
+
+class _Slice(io.RawIOBase):
+    """Part of a file, as a file."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int):
+        self.file, self.start, self.size, self.position = file, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.position = max(0, offset + (0, self.position, self.size)[whence])
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        self.file.seek(self.start + self.position)
+        data = self.file.read(max(0, min(len(buffer), self.size - self.position)))
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+def open_binary(path: str) -> BinaryIO:
+    """A file, a member or a value, for reading. Raises OSError; ValueError where a package is missing."""
+    found = _MEMBER.fullmatch(path)
+    if found and not found["container"].endswith(".tar"):
+        return io.BytesIO(_table_value(found["container"], found["name"].partition("/")[0], int(found["a"]), int(found["b"])))
+    if is_url(path):
+        return io.BytesIO(_fetched(path))
+    if found:
+        return io.BufferedReader(_Slice(open(found["container"], "rb"), int(found["a"]), int(found["b"])))
+    return open(path, "rb")
+
+
+def open_container(file: str) -> BinaryIO:
+    """A whole tar, for looking through it."""
+    return _fsspec().open(file, "rb").open() if is_url(file) else open(file, "rb")
+
+
+@lru_cache(maxsize=1)
+def _fetched(path: str) -> bytes:
+    """What a URL holds: probing reads it several times."""
+    found = _MEMBER.fullmatch(path)
+    with _fsspec().open(found["container"] if found else path, "rb") as f:
+        if not found:
+            return f.read()
+        f.seek(int(found["a"]))
+        return f.read(int(found["b"]))
+
+
+def version(path: str) -> dict[str, Any]:
+    """Changes when what `path` names does, as far as names, sizes and times tell. Raises OSError."""
+    found = _MEMBER.fullmatch(path)
+    file = found["container"] if found else path
+    if is_url(file):
+        fs, inner = _fsspec().core.url_to_fs(file)
+        info = fs.info(inner)
+        return {"path": path, **{key: str(info[key]) for key in ("size", "mtime", "ETag", "LastModified", "created") if key in info}}
+    stats = [os.stat(p) for p in ([Path(file), *frame_files(file)] if os.path.isdir(file) else [file])]
+    return {"path": os.path.abspath(path), "size": sum(s.st_size for s in stats), "mtime_ns": max(s.st_mtime_ns for s in stats)}
+
+
+def frame_files(folder: str) -> list[Path]:
+    """The images of a folder in the order of the numbers in their names."""
+    images = [p for p in Path(folder).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
+    return sorted(images, key=lambda p: ([int(n) for n in re.findall(r"\d+", p.stem)], p.name))
+
+
+def sha256(path: str) -> tuple[str, int]:
+    """Of the bytes that `path` names, of a folder of frames one file after the other; and their number. Raises OSError."""
+    digest, size = hashlib.sha256(), 0
+    for part in frame_files(path) if kind(path) == "frames" else [path]:
+        with open_binary(str(part)) as f:
+            while chunk := f.read(1 << 20):
+                digest.update(chunk)
+                size += len(chunk)
+    return digest.hexdigest(), size
+
+
+# ---- tables ----
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+    except ImportError:
+        raise ValueError("a .parquet or .arrow file as data path needs the package pyarrow: pip install pyarrow") from None
+    return pyarrow
+
+
+def row_groups(file: str, columns: list[str] | None = None) -> Iterator[Any]:
+    """The tables of a parquet file's row groups, or of the batches of an .arrow file (a data set of Hugging Face on disk)."""
+    pyarrow = _pyarrow()
+    if file.endswith(".parquet"):
+        import pyarrow.parquet
+
+        with pyarrow.parquet.ParquetFile(file) as f:
+            for group in range(f.num_row_groups):
+                yield f.read_row_group(group, columns=columns)
+        return
+    with pyarrow.memory_map(file) as f:
+        for batch in pyarrow.ipc.open_stream(f):
+            table = pyarrow.Table.from_batches([batch])
+            yield table.select(columns) if columns else table
+
+
+@lru_cache(maxsize=1)
+def _row_group(file: str, column: str, group: int) -> Any:
+    if file.endswith(".parquet"):
+        _pyarrow()
+        import pyarrow.parquet
+
+        with pyarrow.parquet.ParquetFile(file) as f:
+            return f.read_row_group(group, columns=[column])[column]
+    for number, table in enumerate(row_groups(file, [column])):
+        if number == group:
+            return table[column]
+    raise OSError(f"no batch {group}")
+
+
+def _table_value(file: str, column: str, group: int, row: int) -> bytes:
+    value = _row_group(file, column, group)[row].as_py()
+    return value["bytes"] if isinstance(value, dict) else value
+
+
+def stored_names(table: Any, column: str) -> list[tuple[str, bool]]:
+    """(file name, whether its bytes are in the table) of each row's clip; the name is "" where there is neither."""
+    values = table[column].combine_chunks()
+    kinds = _pyarrow().types
+    if kinds.is_struct(values.type):  # how Hugging Face stores media: bytes, or the path of a file
+        paths = values.field("path").to_pylist()
+        return [(os.path.basename(p or "clip"), True) if b else (p or "", False) for p, b in zip(paths, values.field("bytes").is_valid().to_pylist())]
+    if kinds.is_string(values.type) or kinds.is_large_string(values.type):
+        return [(p or "", False) for p in values.to_pylist()]
+    return [("clip", True)] * len(values)
