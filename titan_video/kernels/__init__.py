@@ -1,23 +1,18 @@
 """Memory-bound operators of the transformer block. `use` chooses, for the whole process, how they are computed.
 
-    torch     plain torch operators, one after another (reference.py); what everything runs that is not on a GPU, and all of float64
+    torch     plain torch operators, one after another (reference.py)
+    triton    one fused kernel each, forward and backward (fused_layer_norm.py, fused_rms_norm.py); float64 stays with torch
 """
 
+from collections.abc import Callable
+from functools import wraps
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
-from titan_video.kernels.reference import (
-    ada_layer_norm,
-    gated_residual,
-    layer_norm,
-    mean_square,
-    residual_ada_layer_norm,
-    residual_layer_norm,
-    rms_norm,
-    rms_norm_rope,
-    wide,
-)
+from titan_video.kernels import fused_layer_norm, fused_rms_norm, reference
+from titan_video.kernels.reference import mean_square, wide
 
 __all__ = [
     "ada_layer_norm",
@@ -56,3 +51,22 @@ def use(name: str) -> None:
 def in_use() -> str:
     """What is computed with: "torch" until `use` is called."""
     return _in_use
+
+
+def _either(plain: Callable, fused: Callable) -> Callable:
+    """The one or the other, by what is in use and by the type of the first argument."""
+
+    @wraps(plain)
+    def run(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (fused if _in_use == "triton" and x.dtype != torch.float64 else plain)(x, *args, **kwargs)
+
+    return run
+
+
+ada_layer_norm = _either(reference.ada_layer_norm, fused_layer_norm.ada_layer_norm)
+gated_residual = _either(reference.gated_residual, fused_layer_norm.gated_residual)
+layer_norm = _either(reference.layer_norm, fused_layer_norm.layer_norm)
+residual_ada_layer_norm = _either(reference.residual_ada_layer_norm, fused_layer_norm.residual_ada_layer_norm)
+residual_layer_norm = _either(reference.residual_layer_norm, fused_layer_norm.residual_layer_norm)
+rms_norm = _either(reference.rms_norm, fused_rms_norm.rms_norm)
+rms_norm_rope = _either(reference.rms_norm_rope, fused_rms_norm.rms_norm_rope)
