@@ -204,8 +204,9 @@ def _optimizer(config: JobConfig, dp: int) -> Iterator[str]:
         yield f"{where} optimizer.name is Muon, whose matrices are dealt out over the ranks at the end; choose AdamW or AdamW8bit"
     if t.max_norm > 0:
         yield f"{where} training.max_norm is {t.max_norm}, and the norm is known when all weights are updated already; set it to 0"
-    if t.global_batch_size not in (-1, t.local_batch_size * dp):
-        yield f"{where} training.global_batch_size {t.global_batch_size} takes several backwards for one update; set it to -1"
+    if not list(_batch_size(config, dp)) and gradient_accumulation(config, dp) > 1:
+        name = "data.global_micro_batches" if config.data.tokens_per_microbatch else "training.global_batch_size"
+        yield f"{where} {name} takes several backwards for one update; set it to -1"
     if config.parallelism.pipeline_parallel_degree > 1:
         yield f"{where} a pipeline adds up gradients over several backwards; set parallelism.pipeline_parallel_degree to 1"
     if t.enable_cpu_offload:

@@ -3,10 +3,11 @@
 import torch
 from torch import nn
 
-from titan_video.config.job_config import ActivationCheckpoint, Compile, Parallelism, Training
+from titan_video.config.job_config import ActivationCheckpoint, Compile, Float8, Parallelism, Training
 from titan_video.distributed.activation_checkpoint import apply_activation_checkpoint
 from titan_video.distributed.compile import apply_compile
 from titan_video.distributed.context_parallel import apply_context_parallel
+from titan_video.distributed.float8 import apply_float8
 from titan_video.distributed.fsdp import apply_fsdp
 from titan_video.distributed.parallel_dims import Meshes
 from titan_video.distributed.tensor_parallel import apply_tensor_parallel
@@ -22,11 +23,15 @@ def parallelize(
     checkpointing: ActivationCheckpoint,
     compilation: Compile,
     checkpointed: frozenset[tuple[str, str]] | None = None,
+    float8: Float8 = Float8(),
 ) -> None:
-    """Tensor parallel, context parallel, checkpointing, compile, FSDP2: in place, on a model whose parameters may be on the meta device.
+    """Float8, tensor parallel, context parallel, checkpointing, compile, FSDP2: in place, on a model whose parameters may be on the meta device.
 
-    checkpointed: `chosen_blocks` of the whole model, where `model` is a pipeline stage. ValueError: see `apply_activation_checkpoint`.
+    checkpointed: `chosen_blocks` of the whole model, where `model` is a pipeline stage. ValueError: see `apply_activation_checkpoint` and
+    `apply_float8`.
     """
+    if float8.enable:
+        apply_float8(model, plan, float8, meshes.world.device_type, meshes.tp.size())
     if meshes.tp.size() > 1:
         apply_tensor_parallel(model, plan, meshes.tp, parallelism.enable_async_tensor_parallel)
     if meshes.ring.size() * meshes.ulysses.size() > 1:

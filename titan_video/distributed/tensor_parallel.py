@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -195,11 +194,12 @@ class UnfusedLinear(nn.Module):
 
     def __init__(self, linear: Linear, complete: tuple[Callable[[Tensor], Tensor], ...]):
         super().__init__()
-        self.weight, self.bias, self.adapter, self.complete = linear.weight, linear.bias, linear.adapter, complete
+        self.weight, self.bias, self.adapter, self.product = linear.weight, linear.bias, linear.adapter, linear.product
+        self.complete = complete
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         weight, bias = local(self.weight), local(self.bias)
-        products = (F.linear(x, weight) if self.adapter is None else F.linear(x, weight) + self.adapter(x) for x in inputs)
+        products = (self.product(x, weight) if self.adapter is None else self.product(x, weight) + self.adapter(x) for x in inputs)
         outputs = tuple(complete(y) + bias for complete, y in zip(self.complete, products, strict=True))
         return outputs if len(outputs) > 1 else outputs[0]
 

@@ -4,6 +4,7 @@ Letters: B batch, L tokens, D width, H heads, K head width, C latent channels, F
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -82,14 +83,18 @@ def local(weight: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A Linear of a block: plain tensors in and out, under tensor parallel too. adapter: what is added to it (models/lora.py), or None."""
+    """A Linear of a block: plain tensors in and out, under tensor parallel too. adapter: what is added to it (models/lora.py), or None.
+
+    product: what multiplies, F.linear or the same in float8 (distributed/float8.py).
+    """
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features)
         self.adapter: nn.Module | None = None
+        self.product: Callable[..., Tensor] = F.linear
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, local(self.weight), local(self.bias))
+        y = self.product(x, local(self.weight), local(self.bias))
         return y if self.adapter is None else y + self.adapter(x)
 
 
