@@ -131,8 +131,9 @@ class Trainer:
         if self.dims.pp > 1:
             stages = keep_stages(self.model, self.spec.plan, self.meshes.pp, config.parallelism, self.args, longest)
         parallelize(
-            self.model, self.spec.plan, self.meshes, config.parallelism, config.training, config.activation_checkpoint, config.compile, checkpointed
-        )
+            self.model, self.spec.plan, self.meshes, config.parallelism, config.training, config.activation_checkpoint, config.compile,
+            checkpointed, config.float8,
+        )  # fmt: skip
         self.model.to_empty(device="cpu" if config.training.enable_cpu_offload else self.device)
         self.pipeline = None
         if stages:
