@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
+from titan_video import kernels
 from titan_video.kernels.attention import attention, joint_attention
+from titan_video.kernels.gelu import gelu_linear
 from titan_video.models.spec import TokenShape
 
 Patch = tuple[int, int, int]
@@ -104,7 +106,11 @@ class FeedForward(nn.Module):
         self.up, self.down = Linear(dim, ffn_dim), Linear(ffn_dim, dim)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_BLD), approximate="tanh"))
+        up, down = self.up(x_BLD), self.down
+        # A compiler does not compute again what a product reads, and changed products (adapters, tensor parallel) keep their inputs themselves.
+        if kernels.in_use() == "triton" and not torch.compiler.is_compiling() and type(down) is Linear and down.adapter is None:
+            return gelu_linear(up, local(down.weight), local(down.bias))
+        return down(F.gelu(up, approximate="tanh"))
 
 
 def hold_in(model: nn.Module, fp32: tuple[str, ...], dtype: torch.dtype) -> None:

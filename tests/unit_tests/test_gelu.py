@@ -1,0 +1,55 @@
+"""linear(gelu(u)) that keeps u alone: equal to the two apart, with every combination of frozen inputs, and without the widest activation."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from titan_video import kernels
+from titan_video.kernels.gelu import gelu_linear
+from titan_video.models.layers import FeedForward
+
+
+def draw(*shape, dtype=torch.float64, grad=True):
+    return torch.randn(*shape, dtype=dtype).requires_grad_(grad)
+
+
+@pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)])
+def test_equals_gelu_and_linear(wanted):
+    torch.manual_seed(0)
+    u, weight, bias = (draw(*shape, grad=w) for shape, w in zip([(2, 5, 12), (7, 12), (7,)], wanted, strict=True))
+    inputs = [t for t in (u, weight, bias) if t.requires_grad]
+    a, b = gelu_linear(u, weight, bias), F.linear(F.gelu(u, approximate="tanh"), weight, bias)
+    grad = torch.randn_like(a)
+    assert torch.equal(a, b)
+    for x, y in zip(torch.autograd.grad(a, inputs, grad), torch.autograd.grad(b, inputs, grad), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+def saved_by(ffn, x):
+    sizes = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.update({t.untyped_storage().data_ptr(): t.numel()}) or t, lambda t: t):
+        out = ffn(x)
+    return out, sum(sizes.values()) - sum(p.numel() for p in (ffn.up.weight, ffn.down.weight))
+
+
+@pytest.fixture
+def fused():
+    kernels.use("triton")
+    yield
+    kernels.use("torch")
+
+
+def test_feed_forward_keeps_its_widest_activation_once_where_kernels_are_fused(fused):
+    torch.manual_seed(0)
+    ffn, x = FeedForward(8, 32), draw(1, 6, 8, dtype=torch.float32)
+    out, kept = saved_by(ffn, x)
+    kernels.use("torch")
+    plain, kept_by_plain = saved_by(ffn, x)
+    assert torch.equal(out, plain) and kept_by_plain - kept == 6 * 32
+
+
+def test_feed_forward_with_an_adapter_goes_through_it(fused):
+    ffn, x = FeedForward(8, 32), draw(1, 6, 8, dtype=torch.float32)
+    before = ffn(x)
+    ffn.down.adapter = torch.nn.Linear(32, 8)
+    assert not torch.equal(ffn(x), before)
