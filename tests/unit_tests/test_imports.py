@@ -14,7 +14,7 @@ from tests.helpers import ROOT
 PACKAGE = "titan_video"
 FLOORS = {"config": 0, "tools": 0, "flow": 1, "kernels": 1, "models": 2, "encoders": 2, "distributed": 3, "data": 3, "components": 4}
 STRANGERS = {frozenset(pair) for pair in (("models", "encoders"), ("distributed", "data"))}
-OPTIONAL = {"diffusers", "transformers", "sentencepiece", "av", "ftfy", "PIL"}
+OPTIONAL = {"diffusers", "transformers", "sentencepiece", "av", "ftfy", "PIL", "torchao"}
 OPTIONAL_ON_TOP = {"data": {"av", "PIL"}}
 
 

@@ -39,6 +39,9 @@ def init_logger() -> None:
     handler.setFormatter(logging.Formatter("[titan] %(asctime)s - %(name)s - %(levelname)s - %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    # When torchao is imported, by diffusers too, there are warnings of parts of it that nothing here uses.
+    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class Progress:
