@@ -48,8 +48,10 @@ def test_feed_forward_keeps_its_widest_activation_once_where_kernels_are_fused(f
     assert torch.equal(out, plain) and kept_by_plain - kept == 6 * 32
 
 
-def test_feed_forward_with_an_adapter_goes_through_it(fused):
+@pytest.mark.parametrize("change", [{"adapter": torch.nn.Linear(32, 8)}, {"product": lambda x, weight, bias: 2 * F.linear(x, weight, bias)}])
+def test_feed_forward_with_an_adapter_or_another_product_goes_through_it(fused, change):
     ffn, x = FeedForward(8, 32), draw(1, 6, 8, dtype=torch.float32)
     before = ffn(x)
-    ffn.down.adapter = torch.nn.Linear(32, 8)
+    for name, value in change.items():
+        setattr(ffn.down, name, value)
     assert not torch.equal(ffn(x), before)

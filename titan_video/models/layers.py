@@ -107,8 +107,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         up, down = self.up(x_BLD), self.down
-        # A compiler does not compute again what a product reads, and changed products (adapters, tensor parallel) keep their inputs themselves.
-        if kernels.in_use() == "triton" and not torch.compiler.is_compiling() and type(down) is Linear and down.adapter is None:
+        # A compiler does not compute again what a product reads, and other products (adapters, float8, tensor parallel) keep their inputs themselves.
+        is_plain = type(down) is Linear and down.adapter is None and down.product is F.linear
+        if is_plain and kernels.in_use() == "triton" and not torch.compiler.is_compiling():
             return gelu_linear(up, local(down.weight), local(down.bias))
         return down(F.gelu(up, approximate="tanh"))
 
