@@ -122,9 +122,11 @@ class Traffic(TorchDispatchMode):
         results = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         if not func._schema.is_mutable and results and given and {_storage(t) for t in results} <= {_storage(t) for t in given}:
             return  # a view
+        if name.endswith("_like") or name.startswith("new_"):
+            given = []  # only its shape is asked for
+        elif name in ("copy_", "fill_", "zero_"):
+            given = given[1:]
         read = {(_storage(t), t.storage_offset(), t.shape, t.stride()): touched(t) for t in given}
-        if name in ("copy_", "fill_", "zero_"):
-            del read[_storage(args[0]), args[0].storage_offset(), args[0].shape, args[0].stride()]
         self.bytes[name] += sum(read.values()) + sum(touched(t) for t in results)
 
 

@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import device_of, environment, failure, markdown, options, write_json  # noqa: E402
-from benchmarks.step import free_keeping_graphs  # noqa: E402
+from benchmarks.step import free  # noqa: E402
 from benchmarks.training import Ours, Step, make_data, our_step, process_group  # noqa: E402
 from titan_video.config.job_config import ActivationCheckpoint, JobConfig, Optimizer, Training  # noqa: E402
 from titan_video.models.wan import SPEC, WanArgs  # noqa: E402
@@ -36,7 +36,7 @@ FULL_14B = replace(JobConfig(), training=Training(dtype="bfloat16", max_norm=0),
 def attempt(step: Step, args: WanArgs, grid: tuple[int, int, int], device: torch.device) -> dict[str, Any]:
     """One step at this length: peak GiB, seconds and loss, or why it failed."""
     memory = DeviceMemory(device)
-    free_keeping_graphs()
+    free()
     tokens = grid[0] * grid[1] * grid[2] // args.patch_volume
     found: dict[str, Any] = {"latent frames": grid[0], "tokens": tokens}
     try:

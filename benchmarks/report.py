@@ -21,7 +21,7 @@ Record = dict[str, Any]
 INTRO = """# Performance
 
 Written by `python benchmarks/report.py` from `benchmarks/results`. Each figure names its machine, versions and date; what says "not yet measured" has
-been run at toy size on a CPU only. `benchmarks/run_all.sh FOLDER` measures all of it on one GPU in two commands of ten minutes each.
+been run at toy size on a CPU only. `benchmarks/run_all.sh` measures what needs a GPU, in three commands of ten minutes each.
 
 Protocol: one process, random bfloat16 data (zeros are faster than real data), the same weights in all, results compared first, in turns for several
 rounds, medians and the spread between quartiles; a difference below twice the spread is called a tie. The ceilings (copy, matrix products at the
@@ -33,7 +33,8 @@ COMMANDS = {
     "step_cpu": "python benchmarks/step.py --device cpu",
     "kernels": "python benchmarks/kernels.py",
     "attention": "python benchmarks/attention.py",
-    "step": "python benchmarks/step.py",
+    "step": "python benchmarks/step.py --cases 1.3b",
+    "step_14b": "python benchmarks/step.py --cases 14b-stack 14b-block",
     "profile": "python benchmarks/profile_step.py",
     "memory": "python benchmarks/memory.py",
     "memory_14b": "python benchmarks/memory.py --14b",
@@ -69,6 +70,10 @@ def _worst(half: str) -> Callable[[Record], str]:
     return lambda record: f"{min(op[half]['fraction'] for op in record['results']['ops']):.2f} at the worst"
 
 
+def _worst_error(record: Record) -> str:
+    return f"{max(op['errors']['ratio'] for op in record['results']['ops']):.2f} at the worst"
+
+
 def _bytes_ratio(what: str) -> Callable[[Record], str]:
     def ratio(record: Record) -> str:
         found = record["results"]["per element"].values()
@@ -91,15 +96,15 @@ TARGETS: tuple[tuple[str, str, str, Callable[[Record], str]], ...] = (
     ("bytes moved outside products and attention", "<= 0.55 x diffusers'", "block_bytes", _bytes_ratio("traffic")),
     ("kernels forward, of the copy bandwidth", ">= 0.85", "kernels", _worst("forward")),
     ("kernels backward, of the copy bandwidth", ">= 0.80", "kernels", _worst("backward")),
-    ("kernels' error, of compiled torch's", "<= 1.1", "kernels", lambda r: f"{max(op['errors']['ratio'] for op in r['results']['ops']):.2f} at the worst"),
+    ("kernels' error, of compiled torch's", "<= 1.1", "kernels", _worst_error),
     ("1.3B step at 32,760 tokens, MFU", ">= 52 %", "step", _step("1.3b", "ours", "MFU", _percent)),
     ("same, attention kept", ">= 48 %", "step", _step("1.3b", "ours, attention kept", "MFU", _percent)),
     ("same, full checkpointing", ">= 41 %", "step", _step("1.3b", "ours, full checkpointing", "MFU", _percent)),
     ("same, T_roof / T", ">= 0.90", "step", _step("1.3b", "ours", "T_roof/T", "{:.2f}".format)),
     ("same, against diffusers with gradient checkpointing", ">= 2.0 x", "step", _speed("diffusers")),
     ("same, against diffusers tuned: compiled, cuDNN, bfloat16 weights", ">= 1.2 x", "step", _speed("diffusers, tuned")),
-    ("14B, four blocks at 37,440 tokens", ">= 520 TFLOP/s", "step", _step("14b-stack", "ours", "TFLOP/s", "{:.0f} TFLOP/s".format)),
-    ("same, attention kept", ">= 470 TFLOP/s", "step", _step("14b-stack", "ours, attention kept", "TFLOP/s", "{:.0f} TFLOP/s".format)),
+    ("14B, four blocks at 37,440 tokens", ">= 520 TFLOP/s", "step_14b", _step("14b-stack", "ours", "TFLOP/s", "{:.0f} TFLOP/s".format)),
+    ("same, attention kept", ">= 470 TFLOP/s", "step_14b", _step("14b-stack", "ours, attention kept", "TFLOP/s", "{:.0f} TFLOP/s".format)),
     ("longest clip that 1.3B trains on, one GPU", ">= 400,920 tokens", "memory", lambda r: f"{r['results']['longest tokens']:,} tokens"),
     ("14B, all parameters, 75,600 tokens, one GPU", "runs, <= 135 GiB", "memory_14b", _full_14b),
 )
@@ -125,12 +130,15 @@ def _step_section(record: Record) -> str:
         clips = "1 clip" if c["batch"] == 1 else f"{c['batch']} clips"
         parts.append(f"### {c['layers']} blocks of width {c['dim']:,}, {clips} of {c['tokens']:,} tokens")
         if c["ceilings"]:
-            ceilings = c["ceilings"]
-            rates = "; ".join(f"{shape} {rate / 1e12:,.0f}" for shape, rate in ceilings["gemm"].items())
-            parts.append(f"Ceilings: copy {ceilings['copy'] / 1e12:.2f} TB/s; products (TFLOP/s) {rates}; attention ({ceilings['attention']}) forward "
-                         f"{ceilings['attention_forward'] / 1e12:,.0f}, backward {ceilings['attention_backward'] / 1e12:,.0f} TFLOP/s.")  # fmt: skip
+            parts.append(_ceilings(c["ceilings"]))
         parts += [step.comparison_table(c["agreement"]), *(step.step_table(group) for group in c["groups"])]
     return "\n\n".join(parts)
+
+
+def _ceilings(c: Record) -> str:
+    rates = "; ".join(f"{shape} {rate / 1e12:,.0f}" for shape, rate in c["gemm"].items())
+    attention_rates = f"forward {c['attention_forward'] / 1e12:,.0f}, backward {c['attention_backward'] / 1e12:,.0f}"
+    return f"Ceilings: copy {c['copy'] / 1e12:.2f} TB/s; in TFLOP/s products {rates}; attention ({c['attention']}) {attention_rates}."
 
 
 def _memory_section(record: Record) -> str:
@@ -153,26 +161,35 @@ def _profile_section(record: Record) -> str:
 SECTIONS: dict[str, tuple[str, str, Callable[[Record], str]]] = {
     "block_bytes": (
         "Bytes of a block",
-        "Per element of tokens x width, in bfloat16, on the meta device: exact, and the same on any machine. Saved: what is kept for backward without "
-        "checkpointing. Moved: what all operators but matrix products and attention read and write; a kernel of ours is one operator. Compile, which "
-        "fuses plain torch's operators, is off.",
+        "Per element of tokens x width, in bfloat16, on the meta device: exact, and the same on any machine. Saved: what is kept for backward\n"
+        "without checkpointing. Moved: what all operators but matrix products and attention read and write; a kernel of ours is one operator.\n"
+        "Compile, which fuses plain torch's operators, is off.",
         lambda r: block_bytes.table(r["results"]["per element"]),
     ),
     "step_cpu": (
         "CPU step against diffusers",
-        "The trainer's own step against the same step written with `diffusers.WanTransformer3DModel`. A step on a CPU is bound by matrix products, so "
-        "this guards against waste and says nothing about a GPU.",
+        "The trainer's own step against the same step written with\n`diffusers.WanTransformer3DModel`. A step on a CPU is bound by matrix products, "
+        "so this guards against waste and says nothing about a GPU.",
         _step_section,
     ),
-    "kernels": ("Kernels", "Each memory-bound operator; see the top of the script for what is counted.", lambda r: kernels.table(r["results"]["ops"])),
-    "attention": ("Attention", "Each backend of model.attention, 128 channels a head. Forward counts two products, backward five.", _attention_section),
-    "step": ("Training step", "Forward, loss, backward, clipping, AdamW. `diffusers` is as its users run it, in eager mode under autocast with gradient "
-             "checkpointing; tuned is with regional compile, cuDNN attention and bfloat16 weights.", _step_section),
+    "kernels": (
+        "Kernels", "Each memory-bound operator; the top of the script says what is counted.", lambda r: kernels.table(r["results"]["ops"]),
+    ),
+    "attention": (
+        "Attention", "Each backend of model.attention, 128 channels a head. Forward counts two products, backward five.", _attention_section,
+    ),
+    "step": (
+        "Training step, Wan 1.3B",
+        "Forward, loss, backward, clipping, AdamW. `diffusers` is as its users run it, in eager\n"
+        "mode under autocast with gradient checkpointing; tuned is with regional compile, cuDNN attention and bfloat16 weights.",
+        _step_section,
+    ),
+    "step_14b": ("Training step, blocks of Wan 14B", "The same; one GPU, no communication.", _step_section),
     "profile": ("Where a step's time goes", "Beside the floor of each part.", _profile_section),
     "memory": ("Longest clip on one GPU", "Wan 1.3B, whole steps with AdamW.", _memory_section),
     "memory_14b": (
         "All parameters of Wan 14B on one GPU",
-        "75,600 tokens, bfloat16 weights with stochastic rounding, 8-bit AdamW in backward, attention kept.",
+        "75,600 tokens, bfloat16 weights with stochastic rounding, 8-bit AdamW in backward,\nattention kept.",
         lambda r: memory.table(r["results"]["runs"]),
     ),
 }  # fmt: skip
@@ -180,7 +197,8 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Record], str]]] = {
 
 def where(record: Record) -> str:
     """Machine, versions, date and arguments of a run."""
-    arguments = " ".join(f"--{k} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in record["arguments"].items() if v not in (None, False))
+    given = {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in record["arguments"].items() if v not in (None, False)}
+    arguments = " ".join(f"--{k} {v}" for k, v in given.items())
     return ", ".join(f"{k} {v}" for k, v in record["environment"].items()) + f". Arguments: `{arguments}`."
 
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import cosine, device_of, environment, failure, interleaved, markdown, options, relative_error, seconds_of, write_json  # noqa: E402
 from benchmarks.roof import Ceilings, measure, roof  # noqa: E402
 from benchmarks.training import Data, Diffusers, Ours, Step, diffusers_step, make_data, our_step, process_group  # noqa: E402
-from titan_video.config.job_config import ActivationCheckpoint, Compile, JobConfig  # noqa: E402
+from titan_video.config.job_config import ActivationCheckpoint, Compile, Float8, JobConfig  # noqa: E402
 from titan_video.distributed.activation_checkpoint import recomputed_flops  # noqa: E402
 from titan_video.models.layers import token_shape  # noqa: E402
 from titan_video.models.wan import SPEC, WanArgs  # noqa: E402
@@ -40,6 +40,7 @@ VARIANTS: dict[str, Ours | Diffusers] = {
     "ours, eager": Ours(compile=False),
     "ours, eager, torch kernels": Ours(kernels="torch", compile=False),
     "ours, eager, full checkpointing": Ours(checkpoint="full", compile=False),
+    "ours, float8": Ours(float8=True),
     "diffusers": Diffusers(),
     "diffusers, compiled": Diffusers(compile=True),
     "diffusers, tuned": Diffusers(compile=True, cudnn=True, weights="bfloat16"),
@@ -51,7 +52,7 @@ VARIANTS: dict[str, Ours | Diffusers] = {
 GPU_GROUPS = (
     ("ours", "diffusers", "diffusers, tuned"),
     ("ours, attention kept", "ours, full checkpointing", "diffusers, tuned"),
-    ("ours, torch kernels", "ours, eager", "diffusers, compiled"),
+    ("ours, torch kernels", "ours, eager", "ours, float8"),
 )
 STACK_GROUPS = (("ours", "ours, attention kept", "ours, full checkpointing", "diffusers", "diffusers, tuned"),)
 CPU_GROUPS = (("ours, float32", "diffusers, float32"),)
@@ -94,7 +95,10 @@ def fitted(variant: Ours | Diffusers, device: torch.device, toy: bool) -> Ours |
     backend = "aot_eager" if toy else "inductor"
     if isinstance(variant, Diffusers):
         return replace(variant, cudnn=variant.cudnn and device.type == "cuda", backend=backend)
-    config = replace(JobConfig(), compile=Compile(backend=backend), activation_checkpoint=ActivationCheckpoint(save_min_kv=0 if toy else 1024))
+    config = replace(
+        JobConfig(), compile=Compile(backend=backend), activation_checkpoint=ActivationCheckpoint(save_min_kv=0 if toy else 1024),
+        float8=Float8(emulate=device.type == "cpu"),
+    )  # fmt: skip
     return replace(variant, config=config)
 
 
@@ -108,8 +112,8 @@ def data_of(variant: Ours | Diffusers, case: Case, device: torch.device) -> Data
 
 
 def free() -> None:
+    """What is no longer referred to. Graphs stay: those compiled for one block serve all, and the same blocks are compared and then timed."""
     gc.collect()
-    torch._dynamo.reset()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -124,7 +128,7 @@ def compare(case: Case, variants: dict[str, Ours | Diffusers], device: torch.dev
     def results(variant: Ours | Diffusers) -> tuple[float, Tensor, dict[str, Tensor]]:
         step = build(variant, case, device)
         loss, velocity = step.forward_backward(data_of(variant, case, device))
-        found = loss.item(), velocity.cpu(), {name: g.cpu() for name, g in step.gradients().items()}
+        found = loss.item(), velocity, step.gradients()
         del step
         free()
         return found
@@ -189,7 +193,7 @@ def time_group(
             first, peak = warm_up(step, data, device, before)
         except Exception as e:
             step = data = None
-            free_keeping_graphs()
+            free()
             results[name] = {"failed": failure(e)}
             continue
         num_parameters = sum(p.numel() for p in step.model.parameters())
@@ -199,13 +203,6 @@ def time_group(
         results[name] |= t.as_dict() | figures(case, variants[name], t.median, device, ceilings, results[name]["parameters"])
         results[name]["speedup"] = {other: t.speedup(over=times[other]) for other in times if other != name and "diffusers" in other}
     return results
-
-
-def free_keeping_graphs() -> None:
-    """The graphs of the variants that stay are not thrown away."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def figures(
@@ -258,6 +255,7 @@ def run_case(name: str, given: argparse.Namespace, device: torch.device) -> dict
         timed.append(time_group(case, {v: chosen[v] for v in group}, device, given.rounds, ceilings))
         print(step_table(timed[-1]) + "\n", flush=True)
         free()
+    torch._dynamo.reset()  # or the next case, of other lengths, would be compiled for any length
     size = {"tokens": case.tokens, "batch": case.batch, "layers": case.args.num_layers, "dim": case.args.dim}
     return {"case": name, **size, "ceilings": ceilings and ceilings.as_dict(), "agreement": agreement, "groups": timed, "rounds": given.rounds}
 

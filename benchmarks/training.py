@@ -39,6 +39,7 @@ class Ours:
     checkpoint: str = "none"
     kernels: str = "auto"
     compile: bool = True
+    float8: bool = False
     config: JobConfig = field(default=JobConfig(), repr=False)
     dtype: str = "bfloat16"
 
@@ -50,6 +51,7 @@ class Ours:
             training=replace(c.training, mixed_precision_param=self.dtype),
             activation_checkpoint=replace(c.activation_checkpoint, mode=self.checkpoint),
             compile=replace(c.compile, enable=self.compile),
+            float8=replace(c.float8, enable=self.float8, recipe_name="rowwise"),
         )
 
 
@@ -170,7 +172,9 @@ def our_step(variant: Ours, args: WanArgs, device: torch.device) -> Step:
         model = SPEC.build(args)
     hold_in(model, SPEC.plan.fp32, getattr(torch, config.training.dtype))
     meshes = ParallelDims.of(config.parallelism, 1).build_mesh(device.type)
-    parallelize(model, SPEC.plan, meshes, config.parallelism, config.training, config.activation_checkpoint, config.compile)
+    parallelize(
+        model, SPEC.plan, meshes, config.parallelism, config.training, config.activation_checkpoint, config.compile, float8=config.float8
+    )
     model.to_empty(device=device)
     fill(model)
     optimizer = build_optimizer(model, config.optimizer, SPEC.plan.blocks)
