@@ -5,11 +5,12 @@ forward and backward, on one CPU; in a pipeline, where micro-batches overlap, al
 computed is counted (tools/step_tracker.py) and printed. Nothing is read but the TOML (and with model.flavor hf the folder's config.json).
 
 Operators run as on a GPU in what they keep: attention keeps its output and log-sum-exp, RMSNorm its input and one number a row.
-Compile is off: it fuses element-wise operators, so a compiled step keeps and takes less than is printed here.
+Compile is off: it fuses element-wise operators, so a compiled step keeps and takes less than is printed here. Float8 is off: it keeps the same.
 """
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from torch._subclasses import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
 from titan_video.components.objective import ModelInputs, model_inputs, predict, velocity_loss
+from titan_video.components.optimizer import state_bytes, updated_by
 from titan_video.config.check import TEMPORAL_STRIDE, check, gradient_accumulation
 from titan_video.config.job_config import Compile, JobConfig
 from titan_video.config.manager import ConfigError, main_guard, parse_args
@@ -40,9 +42,10 @@ from titan_video.distributed.parallel_dims import Meshes, ParallelDims, check_la
 from titan_video.distributed.parallelize import parallelize
 from titan_video.distributed.pipeline_parallel import Pipeline, Stages, check_microbatches, keep_stages
 from titan_video.distributed.sequence import SequenceShard
+from titan_video.distributed.utils import clean_name
 from titan_video.kernels import attention
 from titan_video.models import get_args, get_spec
-from titan_video.models.layers import token_shape
+from titan_video.models.layers import hold_in, token_shape
 from titan_video.models.lora import add_adapters
 from titan_video.models.spec import ModelSpec
 from titan_video.tools.step_tracker import TEMPORARY, Axis, Collective, StepTracker
@@ -159,8 +162,8 @@ def dry_run(config: JobConfig, world_size: int, rank: int = 0) -> Report:
             if pipeline:
                 pipeline.state(noisy(batches[0]))  # its shapes are found on the meta device, before anything is counted
             with tracker, as_on_gpu(), offload_seen(tracker):
-                run_step(model, pipeline, spec, batches, noisy, tracker, accumulation > 1)
-        static = state_bytes(model, config.ema.enable)
+                run_step(model, pipeline, spec, batches, noisy, tracker, accumulation > 1, config.optimizer.in_backward)
+        static = static_bytes(model, config.optimizer.name, spec.plan.blocks, config.ema.enable)
     host = (OFFLOADED, *(STATE if config.training.enable_cpu_offload else ()))
     peak = tracker.peak(elsewhere=host)
     largest, at_peak = peak.largest | static, peak.at_peak | static
@@ -192,6 +195,8 @@ def build(config: JobConfig, spec: ModelSpec, args: Any, meshes: Meshes, num_tok
         model = spec.build(args)
     if config.lora.enable:
         add_adapters(model, spec, config.lora, getattr(torch, config.training.mixed_precision_param))
+    else:
+        hold_in(model, spec.plan.fp32, getattr(torch, config.training.dtype))
     stages, checkpointed = None, chosen_blocks(model, spec.plan, config.activation_checkpoint.layers)
     if meshes.pp.size() > 1:
         stages = keep_stages(model, spec.plan, meshes.pp, config.parallelism, args, num_tokens)
@@ -203,12 +208,19 @@ def build(config: JobConfig, spec: ModelSpec, args: Any, meshes: Meshes, num_tok
 
 def run_step(
     model: nn.Module, pipeline: Pipeline | None, spec: ModelSpec, batches: list[Batch], noisy: Callable[[Batch], ModelInputs], tracker: StepTracker,
-    accumulating: bool,
+    accumulating: bool, in_backward: bool,
 ) -> None:  # fmt: skip
-    """Forward and backward of one micro-batch, or of all of a pipeline. accumulating: not the first of a step, so gradients are there already."""
+    """Forward and backward of one micro-batch, or of all of a pipeline. accumulating: not the first of a step, so gradients are there already.
+    in_backward: each gradient is freed as soon as it is there."""
+    def free(p: Tensor) -> None:
+        tracker.set_kind(local_part(p.grad), "gradients")
+        p.grad = None
+
     model.to_empty(device="cpu")
     for p in model.parameters():
         tracker.set_kind(local_part(p), "parameters")
+        if in_backward and p.requires_grad:
+            p.register_post_accumulate_grad_hook(free)
         if accumulating and p.requires_grad:
             p.grad = torch.zeros_like(p)
     watch_forwards(model, tracker)
@@ -230,7 +242,7 @@ def run_step(
         pipeline.step(inputs, loss_of)
     else:
         loss_of(predict(model, inputs[0]), 0).backward()
-    for name, p in ((name, p) for name, p in model.named_parameters() if p.requires_grad):
+    for name, p in ((name, p) for name, p in model.named_parameters() if p.requires_grad and not in_backward):
         assert p.grad is not None, f"{name} got no gradient"
         tracker.set_kind(local_part(p.grad), "gradients")
 
@@ -310,10 +322,12 @@ def local_part(t: Tensor) -> Tensor:
     return t.to_local() if isinstance(t, DTensor) else t
 
 
-def state_bytes(model: nn.Module, ema: bool) -> dict[str, int]:
-    """AdamW's two float32 moments and its step count of each shard; the averaged weights."""
-    shards = [local_part(p).numel() for p in model.parameters() if p.requires_grad]
-    return {"optimizer": sum(8 * n + 4 for n in shards)} | ({"ema": sum(4 * n for n in shards)} if ema else {})
+def static_bytes(model: nn.Module, optimizer: str, blocks: tuple[str, ...], ema: bool) -> dict[str, int]:
+    """The optimizer's state of each shard, its step count among it; the averaged weights, in float32."""
+    shards = {clean_name(name): tuple(local_part(p).shape) for name, p in model.named_parameters() if p.requires_grad}
+    kinds = {name: updated_by(name, len(shape), optimizer, blocks) for name, shape in shards.items()}
+    sizes = {"optimizer": sum(state_bytes(kinds[name], shape) + 4 for name, shape in shards.items())}
+    return sizes | ({"ema": 4 * sum(map(math.prod, shards.values()))} if ema else {})
 
 
 def latent_shape(bucket: tuple[int, ...], args: Any) -> tuple[int, ...]:

@@ -22,6 +22,8 @@ from titan_video.models import get_args, get_spec
 TOMLS = sorted((ROOT / "train_configs").glob("*.toml"))
 SMALL = {"data.buckets": "[[17,128,128]]", "training.local_batch_size": 2, "activation_checkpoint.save_min_kv": 100}
 BFLOAT16 = {"training.mixed_precision_param": "bfloat16"}
+BFLOAT16_WEIGHTS = {**BFLOAT16, "training.dtype": "bfloat16", "ema.enable": "true"}
+IN_BACKWARD = {"optimizer.in_backward": "true", "training.max_norm": 0}
 FULL = {"activation_checkpoint.mode": "full"}
 SELECTIVE = {"activation_checkpoint.mode": "selective"}
 MATMUL = {**SELECTIVE, "activation_checkpoint.save": "attention,matmul"}
@@ -68,6 +70,11 @@ def compare(measured, expected):
         (4, RING | MATMUL | BFLOAT16),
         (4, UNIFIED | FULL | {"activation_checkpoint.layers": "0,2"} | BFLOAT16),
         (2, TP),
+        (4, HSDP | BFLOAT16_WEIGHTS | {"optimizer.name": "AdamW8bit"}),
+        (2, TP | BFLOAT16_WEIGHTS | {"optimizer.name": "Muon"}),
+        (4, HSDP | BFLOAT16 | IN_BACKWARD),
+        (1, BFLOAT16_WEIGHTS | IN_BACKWARD | {"optimizer.name": "AdamW8bit"}),
+        (1, IN_BACKWARD),
         (8, TP | {"parallelism.context_parallel_degree": 2} | FULL | BFLOAT16),
     ],
     ids=lambda x: "-".join(str(v) for v in x.values()) if isinstance(x, dict) else str(x),

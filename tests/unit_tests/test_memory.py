@@ -1,9 +1,12 @@
 """The closed forms of memory by hand-counted sizes; against the dry run they are held in tests/integration_tests/test_dry_run.py."""
 
+import math
+from dataclasses import replace
+
 import pytest
 
-from titan_video.components.memory import estimate, shard_numel, wan_activations
-from titan_video.config.job_config import ActivationCheckpoint, JobConfig, Training
+from titan_video.components.memory import estimate, shard_shape, state, unit_of, wan_activations
+from titan_video.config.job_config import ActivationCheckpoint, JobConfig, Optimizer, Training
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.models.wan import FLAVORS, SPEC
 
@@ -26,13 +29,29 @@ ARGS = FLAVORS["t2v-14B"]
     ],
 )
 def test_largest_shard(name, shape, dims, expected):
-    assert shard_numel(name, shape, SPEC.plan, dims) == expected
+    assert math.prod(shard_shape(name, shape, SPEC.plan, dims)) == expected
 
 
 def test_state_of_14b_on_eight_ranks():
     """14.29 G parameters, 16 bytes of each between the four kinds."""
     sizes = estimate(JobConfig(), SPEC, ARGS, ParallelDims(dp_shard=8), 32760)
     assert sizes["parameters"] == sizes["gradients"] == sizes["optimizer"] // 2 == pytest.approx(4 * 14.289e9 / 8, rel=1e-3)
+
+
+def test_state_of_14b_on_one_gpu():
+    """What lets all of it train on 141 GB: bfloat16 weights, 8-bit moments, and the gradients of a block at a time."""
+    training = Training(dtype="bfloat16", max_norm=0.0)
+    sizes = state(JobConfig(training=training, optimizer=Optimizer(name="AdamW8bit", in_backward=True)), SPEC, ARGS, ParallelDims())
+    assert sizes["parameters"] == pytest.approx(2 * 14.289e9, rel=0.02)  # time_proj, 157 M of them, is float32
+    assert sizes["optimizer"] == pytest.approx((2 + 8 / 64) * 14.289e9, rel=1e-2)
+    assert sizes["gradients"] == pytest.approx(2 * 351.5e6, rel=1e-2)
+    muon = state(JobConfig(training=training, optimizer=Optimizer(name="Muon")), SPEC, ARGS, ParallelDims(dp_shard=8))
+    assert muon["optimizer"] == pytest.approx((4 * 14.06e9 + 8 * 0.229e9) / 8, rel=1e-2)
+
+
+def test_units_of_fsdp():
+    names = ("blocks.11.ffn.up.weight", "patch_embedding.weight", "text_embedder.up.bias", "time_proj.weight", "modulation.3", "head_modulation")
+    assert [unit_of(name, SPEC.plan) for name in names] == ["blocks.11", "patch_embedding", "text_embedder", "", "", ""]
 
 
 def test_activations_follow_the_mode():

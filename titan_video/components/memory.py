@@ -6,12 +6,15 @@ Letters: D width, F feed-forward width, H heads, K head width, S text tokens, L 
 """
 
 import math
+from collections import Counter
 from typing import Any
 
 import torch
 
+from titan_video.components.optimizer import state_bytes, updated_by
 from titan_video.config.job_config import ActivationCheckpoint, JobConfig
 from titan_video.distributed.parallel_dims import ParallelDims
+from titan_video.models.layers import hold_in
 from titan_video.models.spec import ModelSpec, ParallelPlan
 
 
@@ -30,14 +33,34 @@ def state(config: JobConfig, spec: ModelSpec, args: Any, dims: ParallelDims) -> 
     if dims.pp > 1:
         raise ValueError("parallelism.pipeline_parallel_degree: the closed forms are of one stage; set it to 1, or run a dry run")
     with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in spec.build(args).named_parameters()}
-    parameters = 4 * sum(shard_numel(name, shape, spec.plan, dims) for name, shape in shapes.items())
-    sizes = {"parameters": parameters, "gradients": parameters, "optimizer": 2 * parameters}
-    return sizes | ({"ema": parameters} if config.ema.enable else {})
+        model = spec.build(args)
+    hold_in(model, spec.plan.fp32, getattr(torch, config.training.dtype))
+    shards = {name: shard_shape(name, tuple(p.shape), spec.plan, dims) for name, p in model.named_parameters()}
+    held = {name: math.prod(shards[name]) * p.itemsize for name, p in model.named_parameters()}
+    kinds = {name: updated_by(name, len(shape), config.optimizer.name, spec.plan.blocks) for name, shape in shards.items()}
+    gradients = sum(held.values())
+    if config.optimizer.in_backward:
+        # Those of one FSDP unit at a time, or of one parameter where there are no units (see `apply_fsdp`).
+        whole = dims.world_size == 1 and config.training.mixed_precision_param == "float32"
+        units = Counter()
+        for name, size in held.items():
+            units[name if whole else unit_of(name, spec.plan)] += size
+        gradients = max(units.values())
+    sizes = {"parameters": sum(held.values()), "gradients": gradients, "optimizer": sum(state_bytes(kinds[name], shards[name]) for name in shards)}
+    return sizes | ({"ema": 4 * sum(map(math.prod, shards.values()))} if config.ema.enable else {})
 
 
-def shard_numel(name: str, shape: tuple[int, ...], plan: ParallelPlan, dims: ParallelDims) -> int:
-    """Elements of a parameter on the rank that has most of them: tensor parallel divides as the plan says, FSDP the first dim."""
+def unit_of(name: str, plan: ParallelPlan) -> str:
+    """The FSDP unit that a parameter is of: a block, a root module, or "", the root."""
+    path = next((p for p in plan.blocks if name.startswith(f"{p}.")), None)
+    if path is not None:
+        return f"{path}.{name[len(path) + 1 :].partition('.')[0]}"
+    root = name.partition(".")[0]
+    return "" if root in plan.fp32 else root
+
+
+def shard_shape(name: str, shape: tuple[int, ...], plan: ParallelPlan, dims: ParallelDims) -> tuple[int, ...]:
+    """Shape of a parameter on the rank that has most of it: tensor parallel divides as the plan says, FSDP the first dim."""
     path = next((p for p in plan.blocks if name.startswith(f"{p}.")), None)
     if path is None:
         ranks, size = dims.dp_shard * dims.cp * dims.tp, list(shape)
@@ -50,7 +73,7 @@ def shard_numel(name: str, shape: tuple[int, ...], plan: ParallelPlan, dims: Par
             size[0] //= dims.tp
         elif style.startswith("row") and leaf == "weight":
             size[1] //= dims.tp
-    return -(-size[0] // ranks) * math.prod(size[1:])
+    return -(-size[0] // ranks), *size[1:]
 
 
 def wan_activations(args: Any, section: ActivationCheckpoint, dims: ParallelDims, num_tokens: int, batch: int, itemsize: int) -> int:

@@ -43,11 +43,11 @@ def updated_by(parameter: str, ndim: int, name: str, blocks: tuple[str, ...]) ->
 
 
 def state_bytes(kind: str, shape: tuple[int, ...]) -> int:
-    """Bytes of the state of a shard of this shape, of weights of float32 or bfloat16."""
+    """Bytes of the state of a shard of this shape but for its step count, of weights of float32 or bfloat16."""
     numel = math.prod(shape)
     if kind == "AdamW8bit":
-        return 2 * numel + 8 * shape[0] * -(-shape[1] // BLOCK) + 4
-    return (8 if kind == "AdamW" else 4) * numel + 4
+        return 2 * numel + 8 * shape[0] * -(-shape[1] // BLOCK)
+    return (8 if kind == "AdamW" else 4) * numel
 
 
 def build_optimizer(model: nn.Module, section: Optimizer, blocks: tuple[str, ...] = (), seed: int = 0) -> torch.optim.Optimizer:
