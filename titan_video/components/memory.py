@@ -41,7 +41,7 @@ def state(config: JobConfig, spec: ModelSpec, args: Any, dims: ParallelDims) -> 
     gradients = sum(held.values())
     if config.optimizer.in_backward:
         # Those of one FSDP unit at a time, or of one parameter where there are no units (see `apply_fsdp`).
-        whole = dims.world_size == 1 and config.training.mixed_precision_param == "float32"
+        whole = dims.dp * dims.sequence == 1 and config.training.mixed_precision_param == "float32"
         units = Counter()
         for name, size in held.items():
             units[name if whole else unit_of(name, spec.plan)] += size
