@@ -1,0 +1,123 @@
+"""The fused operators without a GPU: their plain form on this CPU, their kernels in Triton's interpreter, and the models that call them."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from tests.helpers import ROOT
+from tests.kernel_cases import EPS, cases, check, modulation, rand
+from titan_video import kernels
+from titan_video.kernels import fused_layer_norm, fused_rms_norm, reference
+
+B, L, D = 2, 5, 96
+OPS = torch.ops.titan_video
+
+
+@pytest.fixture
+def fused():
+    kernels.use("triton")
+    yield
+    kernels.use("torch")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("number", range(len(list(cases(B, L, D, torch.float32)))))
+def test_plain_form_equals_the_definition(number, dtype):
+    check(*list(cases(B, L, D, dtype))[number], dtype)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs the triton package")
+def test_kernels_equal_the_definition_in_the_interpreter():
+    """Forward and backward. In a process of its own: the interpreter is chosen when Triton is imported."""
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-m", "tests.kernel_cases"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert int(run.stdout.split()[0]) > 75
+
+
+def op_calls():
+    """(operator, arguments) for each operator that autograd or a caller runs."""
+    x, y, dout = (rand(B, L, D, seed=i, dtype=torch.bfloat16) for i in range(3))
+    rows, clean = modulation("clean tokens", B, L, D, "cpu")
+    shift, scale, gate = (r.detach().requires_grad_() for r in rows.unbind(2))
+    weight, bias = (rand(1, 1, D, seed=i) for i in (3, 4))
+    mean, rstd = rand(B, L, seed=5, grad=False), rand(B, L, seed=6, grad=False).abs()
+    yield OPS.norm, (x, scale, shift, clean, False, EPS)
+    yield OPS.norm, (x, weight, bias, None, True, EPS)
+    yield OPS.norm_backward, (dout.detach(), x.detach(), scale.detach(), clean, mean, rstd, False, True)
+    yield OPS.norm_backward, (dout.detach(), x.detach(), weight.detach(), None, mean, rstd, True, False)
+    yield OPS.residual_norm, (x, y, gate, scale, shift, clean, False, EPS)
+    yield OPS.residual_norm, (x, y, None, weight, bias, None, True, EPS)
+    yield OPS.residual_norm_backward, (dout.detach(), dout.detach(), x.detach(), y.detach(), gate.detach(), scale.detach(), clean, mean, rstd, False, True, True)
+    yield OPS.residual_norm_backward, (dout.detach(), dout.detach(), x.detach(), None, None, weight.detach(), None, mean, rstd, True, False, False)
+    yield OPS.gated_residual, (x, y, gate, clean)
+    yield OPS.gated_residual_backward, (dout.detach(), y.detach(), gate.detach(), clean, True)
+    heads, w, angles = rand(B, L, 3, 32, seed=8), rand(32, seed=9), rand(1, L, 16, seed=10, grad=False)
+    rotations = torch.polar(torch.ones_like(angles), angles)
+    yield OPS.rms_norm, (heads, w, rotations, None, EPS)
+    yield OPS.rms_norm, (heads, rand(96, seed=9), None, rand(B, L, 1, seed=11).detach().abs().requires_grad_(), EPS)
+    yield OPS.rms_norm_backward, (heads.detach(), heads.detach(), w.detach(), rotations, rand(B, L, 3, seed=12, grad=False), False, True)
+    yield OPS.rms_norm_backward, (heads.detach(), heads.detach(), rand(96, seed=9).detach(), None, rand(B, L, 1, seed=12, grad=False), True, False)
+
+
+@pytest.mark.parametrize("op, args", list(op_calls()), ids=lambda v: getattr(v, "__name__", ""))
+def test_operators_are_declared_as_they_behave(op, args):
+    """Schema, shapes under tracing, gradients traced and not."""
+    torch.library.opcheck(op.default, args)
+
+
+def saved_bytes(run):
+    """Bytes that autograd keeps, each tensor once."""
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.numel() * t.element_size()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = run()
+    return sum(kept.values()), out
+
+
+def test_inputs_and_statistics_are_kept_and_nothing_else():
+    x, y = (rand(B, L, D, seed=i, dtype=torch.bfloat16) for i in range(2))
+    row, weight = rand(B, 1, D, seed=3), rand(D, seed=4, dtype=torch.bfloat16)
+    tokens, number = 2 * B * L * D, 4 * B * L
+    angles = rand(1, L, 16, seed=6, grad=False)
+    rotations = torch.polar(torch.ones_like(angles), angles)
+    r = 4 * B * D
+    assert saved_bytes(lambda: fused_layer_norm.ada_layer_norm(x, row, row.detach(), EPS))[0] == tokens + r + 2 * number
+    assert saved_bytes(lambda: fused_layer_norm.residual_ada_layer_norm(x, y, None, row, row, EPS))[0] == tokens + r + 2 * number
+    assert saved_bytes(lambda: fused_layer_norm.residual_layer_norm(x, y, row, weight, weight, EPS))[0] == 2 * tokens + r + 2 * D + 2 * number
+    assert saved_bytes(lambda: fused_layer_norm.residual_layer_norm(x, y, row.detach(), weight, weight, EPS))[0] == tokens + r + 2 * D + 2 * number
+    assert saved_bytes(lambda: fused_layer_norm.gated_residual(x, y, row.detach()))[0] == r
+    assert saved_bytes(lambda: fused_rms_norm.rms_norm_rope(x, weight, rotations, EPS))[0] == tokens + 2 * D + 8 * L * 16 + number
+
+
+def test_modulation_of_a_wrong_number_of_rows_is_refused():
+    x, row = rand(B, L, D, seed=0), rand(B, 3, D, seed=1)
+    with pytest.raises(ValueError, match="modulation of 3 rows for 5 tokens"):
+        fused_layer_norm._kind(row, None, L)
+    with pytest.raises(RuntimeError):
+        fused_layer_norm.ada_layer_norm(x, row, row, EPS)
+
+
+def test_choice():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert kernels.choose("auto", cpu) == kernels.choose("torch", cpu) == kernels.choose("torch", gpu) == "torch"
+    assert kernels.choose("auto", gpu) == ("torch" if find_spec("triton") is None else "triton")
+    with pytest.raises(ValueError, match="model.kernels: triton, but there is no GPU here; choose torch"):
+        kernels.choose("triton", cpu)
+    with pytest.raises(ValueError, match="legal: triton, torch"):
+        kernels.use("auto")
+    assert kernels.in_use() == "torch"
+
+
+def test_float64_stays_with_torch(fused):
+    x, row = rand(B, L, D, seed=0).detach().double(), rand(B, 1, D, seed=1).detach().double()
+    assert torch.equal(kernels.ada_layer_norm(x, row, row, EPS), reference.ada_layer_norm(x, row, row, EPS))
+    assert kernels.ada_layer_norm(x, row, row, EPS).dtype == torch.float64
