@@ -44,6 +44,7 @@ from titan_video.data.bucket import Batching, Bucket, Work
 from titan_video.data.dataset import Plan, plan_of
 from titan_video.data.latent_cache import CachedClip, LatentCache, split_holdout
 from titan_video.data.loader import LatentLoader
+from titan_video.data.prefetch import Prefetch
 from titan_video.distributed.activation_checkpoint import check_save_min_kv, chosen_blocks, recomputed_flops
 from titan_video.distributed.compile import num_graphs
 from titan_video.distributed.fsdp import reshard
@@ -59,7 +60,7 @@ from titan_video.kernels import attention
 from titan_video.models import get_args, get_spec
 from titan_video.models.layers import hold_in, token_shape
 from titan_video.models.lora import add_adapters, is_adapter
-from titan_video.tools.device import get_device
+from titan_video.tools.device import get_device, read, send
 from titan_video.tools.logging import init_logger, logger
 
 
@@ -263,7 +264,7 @@ class Trainer:
 
     # ---------------------------------------------------------------- step
 
-    def train_step(self, batches: list[Batch], data_seconds: float, start: float) -> None:
+    def train_step(self, batches: list[Batch], start: float) -> None:
         """One optimizer step over this rank's micro-batches. Losses are divided by the elements of all ranks, so gradients only need summing."""
         lr = self.scheduler.set_step(self.step)
         counted = sum(self.conditions.counted(b.latents_BCFHW) for b in batches)
@@ -276,13 +277,11 @@ class Trainer:
             return velocity_loss(velocity, inputs).sum() / num_elements
 
         if self.pipeline:
-            size = self.config.parallelism.pipeline_parallel_microbatch_size
-            inputs = [self.noisy(micro) for batch in batches for micro in batch.split(size)]
+            inputs = list(self.steps.micro_batches(batches))
             loss = self.pipeline.step(inputs, lambda velocity, i: loss_of(velocity, inputs[i]))
         else:
             loss = torch.zeros((), device=self.device)
-            for batch in batches:
-                inputs = self.noisy(batch)
+            for inputs in self.steps.micro_batches(batches):
                 micro_loss = loss_of(predict(self.model, inputs), inputs)
                 micro_loss.backward()
                 loss += micro_loss.detach()
@@ -291,14 +290,16 @@ class Trainer:
             grad_norm = self.in_backward.grad_norm()
         else:
             grad_norm = clip_grad_norm(self.model, self.config.training.max_norm, self.meshes.pp)
-        share = sizes[0].item() / num_elements
+        share = counted / num_elements
         loss = reduce_over(self.meshes.sequence, loss, "sum")
-        global_loss, max_loss = reduce_over(self.meshes.batch, loss, "sum").item(), reduce_over(self.meshes.batch, loss / share, "max").item()
-        if self.guard.check(global_loss, grad_norm.item(), self.step):
-            self.optimizer.step()
-            if self.ema:
-                self.ema.update(self.step)
+        losses = reduce_over(self.meshes.batch, loss, "sum"), reduce_over(self.meshes.batch, loss / share, "max")
+        numbers = torch.stack([*(x.to(grad_norm.device) for x in losses), grad_norm])
+        self.guard.update(self.optimizer, numbers[::2])
         self.optimizer.zero_grad()
+        self.steps.ahead()
+        global_loss, max_loss, norm = read(numbers)  # up to here the device has never been waited for
+        if self.guard.check(global_loss, norm, self.step) and self.ema:
+            self.ema.update(self.step)
 
         shares = [(self.num_tokens(b), len(b.sample_ids_B)) for b in batches]
         ranks_per_sample = self.world_size // self.dims.dp
@@ -306,10 +307,11 @@ class Trainer:
         recomputed = sum(recomputed_flops(self.config.activation_checkpoint, self.args, *share) for share in shares) / ranks_per_sample
         bucket = "+".join(dict.fromkeys("x".join(map(str, size)) for size in pixel_sizes))
         self.metrics.log(
-            self.step, loss=global_loss, max_loss=max_loss, grad_norm=grad_norm.item(), lr=lr, samples=self.loader.samples, tokens=num_tokens,
+            self.step, loss=global_loss, max_loss=max_loss, grad_norm=norm, lr=lr, samples=self.loader.samples, tokens=num_tokens,
             video_seconds=num_frames / self.config.data.fps, model_flops=model_flops, hardware_flops=model_flops + recomputed,
-            step_seconds=time.perf_counter() - start, data_seconds=data_seconds, bucket=bucket,
+            step_seconds=time.perf_counter() - start, data_seconds=self.steps.waited, bucket=bucket,
         )  # fmt: skip
+        self.steps.waited = 0.0
         if num_graphs() > self.graphs:  # the first steps of each bucket may; later ones should not
             logger.info(f"step {self.step} compiled {num_graphs() - self.graphs} graphs for {bucket}, {num_graphs()} so far")
             self.graphs = num_graphs()
@@ -319,9 +321,9 @@ class Trainer:
         tokens = self.num_tokens(batch)
         s_B = self.flow.levels(draw_uniform(self.seed, batch.sample_ids_B), tokens)
         noise = draw_noise(self.seed, batch.sample_ids_B, tuple(batch.latents_BCFHW.shape[1:]), self.device)
-        weight_B = self.flow.weights(s_B, tokens).to(self.device)
+        weight_B = send(self.flow.weights(s_B, tokens), self.device)
         told = self.conditions, self.config.training.guidance
-        return model_inputs(self.args.patch, batch.to(self.device), noise, s_B.to(self.device), weight_B, self.shard, *told)
+        return model_inputs(self.args.patch, batch.to(self.device), noise, send(s_B, self.device), weight_B, self.shard, *told)
 
     def num_parameters(self) -> int:
         own = torch.tensor(sum(p.numel() for p in self.model.parameters()))
@@ -367,13 +369,14 @@ class Trainer:
             self.validate()
 
         gc.disable()  # collected on all ranks at once: one rank's pause is every rank's pause
-        first_step, steps = self.step + 1, iter(self.loader)
+        first_step, size = self.step + 1, c.parallelism.pipeline_parallel_microbatch_size if self.pipeline else 0
+        self.steps = Prefetch(self.loader, last_step - self.step, self.noisy, self.device, size)
         with SignalFlag() if c.fault_tolerance.save_on_signal else nullcontext() as signals:
             while self.step < last_step:
                 start = time.perf_counter()
-                batches = next(steps)
+                batches = self.steps.step()
                 self.step += 1
-                self.train_step(batches, time.perf_counter() - start, start)
+                self.train_step(batches, start)
                 if self.validator and (self.step % freq == 0 or self.step == last_step):
                     self.validate()
                 stopping = signals is not None and signals.requested(self.host_group)

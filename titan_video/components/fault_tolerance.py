@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from titan_video.tools.logging import logger
 
@@ -69,8 +70,19 @@ class NonFiniteGuard:
         self.max_steps = max_steps
         self.num_skipped = 0
 
+    @staticmethod
+    def update(optimizer: torch.optim.Optimizer, numbers: Tensor) -> None:
+        """`optimizer.step()`, left out if one of the numbers is not finite. A fused optimizer decides on the device; for others the host waits."""
+        finite = numbers.isfinite().all()
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.found_inf = (~finite).float()  # what torch.amp.GradScaler, too, tells it by
+            optimizer.step()
+            del optimizer.found_inf
+        elif finite:
+            optimizer.step()
+
     def check(self, loss: float, grad_norm: float, step: int) -> bool:
-        """True if the update is to be applied. loss and grad_norm are global, so that every rank decides alike. FloatingPointError to stop."""
+        """True if the update was applied. loss and grad_norm are global, so that every rank decides alike. FloatingPointError to stop."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.num_skipped = 0
             return True

@@ -52,11 +52,11 @@ def model_inputs(
     shape = token_shape(latents.shape[2:], patch)
     x_BLP = patchify(interpolate(latents, noise_BCFHW, s_B), patch)
     target_BLP = patchify(velocity(latents, noise_BCFHW), patch)
-    pos_BL3 = positions(shape, latents.device)
+    pos_BL3 = shard.positions(shape, latents.device) if shard is not None else positions(shape, latents.device)
     seq_len, num_valid = None, shape.num_tokens
     if shard is not None and shard.size > 1:
         seq_len, num_valid = shape.num_tokens, shard.num_valid(shape.num_tokens)
-        x_BLP, target_BLP, pos_BL3 = shard.slice(x_BLP), shard.slice(target_BLP), shard.slice_for_attention(pos_BL3)
+        x_BLP, target_BLP = shard.slice(x_BLP), shard.slice(target_BLP)
     t_B = NUM_TRAIN_TIMESTEPS * s_B
     cond = dict(batch.cond)
     given = GivenTokens(conditions, cond.pop("given_BCFHW", None), tuple(latents.shape[2:]), patch, shard)

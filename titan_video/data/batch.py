@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
+from titan_video.tools.device import send
+
 
 @dataclass
 class Batch:
@@ -31,8 +33,9 @@ class Batch:
 
         return [Batch(**{f.name: rows(getattr(self, f.name), start) for f in fields(self)}) for start in range(0, len(self.sample_ids_B), size)]
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
+    def to(self, device: torch.device | str) -> "Batch":
+        """A copy there, which the host does not wait for."""
         def move(x):
-            return {k: move(v) for k, v in x.items()} if isinstance(x, dict) else x.to(device, non_blocking=non_blocking)
+            return {k: move(v) for k, v in x.items()} if isinstance(x, dict) else send(x, device)
 
         return Batch(**{f.name: move(getattr(self, f.name)) for f in fields(self)})

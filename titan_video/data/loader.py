@@ -157,6 +157,16 @@ class LatentLoader:
 
     def steps(self, num_steps: int | None) -> Iterator[list[Batch]]:
         """So many steps (None: for ever) after the last one given out; nothing beyond them is prepared."""
+        for position, step in self.read_ahead(num_steps):
+            self.given_out(position)
+            yield step
+
+    def given_out(self, position: dict[str, Any]) -> None:
+        """The step after which `position` is has been given to training."""
+        self._state = position
+
+    def read_ahead(self, num_steps: int | None) -> Iterator[tuple[dict[str, Any], list[Batch]]]:
+        """The same steps, each with the position after it, of which the caller says when they are given out."""
         self.sampler.load_state_dict(self._state)
         states: deque[dict[str, Any]] = deque()
         steps = self.order.steps(num_steps, states)
@@ -167,8 +177,7 @@ class LatentLoader:
             micro_batches = iter(DataLoader(self.reader, batch_size=None, sampler=items, **self.workers))
         for fields in micro_batches:
             step = [Batch(**fields), *(Batch(**next(micro_batches)) for _ in range(self.num_micro_batches - 1))]
-            self._state = states.popleft()
-            yield step
+            yield states.popleft(), step
 
     @property
     def samples(self) -> int:

@@ -1,10 +1,15 @@
 """The tokens of a clip, spread over the `sequence` axis: each rank has one contiguous slice of them from patchify to the loss."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from titan_video.distributed.collectives import all_gather
+from titan_video.models.layers import positions
+from titan_video.models.spec import TokenShape
+
+MAX_KEPT = 8  # sizes of clips whose positions are kept
 
 
 class SequenceShard:
@@ -16,6 +21,7 @@ class SequenceShard:
 
     def __init__(self, sequence_mesh: DeviceMesh, tp_degree: int = 1):
         self.mesh, self.size, self.rank, self.tp = sequence_mesh, sequence_mesh.size(), sequence_mesh.get_local_rank(), tp_degree
+        self._positions: dict[tuple[TokenShape, torch.device], Tensor] = {}
 
     def length(self, seq_len: int) -> int:
         """Rows that each rank has, of `seq_len` tokens."""
@@ -33,6 +39,14 @@ class SequenceShard:
     def slice_for_attention(self, pos_BL3: Tensor) -> Tensor:
         """Positions of the tokens that this rank's q and k projections give: under tensor parallel those of its whole group."""
         return self._chunk(pos_BL3, self.rank - self.rank % self.tp, self.tp)
+
+    def positions(self, shape: TokenShape, device: torch.device) -> Tensor:
+        """`slice_for_attention` of the positions of a clip's tokens. Kept, as the clips of a bucket share them and what is made of them."""
+        if (shape, device) not in self._positions:
+            if len(self._positions) == MAX_KEPT:
+                del self._positions[next(iter(self._positions))]
+            self._positions[shape, device] = self.slice_for_attention(positions(shape, device))
+        return self._positions[shape, device]
 
     def gather(self, x: Tensor, seq_len: int) -> Tensor:
         """Inverse of `slice`: [B, seq_len, ...], on every rank of the axis. No gradient."""

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from titan_video.tools.device import send
+
 _STREAMS = {"noise": 1, "timestep": 2, "caption": 3, "validation": 4, "sampling": 5, "which caption": 6}
 
 
@@ -22,7 +24,7 @@ def generator(seed: int, sample_id: int, stream: str) -> np.random.Generator:
 def draw_noise(seed: int, sample_ids_B: Tensor, shape: tuple[int, ...], device: torch.device | str = "cpu", stream: str = "noise") -> Tensor:
     """Standard normal noise [B, *shape], float32; row b depends on (seed, sample_ids_B[b], shape) alone."""
     rows = [generator(seed, i, stream).standard_normal(shape, dtype=np.float32) for i in sample_ids_B.tolist()]
-    return torch.from_numpy(np.stack(rows)).to(device, non_blocking=True)
+    return send(torch.from_numpy(np.stack(rows)), device)
 
 
 def draw_uniform(seed: int, sample_ids_B: Tensor) -> Tensor:

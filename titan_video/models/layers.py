@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from titan_video import kernels
 from titan_video.kernels.attention import attention, joint_attention
@@ -52,7 +53,18 @@ def rope_rotations(pos_BL3: Tensor, axes_dim: tuple[int, int, int], theta: float
     """Unit complex numbers [B, L, K/2] for `kernels.rms_norm_rope`: each axis of the position turns its own part of the head.
 
     axes_dim: head channels of frame, row and column; their sum is K. Angles are computed in float64: at float32 a far token's would be off by 1e-4.
+    They are kept for as long as the tensor of positions is.
     """
+    kept = _rotations.setdefault(pos_BL3, {})
+    if (axes_dim, theta) not in kept:
+        kept[axes_dim, theta] = _rotations_of(pos_BL3, axes_dim, theta)
+    return kept[axes_dim, theta]
+
+
+_rotations = WeakTensorKeyDictionary()
+
+
+def _rotations_of(pos_BL3: Tensor, axes_dim: tuple[int, int, int], theta: float) -> Tensor:
     angles = []
     for axis, dim in enumerate(axes_dim):
         rates = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=pos_BL3.device) / dim)

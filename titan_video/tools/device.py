@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 # Dense bfloat16 tensor-core TFLOP/s with float32 accumulation, from the vendors' data sheets (half of the figure "with sparsity").
 # The first entry whose words all occur in the device's name holds.
@@ -62,6 +63,18 @@ def _peak_of_name(name: str) -> float | None:
     if words & {"MIG", "Laptop"}:  # a slice, or a slower chip, under the same name
         return None
     return next((tflops * 1e12 for key, tflops in PEAK_TFLOPS if set(key.split()) <= words), None)
+
+
+def send(x: Tensor, device: torch.device | str) -> Tensor:
+    """x, from the host, on the device; the host does not wait: a copy to a GPU is made from pinned memory."""
+    if torch.device(device).type != "cuda" or x.is_cuda:
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
+def read(numbers: Tensor) -> list[float]:
+    """Numbers, on the host, which waits for all work that the device has been given. A step does it once, at its end."""
+    return numbers.tolist()
 
 
 def synchronize(device: torch.device) -> None:
