@@ -72,7 +72,7 @@ def compare(measured, expected):
         (2, TP),
         (4, HSDP | BFLOAT16_WEIGHTS | {"optimizer.name": "AdamW8bit"}),
         (2, TP | BFLOAT16_WEIGHTS | {"optimizer.name": "Muon"}),
-        (4, HSDP | BFLOAT16 | IN_BACKWARD),
+        (4, BFLOAT16 | IN_BACKWARD),
         (1, BFLOAT16_WEIGHTS | IN_BACKWARD | {"optimizer.name": "AdamW8bit"}),
         (1, IN_BACKWARD),
         (8, TP | {"parallelism.context_parallel_degree": 2} | FULL | BFLOAT16),

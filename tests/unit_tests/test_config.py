@@ -219,6 +219,7 @@ COMBINATIONS = [  # (what is set, fields the message names, a piece of the fix)
     ({"optimizer.in_backward": True}, "optimizer.in_backward", "training.max_norm"),
     ({"optimizer.in_backward": True, "training.global_batch_size": 64}, "optimizer.in_backward", "training.global_batch_size"),
     ({"optimizer.in_backward": True, "parallelism.pipeline_parallel_degree": 2}, "optimizer.in_backward", "pipeline_parallel_degree"),
+    ({"optimizer.in_backward": True, "parallelism.data_parallel_replicate_degree": 2}, "optimizer.in_backward", "data_parallel_replicate_degree"),
     ({"optimizer.in_backward": True, "training.enable_cpu_offload": True}, "optimizer.in_backward", "training.enable_cpu_offload"),
     ({"optimizer.in_backward": True, "fault_tolerance.nonfinite": "skip"}, "optimizer.in_backward", "fault_tolerance.nonfinite"),
     ({"training.dtype": "bfloat16", "training.mixed_precision_param": "float32"}, "training.dtype", "training.mixed_precision_param"),

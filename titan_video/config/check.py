@@ -209,6 +209,8 @@ def _optimizer(config: JobConfig, dp: int) -> Iterator[str]:
         yield f"{where} {name} takes several backwards for one update; set it to -1"
     if config.parallelism.pipeline_parallel_degree > 1:
         yield f"{where} a pipeline adds up gradients over several backwards; set parallelism.pipeline_parallel_degree to 1"
+    if config.parallelism.data_parallel_replicate_degree > 1:
+        yield f"{where} replicas keep all gradients until backward is over; set parallelism.data_parallel_replicate_degree to 1"
     if t.enable_cpu_offload:
         yield f"{where} with training.enable_cpu_offload gradients are on the host anyway; set one of them to false"
     if config.fault_tolerance.nonfinite == "skip":
