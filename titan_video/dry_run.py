@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from titan_video.components.objective import ModelInputs, model_inputs, predict, velocity_loss
 from titan_video.components.optimizer import state_bytes, updated_by
-from titan_video.config.check import TEMPORAL_STRIDE, check, gradient_accumulation
+from titan_video.config.check import check, gradient_accumulation
 from titan_video.config.job_config import Compile, JobConfig
 from titan_video.config.manager import ConfigError, main_guard, parse_args
 from titan_video.data.batch import Batch
@@ -45,7 +45,7 @@ from titan_video.distributed.sequence import SequenceShard
 from titan_video.distributed.utils import clean_name
 from titan_video.kernels import attention
 from titan_video.models import get_args, get_spec
-from titan_video.models.layers import hold_in, token_shape
+from titan_video.models.layers import hold_in, latent_shape, tokens_of
 from titan_video.models.lora import add_adapters
 from titan_video.models.spec import ModelSpec
 from titan_video.tools.step_tracker import TEMPORARY, Axis, Collective, StepTracker
@@ -64,7 +64,6 @@ BODIES = {
     torch.ops.titan_video.ring_attention_backward: ring.ring_attention_backward._init_fn,
 }
 STATE = ("parameters", "optimizer", "ema", "gradients")  # on the host with training.enable_cpu_offload
-SPATIAL_STRIDES = {16: 8, 48: 16}  # of the VAEs, by latent channels
 UNCOUNTED = "Not counted: the CUDA context, NCCL's buffers, gaps that the allocator leaves, workspaces of matrix products, validation."
 
 
@@ -141,8 +140,6 @@ def dry_run(config: JobConfig, world_size: int, rank: int = 0) -> Report:
         raise ValueError("activation_checkpoint.mode: memory_budget is the compiler's, which a dry run does without; look at selective and full")
     spec = get_spec(config.model.name)
     args = get_args(spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
-    if args.out_channels not in SPATIAL_STRIDES:
-        raise ValueError(f"model.flavor: {config.model.flavor!r} has {args.out_channels} latent channels; a dry run knows VAEs of 16 and of 48")
     attention.check(config.model.attention, getattr(torch, config.training.mixed_precision_param), args.head_dim, spec.masks_text)
     check_layout(config.parallelism, args, world_size)
     dims = ParallelDims.of(config.parallelism, world_size)
@@ -328,17 +325,6 @@ def static_bytes(model: nn.Module, optimizer: str, blocks: tuple[str, ...], ema:
     kinds = {name: updated_by(name, len(shape), optimizer, blocks) for name, shape in shards.items()}
     sizes = {"optimizer": sum(state_bytes(kinds[name], shape) + 4 for name, shape in shards.items())}
     return sizes | ({"ema": 4 * sum(map(math.prod, shards.values()))} if ema else {})
-
-
-def latent_shape(bucket: tuple[int, ...], args: Any) -> tuple[int, ...]:
-    """[C, F, H, W] of the latents of a bucket."""
-    frames, height, width = bucket
-    stride = SPATIAL_STRIDES[args.out_channels]
-    return args.out_channels, (frames - 1) // TEMPORAL_STRIDE + 1, height // stride, width // stride
-
-
-def tokens_of(bucket: tuple[int, ...], args: Any) -> int:
-    return token_shape(latent_shape(bucket, args)[1:], args.patch).num_tokens
 
 
 def make_batch(config: JobConfig, args: Any, bucket: tuple[int, ...], size: int) -> Batch:

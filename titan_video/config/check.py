@@ -23,7 +23,7 @@ def check(config: JobConfig, world_size: int, files: bool = True) -> None:
     errors = [
         *_buckets(c.data),
         *_degrees(c.parallelism, world_size),
-        *_batch_size(c, max(world_size // model_parallel_degree(c.parallelism), 1)),
+        *check_batch_size(c, max(world_size // model_parallel_degree(c.parallelism), 1)),
         *_parallelism(c),
         *_attention(c),
         *_activation_checkpoint(c),
@@ -58,7 +58,7 @@ def model_parallel_degree(parallelism: Parallelism) -> int:
 
 def gradient_accumulation(config: JobConfig, dp: int) -> int:
     """Micro-batches per optimizer step and rank, with `dp` data-parallel ranks. Raises ConfigError unless it is a whole number."""
-    errors = list(_batch_size(config, dp))
+    errors = list(check_batch_size(config, dp))
     if errors:
         raise ConfigError("\n".join(errors))
     t, d = config.training, config.data
@@ -204,7 +204,7 @@ def _optimizer(config: JobConfig, dp: int) -> Iterator[str]:
         yield f"{where} optimizer.name is Muon, whose matrices are dealt out over the ranks at the end; choose AdamW or AdamW8bit"
     if t.max_norm > 0:
         yield f"{where} training.max_norm is {t.max_norm}, and the norm is known when all weights are updated already; set it to 0"
-    if not list(_batch_size(config, dp)) and gradient_accumulation(config, dp) > 1:
+    if not list(check_batch_size(config, dp)) and gradient_accumulation(config, dp) > 1:
         name = "data.global_micro_batches" if config.data.tokens_per_microbatch else "training.global_batch_size"
         yield f"{where} {name} takes several backwards for one update; set it to -1"
     if config.parallelism.pipeline_parallel_degree > 1:
@@ -232,7 +232,8 @@ def _low_precision(config: JobConfig) -> Iterator[str]:
                "float8.enable false, or choose another schedule, such as Interleaved1F1B")
 
 
-def _batch_size(config: JobConfig, dp: int) -> Iterator[str]:
+def check_batch_size(config: JobConfig, dp: int) -> Iterator[str]:
+    """What is wrong with a step's clips on `dp` data-parallel ranks."""
     d, local = config.data, config.training.local_batch_size
     if d.tokens_per_microbatch:
         name, given, unit, of = "data.global_micro_batches", d.global_micro_batches, dp, f"{dp} data-parallel ranks"

@@ -3,42 +3,81 @@
 `encode` also runs under torchrun: `torchrun --nproc_per_node 8 -m titan_video.data encode CONFIG.toml`.
 """
 
+import argparse
 import logging
 import os
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from titan_video.components.encoding import encode_plan
+from titan_video.config.check import check_batch_size, gradient_accumulation
 from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import main_guard, parse_args
+from titan_video.data.bucket import Batching, Bucket, Work
 from titan_video.data.dataset import Plan, plan_of
 from titan_video.data.latent_cache import LatentCache
+from titan_video.data.report import decode_all, export, report
 from titan_video.distributed.utils import broadcast_from_zero, init_distributed
 from titan_video.encoders import build_encoders
-from titan_video.flow.conditions import Conditions
 from titan_video.models import get_args, get_spec
+from titan_video.models.layers import latent_shape, tokens_of
 from titan_video.tools.device import get_device
 
-USAGE = "usage: python -m titan_video.data plan|encode CONFIG.toml [--section.field VALUE] ..."
+USAGE = """usage: python -m titan_video.data plan CONFIG.toml [--export N] [--ranks N] [--decode] [--section.field VALUE] ...
+       python -m titan_video.data encode CONFIG.toml [--section.field VALUE] ..."""
 
 
-def conditions(config: JobConfig) -> Conditions:
-    """What the model is given beside the text."""
-    return get_args(get_spec(config.model.name), config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length).conditions
+def model_args(config: JobConfig) -> Any:
+    return get_args(get_spec(config.model.name), config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
 
 
 def plan(config: JobConfig) -> tuple[Plan, Path]:
     """Print the plan of data.path and write data_plan.jsonl; return it and the cache folder."""
     cache_folder = Path(config.data.cache_folder or Path(config.job.dump_folder) / "cache")
     made = plan_of(config.data, cache_folder)
-    made = made.without_stills() if conditions(config).num_given else made
+    made = made.without_stills() if model_args(config).conditions.num_given else made
     report = Path(config.job.dump_folder) / "data_plan.jsonl"
     made.write_jsonl(report)
     print(f"{made.summary()}\n  every clip: {report}")
     return made, cache_folder
+
+
+def show(config: JobConfig, ranks: int, num_exported: int, decode: bool) -> None:
+    """Print the plan and what it means for a training on so many data-parallel ranks (0: 8, or as many as the step can be dealt to)."""
+    made, _ = plan(config)
+    folder = Path(config.job.dump_folder)
+    if decode:
+        made = decode_all(made, config.data.num_workers)
+        made.write_jsonl(folder / "data_plan.jsonl")
+        print(f"after decoding every clip:\n{made.summary()}")
+        made.require_clips()
+    args = model_args(config)
+    ranks = ranks or next((n for n in (8, 4, 2) if not any(check_batch_size(config, n))), 1)
+    batching = Batching.of(config.data, config.training, config.parallelism, gradient_accumulation(config, ranks) * ranks)
+    text_bytes = args.text_len * args.text_dim * (2 if config.encoder.dtype == "bfloat16" else 4)
+    works = partial(work_of, args)
+    print(report(made, batching, ranks, works, partial(latent_shape, args=args), text_bytes, config.debug.seed))
+    for path in export(made, num_exported, folder / "plan_clips"):
+        print(f"  written: {path}")
+
+
+def work_of(args: Any, bucket: Bucket) -> Work:
+    tokens = tokens_of(bucket, args)
+    return Work(tokens, args.flops(tokens))
+
+
+def options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Those of `plan` alone, and the rest."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=USAGE)
+    parser.add_argument("--export", type=int, default=0)
+    parser.add_argument("--ranks", type=int, default=0)
+    parser.add_argument("--decode", action="store_true")
+    return parser.parse_known_args(argv)
 
 
 def encode(config: JobConfig) -> None:
@@ -47,7 +86,7 @@ def encode(config: JobConfig) -> None:
     try:
         made, cache_folder = broadcast_from_zero(lambda: plan(config))
         encoders = build_encoders(config.encoder, config.model.hf_assets_path, get_device(int(os.environ.get("LOCAL_RANK", 0))))
-        given = conditions(config)
+        given = model_args(config).conditions
         ids = broadcast_from_zero(lambda: (encoders.video_id(), encoders.text_id(), encoders.image_id() if given.image_tokens else ""))
         cache = LatentCache(cache_folder, *ids, given)
         clips = encode_plan(made, Path(config.job.dump_folder) / "data_plan.jsonl", encoders, cache, None, config.data.num_workers)
@@ -62,10 +101,14 @@ def main(argv: list[str]) -> None:
         sys.exit(USAGE)
     who = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
     logging.basicConfig(level=logging.INFO, format=f"{who}%(message)s")
+    chosen, rest = options(argv[2:]) if argv[0] == "plan" else (None, argv[2:])
     with main_guard():
-        config = parse_args(["--job.config_file", argv[1], *argv[2:]])
+        config = parse_args(["--job.config_file", argv[1], *rest])
     try:
-        (plan if argv[0] == "plan" else encode)(config)
+        if chosen:
+            show(config, chosen.ranks, chosen.export, chosen.decode)
+        else:
+            encode(config)
     except ValueError as e:
         sys.exit(f"error: {e}")
 

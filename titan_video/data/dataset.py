@@ -146,9 +146,12 @@ class Plan:
             lines.append(f"  of {len({e.path for e in kept})} files that are kept: {cut}")
         counts = Counter(e.bucket for e in kept)
         upscaled = Counter(e.bucket for e in kept if bucketing.is_upscaled(e.width, e.height, e.bucket))
-        for b in sorted({*self.buckets, *counts}):
+        for b in sorted(counts):
             note = f", {upscaled[b]} of them smaller than that and upscaled" if upscaled[b] else ""
             lines.append(f"  bucket {b[0]} x {b[1]} x {b[2]} (frames, height, width): {counts[b]} clips{note}")
+        if unused := [b for b in self.buckets if b not in counts]:
+            more = f" and {len(unused) - NAMES_SHOWN} more" if len(unused) > NAMES_SHOWN else ""
+            lines.append(f"  without a clip: {', '.join('x'.join(map(str, b)) for b in unused[:NAMES_SHOWN])}{more}")
         dropped: dict[str, list[PlanEntry]] = {}
         for e in self.entries:
             if not e.kept:
@@ -186,12 +189,13 @@ def make_plan(
     sources = [Source(path=str(sources))] if isinstance(sources, (str, os.PathLike)) else list(sources)
     sizes = tuple(tuple(b) for b in buckets)
     scanned = [(source, record) for source in sources for record in _scan(source, Path(cache_folder))]
-    paths = list(dict.fromkeys(r.path for s, r in scanned if not r.reason and not (s.trust_metadata and r.stated)))
+    unread = [s.trust_metadata and bool(r.stated) for s, r in scanned]
+    paths = list(dict.fromkeys(r.path for (_, r), believed in zip(scanned, unread, strict=True) if not r.reason and not believed))
     probes = dict(zip(paths, probe_all(paths, num_workers, Path(cache_folder) / "probes"), strict=True))
     entries = []
-    for source, record in scanned:
+    for (source, record), believed in zip(scanned, unread, strict=True):
         mode = choice.mode if source.clip_choice == "default" else source.clip_choice
-        entries += _decide(source, record, probes.get(record.path), sizes, source.fps or fps, replace(choice, mode=mode))
+        entries += _decide(source, record, None if believed else probes.get(record.path), sizes, source.fps or fps, replace(choice, mode=mode))
     plan = Plan(", ".join(str(s.path) for s in sources), fps, sizes, tuple(entries))
     plan.require_clips()
     return plan

@@ -5,6 +5,7 @@ Letters: B batch, L tokens, D width, H heads, K head width, C latent channels, F
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from titan_video.kernels.gelu import gelu_linear
 from titan_video.models.spec import TokenShape
 
 Patch = tuple[int, int, int]
+TEMPORAL_STRIDE, SPATIAL_STRIDES = 4, {16: 8, 48: 16}  # of the VAEs, in space by latent channels
 
 
 def token_shape(latent_FHW: tuple[int, ...], patch: Patch) -> TokenShape:
@@ -25,6 +27,20 @@ def token_shape(latent_FHW: tuple[int, ...], patch: Patch) -> TokenShape:
     if any(n % p for n, p in zip(latent_FHW, patch, strict=True)):
         raise ValueError(f"latent grid {tuple(latent_FHW)} is not divisible by the model's patch {patch}; choose data.buckets to fit")
     return TokenShape(*(n // p for n, p in zip(latent_FHW, patch, strict=True)))
+
+
+def latent_shape(bucket: tuple[int, ...], args: Any) -> tuple[int, ...]:
+    """[C, F, H, W] of the latents of a clip [frames, height, width]; ValueError where no known VAE has the model's channels."""
+    frames, height, width = bucket
+    if args.out_channels not in SPATIAL_STRIDES:
+        raise ValueError(f"model.flavor: the model has {args.out_channels} latent channels; VAEs of {sorted(SPATIAL_STRIDES)} are known")
+    stride = SPATIAL_STRIDES[args.out_channels]
+    return args.out_channels, (frames - 1) // TEMPORAL_STRIDE + 1, height // stride, width // stride
+
+
+def tokens_of(bucket: tuple[int, ...], args: Any) -> int:
+    """Tokens of such a clip."""
+    return token_shape(latent_shape(bucket, args)[1:], args.patch).num_tokens
 
 
 def patchify(x_BCFHW: Tensor, patch: Patch) -> Tensor:
