@@ -1,7 +1,6 @@
 """The closed forms of memory by hand-counted sizes; against the dry run they are held in tests/integration_tests/test_dry_run.py."""
 
 import math
-from dataclasses import replace
 
 import pytest
 
