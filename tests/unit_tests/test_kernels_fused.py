@@ -12,6 +12,10 @@ from tests.helpers import ROOT
 from tests.kernel_cases import EPS, cases, check, modulation, rand
 from titan_video import kernels
 from titan_video.kernels import fused_layer_norm, fused_rms_norm, reference
+from titan_video.models.hunyuan_video.model import HunyuanVideoArgs, HunyuanVideoModel
+from titan_video.models.layers import positions
+from titan_video.models.spec import TokenShape
+from titan_video.models.wan.model import WanArgs, WanModel
 
 B, L, D = 2, 5, 96
 OPS = torch.ops.titan_video
@@ -121,3 +125,65 @@ def test_float64_stays_with_torch(fused):
     x, row = rand(B, L, D, seed=0).detach().double(), rand(B, 1, D, seed=1).detach().double()
     assert torch.equal(kernels.ada_layer_norm(x, row, row, EPS), reference.ada_layer_norm(x, row, row, EPS))
     assert kernels.ada_layer_norm(x, row, row, EPS).dtype == torch.float64
+
+
+def wan_inputs(args):
+    shape = TokenShape(2, 2, 3)
+    clean_BL = (torch.arange(shape.num_tokens) < 6).unsqueeze(0)
+    x, text = rand(B, shape.num_tokens, 4 * args.in_channels, seed=1, grad=False), rand(B, args.text_len, args.text_dim, seed=2, grad=False)
+    return {"x_BLP": x, "pos_BL3": positions(shape), "t_B": torch.tensor([900.0, 300.0]), "text_BSD": text, "clean_BL": clean_BL}
+
+
+def hunyuan_inputs(args):
+    pooled = rand(B, args.pooled_dim, seed=3, grad=False)
+    return wan_inputs(args) | {"pooled_text_BD": pooled, "guidance_B": torch.tensor([6000.0, 1000.0])}
+
+
+WAN = WanArgs(dim=48, num_heads=4, num_layers=2, ffn_dim=80, text_dim=20, text_len=7, freq_dim=32, in_channels=5, out_channels=5, clean_first_frame=True)
+HUNYUAN = HunyuanVideoArgs(dim=48, num_heads=4, num_double_layers=1, num_single_layers=1, ffn_dim=96, in_channels=5, out_channels=5, text_dim=20,
+                           text_len=7, pooled_dim=12, axes_dim=(4, 4, 4), num_refiner_layers=1, image_condition="token_replace")  # fmt: skip
+
+
+def gradients(model, inputs):
+    parameters = dict(model.named_parameters())
+    out = model(**inputs)
+    return [out, *torch.autograd.grad((out * rand(*out.shape, seed=4, grad=False)).sum(), tuple(parameters.values()), allow_unused=True)]
+
+
+@pytest.mark.parametrize("some_clean", [True, False], ids=["clean first frame", "no clean token"])
+@pytest.mark.parametrize("model_class, args, make_inputs", [(WanModel, WAN, wan_inputs), (HunyuanVideoModel, HUNYUAN, hunyuan_inputs)])
+def test_models_compute_the_same_with_either_and_compiled(model_class, args, make_inputs, some_clean):
+    """Every output and gradient; compiled, each block is one graph, with the kernels in it."""
+    model = model_class(args)
+    for i, p in enumerate(model.parameters()):
+        p.data = rand(*p.shape, seed=i, grad=False) * 0.2 + (p.ndim == 1)
+    inputs = make_inputs(args)
+    if not some_clean:
+        inputs["clean_BL"] = None
+    found = {}
+    try:
+        for name in ("torch", "triton", "compiled"):
+            kernels.use("torch" if name == "torch" else "triton")
+            if name == "compiled":
+                graphs = set()
+                backend = recording_backend(graphs)
+                for block in [m for m in model.modules() if type(m).__name__ in ("Block", "DoubleBlock", "SingleBlock")]:
+                    block.compile(backend=backend, fullgraph=True)
+            found[name] = gradients(model, inputs)
+    finally:
+        kernels.use("torch")
+    for name in ("triton", "compiled"):
+        for a, b in zip(found[name], found["torch"], strict=True):
+            assert (a is None) == (b is None) and (a is None or (a - b).norm() <= 2e-5 * b.norm() + 1e-4), name
+    assert {"residual_norm", "rms_norm", "gated_residual", "norm"} <= graphs
+
+
+def recording_backend(operators):
+    """aot_eager, and the names of our operators that it is given."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    def backend(graph, example_inputs):
+        operators.update(str(n.target).split(".")[1] for n in graph.graph.nodes if "titan_video" in str(n.target))
+        return aot_eager(graph, example_inputs)
+
+    return backend

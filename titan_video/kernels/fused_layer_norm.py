@@ -95,14 +95,14 @@ def _forward(x: Tensor, y: Rows, gate: Rows, scale: Rows, shift: Rows, clean: Ro
     """(x', normalised, mean, 1/deviation), empty where there is none."""
     if not (x.is_cuda or launch.interpreted()):
         return plain.layer_norm_forward(x, y, gate, scale, shift, clean, affine, eps)
-    from titan_video.kernels.layer_norm_triton import layer_norm_forward
+    from titan_video.kernels import layer_norm_triton
 
     x, y, gate, scale, shift, clean = _dense(x), _dense(y), _rows(gate), _rows(scale), _rows(shift), _mask(clean)
     B, L, D = x.shape
     total, out = (torch.empty_like(x if has else x[:0]) for has in (y is not None, scale is not None))
     mean, rstd = (torch.empty((B, L) if scale is not None else 0, dtype=torch.float32, device=x.device) for _ in range(2))
-    options, run = _options(x, y, gate, scale, clean, (x, y), (gate, scale, shift))
-    layer_norm_forward[(-(-L // run), B)](
+    options, run = _options(x, y, gate, scale, clean, (x, y), [rows for rows in (gate, scale, shift) if not _single(rows)])
+    layer_norm_triton.layer_norm_forward[(-(-L // run), B)](
         x, y, gate, scale, shift, clean, total, out, mean, rstd,
         L, run, *_strides(gate), *_strides(scale), *_strides(shift), _sample_stride(clean), eps, AFFINE=affine, **options,
     )  # fmt: skip
@@ -117,32 +117,34 @@ def _backward(
     like = dsum if dout is None else dout
     if not (like.is_cuda or launch.interpreted()):
         return plain.layer_norm_backward(dsum, dout, x, y, gate, scale, clean, mean, rstd, affine, gate_grad, modulation_grad)
-    from titan_video.kernels.layer_norm_triton import layer_norm_backward
+    from titan_video.kernels import layer_norm_triton
 
     dsum, dout, x, y, clean = _dense(dsum), _dense(dout), _dense(x), _dense(y), _mask(clean)
     gate_rows, scale_rows = _rows(gate), _rows(scale)
     B, L, D = like.shape
     dx, dy = (torch.empty_like(like if has else like[:0], memory_format=torch.contiguous_format) for has in (x is not None, gate is not None))
-    options, run = _options(like, dsum, gate_rows, scale_rows, clean, (dsum, dout, x, y), (gate_rows, scale_rows))
+    held = gate is None or scale is None or D <= 4096  # three sums of the widest rows leave no registers for modulation
+    each = [rows for rows in (gate_rows, scale_rows) if rows is not None and not (held and _single(rows))]
+    options, run = _options(like, dsum, gate_rows, scale_rows, clean, (dsum, dout, x, y), each)
     programs = -(-L // run)
     kinds = options["GATE"], options["MODULATION"], options["MODULATION"]
     wanted = [rows if needed else None for rows, needed in ((gate, gate_grad), (scale, modulation_grad), (scale, modulation_grad))]
     sums = [_partial(rows, kind, like, programs) for rows, kind in zip(wanted, kinds, strict=True)]
-    layer_norm_backward[(programs, B)](
+    layer_norm_triton.layer_norm_backward[(programs, B)](
         dsum, dout, x, y, gate_rows, scale_rows, clean, mean, rstd, dx, dy, *sums,
         L, run, *_strides(gate_rows), *_strides(scale_rows), _sample_stride(clean), AFFINE=affine, GATE_GRAD=gate_grad,
-        MODULATION_GRAD=modulation_grad, **options,
+        MODULATION_GRAD=modulation_grad, HELD=held, **options,
     )  # fmt: skip
     return dx, dy, *(_summed(part, rows) for part, rows in zip(sums, wanted, strict=True))
 
 
-def _options(x: Tensor, y: Rows, gate: Rows, scale: Rows, clean: Rows, streams: tuple, modulation: tuple) -> tuple[dict, int]:
-    """The kernels' constants, and how many rows a program takes. streams, modulation: what is read row by row; of modulation, if each has its own."""
+def _options(x: Tensor, y: Rows, gate: Rows, scale: Rows, clean: Rows, streams: tuple, modulation: list) -> tuple[dict, int]:
+    """The kernels' constants, and how many rows a program takes. streams, modulation: what is read for each row."""
     B, L, D = x.shape
     block = max(launch.power_of_2(D), 128)
     num_warps = launch.warps(block)
     row_bytes = sum(t.element_size() for t in streams if t is not None)
-    row_bytes += sum(t.element_size() for t in modulation if t is not None and t.shape[1] > 1)
+    row_bytes += sum(t.element_size() for t in modulation if t is not None)
     options = {
         "D": D, "BLOCK": block, "STAGES": launch.stages(row_bytes * block), "RESIDUAL": y is not None, "GATED": gate is not None,
         "NORM": scale is not None, "GATE": _kind(gate, clean, L), "MODULATION": _kind(scale, clean, L), "num_warps": num_warps,
@@ -150,9 +152,13 @@ def _options(x: Tensor, y: Rows, gate: Rows, scale: Rows, clean: Rows, streams: 
     return options, launch.run_length(L, B, num_warps, x.device)
 
 
+def _single(rows: Rows) -> bool:
+    return rows is None or rows.shape[1] == 1
+
+
 def _kind(rows: Rows, clean: Rows, L: int) -> int:
     """ONE, EACH or CLEAN of layer_norm_triton.py. ValueError if there are not as many rows as there should be."""
-    if rows is None or rows.shape[1] == 1:
+    if _single(rows):
         return 0
     if rows.shape[1] != (L if clean is None else 2):
         raise ValueError(f"modulation of {rows.shape[1]} rows for {L} tokens; legal: 1, 2 with clean_BL, or one for each token without")
@@ -178,7 +184,7 @@ def _sample_stride(x: Rows) -> int:
 
 
 def _strides(rows: Rows) -> tuple[int, int]:
-    return _sample_stride(rows), 0 if rows is None else rows.stride(1)
+    return _sample_stride(rows), 0 if _single(rows) else rows.stride(1)
 
 
 def _partial(rows: Rows, kind: int, like: Tensor, programs: int) -> Tensor:

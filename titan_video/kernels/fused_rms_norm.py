@@ -24,15 +24,7 @@ def rms_norm_rope(x: Tensor, weight: Tensor, rotations_BLC: Tensor, eps: float, 
 @custom_op("titan_video::rms_norm", mutates_args=())
 def rms_norm_rotate(x: Tensor, weight: Tensor, rotations: Tensor | None, mean_square: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """x: [B, L, H, K]; weight: [K] for a norm of each head, [H K] for one over all. (normed and rotated, 1/root [B, L, 1 or H])"""
-    if not (x.is_cuda or launch.interpreted()):
-        return plain.rms_norm_forward(x, weight, _turns(rotations), mean_square, eps)
-    from titan_video.kernels.rms_norm_triton import rms_norm_forward
-
-    x, turns, square = x.contiguous(), _turns(rotations), None if mean_square is None else mean_square.contiguous()
-    out, rstd = torch.empty_like(x), _roots(x, weight)
-    options, run, sizes = _options(x, weight, turns, (x,))
-    rms_norm_forward[(-(-sizes[0] // run),)](x, weight.contiguous(), turns, square, out, rstd, *sizes, eps, GIVEN=square is not None, **options)
-    return out, rstd
+    return _forward(x, weight, rotations, mean_square, eps)
 
 
 @custom_op("titan_video::rms_norm_backward", mutates_args=())
@@ -40,6 +32,26 @@ def rms_norm_backward(
     dout: Tensor, x: Tensor, weight: Tensor, rotations: Tensor | None, rstd: Tensor, given: bool, weight_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dweight, dmean_square [B, L, 1 or H]); empty are dweight unless weight_grad, dmean_square unless that was given."""
+    return _backward(dout, x, weight, rotations, rstd, given, weight_grad)
+
+
+def _forward(x: Tensor, weight: Tensor, rotations: Tensor | None, mean_square: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    if not (x.is_cuda or launch.interpreted()):
+        return plain.rms_norm_forward(x, weight, _turns(rotations), mean_square, eps)
+    from titan_video.kernels import rms_norm_triton
+
+    x, turns, square = x.contiguous(), _turns(rotations), None if mean_square is None else mean_square.contiguous()
+    out, rstd = torch.empty_like(x), _roots(x, weight)
+    options, run, sizes = _options(x, weight, turns, (x,))
+    rms_norm_triton.rms_norm_forward[(-(-sizes[0] // run),)](
+        x, weight.contiguous(), turns, square, out, rstd, *sizes, eps, GIVEN=square is not None, **options
+    )
+    return out, rstd
+
+
+def _backward(
+    dout: Tensor, x: Tensor, weight: Tensor, rotations: Tensor | None, rstd: Tensor, given: bool, weight_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     if not (x.is_cuda or launch.interpreted()):
         return plain.rms_norm_backward(dout, x, weight, _turns(rotations), rstd, given, weight_grad)
     from titan_video.kernels import rms_norm_triton

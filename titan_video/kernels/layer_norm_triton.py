@@ -111,13 +111,13 @@ def layer_norm_backward(
     L, run, gate_b, gate_t, scale_b, scale_t, clean_b,
     D: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     RESIDUAL: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, AFFINE: tl.constexpr, GATE: tl.constexpr, MODULATION: tl.constexpr,
-    GATE_GRAD: tl.constexpr, MODULATION_GRAD: tl.constexpr,
+    GATE_GRAD: tl.constexpr, MODULATION_GRAD: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """Program (p, b) takes the rows that it takes forward.
 
     dsum, dout: gradients of x' and out; x: what was normalised, x' where there is a residual. dx: gradient of x, and without a gate of y;
     dy: of y, with one. Without norm dx is dsum and is not written. dgate, dscale, dshift: float32; [programs, D] for ONE, [programs, 2, D]
-    for CLEAN, [B, L, D] for EACH; not written unless GATE_GRAD, MODULATION_GRAD.
+    for CLEAN, [B, L, D] for EACH; not written unless GATE_GRAD, MODULATION_GRAD. HELD: what is ONE stays in registers.
     """
     b = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * run
@@ -125,9 +125,9 @@ def layer_norm_backward(
     inside = cols < D
     dgate = tl.zeros([BLOCK], tl.float32)
     dscale, dshift, clean_dgate, clean_dscale, clean_dshift = dgate, dgate, dgate, dgate, dgate
-    if GATED and GATE == ONE:
+    if GATED and HELD and GATE == ONE:
         gate = _load(gate_ptr + b * gate_b, cols, inside)
-    if NORM and MODULATION == ONE:
+    if NORM and HELD and MODULATION == ONE:
         scale = _load(scale_ptr + b * scale_b, cols, inside)
     for row in tl.range(first, tl.minimum(first + run, L), num_stages=STAGES):
         at = (b * L + row) * D + cols
@@ -138,7 +138,7 @@ def layer_norm_backward(
             x = _load(x_ptr, at, inside)
             rstd = tl.load(rstd_ptr + b * L + row)
             normed = tl.where(inside, (x - tl.load(mean_ptr + b * L + row)) * rstd, 0.0)
-            if MODULATION != ONE:
+            if not HELD or MODULATION != ONE:
                 scale = _load(scale_ptr + b * scale_b + token * scale_t, cols, inside)
             dnormed = dout * scale if AFFINE else dout * (1 + scale)
             along_one = tl.sum(dnormed, 0) / D
@@ -149,7 +149,7 @@ def layer_norm_backward(
                 dscale, clean_dscale = _gather(dout * normed, dscale_ptr, at, inside, dscale, clean_dscale, token, MODULATION)
                 dshift, clean_dshift = _gather(dout, dshift_ptr, at, inside, dshift, clean_dshift, token, MODULATION)
         if GATED:
-            if GATE != ONE:
+            if not HELD or GATE != ONE:
                 gate = _load(gate_ptr + b * gate_b + token * gate_t, cols, inside)
             tl.store(dy_ptr + at, (dx * gate).to(dy_ptr.dtype.element_ty), mask=inside)
             if GATE_GRAD:
