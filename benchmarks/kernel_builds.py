@@ -1,0 +1,179 @@
+"""The Triton kernels compiled for Hopper (sm_90) ahead of time, which needs no GPU: registers, spills, shared memory.
+
+    python benchmarks/kernel_builds.py [--widths 1536 5120] [--names "gated residual" ...] [--write docs/kernels.md]
+
+Compiled is what the operators would launch, constants and alignments included, on bfloat16 activations, float32 modulation and bfloat16 weights.
+An SM has 65,536 registers and 227 KB of shared memory; spilled registers, bytes a thread, cost time.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from titan_video.kernels import fused_layer_norm, fused_rms_norm, launch  # noqa: E402
+
+TOKENS = {1536: 32760, 3072: 118800, 5120: 75600, 8192: 75600}
+WIDTHS = (128, 1536, 3072, 5120)
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8"}
+MARKER = "<!-- builds -->"
+
+
+@dataclass(frozen=True)
+class Build:
+    """shared: bytes of a program. spilled: bytes of a thread."""
+
+    name: str
+    direction: str
+    width: int
+    warps: int
+    stages: int
+    registers: int
+    spilled: int
+    shared: int
+
+
+def operators(D: int) -> dict[str, Callable[[str], Any]]:
+    """{name: what launches its kernel on meta tensors, given "forward" or "backward"}."""
+    L = TOKENS.get(D, 32760)
+    empty = lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, dtype=dtype, device="meta")
+    x, w, mean, K = empty(1, L, D), empty(1, 1, D), empty(1, L, dtype=torch.float32), min(128, D)
+    row, pair = (empty(1, n, 6, D, dtype=torch.float32)[:, :, 0] for n in (1, 2))
+    clean = empty(1, L, dtype=torch.bool)
+    heads, turns = x.unflatten(-1, (-1, K)), empty(1, L, K // 2, dtype=torch.complex64)
+
+    def layer_norm(y: Any, gate: Any, scale: Any, affine: bool, clean: Any = None) -> Callable[[str], Any]:
+        total, normed = None if y is None else x, None if scale is None else x
+        return lambda direction: (
+            fused_layer_norm._forward(x, y, gate, scale, scale, clean, affine, 1e-6) if direction == "forward" else
+            fused_layer_norm._backward(total, normed, normed, y, gate, scale, clean, mean, mean, affine, gate is not None, True)
+        )  # fmt: skip
+
+    def rms_norm(x: Any, weight: Any, turns: Any) -> Callable[[str], Any]:
+        roots = fused_rms_norm._roots(x, weight)
+        return lambda direction: (
+            fused_rms_norm._forward(x, weight, turns, None, 1e-6) if direction == "forward" else
+            fused_rms_norm._backward(x, x, weight, turns, roots, False, True)
+        )  # fmt: skip
+
+    return {
+        "AdaLN": layer_norm(None, None, row, False),
+        "AdaLN, clean tokens": layer_norm(None, None, pair, False, clean),
+        "LayerNorm": layer_norm(None, None, w, True),
+        "gated residual": layer_norm(x, row, None, False),
+        "gated residual, LayerNorm": layer_norm(x, row, w, True),
+        "gated residual, LayerNorm, clean tokens": layer_norm(x, pair, w, True, clean),
+        "residual, AdaLN": layer_norm(x, None, row, False),
+        "gated residual, AdaLN": layer_norm(x, row, row, False),
+        "gated residual, AdaLN, clean tokens": layer_norm(x, pair, pair, False, clean),
+        "RMSNorm": rms_norm(x.unsqueeze(2), empty(D), None),
+        "RMSNorm, RoPE": rms_norm(heads, empty(D), turns),
+        "RMSNorm per head": rms_norm(heads, empty(K), None),
+        "RMSNorm per head, RoPE": rms_norm(heads, empty(K), turns),
+    }
+
+
+@contextmanager
+def launches() -> Iterator[list]:
+    """Instead of being launched, kernels are noted, with their arguments."""
+    from titan_video.kernels import layer_norm_triton, rms_norm_triton
+
+    noted = []
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda *args, **constants: noted.append((self.kernel, args, constants))
+
+    with mock.patch.object(launch, "interpreted", lambda: True):
+        patches = [
+            mock.patch.object(module, name, Recorder(getattr(module, name)))
+            for module in (layer_norm_triton, rms_norm_triton) for name in vars(module) if name.endswith(("_forward", "_backward"))
+        ]  # fmt: skip
+        for patch in patches:
+            patch.start()
+        try:
+            yield noted
+        finally:
+            for patch in patches:
+                patch.stop()
+
+
+def compile_kernel(kernel: Any, args: tuple, constants: dict[str, Any]) -> Any:
+    """As Triton would on the first launch with these arguments, for a GPU that is not there."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    num_warps = constants.pop("num_warps")
+    signature, constexprs, attributes = {}, {}, {}
+    for name, value in (dict(zip(kernel.arg_names, args, strict=False)) | constants).items():
+        place = (kernel.arg_names.index(name),)
+        if name in constants or value is None or isinstance(value, int) and value == 1:
+            signature[name], constexprs[place] = "constexpr", value
+            continue
+        signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "fp32" if isinstance(value, float) else "i32"
+        if isinstance(value, torch.Tensor) or isinstance(value, int) and value % 16 == 0:
+            attributes[place] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature={name: signature[name] for name in kernel.arg_names}, constexprs=constexprs, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+
+
+def resources(compiled: Any) -> tuple[int, int]:
+    """Registers and bytes of stack of a thread, as the assembler's own tool reads them from the machine code."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        listing = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return tuple(int(re.search(rf"{word}:(\d+)", listing)[1]) for word in ("REG", "STACK"))
+
+
+def build(name: str, direction: str, D: int) -> Build:
+    with launches() as noted:
+        operators(D)[name](direction)
+    [(kernel, args, constants)] = noted
+    warps = constants["num_warps"]
+    compiled = compile_kernel(kernel, args, dict(constants))
+    return Build(name, direction, D, warps, constants["STAGES"], *resources(compiled), compiled.metadata.shared)
+
+
+def table(builds: list[Build]) -> str:
+    rows = ["| kernel | | width | warps | stages | registers | spilled | shared, KB |", "|---|---|---|---|---|---|---|---|"]
+    rows += [
+        f"| {b.name} | {b.direction} | {b.width} | {b.warps} | {b.stages} | {b.registers} | {b.spilled} | {b.shared / 1024:.1f} |"
+        for b in builds
+    ]  # fmt: skip
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
+    parser.add_argument("--names", nargs="+", default=list(operators(128)))
+    parser.add_argument("--write", type=Path, help=f"Markdown file; the table goes between two lines {MARKER}")
+    options = parser.parse_args()
+    builds = [build(name, direction, D) for D in options.widths for name in options.names for direction in ("forward", "backward")]
+    print(table(builds))
+    if options.write:
+        before, _, after = options.write.read_text().split(MARKER)
+        options.write.write_text(f"{before}{MARKER}\n{table(builds)}\n{MARKER}{after}")
+
+
+if __name__ == "__main__":
+    main()
