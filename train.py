@@ -25,7 +25,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from titan_video import kernels
 from titan_video.components.checkpoint import CheckpointManager, ModelState, OptimizerState
 from titan_video.components.ema import EmaWeights
-from titan_video.components.encoding import encode_plan, shared_plan
+from titan_video.components.encoding import open_cache, prepare
 from titan_video.components.fault_tolerance import NonFiniteGuard, SignalFlag
 from titan_video.components.hf_storage import save_hf
 from titan_video.components.lora import MergedWeights, are_exported, lora_path, save_lora
@@ -34,15 +34,15 @@ from titan_video.components.metrics import MetricsLogger
 from titan_video.components.objective import ModelInputs, model_inputs, predict, velocity_loss
 from titan_video.components.optimizer import InBackward, build_optimizer
 from titan_video.components.pipeline_folder import complete_pipeline, export_path, is_exported
+from titan_video.components.placement import build_live, join, run_encoder_rank
 from titan_video.components.start import load_start
 from titan_video.components.validate import Validator, with_frames, with_size
-from titan_video.config.check import check, gradient_accumulation
+from titan_video.config.check import check, gradient_accumulation, training_ranks
 from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import dump, main_guard, parse_args
 from titan_video.data.batch import Batch
 from titan_video.data.bucket import Batching, Bucket, Work
 from titan_video.data.dataset import Plan, plan_of
-from titan_video.data.latent_cache import CachedClip, LatentCache, split_holdout
 from titan_video.data.loader import LatentLoader
 from titan_video.data.prefetch import Prefetch
 from titan_video.distributed.activation_checkpoint import check_save_min_kv, chosen_blocks, recomputed_flops
@@ -52,7 +52,7 @@ from titan_video.distributed.parallel_dims import ParallelDims, check_layout
 from titan_video.distributed.parallelize import parallelize
 from titan_video.distributed.pipeline_parallel import Pipeline, check_microbatches, keep_stages
 from titan_video.distributed.sequence import SequenceShard
-from titan_video.distributed.utils import broadcast_from_zero, clip_grad_norm, init_distributed, reduce_over, set_timeout
+from titan_video.distributed.utils import broadcast_from_zero, clip_grad_norm, reduce_over, set_timeout
 from titan_video.encoders import build_encoders
 from titan_video.flow.matching import FlowMatching, expert_levels
 from titan_video.flow.noise import draw_noise, draw_uniform
@@ -80,7 +80,7 @@ class Trainer:
         self.conditions = self.args.conditions
         levels = expert_levels(config.flow, config.model.expert, config.model.boundary or self.args.boundary)
         self.hf_folder = f"{self.spec.hf_folder}_2" if config.model.expert == "low" else self.spec.hf_folder
-        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        world_size = training_ranks(config.encoder, int(os.environ.get("WORLD_SIZE", 1)))
         check_layout(config.parallelism, self.args, world_size)
         self.dims = ParallelDims.of(config.parallelism, world_size)
         self.accumulation = gradient_accumulation(config, self.dims.dp)
@@ -89,7 +89,7 @@ class Trainer:
         # --- ranks and device ---
         self.device = get_device(int(os.environ.get("LOCAL_RANK", 0)))
         kernels.use(kernels.choose(config.model.kernels, self.device))
-        init_distributed(self.device, config.comm.init_timeout_seconds)
+        self.wire = join(config.encoder, config.comm, self.device, world_size)
         self.closers.append(dist.destroy_process_group)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.meshes = self.dims.build_mesh(self.device.type)
@@ -195,51 +195,33 @@ class Trainer:
             (self.folder / "config.toml").write_text(dump(self.config))
 
     def build_data(self) -> None:
-        """Plan the clips, encode what the cache lacks (each rank its share), hold some out, and make the loader."""
-        c, v = self.config.data, self.config.validation
+        """Plan the clips, encode what is to be encoded before training (each rank its share), hold some out, and make the loader."""
+        config, c = self.config, self.config.data
         cache_folder = Path(c.cache_folder or self.folder / "cache")
-        # The identities are hashes of the weights: gigabytes, read once.
-        e, has_images = self.encoders, self.conditions.image_tokens > 0
-        ids = broadcast_from_zero(lambda: (e.video_id(), e.text_id(), e.image_id() if has_images else ""), self.host_group)
-        self.cache = LatentCache(cache_folder, *ids, self.conditions)
-        given = Path(v.prompts_path).read_text(encoding="utf-8").splitlines() if v.enable and v.prompts_path else []
-        given = [line.strip() for line in given if line.strip()]
+        self.cache = open_cache(cache_folder, self.encoders, self.conditions, self.host_group)
 
-        clips, held_out = self.encoded("", cache_folder, "data_plan.jsonl", given), []
-        if v.enable and v.path:
-            held_out = self.encoded(v.path, cache_folder, "validation_plan.jsonl", [])
-        elif v.enable:
-            clips, held_out = split_holdout(clips, v.holdout)
-            logger.info(f"{len(held_out)} of {len(clips) + len(held_out)} clips are held out for validation")
+        def make(path: str) -> Plan:
+            plan = plan_of(c, cache_folder, path)
+            return plan.without_stills() if self.conditions.num_given else plan
+
+        is_ahead = config.encoder.placement == "cached"
+        self.clips = prepare(make, is_ahead, config.validation, self.folder, self.encoders, self.cache, self.host_group, c.num_workers)
         self.encoders.free()
-        self.held_out = held_out[: v.max_clips]
-        captions = {}
-        for clip in self.held_out or clips:
-            captions.setdefault(clip.caption, clip)
-        self.prompt_clips = list(captions.values())[: v.num_videos]
-        self.prompts = given[: v.num_videos] or [clip.caption for clip in self.prompt_clips]
-
+        placed = self.dims, self.wire, self.latent_shape, self.args.text_len
+        live = build_live(config.encoder, c, config.comm, self.encoders, self.cache, *placed)
+        if live:
+            self.closers.append(live.close)
         self.loader = LatentLoader(
-            clips, self.cache, self.cache.text_key(""), self.batching, self.work, dp_rank=self.meshes.batch.get_local_rank(), dp_size=self.dims.dp,
-            seed=self.seed, shuffle=c.shuffle, caption_dropout=c.caption_dropout, max_text_length=self.args.text_len, text_dim=self.args.text_dim,
-            num_workers=c.num_workers, prefetch_factor=c.prefetch_factor, pin_memory=self.device.type == "cuda",
+            self.clips.training, self.cache, self.cache.text_key(""), self.batching, self.work,
+            dp_rank=self.meshes.batch.get_local_rank(), dp_size=self.dims.dp, seed=self.seed, shuffle=c.shuffle,
+            caption_dropout=c.caption_dropout, max_text_length=self.args.text_len, text_dim=self.args.text_dim,
+            num_workers=c.num_workers, prefetch_factor=c.prefetch_factor, pin_memory=self.device.type == "cuda", live=live,
         )  # fmt: skip
 
     def work(self, bucket: Bucket) -> Work:
         """Of one clip; ValueError where the model's patch does not divide it."""
         tokens = token_shape(self.latent_shape(bucket)[1:], self.args.patch).num_tokens
         return Work(tokens, self.args.flops(tokens))
-
-    def encoded(self, path: str, cache_folder: Path, plan_name: str, prompts: list[str]) -> list[CachedClip]:
-        """The clips of `path` that can be trained on, in the cache; what was dropped and why is logged and written to `plan_name`."""
-        c = self.config.data
-
-        def make() -> Plan:
-            plan = plan_of(c, cache_folder, path)
-            return plan.without_stills() if self.conditions.num_given else plan
-
-        plan = shared_plan(make, self.folder / plan_name, self.host_group)
-        return encode_plan(plan, self.folder / plan_name, self.encoders, self.cache, self.host_group, c.num_workers, prompts)
 
     def load_initial_weights(self) -> None:
         c = self.config.checkpoint
@@ -250,14 +232,15 @@ class Trainer:
 
     def build_validator(self) -> Validator:
         reader, null_key, prompts = self.loader.reader, self.cache.text_key(""), None
-        if self.prompts and self.conditions.num_given:
-            prompts = with_frames(reader, self.prompt_clips, null_key)
-        elif self.prompts:
-            keys = [self.cache.text_key(p) for p in self.prompts]
-            prompts = with_size(reader, self.prompts, keys, null_key, self.latent_shape(self.config.data.sizes[0]))
+        clips = self.clips
+        if clips.prompts and self.conditions.num_given:
+            prompts = with_frames(reader, clips.of_prompts, null_key)
+        elif clips.prompts:
+            keys = [self.cache.text_key(p) for p in clips.prompts]
+            prompts = with_size(reader, clips.prompts, keys, null_key, self.latent_shape(self.config.data.sizes[0]))
         return Validator(
             self.config.validation, self.pipeline or self.model, self.args.patch, self.meshes, self.shard, self.device, self.seed,
-            num_clips=len(self.held_out), get_clip=lambda i: reader.batch([self.held_out[i]], [i]),
+            num_clips=len(clips.held_out), get_clip=lambda i: reader.batch([clips.held_out[i]], [i]),
             prompts=prompts, decode=self.encoders.decode_video, fps=self.config.data.fps, folder=self.folder / "samples",
             conditions=self.conditions, guidance_scale=self.config.training.guidance, interval=self.flow.interval,
         )  # fmt: skip
@@ -424,8 +407,12 @@ def main(argv: list[str]) -> None:
     init_logger()
     with main_guard():
         config = parse_args(argv)
-        check(config, int(os.environ.get("WORLD_SIZE", 1)))
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        check(config, world_size)
     try:
+        num_training = training_ranks(config.encoder, world_size)
+        if int(os.environ.get("RANK", 0)) >= num_training:
+            return run_encoder_rank(config.encoder, config.data, config.comm, config.model.hf_assets_path, num_training)
         trainer = Trainer(config)
         try:
             trainer.train()

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from titan_video.components.objective import ModelInputs, model_inputs, predict, velocity_loss
 from titan_video.components.optimizer import state_bytes, updated_by
-from titan_video.config.check import check, gradient_accumulation
+from titan_video.config.check import check, gradient_accumulation, training_ranks
 from titan_video.config.job_config import Compile, JobConfig
 from titan_video.config.manager import ConfigError, main_guard, parse_args
 from titan_video.data.batch import Batch
@@ -134,6 +134,7 @@ def dry_run(config: JobConfig, world_size: int, rank: int = 0) -> Report:
     """Run rank `rank`'s step on nothing. No process group may exist. ValueError for what no machine could run, and for what is not covered."""
     start = time.perf_counter()
     check(config, world_size, files=False)
+    world_size = training_ranks(config.encoder, world_size)
     if not 0 <= rank < world_size:
         raise ValueError(f"--rank: given {rank}; legal: 0 to {world_size - 1}")
     if config.activation_checkpoint.mode == "memory_budget":

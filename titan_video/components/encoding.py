@@ -1,27 +1,73 @@
 """Planning the clips of a run and filling the latent cache with all ranks: for train.py and `python -m titan_video.data encode`."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 
+from titan_video.config.job_config import Validation
 from titan_video.data.dataset import Plan
 from titan_video.data.encode import encode_share, failed_clips, missing_jobs
-from titan_video.data.latent_cache import CachedClip, LatentCache, cached_clips
+from titan_video.data.latent_cache import CachedClip, LatentCache, cached_clips, split_holdout
 from titan_video.distributed.utils import broadcast_from_zero, gather_objects
 from titan_video.encoders.spec import Encoders
+from titan_video.flow.conditions import Conditions
 from titan_video.tools.logging import logger
 
 
-def shared_plan(make: Callable[[], Plan], report: Path, group: dist.ProcessGroup | None) -> Plan:
-    """The plan that rank 0 makes, on all ranks, logged and written to `report`. ValueError on all ranks when no clip is left."""
-    def on_zero() -> Plan:
-        plan = make()
-        _report(plan, report)
-        plan.require_clips()
-        return plan
+@dataclass(frozen=True)
+class Clips:
+    """Of a run: to train on, to measure the held-out loss on, and what validation samples: prompts, and where these are captions, of which clips."""
 
-    return broadcast_from_zero(on_zero, group)
+    training: list[CachedClip]
+    held_out: list[CachedClip]
+    prompts: list[str]
+    of_prompts: list[CachedClip]
+
+
+def open_cache(folder: Path, encoders: Encoders, conditions: Conditions, group: dist.ProcessGroup | None) -> LatentCache:
+    """The cache for these encoders. Their identities are hashes of the weights: gigabytes, which one rank reads."""
+    def identities() -> tuple[str, str, str]:
+        return encoders.video_id(), encoders.text_id(), encoders.image_id() if conditions.image_tokens else ""
+
+    return LatentCache(folder, *broadcast_from_zero(identities, group), conditions)
+
+
+def prepare(make: Callable[[str], Plan], is_ahead: bool, validation: Validation, folder: Path, encoders: Encoders, cache: LatentCache,
+            group: dist.ProcessGroup | None, num_workers: int) -> Clips:  # fmt: skip
+    """Plan the clips and hold some out; with `is_ahead` encode all of them, else what validation looks at. Plans are logged and written to `folder`.
+
+    make: the plan of a path, "" for that of the training clips. ValueError on all ranks when no clip is left.
+    """
+    v, given = validation, []
+    if v.enable and v.prompts_path:
+        given = [line.strip() for line in Path(v.prompts_path).read_text(encoding="utf-8").splitlines() if line.strip()]
+
+    def clips_of(path: str, report: Path) -> list[CachedClip]:
+        def on_zero() -> Plan:
+            plan = make(path)
+            _report(plan, report)
+            plan.require_clips()
+            return plan
+
+        plan = broadcast_from_zero(on_zero, group)
+        return encode_plan(plan, report, encoders, cache, group, num_workers, given) if is_ahead else cached_clips(plan, cache)
+
+    clips, held_out = clips_of("", folder / "data_plan.jsonl"), []
+    if v.enable and v.path:
+        held_out = clips_of(v.path, folder / "validation_plan.jsonl")
+    elif v.enable:
+        clips, held_out = split_holdout(clips, v.holdout)
+        logger.info(f"{len(held_out)} of {len(clips) + len(held_out)} clips are held out for validation")
+    held_out, captions = held_out[: v.max_clips], {}
+    for clip in held_out or clips:
+        captions.setdefault(clip.caption, clip)
+    shown = list(captions.values())[: v.num_videos]
+    failed = encode_clips(held_out + shown if v.enable else [], encoders, cache, group, num_workers, given)
+    if failed:
+        raise ValueError("\n".join(f"{path}: {reason}; validation needs this clip: remove it" for path, reason in failed.items()))
+    return Clips(clips, held_out, given[: v.num_videos] or [clip.caption for clip in shown], shown)
 
 
 def _report(plan: Plan, report: Path) -> None:

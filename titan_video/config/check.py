@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Iterator
 
-from titan_video.config.job_config import Checkpoint, Data, Flow, Job, JobConfig, LrScheduler, Metrics, Parallelism, Training, Validation
+from titan_video.config.job_config import Checkpoint, Data, Encoder, Flow, Job, JobConfig, LrScheduler, Metrics, Parallelism, Training, Validation
 from titan_video.config.manager import ConfigError
 
 SPATIAL_MULTIPLE = 16  # VAE stride 8 x patch 2
@@ -19,15 +19,17 @@ def check(config: JobConfig, world_size: int, files: bool = True) -> None:
     files: also that the files and folders which the run reads exist.
     """
     assert world_size >= 1
-    c = config
+    c, training = config, max(training_ranks(config.encoder, world_size), 1)
+    dp = max(training // model_parallel_degree(c.parallelism), 1)
     errors = [
         *_buckets(c.data),
-        *_degrees(c.parallelism, world_size),
-        *check_batch_size(c, max(world_size // model_parallel_degree(c.parallelism), 1)),
+        *_encoder(c.encoder, world_size),
+        *_degrees(c.parallelism, training),
+        *check_batch_size(c, dp),
         *_parallelism(c),
         *_attention(c),
         *_activation_checkpoint(c),
-        *_optimizer(c, max(world_size // model_parallel_degree(c.parallelism), 1)),
+        *_optimizer(c, dp),
         *_low_precision(c),
         *_schedule(c.lr_scheduler, c.training),
         *_flow(c.flow),
@@ -40,6 +42,11 @@ def check(config: JobConfig, world_size: int, files: bool = True) -> None:
     ]
     if errors:
         raise ConfigError("\n".join(errors))
+
+
+def training_ranks(encoder: Encoder, world_size: int) -> int:
+    """How many of the ranks train; those that follow them encode."""
+    return world_size - (encoder.num_ranks if encoder.placement == "separate" else 0)
 
 
 def data_parallel_degrees(parallelism: Parallelism, world_size: int) -> tuple[int, int]:
@@ -176,6 +183,23 @@ def _attention(config: JobConfig) -> Iterator[str]:
     if c.mode == "selective" and "attention" in c.save and not config.compile.enable:
         yield ("model.attention: flex, but outside a compiled block its result cannot be kept (activation_checkpoint.save); set compile.enable, "
                "or choose another backend")
+
+
+def _encoder(encoder: Encoder, world_size: int) -> Iterator[str]:
+    e = encoder
+    where = f"but encoder.placement is {e.placement}"
+    if e.placement == "separate" and not 1 <= e.num_ranks < world_size:
+        fix = f"legal: 1 to {world_size - 1}" if world_size > 1 else "start more (NGPU), or set encoder.placement to cached or colocated"
+        yield (f"encoder.num_ranks: given {e.num_ranks} of {world_size} ranks, but encoder.placement separate needs some that encode and some that "
+               f"train; {fix}")
+    if e.placement != "separate" and e.num_ranks:
+        yield f"encoder.num_ranks: given {e.num_ranks}, {where}; set that to separate, or leave this at 0"
+    if e.placement != "separate" and e.queue_depth != Encoder.queue_depth:
+        yield f"encoder.queue_depth: given {e.queue_depth}, {where}; set that to separate, or leave this at {Encoder.queue_depth}"
+    if e.placement != "colocated" and e.idle != Encoder.idle:
+        yield f"encoder.idle: given {e.idle}, {where}; set that to colocated, or leave this at {Encoder.idle}"
+    if e.placement == "cached" and e.write_cache:
+        yield f"encoder.write_cache: true, {where}, which writes all before training; leave it false, or choose colocated or separate"
 
 
 def _activation_checkpoint(config: JobConfig) -> Iterator[str]:

@@ -52,6 +52,17 @@ class Encoder:
     dtype: Literal["bfloat16", "float32"] = opt("bfloat16", "Arithmetic of the text encoder. The VAE always runs in float32.")
     max_text_length: int = opt(512, "Tokens a prompt is padded or cut to. Wan was trained with 512, HunyuanVideo with 256.", ge=1)
     vae_tiling: bool = opt(False, "Encode and decode the VAE in spatial tiles, to save memory at large sizes.")
+    placement: Literal["cached", "colocated", "separate"] = opt(
+        "cached",
+        "Where clips and captions are encoded: before training; during it, on the ranks that train; or during it, on ranks of their own. The batches "
+        "are the same. What validation needs is always encoded before."
+    )
+    num_ranks: int = opt(0, "For separate: how many of the ranks, the last ones, encode and do not train.", ge=0)
+    queue_depth: int = opt(4, "For separate: clips that each training rank receives ahead of their turn.", ge=1)
+    idle: Literal["keep", "offload", "free"] = opt(
+        "offload", "For colocated: between uses the encoders stay on the device, go to host memory, or are dropped and loaded again."
+    )
+    write_cache: bool = opt(False, "For colocated and separate: put what is encoded into the cache, so that a later epoch or run reads it.")
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from titan_video.components.encoding import encode_plan
+from titan_video.components.encoding import encode_plan, open_cache
 from titan_video.config.check import check_batch_size, gradient_accumulation
 from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import main_guard, parse_args
 from titan_video.data.bucket import Batching, Bucket, Work
 from titan_video.data.dataset import Plan, plan_of
-from titan_video.data.latent_cache import LatentCache
 from titan_video.data.report import decode_all, export, report
 from titan_video.distributed.utils import broadcast_from_zero, init_distributed
 from titan_video.encoders import build_encoders
@@ -86,9 +85,7 @@ def encode(config: JobConfig) -> None:
     try:
         made, cache_folder = broadcast_from_zero(lambda: plan(config))
         encoders = build_encoders(config.encoder, config.model.hf_assets_path, get_device(int(os.environ.get("LOCAL_RANK", 0))))
-        given = model_args(config).conditions
-        ids = broadcast_from_zero(lambda: (encoders.video_id(), encoders.text_id(), encoders.image_id() if given.image_tokens else ""))
-        cache = LatentCache(cache_folder, *ids, given)
+        cache = open_cache(cache_folder, encoders, model_args(config).conditions, None)
         clips = encode_plan(made, Path(config.job.dump_folder) / "data_plan.jsonl", encoders, cache, None, config.data.num_workers)
         if dist.get_rank() == 0:
             print(f"{len(clips)} clips in {cache_folder}")

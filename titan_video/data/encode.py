@@ -7,8 +7,8 @@ An entry depends on its own clip or caption alone, so it is the same bytes whoev
 
 import heapq
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,10 +65,18 @@ def text_job(cache: LatentCache, key: str, caption: str, entry: PlanEntry | None
     return Job(tuple((kind, key) for kind in cache.text_kinds), caption, entry)
 
 
-def missing(cache: LatentCache, job: Job) -> Job | None:
-    """The part of a job that the cache lacks; None: nothing."""
-    keys = tuple((kind, key) for kind, key in job.keys if not cache.has(kind, key))
-    return Job(keys, job.caption, job.entry) if keys else None
+def draw_job(cache: LatentCache, clip: CachedClip, text_key: str) -> Job:
+    """All entries of a clip with one of its captions; the empty caption is in the cache always."""
+    frames = frames_job(cache, clip.entry)
+    if text_key not in clip.text_keys:
+        return frames
+    text = text_job(cache, text_key, clip.captions[clip.text_keys.index(text_key)], clip.entry)
+    return replace(text, keys=frames.keys + text.keys)
+
+
+def missing(cache: LatentCache, job: Job) -> Job:
+    """The part of a job that the cache lacks."""
+    return replace(job, keys=tuple((kind, key) for kind, key in job.keys if not cache.has(kind, key)))
 
 
 def missing_jobs(
@@ -81,7 +89,7 @@ def missing_jobs(
     for clip in clips:
         texts |= {key: text_job(cache, key, text, clip.entry) for key, text in zip(clip.text_keys, clip.captions, strict=True)}
         frames[clip.video_key, clip.given_key, clip.image_key] = frames_job(cache, clip.entry)
-    jobs = [[rest for job in some.values() if (rest := missing(cache, job))] for some in (texts, frames)]
+    jobs = [[rest for job in some.values() if (rest := missing(cache, job)).keys] for some in (texts, frames)]
     if cache.shards and any(jobs):
         wanted = {f"{kind}/{key}" for job in [*texts.values(), *frames.values()] for kind, key in job.keys}
         lacking = ((kind, job.made_from(kind)) for job in jobs[0] + jobs[1] for kind, _ in job.keys)
@@ -149,7 +157,7 @@ def encode_job(encoders: Encoders, conditions: Conditions, job: Job, decoded: De
         "text": lambda: encoders.encode_text([job.caption], **options)[0],
         "pooled": lambda: encoders.encode_pooled([job.caption])[0],
     }
-    tensors = {(kind, key): make[kind]().cpu().contiguous() for kind, key in job.keys}
+    tensors = {(kind, key): make[kind]().cpu().clone(memory_format=torch.contiguous_format) for kind, key in job.keys}
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise UnusableClip("not finite: the encoder gave NaN or infinity for this clip")
     return tensors
@@ -158,6 +166,33 @@ def encode_job(encoders: Encoders, conditions: Conditions, job: Job, decoded: De
 def store(cache: LatentCache, job: Job, tensors: dict[tuple[str, str], Tensor]) -> None:
     for (kind, key), tensor in tensors.items():
         cache.write(kind, key, tensor, job.made_from(kind))
+
+
+class Maker:
+    """Entries during training: read where the cache has them, else made, and with `write` put into the cache. seconds: spent on it so far."""
+
+    def __init__(self, encoders: Encoders, cache: LatentCache, write: bool, num_workers: int, prefetch_factor: int):
+        self.encoders, self.cache, self.write, self.seconds = encoders, cache, write, 0.0
+        self.workers = {"num_workers": num_workers, "worker_init_fn": leave_process_group}
+        if num_workers:
+            self.workers["prefetch_factor"] = prefetch_factor
+
+    def decoded(self, jobs: Iterable[list[Job]]) -> Iterator[list[Decoded | str]]:
+        """What each list of jobs needs, decoded ahead of time by the workers."""
+        return iter(DataLoader(Decoder(self.cache.conditions), batch_size=None, sampler=jobs, **self.workers))
+
+    def entries(self, job: Job, part: Job, decoded: Decoded | str) -> dict[tuple[str, str], Tensor]:
+        """All entries of a job. part: what the cache lacked of it, for which `decoded` is. Raises ValueError that names the clip and what to do."""
+        start = time.perf_counter()
+        try:
+            made = encode_job(self.encoders, self.cache.conditions, part, decoded)
+        except UnusableClip as e:
+            raise ValueError(f"{job.entry.path}: {e}. The plan could not see it: remove this clip, or set encoder.placement to cached, "
+                             "which leaves such clips out before training") from e  # fmt: skip
+        if self.write:
+            store(self.cache, part, made)
+        self.seconds += time.perf_counter() - start
+        return {name: made[name] if name in made else self.cache.read(*name) for name in job.keys}
 
 
 # ---- many jobs, before training ----

@@ -58,6 +58,11 @@ class LatentCache:
         self._headers: OrderedDict[str, tuple[dict[str, Any], int]] = OrderedDict()
         self.refresh()
 
+    @property
+    def identity(self) -> tuple:
+        """Arguments that make this cache."""
+        return self.folder, self.video_id, self.text_id, self.image_id, self.conditions
+
     # ---- keys ----
 
     def video_key(self, content: str) -> str:

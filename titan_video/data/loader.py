@@ -123,7 +123,7 @@ class Live(Protocol):
     cache: Any
     """The cache, in which the entries of the item last given out are to be found too."""
 
-    def items(self, order: Order, steps: Iterable[list[MicroBatch]]) -> Iterator[Item]:
+    def items(self, order: Order, steps: Iterable[list[MicroBatch]], num_steps: int | None) -> Iterator[Item]:
         """This rank's micro-batches, each as soon as its entries are there."""
 
 
@@ -171,7 +171,7 @@ class LatentLoader:
         states: deque[dict[str, Any]] = deque()
         steps = self.order.steps(num_steps, states)
         if self.live:
-            micro_batches = (self.reader[item] for item in self.live.items(self.order, steps))
+            micro_batches = (self.reader[item] for item in self.live.items(self.order, steps, num_steps))
         else:
             items = (self.order.item(m) for step in steps for m in step[self.dp_rank :: self.dp_size])
             micro_batches = iter(DataLoader(self.reader, batch_size=None, sampler=items, **self.workers))

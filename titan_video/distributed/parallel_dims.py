@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
+import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from titan_video.config.check import data_parallel_degrees
@@ -53,6 +54,11 @@ class ParallelDims:
     def sequence(self) -> int:
         """Ranks over which the tokens of a clip are spread."""
         return self.ring * self.ulysses * self.tp
+
+    def sample_groups(self) -> list[list[int]]:
+        """Ranks that have the same samples, by data-parallel rank."""
+        ranks = torch.arange(self.pp * self.dp * self.sequence).view(self.pp, self.dp, self.sequence)
+        return ranks.transpose(0, 1).flatten(1).tolist()
 
     def build_mesh(self, device_type: str) -> "Meshes":
         names = tuple(f.name for f in fields(self))

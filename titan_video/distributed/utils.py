@@ -14,11 +14,22 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def init_distributed(device: torch.device, timeout_seconds: int) -> None:
-    """Join the process group that torchrun set up, or make a group of one. On a GPU, host tensors go through gloo."""
+def meet(timeout_seconds: int) -> dist.Store:
+    """The store of all ranks that torchrun started."""
+    return next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))[0]
+
+
+def init_distributed(device: torch.device, timeout_seconds: int, store: dist.Store | None = None, num_ranks: int = 0) -> None:
+    """Join the process group that torchrun set up, or make a group of one. On a GPU, host tensors go through gloo.
+
+    store: that of all ranks, when only the first `num_ranks` of them are to be in the group: the others take no part in anything.
+    """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
-    if "RANK" in os.environ:
+    if store is not None:
+        store = dist.PrefixStore("training", store)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=int(os.environ["RANK"]), world_size=num_ranks)
+    elif "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)

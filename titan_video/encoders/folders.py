@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+
 
 def read_config(folder: Path) -> dict:
     path = folder / "config.json"
@@ -52,6 +54,15 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as e:  # the tokenizer library raises bare Exception for a file that it cannot parse
         raise ValueError(f"{folder} holds no tokenizer that can be read: {e}") from e
+
+
+def move_to_host(models: list[Any], device: torch.device) -> None:
+    """Those that are loaded (not None), from `device`."""
+    for model in models:
+        if model is not None:
+            model.to("cpu")
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def settings_files(folder: Path) -> list[Path]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titan_video.encoders.folders import digest, load, load_tokenizer, read_config, settings_files, weight_files
+from titan_video.encoders.folders import digest, load, load_tokenizer, move_to_host, read_config, settings_files, weight_files
 
 ASPECTS = (
     "1. The main content and theme of the video."
@@ -180,7 +180,7 @@ class HunyuanVideoEncoders:
             self._vae = load(AutoencoderKLHunyuanVideo, self.root / "vae", "diffusion_pytorch_model", **options).to(self.device)
             if self.vae_tiling:
                 self._vae.enable_tiling()
-        return self._vae
+        return self._vae.to(self.device)
 
     @property
     def text(self) -> tuple:
@@ -192,6 +192,7 @@ class HunyuanVideoEncoders:
             model = load(cls, self.root / "text_encoder", "model", dtype=self.dtype).to(self.device)
             processor = CLIPImageProcessor.from_pretrained(self.root / "image_processor", local_files_only=True) if self.has_images else None
             self._text = model, load_tokenizer(self.root / "tokenizer"), processor
+        self._text[0].to(self.device)
         return self._text
 
     @property
@@ -202,7 +203,12 @@ class HunyuanVideoEncoders:
 
             model = load(CLIPTextModel, self.root / "text_encoder_2", "model", dtype=self.dtype).to(self.device)
             self._pooled = model, load_tokenizer(self.root / "tokenizer_2")
+        self._pooled[0].to(self.device)
         return self._pooled
+
+    def park(self) -> None:
+        """Move the weights to host memory; the next use brings them back."""
+        move_to_host([self._vae, *(self._text or ())[:1], *(self._pooled or ())[:1]], self.device)
 
     def free(self) -> None:
         """Drop the weights; the next use loads them again."""

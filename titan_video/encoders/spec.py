@@ -47,5 +47,8 @@ class Encoders(Protocol):
     def encode_images(self, frames_BCHW: Tensor) -> Tensor:
         """Image tokens [B, tokens, image_dim] of uint8 RGB images [B, 3, H, W], for families that have them."""
 
+    def park(self) -> None:
+        """Move the weights to host memory; the next use brings them back."""
+
     def free(self) -> None:
         """Drop the weights from memory; the next use loads them again."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titan_video.encoders.folders import digest, load, load_tokenizer, read_config, settings_files, weight_files
+from titan_video.encoders.folders import digest, load, load_tokenizer, move_to_host, read_config, settings_files, weight_files
 
 # By keys of vae/config.json; of dim_mult the length counts. Keys that only newer files have default to the values of Wan 2.1.
 WAN21_VAE = {"z_dim": 16, "dim_mult": 4, "temperal_downsample": [False, True, True], "in_channels": 3, "patch_size": None, "is_residual": False}
@@ -150,7 +150,7 @@ class WanEncoders:
             self._vae.enable_slicing()
             if self.vae_tiling:
                 self._vae.enable_tiling()
-        return self._vae
+        return self._vae.to(self.device)
 
     @property
     def text_encoder(self):
@@ -160,7 +160,7 @@ class WanEncoders:
 
             self._tokenizer = load_tokenizer(self.tokenizer_folder)
             self._text_encoder = load(UMT5EncoderModel, self.text_folder, "model", dtype=self.dtype).to(self.device)
-        return self._text_encoder
+        return self._text_encoder.to(self.device)
 
     @property
     def image_encoder(self):
@@ -171,7 +171,12 @@ class WanEncoders:
             self._check_images()
             processor = CLIPImageProcessor.from_pretrained(self.processor_folder, local_files_only=True)
             self._image_encoder = load(CLIPVisionModel, self.image_folder, "model", dtype=torch.float32).to(self.device), processor
+        self._image_encoder[0].to(self.device)
         return self._image_encoder
+
+    def park(self) -> None:
+        """Move the weights to host memory; the next use brings them back."""
+        move_to_host([self._vae, self._text_encoder, *(self._image_encoder or ())[:1]], self.device)
 
     def free(self) -> None:
         """Drop the weights; the next use loads them again."""
