@@ -187,3 +187,19 @@ def recording_backend(operators):
         return aot_eager(graph, example_inputs)
 
     return backend
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs the triton package")
+@pytest.mark.parametrize("width", [3072, 5120])
+def test_kernels_compile_for_hopper_without_spills(width):
+    """Those with most to hold, at the widths of real models; `benchmarks/kernel_builds.py` prints all."""
+    from benchmarks.kernel_builds import build
+
+    if width == 5120:
+        names = ["gated residual, LayerNorm", "RMSNorm, RoPE"]
+    else:
+        names = ["gated residual, AdaLN, clean tokens", "RMSNorm per head, RoPE"]
+    for name in names:
+        for direction in ("forward", "backward"):
+            found = build(name, direction, width)
+            assert found.spilled == 0 and found.shared <= 227 * 1024, found
