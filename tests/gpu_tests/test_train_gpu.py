@@ -46,3 +46,30 @@ def test_resume_is_bitwise(bf16, cache, tmp_path):
     options = {"training__mixed_precision_param": "bfloat16", "debug__deterministic": "true"}
     losses(tmp_path / "run", cache, training__steps=5, **options)
     assert losses(tmp_path / "run", cache, **options) == bf16
+
+
+NO_WAITING = """
+import sys, torch, train
+run_step, read = train.Trainer.train_step, train.read
+
+def train_step(self, *args):
+    # In the first steps kernels are compiled and memory is taken.
+    torch.cuda.set_sync_debug_mode("error" if self.step > 2 else "default")
+    run_step(self, *args)
+    torch.cuda.set_sync_debug_mode("default")
+
+def allowed(numbers):
+    torch.cuda.set_sync_debug_mode("default")
+    return read(numbers)
+
+train.Trainer.train_step, train.read = train_step, allowed
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("options", [{}, {"activation_checkpoint.mode": "selective", "activation_checkpoint.save_min_kv": 1, "training.global_batch_size": 8}])
+def test_the_host_waits_only_for_the_numbers(options, cache, tmp_path):
+    argv = {"job.config_file": ROOT / "train_configs" / "debug.toml", "job.dump_folder": tmp_path / "run", "data.cache_folder": cache, **SMALL,
+            "training.mixed_precision_param": "bfloat16", "checkpoint.enable": "false", **options}  # fmt: skip
+    command = [sys.executable, "-c", NO_WAITING, *(str(x) for k, v in argv.items() for x in (f"--{k}", v))]
+    subprocess.run(command, check=True, timeout=280, cwd=ROOT)
