@@ -10,8 +10,9 @@ from tests.helpers import run_ranks
 from titan_video.components.checkpoint import CheckpointManager, ModelState, OptimizerState
 from titan_video.components.objective import model_inputs, predict, velocity_loss
 from titan_video.components.optimizer import InBackward, build_optimizer
-from titan_video.config.job_config import ActivationCheckpoint, Checkpoint, Compile, Optimizer, Parallelism, Training
+from titan_video.config.job_config import ActivationCheckpoint, Checkpoint, Compile, Float8, Optimizer, Parallelism, Training
 from titan_video.data.batch import Batch
+from titan_video.distributed.float8 import apply_float8
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.parallelize import parallelize
 from titan_video.distributed.pipeline_parallel import Pipeline, keep_stages
@@ -21,7 +22,6 @@ from titan_video.flow.noise import draw_noise
 from titan_video.models.layers import hold_in
 from titan_video.models.wan import SPEC, WanArgs, WanModel
 
-# 90 rows of ffn.up: three ranks of FSDP would not share them evenly; nor do four the 6 of a modulation table.
 ARGS = WanArgs(dim=128, num_heads=2, num_layers=2, ffn_dim=256, text_dim=10, text_len=5, freq_dim=32)
 LAYOUTS = {
     "fsdp2": {"dp_shard": 2},
@@ -36,8 +36,8 @@ NUM_BATCHES = 4
 class Run:
     """A model in a layout ("one": this process alone), and its optimizer. dtype: of everything, or "bfloat16" of weights that are held so."""
 
-    def __init__(self, layout, name, dtype="float64", in_backward=False):
-        dims = ParallelDims(**LAYOUTS.get(layout, {}))
+    def __init__(self, layout, name, dtype="float64", in_backward=False, float8=Float8()):
+        dims = ParallelDims(**{**LAYOUTS, "tp2": {"tp": 2}}.get(layout, {}))
         self.meshes = None if layout == "one" else dims.build_mesh("cpu")
         self.dtype = torch.float32 if dtype == "bfloat16" else getattr(torch, dtype)
         default = torch.get_default_dtype()
@@ -52,7 +52,9 @@ class Run:
             stages = keep_stages(self.model, SPEC.plan, pp, section, ARGS, 15) if dims.pp > 1 else None
             reduce = "float32" if dtype == "bfloat16" else dtype
             training = Training(mixed_precision_param=dtype, mixed_precision_reduce=reduce)
-            parallelize(self.model, SPEC.plan, self.meshes, section, training, ActivationCheckpoint(), Compile())
+            parallelize(self.model, SPEC.plan, self.meshes, section, training, ActivationCheckpoint(), Compile(), float8=float8)
+        elif float8.enable:
+            apply_float8(self.model, SPEC.plan, float8, "cpu")
         self.model.to_empty(device="cpu")
         if self.meshes and stages:
             self.pipeline = Pipeline(self.model, stages, SPEC.plan, pp, section, self.dtype, torch.device("cpu"))
@@ -253,3 +255,43 @@ def narrow_columns():
 
 def test_blocks_that_do_not_fit_a_split_are_refused():
     run_ranks(narrow_columns, 2)
+
+
+# ---- float8 ----
+
+
+RECIPES = ("tensorwise", "rowwise")
+
+
+def float8_run(layout, recipe):
+    return Run(layout, "AdamW", "float32", float8=Float8(enable=True, recipe_name=recipe, emulate=True))
+
+
+def float8_steps(layout, folder):
+    """By recipe, how far weights and norms of two steps are from those of one process."""
+    apart = []
+    for recipe in RECIPES:
+        run, expected = float8_run(layout, recipe), torch.load(folder / f"{recipe}.pt")
+        norms = [run.step(), run.step()]
+        tensors = run.tensors()
+        moved = max(((tensors[name] - expected["tensors"][name]).norm() / moved).item() for name, moved in expected["moved"].items())
+        apart.append((moved, max(abs(a / b - 1) for a, b in zip(norms, expected["norms"], strict=True))))
+    return apart
+
+
+def test_float8_under_sharding(tmp_path):
+    """FSDP gathers whole weights, and a micro-batch is the same one wherever it is: so are all scales. Under tensor parallel they are those
+    of the parts, and only as near as float8 is."""
+    plain = Run("one", "AdamW", "float32")
+    exact = [plain.step(), plain.step()]
+    for recipe in RECIPES:
+        run = float8_run("one", recipe)
+        start, norms = run.tensors(), [run.step(), run.step()]
+        assert norms != pytest.approx(exact, rel=1e-5) and norms == pytest.approx(exact, rel=0.1)
+        tensors = run.tensors()
+        moved = {name: (tensors[name] - t).norm().item() for name, t in start.items()}
+        torch.save({"tensors": tensors, "norms": norms, "moved": moved}, tmp_path / f"{recipe}.pt")
+    for apart in run_ranks(float8_steps, 2, "fsdp2", tmp_path):
+        assert all(moved < 0.02 and norm < 1e-3 for moved, norm in apart), apart
+    for apart in run_ranks(float8_steps, 2, "tp2", tmp_path):
+        assert all(1e-6 < norm < 0.1 for _, norm in apart), apart

@@ -1,0 +1,47 @@
+"""The embedded default learns with every optimizer and in low precision, through the whole trainer; a stopped run goes on bit for bit."""
+
+import pytest
+
+from tests.integration_tests.test_resume import assert_same_checkpoint
+
+STEPS = {"training.steps": 24, "training.max_norm": 0, "ema.enable": "true", "ema.decay": 0.9, "checkpoint.interval": 1000}
+BFLOAT16 = {"training.dtype": "bfloat16", "training.mixed_precision_param": "bfloat16"}
+FLOAT8 = {"float8.enable": "true", "float8.emulate": "true", "float8.recipe_name": "rowwise"}
+IN_BACKWARD = {"optimizer.in_backward": "true"}
+LOW = {**BFLOAT16, **IN_BACKWARD, "optimizer.name": "AdamW8bit"}
+
+
+def losses(run):
+    return [row["loss"] for row in run.records]
+
+
+@pytest.fixture(scope="module")
+def adamw(shared_front):
+    run = shared_front.run("adamw", STEPS).ok()
+    assert sum(losses(run)[-6:]) < 0.9 * sum(losses(run)[:6])
+    return run
+
+
+def test_in_backward_is_the_same_run(shared_front, adamw):
+    run = shared_front.run("in_backward", STEPS | IN_BACKWARD).ok()
+    assert losses(run) == losses(adamw)
+    assert [row["grad_norm"] for row in run.records] == pytest.approx([row["grad_norm"] for row in adamw.records], rel=1e-5)
+    assert_same_checkpoint(run.checkpoint(24), adamw.checkpoint(24))
+
+
+@pytest.mark.parametrize("options", [{"optimizer.name": "AdamW8bit"}, {"optimizer.name": "Muon"}, FLOAT8], ids=["AdamW8bit", "Muon", "float8"])
+def test_others_learn_as_well(front, adamw, options):
+    run = front.run("other", STEPS | options).ok()
+    assert losses(run)[0] == pytest.approx(losses(adamw)[0], rel=1e-2) and losses(run)[1:] != losses(adamw)[1:]
+    assert sum(losses(run)[-6:]) < 1.05 * sum(losses(adamw)[-6:])
+
+
+def test_low_precision_learns_and_goes_on_bitwise(front, adamw):
+    """All at once: bfloat16 weights, 8-bit moments, updates in backward, averages in float32."""
+    whole = front.run("whole", STEPS | LOW).ok()
+    assert sum(losses(whole)[-6:]) < 1.05 * sum(losses(adamw)[-6:])
+    front.run("stopped", STEPS | LOW | {"training.steps": 9}).ok()
+    again = front.run("stopped", STEPS | LOW).ok()
+    assert again.records == whole.records
+    assert_same_checkpoint(again.checkpoint(24), whole.checkpoint(24))
+    front.run("stopped", STEPS | BFLOAT16 | {"training.steps": 30}).fails_with("go on with the optimizer that wrote it")
