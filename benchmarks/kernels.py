@@ -184,7 +184,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--ops", nargs="+", choices=list(OPS), default=list(OPS))
     given = parser.parse_args(argv)
-    device, backend = device_of(given), "aot_eager" if given.toy else "inductor"
+    device, backend = device_of(given), "eager" if given.toy else "inductor"
     copy = copy_bandwidth(device, 2**22 if given.toy else 2**30)
     print(f"copy {copy / 1e12:.2f} TB/s; ours is {kernels.choose('auto', device)}\n", flush=True)
     results = []

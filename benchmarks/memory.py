@@ -118,7 +118,7 @@ def table(runs: list[dict[str, Any]]) -> str:
     rows = []
     for r in runs:
         clip = f"{(r['latent frames'] - 1) * FRAMES_A_LATENT + 1:,}"
-        rest = [r["failed"], None, None, None]
+        rest = [r.get("failed"), None, None, None]
         if "failed" not in r:
             rest = [f"{r['peak GiB']:.1f}", f"{r['reserved GiB']:.1f}", r["seconds"], f"{r['loss']:.4f}"]
         rows.append([clip, f"{r['tokens']:,}", *rest])

@@ -20,8 +20,8 @@ Record = dict[str, Any]
 
 INTRO = """# Performance
 
-Written by `python benchmarks/report.py` from `benchmarks/results`. Each figure names its machine, versions and date; what says "not yet measured" has
-been run at toy size on a CPU only. `benchmarks/run_all.sh` measures what needs a GPU, in three commands of ten minutes each.
+Written by `python benchmarks/report.py` from `benchmarks/results`. Each figure names its machine, versions and date; what says "not yet measured"
+has only been run at toy size on a CPU. `benchmarks/run_all.sh` measures what needs a GPU, in three commands of ten minutes each.
 
 Protocol: one process, random bfloat16 data (zeros are faster than real data), the same weights in all, results compared first, in turns for several
 rounds, medians and the spread between quartiles; a difference below twice the spread is called a tie. The ceilings (copy, matrix products at the

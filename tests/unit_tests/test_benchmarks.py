@@ -1,17 +1,20 @@
-"""The benchmarks' own parts: the scorer knows what it reads, and the timing script runs and compares equal steps."""
+"""The benchmarks' own parts: the scorer knows what it reads, and what is to be timed on a GPU runs, computes the same and is reported right."""
 
+import json
 import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import learn_shapes, step_cpu, traffic
+from benchmarks import attention, block_bytes, common, kernels, learn_shapes, memory, profile_step, report, roof, step, traffic, training
 from tests.helpers import ROOT, run_ranks
 from titan_video.data.shapes import COMBINATIONS, combination, render
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.tensor_parallel import apply_tensor_parallel, collectives_per_block
 from titan_video.encoders.debug import DebugEncoders
+from titan_video.models.layers import attention_flops
 from titan_video.models.wan import SPEC, WanModel
 
 CLIPS = range(COMBINATIONS)
@@ -40,19 +43,117 @@ def test_scorer_is_not_fooled():
     assert learn_shapes.tally([None, ("red", "circle", "up")], [("red", "circle", "up")] * 2) == {"colour": 0.5, "shape": 0.5, "direction": 0.5}
 
 
-def run_step_cpu(argv):
+# ---- what is to be run on a GPU, at toy size on a CPU ----
+
+TOY = {
+    "block_bytes": (block_bytes, []),
+    "kernels": (kernels, ["--rounds", "1"]),
+    "attention": (attention, ["--rounds", "1"]),
+    "step": (step, ["--rounds", "1", "--variants", "ours, attention kept", "ours, eager, full checkpointing", "diffusers, tuned"]),
+    "step_cpu": (step, ["--rounds", "1", "--cases", "toy", "--variants", "ours, float32", "diffusers, float32"]),
+    "profile": (profile_step, ["--variant", "ours, eager"]),
+    "memory": (memory, []),
+    "memory_14b": (memory, ["--14b"]),
+}
+
+
+def run_all(folder):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         del os.environ[name]
-    step_cpu.main(argv)
+    with training.process_group(torch.device("cpu")):
+        for name, (script, argv) in TOY.items():
+            script.main(["--toy", "--device", "cpu", "--json", str(folder / f"{name}.json"), *argv])
+    shutil.copy(folder / "step.json", folder / "step_14b.json")  # the same script, other cases
 
 
-@pytest.mark.parametrize("case", list(step_cpu.CASES)[:1])
-def test_step_cpu_runs_and_writes_its_table(case, tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{step_cpu.MARKER}\nold\n{step_cpu.MARKER}\nafter\n")
-    run_ranks(run_step_cpu, 1, ["--rounds", "1", "--cases", case, "--write", str(page)], init=False, env={}, timeout=200)
-    text = page.read_text()
-    assert "old" not in text and f"| {case} |" in text and text.startswith("before\n") and text.endswith("\nafter\n")
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    run_ranks(run_all, 1, folder, init=False, env={}, timeout=300)
+    return report.load(folder)
+
+
+def test_each_benchmark_runs_to_its_end(records):
+    assert set(records) == {*TOY, "step_14b"} == set(report.COMMANDS) == set(report.SECTIONS)
+    failures = [line for line in json.dumps(records, indent=0).splitlines() if '"failed": ' in line and not line.endswith(("{},", "{}"))]
+    assert all("model.attention" in line for line in failures), failures  # backends that a CPU has not
+    assert report.targets(records).count(report.NOT_YET) == 8  # those of steps at real size
+    page = report.page(records)
+    assert "Not yet measured" not in page and "| nan" not in page
+
+
+@pytest.mark.parametrize("name", ["step", "step_cpu"])
+def test_what_is_timed_computes_the_same(records, name):
+    (case,) = records[name]["results"]
+    for variant, found in case["agreement"].items():
+        assert min(found["velocity cosine"], found["gradient cosine"]) >= step.AGREE, variant
+        assert found["loss"] == pytest.approx(found["float32 loss"], rel=1e-5 if name == "step_cpu" else 1e-2)
+
+
+def test_a_variant_that_fails_leaves_the_others(monkeypatch):
+    def build(variant, case, device):
+        if isinstance(variant, training.Ours):
+            raise torch.OutOfMemoryError
+        return training.Step(torch.nn.Linear(2, 2), lambda data: (torch.zeros(()), torch.ones(3)), lambda: None, lambda: {"w": torch.ones(2)})
+
+    monkeypatch.setattr(step, "build", build)
+    case, variants = step.CASES["toy"], {name: step.VARIANTS[name] for name in ("ours", "diffusers")}
+    found = step.time_group(case, variants, torch.device("cpu"), 3, None)
+    assert found["ours"] == {"failed": "out of memory"} and len(found["diffusers"]["seconds"]) == 3
+    assert step.compare(case, variants, torch.device("cpu"))["ours"] == {"failed": "out of memory"}
+    assert "out of memory" in step.step_table(found)
+
+
+def test_rounds_take_turns_and_ties_are_called():
+    calls = []
+    times = common.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, torch.device("cpu"), rounds=4, budget=0)
+    assert "".join(calls) == "abbaabba" and len(times["a"].seconds) == 4
+    fast, slow, wide = common.Times((1.0, 1.1, 1.0, 1.1)), common.Times((2.0, 2.1, 2.0, 2.1)), common.Times((0.5, 3.0, 0.6, 2.9))
+    assert fast.speedup(over=slow) == "1.95" and fast.ties(wide) and fast.speedup(over=wide).endswith("(tie)")
+
+
+def test_roof_is_the_sum_of_what_the_parts_take():
+    """At one FLOP and one byte a second, seconds are FLOPs and bytes."""
+    args, tokens = SPEC.flavors["t2v-1.3B"], 32760
+    ceilings = roof.Ceilings(1.0, dict.fromkeys(roof.shapes(args, tokens).values(), 1.0), "cudnn", 1.0, 1.0)
+    parts = {mode: roof.roof(args, tokens, 1, mode, 1_000, ceilings) for mode in ("none", "selective", "full")}
+    own, text = attention_flops(1, tokens, tokens, 1536), attention_flops(1, tokens, 512, 1536)
+    assert parts["none"]["attention"] == 30 * 3.5 * (own + text)
+    assert parts["none"]["attention"] + parts["none"]["matrix products"] == 3 * args.flops(tokens) + 30 * 0.5 * (own + text)
+    assert parts["full"]["attention"] - parts["none"]["attention"] == 30 * (own + text)
+    assert parts["selective"]["attention"] - parts["none"]["attention"] == 30 * text
+    again = parts["full"]["matrix products"] - parts["none"]["matrix products"]
+    assert again == parts["selective"]["matrix products"] - parts["none"]["matrix products"] == 30 * 2 * tokens * 1536 * (6 * 1536 + 2 * 8960)
+    assert parts["none"]["optimizer"] == 44_000
+    assert sum(parts["none"].values()) < sum(parts["selective"].values()) < sum(parts["full"].values())
+
+
+def test_search_for_the_longest_clip_ends_at_it():
+    for limit in (81, 82, 200, 399, 1000):
+        tried = []
+        found = memory.longest(lambda n: tried.append(n) or n <= limit, low=81, high=400, guess=300, step=4)
+        assert found <= limit and (limit - found < 4 or limit > 400) and len(tried) <= 9
+    assert memory.longest(lambda n: None, low=81, high=400, guess=300, step=4) == 81
+    assert memory.line([(1.0, 5.0), (2.0, 7.0), (3.0, 9.0)]) == pytest.approx((2.0, 3.0))
+
+
+def test_kernels_are_sorted_by_name_and_gaps_are_what_is_left():
+    names = {
+        "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16": "attention",
+        "void pytorch_flash::flash_fwd_kernel<cutlass::bfloat16_t>": "attention",
+        "nvjet_tst_256x128_64x4_2x1_v_bz_TNT": "matrix products",
+        "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n": "matrix products",
+        "triton_poi_fused_addmm_gelu_0": "norms and element-wise",
+        "layer_norm_backward": "norms and element-wise",
+        "void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor<float>>": "optimizer",
+        "void at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add>": "norms and element-wise",
+    }
+    assert {name: profile_step.part_of(name) for name in names} == names
+    assert profile_step.busy([(0.0, 1.0), (0.5, 2.0), (3.0, 4.0), (3.2, 3.4)]) == 3.0
+
+
+def test_page_is_what_the_figures_give():
+    assert report.PAGE.read_text() == report.page(report.load(report.RESULTS))
 
 
 def test_page_of_layouts_holds_the_tables_that_the_script_prints():
