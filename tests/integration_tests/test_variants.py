@@ -33,7 +33,7 @@ def losses(run):
 def test_a_variant_trains_validates_samples_and_resumes(front, family, flavor):
     options = options_of(family, flavor)
     whole = front.run("whole", options).ok()
-    assert whole.records[0]["loss"] > whole.records[-1]["loss"] > 0 and len(whole.records) == 3
+    assert np.isfinite(losses(whole)).all() and len(whole.records) == 3  # of three steps at other noise levels the last need not be the lowest
     assert set(whole.validations) == {0, 2, 3} and all(np.isfinite(list(v.values())).all() for v in whole.validations.values())
     assert whole.validations[0]["loss"] != whole.validations[3]["loss"]
     (clip,) = (whole.folder / "samples" / "step-3").glob("*.mp4")
