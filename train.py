@@ -99,9 +99,6 @@ class Trainer:
         if config.debug.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this, and reads it at its first use
             torch.use_deterministic_algorithms(True)
-        param_dtype = getattr(torch, config.training.mixed_precision_param)
-        words = attention.use(config.model.attention, self.device, param_dtype, self.args.head_dim, self.spec.masks_text)
-        logger.info(f"attention: {words}")
 
         # --- encoders, objective ---
         self.encoders = build_encoders(config.encoder, config.model.hf_assets_path, self.device)
@@ -122,6 +119,9 @@ class Trainer:
         self.build_data()
 
         # --- model, optimizer, averages ---
+        param_dtype = getattr(torch, config.training.mixed_precision_param)
+        words = attention.use(config.model.attention, self.device, param_dtype, self.args.head_dim, self.spec.masks_text)
+        logger.info(f"attention: {words}")
         with torch.device("meta"):
             self.model = self.spec.build(self.args)
         if config.lora.enable:

@@ -156,7 +156,7 @@ def test_images_of_a_column_and_stills(front):
     options = {**options_of("wan", "debug-ti2v"), "data.path": clips, "data.buckets": "[[9, 32, 32], [1, 32, 32]]", "data.fps": 8,
                "training.local_batch_size": 3, "data.num_workers": 1, "validation.enable": "false", "checkpoint.enable": "false"}  # fmt: skip
     run = front.run("run", options).ok()
-    planned = {row["caption"] or row["reason"]: row for row in map(json.loads, (run.folder / "data_plan.jsonl").read_text().splitlines())}
+    planned = {"".join(row["captions"]) or row["reason"]: row for row in map(json.loads, (run.folder / "data_plan.jsonl").read_text().splitlines())}
     assert planned["a still"]["reason"].startswith("a still") and "still.mp4: image-to-video" in run.output
     assert "missing image" in run.output and "nothing.png" in run.output
     assert planned["clip 0"]["image"].endswith("image0.png")
