@@ -292,7 +292,7 @@ class Trainer:
         self.metrics.log(
             self.step, loss=global_loss, max_loss=max_loss, grad_norm=norm, lr=lr, samples=self.loader.samples, tokens=num_tokens,
             video_seconds=num_frames / self.config.data.fps, model_flops=model_flops, hardware_flops=model_flops + recomputed,
-            step_seconds=time.perf_counter() - start, data_seconds=self.steps.waited, bucket=bucket,
+            step_seconds=time.perf_counter() - start, data_seconds=self.steps.waited, bucket=bucket, extra=self.loader.stats(),
         )  # fmt: skip
         self.steps.waited = 0.0
         if num_graphs() > self.graphs:  # the first steps of each bucket may; later ones should not

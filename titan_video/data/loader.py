@@ -126,6 +126,9 @@ class Live(Protocol):
     def items(self, order: Order, steps: Iterable[list[MicroBatch]], num_steps: int | None) -> Iterator[Item]:
         """This rank's micro-batches, each as soon as its entries are there."""
 
+    def stats(self) -> dict[str, float]:
+        """For the log, by name; since the last call."""
+
 
 class LatentLoader:
     """Endless iterator over optimizer steps: each is the list of this rank's micro-batches.
@@ -183,6 +186,10 @@ class LatentLoader:
     def samples(self) -> int:
         """Clips drawn by all ranks since the start of the run, up to the last step given out."""
         return sum(self._state["draws"])
+
+    def stats(self) -> dict[str, float]:
+        """Further numbers for the log, by name."""
+        return self.live.stats() if self.live else {}
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last step given out; the same on every rank, and JSON."""
