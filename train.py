@@ -35,7 +35,7 @@ from titan_video.components.objective import ModelInputs, model_inputs, predict,
 from titan_video.components.optimizer import InBackward, build_optimizer
 from titan_video.components.pipeline_folder import complete_pipeline, export_path, is_exported
 from titan_video.components.placement import build_live, join, run_encoder_rank
-from titan_video.components.start import load_start
+from titan_video.components.start import LoraState, load_start
 from titan_video.components.validate import Validator, with_frames, with_size
 from titan_video.config.check import check, gradient_accumulation, training_ranks
 from titan_video.config.job_config import JobConfig
@@ -149,9 +149,11 @@ class Trainer:
         tensors = {"model": saved, "optimizer": OptimizerState(self.model, self.optimizer)}
         if self.ema:
             tensors["ema"] = self.ema
-        self.checkpoint = CheckpointManager(config.checkpoint, self.folder / config.checkpoint.folder, tensors, {"data": self.loader})
+        counters = {"data": self.loader}
         if config.lora.enable:
             self.load_initial_weights()  # frozen weights are in no checkpoint
+            counters["lora"] = LoraState(config.lora, self.initial_weights, self.hf_folder, self.seed, self.host_group)
+        self.checkpoint = CheckpointManager(config.checkpoint, self.folder / config.checkpoint.folder, tensors, counters)
         self.step = self.checkpoint.load()
         if self.step == 0 and not config.lora.enable:
             self.load_initial_weights()
@@ -223,10 +225,14 @@ class Trainer:
         tokens = token_shape(self.latent_shape(bucket)[1:], self.args.patch).num_tokens
         return Work(tokens, self.args.flops(tokens))
 
+    @property
+    def initial_weights(self) -> str:
+        """Where they are; empty: drawn from the seed."""
+        c = self.config
+        return c.checkpoint.initial_load_path or (c.model.hf_assets_path if c.checkpoint.initial_load_in_hf else "")
+
     def load_initial_weights(self) -> None:
-        c = self.config.checkpoint
-        source = c.initial_load_path or (self.config.model.hf_assets_path if c.initial_load_in_hf else "")
-        load_start(self.model, source, self.spec, self.args, self.hf_folder, self.seed, self.config.lora, self.host_group)
+        load_start(self.model, self.initial_weights, self.spec, self.args, self.hf_folder, self.seed, self.config.lora, self.host_group)
         if self.ema:
             self.ema.reset()
 

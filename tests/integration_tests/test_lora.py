@@ -53,6 +53,13 @@ def test_resumed_is_bitwise(front, whole, options):
     assert run.records == whole.records and adapters(run) == adapters(whole)
 
 
+def test_another_scale_or_other_frozen_weights_are_refused(front, whole, options):
+    more = {**options, "training.steps": 5, "job.dump_folder": whole.folder}
+    front.run("whole", {**more, "lora.alpha": 4}).fails_with("lora.alpha / lora.rank is 1", "trained with 2")
+    other = front.run("other", {"training.steps": 2, "optimizer.lr": 0.01, "debug.seed": 1}).ok().checkpoint(2)
+    front.run("whole", {**more, "checkpoint.initial_load_path": other}).fails_with("checkpoint.initial_load_path", "not those", "lora.initial_load_path")
+
+
 def test_two_ranks_have_the_losses_of_one(shared_front, front, base):
     options = {**LORA, "checkpoint.initial_load_path": base, "training.mixed_precision_param": "float32", "training.steps": 3, "checkpoint.enable": "false"}
     one = front.run("one", options).ok()
