@@ -119,30 +119,7 @@ class Trainer:
         self.build_data()
 
         # --- model, optimizer, averages ---
-        param_dtype = getattr(torch, config.training.mixed_precision_param)
-        words = attention.use(config.model.attention, self.device, param_dtype, self.args.head_dim, self.spec.masks_text)
-        logger.info(f"attention: {words}")
-        with torch.device("meta"):
-            self.model = self.spec.build(self.args)
-        if config.lora.enable:
-            add_adapters(self.model, self.spec, config.lora, getattr(torch, config.training.mixed_precision_param))
-        else:
-            hold_in(self.model, self.spec.plan.fp32, getattr(torch, config.training.dtype))
-        stages, checkpointed = None, chosen_blocks(self.model, self.spec.plan, config.activation_checkpoint.layers)
-        if self.dims.pp > 1:
-            stages = keep_stages(self.model, self.spec.plan, self.meshes.pp, config.parallelism, self.args, longest)
-        parallelize(
-            self.model, self.spec.plan, self.meshes, config.parallelism, config.training, config.activation_checkpoint, config.compile,
-            checkpointed, config.float8,
-        )  # fmt: skip
-        self.model.to_empty(device="cpu" if config.training.enable_cpu_offload else self.device)
-        self.pipeline = None
-        if stages:
-            self.pipeline = Pipeline(self.model, stages, self.spec.plan, self.meshes.pp, config.parallelism, param_dtype, self.device)
-        self.optimizer = build_optimizer(self.model, config.optimizer, self.spec.plan.blocks, self.seed)
-        self.in_backward = InBackward(self.optimizer) if config.optimizer.in_backward else None
-        self.scheduler = Scheduler(self.optimizer, config.lr_scheduler, config.optimizer.lr, config.training.steps)
-        self.ema = EmaWeights(self.model, config.ema) if config.ema.enable else None
+        self.build_model(longest)
 
         # --- weights: a checkpoint of this run, else what the run starts from ---
         saved = ModelState(self.model, is_adapter if config.lora.enable else None)
@@ -219,6 +196,33 @@ class Trainer:
             caption_dropout=c.caption_dropout, max_text_length=self.args.text_len, text_dim=self.args.text_dim,
             num_workers=c.num_workers, prefetch_factor=c.prefetch_factor, pin_memory=self.device.type == "cuda", live=live,
         )  # fmt: skip
+
+    def build_model(self, longest: int) -> None:
+        """Meta device, adapters, stages, parallelize, memory; the optimizer and the averages. longest: tokens of the largest bucket."""
+        config, param_dtype = self.config, getattr(torch, self.config.training.mixed_precision_param)
+        words = attention.use(config.model.attention, self.device, param_dtype, self.args.head_dim, self.spec.masks_text)
+        logger.info(f"attention: {words}")
+        with torch.device("meta"):
+            self.model = self.spec.build(self.args)
+        if config.lora.enable:
+            add_adapters(self.model, self.spec, config.lora, param_dtype)
+        else:
+            hold_in(self.model, self.spec.plan.fp32, getattr(torch, config.training.dtype))
+        stages, checkpointed = None, chosen_blocks(self.model, self.spec.plan, config.activation_checkpoint.layers)
+        if self.dims.pp > 1:
+            stages = keep_stages(self.model, self.spec.plan, self.meshes.pp, config.parallelism, self.args, longest)
+        parallelize(
+            self.model, self.spec.plan, self.meshes, config.parallelism, config.training, config.activation_checkpoint, config.compile,
+            checkpointed, config.float8,
+        )  # fmt: skip
+        self.model.to_empty(device="cpu" if config.training.enable_cpu_offload else self.device)
+        self.pipeline = None
+        if stages:
+            self.pipeline = Pipeline(self.model, stages, self.spec.plan, self.meshes.pp, config.parallelism, param_dtype, self.device)
+        self.optimizer = build_optimizer(self.model, config.optimizer, self.spec.plan.blocks, self.seed)
+        self.in_backward = InBackward(self.optimizer) if config.optimizer.in_backward else None
+        self.scheduler = Scheduler(self.optimizer, config.lr_scheduler, config.optimizer.lr, config.training.steps)
+        self.ema = EmaWeights(self.model, config.ema) if config.ema.enable else None
 
     def work(self, bucket: Bucket) -> Work:
         """Of one clip; ValueError where the model's patch does not divide it."""
