@@ -15,6 +15,18 @@ def number(image):
     return round((float(image[h // 4 : -h // 4, w // 4 : -w // 4].mean()) - 16) / 7)
 
 
+def colour(k):
+    """Of frame k of a clip of at most 256: another one each."""
+    return 16 + 14 * (k % 16), 16 + 14 * (k // 16), 128
+
+
+def number_by_colour(image):
+    """The k of a decoded frame of one `colour`, from its middle."""
+    h, w = image.shape[:2]
+    low, high, _ = (image[h // 4 : -h // 4, w // 4 : -w // 4].reshape(-1, 3).mean(0) - 16) / 14
+    return round(float(low)) + 16 * round(float(high))
+
+
 def flat_frames(count, width, height):
     return [np.full((height, width, 3), level(k), np.uint8) for k in range(count)]
 
@@ -43,11 +55,26 @@ def write_clip(path, count=40, fps=25, width=64, height=48, codec="libx264", tim
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
         if sound:
-            silence = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
-            silence.sample_rate = 16000
-            container.mux(sound.encode(silence))
-            container.mux(sound.encode(None))
+            _silence(container, sound)
     return path
+
+
+def write_sound(path):
+    """A second of silence, and no picture."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        _silence(container, container.add_stream("aac", rate=16000))
+    return path
+
+
+def _silence(container, sound):
+    import av
+
+    silence = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+    silence.sample_rate = 16000
+    container.mux(sound.encode(silence))
+    container.mux(sound.encode(None))
 
 
 def captioned(path, caption="a clip", **kwargs):

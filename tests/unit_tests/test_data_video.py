@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from tests.unit_tests.data_clips import level, number, write_clip
+from tests.unit_tests.data_clips import level, number, write_clip, write_sound
 from titan_video.data.video import UnusableClip, decode, frame_indices, probe
 
 CONTAINERS = [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.mov", "libx264"), ("a.avi", "mpeg4"), ("x.avi", "libx264"),
@@ -172,14 +172,7 @@ def test_not_videos(tmp_path):
     assert probe(str(tmp_path / "zero.mp4")).reason == "corrupt: the file is empty"
     assert probe(str(tmp_path / "text.mp4")).reason.startswith("corrupt: ")
     assert probe(str(tmp_path / "gone.mp4")).reason.startswith("unreadable: ")
-    import av
-
-    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
-        sound = container.add_stream("aac", rate=16000)
-        silence = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
-        silence.sample_rate = 16000
-        container.mux(sound.encode(silence))
-        container.mux(sound.encode(None))
+    write_sound(tmp_path / "sound.mp4")
     assert probe(str(tmp_path / "sound.mp4")).reason == "not a video: no video stream"
 
 
