@@ -231,7 +231,8 @@ def parse(text: str, source: str = "TOML text") -> JobConfig:
     return from_dict(_toml(text, source))
 
 
-def _read_file(path: str | Path) -> dict[str, Any]:
+def read_file(path: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises ConfigError."""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except (OSError, ValueError) as e:
@@ -242,7 +243,7 @@ def _read_file(path: str | Path) -> dict[str, Any]:
 
 def load(path: str | Path) -> JobConfig:
     """The configuration of a TOML file. Raises ConfigError, also when the file is missing."""
-    return from_dict(_read_file(path))
+    return from_dict(read_file(path))
 
 
 def dump(config: JobConfig) -> str:
@@ -272,7 +273,7 @@ def parse_args(argv: list[str]) -> JobConfig:
     files, raw = _split(argv, errors)
     typed: dict[str, dict[str, Any]] = {}
     try:
-        typed = _read(_read_file(files[-1]), errors) if files else {}
+        typed = _read(read_file(files[-1]), errors) if files else {}
     except ConfigError as e:
         errors.append(str(e))
     for section, values in _read(raw, errors, _convert_text).items():

@@ -1,4 +1,5 @@
 """`python -m titan_video.data plan|encode CONFIG.toml [--section.field value ...]`: look at the data of a run, or encode it beforehand.
+`python -m titan_video.data import FILE.toml`: the section [data] for a data set TOML of diffusion-pipe or musubi-tuner.
 
 `encode` also runs under torchrun: `torchrun --nproc_per_node 8 -m titan_video.data encode CONFIG.toml`.
 """
@@ -20,6 +21,7 @@ from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import main_guard, parse_args
 from titan_video.data.bucket import Batching, Bucket, Work
 from titan_video.data.dataset import Plan, plan_of
+from titan_video.data.foreign import import_file
 from titan_video.data.report import decode_all, export, report
 from titan_video.distributed.utils import broadcast_from_zero, init_distributed
 from titan_video.encoders import build_encoders
@@ -28,7 +30,8 @@ from titan_video.models.layers import latent_shape, tokens_of
 from titan_video.tools.device import get_device
 
 USAGE = """usage: python -m titan_video.data plan CONFIG.toml [--export N] [--ranks N] [--decode] [--section.field VALUE] ...
-       python -m titan_video.data encode CONFIG.toml [--section.field VALUE] ..."""
+       python -m titan_video.data encode CONFIG.toml [--section.field VALUE] ...
+       python -m titan_video.data import FILE.toml [OUT.toml]"""
 
 
 def model_args(config: JobConfig) -> Any:
@@ -93,9 +96,25 @@ def encode(config: JobConfig) -> None:
         dist.destroy_process_group()
 
 
+def convert(file: str, out: str = "") -> None:
+    """Print our TOML for another trainer's, or write it to `out`; what is not as there goes to stderr."""
+    text, lines = import_file(file)
+    if lines:
+        print("\n  ".join([f"{file}: what is not as it was there:", *lines]), file=sys.stderr)
+    if out:
+        Path(out).write_text(text, encoding="utf-8")
+    else:
+        print(text, end="")
+
+
 def main(argv: list[str]) -> None:
-    if len(argv) < 2 or argv[0] not in ("plan", "encode") or argv[1].startswith("--"):
+    if len(argv) < 2 or argv[0] not in ("plan", "encode", "import") or argv[1].startswith("--"):
         sys.exit(USAGE)
+    if argv[0] == "import":
+        try:
+            return convert(*argv[1:3])
+        except ValueError as e:
+            sys.exit(f"error: {e}")
     who = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
     logging.basicConfig(level=logging.INFO, format=f"{who}%(message)s")
     chosen, rest = options(argv[2:]) if argv[0] == "plan" else (None, argv[2:])
