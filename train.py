@@ -143,6 +143,7 @@ class Trainer:
             config.metrics, self.folder, self.rank, self.world_size, self.device, config.training.steps, self.step, samples=self.loader.samples
         )
         self.closers.append(self.metrics.close)
+        self.metrics.log_scalars(self.step, self.clips.numbers, "data")
         self.guard = NonFiniteGuard(config.fault_tolerance.nonfinite, config.fault_tolerance.max_nonfinite_steps)
         self.validator = self.build_validator() if config.validation.enable else None
 

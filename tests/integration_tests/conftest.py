@@ -40,7 +40,7 @@ class Run:
     def _rows(self, kind):
         path = self.folder / "metrics.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return [{k: v for k, v in row.items() if "seconds" not in k and k != "time"} for row in rows if kind in row]
+        return [{k: v for k, v in row.items() if not any(word in k for word in ("seconds", "time", "resident"))} for row in rows if kind in row]
 
     @property
     def records(self):

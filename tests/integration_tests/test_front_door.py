@@ -92,7 +92,7 @@ def test_own_clips_on_two_ranks(front):
     """Clips of mixed size, rate and length; what is wrong with the bad ones is said, and the others are trained on."""
     clips = clips_of_all_kinds(front.root / "clips")
     options = {"data.path": clips, "data.num_workers": 1, "data.fps": 8, "data.buckets": "[[17, 64, 64], [17, 64, 96]]", "training.steps": 3,
-               "job.print_config": "true", "job.description": "a trial of mine", "debug.deterministic": "true"}
+               "job.print_config": "true", "job.description": "a trial of mine", "debug.deterministic": "true", "metrics.enable_tensorboard": "true"}
     run = front.command("run", options, NGPU="2").ok()
     assert len(run.records) == 3 and {row["bucket"] for row in run.records} == {"17x64x64", "17x64x96"}
     rows = {row["path"].rpartition("/")[2]: row for row in map(json.loads, (run.folder / "data_plan.jsonl").read_text().splitlines())}
@@ -101,6 +101,19 @@ def test_own_clips_on_two_ranks(front):
         reason = rows[name]["reason"]
         assert reason and f"{name}:" in run.output and reason.partition(":")[0] in run.output
     assert run.output.count("7 found, 4 kept, 3 dropped") == 1
+
+    told = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    (numbers,) = [row["data"] for row in told if "data" in row]
+    counts = {"clips": 4, "dropped": 3, "dropped/corrupt": 1, "dropped/no caption": 1, "dropped/too short": 1, "encoded_clips": 4, "encoded_frames": 68}
+    assert {k: v for k, v in numbers.items() if k in counts} == counts
+    assert numbers.keys() - counts.keys() == {"encode_seconds", "decode_wait_seconds", "encoded_frames_per_second"} and min(numbers.values()) >= 0
+    assert 68 / numbers["encode_seconds"] <= numbers["encoded_frames_per_second"]
+    first, *others = [row for row in told if "loss" in row]
+    assert first["workers_resident_gib"] > 0 and all(0.05 < row["resident_gib"] < 16 for row in (first, *others))
+    events = tensorboard(run.folder / "tb")
+    assert {tag: events.Scalars(tag)[0].value for tag in ("data/clips", "data/dropped", "data/dropped/corrupt")} == {
+        "data/clips": 4, "data/dropped": 3, "data/dropped/corrupt": 1}  # fmt: skip
+    assert {"resident_gib", "workers_resident_gib"} < set(events.Tags()["scalars"])
     assert "INFO - a trial of mine\n" in run.output
 
 

@@ -163,7 +163,7 @@ def test_plan_loader_and_export_agree(tmp_path, capsys, monkeypatch, num_files):
         if row["kept"]:
             by_bucket.setdefault(tuple(row["bucket"]), []).append((row["path"], row["start"]))
         elif row["reason"].startswith("corrupt") and num_files < 100:  # on the screen are the first 20
-            assert f"{row['path']}: {row['reason'].partition(': ')[2]}" in printed.split("after decoding every clip:")[1]
+            assert f"{row['path']}: {row['reason'].partition(': ')[2]}" in printed.split("after decoding every clip, ")[1]
     exported = sorted((tmp_path / "planned" / "plan_clips").glob("*.mp4"))
     assert len(exported) == sum(r["kept"] for r in rows) == len(said)
     turns = [clip for i in range(len(rows)) for b in sorted(by_bucket) for clip in by_bucket[b][i : i + 1]]

@@ -155,6 +155,7 @@ def test_plan(folder, tmp_path, num_workers):
     for line in ("6 found, 2 kept, 4 dropped", "17 x 32 x 64", "dropped, corrupt: 2", "dropped, too short: 1", "dropped, no caption: 1",
                  "wordless.txt is missing", "cut.mp4: ", "zero.mp4: the file is empty"):  # fmt: skip
         assert line in summary, summary
+    assert plan.counts() == {"clips": 2, "dropped": 4, "dropped/corrupt": 2, "dropped/too short": 1, "dropped/no caption": 1}
     plan.write_jsonl(tmp_path / "out" / "plan.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "out" / "plan.jsonl").read_text().splitlines()]
     assert len(rows) == 6 and sum(r["kept"] for r in rows) == 2 and all(r["reason"] for r in rows if not r["kept"])

@@ -40,6 +40,14 @@ def test_resident_peak_counts_what_was_touched():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def test_resident_memory_of_this_process_and_its_workers():
+    code = ("import multiprocessing, time; from titan_video.tools.device import resident_memory as now\n"
+            "a = now(); x = bytearray(b'x') * 2**28; b = now(); assert a.keys() == {'resident_gib'} and 0.2 < b['resident_gib'] - a['resident_gib'] < 0.3\n"
+            "p = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,)); p.start()\n"
+            "assert 0 < now()['workers_resident_gib'] < 1; p.kill(); p.join(); assert now().keys() == {'resident_gib'}")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

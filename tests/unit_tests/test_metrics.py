@@ -45,7 +45,7 @@ def test_every_step_is_recorded_exactly(tmp_path):
         assert len(records(tmp_path)) == i  # on disk at once, not at close
     assert [r["loss"] for r in records(tmp_path)] == [1 / 3, 1 / 4, 1 / 5]
     assert set(records(tmp_path)[0]) == {"step", "loss", "max_loss", "grad_norm", "lr", "samples", "tokens", "step_seconds", "data_seconds", "time",
-                                         "bucket", "shift"}
+                                         "bucket", "shift", "resident_gib"}
     m.close()
 
 
@@ -86,19 +86,20 @@ def test_utilisation_where_the_peak_is_known(tmp_path, caplog, monkeypatch):
 def test_tensorboard_names_and_values(tmp_path):
     m = make(tmp_path, resume_step=4, samples=32)
     for i in range(5, 8):
-        step(m, i)
+        step(m, i, bucket="17x64x64" if i < 6 else "1x32x32")
     m.log_scalars(6, {"loss": 0.25, "loss_t0.5": 0.125})
     m.close()
     e = events(tmp_path)
     names = {"loss_metrics/global_avg_loss", "loss_metrics/global_max_loss", "grad_norm", "lr", "throughput(tps)", "throughput(samples/s)",
              "throughput(video_s/s)", "tflops", "time_metrics/end_to_end(s)", "time_metrics/data_loading(s)", "time_metrics/data_loading(%)",
              "memory/max_active(GiB)", "memory/max_active(%)", "memory/max_reserved(GiB)", "memory/max_reserved(%)", "memory/num_alloc_retries",
-             "memory/num_ooms", "validation/loss", "validation/loss_t0.5"}
+             "memory/num_ooms", "validation/loss", "validation/loss_t0.5", "resident_gib", "bucket/17x64x64", "bucket/1x32x32"}
     assert set(e.Tags()["scalars"]) == names
     assert [s.step for s in e.Scalars("loss_metrics/global_avg_loss")] == [6]
     # Steps 5 and 6: 16 clips in 4 s.
     values = {tag: e.Scalars(tag)[0].value for tag in names}
     assert values["throughput(samples/s)"] == 4 and values["throughput(tps)"] == 500 and values["time_metrics/data_loading(%)"] == 25
+    assert values["bucket/17x64x64"] == values["bucket/1x32x32"] == 0.5
     assert values["validation/loss"] == 0.25 and values["memory/max_active(GiB)"] > 0
 
 

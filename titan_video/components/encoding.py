@@ -1,5 +1,6 @@
 """Planning the clips of a run and filling the latent cache with all ranks: for train.py and `python -m titan_video.data encode`."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,16 @@ from titan_video.tools.logging import logger
 
 @dataclass(frozen=True)
 class Clips:
-    """Of a run: to train on, to measure the held-out loss on, and what validation samples: prompts, and where these are captions, of which clips."""
+    """Of a run: to train on, to measure the held-out loss on, and what validation samples: prompts, and where these are captions, of which clips.
+
+    numbers: for the log: clips of the plan, those dropped by reason, and how fast they were encoded.
+    """
 
     training: list[CachedClip]
     held_out: list[CachedClip]
     prompts: list[str]
     of_prompts: list[CachedClip]
+    numbers: dict[str, float]
 
 
 def open_cache(folder: Path, encoders: Encoders, conditions: Conditions, group: dist.ProcessGroup | None) -> LatentCache:
@@ -44,7 +49,7 @@ def prepare(make: Callable[[str], Plan], is_ahead: bool, validation: Validation,
     if v.enable and v.prompts_path:
         given = [line.strip() for line in Path(v.prompts_path).read_text(encoding="utf-8").splitlines() if line.strip()]
 
-    def clips_of(path: str, report: Path) -> list[CachedClip]:
+    def clips_of(path: str, report: Path) -> tuple[list[CachedClip], dict[str, float]]:
         def on_zero() -> Plan:
             plan = make(path)
             _report(plan, report)
@@ -52,11 +57,13 @@ def prepare(make: Callable[[str], Plan], is_ahead: bool, validation: Validation,
             return plan
 
         plan = broadcast_from_zero(on_zero, group)
-        return encode_plan(plan, report, encoders, cache, group, num_workers, given) if is_ahead else cached_clips(plan, cache)
+        if is_ahead:
+            return encode_plan(plan, report, encoders, cache, group, num_workers, given)
+        return cached_clips(plan, cache), plan.counts()
 
-    clips, held_out = clips_of("", folder / "data_plan.jsonl"), []
+    (clips, numbers), held_out = clips_of("", folder / "data_plan.jsonl"), []
     if v.enable and v.path:
-        held_out = clips_of(v.path, folder / "validation_plan.jsonl")
+        held_out, _ = clips_of(v.path, folder / "validation_plan.jsonl")
     elif v.enable:
         clips, held_out = split_holdout(clips, v.holdout)
         logger.info(f"{len(held_out)} of {len(clips) + len(held_out)} clips are held out for validation")
@@ -64,10 +71,10 @@ def prepare(make: Callable[[str], Plan], is_ahead: bool, validation: Validation,
     for clip in held_out or clips:
         captions.setdefault(clip.caption, clip)
     shown = list(captions.values())[: v.num_videos]
-    failed = encode_clips(held_out + shown if v.enable else [], encoders, cache, group, num_workers, given)
+    failed, _ = encode_clips(held_out + shown if v.enable else [], encoders, cache, group, num_workers, given)
     if failed:
         raise ValueError("\n".join(f"{path}: {reason}; validation needs this clip: remove it" for path, reason in failed.items()))
-    return Clips(clips, held_out, given[: v.num_videos] or [clip.caption for clip in shown], shown)
+    return Clips(clips, held_out, given[: v.num_videos] or [clip.caption for clip in shown], shown, numbers)
 
 
 def _report(plan: Plan, report: Path) -> None:
@@ -78,30 +85,44 @@ def _report(plan: Plan, report: Path) -> None:
 def encode_clips(
     clips: Sequence[CachedClip], encoders: Encoders, cache: LatentCache, group: dist.ProcessGroup | None, num_workers: int,
     prompts: Sequence[str] = (),
-) -> dict[str, str]:  # fmt: skip
-    """Encode what the cache lacks of these clips, prompts and the empty prompt, each rank its share; return all ranks' failures, {path: reason}."""
+) -> tuple[dict[str, str], dict[str, float]]:  # fmt: skip
+    """Encode what the cache lacks of these clips, prompts and the empty prompt, each rank its share.
+
+    Returns all ranks' failures, {path: reason}, and for the log what was encoded and how fast; {} where nothing was missing.
+    """
     def find():
         cache.remove_leftovers()
         return missing_jobs(clips, cache, prompts, logger.info)
 
     jobs = broadcast_from_zero(find, group)
-    mine = encode_share(jobs, encoders, cache, dist.get_rank(), dist.get_world_size(), num_workers, logger.info)
-    failed = {keys: reason for part in gather_objects(mine, group) for keys, reason in part.items()}
+    spent: dict[str, float] = {}
+    start = time.perf_counter()
+    mine = encode_share(jobs, encoders, cache, dist.get_rank(), dist.get_world_size(), num_workers, logger.info, spent)
+    gathered = gather_objects((mine, spent), group)
+    failed = {keys: reason for part, _ in gathered for keys, reason in part.items()}
     cache.refresh()
-    if any(jobs):
-        counts = broadcast_from_zero(cache.write_manifest, group)
-        logger.info(f"{cache.folder} holds " + ", ".join(f"{counts[kind]} of {kind}" for kind in sorted(counts)))
-    return failed_clips(clips, cache, failed)
+    if not any(jobs):
+        return {}, {}
+    counts = broadcast_from_zero(cache.write_manifest, group)
+    logger.info(f"{cache.folder} holds " + ", ".join(f"{counts[kind]} of {kind}" for kind in sorted(counts)))
+    numbers = {"encode_seconds": time.perf_counter() - start, "decode_wait_seconds": max(s["decode_wait"] for _, s in gathered)}
+    done = [job for job in jobs[1] if job.keys not in failed]
+    numbers |= {"encoded_clips": len(done), "encoded_frames": sum(job.entry.bucket[0] for job in done)}
+    numbers["encoded_frames_per_second"] = numbers["encoded_frames"] / max(1e-9, *(s["clips"] for _, s in gathered))
+    return failed_clips(clips, cache, failed), numbers
 
 
 def encode_plan(plan: Plan, report: Path, encoders: Encoders, cache: LatentCache, group: dist.ProcessGroup | None, num_workers: int,
-                prompts: Sequence[str] = ()) -> list[CachedClip]:  # fmt: skip
-    """The clips of a plan, in the cache. Those that turn out to be unusable are dropped, and the report is written anew; ValueError if all are."""
+                prompts: Sequence[str] = ()) -> tuple[list[CachedClip], dict[str, float]]:  # fmt: skip
+    """The clips of a plan, in the cache, and for the log the plan's and the encoding's numbers.
+
+    Clips that turn out to be unusable are dropped, and the report is written anew; ValueError if all are.
+    """
     clips = cached_clips(plan, cache)
-    failures = encode_clips(clips, encoders, cache, group, num_workers, prompts)
-    if not failures:
-        return clips
-    plan = plan.drop(failures)
-    broadcast_from_zero(lambda: _report(plan, report), group)
-    plan.require_clips()
-    return cached_clips(plan, cache)
+    failures, numbers = encode_clips(clips, encoders, cache, group, num_workers, prompts)
+    if failures:
+        plan = plan.drop(failures)
+        broadcast_from_zero(lambda: _report(plan, report), group)
+        plan.require_clips()
+        clips = cached_clips(plan, cache)
+    return clips, plan.counts() | numbers

@@ -5,7 +5,8 @@ import json
 import math
 import os
 import time
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from titan_video.config.job_config import Metrics
-from titan_video.tools.device import DeviceMemory, peak_flops
+from titan_video.tools.device import DeviceMemory, peak_flops, resident_memory
 from titan_video.tools.logging import Progress, logger, paint
 from titan_video.tools.video import write_gif_bytes
 
@@ -58,6 +59,7 @@ class _Window:
     video_seconds: float = 0.0
     model_flops: float = 0.0
     hardware_flops: float = 0.0
+    buckets: Counter[str] = field(default_factory=Counter)
 
 
 class MetricsLogger:
@@ -105,8 +107,9 @@ class MetricsLogger:
         """
         if not self.enabled:
             return
+        extra = {**resident_memory(), **(extra or {})}
         self._record({"step": step, "loss": loss, "max_loss": max_loss, "grad_norm": grad_norm, "lr": lr, "samples": samples, "tokens": tokens,
-                      "step_seconds": step_seconds, "data_seconds": data_seconds, "time": time.time(), "bucket": bucket, **(extra or {})})
+                      "step_seconds": step_seconds, "data_seconds": data_seconds, "time": time.time(), "bucket": bucket, **extra})
         w = self.window
         w.steps += 1
         w.seconds += step_seconds
@@ -116,11 +119,12 @@ class MetricsLogger:
         w.video_seconds += video_seconds
         w.model_flops += model_flops
         w.hardware_flops += hardware_flops
+        w.buckets[bucket] += 1
         self.samples = samples
         self.progress.update(step, f"loss {loss:.4f}")
         if step == 1 or step % self.log_freq == 0 or step == self.num_steps:
             losses = {"loss_metrics/global_avg_loss": loss, "loss_metrics/global_max_loss": max_loss, "grad_norm": grad_norm, "lr": lr}
-            self._report(step, losses, extra or {})
+            self._report(step, losses, extra)
             self.window = _Window()
             self.memory.reset_peak()
 
@@ -135,6 +139,7 @@ class MetricsLogger:
             "tflops": flops / 1e12,
             "time_metrics/end_to_end(s)": w.seconds / w.steps, "time_metrics/data_loading(s)": w.data_seconds / w.steps,
             "time_metrics/data_loading(%)": 100 * w.data_seconds / seconds,
+            **{f"bucket/{bucket}": count / w.steps for bucket, count in w.buckets.items() if bucket},
             **{f"memory/{name}": value for name, value in zip(_MEMORY_NAMES, asdict(memory).values())},
         }
         mfu = hfu = "n/a"

@@ -8,6 +8,7 @@ import argparse
 import logging
 import os
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,10 @@ def show(config: JobConfig, ranks: int, num_exported: int, decode: bool) -> None
     made, _ = plan(config)
     folder = Path(config.job.dump_folder)
     if decode:
+        frames, start = sum(e.bucket[0] for e in made.kept), time.perf_counter()
         made = decode_all(made, config.data.num_workers)
         made.write_jsonl(folder / "data_plan.jsonl")
-        print(f"after decoding every clip:\n{made.summary()}")
+        print(f"after decoding every clip, {frames / (time.perf_counter() - start):,.0f} frames a second:\n{made.summary()}")
         made.require_clips()
     args = model_args(config)
     ranks = ranks or next((n for n in (8, 4, 2) if not any(check_batch_size(config, n))), 1)
@@ -89,7 +91,7 @@ def encode(config: JobConfig) -> None:
         made, cache_folder = broadcast_from_zero(lambda: plan(config))
         encoders = build_encoders(config.encoder, config.model.hf_assets_path, get_device(int(os.environ.get("LOCAL_RANK", 0))))
         cache = open_cache(cache_folder, encoders, model_args(config).conditions, None)
-        clips = encode_plan(made, Path(config.job.dump_folder) / "data_plan.jsonl", encoders, cache, None, config.data.num_workers)
+        clips, _ = encode_plan(made, Path(config.job.dump_folder) / "data_plan.jsonl", encoders, cache, None, config.data.num_workers)
         if dist.get_rank() == 0:
             print(f"{len(clips)} clips in {cache_folder}")
     finally:

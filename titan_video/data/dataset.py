@@ -92,6 +92,11 @@ class Plan:
     def kept(self) -> list[PlanEntry]:
         return [e for e in self.entries if e.kept]
 
+    def counts(self) -> dict[str, int]:
+        """Clips that are kept, and those dropped by reason, for the log."""
+        dropped = Counter(e.reason.partition(":")[0] for e in self.entries if not e.kept)
+        return {"clips": len(self.kept), "dropped": dropped.total(), **{f"dropped/{reason}": count for reason, count in dropped.items()}}
+
     def drop(self, failures: Mapping[str, str]) -> "Plan":
         """The plan without the clips that turned out to be unusable: {path: reason}."""
         failed = (replace(e, reason=failures[e.path], bucket=None) if e.kept and e.path in failures else e for e in self.entries)

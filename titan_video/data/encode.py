@@ -200,12 +200,15 @@ class Maker:
 
 def encode_share(
     jobs: tuple[Sequence[Job], Sequence[Job]], encoders: Encoders, cache: LatentCache, rank: int = 0, world_size: int = 1, num_workers: int = 0,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = print, spent: dict[str, float] | None = None,
 ) -> dict[tuple, str]:  # fmt: skip
     """Encode this rank's share of what `missing_jobs` found; return its failures, {keys of a job: reason}.
 
-    All ranks are given the same jobs. Killed and started again, what is missing is found anew.
+    All ranks are given the same jobs. Killed and started again, what is missing is found anew. spent: receives the seconds for captions, for
+    clips, and of decode_wait, in which nothing was decoded yet for the encoder to do.
     """
+    spent = {} if spent is None else spent
+    spent["decode_wait"] = 0.0
     failed: dict[tuple, str] = {}
     for what, some in zip(("captions", "clips"), jobs, strict=True):
         mine = share(some, rank, world_size)
@@ -213,13 +216,17 @@ def encode_share(
         workers = {"num_workers": min(num_workers, len(mine)) if needs_frames else 0, "worker_init_fn": leave_process_group}
         decoder = DataLoader(Decoder(cache.conditions), batch_size=None, sampler=[[job] for job in mine], **workers)
         progress = _Progress(mine, what, log)
+        start = asked = time.perf_counter()
         for job, (decoded,) in zip(mine, decoder, strict=True):
+            spent["decode_wait"] += time.perf_counter() - asked
             try:
                 store(cache, job, encode_job(encoders, cache.conditions, job, decoded))
             except UnusableClip as error:
                 failed[job.keys] = str(error)
             progress.done(job)
+            asked = time.perf_counter()
         cache.flush()
+        spent[what] = time.perf_counter() - start
         if mine:
             encoders.free()  # the text encoder is the larger half
     return failed
@@ -243,6 +250,7 @@ def encode_missing(
 class _Progress:
     def __init__(self, jobs: Sequence[Job], what: str, log: Callable[[str], None]):
         self.num_jobs, self.what, self.log, self.left = len(jobs), what, log, sum(job.cost for job in jobs)
+        self.frames = sum(job.entry.bucket[0] for job in jobs if job.entry)
         self.num_done = self.cost = 0
         self.started = self.last = time.monotonic()
 
@@ -251,7 +259,8 @@ class _Progress:
         now = time.monotonic()
         seconds = now - self.started
         if self.num_done == self.num_jobs:
-            self.log(f"encoded {self.num_jobs} {self.what} in {seconds:.1f} s")
+            rate = f", {self.frames / max(seconds, 1e-9):,.0f} frames a second" if self.what == "clips" else ""
+            self.log(f"encoded {self.num_jobs} {self.what} in {seconds:.1f} s{rate}")
         elif now - self.last > LOG_EVERY:
             self.last = now
             percent = 100 * self.cost / (self.cost + self.left)

@@ -1,5 +1,6 @@
 """The device of this process: choosing it, its peak speed, its memory."""
 
+import multiprocessing
 import os
 import resource
 import sys
@@ -120,6 +121,20 @@ class DeviceMemory:
         """Start a new peak. On CPU the system keeps the peak of the whole life of the process."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+
+
+def resident_memory() -> dict[str, float]:
+    """Host memory, in GiB, of this process, and of its worker processes together, which share much of it. Empty where /proc does not tell."""
+    own, *workers = (_resident_bytes(pid) for pid in (os.getpid(), *(p.pid for p in multiprocessing.active_children())))
+    found = {"resident_gib": own / 2**30}
+    return found | ({"workers_resident_gib": sum(workers) / 2**30} if workers else {}) if own else {}
+
+
+def _resident_bytes(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError):  # no such file system, or a process that has ended
+        return 0
 
 
 def _peak_resident_bytes() -> int:
