@@ -429,6 +429,7 @@ def main(argv: list[str]) -> None:
             trainer.train()
         except FloatingPointError as e:  # seen by all ranks at the same step, so that a save under way can still be finished
             trainer.checkpoint.wait()
+            trainer.close()
             sys.exit(f"error: {e}")
         trainer.close()
     except ValueError as e:  # the user's to mend: the message names the file or field; ours are assertions

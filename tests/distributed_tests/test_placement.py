@@ -1,6 +1,8 @@
 """Encoding before training, during it, and on ranks of its own: the same batches, bit for bit; what becomes of each side when the other is gone."""
 
+import hashlib
 import os
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from titan_video.encoders import build_encoders
 from titan_video.flow.conditions import Conditions
 
 ALL = Conditions(num_given=1, form="mask_first", image_tokens=257, pooled_text=True)
-COMM = Comm(init_timeout_seconds=60, train_timeout_seconds=60)
+COMM = Comm(init_timeout_seconds=90, train_timeout_seconds=60)
 STEPS = 3
 
 
@@ -52,61 +54,124 @@ def loader_of(folder, section, data, conditions, dims, wire, cache_name):
     )  # fmt: skip
 
 
-def batches_of(folder, section, cp=1, conditions=ALL, num_workers=0, cache_name="cache", stop_after=STEPS):
-    """The batches of this rank; None of an encoder rank."""
+def batches_of(folder, section, cp=1, num_workers=0, cache_name="cache", stop_after=STEPS):
+    """[[digest of each micro-batch] for each step] of this rank; None of an encoder rank."""
     world, data = int(os.environ["WORLD_SIZE"]), Data(num_workers=num_workers)
     num_training = training_ranks(section, world)
     if int(os.environ["RANK"]) >= num_training:
         run_encoder_rank(section, data, COMM, "", num_training)
         return None
     wire = join(section, COMM, torch.device("cpu"), num_training)
-    live, cache, loader = loader_of(folder, section, data, conditions, ParallelDims(dp_shard=num_training // cp, ulysses=cp), wire, cache_name)
+    live, cache, loader = loader_of(folder, section, data, ALL, ParallelDims(dp_shard=num_training // cp, ulysses=cp), wire, cache_name)
     steps = loader.steps(STEPS)
-    found = [next(steps) for _ in range(stop_after)]
+    found = [[digest(batch) for batch in next(steps)] for _ in range(stop_after)]
     dist.barrier()  # as training's own collectives
     if live:
         live.close()
     dist.destroy_process_group()
-    return [[(b.latents_BCFHW, b.text_BLD, b.text_mask_BL, b.sample_ids_B, b.cond) for b in step] for step in found]
+    return found
 
 
-def on_ranks(world, folder, section, **kwargs):
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    found = run_ranks(batches_of, world, folder, section, init=False, env=env, timeout=100, **kwargs)
-    return found[: training_ranks(section, world)]
+def digest(batch):
+    """Of all names, types, shapes and bytes, beside the sample ids."""
+    assert set(batch.cond) == {"given_BCFHW", "image_BSD", "pooled_text_BD"}
+    tensors = {"latents": batch.latents_BCFHW, "text": batch.text_BLD, "mask": batch.text_mask_BL, "ids": batch.sample_ids_B, **batch.cond}
+    assert all(len(x) == 2 and x.any() for name, x in tensors.items())
+    whole = [(name, str(x.dtype), list(x.shape), x.contiguous().flatten().view(torch.uint8).numpy().tobytes()) for name, x in sorted(tensors.items())]
+    return batch.sample_ids_B.tolist(), hashlib.sha256(repr(whole).encode()).hexdigest()
 
 
-def same(a, b):
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    return a.dtype == b.dtype and torch.equal(a, b)
+@dataclass(frozen=True)
+class Case:
+    """One program of several that the same processes run one after the other. kwargs: of `batches_of`."""
+
+    training: int
+    section: Encoder
+    kwargs: dict
+    port: int = field(default_factory=free_port)
+
+    @property
+    def world(self):
+        return self.training + self.section.num_ranks
+
+
+def run_cases(folder, cases):
+    """[(batches, clips encoded during training)] of this rank; None where it has no part."""
+    rank, found, make, made = int(os.environ["RANK"]), [], encode.Maker.entries, []
+
+    def entries(self, job, part, decoded):
+        made.append("video" in part.kinds)
+        return make(self, job, part, decoded)
+
+    encode.Maker.entries = entries
+    for case in cases:
+        made.clear()
+        os.environ.update(WORLD_SIZE=str(case.world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(case.port))
+        found.append((batches_of(folder, case.section, **case.kwargs), sum(made)) if rank < case.world else None)
+    return found
+
+
+def on_ranks(folder, cases):
+    """[(batches of the training ranks, clips encoded during training)] of each case."""
+    found = run_ranks(run_cases, max(case.world for case in cases), folder, cases, init=False, timeout=200)
+    of_case = [[rank[i] for rank in found[: case.world]] for i, case in enumerate(cases)]
+    return [([batches for batches, _ in ranks[: case.training]], sum(made for _, made in ranks)) for case, ranks in zip(cases, of_case)]
 
 
 def section(placement="cached", **kwargs):
     return Encoder(name="debug", max_text_length=6, placement=placement, **kwargs)
 
 
-@pytest.mark.parametrize("training, cp", [(2, 1), (2, 2), (4, 2)])
-def test_batches_are_the_same(folder, training, cp):
-    cached = on_ranks(training, folder, section(), cp=cp)
-    assert set(cached[0][0][0][4]) == {"given_BCFHW", "image_BSD", "pooled_text_BD"}
-    for ranks in zip(*[iter(cached)] * cp):
-        assert all(same(ranks[0], rank) for rank in ranks)
-    colocated = on_ranks(training, folder, section("colocated"), cp=cp, cache_name=f"colocated{training}{cp}")
-    assert same(cached, colocated)
-    num_encoders = 2 if training == 4 else 1
-    separate = on_ranks(training + num_encoders, folder, section("separate", num_ranks=num_encoders, queue_depth=3), cp=cp,
-                        cache_name=f"separate{training}{cp}")  # fmt: skip
-    assert same(cached, separate)
+@pytest.fixture(scope="module")
+def whole(folder):
+    """The batches of a single rank, from the cache."""
+    (((steps,), made),) = on_ranks(folder, [Case(1, section(), {})])
+    assert [i for step in steps for ids, _ in step for i in ids] == list(range(STEPS * 8)) and made == 0
+    assert len({mark for step in steps for _, mark in step}) == STEPS * 4
+    return steps
 
 
-def test_workers_and_an_early_end(folder):
-    """Decoding in workers, and training that stops before the last step, with receives posted and sends under way."""
-    cached = on_ranks(1, folder, section(), stop_after=2)
-    for placed, world in ((section("colocated", write_cache=True), 1), (section("separate", num_ranks=2, queue_depth=5), 3)):
-        assert same(cached, on_ranks(world, folder, placed, num_workers=1, stop_after=2, cache_name=f"{placed.placement}-workers"))
+def dealt(whole, training, cp, stop_after=STEPS):
+    """What each of so many ranks has of the whole."""
+    return [[step[rank // cp :: training // cp] for step in whole[:stop_after]] for rank in range(training)]
+
+
+LAYOUTS = [(2, 1), (2, 2), (4, 1), (4, 2)]
+PLACED = {
+    "cached": section(), "colocated": section("colocated"), "one": section("separate", num_ranks=1, queue_depth=3),
+    "two": section("separate", num_ranks=2, queue_depth=1),
+}  # fmt: skip
+
+
+QUICK = [((2, 1), "colocated"), ((2, 1), "one"), ((4, 2), "cached"), ((4, 2), "colocated"), ((4, 2), "two")]
+ALL_PAIRS = [(layout, name) for layout in LAYOUTS for name in PLACED]
+
+
+@pytest.mark.parametrize("named", [QUICK, pytest.param(ALL_PAIRS, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_batches_are_the_same(folder, whole, named):
+    """Cached, colocated and on one or two encoder ranks; on two and four training ranks; with and without context parallel."""
+    cases = [Case(training, PLACED[name], {"cp": cp, "cache_name": f"{name}-{training}-{cp}"}) for (training, cp), name in named]
+    for (layout, name), (found, made) in zip(named, on_ranks(folder, cases), strict=True):
+        assert found == dealt(whole, *layout), (layout, name)
+        assert made == (0 if name == "cached" else STEPS * 8), (layout, name)
+
+
+def test_workers_an_early_end_and_a_rolling_cache(folder, whole):
+    """Decoding in workers; training that stops before the last step, with receives posted and sends under way; and what is encoded is written, and
+    read in later epochs and by later runs."""
+    colocated, separate = section("colocated", write_cache=True), section("separate", num_ranks=1, queue_depth=5, write_cache=True)
+    early = [Case(1, colocated, {"num_workers": 1, "stop_after": 2, "cache_name": "early-colocated"}),
+             Case(1, section("separate", num_ranks=2, queue_depth=5), {"num_workers": 1, "stop_after": 2, "cache_name": "early-separate"})]  # fmt: skip
+    rolling = [Case(2, placed, {"cp": 2, "cache_name": f"rolling-{placed.placement}"}) for placed in (colocated, separate)]
+    again = [Case(2, placed, {"cp": 2, "cache_name": f"rolling-{other.placement}"}) for placed, other in
+             ((colocated, separate), (separate, colocated), (section(), separate))]  # fmt: skip
+    found = on_ranks(folder, early + rolling + again)
+    for batches, _ in found[:2]:
+        assert batches == dealt(whole, 1, 1, 2)
+    for batches, _ in found[2:]:
+        assert batches == dealt(whole, 2, 2)
+    made = [made for _, made in found[2:]]
+    assert made[1:] == [7, 0, 0, 0] and 7 <= made[0] < STEPS * 8, made  # two ranks may come upon one clip before either writes it
 
 
 def batches_of_broken(folder, section, cp, name):
@@ -123,7 +188,7 @@ def batches_of_broken(folder, section, cp, name):
         return str(e)
 
 
-@pytest.mark.parametrize("placed, world", [(section("colocated"), 2), (section("separate", num_ranks=1), 3)])
+@pytest.mark.parametrize("placed, world", [(section("colocated"), 2), (section("separate", num_ranks=1, queue_depth=20), 3)])
 def test_a_clip_that_cannot_be_encoded_is_named_on_all_ranks(folder, placed, world):
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     said = run_ranks(batches_of_broken, world, folder, placed, 2, f"broken {placed.placement}", init=False, env=env, timeout=100)

@@ -2,14 +2,19 @@
 
 import json
 import os
+import re
+import shutil
 import signal
+import subprocess
+import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import signal_at
+from tests.helpers import ROOT, signal_at
 from titan_video.data.latent_cache import LatentCache
 
 VALIDATED = {"validation.enable": "true", "validation.freq": 6, "validation.num_videos": 1, "validation.sample_steps": 1, "validation.holdout": 0.2,
@@ -46,12 +51,15 @@ def test_runs_are_the_same(front, cached, tmp_path, world, options):
 
 
 def test_a_signal_and_a_resumption(front, cached, tmp_path):
+    """What was stopped goes on in any of the three places."""
     options = {**VALIDATED, **SEPARATE, "data.cache_folder": tmp_path / "fresh"}
     stopped = front.run("run", options, world=2, hook=partial(signal_at, 3, signal.SIGTERM)).ok()
     assert "stopped by a signal after step 3" in stopped.output and len(stopped.records) == 3
-    assert losses(front.run("run", options, world=2).ok()) == cached.records
-    moved = front.run("moved", {**VALIDATED, "training.steps": 3}).ok()
-    assert losses(front.run("moved", {**VALIDATED, **SEPARATE}, world=2).ok()) == cached.records and moved
+    for place, world in (({"encoder.placement": "cached"}, 1), ({"encoder.placement": "colocated"}, 1), (SEPARATE, 2)):
+        shutil.copytree(stopped.folder, front.root / "moved", dirs_exist_ok=True)
+        assert losses(front.run("moved", {**VALIDATED, **place}, world=world).ok()) == cached.records
+        if world == 1:
+            shutil.rmtree(front.root / "moved")
     assert "already at step 6" in front.run("moved", {**VALIDATED, **SEPARATE}, world=2).ok().output
 
 
@@ -70,24 +78,93 @@ def die_at(sample):
     Maker.entries = entries
 
 
-def ends(program, timeout):
-    """Exit codes of all ranks, none of which is stopped by another's end."""
-    deadline = time.monotonic() + timeout
+def children(*pids):
+    """All processes below these."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            if state != "Z":
+                parents.setdefault(int(parent), []).append(int(stat.parent.name))
+    found, above = [], list(pids)
+    while above:
+        below = parents.get(above.pop(), [])
+        found += below
+        above += below
+    return found
+
+
+def end_soon(pids):
+    deadline = time.monotonic() + 20
+    while any(is_running(pid) for pid in pids):
+        assert time.monotonic() < deadline, [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids if is_running(pid)]
+        time.sleep(0.05)
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def ends(program, timeout=90):
+    """Exit codes of all ranks, none of which is stopped by another's end, and their output. No process is left behind."""
+    deadline, workers = time.monotonic() + timeout, set()
     while any(p.exitcode is None for p in program.ranks) and time.monotonic() < deadline:
+        workers |= set(children(*(p.pid for p in program.ranks)))
         time.sleep(0.05)
     codes = [p.exitcode for p in program.ranks]
     program.kill()
-    return codes
+    end_soon(workers)
+    return codes, [Path(log).read_text() for log in program.logs], len(workers)
+
+
+LONG = {**SEPARATE, "training.steps": 400, "data.num_workers": 1, "checkpoint.enable": "false"}
 
 
 def test_a_lost_rank_ends_the_run(front, tmp_path):
-    options = {**SEPARATE, "encoder.num_ranks": 1, "data.cache_folder": tmp_path / "fresh", "training.steps": 40, "data.num_workers": 1}
-    program = front.start("encoder", options, world=3, hook=partial(die_at, 9))
-    codes = ends(program, 90)
+    options = {**LONG, "data.cache_folder": tmp_path / "fresh"}
+    codes, logs, num_workers = ends(front.start("encoder", options, world=3, hook=partial(die_at, 9)))
     assert codes[2] == -signal.SIGKILL and codes[0] not in (0, None) and codes[1] not in (0, None), codes
-    logs = [Path(log).read_text() for log in program.logs]
-    assert any("lost encoder rank 2 while waiting for sample" in log and "was last encoding sample" in log for log in logs[:2]), logs
-    program = front.start("training", options, world=3, hook=partial(signal_at, 4, signal.SIGKILL, rank=1))
-    codes = ends(program, 90)
+    assert any("lost encoder rank 2 while" in log and "was last encoding sample" in log for log in logs[:2]), logs
+    assert num_workers  # that were there to outlive it
+    codes, logs, _ = ends(front.start("training", options, world=3, hook=partial(signal_at, 4, signal.SIGKILL, rank=1)))
     assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None) and codes[2] not in (0, None), codes
-    assert "encoder rank 2 lost training rank" in Path(program.logs[2]).read_text()
+    assert "encoder rank 2 lost training rank" in logs[2]
+
+
+def test_a_stop_without_a_save_ends_encoder_ranks(front, tmp_path):
+    """A loss that is not finite, and a last step: the encoders are told, and end in order."""
+    options = {**LONG, "data.cache_folder": tmp_path / "fresh", "optimizer.lr": 1e30}
+    codes, logs, _ = ends(front.start("nan", options, world=2))
+    assert codes == [1, 0] and "not finite" in logs[0] and "Traceback" not in logs[0] + logs[1], (codes, logs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank, signum", [(2, signal.SIGKILL), (1, signal.SIGKILL), (2, signal.SIGSTOP)])
+def test_a_lost_rank_ends_the_run_of_the_script(front, tmp_path, rank, signum):
+    """As users start it. An encoder that hangs ends the run when the timeout of training is over."""
+    options = {**LONG, "data.cache_folder": tmp_path / "fresh", "comm.train_timeout_seconds": 20}
+    env = {**os.environ, "PYTHON": sys.executable, "NGPU": "3", "LOG_RANK": "0,1,2", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    metrics = front.root / "run" / "metrics.jsonl"
+    with open(tmp_path / "log", "w+") as log:
+        p = subprocess.Popen([ROOT / "run_train.sh", *front.argv("run", options)], env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                             start_new_session=True)  # fmt: skip
+        try:
+            while not (metrics.exists() and '"step": 3,' in metrics.read_text()):
+                assert p.poll() is None, Path(log.name).read_text()
+                time.sleep(0.05)
+            all_of_them = children(p.pid)
+            os.kill(next(pid for pid in all_of_them if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")), signum)
+            code = p.wait(timeout=100)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(p.pid, signal.SIGKILL)
+    end_soon(all_of_them)
+    said = Path(log.name).read_text()
+    assert code and len(all_of_them) >= 5, code
+    if signum == signal.SIGKILL:  # torchrun may stop the others before they can say what they have lost
+        assert re.search(rf"Root Cause.*rank +: {rank} .*Signal 9 \(SIGKILL\)", said, re.DOTALL), said
+    else:
+        assert re.search(r"training rank [01] lost encoder rank 2 while waiting for sample .*encoder rank 2 was last encoding", said, re.DOTALL), said

@@ -47,7 +47,8 @@ def build_live(section: Encoder, data: Data, comm: Comm, encoders: Encoders, cac
         return Colocated(maker, dp_rank, len(groups), group, section.idle)
     c, e = cache.conditions, encoders
     others = 4 * (max_text_length * e.text_dim + c.pooled_text * e.pooled_dim + c.image_tokens * e.image_dim)  # bytes, at most four a number
-    timeouts = comm.init_timeout_seconds, comm.train_timeout_seconds
+    # Shorter than a collective's: of ranks that wait for an encoder and ranks that wait for these, the first are to speak, who can name it.
+    timeouts = (max(1, seconds * 9 // 10) for seconds in (comm.init_timeout_seconds, comm.train_timeout_seconds))
     return Separate(wire, cache, latent_shape, others, groups, dp_rank, group, section.queue_depth, *timeouts)
 
 

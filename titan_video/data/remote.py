@@ -43,6 +43,10 @@ HELLO, GOODBYE = TAGS + 1, TAGS + 3
 FOREVER = timedelta(days=30)
 
 
+class Lost(RuntimeError):
+    """A rank of the other side cannot be reached."""
+
+
 class Wire:
     """Messages between `num_training` training ranks and `num_encoders` encoder ranks, which follow them. store: that of all ranks."""
 
@@ -75,12 +79,12 @@ class Wire:
 
     @contextmanager
     def _names(self, rank: int, doing: str) -> Iterator[None]:
-        """A failure to reach `rank` becomes a RuntimeError that names both sides and what they were at."""
+        """A failure to reach `rank` becomes a `Lost` that names both sides and what they were at."""
         try:
             yield
         except RuntimeError as e:
-            raise RuntimeError(f"{self.name(self.rank)} lost {self.name(rank)} while {doing}: {str(e).splitlines()[0]}\n"
-                               f"  {self.name(rank)} was last {self._state(rank)}") from e  # fmt: skip
+            raise Lost(f"{self.name(self.rank)} lost {self.name(rank)} while {doing}: {str(e).splitlines()[0]}\n"
+                       f"  {self.name(rank)} was last {self._state(rank)}") from e  # fmt: skip
 
     def _state(self, rank: int) -> str:
         try:
@@ -195,6 +199,7 @@ class Separate:
         self.is_started = False
 
     def items(self, order: Order, steps: Iterable[list[MicroBatch]], num_steps: int | None) -> Iterator[Item]:
+        assert not self.is_started, "encoder ranks are told once what to encode"
         self.sizes = Sizes({bucket: 4 * math.prod(self.latent_shape(bucket)) for bucket in order.sizes}, self.num_latents, self.others)
         self._hello((self.cache.cache.identity, order, num_steps, self.sizes, self.groups, self.queue_depth))
         everyones = dealt(order, steps, len(self.groups), self.wire.num_encoders)
@@ -273,12 +278,13 @@ class _Goodbye(threading.Thread):
         try:
             self.wire.wait(self.wire.receive(0, GOODBYE, torch.zeros(1)), 0, "waiting for the end of training")
             self.came.set()
-        except RuntimeError as e:
+        except Lost as e:
             self.error = e
 
 
 def serve(wire: Wire, maker: Maker, order: Order, num_steps: int | None, sizes: Sizes, groups: Sequence[Sequence[int]], queue_depth: int) -> None:
-    """The side of an encoder rank: encode and send until training ends. RuntimeError, naming both sides, when a training rank is lost."""
+    """The side of an encoder rank: encode and send until training ends. Raises Lost when a training rank is, and ValueError for a clip that
+    cannot be encoded, when training has come to it."""
     goodbye, sent = _Goodbye(wire), 0
     ahead: deque[tuple[int, int, int, Bucket, Job, Job]] = deque()
     under_way: deque[list[tuple[Any, int, int]]] = deque()
@@ -309,9 +315,12 @@ def serve(wire: Wire, maker: Maker, order: Order, num_steps: int | None, sizes: 
                 messages, error = pack_error(str(e), *to), e
             under_way.append([(wire.send(rank, number % TAGS, data), rank, sample_id) for rank, data in zip(groups[dp_rank], messages, strict=True)])
             if error:
-                with suppress(RuntimeError):  # of ranks that have read it and are gone
+                with suppress(Lost):  # of ranks that have read it and are gone
                     finish(0)
-                raise error
+                goodbye.join()  # what has been sent before is still to be trained on
+                if goodbye.error:
+                    raise error
+                return
             finish(queue_depth)
             sent += 1
             if goodbye.came.is_set():
@@ -320,8 +329,9 @@ def serve(wire: Wire, maker: Maker, order: Order, num_steps: int | None, sizes: 
         goodbye.join()
         if goodbye.error:
             raise goodbye.error
-    except RuntimeError:
-        if not goodbye.came.wait(10):  # training that ends before its last step closes its connections, and says so
+    except Lost:
+        goodbye.join(10)  # training that ends before its last step says so, and closes its connections
+        if not goodbye.came.is_set():
             raise
     finally:
         maker.cache.flush()
