@@ -10,6 +10,7 @@ import socket
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,6 +102,22 @@ def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def children(*pids):
+    """All processes below these."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            if state != "Z":
+                parents.setdefault(int(parent), []).append(int(stat.parent.name))
+    found, above = [], list(pids)
+    while above:
+        below = parents.get(above.pop(), [])
+        found += below
+        above += below
+    return found
 
 
 def _program(argv, log, env, hook):

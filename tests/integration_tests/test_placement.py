@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT, signal_at
+from tests.helpers import ROOT, children, signal_at
 from titan_video.data.latent_cache import LatentCache
 
 VALIDATED = {"validation.enable": "true", "validation.freq": 6, "validation.num_videos": 1, "validation.sample_steps": 1, "validation.holdout": 0.2,
@@ -76,22 +76,6 @@ def die_at(sample):
         return make(self, *args)
 
     Maker.entries = entries
-
-
-def children(*pids):
-    """All processes below these."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
-            if state != "Z":
-                parents.setdefault(int(parent), []).append(int(stat.parent.name))
-    found, above = [], list(pids)
-    while above:
-        below = parents.get(above.pop(), [])
-        found += below
-        above += below
-    return found
 
 
 def end_soon(pids):

@@ -3,13 +3,17 @@
 import json
 import os
 import random
+import signal
+import subprocess
+import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 import torch
 
-from tests.helpers import ROOT, context, free_port
+from tests.helpers import ROOT, children, context, free_port
 from tests.unit_tests.data_clips import captioned
 from titan_video.data import latent_cache
 from titan_video.data.__main__ import main
@@ -177,16 +181,69 @@ def test_stale_entries_are_named_with_the_reason(clips, cache, encoders, monkeyp
     assert "code version was" in told() and "is 99" in told()
 
 
+def encode_options(folder):
+    options = {"job.dump_folder": folder / "run", "data.cache_folder": folder, "data.path": folder.parent / "clips", "data.buckets": "[[5, 64, 64]]"}
+    return [str(ROOT / "train_configs" / "debug.toml"), *(word for key, value in options.items() for word in (f"--{key}", str(value)))]
+
+
 def encode_shapes(folder, rank=0, port=0, per_shard=1000):
     """`python -m titan_video.data encode` on generated clips, as rank `rank` of two, or alone without a port."""
     latent_cache.SHARD_ENTRIES = per_shard
     if port:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    options = {"job.dump_folder": folder / "run", "data.cache_folder": folder, "data.path": folder.parent / "clips", "data.buckets": "[[5, 64, 64]]"}
-    main(["encode", str(ROOT / "train_configs" / "debug.toml"), *(word for key, value in options.items() for word in (f"--{key}", str(value)))])
+    main(["encode", *encode_options(folder)])
 
 
-def killed_again_and_again(tmp_path, kills, seed):
+class Forked:
+    """Two ranks from the fork server."""
+
+    def __init__(self, folder):
+        port = free_port()
+        self.ranks = [context().Process(target=encode_shapes, args=(folder, rank, port, 2)) for rank in range(2)]
+        for p in self.ranks:
+            p.start()
+
+    def is_running(self):
+        return all(p.is_alive() for p in self.ranks)
+
+    def kill(self):
+        for p in self.ranks:
+            p.kill()
+
+    def join(self):
+        for p in self.ranks:
+            p.join()
+        return max(abs(p.exitcode) for p in self.ranks)
+
+
+class Torchrun:
+    """As people start it, with workers; but for shards of two entries, so that there is something to interrupt."""
+
+    def __init__(self, folder):
+        script = folder.parent / "encode.py"
+        script.write_text("import sys\nfrom titan_video.data import __main__, latent_cache\nlatent_cache.SHARD_ENTRIES = 2\n"
+                          "if __name__ == '__main__':\n    __main__.main(sys.argv[1:])\n")  # fmt: skip
+        self.log = open(folder.parent / "log", "w+")
+        argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, "encode", *encode_options(folder)]
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self.run = subprocess.Popen([*argv, "--data.num_workers", "1"], env=env, stdout=self.log, stderr=self.log, start_new_session=True)
+
+    def is_running(self):
+        return self.run.poll() is None
+
+    def kill(self):
+        """torchrun, ranks and their workers, which are process groups of their own."""
+        for pid in [self.run.pid, *children(self.run.pid)]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def join(self):
+        code = self.run.wait(timeout=200)
+        self.log.close()
+        return code
+
+
+def killed_again_and_again(tmp_path, kills, seed, start):
     """The cache of two ranks that are killed at random moments is that of one uninterrupted process, byte for byte per entry."""
     resolve_path("embedded:shapes-12", tmp_path / "made")
     (tmp_path / "clips").symlink_to(tmp_path / "made" / "shapes-12")
@@ -196,21 +253,16 @@ def killed_again_and_again(tmp_path, kills, seed):
         if len(contents(cache)) == 25 and kill < kills:  # begin again with a part, so that there is something to interrupt
             for path in rng.sample(shards(cache), len(shards(cache)) * 2 // 3):
                 path.unlink()
-        port = free_port()
-        ranks = [context().Process(target=encode_shapes, args=(tmp_path / "killed", rank, port, 2)) for rank in range(2)]
-        for p in ranks:
-            p.start()
+        program, before = start(tmp_path / "killed"), len(shards(cache))
         if kill < kills:
-            target, deadline = len(shards(cache)) + rng.randint(0, 2), time.monotonic() + 60
-            while len(shards(cache)) <= target and all(p.is_alive() for p in ranks) and time.monotonic() < deadline:
+            target, deadline = before + rng.randint(0, 2), time.monotonic() + (rng.uniform(0, 3) if kill % 5 == 4 else 60)
+            while len(shards(cache)) <= target and program.is_running() and time.monotonic() < deadline:
                 time.sleep(0.0005)
             time.sleep(rng.uniform(0, 0.01))
-            for p in ranks:
-                p.kill()
-        for p in ranks:
-            p.join()
+            program.kill()
+        code = program.join()
         partial += 0 < len(contents(cache)) < 25
-    assert partial and [p.exitcode for p in ranks] == [0, 0]
+    assert partial >= kills // 2 and code == 0, (partial, code)
     expected = contents(LatentCache(tmp_path / "whole", "", ""))
     assert len(expected) == 25 and contents(cache) == expected
     return cache
@@ -218,7 +270,7 @@ def killed_again_and_again(tmp_path, kills, seed):
 
 def test_killed_while_encoding(tmp_path):
     """kill -9 at random moments: no entry is lost, half written or there twice, and the next start finishes."""
-    cache = killed_again_and_again(tmp_path, 2, 0)
+    cache = killed_again_and_again(tmp_path, 3, 0, Forked)
     leftover = cache.folder / "shards" / ".rest.safetensors.host.1.tmp"
     leftover.write_bytes(b"half")
     cache.remove_leftovers()
@@ -229,8 +281,9 @@ def test_killed_while_encoding(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_killed_fifty_times(tmp_path):
-    killed_again_and_again(tmp_path, 50, 1)
+    killed_again_and_again(tmp_path, 50, 1, Torchrun)
 
 
 # ---- entries and shards ----
