@@ -216,6 +216,12 @@ class Forked:
         return max(abs(p.exitcode) for p in self.ranks)
 
 
+def send(signum, pids):
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signum)
+
+
 class Torchrun:
     """As people start it, with workers; but for shards of two entries, so that there is something to interrupt."""
 
@@ -232,10 +238,12 @@ class Torchrun:
         return self.run.poll() is None
 
     def kill(self):
-        """torchrun, ranks and their workers, which are process groups of their own."""
-        for pid in [self.run.pid, *children(self.run.pid)]:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        """torchrun, ranks and their workers, which are process groups of their own; halted first, lest one starts another meanwhile."""
+        found = []
+        while (now := [self.run.pid, *children(self.run.pid)]) != found:
+            found = now
+            send(signal.SIGSTOP, found)
+        send(signal.SIGKILL, found)
 
     def join(self):
         code = self.run.wait(timeout=200)
