@@ -1,6 +1,8 @@
 """A run that was stopped, however, goes on as if it had not been: bit for bit."""
 
+import hashlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -141,6 +143,61 @@ def test_twenty_stops(front, uninterrupted, world, mode):
         else:
             stop.by_kill(step, rng.uniform(0, 0.5))
     stop.finish()
+
+
+# ---- other numbers of ranks and workers ----
+
+
+def drawn_recorded(stop_at, signum):
+    """A hook: each rank writes what it trains on, and in the middle of step `stop_at` has a signal; SIGTERM is for one rank, a kill for all."""
+    import train
+
+    run_step = train.Trainer.train_step
+
+    def train_step(self, batches, *args):
+        rows = [(i, hashlib.sha256(b.latents_BCFHW[k].numpy().tobytes() + b.text_BLD[k].numpy().tobytes()).hexdigest())
+                for b in batches for k, i in enumerate(b.sample_ids_B.tolist())]  # fmt: skip
+        with open(self.folder / f"drawn{self.rank}.jsonl", "a") as f:
+            f.write(json.dumps([self.step, rows]) + "\n")
+        if self.step == stop_at and (signum == signal.SIGKILL or self.rank == 0):
+            os.kill(os.getpid(), signum)
+        run_step(self, batches, *args)
+
+    train.Trainer.train_step = train_step
+
+
+def drawn(run):
+    """{step: {sample id: digest of its clip and text}}; a step that was begun twice had the same."""
+    steps = {}
+    for path in run.folder.glob("drawn*.jsonl"):
+        for step, rows in map(json.loads, path.read_text().splitlines()):
+            for sample_id, mark in rows:
+                assert steps.setdefault(step, {}).setdefault(sample_id, mark) == mark, (step, sample_id)
+    return steps
+
+
+ALL_PAIRS = (1, 1, 2, 2, 4, 4, 8, 8, 1, 4, 1, 8, 2, 8, 4, 2, 1)  # each degree follows each
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("degrees, workers", [((2, 1, 2), (1, 0, 0)), pytest.param(ALL_PAIRS, (0, 1, 4), marks=pytest.mark.slow)], ids=["some", "all"])
+def test_samples_on_other_numbers_of_ranks_and_workers(front, degrees, workers):
+    """After SIGTERM and kill -9, in the middle of epochs, each run on another number of ranks and workers: every step has the samples of the run
+    that nothing stopped."""
+    num_steps = 3 * len(degrees)
+    options = {"training.global_batch_size": 8, "training.local_batch_size": 1, "training.steps": num_steps, "checkpoint.interval": 2,
+               "checkpoint.async_mode": "disabled", "ema.enable": "false", "optimizer.lr": 1e-4}  # fmt: skip
+    hook = partial(drawn_recorded, 0, signal.SIGTERM)
+    whole = front.run("whole", {**options, "checkpoint.enable": "false", "training.local_batch_size": 8}, hook=hook).ok()
+    for k, degree in enumerate(degrees):
+        signum, is_last = (signal.SIGTERM, signal.SIGKILL)[k % 2], k == len(degrees) - 1
+        hook = partial(drawn_recorded, 0 if is_last else 3 * (k + 1), signum)
+        run = front.run("stopped", {**options, "data.num_workers": workers[k % 3]}, degree, hook)
+        assert run.code == 0 or signum == signal.SIGKILL and run.code == -signum, run.output
+    assert drawn(run) == drawn(whole) and len(run.records) == num_steps
+    for step, rows in drawn(run).items():
+        assert sorted(rows) == list(range(8 * (step - 1), 8 * step))
+    assert [row["loss"] for row in run.records] == pytest.approx([row["loss"] for row in whole.records], rel=1e-3)
 
 
 def snapshot(folder):

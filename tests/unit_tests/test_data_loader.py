@@ -118,26 +118,60 @@ def test_resume_is_exact_and_ignores_what_was_prefetched(data, num_workers, done
     assert same(samples(next(iter(loader))), whole[done])  # iterating again goes on as well
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_resume_on_another_number_of_ranks_and_workers(data):
-    """All pairs of degrees, with worker counts in turn: the samples are those of the uninterrupted run, in its order."""
-    def steps(degree, num_workers, state, count):
-        ranks = [make(data, total=8, budget=150, dp_rank=r, dp_size=degree, num_workers=num_workers, prefetch_factor=3) for r in range(degree)]
-        found = []
-        for loader in ranks:
-            if state:
-                loader.load_state_dict(state)
-        for step in islice(zip(*ranks, strict=True), count):
-            found += [i for micro_step in zip(*step, strict=True) for b in micro_step for i in b.sample_ids_B.tolist()]
-        assert all(loader.state_dict() == ranks[0].state_dict() for loader in ranks)
-        return found, json.loads(json.dumps(ranks[0].state_dict()))
+DEGREES = (1, 2, 4, 8)
+PAIRS = [(a, b) for a in DEGREES for b in DEGREES]
 
-    whole, last = steps(1, 0, None, 6)
-    pairs = [(a, b) for a in (1, 2, 4, 8) for b in (1, 2, 4, 8)]
-    for k, (before, after) in enumerate(pairs):
-        first, state = steps(before, 1 if k == 5 else 0, None, 1 + k % 5)
-        rest, end = steps(after, {9: 1, 1: 2, 0: 4}.get(k, 0), state, 5 - k % 5)
-        assert first + rest == whole and end == last
+
+def drawn(data, degree, num_workers, state, count):
+    """([(sample id, digest of its clip and text)] in the order of the run, the state after it) of all ranks, for `count` steps after `state`."""
+    ranks = [make(data, total=8, budget=150, dp_rank=r, dp_size=degree, num_workers=num_workers, prefetch_factor=3) for r in range(degree)]
+    found = []
+    for loader in ranks if state else ():
+        loader.load_state_dict(state)
+    for step in zip(*(loader.steps(count) for loader in ranks), strict=True):
+        for micro_step in zip(*step, strict=True):
+            for batch in micro_step:
+                found += [(i, hash((latents.numpy().tobytes(), text.numpy().tobytes()))) for i, (latents, text, _) in samples([batch]).items()]
+    assert all(loader.state_dict() == ranks[0].state_dict() for loader in ranks)
+    return found, json.loads(json.dumps(ranks[0].state_dict()))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data):
+    """Six steps of one rank. Every epoch of a bucket holds each of its clips once, and steps end in the middle of them."""
+    (whole, last), clips = drawn(data, 1, 0, None, 6), Counter(clip.bucket for clip in data[0])
+    plain = make(data, total=8, budget=150, caption_dropout=0.0)
+    of_bucket = {bucket: [] for bucket in clips}
+    for step in plain.steps(6):
+        assert any(drawn % size for drawn, size in zip(plain.state_dict()["draws"], plain.sampler.sizes))
+        for batch in step:
+            bucket = 5, *(8 * size for size in batch.latents_BCFHW.shape[3:])
+            of_bucket[bucket] += [latents.numpy().tobytes() for latents in batch.latents_BCFHW]
+    for bucket, size in clips.items():
+        epochs = [of_bucket[bucket][i : i + size] for i in range(0, len(of_bucket[bucket]), size)]
+        assert len(epochs) > 1 and all(len(set(epoch)) == len(epoch) for epoch in epochs)
+    assert [i for i, _ in whole] == list(range(48))
+    return whole, last
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [[(0, 0)], pytest.param([(0, 1), (1, 4), (4, 0), (1, 1), (4, 4)], marks=pytest.mark.slow)], ids=["none", "some"])
+def test_resume_on_another_number_of_ranks(data, uninterrupted, workers):
+    """All pairs of degrees: the samples are those of the uninterrupted run, in its order. workers: before and after."""
+    whole, last = uninterrupted
+    for k, (before, after) in enumerate(PAIRS):
+        for num_before, num_after in workers:
+            first, state = drawn(data, before, num_before, None, 1 + k % 5)
+            rest, end = drawn(data, after, num_after, state, 5 - k % 5)
+            assert first + rest == whole and end == last, (before, after, num_before, num_after)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_resume_with_another_number_of_workers(data, uninterrupted):
+    for before, after, num_before, num_after, done in ((1, 2, 1, 0, 2), (2, 1, 0, 4, 3), (1, 1, 4, 1, 5)):
+        first, state = drawn(data, before, num_before, None, done)
+        rest, end = drawn(data, after, num_after, state, 6 - done)
+        assert first + rest == uninterrupted[0] and end == uninterrupted[1]
 
 
 def test_repeated_clips_come_as_often_in_an_epoch(data):
