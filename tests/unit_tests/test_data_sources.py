@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.helpers import ROOT
 from tests.unit_tests.data_clips import captioned, level, number, write_clip
 from titan_video.config.job_config import Data, Source
 from titan_video.data import dataset, media
 from titan_video.data.bucket import ClipChoice, choose, starts
 from titan_video.data.dataset import make_plan, plan_of, read_frames
-from titan_video.data.sources import scan
+from titan_video.data.sources import CAPTION_COLUMNS, MEDIA_COLUMNS, STATED_COLUMNS, scan
 from titan_video.data.video import decode, probe
 
 
@@ -264,3 +265,9 @@ def test_a_late_clip_is_sought_and_is_the_same(tmp_path, monkeypatch):
     sought = [read_frames(e) for e in plan.kept]
     monkeypatch.setattr("titan_video.data.video.SEEK_FROM", 1e9)
     assert all(torch.equal(a, read_frames(e)) for a, e in zip(sought, plan.kept, strict=True))
+
+
+def test_the_page_names_what_is_accepted():
+    page = (ROOT / "docs" / "data.md").read_text()
+    for names in (MEDIA_COLUMNS, CAPTION_COLUMNS, STATED_COLUMNS, media.VIDEO_SUFFIXES, media.IMAGE_SUFFIXES):
+        assert " ".join(names) in page

@@ -1,0 +1,58 @@
+"""The same clips as a folder, as WebDataset tars and as a table train alike, whichever way they are given."""
+
+import csv
+import tarfile
+
+import pytest
+
+from tests.integration_tests.conftest import Front
+from tests.unit_tests.data_clips import captioned
+
+OPTIONS = {"data.fps": 8, "data.buckets": "[[5, 64, 64], [17, 64, 96]]", "data.clip_choice": "chunk", "training.steps": 3}
+KINDS = [(64, 64, 8, 17), (96, 64, 25, 110), (120, 90, 12, 40), (64, 112, 30, 31)]
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory):
+    """{form: path} of the same clips."""
+    root = tmp_path_factory.mktemp("forms")
+    folder = root / "clips"
+    folder.mkdir()
+    for k, (width, height, fps, count) in enumerate(KINDS):
+        captioned(folder / f"{k}.mp4", f"clip {k}", width=width, height=height, fps=fps, count=count)
+    return {"folder": folder, "tars": as_tars(folder, root), "csv": as_csv(folder, root / "rows.csv")}
+
+
+def as_tars(clips, folder):
+    """Two shards of them; the path with braces."""
+    for n in (0, 1):
+        with tarfile.open(folder / f"shard-{n:02d}.tar", "w") as tar:
+            for clip in sorted(clips.glob("*.mp4"))[n::2]:
+                tar.add(clip, clip.name)
+                tar.add(clip.with_suffix(".txt"), clip.with_suffix(".txt").name)
+    return f"{folder}/shard-{{00..01}}.tar"
+
+
+def as_csv(clips, file):
+    with open(file, "w", newline="") as f:
+        rows = csv.writer(f)
+        rows.writerow(["video_path", "caption"])
+        rows.writerows([clip, clip.with_suffix(".txt").read_text()] for clip in sorted(clips.glob("*.mp4")))
+    return file
+
+
+def check(runs):
+    """The forms share a cache by content, so all had the same batches."""
+    assert all(run.records == runs["folder"].records for run in runs.values()) and len(runs["folder"].records) == 3
+    assert {name: "encoded" in run.output for name, run in runs.items()} == {"folder": True, "tars": False, "csv": False}
+
+
+def test_forms_train_alike(forms, tmp_path):
+    front = Front(tmp_path, tmp_path / "cache")
+    check({name: front.run(name, {**OPTIONS, "data.path": path}).ok() for name, path in forms.items()})
+
+
+@pytest.mark.slow
+def test_forms_train_through_the_script(forms, tmp_path):
+    front = Front(tmp_path, tmp_path / "cache")
+    check({name: front.command(name, {**OPTIONS, "data.path": path}).ok() for name, path in forms.items()})
