@@ -1,11 +1,17 @@
 """The global sampler: what is drawn, in what order, that it is a function of its counters, and that ranks have equal work."""
 
 import json
-from collections import Counter
+import random
+import re
+from collections import Counter, deque
 
 import pytest
 
 from titan_video.data.bucket import Batching, Work
+from titan_video.data.dataset import Plan, PlanEntry
+from titan_video.data.latent_cache import CachedClip
+from titan_video.data.loader import Order
+from titan_video.data.report import report
 from titan_video.data.sampler import CostClass, GlobalSampler, fingerprint
 from titan_video.models.wan import SPEC
 
@@ -160,6 +166,34 @@ def test_ranks_differ_by_a_tenth_at_most_at_each_micro_step(ranks):
             spreads.append(max(costs) / min(costs) - 1)
             seen |= {m.bucket for m in step[j : j + ranks]}
     assert sum(spreads) / len(spreads) <= 0.1 and max(spreads) <= 0.1 and len(seen) == len(SIZES)
+
+
+@pytest.mark.parametrize("ranks, parts", [(2, 1), (8, 2)])
+def test_the_plan_prints_this_balance(ranks, parts):
+    """What it says of 200 steps is what training does; and ranks that draw their buckets independently wait far longer for each other."""
+    sizes, counts = [*SIZES, (17, 480, 848)], [500, 40, 60, 33, 20, 11, 7, 90, 41]  # two that cost about the same
+    entries = [PlanEntry(f"{b}-{n}.mp4", ("a",), bucket=size, width=size[2], height=size[1], sha256=f"{b}-{n}", pts=(0,))
+               for b, size in enumerate(sizes) for n in range(counts[b])]  # fmt: skip
+    batching = Batching(16, token_budget=32760, parts=parts)
+    text = report(Plan("", 16, tuple(sizes), tuple(entries)), batching, ranks, work, lambda b: (16, 1, 1, 1), 1)
+    numbers = re.findall(r"cost differs by ([0-9.]+)% on average, ranks idle ([0-9.]+)%", text)
+    (dealt, idle), (alone, idle_alone) = [[float(x) / 100 for x in row] for row in numbers]
+
+    clips = [CachedClip(e.content, ("t",), e.bucket, e.captions, e.path, entry=e) for e in entries]
+    order = Order(clips, "", batching, work, 0, True, 0.0)
+    rows, seen = [], []
+    for step in order.steps(200, deque(maxlen=1)):
+        costs = [len(m.positions) * work(order.sizes[m.bucket]).flops for m in step]
+        rows += [costs[i : i + ranks] for i in range(0, 16, ranks)]
+        seen += costs
+    spread = sum(max(row) / min(row) - 1 for row in rows) / len(rows)
+    assert 0 < spread == pytest.approx(dealt, abs=6e-4) and dealt <= 0.1
+    assert 1 - sum(map(sum, rows)) / sum(ranks * max(row) for row in rows) == pytest.approx(idle, abs=6e-4)
+
+    rng = random.Random(0)
+    rows = [[rng.choice(seen) for _ in range(ranks)] for _ in range(20000)]
+    assert 1 - sum(map(sum, rows)) / sum(ranks * max(row) for row in rows) == pytest.approx(idle_alone, rel=0.2)
+    assert alone > 10 * dealt and idle_alone > 0.2 > 10 * idle
 
 
 def test_a_step_may_mix_buckets():
