@@ -1,7 +1,7 @@
 """One loss under every layout: loss and every gradient equal one process, for each layout of ONE table and each way of running a block.
 
-Every layout runs the same step: micro-batches of two shapes, of one and of two clips, one of 15 tokens, which no degree above 1 but 3 and 5
-divides, dealt out over the data-parallel ranks, so that these hold unequal numbers of tokens.
+A step is of micro-batches of two shapes, of one and of two clips, one of 15 tokens, which no degree above 1 but 3 and 5 divides, dealt out over
+the data-parallel ranks, so that these hold unequal numbers of tokens.
 """
 
 from dataclasses import dataclass, field, replace
@@ -69,6 +69,11 @@ class Layout:
         d = self.dims
         return d.pp * d.dp * d.sequence
 
+    @property
+    def num_batches(self):
+        """Micro-batches of a step: for each data-parallel rank two, or in a pipeline enough of each shape to fill it."""
+        return 12 if self.dims.pp > 1 else 2 * self.dims.dp
+
 
 def layout(options=None, **degrees):
     return Layout(ParallelDims(**degrees), options or {})
@@ -114,7 +119,6 @@ WAYS = {
     "selective+compile": (SELECTIVE, COMPILED),
 }
 LIMITS = {torch.float64: 1e-10, torch.float32: 2e-5}
-NUM_BATCHES = 12  # as many for each data-parallel rank, of 1, 2, 3 or 4
 
 
 def micro_batch(args, i, dtype):
@@ -140,8 +144,8 @@ def arguments(args, i, dtype):
     return (args.patch, batch, noise, (batch.sample_ids_B + 1) / 130, 1 + batch.sample_ids_B / 50), told
 
 
-def num_elements(args):
-    return sum(args.conditions.counted(micro_batch(args, i, torch.float32).latents_BCFHW) for i in range(NUM_BATCHES))
+def num_elements(args, num_batches):
+    return sum(args.conditions.counted(micro_batch(args, i, torch.float32).latents_BCFHW) for i in range(num_batches))
 
 
 def build(name, dtype):
@@ -176,27 +180,28 @@ def gradients(model):
     return {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in grads.items()}
 
 
-def reference(name, dtype):
+def reference(name, num_batches, dtype):
     m, model = MODELS[name], build(name, dtype).to_empty(device="cpu")
     initialise(model, perturbed(m.spec.init_parameter), 0)
     losses = []
-    for i in range(NUM_BATCHES):
+    for i in range(num_batches):
         positional, told = arguments(m.args, i, dtype)
         losses.append(compute_loss(model, *positional, **told).sum())
-    loss = sum(losses) / num_elements(m.args)
+    loss = sum(losses) / num_elements(m.args, num_batches)
     loss.backward()
     return loss.detach(), gradients(model), clip_grad_norm(model, 0.0)
 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    """Name of a model -> file with what one process gets, made at first use."""
+    """(name of a model, name of a layout) -> file with what one process gets from the same step, made at first use."""
     folder = tmp_path_factory.mktemp("reference")
 
-    def path(name):
-        file = folder / f"{name}.pt"
+    def path(name, layout):
+        num = LAYOUTS[layout].num_batches
+        file = folder / f"{name}-{num}.pt"
         if not file.exists():
-            torch.save({dtype: reference(name, dtype) for dtype in LIMITS}, file)
+            torch.save({dtype: reference(name, num, dtype) for dtype in LIMITS}, file)
         return file
 
     return path
@@ -216,7 +221,8 @@ def run_step(name, layout, way, dtype):
     parallelize(model, plan, meshes, section, training, checkpointing, compilation)
     model.to_empty(device="cpu")
     initialise(model, perturbed(spec.init_parameter), 0)
-    count, rank, dp = num_elements(args), meshes.batch.get_local_rank(), meshes.batch.size()
+    num = layout.num_batches
+    count, rank, dp = num_elements(args, num), meshes.batch.get_local_rank(), meshes.batch.size()
     shard, loss = SequenceShard(meshes.sequence, layout.dims.tp), torch.zeros((), dtype=dtype)
 
     def inputs_of(i):
@@ -226,10 +232,10 @@ def run_step(name, layout, way, dtype):
     if pipelined:
         pipeline = Pipeline(model, stages, plan, meshes.pp, section, dtype, torch.device("cpu"))
         for parity in (0, 1):  # a pipeline's micro-batches have one shape
-            inputs = [inputs_of(i) for i in range(parity, NUM_BATCHES, 2)][rank::dp]
+            inputs = [inputs_of(i) for i in range(parity, num, 2)][rank::dp]
             loss += pipeline.step(inputs, lambda v, i: velocity_loss(v, inputs[i]).sum() / count)
     else:
-        for i in range(rank, NUM_BATCHES, dp):
+        for i in range(rank, num, dp):
             inputs = inputs_of(i)
             micro = velocity_loss(predict(model, inputs), inputs).sum() / count
             micro.backward()
@@ -257,7 +263,7 @@ def alike(name):
 
 
 def check(name, layout, runs, one_process):
-    path = one_process(name)
+    path = one_process(name, layout)
     reports = run_ranks(compare, LAYOUTS[layout].world_size, name, layout, runs, path, timeout=600)
     names = torch.load(path)[torch.float64][1].keys()
     for run in runs:
@@ -317,7 +323,7 @@ def test_whole_table(name, layout, dtype, one_process):
 
 @pytest.mark.parametrize("layout", ["fsdp2", "fsdp2 x tp2"])
 def test_weights_that_stay_gathered(layout, one_process):
-    reports = run_ranks(kept_gathered, LAYOUTS[layout].world_size, layout, one_process("wan"))
+    reports = run_ranks(kept_gathered, LAYOUTS[layout].world_size, layout, one_process("wan", layout))
     assert all(wrong == {} for report in reports for _, wrong in report.values())
 
 
