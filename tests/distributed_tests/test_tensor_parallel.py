@@ -30,7 +30,7 @@ LAYOUTS = {"tp2": {"tp": 2}, "tp4": {"tp": 4}, "fsdp2 tp2": {"dp_shard": 2, "tp"
 # (batch, latent grid): 6 tokens divide by 2 ranks but not by 4, 9 by neither, 12 by both
 CASES = ((1, (1, 4, 6)), (2, (1, 6, 6)), (2, (3, 4, 4)))
 LIMITS = {torch.float64: 1e-10, torch.float32: 2e-5}
-RUNS = [(torch.float64, case) for case in CASES] + [(torch.float32, CASES[1])]
+RUNS = [(torch.float64, case) for case in CASES[:2]] + [(torch.float32, CASES[1])]
 
 
 def perturbed_init(name, tensor, generator):
@@ -68,11 +68,11 @@ def train(model, args, case, clips, shard=None):
     assert not missing, missing
     grads = {clean_name(n): whole(p.grad).clone() for n, p in model.named_parameters()}
     norm = clip_grad_norm(model, 0.1)
-    for _ in range(2):
-        optimizer.step()
-        optimizer.zero_grad()
-        forward_backward(model, args, case, clips, shard)
-        clip_grad_norm(model, 0.1)
+    optimizer.step()
+    optimizer.zero_grad()
+    forward_backward(model, args, case, clips, shard)
+    clip_grad_norm(model, 0.1)
+    optimizer.step()
     return loss, grads, norm, before, {clean_name(n): whole(p).detach() for n, p in model.named_parameters()}
 
 

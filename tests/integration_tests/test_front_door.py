@@ -216,7 +216,10 @@ def run_of_layout(front, name):
     return front.run(name.replace(" ", ""), {**same, **options}, world, hook=sample_ids_recorded).ok()
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one"])
+ALIKE = ("fsdp4", "ring2", "fsdp2 x ulysses2")  # of which the others have every part
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in LAYOUTS if name != "one"])
 def test_layouts_have_the_same_losses(front, one_rank, name):
     run, one = run_of_layout(front, name), one_rank.records
     assert len(one) == 20 and len({row["loss"] for row in one}) == 20
