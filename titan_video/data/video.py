@@ -8,7 +8,7 @@ believed unread go by the number of the frame. Files come from anywhere (media.p
 
 import bisect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,6 +16,7 @@ from fractions import Fraction
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from titan_video.data import media
 from titan_video.data.bucket import Bucket, cover
@@ -216,8 +217,15 @@ def decode(path: str, pts: Sequence[int], width: int, height: int, bucket: Bucke
     width, height: of the probe. rate: what metadata say of a file that was not probed; they are compared with what is found.
     Returns uint8 RGB [3, F, H, W]. Raises UnusableClip when the file does not give every frame whole.
     """
+    places: dict[int, list[int]] = {}
+    for i, time in enumerate(pts):
+        places.setdefault(time, []).append(i)
+    frames_CFHW = torch.empty(3, len(pts), *bucket[1:], dtype=torch.uint8)
+    if get_worker_info():
+        frames_CFHW.share_memory_()  # so that it is sent without another copy
+    taking = frames_CFHW.numpy(), places, width, height, bucket
     if media.kind(path) != "video":
-        found_HWC = _wanted(_images(path), pts, width, height, bucket)
+        missing = _take(_images(path), *taking)
     else:
         with _open(path) as (container, stream):
             if rate:
@@ -226,14 +234,13 @@ def decode(path: str, pts: Sequence[int], width: int, height: int, bucket: Bucke
             seek = not by_index and not _is_avi(container) and (pts[0] - (stream.start_time or 0)) * tick > SEEK_FROM
             if seek:
                 container.seek(pts[0], stream=stream)
-            found_HWC = _wanted(_frames(container, stream, by_index), pts, width, height, bucket)
-        if seek and len(found_HWC) < len(set(pts)):  # an index that leads astray
+            missing = _take(_frames(container, stream, by_index), *taking)
+        if seek and missing:  # an index that leads astray
             with _open(path) as (container, stream):
-                found_HWC = _wanted(_frames(container, stream), pts, width, height, bucket)
-    missing = sorted(set(pts) - found_HWC.keys())
+                missing = _take(_frames(container, stream), *taking)
     if missing:
-        raise UnusableClip(f"corrupt: {len(missing)} of {len(set(pts))} frames do not decode")
-    return torch.from_numpy(np.stack([found_HWC[t] for t in pts])).permute(3, 0, 1, 2).contiguous()
+        raise UnusableClip(f"corrupt: {missing} of {len(places)} frames do not decode")
+    return frames_CFHW
 
 
 def _compare(stream, width: int, height: int, rate: float) -> None:
@@ -243,24 +250,28 @@ def _compare(stream, width: int, height: int, rate: float) -> None:
                            f"{context.width} x {context.height} at {found:g} fps")  # fmt: skip
 
 
-def _wanted(frames: Iterator, pts: Sequence[int], width: int, height: int, bucket: Bucket) -> dict[int, np.ndarray]:
-    """{time: image of the bucket's size, [H, W, 3]} of the frames at `pts`, as far as they are found."""
+def _take(frames: Iterator, frames_CFHW: np.ndarray, places: Mapping[int, Sequence[int]], width: int, height: int, bucket: Bucket) -> int:
+    """Put the frames at these times in their places, at the bucket's size; return how many are not found."""
     from av.video.reformatter import VideoReformatter
 
     _, bucket_height, bucket_width = bucket
     new_width, new_height, left, top = cover(width, height, bucket)
     method = "AREA" if new_width < width else "BICUBIC"
-    found_HWC: dict[int, np.ndarray] = {}
-    wanted, last = set(pts), max(pts)
+    found: set[int] = set()
+    last = max(places)
     scaler = VideoReformatter()  # one for all frames: it keeps its tables
     for time, frame in frames:
-        if time in wanted:
+        if time in places:
             if frame.is_corrupt:
                 raise UnusableClip(f"corrupt: the frame at {float(time * (frame.time_base or 1)):.2f} s is damaged")
             turns = round(frame.rotation / 90) % 4  # counter-clockwise, as np.rot90
             size = {"width": new_height, "height": new_width} if turns % 2 else {"width": new_width, "height": new_height}
-            image = np.rot90(scaler.reformat(frame, format="rgb24", interpolation=method, **size).to_ndarray(), turns)
-            found_HWC[time] = image[top : top + bucket_height, left : left + bucket_width].copy()
-        if len(found_HWC) == len(wanted) or time > last:
+            image_HWC = np.rot90(scaler.reformat(frame, format="rgb24", interpolation=method, **size).to_ndarray(), turns)
+            first, *others = places[time]
+            frames_CFHW[:, first] = image_HWC[top : top + bucket_height, left : left + bucket_width].transpose(2, 0, 1)
+            for i in others:
+                frames_CFHW[:, i] = frames_CFHW[:, first]
+            found.add(time)
+        if len(found) == len(places) or time > last:
             break
-    return found_HWC
+    return len(places) - len(found)
