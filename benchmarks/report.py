@@ -11,7 +11,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import attention, block_bytes, kernels, memory, profile_step, step  # noqa: E402
+from benchmarks import attention, block_bytes, data, kernels, memory, profile_step, step  # noqa: E402
 from benchmarks.common import ROOT, markdown  # noqa: E402
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
@@ -31,6 +31,7 @@ model's shapes, attention) are measured in the same run, and T_roof is what a st
 COMMANDS = {
     "block_bytes": "python benchmarks/block_bytes.py",
     "step_cpu": "python benchmarks/step.py --device cpu",
+    "data": "python benchmarks/data.py",
     "kernels": "python benchmarks/kernels.py",
     "attention": "python benchmarks/attention.py",
     "step": "python benchmarks/step.py --cases 1.3b",
@@ -91,9 +92,19 @@ def _full_14b(record: Record) -> str:
     return f"{len(runs)} steps, peak {max(r['peak GiB'] for r in runs):.0f} GiB, {runs[-1]['seconds']:.0f} s each" if runs else "failed"
 
 
+def _decoding(record: Record) -> str:
+    return f"{min(r['ratio'] for r in record['results']['decode']):.2f} at the worst"
+
+
+def _data_wait(record: Record) -> str:
+    return f"{max(r['share'] for r in record['results']['train']):.1%} at the worst"
+
+
 TARGETS: tuple[tuple[str, str, str, Callable[[Record], str]], ...] = (
     ("saved bytes of a block, 1.3B and 14B", "<= 0.75 x diffusers'", "block_bytes", _bytes_ratio("saved")),
     ("bytes moved outside products and attention", "<= 0.55 x diffusers'", "block_bytes", _bytes_ratio("traffic")),
+    ("decoding, resizing and cropping, of a bare PyAV loop", ">= 0.9", "data", _decoding),
+    ("data wait with a warm cache, debug model on a CPU", "<= 2 % of a step", "data", _data_wait),
     ("kernels forward, of the copy bandwidth", ">= 0.85", "kernels", _worst("forward")),
     ("kernels backward, of the copy bandwidth", ">= 0.80", "kernels", _worst("backward")),
     ("kernels' error, of compiled torch's", "<= 1.1", "kernels", _worst_error),
@@ -171,6 +182,12 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Record], str]]] = {
         "The trainer's own step against the same step written with\n`diffusers.WanTransformer3DModel`. A step on a CPU is bound by matrix products, "
         "so this guards against waste and says nothing about a GPU.",
         _step_section,
+    ),
+    "data": (
+        "Decoding and the cache",
+        "Ours decodes, resizes, crops and sends to the process that encodes;\nthe loop decodes and resizes. "
+        "The debug model then trains with a cache that is filled.",
+        lambda r: data.table(r["results"]),
     ),
     "kernels": (
         "Kernels", "Each memory-bound operator; the top of the script says what is counted.", lambda r: kernels.table(r["results"]["ops"]),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import attention, block_bytes, common, kernels, learn_shapes, memory, profile_step, report, roof, step, traffic, training
+from benchmarks import attention, block_bytes, common, data, kernels, learn_shapes, memory, profile_step, report, roof, step, traffic, training
 from tests.helpers import ROOT, run_ranks
 from titan_video.data.shapes import COMBINATIONS, combination, render
 from titan_video.distributed.parallel_dims import ParallelDims
@@ -63,6 +63,7 @@ def run_all(folder):
     with training.process_group(torch.device("cpu")):
         for name, (script, argv) in TOY.items():
             script.main(["--toy", "--device", "cpu", "--json", str(folder / f"{name}.json"), *argv])
+    data.main(["--toy", "--device", "cpu", "--json", str(folder / "data.json")])  # it trains, in a group of its own
     shutil.copy(folder / "step.json", folder / "step_14b.json")  # the same script, other cases
 
 
@@ -74,7 +75,7 @@ def records(tmp_path_factory):
 
 
 def test_each_benchmark_runs_to_its_end(records):
-    assert set(records) == {*TOY, "step_14b"} == set(report.COMMANDS) == set(report.SECTIONS)
+    assert set(records) == {*TOY, "data", "step_14b"} == set(report.COMMANDS) == set(report.SECTIONS)
     failures = [line for line in json.dumps(records, indent=0).splitlines() if '"failed": ' in line and not line.endswith(("{},", "{}"))]
     assert all("model.attention" in line for line in failures), failures  # backends that a CPU has not
     assert report.targets(records).count(report.NOT_YET) == 8  # those of steps at real size
