@@ -5,8 +5,10 @@
 # `.venv/.made_by` marks the folder as ours: `installing` (an interrupted one is rebuilt) or `complete`.
 
 REQUIREMENTS_CHECK='
-import re, sys
+import platform, re, sys
 from importlib import metadata
+
+FACTS = {"python_version": "%d.%d" % sys.version_info[:2], "sys_platform": sys.platform, "platform_machine": platform.machine()}
 
 def version(text):  # the release numbers alone: a local build such as 2.13.0+cpu is a 2.13.0
     numbers = [int(n) for n in re.match(r"\d+(\.\d+)*", text)[0].split(".")]
@@ -19,12 +21,18 @@ def holds(have, comparison):
     a, b = version(have), version(want)
     return {"==": a == b, ">=": a >= b, "<=": a <= b, "!=": a != b, ">": a > b, "<": a < b}[operator]
 
+def applies(marker):  # comparisons, all of which hold; numbers of python_version only
+    for fact, operator, want in re.findall(r"(\w+)\s*([=!<>]+)\s*\"([^\"]+)\"", marker):
+        if not (holds(FACTS[fact], operator + want) if fact == "python_version" else (FACTS[fact] == want) == (operator == "==")):
+            return False
+    return True
+
 if sys.version_info < (3, 10):
     sys.exit("Python 3.10 or newer")
 missing = []
 for line in open(sys.argv[1], encoding="utf-8"):
     requirement, _, marker = line.split("#")[0].strip().partition(";")
-    if not requirement or marker and not holds("%d.%d" % sys.version_info[:2], marker.split("python_version")[1]):
+    if not requirement or not applies(marker):
         continue
     name, comparisons = re.match(r"([\w.-]+)\s*(.*)", requirement).groups()
     try:

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from titan_video.kernels import fused_layer_norm, fused_rms_norm, launch, reference  # noqa: E402
 
 EPS = 1e-6
-SIZES = ((2, 5, 128), (3, 3, 384), (1, 3, 1536))  # samples, tokens, width
+SIZES = ((2, 3, 128), (3, 3, 384), (1, 5, 1536))  # samples, tokens, width; the last is dealt out to several programs of several tokens
 MODULATION = ("one row", "one row for all samples", "a row each", "clean tokens")
 
 

@@ -237,6 +237,8 @@ def test_the_active_python_is_used_where_it_will_do(repo):
     ("2.13.0+cpu", "==2.13.0", True), ("2.11.0", "==2.13.0", False), ("2.0", ">=2.0.0", True), ("1.10", ">=1.9", True), ("1.9", ">=1.10", False),
     ("4.51.3", ">=4.51,<5", True), ("5.0", ">=4.51,<5", False), ("1.0", "; python_version >= \"3.8\"", True), ("1.0", "", True),
     (None, "", False), (None, "; python_version < '3.8'", True),
+    (None, f"; sys_platform == '{sys.platform}' and platform_machine == 'of old'", True),
+    (None, f"; sys_platform == '{sys.platform}' and platform_machine != 'of old'", False),
 ])
 def test_requirements_check(repo, tmp_path, have, requirement, fits):
     if have:
