@@ -5,6 +5,7 @@ forward and backward, on one CPU; in a pipeline, where micro-batches overlap, al
 computed is counted (tools/step_tracker.py) and printed. Nothing is read but the TOML (and with model.flavor hf the folder's config.json).
 
 Operators run as on a GPU in what they keep: attention keeps its output and log-sum-exp, RMSNorm its input and one number a row.
+The fused kernels, which keep less, are counted where model.kernels is triton; auto is counted as torch, on the safe side.
 Compile is off: it fuses element-wise operators, so a compiled step keeps and takes less than is printed here. Float8 is off: it keeps the same.
 """
 
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
+from titan_video import kernels
 from titan_video.components.objective import ModelInputs, model_inputs, predict, velocity_loss
 from titan_video.components.optimizer import state_bytes, updated_by
 from titan_video.config.check import check, gradient_accumulation, training_ranks
@@ -109,13 +111,16 @@ class _RmsNorm(torch.autograd.Function):
 
 
 @contextmanager
-def as_on_gpu() -> Iterator[None]:
-    """RMSNorm as the GPU's one kernel; on a CPU torch takes it apart, and keeps the parts for backward."""
-    original, F.rms_norm = F.rms_norm, _RmsNorm.apply
+def as_on_gpu(kernels_name: str) -> Iterator[None]:
+    """The kernels asked for; torch's RMSNorm as the GPU's one kernel: on a CPU torch takes it apart, and keeps the parts for backward."""
+    original, before = F.rms_norm, kernels.in_use()
+    F.rms_norm = _RmsNorm.apply
+    kernels.use("triton" if kernels_name == "triton" else "torch")
     try:
         yield
     finally:
         F.rms_norm = original
+        kernels.use(before)
 
 
 @contextmanager
@@ -159,7 +164,7 @@ def dry_run(config: JobConfig, world_size: int, rank: int = 0) -> Report:
             noisy = partial(noisy_inputs, args, shard, config.training.guidance)
             if pipeline:
                 pipeline.state(noisy(batches[0]))  # its shapes are found on the meta device, before anything is counted
-            with tracker, as_on_gpu(), offload_seen(tracker):
+            with tracker, as_on_gpu(config.model.kernels), offload_seen(tracker):
                 run_step(model, pipeline, spec, batches, noisy, tracker, accumulation > 1, config.optimizer.in_backward)
         static = static_bytes(model, config.optimizer.name, spec.plan.blocks, config.ema.enable)
     host = (OFFLOADED, *(STATE if config.training.enable_cpu_offload else ()))

@@ -11,7 +11,9 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.block_bytes import our_block, using
 from tests.helpers import ROOT
+from titan_video import kernels
 from titan_video.components.memory import estimate, state
 from titan_video.config.manager import parse_args
 from titan_video.distributed.context_parallel.traffic import exchange_bytes
@@ -27,6 +29,7 @@ IN_BACKWARD = {"optimizer.in_backward": "true", "training.max_norm": 0}
 FULL = {"activation_checkpoint.mode": "full"}
 SELECTIVE = {"activation_checkpoint.mode": "selective"}
 MATMUL = {**SELECTIVE, "activation_checkpoint.save": "attention,matmul"}
+TRITON = {"model.kernels": "triton"}
 HSDP, TP = {"parallelism.data_parallel_replicate_degree": 2}, {"parallelism.tensor_parallel_degree": 2}
 ULYSSES = {"parallelism.context_parallel_degree": 4}
 RING = {**ULYSSES, "parallelism.context_parallel_method": "ring"}
@@ -76,6 +79,10 @@ def compare(measured, expected):
         (1, BFLOAT16_WEIGHTS | IN_BACKWARD | {"optimizer.name": "AdamW8bit"}),
         (1, IN_BACKWARD),
         (8, TP | {"parallelism.context_parallel_degree": 2} | FULL | BFLOAT16),
+        (1, TRITON),
+        (4, TRITON | HSDP | SELECTIVE | BFLOAT16),
+        (4, TRITON | RING | MATMUL | BFLOAT16),
+        (8, TRITON | TP | {"parallelism.context_parallel_degree": 2} | BFLOAT16),
     ],
     ids=lambda x: "-".join(str(v) for v in x.values()) if isinstance(x, dict) else str(x),
 )
@@ -83,6 +90,19 @@ def test_memory_equals_the_closed_form(world_size, options, monkeypatch):
     blocks(monkeypatch, "debug", 3)
     config = read("debug", SMALL | options)
     compare(dry_run(config, world_size).largest, closed_form(config, world_size))
+
+
+def test_fused_kernels_keep_what_is_counted_without_a_run(monkeypatch):
+    """A block's share is that of benchmarks/block_bytes.py, to the byte but for the modulation, which there all blocks share."""
+    kept = []
+    for n in (2, 3):
+        blocks(monkeypatch, "debug", n)
+        config = read("debug", SMALL | BFLOAT16 | TRITON | {"training.local_batch_size": 1})
+        kept.append(dry_run(config, 1).largest["activations"])
+    with using("triton"):
+        alone = our_block(get_spec("wan").flavors["debug"], 320)["saved"]
+    assert kept[1] - kept[0] == alone + 24 * 128
+    assert kernels.in_use() == "torch"
 
 
 def test_blocks_add_up_equally(monkeypatch):

@@ -1,7 +1,7 @@
 """Closed forms of a training step's memory on one rank: what the dry run measures, from sizes, degrees and modes alone.
 
 Parameters, gradients and optimizer state hold for every model. Activations are written out for Wan's text-to-video blocks as they run
-without compile, on kernels that keep what a GPU's keep.
+without compile, with plain or fused kernels, which keep what a GPU's keep.
 Letters: D width, F feed-forward width, H heads, K head width, S text tokens, L rows of one rank, t tensor-parallel degree, e bytes of an element.
 """
 
@@ -24,7 +24,8 @@ def estimate(config: JobConfig, spec: ModelSpec, args: Any, dims: ParallelDims, 
     ValueError for what no closed form is written for: pipelines, activations of models but Wan's text-to-video, offload, memory budget.
     """
     itemsize = getattr(torch, config.training.mixed_precision_param).itemsize
-    activations = wan_activations(args, config.activation_checkpoint, dims, num_tokens, config.training.local_batch_size, itemsize)
+    fused, batch = config.model.kernels == "triton", config.training.local_batch_size
+    activations = wan_activations(args, config.activation_checkpoint, dims, num_tokens, batch, itemsize, fused)
     return state(config, spec, args, dims) | {"activations": activations}
 
 
@@ -76,8 +77,10 @@ def shard_shape(name: str, shape: tuple[int, ...], plan: ParallelPlan, dims: Par
     return -(-size[0] // ranks), *size[1:]
 
 
-def wan_activations(args: Any, section: ActivationCheckpoint, dims: ParallelDims, num_tokens: int, batch: int, itemsize: int) -> int:
-    """Bytes kept for backward at their largest, recomputed ones included."""
+def wan_activations(
+    args: Any, section: ActivationCheckpoint, dims: ParallelDims, num_tokens: int, batch: int, itemsize: int, fused: bool = False
+) -> int:
+    """Bytes kept for backward at their largest, recomputed ones included. fused: with the Triton kernels."""
     if type(args).__name__ != "WanArgs" or args.image_dim or args.clean_first_frame or args.in_channels != args.out_channels:
         raise ValueError(f"no closed form of the activations of {args}; run a dry run")
     if section.mode == "memory_budget" or section.offload:
@@ -85,8 +88,8 @@ def wan_activations(args: Any, section: ActivationCheckpoint, dims: ParallelDims
     D, S, e, t, B = args.dim, args.text_len, itemsize, dims.tp, batch
     L = -(-num_tokens // dims.sequence)
     inputs = B * (e * D * L + 24 * D)  # the tokens; the time's shifts, scales and gates
-    whole = _block(args, L, B, e, t, dims.ulysses > 1)
-    kept, shared = _kept(args, section, L, B, e, t)
+    whole = (_fused_block if fused else _block)(args, L, B, e, t, dims.ulysses > 1)
+    kept, shared = _kept(args, section, L, B, e, t, fused)
 
     wrapped = [section.mode != "none" and (not section.layers or i in section.layers) for i in range(args.num_layers)]
     total = B * S * e * 3 * D + 4 * args.head_dim * L * t  # the text on its three stages; rotations
@@ -97,7 +100,7 @@ def wan_activations(args: Any, section: ActivationCheckpoint, dims: ParallelDims
         # In backward the blocks after this one are gone, and it is there whole.
         most = max(most, total + (inputs + kept + whole - shared if is_wrapped else whole))
         total += inputs + kept if is_wrapped else whole
-    head = B * L * ((8 + e) * D + 8 + 4 * args.out_channels * args.patch_volume)
+    head = B * L * ((2 * e if fused else 8 + e) * D + 8 + (4 + e) * args.out_channels * args.patch_volume)  # its velocity, and the error in float32
     return max(most, total + head)
 
 
@@ -116,12 +119,25 @@ def _block(args: Any, L: int, B: int, e: int, t: int, exchanged: bool) -> int:
     return B * (L * (self_attention + cross_attention + feed_forward) + S * text) + vectors
 
 
-def _kept(args: Any, section: ActivationCheckpoint, L: int, B: int, e: int, t: int) -> tuple[int, int]:
+def _fused_block(args: Any, L: int, B: int, e: int, t: int, exchanged: bool) -> int:
+    """As `_block`. Kernels keep their inputs, as they are, and a number or two of each row."""
+    D, F, H, S = args.dim, args.ffn_dim, args.num_heads, args.text_len
+    seam = e * D + 8 + e * D * t  # what is normed, mean and deviation, and the result, which a product keeps
+    norm = (4 if t > 1 and e < 4 else 0) * D + 2 * e * D  # input and result; under tensor parallel the input in float32, for its mean square
+    attention = e * D + 4 * H
+    self_attention = seam + 2 * (norm + 4 * t) + e * D + attention + (e * D if exchanged else 0) + e * D  # the last for the gate's gradient
+    cross_attention = seam + norm + 4 * t + attention
+    text = (norm + e * D) // t + 4
+    feed_forward = seam + e * F * (1 if t == 1 else 2) + e * D
+    return B * (L * (self_attention + cross_attention + feed_forward) + S * text + 24 * D)
+
+
+def _kept(args: Any, section: ActivationCheckpoint, L: int, B: int, e: int, t: int, fused: bool) -> tuple[int, int]:
     """(bytes that a checkpointed block keeps beside its inputs, bytes of these and its inputs that it has again when recomputed)."""
     D, H, S = args.dim, args.num_heads, args.text_len
     kept = shared = 0
-    if e == 4:
-        shared += B * L * 4 * D  # no float32 copy of the input is made
+    if e == 4 or fused:
+        shared += B * L * e * D  # no float32 copy of the input is made
     if section.mode == "selective":
         if "attention" in section.save:
             kept += B * L * (e * D + 4 * H) * (2 if section.save_min_kv <= S else 1)
@@ -130,6 +146,6 @@ def _kept(args: Any, section: ActivationCheckpoint, L: int, B: int, e: int, t: i
             # Every second product: k and o of both attentions, down.
             products = B * e * D * (L * (1 + 3 * t) + S // t)
             kept += products
-            if e == 4:
-                shared += B * e * D * (L * (4 if t == 1 else 1) + S // t)
+            if e == 4 or fused:
+                shared += B * e * D * (L * (1 if t > 1 else 3 if fused else 4) + S // t)
     return kept, shared
