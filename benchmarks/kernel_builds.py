@@ -162,12 +162,12 @@ def table(builds: list[Build]) -> str:
     return "\n".join(rows)
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
     parser.add_argument("--names", nargs="+", default=list(operators(128)))
     parser.add_argument("--write", type=Path, help=f"Markdown file; the table goes between two lines {MARKER}")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     builds = [build(name, direction, D) for D in options.widths for name in options.names for direction in ("forward", "backward")]
     print(table(builds))
     if options.write:
@@ -176,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

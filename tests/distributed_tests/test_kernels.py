@@ -4,7 +4,6 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed_tests.test_tensor_parallel import ARGS, forward_backward, perturbed_init, sharded, whole

@@ -3,6 +3,8 @@
 An update's singular values are all brought near 1, which takes the whole matrix. The ranks of a mesh take turns in being a matrix's owner:
 
     pieces of W0 W1 W2 ...  --to owners-->  whole W0 | W1 | W2 ...  --orthogonal-->  whole  --to all-->  pieces
+
+torch.optim.Muon (2.13) has every rank gather and compute every matrix.
 """
 
 import torch
