@@ -5,8 +5,8 @@ magnitude in it, its scale, and each element as the nearest of 256 shares of tha
 Of AdamW's second moment it is the root that is kept: an element of a 1000th of its block's largest gradient would have a square of a
 millionth, which is next to the smallest share, and an update out of all proportion where it is rounded to 0.
 
-Blocks lie in rows, and rows are what sharding deals out: codes and scales do not depend on the layout. torchao's 8-bit AdamW (0.18) keeps squares, and
-its blocks run on over rows, so that most shards cannot be loaded on other numbers of ranks: docs/optimizers.md has what was measured.
+Blocks lie in rows, and rows are what sharding deals out: codes and scales do not depend on the layout. torchao's 8-bit AdamW (0.18) keeps squares,
+and its blocks run on over rows, so that most shards cannot be loaded on other numbers of ranks: docs/optimizers.md has what was measured.
 """
 
 from functools import cache
