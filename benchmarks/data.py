@@ -9,11 +9,13 @@ Then the debug model is trained on these clips with the cache that a first run h
 """
 
 import json
+import os
+import resource
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +71,14 @@ class Bare:
         return len(np.stack(taken))
 
 
+def cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
 def decode_rates(plan: Plan, processes: int, rounds: int) -> dict[str, Any]:
-    """Frames a second of both, on so many processes."""
+    """Frames a second of both, on so many processes; and by their CPU time, which other programs on the machine disturb less."""
     jobs = [[Job((("video", ""),), "", e)] for e in plan.kept]
     workers = {"batch_size": None, "num_workers": processes if processes > 1 else 0}
 
@@ -83,9 +91,21 @@ def decode_rates(plan: Plan, processes: int, rounds: int) -> dict[str, Any]:
 
     frames = sum(len(set(e.pts)) for e in plan.kept)
     bare()
-    times = interleaved({"ours": ours, "bare": bare}, CPU, rounds, budget=0)
-    ratio = statistics.median(b / a for a, b in zip(times["ours"].seconds, times["bare"].seconds, strict=True))
-    return {"processes": processes, "frames": frames, "ratio": ratio, **{name: t.as_dict() for name, t in times.items()}}
+    cpu: dict[str, list[float]] = {"ours": [], "bare": []}
+
+    def counted(name: str, function: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            before = cpu_seconds()
+            function()
+            cpu[name].append(cpu_seconds() - before)
+
+        return run
+
+    times = interleaved({"ours": counted("ours", ours), "bare": counted("bare", bare)}, CPU, rounds, budget=0)
+    seconds = {name: t.seconds for name, t in times.items()}
+    ratios = [statistics.median(b / a for a, b in zip(s["ours"], s["bare"], strict=True)) for s in (seconds, cpu)]
+    found = {"processes": processes, "frames": frames, "ratio": ratios[0], "CPU ratio": ratios[1], "CPU seconds": cpu}
+    return found | {name: t.as_dict() for name, t in times.items()}
 
 
 def read_seconds(folder: Path, count: int) -> list[float]:
@@ -123,9 +143,9 @@ def train(folder: Path, clips: Path, bucket: Sequence[int], steps: int, workers:
 
 
 def table(results: dict[str, Any]) -> str:
-    rows = [[r["clips"], r["processes"], r["frames"], r["frames"] / r["ours"]["median"], r["frames"] / r["bare"]["median"], r["ratio"]]
-            for r in results["decode"]]  # fmt: skip
-    decode = markdown(["clips", "processes", "frames", "ours, frames/s", "bare loop, frames/s", "ratio"], rows)
+    rates = [[r["frames"] / r[name]["median"] for name in ("ours", "bare")] for r in results["decode"]]
+    rows = [[r["clips"], r["processes"], r["frames"], *rate, r["ratio"], r["CPU ratio"]] for r, rate in zip(results["decode"], rates, strict=True)]
+    decode = markdown(["clips", "processes", "frames", "ours, frames/s", "bare loop, frames/s", "ratio", "by CPU time"], rows)
     trained = [["x".join(map(str, r["bucket"])), r["workers"], r["steps"], 1000 * r["step"], 1000 * r["wait"], f"{r['share']:.2%}"]
                for r in results["train"]]  # fmt: skip
     warm = markdown(["bucket", "workers", "steps", "step, ms", "data wait, ms", "share"], trained)
@@ -154,7 +174,8 @@ def main(argv: list[str]) -> None:
         }
     print(table(results))
     if given.json:
-        write_json(given.json, "data", given, environment(CPU), results)
+        busy = {"cores": os.cpu_count(), "load average": round(os.getloadavg()[0], 1)}
+        write_json(given.json, "data", given, environment(CPU) | busy, results)
 
 
 if __name__ == "__main__":
