@@ -1,6 +1,7 @@
 """The latent cache: keys, shards, filling it over ranks, and what happens to it when killed, damaged or stale."""
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -21,6 +22,7 @@ from titan_video.data.dataset import PlanEntry, make_plan, read_frames
 from titan_video.data.encode import encode_missing, encode_share, missing_jobs, share
 from titan_video.data.latent_cache import LatentCache, cached_clips, split_holdout
 from titan_video.data.shapes import resolve_path
+from titan_video.data.worker import set_up_worker
 from titan_video.encoders.debug import DebugEncoders
 
 BUCKETS = [[5, 32, 32]]
@@ -292,6 +294,44 @@ def test_killed_while_encoding(tmp_path):
 @pytest.mark.timeout(3000)
 def test_killed_fifty_times(tmp_path):
     killed_again_and_again(tmp_path, 50, 1, Torchrun)
+
+
+def worker(told, is_early):
+    """A worker of a parent that is killed before or after the worker is set up."""
+    told.send(os.getpid())
+    if is_early:
+        set_up_worker(0)
+        told.send("ready")
+    while os.getppid() == multiprocessing.parent_process().pid:
+        time.sleep(0.001)
+    if is_early:
+        time.sleep(1)
+    else:
+        set_up_worker(0)
+    told.send("alive")
+
+
+def parent_of_worker(told, is_early):
+    fork = multiprocessing.get_context("fork")
+    multiprocessing.set_start_method("fork", force=True)
+    fork.Process(target=worker, args=(told, is_early)).start()
+    time.sleep(60)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+@pytest.mark.parametrize("is_early", [True, False])
+def test_a_worker_ends_with_its_parent(is_early):
+    """Also where the parent is killed before the worker comes to look for it, whom torch would then let live for ever."""
+    told, tell = multiprocessing.Pipe(duplex=False)
+    parent = context().Process(target=parent_of_worker, args=(tell, is_early))
+    parent.start()
+    tell.close()
+    told.recv()
+    assert not is_early or told.recv() == "ready"
+    parent.kill()
+    parent.join()
+    with pytest.raises(EOFError):  # nobody holds the other end
+        told.recv()
 
 
 # ---- entries and shards ----

@@ -22,6 +22,7 @@ from titan_video.data.bucket import Bucket, ClipChoice
 from titan_video.data.shapes import resolve_path
 from titan_video.data.sources import ClipRecord, scan
 from titan_video.data.video import Probe, decode, frame_indices, probe
+from titan_video.data.worker import set_up_worker
 
 NAMES_SHOWN = 20
 PROBE_VERSION = 2
@@ -263,7 +264,8 @@ def probe_all(paths: Sequence[str], num_workers: int, folder: Path) -> list[Prob
     """The probe of each path, in order."""
     files = _Probes(list(paths), folder)
     missing = [i for i in range(len(paths)) if files.read(i) is None]
-    fresh = DataLoader(files, batch_size=None, sampler=missing, num_workers=min(num_workers, len(missing)))
+    fresh = DataLoader(files, batch_size=None, sampler=missing, num_workers=min(num_workers, len(missing)),
+                       worker_init_fn=set_up_worker)  # fmt: skip
     found = dict(zip(missing, fresh, strict=True))
     return [found[i] if i in found else files.read(i) or probe(p) for i, p in enumerate(paths)]
 

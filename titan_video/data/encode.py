@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from titan_video.data.dataset import Plan, PlanEntry, read_frames
-from titan_video.data.latent_cache import CachedClip, LatentCache, cached_clips, leave_process_group
+from titan_video.data.latent_cache import CachedClip, LatentCache, cached_clips
 from titan_video.data.video import UnusableClip, read_image
+from titan_video.data.worker import set_up_worker
 from titan_video.encoders.given import encode_given, encode_images
 from titan_video.encoders.spec import Encoders
 from titan_video.flow.conditions import Conditions
@@ -173,7 +174,7 @@ class Maker:
 
     def __init__(self, encoders: Encoders, cache: LatentCache, write: bool, num_workers: int, prefetch_factor: int):
         self.encoders, self.cache, self.write, self.seconds = encoders, cache, write, 0.0
-        self.workers = {"num_workers": num_workers, "worker_init_fn": leave_process_group}
+        self.workers = {"num_workers": num_workers, "worker_init_fn": set_up_worker}
         if num_workers:
             self.workers["prefetch_factor"] = prefetch_factor
 
@@ -213,7 +214,7 @@ def encode_share(
     for what, some in zip(("captions", "clips"), jobs, strict=True):
         mine = share(some, rank, world_size)
         needs_frames = what == "clips" or cache.conditions.text_image_tokens
-        workers = {"num_workers": min(num_workers, len(mine)) if needs_frames else 0, "worker_init_fn": leave_process_group}
+        workers = {"num_workers": min(num_workers, len(mine)) if needs_frames else 0, "worker_init_fn": set_up_worker}
         decoder = DataLoader(Decoder(cache.conditions), batch_size=None, sampler=[[job] for job in mine], **workers)
         progress = _Progress(mine, what, log)
         start = asked = time.perf_counter()

@@ -264,11 +264,6 @@ def _write_whole(path: Path, data: bytes) -> None:
         os.close(folder)
 
 
-def leave_process_group(worker: int) -> None:
-    """For DataLoader workers. Schedulers signal whole process groups; a worker that died of it would take down the trainer before it could save."""
-    os.setpgid(0, 0)
-
-
 # ---- clips, by their keys ----
 
 

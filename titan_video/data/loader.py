@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader
 
 from titan_video.data.batch import Batch
 from titan_video.data.bucket import Batching, Bucket, Work
-from titan_video.data.latent_cache import CachedClip, LatentCache, leave_process_group
+from titan_video.data.latent_cache import CachedClip, LatentCache
 from titan_video.data.sampler import GlobalSampler, MicroBatch, fingerprint
+from titan_video.data.worker import set_up_worker
 from titan_video.flow.noise import choose_caption, drop_caption
 
 MEMORY_LIMIT = 1 << 30  # bytes of entries kept by a loader without workers
@@ -150,7 +151,7 @@ class LatentLoader:
         self.dp_rank, self.dp_size, self.num_micro_batches = dp_rank, dp_size, b.micro_batches // dp_size
         self.live = live
         self.reader = EntryReader(live.cache if live else cache, max_text_length, text_dim, keep=num_workers == 0 and live is None)
-        self.workers = {"num_workers": num_workers, "worker_init_fn": leave_process_group, "pin_memory": pin_memory}
+        self.workers = {"num_workers": num_workers, "worker_init_fn": set_up_worker, "pin_memory": pin_memory}
         if num_workers:
             self.workers["prefetch_factor"] = prefetch_factor
         self._state = self.sampler.state_dict()

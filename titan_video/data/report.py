@@ -10,9 +10,9 @@ from torch.utils.data import DataLoader
 
 from titan_video.data.bucket import Batching, Bucket, Work, cover
 from titan_video.data.dataset import Plan, PlanEntry, read_frames
-from titan_video.data.latent_cache import leave_process_group
 from titan_video.data.sampler import CostClass, GlobalSampler
 from titan_video.data.video import UnusableClip
+from titan_video.data.worker import set_up_worker
 from titan_video.tools.video import write_mp4
 
 STEPS_SEEN = 200
@@ -129,6 +129,6 @@ class _Decoded:
 
 def decode_all(plan: Plan, num_workers: int) -> Plan:
     """The plan without the clips that decoding every frame finds to be damaged, as encoding will find them."""
-    workers = {"num_workers": min(num_workers, len(plan.kept)), "worker_init_fn": leave_process_group}
+    workers = {"num_workers": min(num_workers, len(plan.kept)), "worker_init_fn": set_up_worker}
     reasons = DataLoader(_Decoded(plan.kept), batch_size=None, **workers)
     return plan.drop({e.path: reason for e, reason in zip(plan.kept, reasons, strict=True) if reason})
