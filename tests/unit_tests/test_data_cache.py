@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -294,6 +295,9 @@ def test_killed_while_encoding(tmp_path):
 @pytest.mark.timeout(3000)
 def test_killed_fifty_times(tmp_path):
     killed_again_and_again(tmp_path, 50, 1, Torchrun)
+    time.sleep(1)
+    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not [line for line in lines if bytes(tmp_path / "encode.py") in line]
 
 
 def worker(told, is_early):
