@@ -45,3 +45,11 @@ def test_low_precision_learns_and_goes_on_bitwise(front, adamw):
     assert again.records == whole.records
     assert_same_checkpoint(again.checkpoint(24), whole.checkpoint(24))
     front.run("stopped", STEPS | BFLOAT16 | {"training.steps": 30}).fails_with("go on with the optimizer that wrote it")
+
+
+def test_attention_and_kernels_are_chosen_by_name(front, adamw):
+    run = front.run("math", STEPS | {"training.steps": 4, "model.attention": "math", "model.kernels": "torch"}).ok()
+    assert "attention: math" in run.output
+    assert losses(run) == pytest.approx(losses(adamw)[:4], rel=1e-4)
+    front.run("triton", STEPS | {"model.kernels": "triton"}).fails_with("model.kernels: triton, but there is no GPU here")
+    front.run("cudnn", STEPS | {"model.attention": "cudnn"}).fails_with("model.attention: cudnn, but", "legal here: auto, flash, math")

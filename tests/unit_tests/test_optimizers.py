@@ -148,13 +148,15 @@ def test_orthogonal():
     assert torch.equal(orthogonal(torch.zeros(4, 3)), torch.zeros(4, 3))
 
 
-def test_muon_of_the_blocks_is_torchs():
+@pytest.mark.parametrize("momentum", [0.95, 0.0])
+def test_muon_of_the_blocks_is_torchs(momentum):
     model = model_of()
     twin = copy.deepcopy(model)
-    optimizer = build_optimizer(model, Optimizer(name="Muon", lr=0.02, weight_decay=0.1), SPEC.plan.blocks)
+    optimizer = build_optimizer(model, Optimizer(name="Muon", lr=0.02, weight_decay=0.1, momentum=momentum), SPEC.plan.blocks)
     by_muon = {optimizer.names[p] for group in optimizer.param_groups if group["kind"] == "Muon" for p in group["params"]}
     assert by_muon == {name for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2}
-    theirs = torch.optim.Muon([p for n, p in twin.named_parameters() if n in by_muon], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    matrices = [p for n, p in twin.named_parameters() if n in by_muon]
+    theirs = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1, momentum=momentum, adjust_lr_fn="match_rms_adamw")
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     a, b = train(model, optimizer, 3), train(twin, theirs, 3)
     for name in by_muon:  # torch's steps are in bfloat16
