@@ -3,7 +3,7 @@
 #
 #   CONFIG_FILE  TOML of the run; default train_configs/debug.toml. Looked up from the current folder, then from this script's.
 #   NGPU         processes on this machine; default: the GPUs present, or 1. Without GPUs NGPU=4 is four CPU processes.
-#   LOG_RANK     ranks whose output is shown, default 0.
+#   LOG_RANK     ranks whose output is shown, default 0. When a run fails, what another rank of this machine ended with is shown too.
 #   PYTHON       interpreter to use as it is. By default the active python3, or .venv, made on first use, where that lacks the requirements.
 #   NNODES, RDZV_ID, RDZV_ENDPOINT   set by multinode_trainer.slurm, which starts this script once on each node.
 #
@@ -51,9 +51,10 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NGPU ? cores / NGPU : 1))}
 # Should this script or torchrun be killed outright, its children die with it (setpriv) instead of training on unseen.
 with_parent=()
 setpriv --pdeathsig KILL true 2>/dev/null && with_parent=(setpriv --pdeathsig KILL)
+logs=$(mktemp -d "${TMPDIR:-/tmp}/titan_video.XXXXXX")
 set -m
 "${with_parent[@]}" "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$NGPU" --rdzv_backend c10d \
-    --rdzv_id "${RDZV_ID:-$$}" --rdzv_endpoint "${RDZV_ENDPOINT:-localhost:0}" --local-ranks-filter "$LOG_RANK" --role rank --tee 3 \
+    --rdzv_id "${RDZV_ID:-$$}" --rdzv_endpoint "${RDZV_ENDPOINT:-localhost:0}" --log-dir "$logs" --local-ranks-filter "$LOG_RANK" --role rank --tee 3 \
     --no-python "${with_parent[@]}" "$PYTHON" "${train[@]}" &
 agent=$!
 
@@ -82,9 +83,20 @@ trap 'forward USR2' USR2
 trap 'interrupted=1; kill -s INT "$agent"' INT
 trap 'interrupted=1; kill -s HUP "$agent"' HUP
 
+errors_of_others() {
+    local file rank
+    for file in "$logs"/*/attempt_*/*/stderr.log; do
+        rank=$(basename "$(dirname "$file")")
+        [[ ",$LOG_RANK," == *",$rank,"* ]] || sed -n "/^error: /,\$ s/^/[rank$rank]: /p" "$file"
+    done >&2
+    echo "The output of all ranks is in $logs" >&2
+}
+
 while :; do    # a trapped signal ends `wait` early, with a status that is not torchrun's
     interrupted=0
     wait "$agent"
     status=$?
-    ((interrupted)) || exit "$status"
+    ((interrupted)) || break
 done
+if ((status)); then errors_of_others; else rm -rf "$logs"; fi
+exit "$status"

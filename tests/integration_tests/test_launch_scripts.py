@@ -34,6 +34,8 @@ print("hello from", rank, flush=True)
 facts = {"pid": os.getpid(), "args": sys.argv[1:], "cwd": os.getcwd(), "omp": os.environ.get("OMP_NUM_THREADS"), "python": sys.executable}
 (here / f"started{rank}.tmp").write_text(json.dumps(facts))
 (here / f"started{rank}.tmp").rename(here / f"started{rank}")
+if "--fail" in sys.argv and rank == "1":
+    sys.exit("error: clip 3 is broken\\n  give another")
 if "--end" in sys.argv:
     sys.exit(int(sys.argv[-1]))
 while not signals:
@@ -110,6 +112,17 @@ def test_one_process_saves_on_a_signal(repo, tmp_path, signum):
     p.send_signal(signum)
     p.communicate(timeout=30)
     assert p.returncode == 0 and (repo / "saved0").read_text() == signum.name
+
+
+def test_what_a_rank_that_is_not_shown_ended_with_is_told(repo, tmp_path):
+    p = start(repo, "--fail", NGPU="2", TMPDIR=str(tmp_path))
+    output = p.communicate(timeout=60)[0]
+    assert p.returncode != 0 and "[rank1]: error: clip 3 is broken\n[rank1]:   give another\n" in output, output
+    logs = output.partition("The output of all ranks is in ")[2].strip()
+    assert list(Path(logs).rglob("stderr.log"))
+    shutil.rmtree(logs)
+    p = start(repo, "--end", "0", NGPU="2", TMPDIR=str(tmp_path))
+    assert p.communicate(timeout=60)[0] and p.returncode == 0 and not list(tmp_path.glob("titan_video.*"))
 
 
 @pytest.mark.parametrize("signum, whole_group", [(signal.SIGTERM, True), (signal.SIGUSR2, False)])
