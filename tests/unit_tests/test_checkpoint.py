@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import threading
+from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -393,6 +394,34 @@ def test_pickle_payload_in_the_index_is_not_executed(tmp_path, caplog):
     assert "step-2/.metadata" in caplog.text and not marker.exists()
     pickle.loads(path.read_bytes())
     assert marker.exists(), "the payload works"
+
+
+class OlderPython(pickle.Pickler):
+    """Writes the members of an Enum as Python 3.11.0 to 3.11.3 do: as what getattr gives."""
+
+    def __init__(self, file, arguments):
+        super().__init__(file)
+        self.arguments = arguments
+
+    def reducer_override(self, value):
+        return (getattr, self.arguments(value)) if isinstance(value, Enum) else NotImplemented
+
+
+def test_an_index_of_an_older_python(tmp_path):
+    save_steps(tmp_path, [1])
+    path, refused = tmp_path / "step-1/.metadata", "refused: it asks for builtins.getattr of"
+    metadata = pickle.loads(path.read_bytes())
+    for arguments, message in ((lambda m: (type(m), m.name), ""), (lambda m: (type(m), "mro"), refused), (lambda m: (torch.Size, "count"), refused)):
+        with open(path, "wb") as file:
+            OlderPython(file, arguments).dump(metadata)
+        assert b"getattr" in path.read_bytes()
+        reseal(path.parent, 1)
+        if message:
+            with pytest.raises(InvalidCheckpoint, match=message):
+                files.verify(path.parent)
+        else:
+            weights = Weights()
+            assert manager(tmp_path, weights).load() == 1 and weights.are(1)
 
 
 def test_pickle_payload_among_the_tensors_is_not_executed(tmp_path):
