@@ -215,15 +215,15 @@ def decode(path: str, pts: Sequence[int], width: int, height: int, bucket: Bucke
     """The frames shown at `pts` (ticks, or numbers with by_index; ascending, may repeat), resized to cover the bucket and cropped to its centre.
 
     width, height: of the probe. rate: what metadata say of a file that was not probed; they are compared with what is found.
-    Returns uint8 RGB [3, F, H, W]. Raises UnusableClip when the file does not give every frame whole.
+    Returns uint8 RGB [3, F, H, W], in memory as decoded: colours innermost. Raises UnusableClip when the file does not give every frame whole.
     """
     places: dict[int, list[int]] = {}
     for i, time in enumerate(pts):
         places.setdefault(time, []).append(i)
-    frames_CFHW = torch.empty(3, len(pts), *bucket[1:], dtype=torch.uint8)
+    frames_FHWC = torch.empty(len(pts), *bucket[1:], 3, dtype=torch.uint8)
     if get_worker_info():
-        frames_CFHW.share_memory_()  # so that it is sent without another copy
-    taking = frames_CFHW.numpy(), places, width, height, bucket
+        frames_FHWC.share_memory_()  # so that it is sent without another copy
+    taking = frames_FHWC.numpy(), places, width, height, bucket
     if media.kind(path) != "video":
         missing = _take(_images(path), *taking)
     else:
@@ -240,7 +240,7 @@ def decode(path: str, pts: Sequence[int], width: int, height: int, bucket: Bucke
                 missing = _take(_frames(container, stream), *taking)
     if missing:
         raise UnusableClip(f"corrupt: {missing} of {len(places)} frames do not decode")
-    return frames_CFHW
+    return frames_FHWC.permute(3, 0, 1, 2)
 
 
 def _compare(stream, width: int, height: int, rate: float) -> None:
@@ -250,7 +250,7 @@ def _compare(stream, width: int, height: int, rate: float) -> None:
                            f"{context.width} x {context.height} at {found:g} fps")  # fmt: skip
 
 
-def _take(frames: Iterator, frames_CFHW: np.ndarray, places: Mapping[int, Sequence[int]], width: int, height: int, bucket: Bucket) -> int:
+def _take(frames: Iterator, frames_FHWC: np.ndarray, places: Mapping[int, Sequence[int]], width: int, height: int, bucket: Bucket) -> int:
     """Put the frames at these times in their places, at the bucket's size; return how many are not found."""
     from av.video.reformatter import VideoReformatter
 
@@ -268,9 +268,9 @@ def _take(frames: Iterator, frames_CFHW: np.ndarray, places: Mapping[int, Sequen
             size = {"width": new_height, "height": new_width} if turns % 2 else {"width": new_width, "height": new_height}
             image_HWC = np.rot90(scaler.reformat(frame, format="rgb24", interpolation=method, **size).to_ndarray(), turns)
             first, *others = places[time]
-            frames_CFHW[:, first] = image_HWC[top : top + bucket_height, left : left + bucket_width].transpose(2, 0, 1)
+            frames_FHWC[first] = image_HWC[top : top + bucket_height, left : left + bucket_width]
             for i in others:
-                frames_CFHW[:, i] = frames_CFHW[:, first]
+                frames_FHWC[i] = frames_FHWC[first]
             found.add(time)
         if len(found) == len(places) or time > last:
             break

@@ -67,6 +67,7 @@ class DebugEncoders:
         B, colors, num_frames, height, width = frames_BCFHW.shape
         if frames_BCFHW.dtype not in (torch.uint8, torch.float32) or colors != 3 or num_frames % 4 != 1 or height % 8 or width % 8:
             raise ValueError(f"frames must be uint8 [B, 3, 4k+1, 8h, 8w], got {frames_BCFHW.dtype} {list(frames_BCFHW.shape)}")
+        frames_BCFHW = frames_BCFHW.contiguous()
         x_BCFHW = frames_BCFHW if frames_BCFHW.is_floating_point() else frames_BCFHW.float() / 127.5 - 1
         x_BCFHW = torch.cat([x_BCFHW[:, :, :1].expand(-1, -1, 3, -1, -1), x_BCFHW], dim=2)
         blocks = x_BCFHW.unflatten(4, (-1, 8)).unflatten(3, (-1, 8)).unflatten(2, (-1, 4))  # B c f 4 h 8 w 8

@@ -106,7 +106,7 @@ class HunyuanVideoEncoders:
         num_frames, height, width = frames_BCFHW.shape[2:]
         if frames_BCFHW.dtype not in (torch.uint8, torch.float32) or num_frames % 4 != 1 or height % 8 or width % 8:
             raise ValueError(f"HunyuanVideo's VAE takes uint8 frames of 4k+1 x 8m x 8n, got {frames_BCFHW.dtype} {num_frames}x{height}x{width}")
-        x_BCFHW = frames_BCFHW.to(self.device)
+        x_BCFHW = frames_BCFHW.to(self.device).contiguous()
         x_BCFHW = x_BCFHW if x_BCFHW.is_floating_point() else x_BCFHW.float() / 127.5 - 1
         return torch.cat([self.vae.encode(x[None]).latent_dist.mode() for x in x_BCFHW]) * self.scaling_factor
 

@@ -96,7 +96,7 @@ class WanEncoders:
         s = self.stride_s
         if frames_BCFHW.dtype not in (torch.uint8, torch.float32) or (num_frames - 1) % self.stride_t or height % s or width % s:
             raise ValueError(f"Wan's VAE takes uint8 frames of 4k+1 x {s}m x {s}n, got {frames_BCFHW.dtype} {num_frames}x{height}x{width}")
-        x_BCFHW = frames_BCFHW.to(self.device)
+        x_BCFHW = frames_BCFHW.to(self.device).contiguous()
         x_BCFHW = x_BCFHW if x_BCFHW.is_floating_point() else x_BCFHW.float() / 127.5 - 1
         return (self.vae.encode(x_BCFHW).latent_dist.mode() - self.mean_11111) / self.std_11111
 
