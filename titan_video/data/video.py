@@ -7,6 +7,7 @@ believed unread go by the number of the frame. Files come from anywhere (media.p
 """
 
 import bisect
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -220,9 +221,11 @@ def decode(path: str, pts: Sequence[int], width: int, height: int, bucket: Bucke
     places: dict[int, list[int]] = {}
     for i, time in enumerate(pts):
         places.setdefault(time, []).append(i)
-    frames_FHWC = torch.empty(len(pts), *bucket[1:], 3, dtype=torch.uint8)
-    if get_worker_info():
-        frames_FHWC.share_memory_()  # so that it is sent without another copy
+    shape = len(pts), *bucket[1:], 3
+    if get_worker_info():  # in shared memory, so that it is sent without another copy
+        frames_FHWC = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(math.prod(shape))).view(shape)
+    else:
+        frames_FHWC = torch.empty(shape, dtype=torch.uint8)
     taking = frames_FHWC.numpy(), places, width, height, bucket
     if media.kind(path) != "video":
         missing = _take(_images(path), *taking)
