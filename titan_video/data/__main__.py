@@ -103,18 +103,23 @@ def convert(file: str, out: str = "") -> None:
     text, lines = import_file(file)
     if lines:
         print("\n  ".join([f"{file}: what is not as it was there:", *lines]), file=sys.stderr)
-    if out:
-        Path(out).write_text(text, encoding="utf-8")
-    else:
+    if not out:
         print(text, end="")
+        return
+    try:
+        Path(out).write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise ValueError(f"{out}: cannot be written ({e.strerror})") from e
 
 
 def main(argv: list[str]) -> None:
     if len(argv) < 2 or argv[0] not in ("plan", "encode", "import") or argv[1].startswith("--"):
         sys.exit(USAGE)
     if argv[0] == "import":
+        if len(argv) > 3:
+            sys.exit(f"error: {' '.join(argv[3:])}: import takes one file, and the name of one to write\n{USAGE}")
         try:
-            return convert(*argv[1:3])
+            return convert(*argv[1:])
         except ValueError as e:
             sys.exit(f"error: {e}")
     who = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""

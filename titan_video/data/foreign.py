@@ -157,11 +157,10 @@ def _diffusion_pipe(values: Mapping[str, Any]) -> tuple[str, list[str]]:
         if (Path(folder) / "captions.json").is_file():
             made.note(table.name, f"path: {folder} holds captions.json: {UNSUPPORTED['online_captions']}")
         made.sizings.append(_areas(table, made))
-    for key, name in (("micro_batch_size_per_gpu", "batch_size"), ("video_clip_mode", "clip_choice")):
-        if key in top and name == "batch_size":
-            made.batch_sizes.add(top.get(key, 1, (int,)))
-        elif key in top:
-            _clip_mode(top, made)
+    if "micro_batch_size_per_gpu" in top:
+        made.batch_sizes.add(top.get("micro_batch_size_per_gpu", 1, (int,)))
+    if "video_clip_mode" in top:
+        _clip_mode(top, made)
     made.lines += [line for table in (top, *tables) for line in table.left(["directory"])]
     return made.finish()
 
