@@ -3,8 +3,9 @@
     python benchmarks/data.py [--clips FOLDER] [--json FILE]
 
 Both decode the same files, in turns and with the same number of processes: ours as encoding does it (resampled, resized to cover the bucket, cropped,
-sent to the process that encodes); the loop as one would write it, which decodes each file up to the last frame that is taken, converts and resizes
-those that are, and sends nothing. Besides a folder, clips are generated: noise that moves, 960 x 540 at 24 fps in H.264.
+sent to the process that encodes); the loop as one would write it, which decodes each file up to the last frame that is taken, converts those that
+are, resizes them to the bucket by the same filter but whatever their aspect, and sends nothing. Besides a folder, clips are generated: noise that
+moves, 960 x 540 at 24 fps in H.264.
 Then the debug model is trained on these clips with the cache that a first run has filled; and entries of the largest size are read.
 """
 
@@ -29,6 +30,8 @@ from benchmarks.common import ROOT, environment, interleaved, markdown, options,
 from titan_video.data.dataset import Plan, PlanEntry, make_plan  # noqa: E402
 from titan_video.data.encode import Decoder, Job  # noqa: E402
 from titan_video.data.latent_cache import LatentCache  # noqa: E402
+from titan_video.data.video import interpolation  # noqa: E402
+from titan_video.data.worker import let_go  # noqa: E402
 from titan_video.flow.conditions import TEXT_ONLY  # noqa: E402
 from titan_video.tools.video import write_mp4  # noqa: E402
 
@@ -60,12 +63,13 @@ class Bare:
         import av
 
         entry = self.entries[index]
-        frames, height, width = entry.bucket
+        _, height, width = entry.bucket
+        method = interpolation(entry.width, width)
         wanted, taken = set(entry.pts), []
         with av.open(entry.path) as container:
             for frame in container.decode(video=0):
                 if frame.pts in wanted:
-                    taken.append(frame.to_ndarray(format="rgb24", width=width, height=height))
+                    taken.append(frame.to_ndarray(format="rgb24", width=width, height=height, interpolation=method))
                 if frame.pts >= entry.pts[-1]:
                     break
         return len(np.stack(taken))
@@ -85,6 +89,7 @@ def decode_rates(plan: Plan, processes: int, rounds: int) -> dict[str, Any]:
     def ours() -> None:
         for (decoded,) in DataLoader(Decoder(TEXT_ONLY), sampler=jobs, **workers):
             assert not isinstance(decoded, str), decoded
+            let_go(*decoded)
 
     def bare() -> None:
         assert sum(DataLoader(Bare(plan.kept), **workers)) == frames

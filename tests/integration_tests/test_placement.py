@@ -29,7 +29,7 @@ def cached(shared_front):
 
 def losses(run):
     """The steps, without what only this placement says."""
-    return [{name: value for name, value in row.items() if name != "queue_depth"} for row in run.records]
+    return [{name: value for name, value in row.items() if name != "queue_depth" and not name.startswith("encoded_")} for row in run.records]
 
 
 def entries(folder):
@@ -45,9 +45,11 @@ def test_runs_are_the_same(front, cached, tmp_path, world, options):
     again = front.run("again", {**fresh, "encoder.write_cache": "true"}, world=world).ok()
     assert losses(again) == cached.records
     told = [row for row in map(json.loads, (again.folder / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
-    assert told[0]["encode_seconds"] > 0 if world == 1 else all(0 <= row["queue_depth"] <= 2 for row in told)
+    assert told[0]["encode_seconds"] > 0 and told[0]["encoded_frames_per_second"] > 0 and all(row["decode_wait_seconds"] >= 0 for row in told)
+    assert world == 1 or all(0 <= row["queue_depth"] <= 2 for row in told)
     drawn = entries(tmp_path / "fresh")
     assert 9 <= drawn["video"] <= 12 and drawn["text"] > 3
+    assert sum(row["encoded_frames"] for row in told) == 9 * (drawn["video"] - 2)
 
 
 def test_a_signal_and_a_resumption(front, cached, tmp_path):

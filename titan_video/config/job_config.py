@@ -108,6 +108,9 @@ class Data:
     uniform_clips: int = opt(4, "For uniform: clips of a file, at most.", ge=1)
     slide_stride: int = opt(16, "For slide: frames, after resampling, between the starts of two clips.", ge=1)
     fps: float = opt(16.0, "Frames per second every clip is resampled to.", gt=0)
+    decoder: Literal["pyav", "torchcodec"] = opt(
+        "pyav", "What decodes videos. torchcodec must be installed; its pixels may differ a little, so what it decodes is cached by itself."
+    )
     caption_dropout: float = opt(0.1, "Share of draws trained with the empty caption, for classifier-free guidance.", ge=0, le=1)
     tokens_per_microbatch: int = opt(
         0, "Instead of training.local_batch_size: as many clips of a bucket as have so many tokens make a micro-batch, at least one. 0: none.", ge=0

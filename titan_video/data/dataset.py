@@ -21,7 +21,7 @@ from titan_video.data import media
 from titan_video.data.bucket import Bucket, ClipChoice
 from titan_video.data.shapes import resolve_path
 from titan_video.data.sources import ClipRecord, scan
-from titan_video.data.video import Probe, decode, frame_indices, probe
+from titan_video.data.video import DecoderName, Probe, decode, frame_indices, probe, require
 from titan_video.data.worker import set_up_worker
 
 NAMES_SHOWN = 20
@@ -35,7 +35,7 @@ class PlanEntry:
     num_frames counts the whole source after resampling to `fps`, of which the clip takes the bucket's frames from number `start`; the source
     gives `num_clips` such clips. pts: in ticks, or with by_index numbers of frames. repeats: how often an epoch holds it.
     captions: all that it has. stated_fps: the rate that metadata state of a file that was not opened, to be compared by the decoder.
-    image: a first frame to be given instead of the clip's own.
+    image: a first frame to be given instead of the clip's own. decoder: what decodes it, if it is a video.
     """
 
     path: str
@@ -57,6 +57,7 @@ class PlanEntry:
     pts: tuple[int, ...] = ()
     image: str = ""
     image_sha256: str = ""
+    decoder: DecoderName = "pyav"
 
     @property
     def caption(self) -> str:
@@ -75,8 +76,8 @@ class PlanEntry:
 
     @property
     def content(self) -> str:
-        """Identity of the pixels that `read_frames` gives: the file's content, the frames taken and their size."""
-        made_of = [self.sha256, self.by_index, list(self.pts), list(self.bucket or ())]
+        """Identity of the pixels that `read_frames` gives: the file's content, the frames taken, their size and, but for PyAV, what decodes them."""
+        made_of = [self.sha256, self.by_index, list(self.pts), list(self.bucket or ())] + [self.decoder] * (self.decoder != "pyav")
         return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
@@ -173,25 +174,26 @@ class Plan:
 def read_frames(entry: PlanEntry, first_only: bool = False) -> Tensor:
     """The training clip of a kept entry, or its first frame alone: uint8 RGB [3, F, H, W]. Raises UnusableClip."""
     pts = entry.pts[:1] if first_only else entry.pts
-    return decode(entry.path, pts, entry.width, entry.height, entry.bucket, entry.by_index, entry.stated_fps)
+    return decode(entry.path, pts, entry.width, entry.height, entry.bucket, entry.by_index, entry.stated_fps, entry.decoder)
 
 
 def plan_of(section: Data, cache_folder: str | os.PathLike, path: str = "") -> Plan:
     """The plan of [data], or of another path (validation.path) by the same rules, its own source alone."""
     sources = [Source(path=path)] if path else section.sources
     choice = ClipChoice(section.clip_choice, section.uniform_clips, section.slide_stride)
-    return make_plan(sources, section.sizes, section.fps, section.num_workers, cache_folder, choice)
+    return make_plan(sources, section.sizes, section.fps, section.num_workers, cache_folder, choice, section.decoder)
 
 
 def make_plan(
     sources: str | os.PathLike | Sequence[Source], buckets: Sequence[Sequence[int]], fps: float, num_workers: int, cache_folder: str | os.PathLike,
-    choice: ClipChoice = ClipChoice(),
+    choice: ClipChoice = ClipChoice(), decoder: DecoderName = "pyav",
 ) -> Plan:  # fmt: skip
     """Scan the sources (or one path), probe each file in worker processes (0: in this one) and decide about each clip.
 
     Probes are kept in cache_folder, so a second plan does not read the files again unless their size or time of change differ.
-    Raises ValueError for a path or metadata of no known layout, and when no clip is usable.
+    Raises ValueError for a path or metadata of no known layout, a decoder that is not installed, and when no clip is usable.
     """
+    require(decoder)
     sources = [Source(path=str(sources))] if isinstance(sources, (str, os.PathLike)) else list(sources)
     sizes = tuple(tuple(b) for b in buckets)
     scanned = [(source, record) for source in sources for record in _scan(source, Path(cache_folder))]
@@ -202,6 +204,7 @@ def make_plan(
     for (source, record), believed in zip(scanned, unread, strict=True):
         mode = choice.mode if source.clip_choice == "default" else source.clip_choice
         entries += _decide(source, record, None if believed else probes.get(record.path), sizes, source.fps or fps, replace(choice, mode=mode))
+    entries = [replace(e, decoder=decoder) for e in entries]
     plan = Plan(", ".join(str(s.path) for s in sources), fps, sizes, tuple(entries))
     plan.require_clips()
     return plan

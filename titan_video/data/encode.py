@@ -8,7 +8,7 @@ An entry depends on its own clip or caption alone, so it is the same bytes whoev
 import heapq
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from titan_video.data.dataset import Plan, PlanEntry, read_frames
 from titan_video.data.latent_cache import CachedClip, LatentCache, cached_clips
 from titan_video.data.video import UnusableClip, read_image
-from titan_video.data.worker import set_up_worker
+from titan_video.data.worker import let_go, set_up_worker
 from titan_video.encoders.given import encode_given, encode_images
 from titan_video.encoders.spec import Encoders
 from titan_video.flow.conditions import Conditions
@@ -53,7 +53,7 @@ class Job:
             return {"of": self.caption}
         e = self.entry
         frames = {"bucket": "x".join(map(str, e.bucket)), "data.fps": f"{e.fps:g}", "frames": f"{e.pts[0]} to {e.pts[-1]}"}
-        return {"of": e.sha256, **frames, "source": e.path, "given": e.image, "captions": " | ".join(e.captions)}
+        return {"of": e.sha256, **frames, "data.decoder": e.decoder, "source": e.path, "given": e.image, "captions": " | ".join(e.captions)}
 
 
 def frames_job(cache: LatentCache, entry: PlanEntry) -> Job:
@@ -143,7 +143,10 @@ class Decoder:
 
 @torch.no_grad()
 def encode_job(encoders: Encoders, conditions: Conditions, job: Job, decoded: Decoded | str) -> dict[tuple[str, str], Tensor]:
-    """{(kind, key): tensor}, on the host. Raises UnusableClip with what the decoder said, and for latents that are not finite."""
+    """{(kind, key): tensor}, on the host. Raises UnusableClip with what the decoder said, and for latents that are not finite.
+
+    The memory of what was decoded goes back to the worker: those tensors are of no use afterwards.
+    """
     if isinstance(decoded, str):
         raise UnusableClip(decoded)
     frames_CFHW, given_CNHW = decoded
@@ -159,6 +162,7 @@ def encode_job(encoders: Encoders, conditions: Conditions, job: Job, decoded: De
         "pooled": lambda: encoders.encode_pooled([job.caption])[0],
     }
     tensors = {(kind, key): make[kind]().cpu().clone(memory_format=torch.contiguous_format) for kind, key in job.keys}
+    let_go(*decoded)
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise UnusableClip("not finite: the encoder gave NaN or infinity for this clip")
     return tensors
@@ -169,18 +173,39 @@ def store(cache: LatentCache, job: Job, tensors: dict[tuple[str, str], Tensor]) 
         cache.write(kind, key, tensor, job.made_from(kind))
 
 
+@dataclass
+class Spent:
+    """On encoding: seconds, those in which nothing was decoded yet for the encoder to do, and the frames of clips that were made."""
+
+    encode_seconds: float = 0.0
+    decode_wait_seconds: float = 0.0
+    encoded_frames: int = 0
+
+    def numbers(self) -> dict[str, float]:
+        """For the log."""
+        seconds = self.encode_seconds + self.decode_wait_seconds
+        return {**asdict(self), "encoded_frames_per_second": self.encoded_frames / max(seconds, 1e-9)}
+
+
 class Maker:
-    """Entries during training: read where the cache has them, else made, and with `write` put into the cache. seconds: spent on it so far."""
+    """Entries during training: read where the cache has them, else made, and with `write` put into the cache."""
 
     def __init__(self, encoders: Encoders, cache: LatentCache, write: bool, num_workers: int, prefetch_factor: int):
-        self.encoders, self.cache, self.write, self.seconds = encoders, cache, write, 0.0
+        self.encoders, self.cache, self.write, self.spent = encoders, cache, write, Spent()
         self.workers = {"num_workers": num_workers, "worker_init_fn": set_up_worker}
         if num_workers:
             self.workers["prefetch_factor"] = prefetch_factor
 
     def decoded(self, jobs: Iterable[list[Job]]) -> Iterator[list[Decoded | str]]:
         """What each list of jobs needs, decoded ahead of time by the workers."""
-        return iter(DataLoader(Decoder(self.cache.conditions), batch_size=None, sampler=jobs, **self.workers))
+        decoder = iter(DataLoader(Decoder(self.cache.conditions), batch_size=None, sampler=jobs, **self.workers))
+        while True:
+            start = time.perf_counter()
+            some = next(decoder, None)
+            self.spent.decode_wait_seconds += time.perf_counter() - start
+            if some is None:
+                return
+            yield some
 
     def entries(self, job: Job, part: Job, decoded: Decoded | str) -> dict[tuple[str, str], Tensor]:
         """All entries of a job. part: what the cache lacked of it, for which `decoded` is. Raises ValueError that names the clip and what to do."""
@@ -192,7 +217,8 @@ class Maker:
                              "which leaves such clips out before training") from e  # fmt: skip
         if self.write:
             store(self.cache, part, made)
-        self.seconds += time.perf_counter() - start
+        self.spent.encode_seconds += time.perf_counter() - start
+        self.spent.encoded_frames += job.entry.bucket[0] if "video" in part.kinds else 0
         return {name: made[name] if name in made else self.cache.read(*name) for name in job.keys}
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch import Tensor
 
-from titan_video.data.encode import Job, Maker, draw_job, missing, share
+from titan_video.data.encode import Job, Maker, Spent, draw_job, missing, share
 from titan_video.data.latent_cache import LatentCache
 from titan_video.data.loader import Item, Order
 from titan_video.data.sampler import MicroBatch
@@ -86,9 +86,9 @@ class Colocated:
         return {name: tensor for part, _ in parts for name, tensor in part.items()}
 
     def stats(self) -> dict[str, float]:
-        """For the log: seconds spent on encoding since the last call."""
-        seconds, self.maker.seconds = self.maker.seconds, 0.0
-        return {"encode_seconds": seconds}
+        """For the log: what this rank spent on encoding since the last call."""
+        spent, self.maker.spent = self.maker.spent, Spent()
+        return spent.numbers()
 
     def close(self) -> None:
         self.maker.cache.flush()

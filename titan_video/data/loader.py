@@ -19,7 +19,7 @@ from titan_video.data.batch import Batch
 from titan_video.data.bucket import Batching, Bucket, Work
 from titan_video.data.latent_cache import CachedClip, LatentCache
 from titan_video.data.sampler import GlobalSampler, MicroBatch, fingerprint
-from titan_video.data.worker import set_up_worker
+from titan_video.data.worker import Layout, pack, set_up_worker, unpack
 from titan_video.flow.noise import choose_caption, drop_caption
 
 MEMORY_LIMIT = 1 << 30  # bytes of entries kept by a loader without workers
@@ -82,6 +82,14 @@ class EntryReader:
     def batch(self, clips: Sequence[CachedClip], sample_ids: Sequence[int]) -> Batch:
         """A batch of given clips of one bucket, with their captions."""
         return Batch(**self[[(c, c.text_key, i) for c, i in zip(clips, sample_ids, strict=True)]])
+
+
+class _Packed:
+    def __init__(self, reader: EntryReader):
+        self.reader = reader
+
+    def __getitem__(self, item: Item) -> tuple[Tensor, Layout]:
+        return pack(self.reader[item])
 
 
 class Order:
@@ -175,10 +183,13 @@ class LatentLoader:
         states: deque[dict[str, Any]] = deque()
         steps = self.order.steps(num_steps, states)
         if self.live:
-            micro_batches = (self.reader[item] for item in self.live.items(self.order, steps, num_steps))
+            items = self.live.items(self.order, steps, num_steps)
         else:
             items = (self.order.item(m) for step in steps for m in step[self.dp_rank :: self.dp_size])
-            micro_batches = iter(DataLoader(self.reader, batch_size=None, sampler=items, **self.workers))
+        if self.live or not self.workers["num_workers"]:
+            micro_batches = (self.reader[item] for item in items)
+        else:
+            micro_batches = (unpack(*packed) for packed in DataLoader(_Packed(self.reader), batch_size=None, sampler=items, **self.workers))
         for fields in micro_batches:
             step = [Batch(**fields), *(Batch(**next(micro_batches)) for _ in range(self.num_micro_batches - 1))]
             yield states.popleft(), step

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_video.data.bucket import Bucket
-from titan_video.data.encode import TEXT_COST, Job, Maker, draw_job, missing
+from titan_video.data.encode import TEXT_COST, Job, Maker, Spent, draw_job, missing
 from titan_video.data.latent_cache import LatentCache
 from titan_video.data.live import AtHand
 from titan_video.data.loader import Item, Order
@@ -36,7 +36,8 @@ MAGIC = 0x746974616E0001
 SENT, FAILED = 0, 1
 KINDS = ("video", "given", "image", "text", "pooled")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-HEADER = 5 + 6 * len(KINDS)  # magic, status, number, sample id, bytes; for each kind its type, number of dims and four sizes, or zeros
+FIXED = 8  # magic, status, number, sample id, bytes; what was spent on it, in microseconds of encoding and of waiting, and frames
+HEADER = FIXED + 6 * len(KINDS)  # for each kind its type, number of dims and four sizes, or zeros
 LEAST = 1024  # bytes of a message's part, in which an error finds room
 TAGS = 1 << 30  # of clips, in turn; above are those of hello and goodbye
 HELLO, GOODBYE = TAGS + 1, TAGS + 3
@@ -135,16 +136,17 @@ def dealt(order: Order, steps: Iterable[list[MicroBatch]], dp_size: int, num_enc
             number += len(owners)
 
 
-def pack(entries: Mapping[tuple[str, str], Tensor], number: int, sample_id: int, size: int, parts: int) -> list[Tensor]:
+def pack(entries: Mapping[tuple[str, str], Tensor], spent: Spent, number: int, sample_id: int, size: int, parts: int) -> list[Tensor]:
     """A clip's message, of `size` bytes for each part."""
     header = torch.zeros(HEADER, dtype=torch.int64)
     raw = []
     for (kind, _), tensor in sorted(entries.items(), key=lambda entry: KINDS.index(entry[0][0])):
-        at = 5 + 6 * KINDS.index(kind)
+        at = FIXED + 6 * KINDS.index(kind)
         header[at : at + 2 + tensor.ndim] = torch.tensor([1 + DTYPES.index(tensor.dtype), tensor.ndim, *tensor.shape])
         raw.append(tensor.flatten().view(torch.uint8))
     data = torch.cat(raw)
-    header[:5] = torch.tensor([MAGIC, SENT, number, sample_id, len(data)])
+    times = round(1e6 * spent.encode_seconds), round(1e6 * spent.decode_wait_seconds)
+    header[:FIXED] = torch.tensor([MAGIC, SENT, number, sample_id, len(data), *times, spent.encoded_frames])
     return _parts(header, data, size, parts)
 
 
@@ -167,7 +169,7 @@ def unpack(header: Tensor, data: Tensor, keys: Mapping[str, str]) -> dict[tuple[
     """The entries of a message. keys: of the kinds that are expected."""
     entries, first = {}, 0
     for i, kind in enumerate(KINDS):
-        code, ndim, *sizes = header[5 + 6 * i : 11 + 6 * i].tolist()
+        code, ndim, *sizes = header[FIXED + 6 * i : FIXED + 6 * i + 6].tolist()
         if bool(code) != (kind in keys):
             raise RuntimeError(f"it has {'a' if code else 'no'} {kind}")
         if code:
@@ -196,7 +198,7 @@ class Separate:
         self.cache, self.timeout, self.next_timeout = AtHand(cache), timedelta(seconds=timeout), timedelta(seconds=first_timeout)
         self.parts = len(groups[dp_rank])
         self.posted: deque[tuple[Any, Tensor, int, int]] = deque()
-        self.is_started = False
+        self.is_started, self.spent = False, Spent()
 
     def items(self, order: Order, steps: Iterable[list[MicroBatch]], num_steps: int | None) -> Iterator[Item]:
         assert not self.is_started, "encoder ranks are told once what to encode"
@@ -232,7 +234,7 @@ class Separate:
         self.wire.wait(work, rank, f"waiting for sample {sample_id}, clip {number} of this run's", self.next_timeout)
         self.next_timeout = self.timeout
         header, data = message[: 8 * HEADER].view(torch.int64), message[8 * HEADER :]
-        magic, status, sent_number, sent_id, size = header[:5].tolist()
+        magic, status, sent_number, sent_id, size, encoding, waiting, frames = header[:FIXED].tolist()
         if magic == MAGIC and status == FAILED:
             raise ValueError(data[:size].numpy().tobytes().decode(errors="replace"))
         try:
@@ -249,11 +251,15 @@ class Separate:
         except RuntimeError as e:
             raise RuntimeError(f"what {self.wire.name(rank)} sent as sample {sample_id}, clip {number} of this run's, is another: {e}; "
                                "do all ranks run the same code with the same configuration?") from e  # fmt: skip
+        self.spent.encode_seconds += encoding / 1e6
+        self.spent.decode_wait_seconds += waiting / 1e6
+        self.spent.encoded_frames += frames
         return entries
 
     def stats(self) -> dict[str, float]:
-        """For the log: clips that have come and wait."""
-        return {"queue_depth": sum(int(data[:8].view(torch.int64)) == MAGIC for _, data, _, _ in self.posted)}
+        """For the log: clips that have come and wait; and what encoder ranks spent on those given out since the last call."""
+        spent, self.spent = self.spent, Spent()
+        return {"queue_depth": sum(int(data[:8].view(torch.int64)) == MAGIC for _, data, _, _ in self.posted), **spent.numbers()}
 
     def close(self) -> None:
         """Send the encoder ranks home, when every training rank has had its last batch."""
@@ -310,7 +316,9 @@ def serve(wire: Wire, maker: Maker, order: Order, num_steps: int | None, sizes: 
             wire.tell(f"encoding sample {sample_id} for {wire.name(groups[dp_rank][0])}, after {sent} others")
             to, error = (number, sample_id, sizes.message(bucket, len(groups[dp_rank])), len(groups[dp_rank])), None
             try:
-                messages = pack(maker.entries(job, part, decoded), *to)
+                entries = maker.entries(job, part, decoded)
+                messages = pack(entries, maker.spent, *to)
+                maker.spent = Spent()
             except ValueError as e:
                 messages, error = pack_error(str(e), *to), e
             under_way.append([(wire.send(rank, number % TAGS, data), rank, sample_id) for rank, data in zip(groups[dp_rank], messages, strict=True)])

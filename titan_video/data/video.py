@@ -13,19 +13,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from titan_video.data import media
 from titan_video.data.bucket import Bucket, cover
+from titan_video.data.worker import buffer
 
 TOLERANCE = 0.0005  # seconds; containers round times to as coarse as a millisecond
 MISSING_TAIL = 0.1  # seconds that the packets may end before the declared end
 MAX_SIDE = 16384
 SEEK_FROM = 2.0  # seconds into a file from which a clip is sought instead of decoded up to
+FRAMES_AT_ONCE = 8  # that torchcodec is asked for
+
+DecoderName = Literal["pyav", "torchcodec"]
 
 
 class UnusableClip(ValueError):
@@ -212,7 +215,9 @@ def _shown_size(stream, frame) -> tuple[int, int]:
     return (height, width) if frame.rotation % 180 else (width, height)
 
 
-def decode(path: str, pts: Sequence[int], width: int, height: int, bucket: Bucket, by_index: bool = False, rate: float = 0.0) -> Tensor:
+def decode(
+    path: str, pts: Sequence[int], width: int, height: int, bucket: Bucket, by_index: bool = False, rate: float = 0.0, decoder: DecoderName = "pyav",
+) -> Tensor:  # fmt: skip
     """The frames shown at `pts` (ticks, or numbers with by_index; ascending, may repeat), resized to cover the bucket and cropped to its centre.
 
     width, height: of the probe. rate: what metadata say of a file that was not probed; they are compared with what is found.
@@ -222,10 +227,7 @@ def decode(path: str, pts: Sequence[int], width: int, height: int, bucket: Bucke
     for i, time in enumerate(pts):
         places.setdefault(time, []).append(i)
     shape = len(pts), *bucket[1:], 3
-    if get_worker_info():  # in shared memory, so that it is sent without another copy
-        frames_FHWC = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(math.prod(shape))).view(shape)
-    else:
-        frames_FHWC = torch.empty(shape, dtype=torch.uint8)
+    frames_FHWC = buffer(math.prod(shape)).view(shape)
     taking = frames_FHWC.numpy(), places, width, height, bucket
     if media.kind(path) != "video":
         missing = _take(_images(path), *taking)
@@ -233,17 +235,53 @@ def decode(path: str, pts: Sequence[int], width: int, height: int, bucket: Bucke
         with _open(path) as (container, stream):
             if rate:
                 _compare(stream, width, height, rate)
-            tick = stream.time_base or 0
-            seek = not by_index and not _is_avi(container) and (pts[0] - (stream.start_time or 0)) * tick > SEEK_FROM
+            tick = stream.time_base or Fraction(0)
+            if _is_avi(container):  # has no times, which torchcodec needs
+                by_index, decoder = True, "pyav"
+            seek = decoder == "pyav" and not by_index and (pts[0] - (stream.start_time or 0)) * tick > SEEK_FROM
             if seek:
                 container.seek(pts[0], stream=stream)
-            missing = _take(_frames(container, stream, by_index), *taking)
-        if seek and missing:  # an index that leads astray
+            if decoder == "pyav":
+                missing = _take(_frames(container, stream, by_index), *taking)
+        if decoder == "torchcodec":
+            missing = _take(_torchcodec_frames(path, list(places), tick, by_index), *taking)
+        elif seek and missing:  # an index that leads astray
             with _open(path) as (container, stream):
                 missing = _take(_frames(container, stream), *taking)
     if missing:
         raise UnusableClip(f"corrupt: {missing} of {len(places)} frames do not decode")
     return frames_FHWC.permute(3, 0, 1, 2)
+
+
+def require(decoder: DecoderName) -> None:
+    """Raises ValueError, with what to do, when this decoder cannot be used here."""
+    if decoder == "torchcodec":
+        try:
+            import torchcodec.decoders  # noqa: F401
+        except (ImportError, OSError, RuntimeError) as e:
+            why = f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"
+            raise ValueError("data.decoder is torchcodec, which cannot be imported here: install the torchcodec that goes with this torch, and "
+                             f"FFmpeg's shared libraries, or set pyav\n{why}") from e  # fmt: skip
+
+
+def _torchcodec_frames(path: str, times: Sequence[int], tick: Fraction, by_index: bool) -> Iterator:
+    """(time, frame) of those of these times that the file has, decoded by torchcodec, which turns rotated frames upright."""
+    import av
+    from torchcodec.decoders import VideoDecoder
+
+    try:
+        source = path if os.path.isfile(path) else media.open_binary(path)
+        decoder = VideoDecoder(source, dimension_order="NHWC", num_ffmpeg_threads=1)  # the workers are the parallelism
+        for some in (times[i : i + FRAMES_AT_ONCE] for i in range(0, len(times), FRAMES_AT_ONCE)):
+            if by_index:
+                batch = decoder.get_frames_at(indices=list(some))
+            else:
+                batch = decoder.get_frames_played_at(seconds=[float((time + Fraction(1, 2)) * tick) for time in some])
+            for time, pixels_HWC, seconds in zip(some, batch.data.numpy(), batch.pts_seconds.tolist(), strict=True):
+                if by_index or abs(seconds - float(time * tick)) < float(tick) / 2:
+                    yield time, av.VideoFrame.from_ndarray(pixels_HWC, format="rgb24")
+    except (RuntimeError, ValueError, IndexError, OSError, EOFError) as e:
+        raise UnusableClip(f"corrupt: {str(e).strip() or type(e).__name__}") from e
 
 
 def _compare(stream, width: int, height: int, rate: float) -> None:
@@ -253,13 +291,18 @@ def _compare(stream, width: int, height: int, rate: float) -> None:
                            f"{context.width} x {context.height} at {found:g} fps")  # fmt: skip
 
 
+def interpolation(width: int, new_width: int) -> str:
+    """The filter of a resize, as PyAV names it: areas are averaged when a frame shrinks, which does not alias."""
+    return "AREA" if new_width < width else "BICUBIC"
+
+
 def _take(frames: Iterator, frames_FHWC: np.ndarray, places: Mapping[int, Sequence[int]], width: int, height: int, bucket: Bucket) -> int:
     """Put the frames at these times in their places, at the bucket's size; return how many are not found."""
     from av.video.reformatter import VideoReformatter
 
     _, bucket_height, bucket_width = bucket
     new_width, new_height, left, top = cover(width, height, bucket)
-    method = "AREA" if new_width < width else "BICUBIC"
+    method = interpolation(width, new_width)
     found: set[int] = set()
     last = max(places)
     scaler = VideoReformatter()  # one for all frames: it keeps its tables
