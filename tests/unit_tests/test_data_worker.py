@@ -78,3 +78,13 @@ def test_pack_and_unpack():
         assert x.dtype == y.dtype and torch.equal(x, y) and y.is_contiguous() and y.data_ptr() % ALIGNMENT == whole.data_ptr() % ALIGNMENT
     assert list(found) == list(given) and found["c"]["d"].tolist() == list(range(7)) and found["c"]["e"].shape == (0, 4)
     assert whole.is_shared() and whole.dtype == torch.uint8 and unpack(*pack({})) == {}
+
+
+def test_what_pinning_makes_of_it_is_unpacked_too(monkeypatch):
+    from torch.utils.data._utils.pin_memory import pin_memory
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x, *args: x.clone())
+    given = {"a": torch.randn(3, 5), "b": {"c": torch.arange(4).view(2, 2)}}
+    whole, layout = pin_memory(pack(given))
+    found = unpack(whole, layout)
+    assert torch.equal(found["a"], given["a"]) and torch.equal(found["b"]["c"], given["b"]["c"]) and not found["a"].is_shared()
