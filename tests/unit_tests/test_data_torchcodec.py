@@ -6,6 +6,7 @@ import tarfile
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.unit_tests.data_clips import captioned, number, write_clip
 from tests.unit_tests.test_data_video import CONTAINERS
@@ -30,9 +31,12 @@ def test_without_it_a_plan_is_refused(tmp_path, monkeypatch):
 
 def test_its_pixels_have_an_identity_of_their_own(tmp_path, monkeypatch):
     captioned(tmp_path / "a.mp4")
+    Image.new("RGB", (64, 48)).save(tmp_path / "still.png")
+    (tmp_path / "still.txt").write_text("a still")
     monkeypatch.setattr("titan_video.data.dataset.require", lambda decoder: None)
-    one, other = (make_plan(tmp_path, [(5, 32, 32)], 16, 0, tmp_path / "cache", decoder=name).kept[0] for name in ("pyav", "torchcodec"))
-    assert one.decoder == "pyav" and other.decoder == "torchcodec" and one.content != other.content
+    one, other = (make_plan(tmp_path, [(5, 32, 32), (1, 32, 32)], 16, 0, tmp_path / "cache", decoder=name).kept for name in ("pyav", "torchcodec"))
+    assert [e.decoder for e in one] == ["pyav", "pyav"] and [e.decoder for e in other] == ["torchcodec", "pyav"]
+    assert one[0].content != other[0].content and one[1].content == other[1].content
 
 
 def both(path, found, indices, bucket=None):

@@ -204,7 +204,7 @@ def make_plan(
     for (source, record), believed in zip(scanned, unread, strict=True):
         mode = choice.mode if source.clip_choice == "default" else source.clip_choice
         entries += _decide(source, record, None if believed else probes.get(record.path), sizes, source.fps or fps, replace(choice, mode=mode))
-    entries = [replace(e, decoder=decoder) for e in entries]
+    entries = [replace(e, decoder=decoder) if media.kind(e.path) == "video" else e for e in entries]
     plan = Plan(", ".join(str(s.path) for s in sources), fps, sizes, tuple(entries))
     plan.require_clips()
     return plan
