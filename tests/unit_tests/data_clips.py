@@ -1,5 +1,6 @@
 """Small video files of every kind the data tests need. Frame k of a clip has brightness `level(k)`, so a decoded frame names itself."""
 
+import random
 from fractions import Fraction
 
 import numpy as np
@@ -75,6 +76,16 @@ def _silence(container, sound):
     silence.sample_rate = 16000
     container.mux(sound.encode(silence))
     container.mux(sound.encode(None))
+
+
+def damaged(data, count):
+    """So many copies of a file's bytes, of each of which 1, 8 or 64 are others."""
+    rng = random.Random(0)
+    for _ in range(count):
+        broken = bytearray(data)
+        for _ in range(rng.choice([1, 8, 64])):
+            broken[rng.randrange(len(broken))] = rng.randrange(256)
+        yield bytes(broken)
 
 
 def captioned(path, caption="a clip", **kwargs):

@@ -1,6 +1,5 @@
 """data.decoder = torchcodec beside PyAV, on the clips of test_data_video. All but the first tests need torchcodec with FFmpeg's libraries."""
 
-import random
 import sys
 import tarfile
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.unit_tests.data_clips import captioned, number, write_clip
+from tests.unit_tests.data_clips import captioned, damaged, number, write_clip
 from tests.unit_tests.test_data_video import CONTAINERS
 from titan_video.data.dataset import make_plan, read_frames
 from titan_video.data.media import member
@@ -100,12 +99,9 @@ def test_a_member_of_a_tar(tmp_path):
 @needs_torchcodec
 def test_damage_never_escapes_as_another_error(tmp_path):
     path = write_clip(tmp_path / "a.mp4", count=20, frames=np.random.default_rng(0).integers(0, 255, (20, 48, 64, 3), dtype=np.uint8))
-    data, rng, outcomes = path.read_bytes(), random.Random(0), set()
-    for _ in range(80):
-        broken = bytearray(data)
-        for _ in range(rng.choice([1, 8, 64])):
-            broken[rng.randrange(len(broken))] = rng.randrange(256)
-        path.write_bytes(bytes(broken))
+    outcomes = set()
+    for broken in damaged(path.read_bytes(), 80):
+        path.write_bytes(broken)
         found = probe(str(path))
         if found.reason:
             continue

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from tests.unit_tests.data_clips import level, number, write_clip, write_sound
+from tests.unit_tests.data_clips import damaged, level, number, write_clip, write_sound
 from titan_video.data.video import UnusableClip, decode, frame_indices, probe
 
 CONTAINERS = [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.mov", "libx264"), ("a.avi", "mpeg4"), ("x.avi", "libx264"),
@@ -178,13 +178,9 @@ def test_not_videos(tmp_path):
 
 def test_damage_never_escapes_as_another_error(tmp_path):
     path = write_clip(tmp_path / "a.mp4", count=20, frames=np.random.default_rng(0).integers(0, 255, (20, 48, 64, 3), dtype=np.uint8))
-    data, rng = path.read_bytes(), random.Random(0)
     outcomes = set()
-    for _ in range(120):
-        broken = bytearray(data)
-        for _ in range(rng.choice([1, 8, 64])):
-            broken[rng.randrange(len(broken))] = rng.randrange(256)
-        path.write_bytes(bytes(broken))
+    for broken in damaged(path.read_bytes(), 120):
+        path.write_bytes(broken)
         found = probe(str(path))
         if found.reason:
             outcomes.add(found.reason.partition(":")[0])

@@ -35,6 +35,10 @@ def set_up_worker(worker: int) -> None:
 _buffers: list[Tensor] = []  # of this worker
 
 
+def _shared(size: int) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
+
+
 def buffer(size: int) -> Tensor:
     """uint8 [size] to decode into: in a worker, shared memory, so that it is sent without another copy; if possible some that was let go of.
 
@@ -45,7 +49,7 @@ def buffer(size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8)
     whole = next((b for b in _buffers if b.numel() > size and not b[-1]), None)
     if whole is None:
-        whole = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size + 1))
+        whole = _shared(size + 1)
         _buffers[:] = [whole, *(b for b in _buffers if b[-1])][:BUFFERS]  # those not in use are too small
     whole[-1] = 1
     return whole[:size]
@@ -74,7 +78,7 @@ def pack(tensors: dict[str, Any]) -> tuple[Tensor, Layout]:
         return first, x.dtype, tuple(x.shape)
 
     layout = place(tensors)
-    whole = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(max(1, size)))
+    whole = _shared(max(1, size))
     for first, x in parts:
         whole[first : first + x.nbytes].view(x.dtype).view(x.shape).copy_(x)
     return whole, layout
