@@ -1,11 +1,11 @@
 """The whole program: build, step, loop, save.
 
-    data     plan -> encode what the cache lacks -> loader               once, before training
-    model    meta device -> parallelize -> weights                       sharded at every size
-    step     micro-batches -> levels, noise -> velocity -> loss -> backward -> clip -> update
-    loop     step -> log -> validate -> save -> signal?
+data     plan -> encode what the cache lacks -> loader               once, before training
+model    meta device -> parallelize -> weights                       sharded at every size
+step     micro-batches -> levels, noise -> velocity -> loss -> backward -> clip -> update
+loop     step -> log -> validate -> save -> signal?
 
-    torchrun --nproc_per_node 8 train.py --job.config_file train_configs/x.toml --training.steps 100
+torchrun --nproc_per_node 8 train.py --job.config_file train_configs/x.toml --training.steps 100
 """
 
 import gc
@@ -76,7 +76,9 @@ class Trainer:
 
         # --- architecture, and whether it can be laid out as asked ---
         self.spec = get_spec(config.model.name)
-        self.args = get_args(self.spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
+        self.args = get_args(
+            self.spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length
+        )
         self.conditions = self.args.conditions
         levels = expert_levels(config.flow, config.model.expert, config.model.boundary or self.args.boundary)
         self.hf_folder = f"{self.spec.hf_folder}_2" if config.model.expert == "low" else self.spec.hf_folder
@@ -97,7 +99,9 @@ class Trainer:
         # Waiting for another rank's encoding, or agreeing on a signal, takes place on the host.
         self.host_group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
         if config.debug.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this, and reads it at its first use
+            os.environ.setdefault(
+                "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+            )  # cuBLAS is deterministic only with this, and reads it at its first use
             torch.use_deterministic_algorithms(True)
 
         # --- encoders, objective ---
@@ -130,7 +134,9 @@ class Trainer:
         if config.lora.enable:
             self.load_initial_weights()  # frozen weights are in no checkpoint
             counters["lora"] = LoraState(config.lora, self.initial_weights, self.hf_folder, self.seed, self.host_group)
-        self.checkpoint = CheckpointManager(config.checkpoint, self.folder / config.checkpoint.folder, tensors, counters)
+        self.checkpoint = CheckpointManager(
+            config.checkpoint, self.folder / config.checkpoint.folder, tensors, counters
+        )
         self.step = self.checkpoint.load()
         if self.step == 0 and not config.lora.enable:
             self.load_initial_weights()
@@ -140,7 +146,14 @@ class Trainer:
         # --- what watches ---
         self.write_config()
         self.metrics = MetricsLogger(
-            config.metrics, self.folder, self.rank, self.world_size, self.device, config.training.steps, self.step, samples=self.loader.samples
+            config.metrics,
+            self.folder,
+            self.rank,
+            self.world_size,
+            self.device,
+            config.training.steps,
+            self.step,
+            samples=self.loader.samples,
         )
         self.closers.append(self.metrics.close)
         self.metrics.log_scalars(self.step, self.clips.numbers, "data")
@@ -154,15 +167,27 @@ class Trainer:
         e, a, c = self.encoders, self.args, self.conditions
         flavor, encoder = f"model.flavor = {self.config.model.flavor!r}", f"encoder.name = {self.config.encoder.name!r}"
         if e.text_dim != a.text_dim:
-            raise ValueError(f"{flavor} takes text of width {a.text_dim}, {encoder} gives {e.text_dim}: choose the two to fit")
+            raise ValueError(
+                f"{flavor} takes text of width {a.text_dim}, {encoder} gives {e.text_dim}: choose the two to fit"
+            )
         if e.channels != a.out_channels:
-            raise ValueError(f"{flavor} takes {a.out_channels} latent channels, {encoder} gives {e.channels}: choose the two to fit")
+            raise ValueError(
+                f"{flavor} takes {a.out_channels} latent channels, {encoder} gives {e.channels}: choose the two to fit"
+            )
         if c.pooled_text and e.pooled_dim != a.pooled_dim:
-            raise ValueError(f"{flavor} takes pooled text of width {a.pooled_dim}, {encoder} gives {e.pooled_dim}: choose the two to fit")
+            raise ValueError(
+                f"{flavor} takes pooled text of width {a.pooled_dim}, {encoder} gives {e.pooled_dim}: choose the "
+                f"two to fit"
+            )
         if c.image_tokens and e.image_dim != a.image_dim:
-            raise ValueError(f"{flavor} takes image tokens of width {a.image_dim}, {encoder} gives {e.image_dim}: choose the two to fit")
+            raise ValueError(
+                f"{flavor} takes image tokens of width {a.image_dim}, {encoder} gives {e.image_dim}: choose the "
+                f"two to fit"
+            )
         if c.num_given and self.config.validation.prompts_path:
-            raise ValueError(f"validation.prompts_path: {flavor} starts from an image, which a prompt does not have; leave it empty")
+            raise ValueError(
+                f"validation.prompts_path: {flavor} starts from an image, which a prompt does not have; leave it empty"
+            )
 
     def latent_shape(self, bucket: tuple[int, ...]) -> tuple[int, ...]:
         frames, height, width = bucket
@@ -175,7 +200,9 @@ class Trainer:
             (self.folder / "config.toml").write_text(dump(self.config))
 
     def build_data(self) -> None:
-        """Plan the clips, encode what is to be encoded before training (each rank its share), hold some out, and make the loader."""
+        """Plan the clips, encode what is to be encoded before training (each rank its share), hold some out, and make
+        the loader.
+        """
         config, c = self.config, self.config.data
         cache_folder = Path(c.cache_folder or self.folder / "cache")
         self.cache = open_cache(cache_folder, self.encoders, self.conditions, self.host_group)
@@ -185,23 +212,42 @@ class Trainer:
             return plan.without_stills() if self.conditions.num_given else plan
 
         is_ahead = config.encoder.placement == "cached"
-        self.clips = prepare(make, is_ahead, config.validation, self.folder, self.encoders, self.cache, self.host_group, c.num_workers)
+        self.clips = prepare(
+            make, is_ahead, config.validation, self.folder, self.encoders, self.cache, self.host_group, c.num_workers
+        )
         self.encoders.free()
         placed = self.dims, self.wire, self.latent_shape, self.args.text_len
         live = build_live(config.encoder, c, config.comm, self.encoders, self.cache, *placed)
         if live:
             self.closers.append(live.close)
         self.loader = LatentLoader(
-            self.clips.training, self.cache, self.cache.text_key(""), self.batching, self.work,
-            dp_rank=self.meshes.batch.get_local_rank(), dp_size=self.dims.dp, seed=self.seed, shuffle=c.shuffle,
-            caption_dropout=c.caption_dropout, max_text_length=self.args.text_len, text_dim=self.args.text_dim,
-            num_workers=c.num_workers, prefetch_factor=c.prefetch_factor, pin_memory=self.device.type == "cuda", live=live,
-        )  # fmt: skip
+            self.clips.training,
+            self.cache,
+            self.cache.text_key(""),
+            self.batching,
+            self.work,
+            dp_rank=self.meshes.batch.get_local_rank(),
+            dp_size=self.dims.dp,
+            seed=self.seed,
+            shuffle=c.shuffle,
+            caption_dropout=c.caption_dropout,
+            max_text_length=self.args.text_len,
+            text_dim=self.args.text_dim,
+            num_workers=c.num_workers,
+            prefetch_factor=c.prefetch_factor,
+            pin_memory=self.device.type == "cuda",
+            live=live,
+        )
 
     def build_model(self, longest: int) -> None:
-        """Meta device, adapters, stages, parallelize, memory; the optimizer and the averages. longest: tokens of the largest bucket."""
+        """Meta device, adapters, stages, parallelize, memory; the optimizer and the averages. longest:
+
+        tokens of the largest bucket.
+        """
         config, param_dtype = self.config, getattr(torch, self.config.training.mixed_precision_param)
-        words = attention.use(config.model.attention, self.device, param_dtype, self.args.head_dim, self.spec.masks_text)
+        words = attention.use(
+            config.model.attention, self.device, param_dtype, self.args.head_dim, self.spec.masks_text
+        )
         logger.info(f"attention: {words}")
         with torch.device("meta"):
             self.model = self.spec.build(self.args)
@@ -213,13 +259,22 @@ class Trainer:
         if self.dims.pp > 1:
             stages = keep_stages(self.model, self.spec.plan, self.meshes.pp, config.parallelism, self.args, longest)
         parallelize(
-            self.model, self.spec.plan, self.meshes, config.parallelism, config.training, config.activation_checkpoint, config.compile,
-            checkpointed, config.float8,
-        )  # fmt: skip
+            self.model,
+            self.spec.plan,
+            self.meshes,
+            config.parallelism,
+            config.training,
+            config.activation_checkpoint,
+            config.compile,
+            checkpointed,
+            config.float8,
+        )
         self.model.to_empty(device="cpu" if config.training.enable_cpu_offload else self.device)
         self.pipeline = None
         if stages:
-            self.pipeline = Pipeline(self.model, stages, self.spec.plan, self.meshes.pp, config.parallelism, param_dtype, self.device)
+            self.pipeline = Pipeline(
+                self.model, stages, self.spec.plan, self.meshes.pp, config.parallelism, param_dtype, self.device
+            )
         self.optimizer = build_optimizer(self.model, config.optimizer, self.spec.plan.blocks, self.seed)
         self.in_backward = InBackward(self.optimizer) if config.optimizer.in_backward else None
         self.scheduler = Scheduler(self.optimizer, config.lr_scheduler, config.optimizer.lr, config.training.steps)
@@ -237,7 +292,16 @@ class Trainer:
         return c.checkpoint.initial_load_path or (c.model.hf_assets_path if c.checkpoint.initial_load_in_hf else "")
 
     def load_initial_weights(self) -> None:
-        load_start(self.model, self.initial_weights, self.spec, self.args, self.hf_folder, self.seed, self.config.lora, self.host_group)
+        load_start(
+            self.model,
+            self.initial_weights,
+            self.spec,
+            self.args,
+            self.hf_folder,
+            self.seed,
+            self.config.lora,
+            self.host_group,
+        )
         if self.ema:
             self.ema.reset()
 
@@ -250,16 +314,31 @@ class Trainer:
             keys = [self.cache.text_key(p) for p in clips.prompts]
             prompts = with_size(reader, clips.prompts, keys, null_key, self.latent_shape(self.config.data.sizes[0]))
         return Validator(
-            self.config.validation, self.pipeline or self.model, self.args.patch, self.meshes, self.shard, self.device, self.seed,
-            num_clips=len(clips.held_out), get_clip=lambda i: reader.batch([clips.held_out[i]], [i]),
-            prompts=prompts, decode=self.encoders.decode_video, fps=self.config.data.fps, folder=self.folder / "samples",
-            conditions=self.conditions, guidance_scale=self.config.training.guidance, interval=self.flow.interval,
-        )  # fmt: skip
+            self.config.validation,
+            self.pipeline or self.model,
+            self.args.patch,
+            self.meshes,
+            self.shard,
+            self.device,
+            self.seed,
+            num_clips=len(clips.held_out),
+            get_clip=lambda i: reader.batch([clips.held_out[i]], [i]),
+            prompts=prompts,
+            decode=self.encoders.decode_video,
+            fps=self.config.data.fps,
+            folder=self.folder / "samples",
+            conditions=self.conditions,
+            guidance_scale=self.config.training.guidance,
+            interval=self.flow.interval,
+        )
 
     # ---------------------------------------------------------------- step
 
     def train_step(self, batches: list[Batch], start: float) -> None:
-        """One optimizer step over this rank's micro-batches. Losses are divided by the elements of all ranks, so gradients only need summing."""
+        """One optimizer step over this rank's micro-batches.
+
+        Losses are divided by the elements of all ranks, so gradients only need summing.
+        """
         lr = self.scheduler.set_step(self.step)
         counted = sum(self.conditions.counted(b.latents_BCFHW) for b in batches)
         pixel_sizes = [self.pixel_size(b) for b in batches]
@@ -298,26 +377,47 @@ class Trainer:
         shares = [(self.num_tokens(b), len(b.sample_ids_B)) for b in batches]
         ranks_per_sample = self.world_size // self.dims.dp
         model_flops = 3 * sum(self.args.flops(*share) for share in shares) / ranks_per_sample
-        recomputed = sum(recomputed_flops(self.config.activation_checkpoint, self.args, *share) for share in shares) / ranks_per_sample
+        recomputed = (
+            sum(recomputed_flops(self.config.activation_checkpoint, self.args, *share) for share in shares)
+            / ranks_per_sample
+        )
         bucket = "+".join(dict.fromkeys("x".join(map(str, size)) for size in pixel_sizes))
         self.metrics.log(
-            self.step, loss=global_loss, max_loss=max_loss, grad_norm=norm, lr=lr, samples=self.loader.samples, tokens=num_tokens,
-            video_seconds=num_frames / self.config.data.fps, model_flops=model_flops, hardware_flops=model_flops + recomputed,
-            step_seconds=time.perf_counter() - start, data_seconds=self.steps.waited, bucket=bucket, extra=self.loader.stats(),
-        )  # fmt: skip
+            self.step,
+            loss=global_loss,
+            max_loss=max_loss,
+            grad_norm=norm,
+            lr=lr,
+            samples=self.loader.samples,
+            tokens=num_tokens,
+            video_seconds=num_frames / self.config.data.fps,
+            model_flops=model_flops,
+            hardware_flops=model_flops + recomputed,
+            step_seconds=time.perf_counter() - start,
+            data_seconds=self.steps.waited,
+            bucket=bucket,
+            extra=self.loader.stats(),
+        )
         self.steps.waited = 0.0
         if num_graphs() > self.graphs:  # the first steps of each bucket may; later ones should not
-            logger.info(f"step {self.step} compiled {num_graphs() - self.graphs} graphs for {bucket}, {num_graphs()} so far")
+            logger.info(
+                f"step {self.step} compiled {num_graphs() - self.graphs} graphs for {bucket}, {num_graphs()} so far"
+            )
             self.graphs = num_graphs()
 
     def noisy(self, batch: Batch) -> ModelInputs:
-        """A micro-batch at its noise levels, on the device: what is drawn depends on nothing but the seed and the samples."""
+        """A micro-batch at its noise levels, on the device:
+
+        what is drawn depends on nothing but the seed and the samples.
+        """
         tokens = self.num_tokens(batch)
         s_B = self.flow.levels(draw_uniform(self.seed, batch.sample_ids_B), tokens)
         noise = draw_noise(self.seed, batch.sample_ids_B, tuple(batch.latents_BCFHW.shape[1:]), self.device)
         weight_B = send(self.flow.weights(s_B, tokens), self.device)
         told = self.conditions, self.config.training.guidance
-        return model_inputs(self.args.patch, batch.to(self.device), noise, send(s_B, self.device), weight_B, self.shard, *told)
+        return model_inputs(
+            self.args.patch, batch.to(self.device), noise, send(s_B, self.device), weight_B, self.shard, *told
+        )
 
     def num_parameters(self) -> int:
         own = torch.tensor(sum(p.numel() for p in self.model.parameters()))
@@ -340,7 +440,9 @@ class Trainer:
         reshard(self.model)
         if losses:
             self.metrics.log_scalars(self.step, losses)
-            logger.info(f"validation at step {self.step}: " + "  ".join(f"{name} {value:.4f}" for name, value in losses.items()))
+            logger.info(
+                f"validation at step {self.step}: " + "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
+            )
         for i, (prompt, frames) in enumerate(clips):
             self.metrics.log_video(f"samples/{i} {prompt}", frames.numpy(), self.config.data.fps, self.step)
         if clips:
@@ -353,12 +455,17 @@ class Trainer:
         c = self.config
         last_step, freq = c.training.steps, c.validation.freq
         if self.step >= last_step:
-            logger.info(f"{self.folder} is already at step {self.step} of {last_step}: raise training.steps to go on, or change job.dump_folder")
+            logger.info(
+                f"{self.folder} is already at step {self.step} of {last_step}: raise training.steps to go on, or "
+                f"change job.dump_folder"
+            )
             if self.step == last_step and not broadcast_from_zero(self.is_exported, self.host_group):
                 self.export()  # asked for later, or the run was killed between its last checkpoint and this
             return
-        logger.info(f"training from step {self.step + 1} to {last_step} on {self.world_size} x {self.device.type}, "
-                    f"{self.num_parameters():,} parameters, {self.accumulation} micro-batches a step")
+        logger.info(
+            f"training from step {self.step + 1} to {last_step} on {self.world_size} x {self.device.type}, "
+            f"{self.num_parameters():,} parameters, {self.accumulation} micro-batches a step"
+        )
         if self.validator and self.step == 0:
             self.validate()
 
@@ -381,7 +488,9 @@ class Trainer:
                 if self.step % c.training.gc_freq == 0:
                     gc.collect(1)
                 if self.step == first_step:
-                    set_timeout(c.comm.train_timeout_seconds, *(getattr(self.meshes, f.name) for f in fields(self.meshes)))
+                    set_timeout(
+                        c.comm.train_timeout_seconds, *(getattr(self.meshes, f.name) for f in fields(self.meshes))
+                    )
             self.checkpoint.wait()
         if self.step == last_step:
             self.export()
@@ -396,7 +505,10 @@ class Trainer:
         c, assets, lora = self.config.checkpoint, self.config.model.hf_assets_path, self.config.lora
         if not c.last_save_in_hf:
             return
-        path, weights = export_path(self.folder, c.export_format, self.hf_folder), self.ema.state_dict() if self.ema else None
+        path, weights = (
+            export_path(self.folder, c.export_format, self.hf_folder),
+            self.ema.state_dict() if self.ema else None,
+        )
         dtype = getattr(torch, c.export_dtype)
         for form in lora.forms:
             save_lora(self.model, lora_path(self.folder, form), self.spec, self.args, lora, form, dtype, weights)
@@ -427,7 +539,9 @@ def main(argv: list[str]) -> None:
         trainer = Trainer(config)
         try:
             trainer.train()
-        except FloatingPointError as e:  # seen by all ranks at the same step, so that a save under way can still be finished
+        except (
+            FloatingPointError
+        ) as e:  # seen by all ranks at the same step, so that a save under way can still be finished
             trainer.checkpoint.wait()
             trainer.close()
             sys.exit(f"error: {e}")

@@ -2,8 +2,8 @@
 
     python benchmarks/attention.py [--json FILE]
 
-Backends take turns in one process. Forward counts two matrix products, backward five. A backend that this machine has not is named with the reason.
-Errors are those of output and gradients against float64, on fewer tokens.
+Backends take turns in one process. Forward counts two matrix products, backward five. A backend that this machine has
+not is named with the reason. Errors are those of output and gradients against float64, on fewer tokens.
 """
 
 import sys
@@ -19,7 +19,9 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common  # noqa: E402
-from benchmarks.common import attention_tensors, device_of, failure, halves, interleaved, markdown, relative_error  # noqa: E402
+
+# noqa: E402
+from benchmarks.common import attention_tensors, device_of, failure, halves, interleaved, markdown, relative_error
 from benchmarks.roof import BACKWARD_PRODUCTS  # noqa: E402
 from titan_video.kernels import attention  # noqa: E402
 from titan_video.models.layers import attention_flops  # noqa: E402
@@ -63,7 +65,9 @@ def errors(run: Callable, heads: int, device: torch.device, tokens: int) -> floa
     reference = attention.attention(*exact)
     reference = [reference, *torch.autograd.grad(reference, exact, grad.double())]
     out = run(*qkv)
-    return max(relative_error(a, b) for a, b in zip([out, *torch.autograd.grad(out, qkv, grad)], reference, strict=True))
+    return max(
+        relative_error(a, b) for a, b in zip([out, *torch.autograd.grad(out, qkv, grad)], reference, strict=True)
+    )
 
 
 def kernels_of(run: Callable, heads: int, device: torch.device, tokens: int) -> list[str]:
@@ -83,7 +87,9 @@ def run_shape(tokens: int, heads: int, runs: dict[str, Callable], device: torch.
     for name, run in runs.items():
         *qkv, grad = attention_tensors(tokens, tokens, heads, HEAD_DIM, device)
         try:
-            functions[f"{name} forward"], functions[f"{name} backward"] = halves(partial(run, *qkv), tuple(qkv), (grad,))
+            functions[f"{name} forward"], functions[f"{name} backward"] = halves(
+                partial(run, *qkv), tuple(qkv), (grad,)
+            )
         except Exception as e:
             failed[name] = failure(e)
     times = interleaved(functions, device, rounds)
@@ -91,7 +97,10 @@ def run_shape(tokens: int, heads: int, runs: dict[str, Callable], device: torch.
     for name in runs:
         if name not in failed:
             forward, backward = times[f"{name} forward"], times[f"{name} backward"]
-            rates = {"forward TFLOP/s": flops / forward.median / 1e12, "backward TFLOP/s": BACKWARD_PRODUCTS * flops / backward.median / 1e12}
+            rates = {
+                "forward TFLOP/s": flops / forward.median / 1e12,
+                "backward TFLOP/s": BACKWARD_PRODUCTS * flops / backward.median / 1e12,
+            }
             results[name] = {"forward": forward.as_dict(), "backward": backward.as_dict(), **rates}
     return {"tokens": tokens, "heads": heads, "backends": results}
 
@@ -105,11 +114,17 @@ def table(results: list[dict[str, Any]]) -> str:
                 continue
             spreads = [f"{1000 * b[half]['iqr']:.2f}" for half in ("forward", "backward")]
             rows.append([f"{r['tokens']:,}", r["heads"], name, b["forward TFLOP/s"], b["backward TFLOP/s"], *spreads])
-    return markdown(["tokens", "heads", "backend", "forward, TFLOP/s", "backward, TFLOP/s", "IQR forward, ms", "IQR backward, ms"], rows)
+    return markdown(
+        ["tokens", "heads", "backend", "forward, TFLOP/s", "backward, TFLOP/s", "IQR forward, ms", "IQR backward, ms"],
+        rows,
+    )
 
 
 def kernels_table(found: dict[str, dict[str, Any]]) -> str:
-    rows = [[name, r.get("failed") or f"{r['error']:.1e}", ", ".join(f"`{k[:90]}`" for k in r.get("kernels", []))] for name, r in found.items()]
+    rows = [
+        [name, r.get("failed") or f"{r['error']:.1e}", ", ".join(f"`{k[:90]}`" for k in r.get("kernels", []))]
+        for name, r in found.items()
+    ]
     return markdown(["backend", "error against float64", "kernels that ran"], rows)
 
 
@@ -132,7 +147,13 @@ def main(argv: list[str]) -> None:
     results = [run_shape(*shape, working, device, given.rounds) for shape in (((64, 2),) if given.toy else SHAPES)]
     print(table(results))
     if given.json:
-        common.write_json(given.json, "attention", given, common.environment(device), {"auto": auto, "shapes": results, "kernels": ran})
+        common.write_json(
+            given.json,
+            "attention",
+            given,
+            common.environment(device),
+            {"auto": auto, "shapes": results, "kernels": ran},
+        )
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
-"""What one transformer block keeps for backward, and what it moves through memory outside its matrix products: exact counts, on no device.
+"""What one transformer block keeps for backward, and what it moves through memory outside its matrix products: exact
+counts, on no device.
 
     python benchmarks/block_bytes.py [--json FILE]
 
-A Wan block of ours and diffusers' run forward and backward on the meta device, in bfloat16, at the real shapes. Both are counted alike:
+A Wan block of ours and diffusers' run forward and backward on the meta device, in bfloat16, at the real shapes. Both
+are counted alike:
 
     saved    bytes of all storages that autograd keeps, each once, the block's input among them; without weights, text, modulation and
              rotations, which all blocks share
-    traffic  for each operator but matrix products and attention: its tensor arguments read once and its results written once. Dims of stride 0
-             are read once. Views and empty allocations are free. What an operator updates in place is read and written, by copy_ only written.
-             A kernel of ours is one operator, RMSNorm too (in both), as on a GPU.
+    traffic  for each operator but matrix products and attention: its tensor arguments read once and its results written
+             once. Dims of stride 0 are read once. Views and empty allocations are free. What an operator updates in
+             place is read and written, by copy_ only written. by copy_ only written. A kernel of ours is one operator,
+             RMSNorm too (in both), as on a GPU.
 
-Per element means: divided by tokens x width. A bias's gradient, a sum over all tokens, is an operator of its own and counted, too.
+Per element means: divided by tokens x width. A bias's gradient, a sum over all tokens, is an operator of its own and
+    counted, too.
 """
 
 import sys
@@ -78,7 +82,10 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
 
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
-    """torch's RMSNorm and attention as the one kernel that each is on a GPU. On the meta device torch takes them apart."""
+    """torch's RMSNorm and attention as the one kernel that each is on a GPU.
+
+    On the meta device torch takes them apart.
+    """
     originals = F.rms_norm, F.scaled_dot_product_attention
     F.rms_norm, F.scaled_dot_product_attention = _RmsNorm.apply, _attention
     try:
@@ -120,7 +127,12 @@ class Traffic(TorchDispatchMode):
             return
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         results = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        if not func._schema.is_mutable and results and given and {_storage(t) for t in results} <= {_storage(t) for t in given}:
+        if (
+            not func._schema.is_mutable
+            and results
+            and given
+            and {_storage(t) for t in results} <= {_storage(t) for t in given}
+        ):
             return  # a view
         if name.endswith("_like") or name.startswith("new_"):
             given = []  # only its shape is asked for
@@ -131,7 +143,10 @@ class Traffic(TorchDispatchMode):
 
 
 def count(block: nn.Module, inputs: tuple, x: Tensor) -> dict:
-    """Bytes that a forward of `block(*inputs)` saves and moves, and its backward. x: the one of the inputs that counts as saved."""
+    """Bytes that a forward of `block(*inputs)` saves and moves, and its backward. x:
+
+    the one of the inputs that counts as saved.
+    """
     shared = {_storage(t) for t in (*inputs, *block.parameters()) if isinstance(t, Tensor) and t is not x}
     saved: dict[int, int] = {}
 
@@ -184,8 +199,14 @@ def diffusers_block(args: WanArgs, num_tokens: int) -> dict:
     from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
     with torch.device("meta"):
-        block = WanTransformerBlock(args.dim, args.ffn_dim, args.num_heads, cross_attn_norm=True, eps=args.eps).to(torch.bfloat16)
-        for name in ("norm1", "norm2", "norm3"):  # as from_pretrained leaves them: WanTransformer3DModel._keep_in_fp32_modules
+        block = WanTransformerBlock(args.dim, args.ffn_dim, args.num_heads, cross_attn_norm=True, eps=args.eps).to(
+            torch.bfloat16
+        )
+        for name in (
+            "norm1",
+            "norm2",
+            "norm3",
+        ):  # as from_pretrained leaves them: WanTransformer3DModel._keep_in_fp32_modules
             block.get_submodule(name).float()
         block.scale_shift_table = nn.Parameter(block.scale_shift_table.float())
         x = torch.empty(1, num_tokens, args.dim, dtype=torch.bfloat16, requires_grad=True)
@@ -229,7 +250,15 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
         for who, r in found.items():
             ratios = [f"{r[what] / found['diffusers'][what]:.2f}" for what in BARS]
             rows.append([case, who, *(f"{r[what]:.1f}" for what in ("saved", "forward", "backward")), *ratios])
-    header = ["block", "whose", "saved, B", "moved forward, B", "moved backward, B", "saved / diffusers'", "moved / diffusers'"]
+    header = [
+        "block",
+        "whose",
+        "saved, B",
+        "moved forward, B",
+        "moved backward, B",
+        "saved / diffusers'",
+        "moved / diffusers'",
+    ]
     return markdown(header, rows)
 
 
@@ -242,7 +271,13 @@ def main(argv: list[str]) -> None:
     results = {case: {who: per_element(c, sizes[case]) for who, c in found.items()} for case, found in counts.items()}
     print(table(results))
     if given.json:
-        write_json(given.json, "block_bytes", given, environment(torch.device("cpu")), {"per element": results, "by operator": counts})
+        write_json(
+            given.json,
+            "block_bytes",
+            given,
+            environment(torch.device("cpu")),
+            {"per element": results, "by operator": counts},
+        )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,16 @@ from torch import Tensor
 from titan_video.tools.device import get_device, synchronize
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("triton", "diffusers", "torchao", "liger-kernel", "flash-attn", "flash-attn-4", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
+PACKAGES = (
+    "triton",
+    "diffusers",
+    "torchao",
+    "liger-kernel",
+    "flash-attn",
+    "flash-attn-4",
+    "nvidia-cudnn-cu12",
+    "nvidia-cudnn-cu13",
+)
 
 
 # ---- options and results ----
@@ -31,8 +40,16 @@ PACKAGES = ("triton", "diffusers", "torchao", "liger-kernel", "flash-attn", "fla
 def options(about: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=about.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--toy", action="store_true", help="small shapes and few rounds, to try the script out; the figures mean nothing")
-    parser.add_argument("--json", type=Path, help="file to write the figures to; those in benchmarks/results make docs/performance.md (report.py)")
+    parser.add_argument(
+        "--toy",
+        action="store_true",
+        help="small shapes and few rounds, to try the script out; the figures mean nothing",
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="file to write the figures to; those in benchmarks/results make docs/performance.md (report.py)",
+    )
     return parser
 
 
@@ -42,7 +59,12 @@ def device_of(given: argparse.Namespace) -> torch.device:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Hardware and versions."""
-    found = {"date": datetime.date.today().isoformat(), "python": platform.python_version(), "torch": torch.__version__, "commit": _commit()}
+    found = {
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": _commit(),
+    }
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
@@ -50,7 +72,12 @@ def environment(device: torch.device) -> dict[str, Any]:
             continue
     if device.type == "cuda":
         p = torch.cuda.get_device_properties(device)
-        found |= {"device": p.name, "memory GiB": round(p.total_memory / 2**30, 1), "capability": f"{p.major}.{p.minor}", "CUDA": torch.version.cuda}
+        found |= {
+            "device": p.name,
+            "memory GiB": round(p.total_memory / 2**30, 1),
+            "capability": f"{p.major}.{p.minor}",
+            "CUDA": torch.version.cuda,
+        }
         found |= {"cuDNN": torch.backends.cudnn.version()}
     else:
         found |= {"device": "CPU", "threads": torch.get_num_threads()}
@@ -59,12 +86,18 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def failure(error: Exception) -> str:
     """One line of it: what fails is written down, and the rest is measured all the same."""
-    return "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return (
+        "out of memory"
+        if isinstance(error, torch.OutOfMemoryError)
+        else f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    )
 
 
 def _commit() -> str:
     try:
-        run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+        run = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
         return run.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -93,14 +126,18 @@ def _cell(value: Any) -> str:
 # ---- data ----
 
 
-def rand(*shape: int, device: torch.device | str, dtype: torch.dtype = torch.bfloat16, grad: bool = False, scale: float = 1.0) -> Tensor:
+def rand(
+    *shape: int, device: torch.device | str, dtype: torch.dtype = torch.bfloat16, grad: bool = False, scale: float = 1.0
+) -> Tensor:
     """Normal numbers; zeros would be faster than real data."""
     return (scale * torch.randn(*shape, device=device, dtype=torch.float32)).to(dtype).requires_grad_(grad)
 
 
 def relative_error(x: Tensor, reference: Tensor) -> float:
     """|x - reference| / |reference|, in float64."""
-    return (torch.linalg.vector_norm(x.double() - reference.double()) / torch.linalg.vector_norm(reference.double())).item()
+    return (
+        torch.linalg.vector_norm(x.double() - reference.double()) / torch.linalg.vector_norm(reference.double())
+    ).item()
 
 
 def cosine(a: list[Tensor], b: list[Tensor]) -> float:
@@ -147,8 +184,8 @@ class Times:
 
 
 def seconds_of(function: Callable[[], Any], device: torch.device, repeats: int = 1, queued: bool = False) -> float:
-    """Of one call, by the device's own clock where it has one. queued: the device waits until the calls are queued, so that a short kernel's time
-    is not that of the host which launches it."""
+    """Of one call, by the device's own clock where it has one. queued: the device waits until the calls are queued, so
+    that a short kernel's time is not that of the host which launches it."""
     synchronize(device)
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -167,13 +204,22 @@ def seconds_of(function: Callable[[], Any], device: torch.device, repeats: int =
 
 
 def interleaved(
-    functions: dict[str, Callable[[], Any]], device: torch.device, rounds: int, budget: float = 0.01, queued: bool = False
+    functions: dict[str, Callable[[], Any]],
+    device: torch.device,
+    rounds: int,
+    budget: float = 0.01,
+    queued: bool = False,
 ) -> dict[str, Times]:
-    """Each function timed once a round, in turns, in alternating order; so a drift of the machine's clock hits all alike.
+    """Each function timed once a round, in turns, in alternating order; so a drift of the machine's clock hits all
+    alike.
 
-    budget: seconds that a function is repeated for in a round, 50 times at most. The caller has warmed them up. queued: see `seconds_of`.
+    budget: seconds that a function is repeated for in a round, 50 times at most. The caller has warmed them up. queued:
+        see `seconds_of`.
     """
-    repeats = {name: max(1, min(50, int(budget / max(seconds_of(f, device), 1e-6)))) if budget else 1 for name, f in functions.items()}
+    repeats = {
+        name: max(1, min(50, int(budget / max(seconds_of(f, device), 1e-6)))) if budget else 1
+        for name, f in functions.items()
+    }
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for i in range(rounds):
         for name in functions if i % 2 == 0 else reversed(functions):
@@ -202,7 +248,9 @@ def gemm_rate(m: int, n: int, k: int, device: torch.device, rounds: int = 5) -> 
     return 2 * m * n * k / interleaved({"gemm": lambda: F.linear(a, b)}, device, rounds)["gemm"].median
 
 
-def attention_tensors(tokens: int, keys: int, heads: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def attention_tensors(
+    tokens: int, keys: int, heads: int, head_dim: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k, v and the gradient of the output, [1, L, H, K]; q, k, v want gradients."""
     q, grad = (rand(1, tokens, heads, head_dim, device=device, grad=wanted) for wanted in (True, False))
     k, v = (rand(1, keys, heads, head_dim, device=device, grad=True) for _ in range(2))
@@ -211,10 +259,16 @@ def attention_tensors(tokens: int, keys: int, heads: int, head_dim: int, device:
 
 def leaves(values: Any) -> tuple[Tensor, ...]:
     """The tensors among them that carry gradients."""
-    return tuple(v for v in (values if isinstance(values, (tuple, list)) else (values,)) if isinstance(v, Tensor) and v.requires_grad)
+    return tuple(
+        v
+        for v in (values if isinstance(values, (tuple, list)) else (values,))
+        if isinstance(v, Tensor) and v.requires_grad
+    )
 
 
-def halves(forward: Callable[[], Any], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def halves(
+    forward: Callable[[], Any], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """(forward without a graph, backward alone) as functions to be timed, both warm. grads: of the results."""
     torch._functorch.config.donated_buffer = False  # a compiled backward runs more than once
     out = leaves(forward())

@@ -2,11 +2,13 @@
 
     python benchmarks/data.py [--clips FOLDER] [--json FILE]
 
-Both decode the same files, in turns and with the same number of processes: ours as encoding does it (resampled, resized to cover the bucket, cropped,
-sent to the process that encodes); the loop as one would write it, which decodes each file up to the last frame that is taken, converts those that
-are, resizes them to the bucket by the same filter but whatever their aspect, and sends nothing. Besides a folder, clips are generated: noise that
-moves, 960 x 540 at 24 fps in H.264.
-Then the debug model is trained on these clips with the cache that a first run has filled; and entries of the largest size are read.
+Both decode the same files, in turns and with the same number of processes: ours as encoding does it (resampled, resized
+to cover the bucket, cropped, sent to the process that encodes); the loop as one would write it, which decodes each file
+up to the last frame that is taken, converts those that taken, converts those that are, resizes them to the bucket by
+the same filter but whatever their aspect, and sends nothing. Besides a folder, clips are generated: noise that
+are generated: noise that moves, 960 x 540 at 24 fps in H.264.
+Then the debug model is trained on these clips with the cache that a first run has filled; and entries of the largest
+size are read.
 """
 
 import json
@@ -46,7 +48,11 @@ def generate(folder: Path, count: int, frames: int, width: int, height: int) -> 
     for k in range(count):
         coarse = np.random.default_rng(k).integers(0, 255, (height // 6, width // 6 + frames, 3), dtype=np.uint8)
         still = np.kron(coarse, np.ones((6, 6, 1), np.uint8))
-        write_mp4(folder / f"{k}.mp4", np.stack([still[:, 2 * i : 2 * i + still.shape[1] - 6 * frames] for i in range(frames)]), 24)
+        write_mp4(
+            folder / f"{k}.mp4",
+            np.stack([still[:, 2 * i : 2 * i + still.shape[1] - 6 * frames] for i in range(frames)]),
+            24,
+        )
         (folder / f"{k}.txt").write_text(f"moving noise, number {k}")
 
 
@@ -82,7 +88,9 @@ def cpu_seconds() -> float:
 
 
 def decode_rates(plan: Plan, processes: int, rounds: int) -> dict[str, Any]:
-    """Frames a second of both, on so many processes; and by their CPU time, which other programs on the machine disturb less."""
+    """Frames a second of both, on so many processes; and by their CPU time, which other programs on the machine disturb
+    less.
+    """
     jobs = [[Job((("video", ""),), "", e)] for e in plan.kept]
     workers = {"batch_size": None, "num_workers": processes if processes > 1 else 0}
 
@@ -133,11 +141,23 @@ def train(folder: Path, clips: Path, bucket: Sequence[int], steps: int, workers:
     from train import main
 
     options = {
-        "data.path": clips, "data.buckets": json.dumps([bucket]), "data.fps": 16, "data.num_workers": workers, "data.cache_folder": folder / "cache",
-        "training.local_batch_size": 2, "lr_scheduler.warmup_steps": 0, "lr_scheduler.decay_ratio": 0, "validation.enable": "false",
-        "checkpoint.enable": "false", "metrics.enable_tensorboard": "false",
-    }  # fmt: skip
-    argv = ["--job.config_file", str(ROOT / "train_configs" / "debug.toml"), *(str(w) for k, v in options.items() for w in (f"--{k}", v))]
+        "data.path": clips,
+        "data.buckets": json.dumps([bucket]),
+        "data.fps": 16,
+        "data.num_workers": workers,
+        "data.cache_folder": folder / "cache",
+        "training.local_batch_size": 2,
+        "lr_scheduler.warmup_steps": 0,
+        "lr_scheduler.decay_ratio": 0,
+        "validation.enable": "false",
+        "checkpoint.enable": "false",
+        "metrics.enable_tensorboard": "false",
+    }
+    argv = [
+        "--job.config_file",
+        str(ROOT / "train_configs" / "debug.toml"),
+        *(str(w) for k, v in options.items() for w in (f"--{k}", v)),
+    ]
     for name, count in (("cold", 1), ("warm", steps)):
         main([*argv, "--training.steps", str(count), "--job.dump_folder", str(folder / name)])
     rows = [json.loads(line) for line in (folder / "warm" / "metrics.jsonl").read_text().splitlines()]
@@ -149,12 +169,29 @@ def train(folder: Path, clips: Path, bucket: Sequence[int], steps: int, workers:
 
 def table(results: dict[str, Any]) -> str:
     rates = [[r["frames"] / r[name]["median"] for name in ("ours", "bare")] for r in results["decode"]]
-    rows = [[r["clips"], r["processes"], r["frames"], *rate, r["ratio"], r["CPU ratio"]] for r, rate in zip(results["decode"], rates, strict=True)]
-    decode = markdown(["clips", "processes", "frames", "ours, frames/s", "bare loop, frames/s", "ratio", "by CPU time"], rows)
-    trained = [["x".join(map(str, r["bucket"])), r["workers"], r["steps"], 1000 * r["step"], 1000 * r["wait"], f"{r['share']:.2%}"]
-               for r in results["train"]]  # fmt: skip
+    rows = [
+        [r["clips"], r["processes"], r["frames"], *rate, r["ratio"], r["CPU ratio"]]
+        for r, rate in zip(results["decode"], rates, strict=True)
+    ]
+    decode = markdown(
+        ["clips", "processes", "frames", "ours, frames/s", "bare loop, frames/s", "ratio", "by CPU time"], rows
+    )
+    trained = [
+        [
+            "x".join(map(str, r["bucket"])),
+            r["workers"],
+            r["steps"],
+            1000 * r["step"],
+            1000 * r["wait"],
+            f"{r['share']:.2%}",
+        ]
+        for r in results["train"]
+    ]
     warm = markdown(["bucket", "workers", "steps", "step, ms", "data wait, ms", "share"], trained)
-    read = f"A clip of 81 x 480 x 832 with its caption is read from the cache in {1000 * results['read']:.1f} ms by one process."
+    read = (
+        f"A clip of 81 x 480 x 832 with its caption is read from the cache in {1000 * results['read']:.1f} ms by one "
+        f"process."
+    )
     return f"{decode}\n\n{warm}\n\n{read}"
 
 
@@ -163,7 +200,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--clips", type=Path, help="a folder of captioned clips, beside those generated")
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args(argv)
-    bucket, small, steps, rounds = ((5, 32, 64), (5, 32, 64), 3, 1) if given.toy else ((81, 480, 832), (17, 128, 224), 40, given.rounds)
+    bucket, small, steps, rounds = (
+        ((5, 32, 64), (5, 32, 64), 3, 1) if given.toy else ((81, 480, 832), (17, 128, 224), 40, given.rounds)
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         generate(folder / "clips", *((2, 12, 96, 48) if given.toy else (8, 126, 960, 540)))

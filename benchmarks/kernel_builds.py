@@ -2,8 +2,9 @@
 
     python benchmarks/kernel_builds.py [--widths 1536 5120] [--names "gated residual" ...] [--write docs/kernels.md]
 
-Compiled is what the operators would launch, constants and alignments included, on bfloat16 activations, float32 modulation and bfloat16 weights.
-An SM has 65,536 registers and 227 KB of shared memory; spilled registers, bytes a thread, cost time.
+Compiled is what the operators would launch, constants and alignments included, on bfloat16 activations, float32
+modulation and bfloat16 weights. An SM has 65,536 registers and 227 KB of shared memory; spilled registers, bytes a
+thread, cost time.
 """
 
 import argparse
@@ -56,16 +57,20 @@ def operators(D: int) -> dict[str, Callable[[str], Any]]:
     def layer_norm(y: Any, gate: Any, scale: Any, affine: bool, clean: Any = None) -> Callable[[str], Any]:
         total, normed = None if y is None else x, None if scale is None else x
         return lambda direction: (
-            fused_layer_norm._forward(x, y, gate, scale, scale, clean, affine, 1e-6) if direction == "forward" else
-            fused_layer_norm._backward(total, normed, normed, y, gate, scale, clean, mean, mean, affine, gate is not None, True)
-        )  # fmt: skip
+            fused_layer_norm._forward(x, y, gate, scale, scale, clean, affine, 1e-6)
+            if direction == "forward"
+            else fused_layer_norm._backward(
+                total, normed, normed, y, gate, scale, clean, mean, mean, affine, gate is not None, True
+            )
+        )
 
     def rms_norm(x: Any, weight: Any, turns: Any) -> Callable[[str], Any]:
         roots = fused_rms_norm._roots(x, weight)
         return lambda direction: (
-            fused_rms_norm._forward(x, weight, turns, None, 1e-6) if direction == "forward" else
-            fused_rms_norm._backward(x, x, weight, turns, roots, False, True)
-        )  # fmt: skip
+            fused_rms_norm._forward(x, weight, turns, None, 1e-6)
+            if direction == "forward"
+            else fused_rms_norm._backward(x, x, weight, turns, roots, False, True)
+        )
 
     return {
         "AdaLN": layer_norm(None, None, row, False),
@@ -101,8 +106,10 @@ def launches() -> Iterator[list]:
     with mock.patch.object(launch, "interpreted", lambda: True):
         patches = [
             mock.patch.object(module, name, Recorder(getattr(module, name)))
-            for module in (layer_norm_triton, rms_norm_triton) for name in vars(module) if name.endswith(("_forward", "_backward"))
-        ]  # fmt: skip
+            for module in (layer_norm_triton, rms_norm_triton)
+            for name in vars(module)
+            if name.endswith(("_forward", "_backward"))
+        ]
         for patch in patches:
             patch.start()
         try:
@@ -125,10 +132,17 @@ def compile_kernel(kernel: Any, args: tuple, constants: dict[str, Any]) -> Any:
         if name in constants or value is None or isinstance(value, int) and value == 1:
             signature[name], constexprs[place] = "constexpr", value
             continue
-        signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "fp32" if isinstance(value, float) else "i32"
+        signature[name] = (
+            TYPES[value.dtype] if isinstance(value, torch.Tensor) else "fp32" if isinstance(value, float) else "i32"
+        )
         if isinstance(value, torch.Tensor) or isinstance(value, int) and value % 16 == 0:
             attributes[place] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature={name: signature[name] for name in kernel.arg_names}, constexprs=constexprs, attrs=attributes)
+    source = ASTSource(
+        fn=kernel,
+        signature={name: signature[name] for name in kernel.arg_names},
+        constexprs=constexprs,
+        attrs=attributes,
+    )
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
 
 
@@ -140,7 +154,9 @@ def resources(compiled: Any) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        listing = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        listing = subprocess.run(
+            [str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     return tuple(int(re.search(rf"{word}:(\d+)", listing)[1]) for word in ("REG", "STACK"))
 
 
@@ -154,11 +170,15 @@ def build(name: str, direction: str, D: int) -> Build:
 
 
 def table(builds: list[Build]) -> str:
-    rows = ["| kernel | | width | warps | stages | registers | spilled | shared, KB |", "|---|---|---|---|---|---|---|---|"]
+    rows = [
+        "| kernel | | width | warps | stages | registers | spilled | shared, KB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     rows += [
-        f"| {b.name} | {b.direction} | {b.width} | {b.warps} | {b.stages} | {b.registers} | {b.spilled} | {b.shared / 1024:.1f} |"
+        f"| {b.name} | {b.direction} | {b.width} | {b.warps} | {b.stages} | {b.registers} | {b.spilled} | "
+        f"{b.shared / 1024:.1f} |"
         for b in builds
-    ]  # fmt: skip
+    ]
     return "\n".join(rows)
 
 
@@ -168,7 +188,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--names", nargs="+", default=list(operators(128)))
     parser.add_argument("--write", type=Path, help=f"Markdown file; the table goes between two lines {MARKER}")
     options = parser.parse_args(argv)
-    builds = [build(name, direction, D) for D in options.widths for name in options.names for direction in ("forward", "backward")]
+    builds = [
+        build(name, direction, D)
+        for D in options.widths
+        for name in options.names
+        for direction in ("forward", "backward")
+    ]
     print(table(builds))
     if options.write:
         before, _, after = options.write.read_text().split(MARKER)

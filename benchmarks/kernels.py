@@ -1,11 +1,12 @@
-"""Each memory-bound operator of a block, forward and backward: ours against plain torch, plain torch compiled, and Liger where it is installed.
+"""Each memory-bound operator of a block, forward and backward: ours against plain torch, plain torch compiled, and
+Liger where it is installed.
 
     python benchmarks/kernels.py [--ops ada_layer_norm ...] [--json FILE]
 
-All take turns in one process, on the same random bfloat16 tensors. Bytes are what the operator must move: each input read once and each output
-written once, in bfloat16, with float32 rotations; statistics and modulation, a few bytes a row, are left out. The fraction is of the bandwidth of a
-plain copy, read and write, measured in the same run. Errors: against float64, the largest ratio over results and gradients of ours to compiled
-torch's. Bitwise: whether two runs give the same bits.
+All take turns in one process, on the same random bfloat16 tensors. Bytes are what the operator must move: each input
+written once, in bfloat16, with float32 rotations; statistics and modulation, a few bytes a row, are left out. The
+plain copy, read and write, measured in the same run. Errors: against float64, the largest ratio over results and
+gradients of ours to compiled torch's. Bitwise: whether two runs give the same bits.
 """
 
 import sys
@@ -20,7 +21,17 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common  # noqa: E402
-from benchmarks.common import copy_bandwidth, device_of, failure, halves, interleaved, leaves, markdown, rand, relative_error  # noqa: E402
+from benchmarks.common import (
+    copy_bandwidth,
+    device_of,
+    failure,
+    halves,
+    interleaved,
+    leaves,
+    markdown,
+    rand,
+    relative_error,
+)  # noqa: E402
 from titan_video import kernels  # noqa: E402
 from titan_video.kernels import reference  # noqa: E402
 from titan_video.models.layers import rope_rotations  # noqa: E402
@@ -32,7 +43,8 @@ BARS = {"forward": 0.85, "backward": 0.80}  # of the copy bandwidth
 
 @dataclass(frozen=True)
 class Op:
-    """arguments: (rows, width, device) -> those of `name` in titan_video.kernels. forward, backward: bytes of an element; row: further ones of a row.
+    """arguments: (rows, width, device) -> those of `name` in titan_video.kernels. forward, backward: bytes of an
+    element; row: further ones of a row.
 
     liger: the class of liger_kernel.transformers that does the same.
     """
@@ -61,24 +73,38 @@ def _rotations(rows: int, D: int, device: torch.device) -> Tensor:
     at = torch.arange(rows, device=device)
     head = min(HEAD_DIM, D)
     side = 2 * (head // 6)
-    return rope_rotations(torch.stack([at // 1560, at % 1560 // 52, at % 52], dim=-1).unsqueeze(0), (head - 2 * side, side, side), 10000.0)
+    return rope_rotations(
+        torch.stack([at // 1560, at % 1560 // 52, at % 52], dim=-1).unsqueeze(0), (head - 2 * side, side, side), 10000.0
+    )
 
 
 OPS = {
     "AdaLN": Op("ada_layer_norm", lambda n, D, d: (_token(n, D, d), _row(D, d), _row(D, d), EPS), 4, 6),
     "residual": Op("gated_residual", lambda n, D, d: (_token(n, D, d), _token(n, D, d), _row(D, d)), 6, 6),
     "residual, LayerNorm": Op(
-        "residual_layer_norm", lambda n, D, d: (_token(n, D, d), _token(n, D, d), _row(D, d), _vector(D, d), _vector(D, d), EPS), 8, 12
+        "residual_layer_norm",
+        lambda n, D, d: (_token(n, D, d), _token(n, D, d), _row(D, d), _vector(D, d), _vector(D, d), EPS),
+        8,
+        12,
     ),
     "residual, AdaLN": Op(
-        "residual_ada_layer_norm", lambda n, D, d: (_token(n, D, d), _token(n, D, d), None, _row(D, d), _row(D, d), EPS), 8, 8
+        "residual_ada_layer_norm",
+        lambda n, D, d: (_token(n, D, d), _token(n, D, d), None, _row(D, d), _row(D, d), EPS),
+        8,
+        8,
     ),
-    "LayerNorm": Op("layer_norm", lambda n, D, d: (_token(n, D, d), _vector(D, d), _vector(D, d), EPS), 4, 6, liger="LigerLayerNorm"),
+    "LayerNorm": Op(
+        "layer_norm", lambda n, D, d: (_token(n, D, d), _vector(D, d), _vector(D, d), EPS), 4, 6, liger="LigerLayerNorm"
+    ),
     "RMSNorm": Op("rms_norm", lambda n, D, d: (_token(n, D, d), _vector(D, d), EPS), 4, 6, liger="LigerRMSNorm"),
     "RMSNorm, RoPE": Op(
-        "rms_norm_rope", lambda n, D, d: (_token(n, D, d), _vector(D, d), _rotations(n, D, d), EPS), 4, 6, row=4 * HEAD_DIM
+        "rms_norm_rope",
+        lambda n, D, d: (_token(n, D, d), _vector(D, d), _rotations(n, D, d), EPS),
+        4,
+        6,
+        row=4 * HEAD_DIM,
     ),
-}  # fmt: skip
+}
 
 
 def contestants(op: Op, arguments: tuple, device: torch.device, backend: str) -> dict[str, Callable[[], Any]]:
@@ -106,16 +132,23 @@ def contestants(op: Op, arguments: tuple, device: torch.device, backend: str) ->
 def results_of(run: Callable[[], Any], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> list[Tensor]:
     """Results and gradients."""
     out = leaves(run())
-    return [t.detach() for t in (*out, *torch.autograd.grad(out, inputs, [g.to(o.dtype) for g, o in zip(grads, out, strict=True)]))]
+    return [
+        t.detach()
+        for t in (*out, *torch.autograd.grad(out, inputs, [g.to(o.dtype) for g, o in zip(grads, out, strict=True)]))
+    ]
 
 
 def errors(op: Op, arguments: tuple, grads: tuple[Tensor, ...], runs: dict[str, Callable[[], Any]]) -> dict[str, Any]:
-    """Relative errors of each result and gradient, ours and compiled torch's, the largest ratio of the two, and whether ours are the same again."""
+    """Relative errors of each result and gradient, ours and compiled torch's, the largest ratio of the two, and whether
+    ours are the same again.
+    """
     inputs = leaves(arguments)
     exact = tuple(_wide(a) for a in arguments)
     reference_results = results_of(lambda: getattr(reference, op.name)(*exact), leaves(exact), grads)
     found = {
-        name: [relative_error(a, b) for a, b in zip(results_of(runs[name], inputs, grads), reference_results, strict=True)]
+        name: [
+            relative_error(a, b) for a, b in zip(results_of(runs[name], inputs, grads), reference_results, strict=True)
+        ]
         for name in ("ours", "compiled")
     }
     ours, again = results_of(runs["ours"], inputs, grads), results_of(runs["ours"], inputs, grads)
@@ -130,7 +163,9 @@ def _wide(argument: Any) -> Any:
     return wide.requires_grad_(argument.requires_grad)
 
 
-def run_op(name: str, rows: int, width: int, device: torch.device, rounds: int, copy: float, backend: str) -> dict[str, Any]:
+def run_op(
+    name: str, rows: int, width: int, device: torch.device, rounds: int, copy: float, backend: str
+) -> dict[str, Any]:
     op = OPS[name]
     arguments = op.arguments(rows, width, device)
     inputs, functions, failed, error = leaves(arguments), {}, {}, {"ratio": None, "bitwise": None}
@@ -167,14 +202,27 @@ def table(results: list[dict[str, Any]]) -> str:
                 rows.append([r["op"], f"{r['rows']:,} x {r['width']:,}", half, r["failed"]["ours"], *[None] * 7])
                 continue
             others = [
-                f"{times['ours'] / times[who]:.2f}" + (" (tie)" if who in r[half]["ties"] else "") if who in times else None
+                f"{times['ours'] / times[who]:.2f}" + (" (tie)" if who in r[half]["ties"] else "")
+                if who in times
+                else None
                 for who in ("eager", "compiled", "Liger")
             ]
             micro, spread = 1e6 * times["ours"], 1e6 * r[half]["times"]["ours"]["iqr"]
             share = [f"{r[half]['bytes'] / 2**20:,.0f}", f"{micro:,.1f}", f"{spread:.1f}", f"{r[half]['fraction']:.2f}"]
             equal = [r["errors"]["ratio"], {True: "yes", False: "NO", None: None}[r["errors"]["bitwise"]]]
             rows.append([r["op"], f"{r['rows']:,} x {r['width']:,}", half, *share, *others, *equal])
-    header = ["op", "rows x width", "half", "MiB", "ours, us", "IQR, us", "of copy", "time / eager's", "/ compiled's", "/ Liger's"]
+    header = [
+        "op",
+        "rows x width",
+        "half",
+        "MiB",
+        "ours, us",
+        "IQR, us",
+        "of copy",
+        "time / eager's",
+        "/ compiled's",
+        "/ Liger's",
+    ]
     header += ["error / compiled's", "bitwise"]
     return markdown(header, rows)
 

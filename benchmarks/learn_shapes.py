@@ -1,9 +1,11 @@
-"""Does it learn? Train on moving shapes, generate a clip for every prompt, and read colour, direction and shape from the pixels.
+"""Does it learn? Train on moving shapes, generate a clip for every prompt, and read colour, direction and shape from
+the pixels.
 
-    python benchmarks/learn_shapes.py [--config train_configs/shapes.toml] [--write docs/converging.md] [--section.field value ...]
+    python benchmarks/learn_shapes.py [--config train_configs/shapes.toml] [--write docs/converging.md] [--section.field
+    value ...]
 
-1. The scorer is shown the training clips: it has to name all of them right, or its word about generated clips would mean nothing.
-2. `train.py` runs with the TOML, or goes on if it was stopped, or does nothing if the run is finished.
+1. The scorer is shown the training clips: it has to name all of them right, or its word about generated clips would
+mean nothing. 2. `train.py` runs with the TOML, or goes on if it was stopped, or does nothing if the run is finished.
 3. One clip is generated for each of the 48 prompts, from noise that no training step has seen, and scored.
 
 The scorer looks at pixels only. It knows the palette and the outlines of the data set, nothing of the model.
@@ -34,7 +36,10 @@ MARKER = "<!-- learn_shapes -->"
 
 
 def coverage(frames_FHW3: np.ndarray) -> np.ndarray:
-    """How much of each pixel the shape covers, [F, H, W] in [0, 1]: its distance from the clip's median colour, as a share of the largest."""
+    """How much of each pixel the shape covers, [F, H, W] in [0, 1]:
+
+    its distance from the clip's median colour, as a share of the largest.
+    """
     frames = frames_FHW3.astype(np.float64)
     distance = np.linalg.norm(frames - np.median(frames.reshape(-1, 3), axis=0), axis=-1)
     return np.clip((distance - 25) / max(np.quantile(distance, 0.995) - 25, 1), 0, 1)
@@ -54,7 +59,10 @@ def centres(cover: np.ndarray) -> np.ndarray:
     _, height, width = cover.shape
     weight = np.where(cover > 0.3, cover, 0)
     total = np.maximum(weight.sum((1, 2)), 1e-9)
-    return np.stack([(weight * np.arange(width)).sum((1, 2)) / total, (weight * np.arange(height)[:, None]).sum((1, 2)) / total], axis=1)
+    return np.stack(
+        [(weight * np.arange(width)).sum((1, 2)) / total, (weight * np.arange(height)[:, None]).sum((1, 2)) / total],
+        axis=1,
+    )
 
 
 def read_direction(cover: np.ndarray) -> str:
@@ -75,7 +83,8 @@ def read_shape(cover: np.ndarray) -> str:
     outlines = {
         "circle": np.hypot(x, y) < r,
         "square": np.maximum(abs(x), abs(y)) < half,
-        "triangle": (y < leg * 2 / 3) & (y > 2 * abs(x) - leg * 4 / 3),  # base and height 2 x leg, centre a third above the base
+        "triangle": (y < leg * 2 / 3)
+        & (y > 2 * abs(x) - leg * 4 / 3),  # base and height 2 x leg, centre a third above the base
     }
     return min(SHAPES, key=lambda name: abs(outlines[name] - cover).sum())
 
@@ -110,7 +119,9 @@ def score_training_clips(folder: Path) -> dict[str, float]:
 
 
 def generate(dump_folder: Path, out: Path, per_prompt: int, seed: int) -> list[np.ndarray]:
-    """`per_prompt` clips for each of the 48 prompts from the newest checkpoint, with the run's own sampler settings; also written to `out` as mp4."""
+    """`per_prompt` clips for each of the 48 prompts from the newest checkpoint, with the run's own sampler settings;
+    also written to `out` as mp4.
+    """
     from titan_video.components.checkpoint import load_weights
     from titan_video.components.sampling import sample_latents
     from titan_video.encoders import build_encoders
@@ -128,10 +139,26 @@ def generate(dump_folder: Path, out: Path, per_prompt: int, seed: int) -> list[n
     padded = [pad(t, args.text_len) for t in encoders.encode_text([*prompts, ""])]
     text, mask = (torch.cat(parts) for parts in zip(*padded, strict=True))
     (frames, height, width), v = config.data.buckets[0], config.validation
-    shape = (encoders.channels, (frames - 1) // encoders.stride_t + 1, height // encoders.stride_s, width // encoders.stride_s)
+    shape = (
+        encoders.channels,
+        (frames - 1) // encoders.stride_t + 1,
+        height // encoders.stride_s,
+        width // encoders.stride_s,
+    )
     ids = list(range(len(prompts)))
     latents = sample_latents(
-        model, args.patch, text[:-1], mask[:-1], text[-1:], mask[-1:], shape, ids, seed, v.sample_steps, v.guidance_scale, v.sample_shift
+        model,
+        args.patch,
+        text[:-1],
+        mask[:-1],
+        text[-1:],
+        mask[-1:],
+        shape,
+        ids,
+        seed,
+        v.sample_steps,
+        v.guidance_scale,
+        v.sample_shift,
     )
     clips = [c.permute(1, 2, 3, 0).numpy() for c in encoders.decode_video(latents)]
     out.mkdir(parents=True, exist_ok=True)
@@ -144,7 +171,10 @@ def contact_sheet(clips: list[np.ndarray], path: Path) -> None:
     """The first clip of every prompt, five frames each, in rows."""
     from PIL import Image
 
-    strips = [np.concatenate([clip[k] for k in np.linspace(0, len(clip) - 1, 5).astype(int)], axis=1) for clip in clips[:COMBINATIONS]]
+    strips = [
+        np.concatenate([clip[k] for k in np.linspace(0, len(clip) - 1, 5).astype(int)], axis=1)
+        for clip in clips[:COMBINATIONS]
+    ]
     rows = [np.concatenate(strips[i : i + 4], axis=1) for i in range(0, COMBINATIONS, 4)]
     Image.fromarray(np.concatenate(rows, axis=0)).save(path)
 
@@ -156,7 +186,9 @@ def table(result: dict) -> str:
     lines = ["| clips | colour | direction | shape |", "|---|---|---|---|"]
     for name in ("training clips", "training clips through the codec", "generated clips"):
         s = result["scores"][name]
-        lines.append(f"| {name} ({s['clips']}) | {percent(s['colour'])} | {percent(s['direction'])} | {percent(s['shape'])} |")
+        lines.append(
+            f"| {name} ({s['clips']}) | {percent(s['colour'])} | {percent(s['direction'])} | {percent(s['shape'])} |"
+        )
     return "\n".join(lines) + "\n\n" + result["run"] + "\n"
 
 
@@ -165,13 +197,17 @@ def main() -> None:
     parser.add_argument("--config", default=str(ROOT / "train_configs" / "shapes.toml"))
     parser.add_argument("--per-prompt", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--write", type=Path, help=f"Markdown file whose part between two {MARKER} lines is replaced by the table")
+    parser.add_argument(
+        "--write", type=Path, help=f"Markdown file whose part between two {MARKER} lines is replaced by the table"
+    )
     options, overrides = parser.parse_known_args()
     config = parse_args(["--job.config_file", options.config, *overrides])
     dump_folder = Path(config.job.dump_folder)
 
     start = time.monotonic()
-    subprocess.run([sys.executable, str(ROOT / "train.py"), "--job.config_file", options.config, *overrides], check=True)
+    subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--job.config_file", options.config, *overrides], check=True
+    )
     minutes = (time.monotonic() - start) / 60
     records = [json.loads(line) for line in (dump_folder / "metrics.jsonl").read_text().splitlines()]
     train_minutes = sum(r["step_seconds"] for r in records if "loss" in r) / 60
@@ -184,8 +220,12 @@ def main() -> None:
     read = [score(c) for c in clips]
     scores["generated clips"] = tally(read, wanted) | {"clips": len(clips)}
     contact_sheet(clips, dump_folder / "learn_shapes.png")
-    run = (f"`{Path(options.config).name}`: {records[-1]['step']} steps of {config.training.local_batch_size} clips, {train_minutes:.1f} minutes "
-           f"of training steps on {torch.get_num_threads()} CPU threads; torch {torch.__version__}, Python {platform.python_version()}.")  # fmt: skip
+    run = (
+        f"`{Path(options.config).name}`: {records[-1]['step']} steps of {config.training.local_batch_size} "
+        f"clips, {train_minutes:.1f} minutes "
+        f"of training steps on {torch.get_num_threads()} CPU threads; torch {torch.__version__}, Python "
+        f"{platform.python_version()}."
+    )
     result = {"scores": scores, "run": run, "minutes": minutes}
     (dump_folder / "learn_shapes.json").write_text(json.dumps(result, indent=2) + "\n")
     print(table(result))
@@ -198,7 +238,10 @@ def main() -> None:
 
 
 def score_codec(folder: Path) -> dict[str, float]:
-    """What the scorer makes of clips that only went through the debug codec and back: the best that any model can reach here."""
+    """What the scorer makes of clips that only went through the debug codec and back:
+
+    the best that any model can reach here.
+    """
     from titan_video.encoders.debug import DebugEncoders
 
     encoders, read, wanted = DebugEncoders(16), [], []

@@ -1,11 +1,13 @@
-"""How much fits on one GPU: the longest clip that Wan 1.3B trains on, and a step of all parameters of Wan 14B at 75,600 tokens.
+"""How much fits on one GPU: the longest clip that Wan 1.3B trains on, and a step of all parameters of Wan 14B at 75,600
+tokens.
 
     python benchmarks/memory.py [--checkpoint full] [--offload] [--seconds 500] [--json FILE]
     python benchmarks/memory.py --14b --json FILE
 
-Whole steps are run: forward, backward, clipping, AdamW. First at a few lengths, whose peaks lie on a line; then at longer ones, between the longest
-that is known to fit and the shortest that is known not to, by halves, as long as a step is expected to end within the time given. What is predicted
-by the line and was not run is called so. The 14B step: bfloat16 weights with stochastic rounding, 8-bit AdamW in backward, attention kept.
+Whole steps are run: forward, backward, clipping, AdamW. First at a few lengths, whose peaks lie on a line; then at
+that is known to fit and the shortest that is known not to, by halves, as long as a step is expected to end within the
+time given. What is predicted by the line and was not run is called so. The 14B step: bfloat16 weights with stochastic
+rounding, 8-bit AdamW in backward, attention kept.
 """
 
 import sys
@@ -30,7 +32,11 @@ ROWS, COLS = 60, 104  # latents of 480 x 832
 FIRST = (21, 41, 81)  # latent frames of the first lengths; 21 are 81 frames
 FRAMES_A_LATENT, FPS = 4, 16
 STEP = 4  # latent frames by which two lengths differ at least
-FULL_14B = replace(JobConfig(), training=Training(dtype="bfloat16", max_norm=0), optimizer=Optimizer(name="AdamW8bit", in_backward=True))
+FULL_14B = replace(
+    JobConfig(),
+    training=Training(dtype="bfloat16", max_norm=0),
+    optimizer=Optimizer(name="AdamW8bit", in_backward=True),
+)
 
 
 def attempt(step: Step, args: WanArgs, grid: tuple[int, int, int], device: torch.device) -> dict[str, Any]:
@@ -51,7 +57,12 @@ def attempt(step: Step, args: WanArgs, grid: tuple[int, int, int], device: torch
         for p in step.model.parameters():
             p.grad = None
     stats = memory.stats()
-    return found | {"seconds": time.perf_counter() - start, "loss": loss, "peak GiB": stats.max_active_gib, "reserved GiB": stats.max_reserved_gib}
+    return found | {
+        "seconds": time.perf_counter() - start,
+        "loss": loss,
+        "peak GiB": stats.max_active_gib,
+        "reserved GiB": stats.max_reserved_gib,
+    }
 
 
 def line(points: list[tuple[float, float]]) -> tuple[float, float]:
@@ -62,7 +73,10 @@ def line(points: list[tuple[float, float]]) -> tuple[float, float]:
 
 
 def longest(fits: Callable[[int], bool | None], low: int, high: int, guess: int, step: int) -> int:
-    """The largest number known to fit, where `low` does, by halves; `guess` is tried first. fits: None where it cannot be tried."""
+    """The largest number known to fit, where `low` does, by halves; `guess` is tried first. fits:
+
+    None where it cannot be tried.
+    """
     trial = min(max(guess, low + step), high)
     while high - low >= step:
         answer = fits(trial)
@@ -74,9 +88,17 @@ def longest(fits: Callable[[int], bool | None], low: int, high: int, guess: int,
 
 
 def longest_clip(
-    args: WanArgs, checkpoint: str, offload: bool, device: torch.device, seconds: float, first: tuple[int, ...], size: tuple[int, int]
+    args: WanArgs,
+    checkpoint: str,
+    offload: bool,
+    device: torch.device,
+    seconds: float,
+    first: tuple[int, ...],
+    size: tuple[int, int],
 ) -> dict[str, Any]:
-    """Runs at the lengths `first` (latent frames, of latents of this size), the line through their peaks, and what the search found."""
+    """Runs at the lengths `first` (latent frames, of latents of this size), the line through their peaks, and what the
+    search found.
+    """
     end = time.perf_counter() + seconds
     config = replace(JobConfig(), activation_checkpoint=ActivationCheckpoint(offload=offload))
     step = our_step(Ours(checkpoint, compile=False, config=config), args, device)
@@ -102,16 +124,24 @@ def longest_clip(
         return "failed" not in runs[-1]
 
     low = done[-1]["latent frames"]
-    result["longest latent frames"] = found = longest(fits, low, max(int(1.1 * predicted), low + STEP), int(0.95 * predicted), STEP)
+    result["longest latent frames"] = found = longest(
+        fits, low, max(int(1.1 * predicted), low + STEP), int(0.95 * predicted), STEP
+    )
     return result | {"longest tokens": round(found * a_frame)}
 
 
 def full_parameters(args: WanArgs, grid: tuple[int, int, int], device: torch.device, steps: int = 3) -> dict[str, Any]:
     """Some steps of all parameters in bfloat16."""
-    config = replace(FULL_14B, activation_checkpoint=ActivationCheckpoint(save_min_kv=0 if device.type == "cpu" else 1024))
+    config = replace(
+        FULL_14B, activation_checkpoint=ActivationCheckpoint(save_min_kv=0 if device.type == "cpu" else 1024)
+    )
     step = our_step(Ours("selective", compile=False, config=config), args, device)
     size = sum(p.numel() for p in step.model.parameters())
-    return {"parameters": size, "layers": args.num_layers, "runs": [attempt(step, args, grid, device) for _ in range(steps)]}
+    return {
+        "parameters": size,
+        "layers": args.num_layers,
+        "runs": [attempt(step, args, grid, device) for _ in range(steps)],
+    }
 
 
 def table(runs: list[dict[str, Any]]) -> str:
@@ -130,8 +160,10 @@ def summary(result: dict[str, Any]) -> str:
         return "too few lengths ran to say more"
     seconds = (result["predicted latent frames"] - 1) * FRAMES_A_LATENT / FPS
     return (
-        f"{result['KiB a token']:.0f} KiB a token beside {result['GiB at no tokens']:.1f} GiB: the line reaches all of the memory at "
-        f"{result['predicted tokens']:,} tokens ({seconds:,.0f} s of video); the longest that was run is {result['longest tokens']:,} tokens"
+        f"{result['KiB a token']:.0f} KiB a token beside {result['GiB at no tokens']:.1f} GiB: the line reaches "
+        f"all of the memory at "
+        f"{result['predicted tokens']:,} tokens ({seconds:,.0f} s of video); the longest that was run is "
+        f"{result['longest tokens']:,} tokens"
     )
 
 
@@ -146,7 +178,9 @@ def main(argv: list[str]) -> None:
     debug = SPEC.flavors["debug"]
     with process_group(device):
         if given.full_14b:
-            results = full_parameters(*((debug, (2, 8, 8)) if given.toy else (SPEC.flavors["t2v-14B"], (21, 90, 160))), device)
+            results = full_parameters(
+                *((debug, (2, 8, 8)) if given.toy else (SPEC.flavors["t2v-14B"], (21, 90, 160))), device
+            )
             print(f"{results['parameters']:,} parameters, all trained\n\n{table(results['runs'])}")
         else:
             which = (debug, (2, 3), (8, 8)) if given.toy else (SPEC.flavors["t2v-1.3B"], FIRST, (ROWS, COLS))

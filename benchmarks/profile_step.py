@@ -2,7 +2,8 @@
 
     python benchmarks/profile_step.py [--case 1.3b] [--variant "ours"] [--trace FILE] [--json FILE]
 
-Kernels are sorted by name. Host gaps are the time in which no kernel runs. On a CPU the parts are of operators' own time, and there is no gap.
+Kernels are sorted by name. Host gaps are the time in which no kernel runs. On a CPU the parts are of operators' own
+time, and there is no gap.
 """
 
 import sys
@@ -21,12 +22,24 @@ from benchmarks.step import CASES, VARIANTS, build, checkpoint_mode, data_of, fi
 from benchmarks.training import process_group  # noqa: E402
 from titan_video.tools.device import synchronize  # noqa: E402
 
-# Words of kernels' names, in the order in which they are looked for: a generated kernel is named after all that it fuses, and attention's
+# Words of kernels' names, in the order in which they are looked for: a generated kernel is named after all that it
+# fuses, and attention's
 # kernels, too, are matrix products.
 WORDS = {
     "norms and element-wise": ("triton_", "layer_norm_forward", "layer_norm_backward", "rms_norm"),
     "attention": ("flash", "fmha", "sdpa", "attention", "attend"),
-    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "wgmma", "cublas", "aten::mm", "addmm", "aten::bmm", "splitk"),
+    "matrix products": (
+        "gemm",
+        "nvjet",
+        "cutlass",
+        "xmma",
+        "wgmma",
+        "cublas",
+        "aten::mm",
+        "addmm",
+        "aten::bmm",
+        "splitk",
+    ),
     "optimizer": ("adam", "multi_tensor", "lpnorm", "foreach"),
 }
 LONGEST = 20
@@ -35,7 +48,9 @@ LONGEST = 20
 def part_of(kernel: str) -> str:
     """One of PARTS; what has no known name is element-wise."""
     name = kernel.lower()
-    return next((part for part, words in WORDS.items() if any(word in name for word in words)), "norms and element-wise")
+    return next(
+        (part for part, words in WORDS.items() if any(word in name for word in words)), "norms and element-wise"
+    )
 
 
 def busy(intervals: list[tuple[float, float]]) -> float:
@@ -78,14 +93,22 @@ def by_part(found: dict[str, Any]) -> dict[str, float]:
 
 
 def table(parts: dict[str, float], floor: dict[str, float], step: float) -> str:
-    pairs = [(part, seconds, floor.get(part, 0.0)) for part, seconds in parts.items()] + [("step, not profiled", step, sum(floor.values()))]
-    rows = [[part, *(f"{1000 * x:,.1f}" for x in (s, least, s - least)), f"{100 * s / step:.1f} %"] for part, s, least in pairs]
+    pairs = [(part, seconds, floor.get(part, 0.0)) for part, seconds in parts.items()] + [
+        ("step, not profiled", step, sum(floor.values()))
+    ]
+    rows = [
+        [part, *(f"{1000 * x:,.1f}" for x in (s, least, s - least)), f"{100 * s / step:.1f} %"]
+        for part, s, least in pairs
+    ]
     return markdown(["part", "time, ms", "floor, ms", "above it, ms", "of the step"], rows)
 
 
 def kernels_table(found: dict[str, Any]) -> str:
     longest = sorted(found["kernels"].items(), key=lambda item: -item[1])[:LONGEST]
-    return markdown(["kernel", "part", "times", "ms"], [[f"`{k[:100]}`", part_of(k), found["counts"][k], f"{1000 * s:,.1f}"] for k, s in longest])
+    return markdown(
+        ["kernel", "part", "times", "ms"],
+        [[f"`{k[:100]}`", part_of(k), found["counts"][k], f"{1000 * s:,.1f}"] for k, s in longest],
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -104,11 +127,29 @@ def main(argv: list[str]) -> None:
             step.run(data)
         seconds = seconds_of(lambda: step.run(data), device, repeats=1 if given.toy else 3)
         found = profiled(lambda: step.run(data), device, given.trace)
-        floor = roof(case.args, case.tokens, case.batch, checkpoint_mode(variant), sum(p.numel() for p in step.model.parameters()), ceilings)
+        floor = roof(
+            case.args,
+            case.tokens,
+            case.batch,
+            checkpoint_mode(variant),
+            sum(p.numel() for p in step.model.parameters()),
+            ceilings,
+        )
     parts = by_part(found)
-    print(f"{given.variant}, {case.batch} x {case.tokens:,} tokens\n\n{table(parts, floor, seconds)}\n\n{kernels_table(found)}")
+    print(
+        f"{given.variant}, {case.batch} x {case.tokens:,} "
+        f"tokens\n\n{table(parts, floor, seconds)}\n\n{kernels_table(found)}"
+    )
     if given.json:
-        results = {"variant": given.variant, "tokens": case.tokens, "batch": case.batch, "step": seconds, "parts": parts, "floor": floor, **found}
+        results = {
+            "variant": given.variant,
+            "tokens": case.tokens,
+            "batch": case.batch,
+            "step": seconds,
+            "parts": parts,
+            "floor": floor,
+            **found,
+        }
         write_json(given.json, "profile", given, environment(device), results | {"ceilings": ceilings.as_dict()})
 
 

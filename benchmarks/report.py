@@ -89,7 +89,11 @@ def _speed(over: str) -> Callable[[Record], str]:
 
 def _full_14b(record: Record) -> str:
     runs = [r for r in record["results"]["runs"] if "failed" not in r]
-    return f"{len(runs)} steps, peak {max(r['peak GiB'] for r in runs):.0f} GiB, {runs[-1]['seconds']:.0f} s each" if runs else "failed"
+    return (
+        f"{len(runs)} steps, peak {max(r['peak GiB'] for r in runs):.0f} GiB, {runs[-1]['seconds']:.0f} s each"
+        if runs
+        else "failed"
+    )
 
 
 def _decoding(record: Record) -> str:
@@ -100,7 +104,9 @@ def _decoding(record: Record) -> str:
 
 
 def _data_wait(record: Record) -> str:
-    return ", ".join(f"{r['share']:.1%} with {r['workers']} worker{'s' * (r['workers'] != 1)}" for r in record["results"]["train"])
+    return ", ".join(
+        f"{r['share']:.1%} with {r['workers']} worker{'s' * (r['workers'] != 1)}" for r in record["results"]["train"]
+    )
 
 
 TARGETS: tuple[tuple[str, str, str, Callable[[Record], str]], ...] = (
@@ -116,10 +122,30 @@ TARGETS: tuple[tuple[str, str, str, Callable[[Record], str]], ...] = (
     ("same, full checkpointing", ">= 41 %", "step", _step("1.3b", "ours, full checkpointing", "MFU", _percent)),
     ("same, T_roof / T", ">= 0.90", "step", _step("1.3b", "ours", "T_roof/T", "{:.2f}".format)),
     ("same, against diffusers with gradient checkpointing", ">= 2.0 x", "step", _speed("diffusers")),
-    ("same, against diffusers tuned: compiled, cuDNN, bfloat16 weights", ">= 1.2 x", "step", _speed("diffusers, tuned")),
-    ("14B, four blocks at 37,440 tokens", ">= 520 TFLOP/s", "step_14b", _step("14b-stack", "ours", "TFLOP/s", "{:.0f} TFLOP/s".format)),
-    ("same, attention kept", ">= 470 TFLOP/s", "step_14b", _step("14b-stack", "ours, attention kept", "TFLOP/s", "{:.0f} TFLOP/s".format)),
-    ("longest clip that 1.3B trains on, one GPU", ">= 400,920 tokens", "memory", lambda r: f"{r['results']['longest tokens']:,} tokens"),
+    (
+        "same, against diffusers tuned: compiled, cuDNN, bfloat16 weights",
+        ">= 1.2 x",
+        "step",
+        _speed("diffusers, tuned"),
+    ),
+    (
+        "14B, four blocks at 37,440 tokens",
+        ">= 520 TFLOP/s",
+        "step_14b",
+        _step("14b-stack", "ours", "TFLOP/s", "{:.0f} TFLOP/s".format),
+    ),
+    (
+        "same, attention kept",
+        ">= 470 TFLOP/s",
+        "step_14b",
+        _step("14b-stack", "ours, attention kept", "TFLOP/s", "{:.0f} TFLOP/s".format),
+    ),
+    (
+        "longest clip that 1.3B trains on, one GPU",
+        ">= 400,920 tokens",
+        "memory",
+        lambda r: f"{r['results']['longest tokens']:,} tokens",
+    ),
     ("14B, all parameters, 75,600 tokens, one GPU", "runs, <= 135 GiB", "memory_14b", _full_14b),
 )
 
@@ -152,7 +178,10 @@ def _step_section(record: Record) -> str:
 def _ceilings(c: Record) -> str:
     rates = "; ".join(f"{shape} {rate / 1e12:,.0f}" for shape, rate in c["gemm"].items())
     attention_rates = f"forward {c['attention_forward'] / 1e12:,.0f}, backward {c['attention_backward'] / 1e12:,.0f}"
-    return f"Ceilings: copy {c['copy'] / 1e12:.2f} TB/s; in TFLOP/s products {rates}; attention ({c['attention']}) {attention_rates}."
+    return (
+        f"Ceilings: copy {c['copy'] / 1e12:.2f} TB/s; in TFLOP/s products {rates}; attention ({c['attention']}) "
+        f"{attention_rates}."
+    )
 
 
 def _memory_section(record: Record) -> str:
@@ -175,34 +204,43 @@ def _profile_section(record: Record) -> str:
 SECTIONS: dict[str, tuple[str, str, Callable[[Record], str]]] = {
     "block_bytes": (
         "Bytes of a block",
-        "Per element of tokens x width, in bfloat16, on the meta device: exact, and the same on any machine. Saved: what is kept for backward\n"
-        "without checkpointing. Moved: what all operators but matrix products and attention read and write; a kernel of ours is one operator.\n"
+        "Per element of tokens x width, in bfloat16, on the meta device: exact, and the same on any machine. "
+        "Saved: what is kept for backward\n"
+        "without checkpointing. Moved: what all operators but matrix products and attention read and write; a "
+        "kernel of ours is one operator.\n"
         "Compile, which fuses plain torch's operators, is off.",
         lambda r: block_bytes.table(r["results"]["per element"]),
     ),
     "step_cpu": (
         "CPU step against diffusers",
-        "The trainer's own step against the same step written with\n`diffusers.WanTransformer3DModel`. A step on a CPU is bound by matrix products, "
+        "The trainer's own step against the same step written with\n`diffusers.WanTransformer3DModel`. A step on "
+        "a CPU is bound by matrix products, "
         "so this guards against waste and says nothing about a GPU.",
         _step_section,
     ),
     "data": (
         "Decoding and the cache",
-        "Ours decodes, resizes, crops and, from several processes, sends to the one\nthat encodes; the loop decodes and resizes by the same filter. "
+        "Ours decodes, resizes, crops and, from several processes, sends to the one\nthat encodes; the loop "
+        "decodes and resizes by the same filter. "
         "Ratios are medians of pairs, by the clock and by CPU time,\n"
         "which programs that run beside disturb less. The debug model then trains with a cache that is filled.",
         lambda r: data.table(r["results"]),
     ),
     "kernels": (
-        "Kernels", "Each memory-bound operator; the top of the script says what is counted.", lambda r: kernels.table(r["results"]["ops"]),
+        "Kernels",
+        "Each memory-bound operator; the top of the script says what is counted.",
+        lambda r: kernels.table(r["results"]["ops"]),
     ),
     "attention": (
-        "Attention", "Each backend of model.attention, 128 channels a head. Forward counts two products, backward five.", _attention_section,
+        "Attention",
+        "Each backend of model.attention, 128 channels a head. Forward counts two products, backward five.",
+        _attention_section,
     ),
     "step": (
         "Training step, Wan 1.3B",
         "Forward, loss, backward, clipping, AdamW. `diffusers` is as its users run it, in eager\n"
-        "mode under autocast with gradient checkpointing; tuned is with regional compile, cuDNN attention and bfloat16 weights.",
+        "mode under autocast with gradient checkpointing; tuned is with regional compile, cuDNN attention and "
+        "bfloat16 weights.",
         _step_section,
     ),
     "step_14b": ("Training step, blocks of Wan 14B", "The same; one GPU, no communication.", _step_section),
@@ -213,12 +251,16 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Record], str]]] = {
         "75,600 tokens, bfloat16 weights with stochastic rounding, 8-bit AdamW in backward,\nattention kept.",
         lambda r: memory.table(r["results"]["runs"]),
     ),
-}  # fmt: skip
+}
 
 
 def where(record: Record) -> str:
     """Machine, versions, date and arguments of a run."""
-    given = {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in record["arguments"].items() if v not in (None, False)}
+    given = {
+        k: " ".join(map(str, v)) if isinstance(v, list) else v
+        for k, v in record["arguments"].items()
+        if v not in (None, False)
+    }
     arguments = " ".join(f"--{k} {v}" for k, v in given.items())
     return ", ".join(f"{k} {v}" for k, v in record["environment"].items()) + f". Arguments: `{arguments}`."
 
@@ -227,7 +269,9 @@ def page(records: dict[str, Record]) -> str:
     parts = [INTRO.strip(), "## Targets", targets(records)]
     for name, (title, about, section) in SECTIONS.items():
         parts += [f"## {title}", f"`{COMMANDS[name]}` {about}"]
-        parts += [section(records[name]), f"_{where(records[name])}_"] if name in records else [f"{NOT_YET.capitalize()}."]
+        parts += (
+            [section(records[name]), f"_{where(records[name])}_"] if name in records else [f"{NOT_YET.capitalize()}."]
+        )
     return "\n\n".join(parts) + "\n"
 
 

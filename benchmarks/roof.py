@@ -1,9 +1,11 @@
-"""The floor of a training step: what its parts would take at the rates that this machine reaches, measured in the same run.
+"""The floor of a training step: what its parts would take at the rates that this machine reaches, measured in the same
+run.
 
     T_roof = matrix products / their rates + attention / its rates + bytes / copy bandwidth
 
-Bytes are the least that the block's other operators must move: each input read once, each output written once (the sums below), the optimizer
-reads weight, gradient and two moments and writes three of them, clipping reads the gradient, and the master weights are cast once each way.
+Bytes are the least that the block's other operators must move: each input read once, each output written once (the sums
+reads weight, gradient and two moments and writes three of them, clipping reads the gradient, and the master weights are
+cast once each way.
 """
 
 from contextlib import nullcontext
@@ -19,13 +21,20 @@ from titan_video.models.layers import attention_flops
 
 BACKWARD_PRODUCTS = 2.5  # of attention: five matrix products, where forward has two
 PARTS = ("attention", "matrix products", "norms and element-wise", "optimizer")
-BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
+BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 OPTIMIZER_BYTES = 7 * 4 + 4 + 2 * 6  # of a parameter
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """copy: bytes/s, read and written. gemm: {(m, n, k): FLOP/s}. attention_forward, attention_backward: FLOP/s of the best backend, `attention`."""
+    """copy: bytes/s, read and written. gemm: {(m, n, k): FLOP/s}. attention_forward, attention_backward:
+
+    FLOP/s of the best backend, `attention`.
+    """
 
     copy: float
     gemm: dict[tuple[int, int, int], float]
@@ -38,25 +47,36 @@ class Ceilings:
 
     def table(self) -> str:
         rows = [["copy", f"{self.copy / 1e12:.2f} TB/s"]]
-        rows += [[f"product {m:,} x {n:,} x {k:,}", f"{rate / 1e12:,.0f} TFLOP/s"] for (m, n, k), rate in self.gemm.items()]
+        rows += [
+            [f"product {m:,} x {n:,} x {k:,}", f"{rate / 1e12:,.0f} TFLOP/s"] for (m, n, k), rate in self.gemm.items()
+        ]
         rows += [[f"attention forward ({self.attention})", f"{self.attention_forward / 1e12:,.0f} TFLOP/s"]]
         rows += [[f"attention backward ({self.attention})", f"{self.attention_backward / 1e12:,.0f} TFLOP/s"]]
         return markdown(["ceiling", "measured"], rows)
 
 
 def shapes(args: Any, tokens: int) -> dict[str, tuple[int, int, int]]:
-    """The six matrix products of a block that matter: forward and gradient of the input, and gradients of the weights."""
+    """The six matrix products of a block that matter:
+
+    forward and gradient of the input, and gradients of the weights.
+    """
     D, Fw = args.dim, args.ffn_dim
     return {
-        "square": (tokens, D, D), "up": (tokens, Fw, D), "down": (tokens, D, Fw),
-        "square weight": (D, D, tokens), "up weight": (Fw, D, tokens), "down weight": (D, Fw, tokens),
-    }  # fmt: skip
+        "square": (tokens, D, D),
+        "up": (tokens, Fw, D),
+        "down": (tokens, D, Fw),
+        "square weight": (D, D, tokens),
+        "up weight": (Fw, D, tokens),
+        "down weight": (D, Fw, tokens),
+    }
 
 
 def measure(args: Any, tokens: int, device: torch.device, toy: bool = False) -> Ceilings:
     attention, (forward, backward) = best_attention(args, tokens, device)
     copied = copy_bandwidth(device, 2**24 if toy else 2**30)
-    return Ceilings(copied, {s: gemm_rate(*s, device) for s in shapes(args, tokens).values()}, attention, forward, backward)
+    return Ceilings(
+        copied, {s: gemm_rate(*s, device) for s in shapes(args, tokens).values()}, attention, forward, backward
+    )
 
 
 def best_attention(args: Any, tokens: int, device: torch.device) -> tuple[str, tuple[float, float]]:
@@ -70,7 +90,9 @@ def best_attention(args: Any, tokens: int, device: torch.device) -> tuple[str, t
                 return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
         try:
-            times = interleaved(dict(zip(("forward", "backward"), halves(run, (q, k, v), (grad,)), strict=True)), device, rounds=3)
+            times = interleaved(
+                dict(zip(("forward", "backward"), halves(run, (q, k, v), (grad,)), strict=True)), device, rounds=3
+            )
         except RuntimeError:  # not there on this machine
             continue
         rates[name] = flops / times["forward"].median, BACKWARD_PRODUCTS * flops / times["backward"].median
@@ -79,7 +101,10 @@ def best_attention(args: Any, tokens: int, device: torch.device) -> tuple[str, t
 
 
 def block_bytes(args: Any, tokens: int) -> tuple[float, float]:
-    """Least bytes that a block's norms, gates, rotations and GELU move forward and backward, in bfloat16: ../docs/performance.md lists them."""
+    """Least bytes that a block's norms, gates, rotations and GELU move forward and backward, in bfloat16:
+
+    ../docs/performance.md lists them.
+    """
     ratio = args.ffn_dim / args.dim
     return (36 + 4 * ratio) * tokens * args.dim, (54 + 6 * ratio) * tokens * args.dim
 
@@ -98,11 +123,13 @@ def roof(args: Any, tokens: int, batch: int, checkpoint: str, num_parameters: in
     forward, backward = block_bytes(args, tokens_all)
     again = {"none": 0, "selective": 1, "full": 1}[checkpoint]
     return {
-        "attention": layers * (
+        "attention": layers
+        * (
             (attention * (1 + (checkpoint == "full")) + short * (1 + again)) / c.attention_forward
             + BACKWARD_PRODUCTS * (attention + short) / c.attention_backward
         ),
-        "matrix products": layers * ((2 + again) * products + weights) + 3 * rest / c.gemm[shapes(args, tokens)["square"]],
+        "matrix products": layers * ((2 + again) * products + weights)
+        + 3 * rest / c.gemm[shapes(args, tokens)["square"]],
         "norms and element-wise": layers * (forward * (1 + again) + backward) / c.copy,
         "optimizer": OPTIMIZER_BYTES * num_parameters / c.copy,
-    }  # fmt: skip
+    }

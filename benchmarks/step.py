@@ -1,11 +1,13 @@
-"""A training step on one device: ours in its variants against diffusers', in turns in one process, same weights and data, compared first.
+"""A training step on one device: ours in its variants against diffusers', in turns in one process, same weights and
+data, compared first.
 
     python benchmarks/step.py [--cases 1.3b 14b-stack 14b-block] [--variants "ours" "diffusers" ...] [--json FILE]
     python benchmarks/step.py --device cpu --json FILE
 
-Forward, loss, backward, clipping and update. Reported: the median over the rounds and the spread between quartiles; MFU, which counts each FLOP of
-the model once, and HFU, recomputed ones too, both of the data sheet's peak; T_roof / T (roof.py); peak memory as if each variant were alone; and how
-many times as fast as each of diffusers' variants, where a difference below twice the spread is called a tie. A step on a CPU is bound by matrix
+Forward, loss, backward, clipping and update. Reported: the median over the rounds and the spread between quartiles;
+the model once, and HFU, recomputed ones too, both of the data sheet's peak; T_roof / T (roof.py); peak memory as if
+many times as fast as each of diffusers' variants, where a difference below twice the spread is called a tie. A step on
+a CPU is bound by matrix
 products: there it guards against waste, and says nothing of a GPU.
 """
 
@@ -23,9 +25,22 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import cosine, device_of, environment, failure, interleaved, markdown, options, relative_error, seconds_of, write_json  # noqa: E402
+from benchmarks.common import (
+    cosine,
+    device_of,
+    environment,
+    failure,
+    interleaved,
+    markdown,
+    options,
+    relative_error,
+    seconds_of,
+    write_json,
+)  # noqa: E402
 from benchmarks.roof import Ceilings, measure, roof  # noqa: E402
-from benchmarks.training import Data, Diffusers, Ours, Step, diffusers_step, make_data, our_step, process_group  # noqa: E402
+
+# noqa: E402
+from benchmarks.training import Data, Diffusers, Ours, Step, diffusers_step, make_data, our_step, process_group
 from titan_video.config.job_config import ActivationCheckpoint, Compile, Float8, JobConfig  # noqa: E402
 from titan_video.distributed.activation_checkpoint import recomputed_flops  # noqa: E402
 from titan_video.models.layers import token_shape  # noqa: E402
@@ -48,7 +63,8 @@ VARIANTS: dict[str, Ours | Diffusers] = {
     "ours, float32": Ours(kernels="torch", compile=False, dtype="float32"),
     "diffusers, float32": Diffusers(checkpoint=False, weights="float32"),
 }
-# At most three states and one set of activations are on the device at once, so the many variants of 1.3B take turns in groups.
+# At most three states and one set of activations are on the device at once, so the many variants of 1.3B take turns in
+# groups.
 GPU_GROUPS = (
     ("ours", "diffusers", "diffusers, tuned"),
     ("ours, attention kept", "ours, full checkpointing", "diffusers, tuned"),
@@ -96,9 +112,11 @@ def fitted(variant: Ours | Diffusers, device: torch.device, toy: bool) -> Ours |
     if isinstance(variant, Diffusers):
         return replace(variant, cudnn=variant.cudnn and device.type == "cuda", backend=backend)
     config = replace(
-        JobConfig(), compile=Compile(backend=backend), activation_checkpoint=ActivationCheckpoint(save_min_kv=0 if toy else 1024),
+        JobConfig(),
+        compile=Compile(backend=backend),
+        activation_checkpoint=ActivationCheckpoint(save_min_kv=0 if toy else 1024),
         float8=Float8(emulate=device.type == "cpu"),
-    )  # fmt: skip
+    )
     return replace(variant, config=config)
 
 
@@ -107,12 +125,19 @@ def build(variant: Ours | Diffusers, case: Case, device: torch.device) -> Step:
 
 
 def data_of(variant: Ours | Diffusers, case: Case, device: torch.device) -> Data:
-    dtype = torch.float32 if "float32" in (getattr(variant, "dtype", ""), getattr(variant, "weights", "")) else torch.bfloat16
+    dtype = (
+        torch.float32
+        if "float32" in (getattr(variant, "dtype", ""), getattr(variant, "weights", ""))
+        else torch.bfloat16
+    )
     return make_data(case.args, case.grid, case.batch, device, dtype)
 
 
 def free() -> None:
-    """What is no longer referred to. Graphs stay: those compiled for one block serve all, and the same blocks are compared and then timed."""
+    """What is no longer referred to. Graphs stay:
+
+    those compiled for one block serve all, and the same blocks are compared and then timed.
+    """
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -122,7 +147,9 @@ def free() -> None:
 
 
 def compare(case: Case, variants: dict[str, Ours | Diffusers], device: torch.device) -> dict[str, Any]:
-    """Each variant's velocity and gradients of all weights, of one block at the case's size, against diffusers' in float32."""
+    """Each variant's velocity and gradients of all weights, of one block at the case's size, against diffusers' in
+    float32.
+    """
     case = replace(case, args=replace(case.args, num_layers=1))
 
     def results(variant: Ours | Diffusers) -> tuple[float, Tensor, dict[str, Tensor]]:
@@ -143,10 +170,12 @@ def compare(case: Case, variants: dict[str, Ours | Diffusers], device: torch.dev
             found[name] = {"failed": failure(e)}
             continue
         found[name] = {
-            "loss": its_loss, "float32 loss": loss, "velocity error": relative_error(its_velocity, velocity),
+            "loss": its_loss,
+            "float32 loss": loss,
+            "velocity error": relative_error(its_velocity, velocity),
             "velocity cosine": cosine([its_velocity], [velocity]),
             "gradient cosine": cosine([its_gradients[n] for n in gradients], list(gradients.values())),
-        }  # fmt: skip
+        }
     return found
 
 
@@ -157,7 +186,14 @@ def comparison_table(found: dict[str, Any]) -> str:
             rows.append([name, r["failed"], None, None])
             continue
         low = min(r["velocity cosine"], r["gradient cosine"])
-        rows.append([name, f"{r['velocity cosine']:.6f}", f"{r['gradient cosine']:.6f}", "yes" if low >= AGREE else f"NO, below {AGREE}"])
+        rows.append(
+            [
+                name,
+                f"{r['velocity cosine']:.6f}",
+                f"{r['gradient cosine']:.6f}",
+                "yes" if low >= AGREE else f"NO, below {AGREE}",
+            ]
+        )
     return markdown(["one block against float32", "velocity, cosine", "gradients, cosine", "agrees"], rows)
 
 
@@ -165,7 +201,8 @@ def comparison_table(found: dict[str, Any]) -> str:
 
 
 def warm_up(step: Step, data: Data, device: torch.device, before: int) -> tuple[float, float | None]:
-    """(seconds of the first step, compilation included; peak GiB of a later step as if only this variant were on the device).
+    """(seconds of the first step, compilation included; peak GiB of a later step as if only this variant were on the
+    device).
 
     before: bytes that were on the device before the variant was built.
     """
@@ -197,16 +234,28 @@ def time_group(
             results[name] = {"failed": failure(e)}
             continue
         num_parameters = sum(p.numel() for p in step.model.parameters())
-        steps[name], results[name] = partial(step.run, data), {"first step": first, "peak GiB": peak, "parameters": num_parameters}
+        steps[name], results[name] = (
+            partial(step.run, data),
+            {"first step": first, "peak GiB": peak, "parameters": num_parameters},
+        )
     times = interleaved(steps, device, rounds, budget=0)
     for name, t in times.items():
-        results[name] |= t.as_dict() | figures(case, variants[name], t.median, device, ceilings, results[name]["parameters"])
-        results[name]["speedup"] = {other: t.speedup(over=times[other]) for other in times if other != name and "diffusers" in other}
+        results[name] |= t.as_dict() | figures(
+            case, variants[name], t.median, device, ceilings, results[name]["parameters"]
+        )
+        results[name]["speedup"] = {
+            other: t.speedup(over=times[other]) for other in times if other != name and "diffusers" in other
+        }
     return results
 
 
 def figures(
-    case: Case, variant: Ours | Diffusers, seconds: float, device: torch.device, ceilings: Ceilings | None, num_parameters: int
+    case: Case,
+    variant: Ours | Diffusers,
+    seconds: float,
+    device: torch.device,
+    ceilings: Ceilings | None,
+    num_parameters: int,
 ) -> dict[str, Any]:
     args, mode = case.args, checkpoint_mode(variant)
     model = 3 * args.flops(case.tokens, case.batch)
@@ -232,7 +281,18 @@ def step_table(results: dict[str, dict[str, Any]]) -> str:
             continue
         shares = [None if (x := r.get(key)) is None else f"{100 * x:.1f} %" for key in ("MFU", "HFU")]
         speedups = "; ".join(f"{ratio} x {other}" for other, ratio in r["speedup"].items()) or "-"
-        rows.append([name, f"{r['median']:.3f}", f"{r['iqr']:.3f}", r["TFLOP/s"], *shares, r.get("T_roof/T"), r["peak GiB"], speedups])
+        rows.append(
+            [
+                name,
+                f"{r['median']:.3f}",
+                f"{r['iqr']:.3f}",
+                r["TFLOP/s"],
+                *shares,
+                r.get("T_roof/T"),
+                r["peak GiB"],
+                speedups,
+            ]
+        )
     return markdown(["variant", "step, s", "IQR, s", "TFLOP/s", "MFU", "HFU", "T_roof/T", "peak GiB", "speed"], rows)
 
 
@@ -243,7 +303,10 @@ def run_case(name: str, given: argparse.Namespace, device: torch.device) -> dict
     case = CASES[name]
     groups = (tuple(given.variants),) if given.variants else case.groups
     chosen = {v: fitted(VARIANTS[v], device, given.toy) for group in groups for v in group}
-    print(f"\n## {name}: {case.args.num_layers} blocks of width {case.args.dim}, {case.batch} x {case.tokens:,} tokens\n", flush=True)
+    print(
+        f"\n## {name}: {case.args.num_layers} blocks of width {case.args.dim}, {case.batch} x {case.tokens:,} tokens\n",
+        flush=True,
+    )
     with_roof = device.type == "cuda" or given.toy
     ceilings = measure(case.args, case.tokens, device, given.toy) if with_roof else None
     if ceilings:
@@ -257,18 +320,32 @@ def run_case(name: str, given: argparse.Namespace, device: torch.device) -> dict
         free()
     torch._dynamo.reset()  # or the next case, of other lengths, would be compiled for any length
     size = {"tokens": case.tokens, "batch": case.batch, "layers": case.args.num_layers, "dim": case.args.dim}
-    return {"case": name, **size, "ceilings": ceilings and ceilings.as_dict(), "agreement": agreement, "groups": timed, "rounds": given.rounds}
+    return {
+        "case": name,
+        **size,
+        "ceilings": ceilings and ceilings.as_dict(),
+        "agreement": agreement,
+        "groups": timed,
+        "rounds": given.rounds,
+    }
 
 
 def main(argv: list[str]) -> None:
     parser = options(__doc__)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), help="default: the GPU's, or the CPU's")
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="default: those of the case; all given are on the device at once")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=list(VARIANTS),
+        help="default: those of the case; all given are on the device at once",
+    )
     parser.add_argument("--rounds", type=int, default=7)
     given = parser.parse_args(argv)
     device = device_of(given)
     with process_group(device):
-        results = [run_case(name, given, device) for name in given.cases or (("toy",) if given.toy else DEFAULTS[device.type])]
+        results = [
+            run_case(name, given, device) for name in given.cases or (("toy",) if given.toy else DEFAULTS[device.type])
+        ]
     if given.json:
         write_json(given.json, "step", given, environment(device), results)
 

@@ -1,9 +1,11 @@
-"""What each layout sends in one Wan block, and what each mode of activation checkpointing keeps: closed forms, as tables.
+"""What each layout sends in one Wan block, and what each mode of activation checkpointing keeps: closed forms, as
+tables.
 
     python benchmarks/traffic.py [--flavor t2v-14B] [--tokens 75600] [--ranks 8] [--write docs/parallelism.md]
 
-The forms are those of the layouts' own files. Tests count the collectives of real ranks against them (tests/distributed_tests/
-test_context_parallel.py, test_tensor_parallel.py, test_pipeline.py); nothing here was measured on a network.
+The forms are those of the layouts' own files. Tests count the collectives of real ranks against them
+(tests/distributed_tests/ test_context_parallel.py, test_tensor_parallel.py, test_pipeline.py); nothing here was
+measured on a network.
 """
 
 import argparse
@@ -35,24 +37,43 @@ def words(calls: dict[str, int]) -> str:
 
 
 def rows(args, tokens: int, g: int) -> list[tuple[str, ...]]:
-    """(layout, forward, backward, MB sent forward, MB sent backward) of one block and one clip, for g ranks, on each of them."""
+    """(layout, forward, backward, MB sent forward, MB sent backward) of one block and one clip, for g ranks, on each of
+    them.
+    """
     with torch.device("meta"):
         weights = sum(p.numel() for p in Block(args).parameters())
     elements = tokens // g * args.dim
     sizes = SimpleNamespace(
-        gather=weights * BF16 * (g - 1) // g, scatter=weights * FP32 * (g - 1) // g, tp=bytes_per_collective(1, tokens, args.dim, g, BF16)
+        gather=weights * BF16 * (g - 1) // g,
+        scatter=weights * FP32 * (g - 1) // g,
+        tp=bytes_per_collective(1, tokens, args.dim, g, BF16),
     )
     found = [("FSDP", "1 all-gather", "1 all-gather, 1 reduce-scatter", sizes.gather, sizes.gather + sizes.scatter)]
     methods = {"Ulysses": ulysses_traffic(elements, g, BF16)}
     for rotate in ("alltoall", "allgather"):
         methods[f"ring, {rotate}"] = ring_traffic(elements, g, BF16, rotate)
     for name, directions in methods.items():
-        found.append((name, *(words({t.collective: t.calls for t in d}) for d in directions), *(sum(t.sent for t in d) for d in directions)))
-    unified = [[*u, *r] for u, r in zip(ulysses_traffic(elements, g // 2, BF16), ring_traffic(elements, 2, BF16, "alltoall"))]
+        found.append(
+            (
+                name,
+                *(words({t.collective: t.calls for t in d}) for d in directions),
+                *(sum(t.sent for t in d) for d in directions),
+            )
+        )
+    unified = [
+        [*u, *r] for u, r in zip(ulysses_traffic(elements, g // 2, BF16), ring_traffic(elements, 2, BF16, "alltoall"))
+    ]
     calls, sent = ([sum(getattr(t, field) for t in d) for d in unified] for field in ("calls", "sent"))
     found.append((f"unified 2 x {g // 2}", *(words({"all_to_all": n}) for n in calls), *sent))
-    found.append(("tensor parallel", "3 all-gather, 3 reduce-scatter, 2 all-reduce", "3 all-gather, 3 reduce-scatter, 7 all-reduce",
-                  6 * sizes.tp, 6 * sizes.tp))  # fmt: skip
+    found.append(
+        (
+            "tensor parallel",
+            "3 all-gather, 3 reduce-scatter, 2 all-reduce",
+            "3 all-gather, 3 reduce-scatter, 7 all-reduce",
+            6 * sizes.tp,
+            6 * sizes.tp,
+        )
+    )
     return [(name, forward, backward, megabytes(a), megabytes(b)) for name, forward, backward, a, b in found]
 
 
@@ -74,15 +95,23 @@ def kept(args, tokens: int) -> list[tuple[str, ...]]:
 
 def page(flavor: str, tokens: int, g: int) -> str:
     args = SPEC.flavors[flavor]
-    traffic = table(("over " + str(g) + " ranks", "forward", "backward", "MB forward", "MB backward"), rows(args, tokens, g))
+    traffic = table(
+        ("over " + str(g) + " ranks", "forward", "backward", "MB forward", "MB backward"), rows(args, tokens, g)
+    )
     memory = table(("mode", "bytes a token and block", "GiB, all blocks"), kept(args, tokens))
-    return (f"One block of Wan {flavor}, one clip of {tokens:,} tokens, bfloat16; what one rank sends to others.\n\n{traffic}\n\n"
-            f"What blocks keep of the whole clip until backward; context and tensor parallel divide it by their degrees.\n\n{memory}")
+    return (
+        f"One block of Wan {flavor}, one clip of {tokens:,} tokens, bfloat16; what one rank sends to "
+        f"others.\n\n{traffic}\n\n"
+        f"What blocks keep of the whole clip until backward; context and tensor parallel divide it by their "
+        f"degrees.\n\n{memory}"
+    )
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--flavor", default="t2v-14B", choices=[name for name, args in SPEC.flavors.items() if SPEC.build is WanModel])
+    parser.add_argument(
+        "--flavor", default="t2v-14B", choices=[name for name, args in SPEC.flavors.items() if SPEC.build is WanModel]
+    )
     parser.add_argument("--tokens", type=int, default=75600)
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--write", type=Path, help=f"Markdown file whose part between two {MARKER} lines is replaced")

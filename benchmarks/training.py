@@ -1,4 +1,5 @@
-"""Training steps to be timed: ours, built by the functions that train.py builds with, and diffusers' as its users write it.
+"""Training steps to be timed: ours, built by the functions that train.py builds with, and diffusers' as its users write
+it.
 
 Both take the same random weights, latents, noise and text. A step is forward, loss, backward, clipping, update.
 """
@@ -57,7 +58,10 @@ class Ours:
 
 @dataclass(frozen=True)
 class Diffusers:
-    """A variant of diffusers' step. weights: "autocast" holds float32 and computes in bfloat16, "bfloat16" and "float32" hold and compute in that."""
+    """A variant of diffusers' step. weights:
+
+    "autocast" holds float32 and computes in bfloat16, "bfloat16" and "float32" hold and compute in that.
+    """
 
     checkpoint: bool = True
     compile: bool = False
@@ -110,17 +114,24 @@ def process_group(device: torch.device) -> Iterator[None]:
 # ---- data and weights ----
 
 
-def make_data(args: WanArgs, grid: tuple[int, int, int], size: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Data:
+def make_data(
+    args: WanArgs, grid: tuple[int, int, int], size: int, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> Data:
     """`size` clips of `grid` latent frames, rows and columns; the text is of type dtype."""
     torch.manual_seed(0)
     text = rand(size, args.text_len, args.text_dim, device=device, dtype=dtype)
     latents, noise = (rand(size, args.out_channels, *grid, device=device, dtype=torch.float32) for _ in range(2))
-    batch = Batch(latents, text, torch.ones(text.shape[:2], dtype=torch.bool, device=device), torch.arange(size, device=device))
+    batch = Batch(
+        latents, text, torch.ones(text.shape[:2], dtype=torch.bool, device=device), torch.arange(size, device=device)
+    )
     return Data(batch, noise, torch.linspace(0.2, 0.8, size, device=device))
 
 
 def weight(name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Our parameter of this name, the same in each model. None is zero, as a new model's output layer is, behind which no gradient flows."""
+    """Our parameter of this name, the same in each model.
+
+    None is zero, as a new model's output layer is, behind which no gradient flows.
+    """
     normal = torch.randn(shape, generator=torch.Generator(device).manual_seed(seed_of(name, 0)), device=device)
     if "norm" in name and name.endswith(("weight", "norm_q", "norm_k")):
         return 1 + 0.1 * normal
@@ -173,7 +184,14 @@ def our_step(variant: Ours, args: WanArgs, device: torch.device) -> Step:
     hold_in(model, SPEC.plan.fp32, getattr(torch, config.training.dtype))
     meshes = ParallelDims.of(config.parallelism, 1).build_mesh(device.type)
     parallelize(
-        model, SPEC.plan, meshes, config.parallelism, config.training, config.activation_checkpoint, config.compile, float8=config.float8
+        model,
+        SPEC.plan,
+        meshes,
+        config.parallelism,
+        config.training,
+        config.activation_checkpoint,
+        config.compile,
+        float8=config.float8,
     )
     model.to_empty(device=device)
     fill(model)
@@ -224,8 +242,11 @@ def diffusers_step(variant: Diffusers, args: WanArgs, device: torch.device) -> S
     defaults = JobConfig().optimizer
     optimizer = torch.optim.AdamW(
         [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
-        lr=defaults.lr, betas=(defaults.beta1, defaults.beta2), weight_decay=defaults.weight_decay, fused=True,
-    )  # fmt: skip
+        lr=defaults.lr,
+        betas=(defaults.beta1, defaults.beta2),
+        weight_decay=defaults.weight_decay,
+        fused=True,
+    )
 
     def forward_backward(data: Data) -> tuple[Tensor, Tensor]:
         latents, noise, s_B = data.batch.latents_BCFHW, data.noise_BCFHW, data.s_B

@@ -14,8 +14,19 @@ from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PRELOAD = ["torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint", "torch.distributed.checkpoint.state_dict",
-           "torch.utils.tensorboard", "safetensors.torch", "av", "train", "tests.helpers"]
+PRELOAD = [
+    "torch",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.distributed.checkpoint",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.utils.tensorboard",
+    "safetensors.torch",
+    "av",
+    "train",
+    "tests.helpers",
+]
 _context = None
 
 
@@ -37,7 +48,13 @@ def _rank_main(fn, rank, world, store, results, init, env, timeout, args, kwargs
     os.environ.update(env)
     try:
         if init:
-            dist.init_process_group("gloo", rank=rank, world_size=world, store=dist.FileStore(store, world), timeout=datetime.timedelta(seconds=timeout))
+            dist.init_process_group(
+                "gloo",
+                rank=rank,
+                world_size=world,
+                store=dist.FileStore(store, world),
+                timeout=datetime.timedelta(seconds=timeout),
+            )
         value = fn(*args, **kwargs)
         if init:
             dist.barrier()
@@ -52,22 +69,35 @@ def _rank_main(fn, rank, world, store, results, init, env, timeout, args, kwargs
 
 
 def start_ranks(fn, world, *args, init=True, env=None, group_timeout=60, **kwargs):
-    """Start `fn(*args, **kwargs)` on `world` gloo ranks and return (processes, result queue) at once. group_timeout: seconds of a collective."""
+    """Start `fn(*args, **kwargs)` on `world` gloo ranks and return (processes, result queue) at once. group_timeout:
+
+    seconds of a collective.
+    """
     ctx = context()
     results = ctx.Queue()
     folder = tempfile.mkdtemp(prefix="titan_video_ranks_")
     processes = []
     for rank in range(world):
         rank_env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), **(env or {})}
-        processes.append(ctx.Process(target=_rank_main, args=(fn, rank, world, f"{folder}/store", results, init, rank_env, group_timeout, args, kwargs), daemon=False))
+        processes.append(
+            ctx.Process(
+                target=_rank_main,
+                args=(fn, rank, world, f"{folder}/store", results, init, rank_env, group_timeout, args, kwargs),
+                daemon=False,
+            )
+        )
     for p in processes:
         p.start()
     return processes, results
 
 
 def run_ranks(fn, world, *args, timeout=120, init=True, env=None, **kwargs):
-    """Run `fn` (a module-level function) on `world` gloo ranks; return its results by rank, or raise with the failing ranks' tracebacks."""
-    processes, results = start_ranks(fn, world, *args, init=init, env=env, group_timeout=timeout, **kwargs)  # ranks may compile at their own pace
+    """Run `fn` (a module-level function) on `world` gloo ranks; return its results by rank, or raise with the failing
+    ranks' tracebacks.
+    """
+    processes, results = start_ranks(
+        fn, world, *args, init=init, env=env, group_timeout=timeout, **kwargs
+    )  # ranks may compile at their own pace
     values, errors, deadline = {}, {}, time.monotonic() + timeout
     try:
         while len(values) < world and not errors:
@@ -125,7 +155,8 @@ def _program(argv, log, env, hook):
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(env)
-    # A child of a fork server would start its data workers from another one, and these outlive a kill. Back to this Python's default.
+    # A child of a fork server would start its data workers from another one, and these outlive a kill. Back to this
+    # Python's default.
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     import torch
 
@@ -138,7 +169,8 @@ def _program(argv, log, env, hook):
 
 
 class Program:
-    """`train.py ARGV` on `world` ranks with their output in log0, log1, ...: as torchrun starts it, but from the fork server.
+    """`train.py ARGV` on `world` ranks with their output in log0, log1, ...: as torchrun starts it, but from the fork
+    server.
 
     hook: called on every rank before the program starts, to make something happen in it (`signal_at`).
     """
@@ -149,7 +181,9 @@ class Program:
         self.logs = [f"{folder}/log{rank}" for rank in range(world)]
         for log in self.logs:
             Path(log).unlink(missing_ok=True)
-        self.ranks = [context().Process(target=_program, args=(argv, log, env, hook)) for log, env in zip(self.logs, envs)]
+        self.ranks = [
+            context().Process(target=_program, args=(argv, log, env, hook)) for log, env in zip(self.logs, envs)
+        ]
         for p in self.ranks:
             p.start()
 
@@ -168,7 +202,9 @@ class Program:
                     code = failed[0]
                 elif all(c == 0 for c in codes):
                     code = 0
-                assert code is not None or time.monotonic() < deadline, f"not done after {timeout} s:\n{Path(self.logs[0]).read_text()}"
+                assert code is not None or time.monotonic() < deadline, (
+                    f"not done after {timeout} s:\n{Path(self.logs[0]).read_text()}"
+                )
                 time.sleep(0.005)
         finally:
             self.kill()
@@ -217,7 +253,11 @@ def diffusers_wan(args):
     model = WanTransformer3DModel(**config)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(1 + 0.1 * torch.randn_like(p) if "norm" in name and name.endswith("weight") else torch.randn_like(p) * (0.5 * p[0].numel() ** -0.5))
+            p.copy_(
+                1 + 0.1 * torch.randn_like(p)
+                if "norm" in name and name.endswith("weight")
+                else torch.randn_like(p) * (0.5 * p[0].numel() ** -0.5)
+            )
     return model
 
 
@@ -230,7 +270,10 @@ def _public_names(names, spec):
 def hf_state_dict(tensors, spec, args):
     """Whole tensors by our names -> by public names and forms."""
     table = _public_names(tensors, spec)
-    return {public: (rule.to_public(tensors[ours], args) if rule.to_public else tensors[ours]) for ours, (public, rule) in table.items()}
+    return {
+        public: (rule.to_public(tensors[ours], args) if rule.to_public else tensors[ours])
+        for ours, (public, rule) in table.items()
+    }
 
 
 def load_from_hf_state_dict(model, spec, args, state):

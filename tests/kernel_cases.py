@@ -1,6 +1,6 @@
 """The fused operators against their definitions: cases for a CPU, for Triton's interpreter and for a GPU.
 
-    TRITON_INTERPRET=1 python -m tests.kernel_cases    all cases in the interpreter, which must be chosen before Triton is imported
+TRITON_INTERPRET=1 python -m tests.kernel_cases    all cases in the interpreter, which must be chosen before Triton is imported
 """
 
 import sys
@@ -39,15 +39,37 @@ def layer_norm_cases(B, L, D, dtype, device="cpu", kinds=MODULATION):
     for kind in kinds:
         rows, clean = modulation(kind, B, L, D, device)
         split = lambda rows: rows.unbind(2)
-        yield f"ada_layer_norm, {kind}", lambda m, x, r, clean=clean: m.ada_layer_norm(x, *split(r)[:2], EPS, clean), (x, rows)
-        yield f"gated_residual, {kind}", lambda m, x, y, r, clean=clean: m.gated_residual(x, y, split(r)[2], clean), (x, y, rows)
-        yield (f"residual_layer_norm, gate of {kind}", lambda m, x, y, r, w, b, clean=clean: m.residual_layer_norm(x, y, split(r)[2], w, b, EPS, clean),
-               (x, y, rows, w, b))  # fmt: skip
-        yield (f"residual_ada_layer_norm, {kind}",
-               lambda m, x, y, r, clean=clean: m.residual_ada_layer_norm(x, y, split(r)[2], *split(r)[:2], EPS, clean), (x, y, rows))  # fmt: skip
+        yield (
+            f"ada_layer_norm, {kind}",
+            lambda m, x, r, clean=clean: m.ada_layer_norm(x, *split(r)[:2], EPS, clean),
+            (x, rows),
+        )
+        yield (
+            f"gated_residual, {kind}",
+            lambda m, x, y, r, clean=clean: m.gated_residual(x, y, split(r)[2], clean),
+            (x, y, rows),
+        )
+        yield (
+            f"residual_layer_norm, gate of {kind}",
+            lambda m, x, y, r, w, b, clean=clean: m.residual_layer_norm(x, y, split(r)[2], w, b, EPS, clean),
+            (x, y, rows, w, b),
+        )
+        yield (
+            f"residual_ada_layer_norm, {kind}",
+            lambda m, x, y, r, clean=clean: m.residual_ada_layer_norm(x, y, split(r)[2], *split(r)[:2], EPS, clean),
+            (x, y, rows),
+        )
     rows, clean = modulation(kinds[-1], B, L, D, device)
-    yield "residual_ada_layer_norm, no gate", lambda m, x, y, r: m.residual_ada_layer_norm(x, y, None, *split(r)[:2], EPS, clean), (x, y, rows)
-    yield "residual_layer_norm, no gate", lambda m, x, y, w, b: m.residual_layer_norm(x, y, None, w, b, EPS), (x, y, w, b)
+    yield (
+        "residual_ada_layer_norm, no gate",
+        lambda m, x, y, r: m.residual_ada_layer_norm(x, y, None, *split(r)[:2], EPS, clean),
+        (x, y, rows),
+    )
+    yield (
+        "residual_layer_norm, no gate",
+        lambda m, x, y, w, b: m.residual_layer_norm(x, y, None, w, b, EPS),
+        (x, y, w, b),
+    )
     yield "layer_norm", lambda m, x, w, b: m.layer_norm(x, w, b, EPS), (x, w, b)
 
 
@@ -61,8 +83,16 @@ def rms_norm_cases(B, L, D, dtype, device="cpu", K=32):
         rotations = torch.polar(torch.ones_like(angles), angles)
         kind = f"rotations of {samples} samples"
         yield f"rms_norm_rope, {kind}", lambda m, x, w, r=rotations: m.rms_norm_rope(x, w, r, EPS), (x, w)
-        yield f"rms_norm_rope per head, {kind}", lambda m, x, w, r=rotations: m.rms_norm_rope(heads(x), w, r, EPS), (x, w_head)
-        yield f"rms_norm_rope given its statistic, {kind}", lambda m, x, w, s, r=rotations: m.rms_norm_rope(x, w, r, EPS, s), (x, w, square)
+        yield (
+            f"rms_norm_rope per head, {kind}",
+            lambda m, x, w, r=rotations: m.rms_norm_rope(heads(x), w, r, EPS),
+            (x, w_head),
+        )
+        yield (
+            f"rms_norm_rope given its statistic, {kind}",
+            lambda m, x, w, s, r=rotations: m.rms_norm_rope(x, w, r, EPS, s),
+            (x, w, square),
+        )
     yield "rms_norm", lambda m, x, w: m.rms_norm(x, w, EPS), (x, w)
     yield "rms_norm per head", lambda m, x, w: m.rms_norm(heads(x), w, EPS), (x, w_head)
     yield "rms_norm given its statistic", lambda m, x, w, s: m.rms_norm(x, w, EPS, s), (x, w, square)
@@ -74,10 +104,15 @@ def cases(B, L, D, dtype, device="cpu", kinds=MODULATION):
 
 
 def results(module, function, inputs):
-    """Outputs, then gradients of the inputs, for gradients of the outputs that are the same at every call and for every type."""
+    """Outputs, then gradients of the inputs, for gradients of the outputs that are the same at every call and for every
+    type.
+    """
     outputs = function(module, *inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    grads = [rand(*out.shape, seed=11 + i, device=out.device, grad=False).bfloat16().to(out.dtype) for i, out in enumerate(outputs)]
+    grads = [
+        rand(*out.shape, seed=11 + i, device=out.device, grad=False).bfloat16().to(out.dtype)
+        for i, out in enumerate(outputs)
+    ]
     return [*outputs, *torch.autograd.grad(outputs, inputs, grads)]
 
 
@@ -94,7 +129,9 @@ def check(module, name, function, inputs, dtype, again=True):
     """Equal to the definition, and, again, to itself in a second run, bit for bit."""
     found = results(module, function, inputs)
     for number, (a, b) in enumerate(zip(found, exact(function, inputs), strict=True)):
-        assert a.shape == b.shape and error(a, b) < (5e-3 if dtype == torch.bfloat16 else 1e-6), f"{name}, result {number}: {error(a, b)}"
+        assert a.shape == b.shape and error(a, b) < (5e-3 if dtype == torch.bfloat16 else 1e-6), (
+            f"{name}, result {number}: {error(a, b)}"
+        )
     for a, b in zip(found, results(module, function, inputs) if again else found, strict=True):
         assert torch.equal(a, b), f"{name}: two runs differ"
 

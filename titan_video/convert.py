@@ -1,7 +1,8 @@
-"""Weights from one format to another: `python -m titan_video.convert SRC DST --format diffusers|original|single_file|comfyui`.
+"""Weights from one format to another: `python -m titan_video.convert SRC DST --format
+diffusers|original|single_file|comfyui`.
 
-SRC is a folder or file of any of these formats, which its names tell, or a step-N folder of a run. A tensor at a time is read and written,
-so memory is that of the largest tensor, whatever the model. What is written is read back.
+SRC is a folder or file of any of these formats, which its names tell, or a step-N folder of a run. A tensor at a time
+is read and written, so memory is that of the largest tensor, whatever the model. What is written is read back.
 """
 
 import argparse
@@ -32,22 +33,40 @@ class StepSource:
         if not (folder / checkpoint_io.MANIFEST).is_file():
             steps = ", ".join(f"step-{step}" for step in checkpoint_io.list_steps(folder))
             raise ValueError(f"{folder} is no step-N folder; it holds {steps}: give one of them")
-        config_path = next((parent / "config.toml" for parent in folder.resolve().parents[:3] if (parent / "config.toml").is_file()), None)
+        config_path = next(
+            (parent / "config.toml" for parent in folder.resolve().parents[:3] if (parent / "config.toml").is_file()),
+            None,
+        )
         if config_path is None:
-            raise ValueError(f"{folder}: there is no config.toml above it, which says of which model it is; leave the folder inside its run's folder")
+            raise ValueError(
+                f"{folder}: there is no config.toml above it, which says of which model it is; leave the folder "
+                f"inside its run's folder"
+            )
         config = load(config_path)
         if config.lora.enable:
-            raise ValueError(f"{folder} is of a run with lora.enable and holds adapters, no whole weights; run it to its end with "
-                             "checkpoint.last_save_in_hf true and \"merged\" in lora.export")
+            raise ValueError(
+                f"{folder} is of a run with lora.enable and holds adapters, no whole weights; run it to its end with "
+                'checkpoint.last_save_in_hf true and "merged" in lora.export'
+            )
         self.spec = get_spec(config.model.name)
-        self.args = get_args(self.spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
+        self.args = get_args(
+            self.spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length
+        )
         self.shapes = whole_shapes(self.spec, self.args)
         self.folder, self.prefix = folder, f"{weights}."
         _, self.metadata = checkpoint_io.verify(folder)
-        saved = {name[len(self.prefix):]: entry for name, entry in self.metadata.state_dict_metadata.items() if name.startswith(self.prefix)}
+        saved = {
+            name[len(self.prefix) :]: entry
+            for name, entry in self.metadata.state_dict_metadata.items()
+            if name.startswith(self.prefix)
+        }
         if not saved:
             raise ValueError(f"{folder} holds no `{weights}` weights")
-        odd = sorted(name for name in saved.keys() | self.shapes.keys() if name not in saved or saved[name].size != self.shapes.get(name))
+        odd = sorted(
+            name
+            for name in saved.keys() | self.shapes.keys()
+            if name not in saved or saved[name].size != self.shapes.get(name)
+        )
         if odd:
             raise ValueError(f"{folder}: the tensors are not those of the model in {config_path}: {some(odd)}")
         self.dtypes = {name: saved[name].properties.dtype for name in self.shapes}
@@ -56,12 +75,19 @@ class StepSource:
         tensor = torch.empty(self.shapes[name], dtype=self.dtypes[name])
         reader = checkpoint_io.TensorReader(self.folder, self.metadata)
         with checkpoint_io.plain_errors(f"reading {self.folder}"):
-            dcp.load({self.prefix + name: tensor}, storage_reader=reader, planner=checkpoint_io.TensorLoadPlanner(flatten_state_dict=False))
+            dcp.load(
+                {self.prefix + name: tensor},
+                storage_reader=reader,
+                planner=checkpoint_io.TensorLoadPlanner(flatten_state_dict=False),
+            )
         return tensor
 
 
 class PublicSource:
-    """Weights in a public format. Which model they are of is told by the options, by config.json, or by the shapes of a known flavor."""
+    """Weights in a public format.
+
+    Which model they are of is told by the options, by config.json, or by the shapes of a known flavor.
+    """
 
     def __init__(self, path: Path, options: argparse.Namespace):
         subfolder = options.subfolder or get_spec(FAMILIES[0]).hf_folder
@@ -103,7 +129,10 @@ def _architecture(stored: StoredWeights, spec: ModelSpec, layout: str, options: 
     if not fits:
         hint = "give --flavor, or --config, a transformer/config.json of diffusers"
         raise ValueError(f"{stored.root} fits no flavor of {spec.name}: {hint}. The first: {first_error}")
-    raise ValueError(f"{stored.root} fits several flavors of {spec.name}: give one with --flavor: {', '.join(flavor for flavor, _ in fits.values())}")
+    raise ValueError(
+        f"{stored.root} fits several flavors of {spec.name}: give one with --flavor: "
+        f"{', '.join(flavor for flavor, _ in fits.values())}"
+    )
 
 
 def _text_len(spec: ModelSpec, flavor: str) -> int:
@@ -123,7 +152,9 @@ def _read_json(path: Path) -> dict:
 
 
 @torch.no_grad()
-def convert(source: StepSource | PublicSource, path: Path, format_name: str, dtype: torch.dtype | None, max_shard_bytes: int) -> None:
+def convert(
+    source: StepSource | PublicSource, path: Path, format_name: str, dtype: torch.dtype | None, max_shard_bytes: int
+) -> None:
     """Write the weights of `source` to `path`. dtype None: each tensor keeps its type."""
     dtypes = {name: dtype or kind for name, kind in source.dtypes.items()}
     writer = Writer(WritePlan(path, source.spec, source.args, source.shapes, dtypes, format_name, max_shard_bytes))
@@ -136,19 +167,36 @@ def convert(source: StepSource | PublicSource, path: Path, format_name: str, dty
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    about = "Convert weights between public formats, and from a run's checkpoint. The format of SRC is told by its names."
+    about = (
+        "Convert weights between public formats, and from a run's checkpoint. The format of SRC is told by its names."
+    )
     parser = argparse.ArgumentParser(prog="python -m titan_video.convert", description=about, allow_abbrev=False)
-    parser.add_argument("source", type=Path, metavar="SRC", help="folder or file of weights, pipeline folder, or step-N folder of a run")
-    parser.add_argument("target", type=Path, metavar="DST", help="file or folder to make; a diffusers folder gets its weights in transformer/")
+    parser.add_argument(
+        "source", type=Path, metavar="SRC", help="folder or file of weights, pipeline folder, or step-N folder of a run"
+    )
+    parser.add_argument(
+        "target",
+        type=Path,
+        metavar="DST",
+        help="file or folder to make; a diffusers folder gets its weights in transformer/",
+    )
     parser.add_argument("--format", choices=FORMATS, required=True)
     parser.add_argument("--model", choices=FAMILIES, help="model family (else told by the names)")
     parser.add_argument("--flavor", help="architecture (else config.json, or the flavor with these shapes)")
-    parser.add_argument("--config", type=Path, help="transformer/config.json of diffusers, for an architecture that is no flavor")
-    parser.add_argument("--subfolder", default="", help="folder of the weights in a pipeline folder: transformer, or transformer_2 of Wan 2.2 A14B")
+    parser.add_argument(
+        "--config", type=Path, help="transformer/config.json of diffusers, for an architecture that is no flavor"
+    )
+    parser.add_argument(
+        "--subfolder",
+        default="",
+        help="folder of the weights in a pipeline folder: transformer, or transformer_2 of Wan 2.2 A14B",
+    )
     parser.add_argument("--weights", choices=("model", "ema"), default="model", help="which weights of a step-N folder")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="type to write (else as in SRC)")
     parser.add_argument("--max-shard-gib", type=float, default=5.0, help="size of the files in a folder, at most")
-    parser.add_argument("--assets", type=Path, help="diffusers pipeline folder to complete DST from (else SRC, if it is one)")
+    parser.add_argument(
+        "--assets", type=Path, help="diffusers pipeline folder to complete DST from (else SRC, if it is one)"
+    )
     return parser.parse_args(argv)
 
 
@@ -168,7 +216,10 @@ def run(options: argparse.Namespace) -> Path:
     if options.format == "diffusers":
         subfolder = options.subfolder or weights.spec.hf_folder
         path = target / subfolder
-        pipeline = next((folder for folder in (options.assets, source, source.parent) if folder and (folder / PIPELINE).is_file()), None)
+        pipeline = next(
+            (folder for folder in (options.assets, source, source.parent) if folder and (folder / PIPELINE).is_file()),
+            None,
+        )
         if pipeline:
             complete_pipeline(pipeline, target, subfolder)
     dtype = getattr(torch, options.dtype) if options.dtype else None

@@ -1,12 +1,16 @@
-"""One rank's training step without the machine: `python -m titan_video.dry_run CONFIG.toml --world-size N [--rank r] [--section.field value ...]`.
+"""One rank's training step without the machine: `python -m titan_video.dry_run CONFIG.toml --world-size N [--rank r]
+[--section.field value ...]`.
 
-Rank r of N is built on a process group that sends nothing and on tensors that hold nothing, and runs one micro-batch of the largest bucket
-forward and backward, on one CPU; in a pipeline, where micro-batches overlap, all of a step by the real schedule. What is allocated, sent and
-computed is counted (tools/step_tracker.py) and printed. Nothing is read but the TOML (and with model.flavor hf the folder's config.json).
+Rank r of N is built on a process group that sends nothing and on tensors that hold nothing, and runs one micro-batch of
+the largest bucket forward and backward, on one CPU; in a pipeline, where micro-batches overlap, all of a step by the
+real schedule. What is allocated, sent and is allocated, sent and computed is counted (tools/step_tracker.py) and
+printed. Nothing is read but the TOML (and with model.flavor hf the folder's config.json).
 
-Operators run as on a GPU in what they keep: attention keeps its output and log-sum-exp, RMSNorm its input and one number a row.
-The fused kernels, which keep less, are counted where model.kernels is triton; auto is counted as torch, on the safe side.
-Compile is off: it fuses element-wise operators, so a compiled step keeps and takes less than is printed here. Float8 is off: it keeps the same.
+Operators run as on a GPU in what they keep: attention keeps its output and log-sum-exp, RMSNorm its input and one
+number a row. The fused kernels, which keep less, are counted where model.kernels is triton; auto is counted as torch,
+on the safe side.
+Compile is off: it fuses element-wise operators, so a compiled step keeps and takes less than is printed here. Float8 is
+    off: it keeps the same.
 """
 
 import argparse
@@ -54,11 +58,21 @@ from titan_video.tools.step_tracker import TEMPORARY, Axis, Collective, StepTrac
 
 OFFLOADED = "offloaded activations"
 KINDS = (
-    "parameters", "optimizer", "ema", "gradients", "gathered weights", "reduction buffers", "inputs", "pipeline buffers", "activations", TEMPORARY,
+    "parameters",
+    "optimizer",
+    "ema",
+    "gradients",
+    "gathered weights",
+    "reduction buffers",
+    "inputs",
+    "pipeline buffers",
+    "activations",
+    TEMPORARY,
     OFFLOADED,
-)  # fmt: skip
+)
 BODIES = {
-    # Numbers are asked for by pipelines only: which micro-batch it is, of many that are alike, and once, in int32, whether shapes are known.
+    # Numbers are asked for by pipelines only: which micro-batch it is, of many that are alike, and once, in int32,
+    # whether shapes are known.
     torch.ops.aten._local_scalar_dense: lambda number: int(number.dtype == torch.int32),
     torch.ops.titan_video.attention: attention.own_attention._init_fn,
     torch.ops.titan_video.attention_backward: attention.own_attention_backward._init_fn,
@@ -66,16 +80,21 @@ BODIES = {
     torch.ops.titan_video.ring_attention_backward: ring.ring_attention_backward._init_fn,
 }
 STATE = ("parameters", "optimizer", "ema", "gradients")  # on the host with training.enable_cpu_offload
-UNCOUNTED = "Not counted: the CUDA context, NCCL's buffers, gaps that the allocator leaves, workspaces of matrix products, validation."
+UNCOUNTED = (
+    "Not counted: the CUDA context, NCCL's buffers, gaps that the allocator leaves, workspaces of matrix "
+    "products, validation."
+)
 
 
 @dataclass(frozen=True)
 class Report:
     """What rank `rank` of `world_size` does in a step. Bytes, by kind of memory, and FLOPs of this rank, by phase.
 
-    tokens: rows of the model's input on this rank, all samples of a micro-batch. at_peak: what of each kind there is when `total`, the sum of
-    those on the device, is largest. on_host: the most that there is elsewhere. A step is `accumulation` times what is counted.
-    stages: how many blocks each pipeline stage of this rank has, by its number, where what is counted is a step of `microbatches`.
+    tokens: rows of the model's input on this rank, all samples of a micro-batch. at_peak: what of each kind there is
+    when `total`, the sum of those on the device, is largest. on_host: the most that there is elsewhere. A step is
+    `accumulation` times what is counted.
+    stages: how many blocks each pipeline stage of this rank has, by its number, where what is counted is a step of
+        `microbatches`.
     """
 
     world_size: int
@@ -112,7 +131,10 @@ class _RmsNorm(torch.autograd.Function):
 
 @contextmanager
 def as_on_gpu(kernels_name: str) -> Iterator[None]:
-    """The kernels asked for; torch's RMSNorm as the GPU's one kernel: on a CPU torch takes it apart, and keeps the parts for backward."""
+    """The kernels asked for; torch's RMSNorm as the GPU's one kernel:
+
+    on a CPU torch takes it apart, and keeps the parts for backward.
+    """
     original, before = F.rms_norm, kernels.in_use()
     F.rms_norm = _RmsNorm.apply
     kernels.use("triton" if kernels_name == "triton" else "torch")
@@ -136,20 +158,30 @@ def fake_ranks(world_size: int, rank: int) -> Iterator[None]:
 
 
 def dry_run(config: JobConfig, world_size: int, rank: int = 0) -> Report:
-    """Run rank `rank`'s step on nothing. No process group may exist. ValueError for what no machine could run, and for what is not covered."""
+    """Run rank `rank`'s step on nothing. No process group may exist.
+
+    ValueError for what no machine could run, and for what is not covered.
+    """
     start = time.perf_counter()
     check(config, world_size, files=False)
     world_size = training_ranks(config.encoder, world_size)
     if not 0 <= rank < world_size:
         raise ValueError(f"--rank: given {rank}; legal: 0 to {world_size - 1}")
     if config.activation_checkpoint.mode == "memory_budget":
-        raise ValueError("activation_checkpoint.mode: memory_budget is the compiler's, which a dry run does without; look at selective and full")
+        raise ValueError(
+            "activation_checkpoint.mode: memory_budget is the compiler's, which a dry run does without; look at "
+            "selective and full"
+        )
     spec = get_spec(config.model.name)
     args = get_args(spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
-    attention.check(config.model.attention, getattr(torch, config.training.mixed_precision_param), args.head_dim, spec.masks_text)
+    attention.check(
+        config.model.attention, getattr(torch, config.training.mixed_precision_param), args.head_dim, spec.masks_text
+    )
     check_layout(config.parallelism, args, world_size)
     dims = ParallelDims.of(config.parallelism, world_size)
-    bucket = max(config.data.sizes, key=lambda b: tokens_of(b, args) * micro_batches(config, dims, tokens_of(b, args))[0])
+    bucket = max(
+        config.data.sizes, key=lambda b: tokens_of(b, args) * micro_batches(config, dims, tokens_of(b, args))[0]
+    )
     tokens = tokens_of(bucket, args)
     size, accumulation, microbatches = micro_batches(config, dims, tokens)
     with fake_ranks(world_size, rank):
@@ -171,17 +203,28 @@ def dry_run(config: JobConfig, world_size: int, rank: int = 0) -> Report:
     peak = tracker.peak(elsewhere=host)
     largest, at_peak = peak.largest | static, peak.at_peak | static
     return Report(
-        world_size, rank, asdict(dims), bucket, size * shard.length(tokens), accumulation, microbatches,
-        {stage: len(blocks) for stage, blocks in stages.blocks.items()} if stages else {}, largest, at_peak,
-        total=sum(n for kind, n in at_peak.items() if kind not in host), on_host=sum(largest.get(kind, 0) for kind in host),
-        flops=dict(tracker.flops), model_flops=3 * args.flops(tokens, microbatches * size) * dims.dp / world_size,
-        collectives=tracker.collectives(), seconds=time.perf_counter() - start,
-    )  # fmt: skip
+        world_size,
+        rank,
+        asdict(dims),
+        bucket,
+        size * shard.length(tokens),
+        accumulation,
+        microbatches,
+        {stage: len(blocks) for stage, blocks in stages.blocks.items()} if stages else {},
+        largest,
+        at_peak,
+        total=sum(n for kind, n in at_peak.items() if kind not in host),
+        on_host=sum(largest.get(kind, 0) for kind in host),
+        flops=dict(tracker.flops),
+        model_flops=3 * args.flops(tokens, microbatches * size) * dims.dp / world_size,
+        collectives=tracker.collectives(),
+        seconds=time.perf_counter() - start,
+    )
 
 
 def micro_batches(config: JobConfig, dims: ParallelDims, tokens: int) -> tuple[int, int, int]:
-    """(clips in one, how often what is counted is done in a step, how many are counted), for clips of so many tokens. ValueError for what a
-    pipeline's schedule cannot run."""
+    """(clips in one, how often what is counted is done in a step, how many are counted), for clips of so many tokens.
+    ValueError for what a pipeline's schedule cannot run."""
     accumulation = gradient_accumulation(config, dims.dp)
     local = Batching.of(config.data, config.training, config.parallelism, accumulation * dims.dp).clips_of(tokens)
     if dims.pp == 1:
@@ -191,9 +234,11 @@ def micro_batches(config: JobConfig, dims: ParallelDims, tokens: int) -> tuple[i
     return size, 1, accumulation * local // size
 
 
-def build(config: JobConfig, spec: ModelSpec, args: Any, meshes: Meshes, num_tokens: int) -> tuple[nn.Module, Stages | None]:
-    """The sharded model, of a pipeline this rank's stages, on the meta device. It must not be made inside the fake mode, where each of its
-    tensors costs much more."""
+def build(
+    config: JobConfig, spec: ModelSpec, args: Any, meshes: Meshes, num_tokens: int
+) -> tuple[nn.Module, Stages | None]:
+    """The sharded model, of a pipeline this rank's stages, on the meta device. It must not be made inside the fake
+    mode, where each of its tensors costs much more."""
     with torch.device("meta"):
         model = spec.build(args)
     if config.lora.enable:
@@ -210,11 +255,19 @@ def build(config: JobConfig, spec: ModelSpec, args: Any, meshes: Meshes, num_tok
 
 
 def run_step(
-    model: nn.Module, pipeline: Pipeline | None, spec: ModelSpec, batches: list[Batch], noisy: Callable[[Batch], ModelInputs], tracker: StepTracker,
-    accumulating: bool, in_backward: bool,
-) -> None:  # fmt: skip
-    """Forward and backward of one micro-batch, or of all of a pipeline. accumulating: not the first of a step, so gradients are there already.
+    model: nn.Module,
+    pipeline: Pipeline | None,
+    spec: ModelSpec,
+    batches: list[Batch],
+    noisy: Callable[[Batch], ModelInputs],
+    tracker: StepTracker,
+    accumulating: bool,
+    in_backward: bool,
+) -> None:
+    """Forward and backward of one micro-batch, or of all of a pipeline. accumulating: not the first of a step, so
+    gradients are there already.
     in_backward: each gradient is freed as soon as it is there."""
+
     def free(p: Tensor) -> None:
         tracker.set_kind(local_part(p.grad), "gradients")
         p.grad = None
@@ -301,7 +354,10 @@ def watch_recomputation(model: nn.Module, spec: ModelSpec, tracker: StepTracker)
 
 @contextmanager
 def offload_seen(tracker: StepTracker) -> Iterator[None]:
-    """Copies that activation offload makes on the host, and those that it fetches back: on one CPU there is no telling them apart."""
+    """Copies that activation offload makes on the host, and those that it fetches back:
+
+    on one CPU there is no telling them apart.
+    """
     send, start = HostOffload.send, HostOffload._start
 
     def send_seen(self, x):
@@ -354,11 +410,19 @@ def make_batch(config: JobConfig, args: Any, bucket: tuple[int, ...], size: int)
 
 
 def axes_of(meshes: Meshes) -> dict[str, Axis]:
-    """{process group's name: its axis}. Axes of the same ranks may share a group, which then goes by all their names."""
+    """{process group's name: its axis}.
+
+    Axes of the same ranks may share a group, which then goes by all their names.
+    """
     named = {
-        "fsdp": meshes.fsdp, "fsdp x tp": meshes.fsdp_root, "dp_replicate": meshes.world["dp_replicate"], "ulysses": meshes.ulysses,
-        "ring": meshes.ring, "tp": meshes.tp, "pp": meshes.pp,
-    }  # fmt: skip
+        "fsdp": meshes.fsdp,
+        "fsdp x tp": meshes.fsdp_root,
+        "dp_replicate": meshes.world["dp_replicate"],
+        "ulysses": meshes.ulysses,
+        "ring": meshes.ring,
+        "tp": meshes.tp,
+        "pp": meshes.pp,
+    }
     axes: dict[str, Axis] = {}
     for name, mesh in named.items():
         last = mesh.ndim - 1
@@ -377,7 +441,11 @@ def describe(report: Report, host: bool) -> str:
     r, gib = report, 2**30
     degrees = " x ".join(f"{axis} {n}" for axis, n in r.degrees.items() if n > 1) or "one rank"
     flops = sum(r.flops.values())
-    micro = "1 micro-batch a step" if r.accumulation == 1 else f"{r.accumulation} micro-batches a step (memory: from the second on)"
+    micro = (
+        "1 micro-batch a step"
+        if r.accumulation == 1
+        else f"{r.accumulation} micro-batches a step (memory: from the second on)"
+    )
     counted = "a micro-batch"
     if r.stages:
         stages = ", ".join(f"stage {stage} of {n} blocks" for stage, n in r.stages.items())
@@ -385,8 +453,9 @@ def describe(report: Report, host: bool) -> str:
     lines = [
         f"rank {r.rank} of {r.world_size}: {degrees}",
         f"bucket {'x'.join(map(str, r.bucket))}: {r.tokens:,} tokens on this rank, {micro}",
-        "", f"{'memory in GiB':<20}{'at the peak':>12}{'largest':>10}",
-    ]  # fmt: skip
+        "",
+        f"{'memory in GiB':<20}{'at the peak':>12}{'largest':>10}",
+    ]
     for kind in KINDS:
         if r.largest.get(kind):
             place = "  on the host" if kind == OFFLOADED or host and kind in STATE else ""
@@ -394,18 +463,25 @@ def describe(report: Report, host: bool) -> str:
     lines += [f"{'total':<20}{r.total / gib:>12.2f}", UNCOUNTED, ""]
     lines += [f"{counted + ' sends':<28}{'axis':<14}{'ranks':>6}{'calls':>7}{'MiB':>11}"]
     for c in r.collectives:
-        lines.append(f"{(c.phase + ' ' + c.kind).strip():<28}{c.axis:<14}{c.ranks:>6}{c.count:>7}{c.sent / 2**20:>11.1f}")
+        lines.append(
+            f"{(c.phase + ' ' + c.kind).strip():<28}{c.axis:<14}{c.ranks:>6}{c.count:>7}{c.sent / 2**20:>11.1f}"
+        )
     if not r.collectives:
         lines.append("nothing")
     lines += [
-        "", f"{r.accumulation * flops / 1e12:,.0f} TFLOP a step on this rank, of which the model needs {r.accumulation * r.model_flops / 1e12:,.0f}",
+        "",
+        f"{r.accumulation * flops / 1e12:,.0f} TFLOP a step on this rank, of which the model needs "
+        f"{r.accumulation * r.model_flops / 1e12:,.0f}",
         f"dry run took {r.seconds:.1f} s; compile is off in it",
-    ]  # fmt: skip
+    ]
     return "\n".join(lines)
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    about = "Memory, collectives and FLOPs of one rank's training step, without the machine. --section.field VALUE overrides the TOML."
+    about = (
+        "Memory, collectives and FLOPs of one rank's training step, without the machine. --section.field VALUE "
+        "overrides the TOML."
+    )
     parser = argparse.ArgumentParser(prog="python -m titan_video.dry_run", description=about, allow_abbrev=False)
     parser.add_argument("config", type=Path, help="TOML of the run")
     parser.add_argument("--world-size", type=int, required=True, help="ranks of the run")

@@ -1,8 +1,8 @@
 """Clips from a checkpoint: `python -m titan_video.sample CHECKPOINT --prompt "a red circle moves left" --out x.mp4`.
 
-CHECKPOINT is a step-N folder, or a run's dump folder, of which the newest valid step is taken. The run's own resolved TOML says how the
-model is built; under torchrun its weights are sharded over the ranks, as in training. Image-to-video needs --image; of two experts
-(Wan 2.2 A14B) CHECKPOINT is the high one, --low the other.
+CHECKPOINT is a step-N folder, or a run's dump folder, of which the newest valid step is taken. The run's own resolved
+model is built; under torchrun its weights are sharded over the ranks, as in training. Image-to-video needs --image; of
+two experts (Wan 2.2 A14B) CHECKPOINT is the high one, --low the other.
 """
 
 import argparse
@@ -50,7 +50,10 @@ def find_checkpoint(path: Path) -> tuple[Path, JobConfig]:
     for parent in path.resolve().parents[:3]:
         if (parent / "config.toml").is_file():
             return path, load(parent / "config.toml")
-    raise ValueError(f"{path}: there is no config.toml in or above it; give a step-N folder inside a run's dump folder, or the dump folder")
+    raise ValueError(
+        f"{path}: there is no config.toml in or above it; give a step-N folder inside a run's dump folder, or "
+        f"the dump folder"
+    )
 
 
 def pad(text_LD: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,7 +62,9 @@ def pad(text_LD: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]
     return text_BLD, (torch.arange(length, device=text_LD.device) < len(text_LD)).unsqueeze(0)
 
 
-def load_model(config: JobConfig, args: Any, folder: Path, weights: str | None, device: torch.device) -> torch.nn.Module:
+def load_model(
+    config: JobConfig, args: Any, folder: Path, weights: str | None, device: torch.device
+) -> torch.nn.Module:
     """The model of a run with the weights of one of its checkpoints, sharded over the ranks. weights: "model", "ema"
     or None, which is what the run validated."""
     spec, lora, c = get_spec(config.model.name), config.lora, config.checkpoint
@@ -68,7 +73,9 @@ def load_model(config: JobConfig, args: Any, folder: Path, weights: str | None, 
     if lora.enable:
         add_adapters(model, spec, lora, getattr(torch, config.training.mixed_precision_param))
     meshes = ParallelDims(dp_shard=dist.get_world_size()).build_mesh(device.type)
-    parallelize(model, spec.plan, meshes, config.parallelism, config.training, config.activation_checkpoint, config.compile)
+    parallelize(
+        model, spec.plan, meshes, config.parallelism, config.training, config.activation_checkpoint, config.compile
+    )
     model.to_empty(device=device)
     source = weights or ("ema" if config.ema.enable and config.validation.use_ema else "model")
     if lora.enable:  # the checkpoint holds the adapters only
@@ -80,20 +87,32 @@ def load_model(config: JobConfig, args: Any, folder: Path, weights: str | None, 
     return model
 
 
-def prepare(encoders: Encoders, conditions: Conditions, length: int, options: argparse.Namespace, device: torch.device) -> tuple[list, dict, dict]:
-    """Text and mask of the prompt and of the empty one, and what else the model is given for each: see `sample_latents`."""
+def prepare(
+    encoders: Encoders, conditions: Conditions, length: int, options: argparse.Namespace, device: torch.device
+) -> tuple[list, dict, dict]:
+    """Text and mask of the prompt and of the empty one, and what else the model is given for each:
+
+    see `sample_latents`.
+    """
     cond, null_cond, text_options = {}, {}, {}
     if conditions.num_given:
-        given_CNHW = torch.cat([read_image(str(path), options.size) for path in (options.image, options.last_image) if path], dim=1)
+        given_CNHW = torch.cat(
+            [read_image(str(path), options.size) for path in (options.image, options.last_image) if path], dim=1
+        )
         cond["given_BCFHW"] = encode_given(encoders, conditions, given_CNHW, options.size[0])[None]
         if conditions.image_tokens:
             cond["image_BSD"] = encode_images(encoders, given_CNHW)[None]
         if conditions.text_image_tokens:
             first_CHW = given_CNHW[:, 0]
-            text_options = {"images": [first_CHW, torch.zeros_like(first_CHW)], "image_tokens": conditions.text_image_tokens}
+            text_options = {
+                "images": [first_CHW, torch.zeros_like(first_CHW)],
+                "image_tokens": conditions.text_image_tokens,
+            }
     texts = encoders.encode_text([options.prompt, ""], **text_options)
     if conditions.pooled_text:
-        cond["pooled_text_BD"], null_cond["pooled_text_BD"] = (pooled_D[None] for pooled_D in encoders.encode_pooled([options.prompt, ""]))
+        cond["pooled_text_BD"], null_cond["pooled_text_BD"] = (
+            pooled_D[None] for pooled_D in encoders.encode_pooled([options.prompt, ""])
+        )
     padded = [x for text_LD in texts for x in pad(text_LD.to(device), length)]
     return padded, *({name: x.to(device) for name, x in d.items()} for d in (cond, null_cond))
 
@@ -102,7 +121,9 @@ def prepare(encoders: Encoders, conditions: Conditions, length: int, options: ar
 def generate(config: JobConfig, folder: Path, options: argparse.Namespace) -> torch.Tensor:
     """Frames of one clip, uint8 [F, H, W, 3], on the host."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    args = get_args(get_spec(config.model.name), config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
+    args = get_args(
+        get_spec(config.model.name), config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length
+    )
     kernels.use(kernels.choose(config.model.kernels, device))
     conditions = args.conditions
     check_images(conditions, options)
@@ -113,11 +134,23 @@ def generate(config: JobConfig, folder: Path, options: argparse.Namespace) -> to
 
     model = load_model(config, args, folder, options.weights, device)
     if low:
-        model = Experts(model, load_model(low[1], args, low[0], options.weights, device), config.model.boundary or args.boundary)
+        model = Experts(
+            model, load_model(low[1], args, low[0], options.weights, device), config.model.boundary or args.boundary
+        )
     frames, height, width = options.size
-    latent_CFHW = (encoders.channels, (frames - 1) // encoders.stride_t + 1, height // encoders.stride_s, width // encoders.stride_s)
+    latent_CFHW = (
+        encoders.channels,
+        (frames - 1) // encoders.stride_t + 1,
+        height // encoders.stride_s,
+        width // encoders.stride_s,
+    )
     settings = options.seed, options.steps, options.guidance, options.shift
-    told = {"conditions": conditions, "cond": cond, "null_cond": null_cond, "embedded_guidance": options.embedded_guidance}
+    told = {
+        "conditions": conditions,
+        "cond": cond,
+        "null_cond": null_cond,
+        "embedded_guidance": options.embedded_guidance,
+    }
     latents = sample_latents(model, args.patch, *text, latent_CFHW, [0], *settings, **told)
     return encoders.decode_video(latents)[0].permute(1, 2, 3, 0).cpu()
 
@@ -128,16 +161,25 @@ def check_images(conditions: Conditions, options: argparse.Namespace) -> None:
         given, needed = getattr(options, name) is not None, conditions.num_given >= place
         if given != needed:
             flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"this model needs {flag}: it starts from images" if needed else f"{flag}: this model is not given such an image")
+            raise ValueError(
+                f"this model needs {flag}: it starts from images"
+                if needed
+                else f"{flag}: this model is not given such an image"
+            )
 
 
 def find_low(high: JobConfig, path: Path) -> tuple[Path, JobConfig]:
-    """The checkpoint of the low-noise expert. ValueError unless the two are a high and a low expert of one architecture and boundary."""
+    """The checkpoint of the low-noise expert.
+
+    ValueError unless the two are a high and a low expert of one architecture and boundary.
+    """
     folder, low = find_checkpoint(path)
     experts = high.model.expert, low.model.expert
     if experts != ("high", "low") or replace(high.model, expert="low") != low.model:
-        raise ValueError(f"--low: {path} and the first checkpoint must be a low and a high expert of one model; "
-                         f"their model.expert are {experts[1]} and {experts[0]}, their other fields of [model] must be equal")
+        raise ValueError(
+            f"--low: {path} and the first checkpoint must be a low and a high expert of one model; "
+            f"their model.expert are {experts[1]} and {experts[0]}, their other fields of [model] must be equal"
+        )
     return folder, low
 
 
@@ -161,11 +203,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--size", type=size, help="FRAMESxHEIGHTxWIDTH (default: the first of data.buckets)")
     parser.add_argument("--steps", type=int, help="Euler steps (validation.sample_steps)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance (validation.guidance_scale)")
-    parser.add_argument("--embedded-guidance", type=float, help="what models that take a guidance scale are told (validation.embedded_guidance)")
+    parser.add_argument(
+        "--embedded-guidance",
+        type=float,
+        help="what models that take a guidance scale are told (validation.embedded_guidance)",
+    )
     parser.add_argument("--shift", type=float, help="shift of the schedule (validation.sample_shift)")
     parser.add_argument("--fps", type=float, help="frames per second of the file (data.fps)")
     parser.add_argument("--seed", type=int, default=0, help="key of the first noise")
-    parser.add_argument("--weights", choices=("model", "ema"), help="which weights (ema where the run kept and used them)")
+    parser.add_argument(
+        "--weights", choices=("model", "ema"), help="which weights (ema where the run kept and used them)"
+    )
     return parser.parse_args(argv)
 
 
@@ -176,7 +224,12 @@ def main(argv: list[str]) -> None:
         folder, config = find_checkpoint(options.checkpoint)
         v = config.validation
         defaults = {"size": config.data.sizes[0], "fps": config.data.fps}
-        defaults |= {"steps": v.sample_steps, "guidance": v.guidance_scale, "embedded_guidance": v.embedded_guidance, "shift": v.sample_shift}
+        defaults |= {
+            "steps": v.sample_steps,
+            "guidance": v.guidance_scale,
+            "embedded_guidance": v.embedded_guidance,
+            "shift": v.sample_shift,
+        }
         for name, value in defaults.items():
             if getattr(options, name) is None:
                 setattr(options, name, value)

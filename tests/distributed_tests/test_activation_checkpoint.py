@@ -50,18 +50,34 @@ def step(section, compiled, dims, args=replace(ARGS, num_layers=2)):
     model.to_empty(device="cpu")
     initialise(model, perturbed, 0)
     ids = torch.tensor([0, 1])
-    batch = Batch(draw_noise(2, ids, (16, 1, 8, 8)), draw_noise(1, ids, (args.text_len, args.text_dim)), torch.ones(2, args.text_len, dtype=torch.bool), ids)
+    batch = Batch(
+        draw_noise(2, ids, (16, 1, 8, 8)),
+        draw_noise(1, ids, (args.text_len, args.text_dim)),
+        torch.ones(2, args.text_len, dtype=torch.bool),
+        ids,
+    )
     noise, shard = draw_noise(0, ids, (16, 1, 8, 8)), SequenceShard(mesh.sequence, dims.tp)
     with nullcontext() if compiled else Executed() as executed:
         compute_loss(model, args.patch, batch, noise, torch.tensor([0.3, 0.6]), torch.ones(2), shard).sum().backward()
-    grads = {clean_name(n): p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for n, p in model.named_parameters()}
+    grads = {
+        clean_name(n): p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+        for n, p in model.named_parameters()
+    }
     return grads, dict(executed.count) if executed else None
 
 
 def fsdp():
-    sections = {"none": NONE, "full": replace(FULL, offload=True), "selective": replace(MATMUL, save_min_kv=16, offload=True)}
+    sections = {
+        "none": NONE,
+        "full": replace(FULL, offload=True),
+        "selective": replace(MATMUL, save_min_kv=16, offload=True),
+    }
     torch._dynamo.reset()
-    return {(name, compiled): step(s, compiled, ParallelDims(dp_shard=2))[0] for name, s in sections.items() for compiled in (False, True)}
+    return {
+        (name, compiled): step(s, compiled, ParallelDims(dp_shard=2))[0]
+        for name, s in sections.items()
+        for compiled in (False, True)
+    }
 
 
 def test_gradients_under_fsdp_are_equal():
@@ -70,7 +86,11 @@ def test_gradients_under_fsdp_are_equal():
         for (way, compiled), grads in results.items():
             # The compiler's forms of some operators round differently.
             errors = {n: ((grads[n] - reference[n]).norm() / reference[n].norm()).item() for n in reference}
-            assert (way, compiled, {n: e for n, e in errors.items() if not e <= (2e-5 if compiled else 0)}) == (way, compiled, {})
+            assert (way, compiled, {n: e for n, e in errors.items() if not e <= (2e-5 if compiled else 0)}) == (
+                way,
+                compiled,
+                {},
+            )
 
 
 def context_parallel(dims):
@@ -85,7 +105,9 @@ def test_attention_of_context_parallel_runs_once(dims):
         runs = {way: count.get(kind) for way, (_, count) in results.items()}
         assert runs == {"none": 2, "selective": 2, "full": 4}  # two blocks
         exchanges = {way: count.get("all_to_all_single", 0) for way, (_, count) in results.items()}
-        assert exchanges == ({"none": 8, "selective": 12, "full": 12} if dims.ulysses == 2 else {"none": 0, "selective": 0, "full": 0})
+        assert exchanges == (
+            {"none": 8, "selective": 12, "full": 12} if dims.ulysses == 2 else {"none": 0, "selective": 0, "full": 0}
+        )
         reference = results["full"][0]
         for way, (grads, _) in results.items():
             assert (way, [n for n in grads if not torch.equal(grads[n], reference[n])]) == (way, [])
@@ -93,7 +115,9 @@ def test_attention_of_context_parallel_runs_once(dims):
 
 def tensor_parallel():
     one, selective = replace(ARGS, num_layers=1), replace(SELECTIVE, save_min_kv=16)
-    return [step(section, compiled, ParallelDims(tp=2), one)[0] for section, compiled in ((NONE, False), (selective, True))]
+    return [
+        step(section, compiled, ParallelDims(tp=2), one)[0] for section, compiled in ((NONE, False), (selective, True))
+    ]
 
 
 def test_compiled_selection_beside_tensor_parallel_weights():

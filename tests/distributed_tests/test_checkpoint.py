@@ -115,7 +115,10 @@ def load_ranks(folder, mesh_shape):
 @pytest.mark.parametrize("mode", ["disabled", "async"])
 def test_two_ranks_to_any_layout(tmp_path, mode):
     saved = run_ranks(save_ranks, 2, tmp_path, mode)[0]
-    assert len(saved) == 7 + 21 and {"model.blocks.0.weight", "model.scale", "optimizer.blocks.1.bias.exp_avg"} <= saved.keys()
+    assert (
+        len(saved) == 7 + 21
+        and {"model.blocks.0.weight", "model.scale", "optimizer.blocks.1.bias.exp_avg"} <= saved.keys()
+    )
     assert sorted(path.name for path in (tmp_path / "step-3").glob("*.distcp")) == ["__0_0.distcp", "__1_0.distcp"]
     for shape in ((1,), (4,), (2, 2)) if mode == "async" else ((2,),):
         for values, weights in run_ranks(load_ranks, torch.Size(shape).numel(), tmp_path, shape):
@@ -132,7 +135,9 @@ def save_after_forward(folder):
     with torch.no_grad():
         model(torch.ones(1, 6))
     assert not isinstance(model.scale, DTensor)
-    assert saver.tensors["optimizer"].state_dict().keys() == {name.removeprefix("optimizer.") for name in before if name.startswith("optimizer")}
+    assert saver.tensors["optimizer"].state_dict().keys() == {
+        name.removeprefix("optimizer.") for name in before if name.startswith("optimizer")
+    }
     assert saver.save(1)
     fresh, fresh_optimizer = build((2,))
     loader = manager(folder, fresh, fresh_optimizer)
@@ -194,7 +199,9 @@ def test_all_ranks_agree(tmp_path):
 
 def save_until_killed(folder, mode):
     weights, counter = Weights(), Counter()
-    saver = CheckpointManager(Checkpoint(interval=1, keep_latest_k=2, async_mode=mode), folder, {"ema": weights}, {"train": counter})
+    saver = CheckpointManager(
+        Checkpoint(interval=1, keep_latest_k=2, async_mode=mode), folder, {"ema": weights}, {"train": counter}
+    )
     step = saver.load()
     assert all(bool((w == step).all()) for w in weights.values.values()) and counter.state.get("step", 0) == step
     if dist.get_rank() == 0:
@@ -207,7 +214,10 @@ def save_until_killed(folder, mode):
 
 
 def kill_saves(folder, kills, mode, world):
-    """Kill -9 at random moments, again and again in one folder. Returns how many kills left an unfinished folder behind."""
+    """Kill -9 at random moments, again and again in one folder.
+
+    Returns how many kills left an unfinished folder behind.
+    """
     rng, cut_short, newest = random.Random(f"{mode}{world}"), 0, 0
     folder.mkdir()
     for _ in range(kills):
@@ -215,7 +225,9 @@ def kill_saves(folder, kills, mode, world):
         processes, _ = start_ranks(save_until_killed, world, folder, mode)
         deadline = time.monotonic() + 60
         while not ((folder / "started").exists() and (newest or files.list_steps(folder))):
-            assert time.monotonic() < deadline and all(p.exitcode is None for p in processes), "a process that saves has failed"
+            assert time.monotonic() < deadline and all(p.exitcode is None for p in processes), (
+                "a process that saves has failed"
+            )
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.15))
         for p in processes:

@@ -1,4 +1,7 @@
-"""A checkpoint knows nothing of the layout: one state goes from layout to layout, each loads what the one before it saved, and nothing changes."""
+"""A checkpoint knows nothing of the layout:
+
+one state goes from layout to layout, each loads what the one before it saved, and nothing changes.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +18,15 @@ from titan_video.components.ema import EmaWeights
 from titan_video.components.hf_storage import load_hf, save_hf
 from titan_video.components.objective import compute_loss
 from titan_video.components.optimizer import build_optimizer
-from titan_video.config.job_config import ActivationCheckpoint, Checkpoint, Compile, Ema, Optimizer, Parallelism, Training
+from titan_video.config.job_config import (
+    ActivationCheckpoint,
+    Checkpoint,
+    Compile,
+    Ema,
+    Optimizer,
+    Parallelism,
+    Training,
+)
 from titan_video.data.batch import Batch
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.parallelize import parallelize
@@ -51,7 +62,10 @@ CHAINS = {
 
 
 class Run:
-    """A model in a layout ("one": this process alone), its optimizer and averages, and the manager of its checkpoints in `folder`."""
+    """A model in a layout ("one":
+
+    this process alone), its optimizer and averages, and the manager of its checkpoints in `folder`.
+    """
 
     def __init__(self, args: WanArgs, layout: str, folder: Path, mode: str = "disabled"):
         self.args, self.meshes = args, None if layout == "one" else ParallelDims(**LAYOUTS[layout]).build_mesh("cpu")
@@ -62,7 +76,9 @@ class Run:
             section, pp = Parallelism(pipeline_parallel_degree=self.meshes.pp.size()), self.meshes.pp
             stages = keep_stages(self.model, SPEC.plan, pp, section, args, 15) if pp.size() > 1 else None
             training = Training(mixed_precision_param="float32")
-            parallelize(self.model, SPEC.plan, self.meshes, section, training, ActivationCheckpoint(mode="full"), Compile())
+            parallelize(
+                self.model, SPEC.plan, self.meshes, section, training, ActivationCheckpoint(mode="full"), Compile()
+            )
             if stages is not None:
                 self.forward = Pipeline(self.model, stages, SPEC.plan, pp, section, torch.float32, torch.device("cpu"))
         self.model.to_empty(device="cpu")
@@ -71,17 +87,27 @@ class Run:
                 local(p).fill_(float("nan"))
         self.optimizer = build_optimizer(self.model, Optimizer(lr=1e-2))
         self.ema = EmaWeights(self.model, Ema(enable=True, decay=0.5))
-        states = {"model": ModelState(self.model), "optimizer": OptimizerState(self.model, self.optimizer), "ema": self.ema}
-        self.checkpoint = CheckpointManager(Checkpoint(interval=1, async_mode=mode, keep_latest_k=0), folder, states, {})
+        states = {
+            "model": ModelState(self.model),
+            "optimizer": OptimizerState(self.model, self.optimizer),
+            "ema": self.ema,
+        }
+        self.checkpoint = CheckpointManager(
+            Checkpoint(interval=1, async_mode=mode, keep_latest_k=0), folder, states, {}
+        )
 
     def loss(self) -> torch.Tensor:
         """Of the same two clips on all data ranks. 15 tokens divide by no number of ranks."""
         ids = torch.tensor([3, 4])
         text = draw_noise(1, ids, (self.args.text_len, self.args.text_dim))
-        batch = Batch(draw_noise(2, ids, (16, 1, 6, 10)), text, torch.ones(2, self.args.text_len, dtype=torch.bool), ids)
+        batch = Batch(
+            draw_noise(2, ids, (16, 1, 6, 10)), text, torch.ones(2, self.args.text_len, dtype=torch.bool), ids
+        )
         shard = SequenceShard(self.meshes.sequence, self.meshes.tp.size()) if self.meshes else None
         noise = draw_noise(0, ids, tuple(batch.latents_BCFHW.shape[1:]))
-        loss = compute_loss(self.forward, self.args.patch, batch, noise, torch.tensor([0.3, 0.8]), torch.ones(2), shard).sum()
+        loss = compute_loss(
+            self.forward, self.args.patch, batch, noise, torch.tensor([0.3, 0.8]), torch.ones(2), shard
+        ).sum()
         return reduce_over(self.meshes.sequence, loss, "sum") if self.meshes else loss
 
 
@@ -96,7 +122,10 @@ def perturbed_init(name, tensor, generator):
 
 
 def write_reference(folder: Path, args: WanArgs) -> None:
-    """Two steps of one process, saved: step-0 of the chain, the same tensors in a file, the export, and the next loss."""
+    """Two steps of one process, saved:
+
+    step-0 of the chain, the same tensors in a file, the export, and the next loss.
+    """
     run = Run(args, "one", folder)
     initialise(run.model, perturbed_init, 0)
     run.ema.reset()
@@ -110,7 +139,10 @@ def write_reference(folder: Path, args: WanArgs) -> None:
     save_hf(run.model, folder / "hf", SPEC, args, torch.float32, 20_000)
     loaded = {name: p.bfloat16().float() for name, p in ModelState(run.model).state_dict().items()}
     save_hf(run.model, folder / "hf_loaded", SPEC, args, torch.bfloat16)
-    torch.save({"tensors": run.checkpoint._live_tensors(), "hf_loaded": loaded, "loss": run.loss().item()}, folder / "reference.pt")
+    torch.save(
+        {"tensors": run.checkpoint._live_tensors(), "hf_loaded": loaded, "loss": run.loss().item()},
+        folder / "reference.pt",
+    )
 
 
 def equal_parts(mine: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> None:
@@ -132,7 +164,10 @@ def hop(folder: Path, args: WanArgs, layout: str, step: int, mode: str) -> None:
     load_hf(run.model, folder / "hf_loaded", SPEC, args)
     equal_parts(ModelState(run.model).state_dict(), reference["hf_loaded"])
     assert load_weights(files.step_folder(folder, step - 1), run.model, "ema") == step - 1
-    equal_parts(ModelState(run.model).state_dict(), {name.removeprefix("ema."): t for name, t in tensors.items() if name.startswith("ema.")})
+    equal_parts(
+        ModelState(run.model).state_dict(),
+        {name.removeprefix("ema."): t for name, t in tensors.items() if name.startswith("ema.")},
+    )
     assert run.checkpoint.load() == step - 1
     equal_parts(run.checkpoint._live_tensors(), tensors)
     assert run.checkpoint.save(step)
@@ -189,7 +224,11 @@ def refused(folder: Path, others: dict[str, WanArgs]) -> dict[str, str]:
 def test_ranks_with_different_parameters_refuse_together(tmp_path):
     """What is missing, too much or misshapen is so on one stage only; all ranks say the same, and nobody waits."""
     write_reference(tmp_path, ODD)
-    others = {"deeper": replace(ODD, num_layers=3), "wider": replace(ODD, out_channels=17), "other": replace(ODD, ffn_dim=60)}
+    others = {
+        "deeper": replace(ODD, num_layers=3),
+        "wider": replace(ODD, out_channels=17),
+        "other": replace(ODD, ffn_dim=60),
+    }
     first, second = run_ranks(refused, 2, tmp_path, others)
     assert first == second
     assert "the checkpoint lacks blocks.2." in first["deeper"] and "step-0" in first["deeper"]

@@ -44,7 +44,9 @@ def parallel_block(ring, ulysses, rotate, core=AttentionCore):
 def whole_tensors(batch, seq_len, dtype, heads=HEADS):
     """q, k, v and the gradient of the output, of the whole clip: the same on every rank."""
     generator = torch.Generator().manual_seed(7)
-    return [torch.randn(batch, seq_len, heads, WIDTH, dtype=torch.float64, generator=generator).to(dtype) for _ in range(4)]
+    return [
+        torch.randn(batch, seq_len, heads, WIDTH, dtype=torch.float64, generator=generator).to(dtype) for _ in range(4)
+    ]
 
 
 def slice_of(x, mesh, fill):
@@ -64,7 +66,10 @@ def run_slices(block, mesh, whole, seq_len):
 def reference(whole):
     q, k, v = (x.double().transpose(1, 2).requires_grad_() for x in whole[:3])
     out = F.scaled_dot_product_attention(q, k, v)
-    return [x.detach().transpose(1, 2) for x in (out, *torch.autograd.grad(out, (q, k, v), whole[3].double().transpose(1, 2)))]
+    return [
+        x.detach().transpose(1, 2)
+        for x in (out, *torch.autograd.grad(out, (q, k, v), whole[3].double().transpose(1, 2)))
+    ]
 
 
 def largest_error(results, whole, mesh):
@@ -82,7 +87,9 @@ def check_layouts(layouts, shapes, dtypes, heads=HEADS):
         for batch, seq_len in shapes:
             for dtype in dtypes:
                 whole = whole_tensors(batch, seq_len, dtype, heads)
-                errors[ring, ulysses, rotate, batch, seq_len, dtype] = largest_error(run_slices(block, mesh, whole, seq_len), whole, mesh)
+                errors[ring, ulysses, rotate, batch, seq_len, dtype] = largest_error(
+                    run_slices(block, mesh, whole, seq_len), whole, mesh
+                )
     return errors
 
 
@@ -90,7 +97,11 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 3e-2}
 LAYOUTS = {
     2: ([(1, 2, "alltoall"), (2, 1, "alltoall"), (2, 1, "allgather")], [(1, 16), (2, 13), (1, 1)], TOLERANCE),
     3: ([(1, 3, "alltoall"), (3, 1, "alltoall"), (3, 1, "allgather")], [(2, 12), (1, 14), (2, 4)], TOLERANCE),
-    4: ([(1, 4, "alltoall"), *((4, 1, r) for r in ROTATIONS), *((2, 2, r) for r in ROTATIONS)], [(1, 16), (2, 17), (1, 5)], TOLERANCE),
+    4: (
+        [(1, 4, "alltoall"), *((4, 1, r) for r in ROTATIONS), *((2, 2, r) for r in ROTATIONS)],
+        [(1, 16), (2, 17), (1, 5)],
+        TOLERANCE,
+    ),
     8: ([(2, 4, "alltoall"), (4, 2, "allgather")], [(1, 17)], [torch.float64]),
 }
 
@@ -110,7 +121,9 @@ TEXT = 5
 def whole_text(batch, dtype, heads=HEADS):
     """q, k, v and the gradient of the output, of the text; which of its tokens count (of the first clip, two of five)."""
     generator = torch.Generator().manual_seed(11)
-    tensors = [torch.randn(batch, TEXT, heads, WIDTH, dtype=torch.float64, generator=generator).to(dtype) for _ in range(4)]
+    tensors = [
+        torch.randn(batch, TEXT, heads, WIDTH, dtype=torch.float64, generator=generator).to(dtype) for _ in range(4)
+    ]
     mask = torch.ones(batch, TEXT, dtype=torch.bool)
     mask[0, 2:] = False
     return tensors, mask
@@ -149,7 +162,10 @@ def check_joint(layouts, shapes, dtypes, heads=HEADS):
             for dtype in dtypes:
                 whole, (text, mask) = whole_tensors(batch, seq_len, dtype, heads), whole_text(batch, dtype, heads)
                 for given in (mask, None):
-                    got, expected = run_joint(block, mesh, whole, text, given, seq_len), joint_reference(whole, text, given)
+                    got, expected = (
+                        run_joint(block, mesh, whole, text, given, seq_len),
+                        joint_reference(whole, text, given),
+                    )
                     rows = slice_of(torch.ones_like(whole[0]), mesh, 0.0)
                     got[0] = got[0] * rows
                     for i in (0, 2, 3, 4):  # those of the video
@@ -171,7 +187,10 @@ def test_joint_attention_equals_that_of_one_rank(world):
 
 
 def events(function):
-    """(its result, every operator that ran meanwhile, on any thread, inside other operators too: name, shapes, types, plain arguments)."""
+    """(its result, every operator that ran meanwhile, on any thread, inside other operators too:
+
+    name, shapes, types, plain arguments).
+    """
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
         result = function()
@@ -186,14 +205,22 @@ def sent(recorded):
     for name, shapes, dtypes, plain in recorded:
         library, _, op = name.partition("::")
         # A functional gather reaches c10d as a list of tensors, whose shapes are not recorded; it is read one level up.
-        if (library, op) not in {("c10d", "alltoall_base_"), ("c10d", "_allgather_base_"), ("c10d", "_reduce_scatter_base_"),
-                                 ("_c10d_functional", "all_gather_into_tensor"), ("_c10d_functional", "reduce_scatter_tensor")}:  # fmt: skip
+        if (library, op) not in {
+            ("c10d", "alltoall_base_"),
+            ("c10d", "_allgather_base_"),
+            ("c10d", "_reduce_scatter_base_"),
+            ("_c10d_functional", "all_gather_into_tensor"),
+            ("_c10d_functional", "reduce_scatter_tensor"),
+        }:
             assert library != "c10d" or op.endswith("_coalesced_"), name
             continue
         first, second = (itemsizes.get(dtypes[i], 0) * torch.Size(shapes[i]).numel() for i in (0, 1))
         kind, size = {
             # Equal parts, of which one stays here; or all to one other rank.
-            "alltoall_base_": lambda: ("all_to_all", second - second // len(plain[4]) if len(set(plain[4])) == 1 else second),
+            "alltoall_base_": lambda: (
+                "all_to_all",
+                second - second // len(plain[4]) if len(set(plain[4])) == 1 else second,
+            ),
             "_allgather_base_": lambda: ("all_gather", first - second),
             "_reduce_scatter_base_": lambda: ("reduce_scatter", second - first),
             "all_gather_into_tensor": lambda: ("all_gather", first * (plain[1] - 1)),
@@ -228,7 +255,9 @@ def added(*parts):
     return [Traffic(kind, *total[kind]) for kind in sorted(total)]
 
 
-@pytest.mark.parametrize("world, dtype, joint", [(2, torch.bfloat16, False), (4, torch.float32, False), (4, torch.bfloat16, True)])
+@pytest.mark.parametrize(
+    "world, dtype, joint", [(2, torch.bfloat16, False), (4, torch.float32, False), (4, torch.bfloat16, True)]
+)
 def test_what_is_sent_equals_the_closed_forms(world, dtype, joint):
     layouts, batch, seq_len = LAYOUTS[world][0], 2, 18
     elements, item = batch * -(-seq_len // world) * HEADS * WIDTH, dtype.itemsize
@@ -239,7 +268,9 @@ def test_what_is_sent_equals_the_closed_forms(world, dtype, joint):
             rounds = ring_traffic(elements, ring, item, rotate) if ring > 1 else ([], [])
             for counted, a, b in zip(directions, exchange, rounds):
                 assert counted == added(a, b), (ring, ulysses, rotate)
-            assert tuple(sum(t.sent for t in d) for d in directions) == exchange_bytes(elements, ring, ulysses, item, rotate, text)
+            assert tuple(sum(t.sent for t in d) for d in directions) == exchange_bytes(
+                elements, ring, ulysses, item, rotate, text
+            )
             if ring == 1:
                 assert [[t.calls for t in d if t.collective == "all_to_all"] for d in directions] == [[2], [2]]
 
@@ -275,7 +306,10 @@ def run_compiled(layouts, joint, shapes, backend, checkpointed):
     torch._dynamo.utils.counters.clear()
     for batch, seq_len in shapes:
         whole = whole_tensors(batch, seq_len, torch.float64)
-        expected, result = run_slices(eager, eager.mesh, whole, seq_len), run_slices(compiled, eager.mesh, whole, seq_len)
+        expected, result = (
+            run_slices(eager, eager.mesh, whole, seq_len),
+            run_slices(compiled, eager.mesh, whole, seq_len),
+        )
         worst = max(worst, *((a - b).abs().max().item() for a, b in zip(expected, result)))
     return worst, torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
@@ -322,7 +356,10 @@ def count_attention_runs(ways):
             block = checkpoint_wrapper(block, preserve_rng_state=False, context_fn=lambda: selective(save))
         whole = whole_tensors(1, 13, torch.float32)
         grads, recorded = events(lambda: run_slices(block, mesh, whole, 13))
-        result[way] = sum(name == "aten::_scaled_dot_product_flash_attention_for_cpu" for name, *_ in recorded) / 2, grads
+        result[way] = (
+            sum(name == "aten::_scaled_dot_product_flash_attention_for_cpu" for name, *_ in recorded) / 2,
+            grads,
+        )
     return result
 
 

@@ -1,4 +1,7 @@
-"""Weights in the diffusers layout into and out of shards: every rank reads its own slices only, and the files do not depend on the layout."""
+"""Weights in the diffusers layout into and out of shards:
+
+every rank reads its own slices only, and the files do not depend on the layout.
+"""
 
 import pytest
 import torch
@@ -36,7 +39,11 @@ def sharded_model(layout):
                 with torch.no_grad():
                     whole_tensor = distribute_tensor(torch.empty(p.shape), whole["tp"], [placement], src_data_rank=None)
                 module.register_parameter(name, torch.nn.Parameter(whole_tensor))
-    options = {"mesh": mesh, "shard_placement_fn": shard_on, "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}
+    options = {
+        "mesh": mesh,
+        "shard_placement_fn": shard_on,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16),
+    }
     for block in model.blocks.values():
         fully_shard(block, **options)
     fully_shard(model, **options)
@@ -107,7 +114,10 @@ def load_one(folder, layout):
     loaded = {n: torch.equal(p.full_tensor(), toy_tensors()[n]) for n, p in model.named_parameters()}
     assert all(loaded.values()), (layout, loaded)
     table = public_names(TOY.hf_names, owned)
-    return {ours: (Recorder.reads.get(public, 0), owned[ours], rule.to_ours is not None) for ours, (public, rule) in table.items()}
+    return {
+        ours: (Recorder.reads.get(public, 0), owned[ours], rule.to_ours is not None)
+        for ours, (public, rule) in table.items()
+    }
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -150,7 +160,9 @@ def test_files_do_not_depend_on_the_layout(tmp_path, world):
     run_ranks(save_rank, world, tmp_path / "m", tmp_path, LAYOUTS[world])
     for name, dtype, max_shard_bytes, factor in EXPORTS:
         expected = tmp_path / name
-        save_hf(toy_model({n: factor * t for n, t in toy_tensors().items()}), expected, TOY, ARGS, dtype, max_shard_bytes)
+        save_hf(
+            toy_model({n: factor * t for n, t in toy_tensors().items()}), expected, TOY, ARGS, dtype, max_shard_bytes
+        )
         for layout in LAYOUTS[world]:
             saved = tmp_path / layout / name
             assert sorted(p.name for p in expected.iterdir()) == sorted(p.name for p in saved.iterdir())
@@ -161,7 +173,10 @@ def test_files_do_not_depend_on_the_layout(tmp_path, world):
 
 
 def fused_rank(folder):
-    """HunyuanVideo under tensor parallel and FSDP, from the original layout: by our name, elements read and owned, and what is saved again."""
+    """HunyuanVideo under tensor parallel and FSDP, from the original layout:
+
+    by our name, elements read and owned, and what is saved again.
+    """
     from titan_video.distributed.fsdp import apply_fsdp
     from titan_video.distributed.parallel_dims import ParallelDims
     from titan_video.distributed.tensor_parallel import apply_tensor_parallel

@@ -1,4 +1,7 @@
-"""The fused operators under each kind of sharding, checkpointed selectively and compiled: gradients as of plain torch in one process."""
+"""The fused operators under each kind of sharding, checkpointed selectively and compiled:
+
+gradients as of plain torch in one process.
+"""
 
 from collections import Counter
 from contextlib import nullcontext
@@ -67,6 +70,12 @@ def test_sharded_models_compute_the_same_with_fused_operators():
                 continue
             # The block's forward runs twice, the head's once.
             assert {name: n for name, n in count.items() if "norm" in name or "gated" in name} == {
-                "norm": 3, "norm_backward": 2, "residual_norm": 4, "residual_norm_backward": 2, "rms_norm": 8, "rms_norm_backward": 4,
-                "gated_residual": 2, "gated_residual_backward": 1,
-            }, name  # fmt: skip
+                "norm": 3,
+                "norm_backward": 2,
+                "residual_norm": 4,
+                "residual_norm_backward": 2,
+                "rms_norm": 8,
+                "rms_norm_backward": 4,
+                "gated_residual": 2,
+                "gated_residual_backward": 1,
+            }, name

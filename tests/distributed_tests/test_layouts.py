@@ -1,7 +1,8 @@
-"""One loss under every layout: loss and every gradient equal one process, for each layout of ONE table and each way of running a block.
+"""One loss under every layout: loss and every gradient equal one process, for each layout of ONE table and each way of
+running a block.
 
-A step is of micro-batches of two shapes, of one and of two clips, one of 15 tokens, which no degree above 1 but 3 and 5 divides, dealt out over
-the data-parallel ranks, so that these hold unequal numbers of tokens.
+A step is of micro-batches of two shapes, of one and of two clips, one of 15 tokens, which no degree above 1 but 3 and 5
+divides, dealt out over the data-parallel ranks, so that these hold unequal numbers of tokens.
 """
 
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,15 @@ from titan_video.models.wan import WanArgs, WanModel
 
 ARGS = WanArgs(dim=72, num_heads=12, num_layers=4, ffn_dim=60, text_dim=20, text_len=9, freq_dim=32)
 HUNYUAN_ARGS = HunyuanVideoArgs(
-    dim=72, num_heads=12, num_double_layers=2, num_single_layers=2, ffn_dim=60, text_dim=20, text_len=9, pooled_dim=7, axes_dim=(2, 2, 2)
+    dim=72,
+    num_heads=12,
+    num_double_layers=2,
+    num_single_layers=2,
+    ffn_dim=60,
+    text_dim=20,
+    text_len=9,
+    pooled_dim=7,
+    axes_dim=(2, 2, 2),
 )
 LORA = Lora(enable=True, rank=3, alpha=4.5)
 # HunyuanVideo's modulation too, whose outputs tensor parallel gathers.
@@ -50,7 +59,9 @@ MODELS = {
     "wan A14B i2v": Model(WAN, replace(ARGS, in_channels=36)),
     "wan ti2v": Model(WAN, replace(ARGS, clean_first_frame=True)),
     "hunyuan": Model(HUNYUAN, HUNYUAN_ARGS),
-    "hunyuan concat": Model(HUNYUAN, replace(HUNYUAN_ARGS, in_channels=33, guidance=False, image_condition="latent_concat")),
+    "hunyuan concat": Model(
+        HUNYUAN, replace(HUNYUAN_ARGS, in_channels=33, guidance=False, image_condition="latent_concat")
+    ),
     "hunyuan replace": Model(HUNYUAN, replace(HUNYUAN_ARGS, image_condition="token_replace")),
     "wan lora": Model(WAN, ARGS, LORA),
     "hunyuan lora": Model(HUNYUAN, HUNYUAN_ARGS, replace(LORA, target_modules=MORE_TARGETS)),
@@ -71,7 +82,10 @@ class Layout:
 
     @property
     def num_batches(self):
-        """Micro-batches of a step: for each data-parallel rank two, or in a pipeline enough of each shape to fill it."""
+        """Micro-batches of a step:
+
+        for each data-parallel rank two, or in a pipeline enough of each shape to fill it.
+        """
         return 12 if self.dims.pp > 1 else 2 * self.dims.dp
 
 
@@ -122,7 +136,10 @@ LIMITS = {torch.float64: 1e-10, torch.float32: 2e-5}
 
 
 def micro_batch(args, i, dtype):
-    """Micro-batch i of the step: even ones are two clips of 4 tokens, odd ones one of 15; texts of different lengths."""
+    """Micro-batch i of the step:
+
+    even ones are two clips of 4 tokens, odd ones one of 15; texts of different lengths.
+    """
     grid, B = ((2, 4, 2), 2) if i % 2 == 0 else ((3, 2, 10), 1)
     ids, c = torch.arange(B) + 10 * i, args.conditions
 
@@ -137,7 +154,10 @@ def micro_batch(args, i, dtype):
 
 
 def arguments(args, i, dtype):
-    """What the objective needs beside the model and the shard: (patch, batch, noise, levels, weights) and the model's conditions."""
+    """What the objective needs beside the model and the shard:
+
+    (patch, batch, noise, levels, weights) and the model's conditions.
+    """
     batch = micro_batch(args, i, dtype)
     noise = draw_noise(0, batch.sample_ids_B, tuple(batch.latents_BCFHW.shape[1:])).to(dtype)
     told = {"conditions": args.conditions, "guidance_scale": 3.0}
@@ -163,7 +183,10 @@ def build(name, dtype):
 
 
 def perturbed(init_parameter):
-    """The public initialisations have a head of zeros, and adapters begin as zeros; through these no gradient would reach what is before them."""
+    """The public initialisations have a head of zeros, and adapters begin as zeros; through these no gradient would
+    reach what is before them.
+    """
+
     def init(name, tensor, generator):
         if is_adapter(name):
             tensor.normal_(0, 0.1, generator=generator)
@@ -175,7 +198,10 @@ def perturbed(init_parameter):
 
 
 def gradients(model):
-    """By name, whole. None for a trained parameter that has none; a frozen one that has one is there, which is an error too."""
+    """By name, whole.
+
+    None for a trained parameter that has none; a frozen one that has one is there, which is an error too.
+    """
     grads = {clean_name(n): p.grad for n, p in model.named_parameters() if p.requires_grad or p.grad is not None}
     return {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in grads.items()}
 
@@ -210,7 +236,8 @@ def one_process(tmp_path_factory):
 def run_step(name, layout, way, dtype):
     """(loss, gradients, norm) of one step, on every rank the same but for a pipeline's names."""
     torch._dynamo.reset()
-    # A graph for any length takes three times as long to trace as two for one length each; two ranks show that it is right.
+    # A graph for any length takes three times as long to trace as two for one length each; two ranks show that it is
+    # right.
     torch._dynamo.config.automatic_dynamic_shapes = layout.world_size <= 2
     spec, args, plan = MODELS[name].spec, MODELS[name].args, MODELS[name].spec.plan
     meshes, kind = layout.dims.build_mesh("cpu"), str(dtype).removeprefix("torch.")
@@ -250,15 +277,27 @@ def compare(name, layout, runs, path):
     for way, dtype in runs:
         loss, grads, norm = run_step(name, LAYOUTS[layout], way, dtype)
         ref_loss, ref_grads, ref_norm = expected[dtype]
-        errors = {n: ((g - ref_grads[n]).norm() / ref_grads[alike(n)].norm()).item() for n, g in grads.items() if g is not None}
-        errors |= {"the loss": abs(loss - ref_loss).item() / ref_loss.item(), "the norm": abs(norm - ref_norm).item() / ref_norm.item()}
-        wrong = {n: e for n, e in errors.items() if not e <= LIMITS[dtype]} | {n: "no gradient" for n, g in grads.items() if g is None}
+        errors = {
+            n: ((g - ref_grads[n]).norm() / ref_grads[alike(n)].norm()).item()
+            for n, g in grads.items()
+            if g is not None
+        }
+        errors |= {
+            "the loss": abs(loss - ref_loss).item() / ref_loss.item(),
+            "the norm": abs(norm - ref_norm).item() / ref_norm.item(),
+        }
+        wrong = {n: e for n, e in errors.items() if not e <= LIMITS[dtype]} | {
+            n: "no gradient" for n, g in grads.items() if g is None
+        }
         report[way, dtype] = set(grads), wrong
     return report
 
 
 def alike(name):
-    """A parameter whose gradient says how large one is: without a norm behind it, a bias of keys changes nothing, and its gradient is rounding."""
+    """A parameter whose gradient says how large one is:
+
+    without a norm behind it, a bias of keys changes nothing, and its gradient is rounding.
+    """
     return name.replace(".k.bias", ".v.bias") if name.startswith("text_refiner.") else name
 
 
@@ -288,9 +327,16 @@ def ways_of(layout):
     return EAGER if "zero bubble" in layout else tuple(WAYS)
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if LAYOUTS[name].world_size == 2 and ways_of(name) == tuple(WAYS)])
+@pytest.mark.parametrize(
+    "layout", [name for name in LAYOUTS if LAYOUTS[name].world_size == 2 and ways_of(name) == tuple(WAYS)]
+)
 def test_compiled_layout_equals_one_process(layout, one_process):
-    check("wan", layout, [(way, torch.float64) for way in (COMPILED_WAYS if layout == "fsdp2" else ("selective+compile",))], one_process)
+    check(
+        "wan",
+        layout,
+        [(way, torch.float64) for way in (COMPILED_WAYS if layout == "fsdp2" else ("selective+compile",))],
+        one_process,
+    )
 
 
 @pytest.mark.parametrize("layout", SOME_LAYOUTS)
@@ -302,8 +348,15 @@ def test_other_models_equal_one_process(name, layout, one_process):
 @pytest.mark.parametrize("layout", LORA_LAYOUTS)
 @pytest.mark.parametrize("name", ["wan lora", "hunyuan lora"])
 def test_adapters_equal_one_process(name, layout, one_process):
-    check(name, layout, [(way, torch.float64) for way in (("plain", "selective", "compile") if (name, layout) == ("wan lora", "fsdp2") else ("plain",))],
-          one_process)  # fmt: skip
+    check(
+        name,
+        layout,
+        [
+            (way, torch.float64)
+            for way in (("plain", "selective", "compile") if (name, layout) == ("wan lora", "fsdp2") else ("plain",))
+        ],
+        one_process,
+    )
 
 
 @pytest.mark.slow
@@ -356,13 +409,24 @@ def dtypes_inside():
     """Types that the parts of the model compute in under bfloat16 mixed precision."""
     mesh = ParallelDims(dp_shard=2).build_mesh("cpu")
     model = WanModel(ARGS)
-    parallelize(model, WAN.plan, mesh, Parallelism(), Training(mixed_precision_param="bfloat16"), ActivationCheckpoint(), Compile())
+    parallelize(
+        model,
+        WAN.plan,
+        mesh,
+        Parallelism(),
+        Training(mixed_precision_param="bfloat16"),
+        ActivationCheckpoint(),
+        Compile(),
+    )
     initialise(model, perturbed(WAN.init_parameter), 0)
     seen = {}
 
     def watch(name):
         def before(module, args):
-            seen[name] = {"weights": {p.dtype for p in module.parameters()}, "args": [a.dtype for a in args if a is not None]}
+            seen[name] = {
+                "weights": {p.dtype for p in module.parameters()},
+                "args": [a.dtype for a in args if a is not None],
+            }
 
         def after(module, args, out):
             seen[name]["out"] = out.dtype

@@ -1,4 +1,7 @@
-"""Every optimizer under sharding: three steps equal one process; its state goes on bit for bit, and from layout to layout."""
+"""Every optimizer under sharding:
+
+three steps equal one process; its state goes on bit for bit, and from layout to layout.
+"""
 
 from pathlib import Path
 
@@ -10,7 +13,15 @@ from tests.helpers import run_ranks
 from titan_video.components.checkpoint import CheckpointManager, ModelState, OptimizerState
 from titan_video.components.objective import model_inputs, predict, velocity_loss
 from titan_video.components.optimizer import InBackward, build_optimizer
-from titan_video.config.job_config import ActivationCheckpoint, Checkpoint, Compile, Float8, Optimizer, Parallelism, Training
+from titan_video.config.job_config import (
+    ActivationCheckpoint,
+    Checkpoint,
+    Compile,
+    Float8,
+    Optimizer,
+    Parallelism,
+    Training,
+)
 from titan_video.data.batch import Batch
 from titan_video.distributed.float8 import apply_float8
 from titan_video.distributed.parallel_dims import ParallelDims
@@ -34,7 +45,10 @@ NUM_BATCHES = 4
 
 
 class Run:
-    """A model in a layout ("one": this process alone), and its optimizer. dtype: of everything, or "bfloat16" of weights that are held so."""
+    """A model in a layout ("one": this process alone), and its optimizer. dtype:
+
+    of everything, or "bfloat16" of weights that are held so.
+    """
 
     def __init__(self, layout, name, dtype="float64", in_backward=False, float8=Float8()):
         dims = ParallelDims(**{**LAYOUTS, "tp2": {"tp": 2}}.get(layout, {}))
@@ -52,20 +66,26 @@ class Run:
             stages = keep_stages(self.model, SPEC.plan, pp, section, ARGS, 15) if dims.pp > 1 else None
             reduce = "float32" if dtype == "bfloat16" else dtype
             training = Training(mixed_precision_param=dtype, mixed_precision_reduce=reduce)
-            parallelize(self.model, SPEC.plan, self.meshes, section, training, ActivationCheckpoint(), Compile(), float8=float8)
+            parallelize(
+                self.model, SPEC.plan, self.meshes, section, training, ActivationCheckpoint(), Compile(), float8=float8
+            )
         elif float8.enable:
             apply_float8(self.model, SPEC.plan, float8, "cpu")
         self.model.to_empty(device="cpu")
         if self.meshes and stages:
             self.pipeline = Pipeline(self.model, stages, SPEC.plan, pp, section, self.dtype, torch.device("cpu"))
         initialise(self.model, perturbed, 0)
-        self.optimizer = build_optimizer(self.model, Optimizer(name=name, lr=1e-2, weight_decay=0.1), SPEC.plan.blocks, seed=7)
+        self.optimizer = build_optimizer(
+            self.model, Optimizer(name=name, lr=1e-2, weight_decay=0.1), SPEC.plan.blocks, seed=7
+        )
         self.hooks = InBackward(self.optimizer) if in_backward else None
         self.state = OptimizerState(self.model, self.optimizer)
 
     def checkpoint(self, folder):
         states = {"model": ModelState(self.model), "optimizer": self.state}
-        return CheckpointManager(Checkpoint(interval=1, async_mode="disabled", keep_latest_k=0), Path(folder), states, {})
+        return CheckpointManager(
+            Checkpoint(interval=1, async_mode="disabled", keep_latest_k=0), Path(folder), states, {}
+        )
 
     def step(self):
         """Of the same four clips in every layout. Returns the norm of the gradients."""
@@ -80,7 +100,11 @@ class Run:
         else:
             for i in inputs:
                 velocity_loss(predict(self.model, i), i).sum().backward()
-        norm = self.hooks.grad_norm() if self.hooks else clip_grad_norm(self.model, 0.0, self.meshes.pp if self.meshes else None)
+        norm = (
+            self.hooks.grad_norm()
+            if self.hooks
+            else clip_grad_norm(self.model, 0.0, self.meshes.pp if self.meshes else None)
+        )
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm.item()
@@ -88,7 +112,10 @@ class Run:
     def inputs(self, i):
         ids = torch.tensor([i])
         latents, noise = (draw_noise(seed, ids, (16, 3, 2, 10)).to(self.dtype) for seed in (1, 2))
-        text, mask = draw_noise(3, ids, (ARGS.text_len, ARGS.text_dim)).to(self.dtype), torch.ones(1, ARGS.text_len, dtype=torch.bool)
+        text, mask = (
+            draw_noise(3, ids, (ARGS.text_len, ARGS.text_dim)).to(self.dtype),
+            torch.ones(1, ARGS.text_len, dtype=torch.bool),
+        )
         shard = SequenceShard(self.meshes.sequence, self.meshes.tp.size()) if self.meshes else None
         return model_inputs(ARGS.patch, Batch(latents, text, mask, ids), noise, (ids + 1) / 6, torch.ones(1), shard)
 
@@ -183,11 +210,19 @@ def in_backward_and_bfloat16(folder):
             hooked_norm = hooked.step()
             assert all(p.grad is None for p in hooked.model.parameters())
         expected = plain.tensors()
-        wrong += [f"{name} in backward: {key}" for key, t in hooked.tensors().items() if not torch.equal(t, expected[key])]
-        wrong += [] if hooked_norm == pytest.approx(plain_norm, rel=1e-6) else [f"{name} in backward: norm {hooked_norm}, {plain_norm}"]
+        wrong += [
+            f"{name} in backward: {key}" for key, t in hooked.tensors().items() if not torch.equal(t, expected[key])
+        ]
+        wrong += (
+            []
+            if hooked_norm == pytest.approx(plain_norm, rel=1e-6)
+            else [f"{name} in backward: norm {hooked_norm}, {plain_norm}"]
+        )
     for name in NAMES:
         run = Run("fsdp2", name, "bfloat16")
-        assert {p.dtype for p in run.model.blocks.parameters()} == {torch.bfloat16} and run.model.head_modulation.dtype == torch.float32
+        assert {p.dtype for p in run.model.blocks.parameters()} == {
+            torch.bfloat16
+        } and run.model.head_modulation.dtype == torch.float32
         start = run.tensors()
         run.step()
         run.checkpoint(folder / name).save(1)
@@ -198,11 +233,17 @@ def in_backward_and_bfloat16(folder):
             # One process adds up gradients in another order, and bfloat16 rounds them: a few weights round otherwise.
             moved = (tensors[key].double() - start[key].double()).norm()
             apart = (tensors[key].double() - expected[key].double()).norm()
-            wrong += [f"{name} bfloat16: {key} {apart / moved}"] if p.dtype == torch.bfloat16 and p.ndim == 2 and apart > 0.35 * moved else []
+            wrong += (
+                [f"{name} bfloat16: {key} {apart / moved}"]
+                if p.dtype == torch.bfloat16 and p.ndim == 2 and apart > 0.35 * moved
+                else []
+            )
         again = Run("fsdp2", name, "bfloat16")
         assert again.checkpoint(folder / name).load() == 1
         again.step()
-        wrong += [f"{name} bfloat16 resumed: {key}" for key, t in again.tensors().items() if not torch.equal(t, tensors[key])]
+        wrong += [
+            f"{name} bfloat16 resumed: {key}" for key, t in again.tensors().items() if not torch.equal(t, tensors[key])
+        ]
     return wrong
 
 
@@ -274,14 +315,17 @@ def float8_steps(layout, folder):
         run, expected = float8_run(layout, recipe), torch.load(folder / f"{recipe}.pt")
         norms = [run.step(), run.step()]
         tensors = run.tensors()
-        moved = max(((tensors[name] - expected["tensors"][name]).norm() / moved).item() for name, moved in expected["moved"].items())
+        moved = max(
+            ((tensors[name] - expected["tensors"][name]).norm() / moved).item()
+            for name, moved in expected["moved"].items()
+        )
         apart.append((moved, max(abs(a / b - 1) for a, b in zip(norms, expected["norms"], strict=True))))
     return apart
 
 
 def test_float8_under_sharding(tmp_path):
-    """FSDP gathers whole weights, and a micro-batch is the same one wherever it is: so are all scales. Under tensor parallel they are those
-    of the parts, and only as near as float8 is."""
+    """FSDP gathers whole weights, and a micro-batch is the same one wherever it is: so are all scales. Under tensor
+    parallel they are those of the parts, and only as near as float8 is."""
     plain = Run("one", "AdamW", "float32")
     exact = [plain.step(), plain.step()]
     for recipe in RECIPES:

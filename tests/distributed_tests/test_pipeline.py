@@ -1,4 +1,7 @@
-"""Pipeline parallel: loss, norm and every gradient equal one process for every schedule, and a forward gives its result on all ranks."""
+"""Pipeline parallel:
+
+loss, norm and every gradient equal one process for every schedule, and a forward gives its result on all ranks.
+"""
 
 import gc
 import itertools
@@ -15,7 +18,13 @@ from tests.helpers import run_ranks
 from titan_video.config.job_config import ActivationCheckpoint, Compile, Parallelism, Training
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.parallelize import parallelize
-from titan_video.distributed.pipeline_parallel import Pipeline, check_microbatches, keep_stages, split_blocks, state_bytes
+from titan_video.distributed.pipeline_parallel import (
+    Pipeline,
+    check_microbatches,
+    keep_stages,
+    split_blocks,
+    state_bytes,
+)
 from titan_video.distributed.utils import clean_name, clip_grad_norm, initialise, reduce_over
 from titan_video.flow.noise import draw_noise
 from titan_video.models.wan import SPEC, WanArgs, WanModel
@@ -50,19 +59,28 @@ def test_no_split_has_a_cheaper_costliest_stage():
         return max(n + first * (s == 0) + last * (s == len(sizes) - 1) for s, n in enumerate(sizes))
 
     for num_blocks, num_stages, first, last in itertools.product((3, 5, 8), (1, 2, 3), (0.0, 0.3, 2.5), (0.0, 1.2)):
-        best = min(costliest(c) for c in itertools.product(range(1, num_blocks + 1), repeat=num_stages) if sum(c) == num_blocks)
+        best = min(
+            costliest(c) for c in itertools.product(range(1, num_blocks + 1), repeat=num_stages) if sum(c) == num_blocks
+        )
         assert costliest([len(r) for r in split_blocks(num_blocks, num_stages, first, last)]) == pytest.approx(best)
 
 
 @pytest.mark.parametrize(
     "schedule, illegal, nearest",
-    [("GPipe", (), ""), ("1F1B", (1, 2, 3), "nearest: 4"), ("Interleaved1F1B", (9, 11, 13, 14), ""), ("InterleavedZeroBubble", (9, 11, 13, 14), "")],
+    [
+        ("GPipe", (), ""),
+        ("1F1B", (1, 2, 3), "nearest: 4"),
+        ("Interleaved1F1B", (9, 11, 13, 14), ""),
+        ("InterleavedZeroBubble", (9, 11, 13, 14), ""),
+    ],
 )
 def test_numbers_of_micro_batches(schedule, illegal, nearest):
     section = Parallelism(pipeline_parallel_degree=4, pipeline_parallel_schedule=schedule)
     for n in range(1, 15):
         if n in illegal:
-            with pytest.raises(ValueError, match=r"training.global_batch_size.*pipeline_parallel_microbatch_size.*" + nearest):
+            with pytest.raises(
+                ValueError, match=r"training.global_batch_size.*pipeline_parallel_microbatch_size.*" + nearest
+            ):
                 check_microbatches(section, n)
         else:
             check_microbatches(section, n)
@@ -130,7 +148,9 @@ def reference(dtype, param_dtype=None):
             total += loss.item()
         if param_dtype:
             total = reduce_over(meshes.batch, torch.tensor(total, dtype=torch.float64), "sum").item()
-        steps.append((total, clip_grad_norm(model, 0.5).item(), {n: whole(p.grad) for n, p in model.named_parameters()}))
+        steps.append(
+            (total, clip_grad_norm(model, 0.5).item(), {n: whole(p.grad) for n, p in model.named_parameters()})
+        )
         model.zero_grad()
     n = sample(0, LENGTHS[0], dtype)
     with torch.no_grad():
@@ -159,7 +179,12 @@ def build(pp, schedule, dtype, dp_shard=1, mode="none", compiled=False, model_cl
     parallelize(model, SPEC.plan, meshes, section, training, ActivationCheckpoint(mode=mode), compilation)
     model.to_empty(device="cpu")
     initialise(model, perturbed_init, 0)
-    return meshes, model, Pipeline(model, stages, SPEC.plan, meshes.pp, section, getattr(torch, dtype), torch.device("cpu")), master
+    return (
+        meshes,
+        model,
+        Pipeline(model, stages, SPEC.plan, meshes.pp, section, getattr(torch, dtype), torch.device("cpu")),
+        master,
+    )
 
 
 def run_one(case):
@@ -184,7 +209,9 @@ def run_one(case):
             loss = pipeline.step(inputs, lambda v, i: loss_of(v, inputs[i].target_BLP))
             loss = reduce_over(meshes.batch, loss, "sum").item()
             norm = clip_grad_norm(model, 0.5, meshes.pp).item()
-            steps.append((loss, norm, {clean_name(n): whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}))
+            steps.append(
+                (loss, norm, {clean_name(n): whole(p.grad) for n, p in model.named_parameters() if p.grad is not None})
+            )
             model.zero_grad()
     finally:
         PipelineStage.get_fwd_send_ops, PipelineStage.get_bwd_send_ops = send_ops
@@ -195,9 +222,15 @@ def run_one(case):
     state = pipeline.state(n)
     own = [clean_name(n) for n, _ in model.named_parameters()]
     return SimpleNamespace(
-        steps=steps, velocity=velocity, own=own, sent=sum(sent), state_bytes=state_bytes(state), types=[str(t.dtype)[6:] for t in state],
-        num_stages=pipeline.num_stages, stages_alive=len(stages),
-    )  # fmt: skip
+        steps=steps,
+        velocity=velocity,
+        own=own,
+        sent=sum(sent),
+        state_bytes=state_bytes(state),
+        types=[str(t.dtype)[6:] for t in state],
+        num_stages=pipeline.num_stages,
+        stages_alive=len(stages),
+    )
 
 
 def run_all(cases):
@@ -227,7 +260,12 @@ FOUR = {
     "pp2 x fsdp2, 1f1b": {"schedule": "1F1B", "dtype": "float64", "dp_shard": 2},
     "pp2 x fsdp2, interleaved": {"schedule": "Interleaved1F1B", "dtype": "float64", "dp_shard": 2, "mode": "full"},
     "pp2 x fsdp2, zero bubble": {"schedule": "InterleavedZeroBubble", "dtype": "float64", "dp_shard": 2},
-    "pp2 x fsdp2, zero bubble, full, float32": {"schedule": "InterleavedZeroBubble", "dtype": "float32", "dp_shard": 2, "mode": "full"},
+    "pp2 x fsdp2, zero bubble, full, float32": {
+        "schedule": "InterleavedZeroBubble",
+        "dtype": "float32",
+        "dp_shard": 2,
+        "mode": "full",
+    },
 }
 CASES = {name: {"pp": 2, **case} for name, case in {**TWO, **FOUR}.items()}
 LIMITS = {"float64": 1e-10, "float32": 2e-5, "bfloat16": 1e-4}
@@ -245,7 +283,10 @@ def results():
 
 @pytest.fixture(scope="module")
 def expected():
-    """By type: what one process gives; for bfloat16, whose roundings differ between computations, FSDP without a pipeline."""
+    """By type:
+
+    what one process gives; for bfloat16, whose roundings differ between computations, FSDP without a pipeline.
+    """
     mixed = run_ranks(reference, 2, torch.float32, "bfloat16")[0]
     return {"float64": reference(torch.float64), "float32": reference(torch.float32), "bfloat16": mixed}
 
@@ -272,7 +313,10 @@ def test_ranks_share_the_full_models_parameters_out(name, expected, results):
 
 @pytest.mark.parametrize("name", CASES)
 def test_bytes_between_stages(name, results):
-    """State of a clip of L tokens: x and text in the blocks' type, time and its projection in float32 at least. It goes on, its gradient back."""
+    """State of a clip of L tokens: x and text in the blocks' type, time and its projection in float32 at least.
+
+    It goes on, its gradient back.
+    """
     case, ranks = CASES[name], results[name]
     low, wide = {"float64": (8, 8), "float32": (4, 4), "bfloat16": (2, 4)}[case["dtype"]]
 

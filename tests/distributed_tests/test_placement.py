@@ -1,4 +1,7 @@
-"""Encoding before training, during it, and on ranks of its own: the same batches, bit for bit; what becomes of each side when the other is gone."""
+"""Encoding before training, during it, and on ranks of its own:
+
+the same batches, bit for bit; what becomes of each side when the other is gone.
+"""
 
 import hashlib
 import os
@@ -44,14 +47,31 @@ def loader_of(folder, section, data, conditions, dims, wire, cache_name):
     encoders = build_encoders(section, "", "cpu")
     cache = open_cache(folder / cache_name, encoders, conditions, None)
     make = lambda path: make_plan(folder / "clips", [(5, 32, 64), (5, 64, 32)], 8, 0, folder / "cache")
-    clips = prepare(make, section.placement == "cached", Validation(), folder / cache_name, encoders, cache, None, data.num_workers)
+    clips = prepare(
+        make, section.placement == "cached", Validation(), folder / cache_name, encoders, cache, None, data.num_workers
+    )
     shape = lambda bucket: (16, (bucket[0] - 1) // 4 + 1, bucket[1] // 8, bucket[2] // 8)
     live = build_live(section, data, COMM, encoders, cache, dims, wire, shape, 6)
     dp_rank = next(r for r, ranks in enumerate(dims.sample_groups()) if dist.get_rank() in ranks)
-    return live, cache, LatentLoader(
-        clips.training, cache, cache.text_key(""), Batching(4, 2), lambda b: Work(b[0], 1.0), max_text_length=6, text_dim=64, dp_rank=dp_rank,
-        dp_size=dims.dp, seed=5, caption_dropout=0.3, num_workers=data.num_workers, live=live,
-    )  # fmt: skip
+    return (
+        live,
+        cache,
+        LatentLoader(
+            clips.training,
+            cache,
+            cache.text_key(""),
+            Batching(4, 2),
+            lambda b: Work(b[0], 1.0),
+            max_text_length=6,
+            text_dim=64,
+            dp_rank=dp_rank,
+            dp_size=dims.dp,
+            seed=5,
+            caption_dropout=0.3,
+            num_workers=data.num_workers,
+            live=live,
+        ),
+    )
 
 
 def batches_of(folder, section, cp=1, num_workers=0, cache_name="cache", stop_after=STEPS):
@@ -62,7 +82,9 @@ def batches_of(folder, section, cp=1, num_workers=0, cache_name="cache", stop_af
         run_encoder_rank(section, data, COMM, "", num_training)
         return None
     wire = join(section, COMM, torch.device("cpu"), num_training)
-    live, cache, loader = loader_of(folder, section, data, ALL, ParallelDims(dp_shard=num_training // cp, ulysses=cp), wire, cache_name)
+    live, cache, loader = loader_of(
+        folder, section, data, ALL, ParallelDims(dp_shard=num_training // cp, ulysses=cp), wire, cache_name
+    )
     steps = loader.steps(STEPS)
     found = [[digest(batch) for batch in next(steps)] for _ in range(stop_after)]
     dist.barrier()  # as training's own collectives
@@ -75,9 +97,18 @@ def batches_of(folder, section, cp=1, num_workers=0, cache_name="cache", stop_af
 def digest(batch):
     """Of all names, types, shapes and bytes, beside the sample ids."""
     assert set(batch.cond) == {"given_BCFHW", "image_BSD", "pooled_text_BD"}
-    tensors = {"latents": batch.latents_BCFHW, "text": batch.text_BLD, "mask": batch.text_mask_BL, "ids": batch.sample_ids_B, **batch.cond}
+    tensors = {
+        "latents": batch.latents_BCFHW,
+        "text": batch.text_BLD,
+        "mask": batch.text_mask_BL,
+        "ids": batch.sample_ids_B,
+        **batch.cond,
+    }
     assert all(len(x) == 2 and x.any() for name, x in tensors.items())
-    whole = [(name, str(x.dtype), list(x.shape), x.contiguous().flatten().view(torch.uint8).numpy().tobytes()) for name, x in sorted(tensors.items())]
+    whole = [
+        (name, str(x.dtype), list(x.shape), x.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        for name, x in sorted(tensors.items())
+    ]
     return batch.sample_ids_B.tolist(), hashlib.sha256(repr(whole).encode()).hexdigest()
 
 
@@ -115,7 +146,10 @@ def on_ranks(folder, cases):
     """[(batches of the training ranks, clips encoded during training)] of each case."""
     found = run_ranks(run_cases, max(case.world for case in cases), folder, cases, init=False, timeout=200)
     of_case = [[rank[i] for rank in found[: case.world]] for i, case in enumerate(cases)]
-    return [([batches for batches, _ in ranks[: case.training]], sum(made for _, made in ranks)) for case, ranks in zip(cases, of_case)]
+    return [
+        ([batches for batches, _ in ranks[: case.training]], sum(made for _, made in ranks))
+        for case, ranks in zip(cases, of_case)
+    ]
 
 
 def section(placement="cached", **kwargs):
@@ -138,9 +172,11 @@ def dealt(whole, training, cp, stop_after=STEPS):
 
 LAYOUTS = [(2, 1), (2, 2), (4, 1), (4, 2)]
 PLACED = {
-    "cached": section(), "colocated": section("colocated"), "one": section("separate", num_ranks=1, queue_depth=3),
+    "cached": section(),
+    "colocated": section("colocated"),
+    "one": section("separate", num_ranks=1, queue_depth=3),
     "two": section("separate", num_ranks=2, queue_depth=1),
-}  # fmt: skip
+}
 
 
 QUICK = [((2, 1), "colocated"), ((2, 1), "one"), ((4, 2), "cached"), ((4, 2), "colocated"), ((4, 2), "two")]
@@ -149,33 +185,54 @@ ALL_PAIRS = [(layout, name) for layout in LAYOUTS for name in PLACED]
 
 @pytest.mark.parametrize("named", [QUICK, pytest.param(ALL_PAIRS, marks=pytest.mark.slow)], ids=["some", "all"])
 def test_batches_are_the_same(folder, whole, named):
-    """Cached, colocated and on one or two encoder ranks; on two and four training ranks; with and without context parallel."""
-    cases = [Case(training, PLACED[name], {"cp": cp, "cache_name": f"{name}-{training}-{cp}"}) for (training, cp), name in named]
+    """Cached, colocated and on one or two encoder ranks; on two and four training ranks; with and without context
+    parallel.
+    """
+    cases = [
+        Case(training, PLACED[name], {"cp": cp, "cache_name": f"{name}-{training}-{cp}"})
+        for (training, cp), name in named
+    ]
     for (layout, name), (found, made) in zip(named, on_ranks(folder, cases), strict=True):
         assert found == dealt(whole, *layout), (layout, name)
         assert made == (0 if name == "cached" else STEPS * 8), (layout, name)
 
 
 def test_workers_an_early_end_and_a_rolling_cache(folder, whole):
-    """Decoding in workers; training that stops before the last step, with receives posted and sends under way; and what is encoded is written, and
-    read in later epochs and by later runs."""
-    colocated, separate = section("colocated", write_cache=True), section("separate", num_ranks=1, queue_depth=5, write_cache=True)
-    early = [Case(1, colocated, {"num_workers": 1, "stop_after": 2, "cache_name": "early-colocated"}),
-             Case(1, section("separate", num_ranks=2, queue_depth=5), {"num_workers": 1, "stop_after": 2, "cache_name": "early-separate"})]  # fmt: skip
-    rolling = [Case(2, placed, {"cp": 2, "cache_name": f"rolling-{placed.placement}"}) for placed in (colocated, separate)]
-    again = [Case(2, placed, {"cp": 2, "cache_name": f"rolling-{other.placement}"}) for placed, other in
-             ((colocated, separate), (separate, colocated), (section(), separate))]  # fmt: skip
+    """Decoding in workers; training that stops before the last step, with receives posted and sends under way; and what
+    is encoded is written, and read in later epochs and by later runs."""
+    colocated, separate = (
+        section("colocated", write_cache=True),
+        section("separate", num_ranks=1, queue_depth=5, write_cache=True),
+    )
+    early = [
+        Case(1, colocated, {"num_workers": 1, "stop_after": 2, "cache_name": "early-colocated"}),
+        Case(
+            1,
+            section("separate", num_ranks=2, queue_depth=5),
+            {"num_workers": 1, "stop_after": 2, "cache_name": "early-separate"},
+        ),
+    ]
+    rolling = [
+        Case(2, placed, {"cp": 2, "cache_name": f"rolling-{placed.placement}"}) for placed in (colocated, separate)
+    ]
+    again = [
+        Case(2, placed, {"cp": 2, "cache_name": f"rolling-{other.placement}"})
+        for placed, other in ((colocated, separate), (separate, colocated), (section(), separate))
+    ]
     found = on_ranks(folder, early + rolling + again)
     for batches, _ in found[:2]:
         assert batches == dealt(whole, 1, 1, 2)
     for batches, _ in found[2:]:
         assert batches == dealt(whole, 2, 2)
     made = [made for _, made in found[2:]]
-    assert made[1:] == [7, 0, 0, 0] and 7 <= made[0] < STEPS * 8, made  # two ranks may come upon one clip before either writes it
+    assert made[1:] == [7, 0, 0, 0] and 7 <= made[0] < STEPS * 8, (
+        made
+    )  # two ranks may come upon one clip before either writes it
 
 
 def batches_of_broken(folder, section, cp, name):
     """What is said when a clip does not decode that the plan thought good."""
+
     def read_frames(entry, *args, **kwargs):
         if entry.path.endswith("3.mp4"):
             raise UnusableClip("corrupt: the frame at 0.50 s is damaged")
@@ -188,28 +245,59 @@ def batches_of_broken(folder, section, cp, name):
         return str(e)
 
 
-@pytest.mark.parametrize("placed, world", [(section("colocated"), 2), (section("separate", num_ranks=1, queue_depth=20), 3)])
+@pytest.mark.parametrize(
+    "placed, world", [(section("colocated"), 2), (section("separate", num_ranks=1, queue_depth=20), 3)]
+)
 def test_a_clip_that_cannot_be_encoded_is_named_on_all_ranks(folder, placed, world):
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    said = run_ranks(batches_of_broken, world, folder, placed, 2, f"broken {placed.placement}", init=False, env=env, timeout=100)
+    said = run_ranks(
+        batches_of_broken, world, folder, placed, 2, f"broken {placed.placement}", init=False, env=env, timeout=100
+    )
     for text in said:
-        assert text and "3.mp4: corrupt: the frame at 0.50 s is damaged" in text and "encoder.placement to cached" in text, said
+        assert (
+            text and "3.mp4: corrupt: the frame at 0.50 s is damaged" in text and "encoder.placement to cached" in text
+        ), said
 
 
 # ---- rules ----
 
 
-@pytest.mark.parametrize("options, world, words", [
-    ({"placement": "separate"}, 4, "encoder.num_ranks: given 0 of 4 ranks, but encoder.placement separate needs some that encode and some that train; "
-     "legal: 1 to 3"),
-    ({"placement": "separate", "num_ranks": 4}, 4, "legal: 1 to 3"),
-    ({"placement": "separate", "num_ranks": 1}, 1, "start more (NGPU), or set encoder.placement to cached or colocated"),
-    ({"num_ranks": 1}, 4, "encoder.num_ranks: given 1, but encoder.placement is cached; set that to separate"),
-    ({"placement": "colocated", "num_ranks": 1}, 4, "encoder.num_ranks: given 1, but encoder.placement is colocated"),
-    ({"queue_depth": 9}, 4, "encoder.queue_depth: given 9, but encoder.placement is cached; set that to separate, or leave this at 4"),
-    ({"idle": "free"}, 4, "encoder.idle: given free, but encoder.placement is cached; set that to colocated, or leave this at offload"),
-    ({"write_cache": True}, 4, "encoder.write_cache: true, but encoder.placement is cached"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, world, words",
+    [
+        (
+            {"placement": "separate"},
+            4,
+            "encoder.num_ranks: given 0 of 4 ranks, but encoder.placement separate needs some that encode and "
+            "some that train; "
+            "legal: 1 to 3",
+        ),
+        ({"placement": "separate", "num_ranks": 4}, 4, "legal: 1 to 3"),
+        (
+            {"placement": "separate", "num_ranks": 1},
+            1,
+            "start more (NGPU), or set encoder.placement to cached or colocated",
+        ),
+        ({"num_ranks": 1}, 4, "encoder.num_ranks: given 1, but encoder.placement is cached; set that to separate"),
+        (
+            {"placement": "colocated", "num_ranks": 1},
+            4,
+            "encoder.num_ranks: given 1, but encoder.placement is colocated",
+        ),
+        (
+            {"queue_depth": 9},
+            4,
+            "encoder.queue_depth: given 9, but encoder.placement is cached; set that to separate, or leave this at 4",
+        ),
+        (
+            {"idle": "free"},
+            4,
+            "encoder.idle: given free, but encoder.placement is cached; set that to colocated, or leave this at "
+            "offload",
+        ),
+        ({"write_cache": True}, 4, "encoder.write_cache: true, but encoder.placement is cached"),
+    ],
+)
 def test_what_does_not_fit_is_refused(options, world, words):
     with pytest.raises(ConfigError) as error:
         check(JobConfig(encoder=Encoder(name="debug", **options)), world, files=False)

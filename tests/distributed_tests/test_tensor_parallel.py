@@ -1,4 +1,7 @@
-"""Tensor parallel: equal to one process, initial weights, gradient norm and updates included; what is sent, counted; async mode."""
+"""Tensor parallel:
+
+equal to one process, initial weights, gradient norm and updates included; what is sent, counted; async mode.
+"""
 
 from collections import Counter
 
@@ -26,7 +29,12 @@ from titan_video.models.wan import SPEC, WanArgs, WanModel
 # On 2 x 2 ranks FSDP deals 25 rows of ffn.up to 2 ranks: 13 and 12.
 ARGS = WanArgs(dim=48, num_heads=4, num_layers=2, ffn_dim=50, text_dim=20, text_len=9, freq_dim=32)
 ARGS_4 = WanArgs(dim=48, num_heads=4, num_layers=2, ffn_dim=52, text_dim=20, text_len=9, freq_dim=32)
-LAYOUTS = {"tp2": {"tp": 2}, "tp4": {"tp": 4}, "fsdp2 tp2": {"dp_shard": 2, "tp": 2}, "hsdp2 tp2": {"dp_replicate": 2, "tp": 2}}
+LAYOUTS = {
+    "tp2": {"tp": 2},
+    "tp4": {"tp": 4},
+    "fsdp2 tp2": {"dp_shard": 2, "tp": 2},
+    "hsdp2 tp2": {"dp_replicate": 2, "tp": 2},
+}
 # (batch, latent grid): 6 tokens divide by 2 ranks but not by 4, 9 by neither, 12 by both
 CASES = ((1, (1, 4, 6)), (2, (1, 6, 6)), (2, (3, 4, 4)))
 LIMITS = {torch.float64: 1e-10, torch.float32: 2e-5}
@@ -80,8 +88,13 @@ def sharded(args, dims, dtype=torch.float32, **options):
     meshes = ParallelDims(**dims).build_mesh("cpu")
     with torch.device("meta"):
         model = WanModel(args).to(dtype)
-    options = {"parallelism": Parallelism(), "training": Training(mixed_precision_param="float32"), "checkpointing": ActivationCheckpoint(),
-               "compilation": Compile(), **options}  # fmt: skip
+    options = {
+        "parallelism": Parallelism(),
+        "training": Training(mixed_precision_param="float32"),
+        "checkpointing": ActivationCheckpoint(),
+        "compilation": Compile(),
+        **options,
+    }
     if dtype == torch.float64:
         apply_tensor_parallel(model, SPEC.plan, meshes.tp, async_mode=False)
         apply_fsdp(model, SPEC.plan, meshes, dtype, dtype, "default")
@@ -120,7 +133,8 @@ def test_two_steps_equal_one_process(layout):
             errors = {n: ((grads[n] - ref_grads[n]).norm() / ref_grads[n].norm()).item() for n in grads}
             assert {n: e for n, e in errors.items() if not e <= limit} == {}
             assert all(torch.equal(before[n], ref_before[n]) for n in grads)
-            # Adam divides by the gradient's size, so a small one's rounding counts in full: the first step of 1e-3 is the measure.
+            # Adam divides by the gradient's size, so a small one's rounding counts in full: the first step of 1e-3 is
+            # the measure.
             errors = {n: (after[n] - ref_after[n]).abs().max().item() for n in grads}
             assert {n: e for n, e in errors.items() if not e <= (1e-12 if dtype == torch.float64 else 2e-5)} == {}
 
@@ -129,7 +143,10 @@ WAYS = {
     "plain": {},
     "full": {"checkpointing": ActivationCheckpoint(mode="full")},
     "compile": {"compilation": Compile(enable=True, backend="aot_eager")},
-    "full+compile": {"checkpointing": ActivationCheckpoint(mode="full"), "compilation": Compile(enable=True, backend="aot_eager")},
+    "full+compile": {
+        "checkpointing": ActivationCheckpoint(mode="full"),
+        "compilation": Compile(enable=True, backend="aot_eager"),
+    },
 }
 
 
@@ -153,9 +170,16 @@ def test_checkpointing_and_compile_change_nothing():
 
 
 class Sent(TorchDispatchMode):
-    """Functional collectives, which are those of the sequence axis and tensor parallel: how many, bytes of the larger side, types."""
+    """Functional collectives, which are those of the sequence axis and tensor parallel:
 
-    KINDS = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter", "all_reduce": "all_reduce"}
+    how many, bytes of the larger side, types.
+    """
+
+    KINDS = {
+        "all_gather_into_tensor": "all_gather",
+        "reduce_scatter_tensor": "reduce_scatter",
+        "all_reduce": "all_reduce",
+    }
 
     def __init__(self):
         super().__init__()
@@ -171,7 +195,9 @@ class Sent(TorchDispatchMode):
 
 
 def sent_rank(checkpointing, dtype):
-    model, meshes, shard = sharded(ARGS, {"tp": 2}, checkpointing=checkpointing, training=Training(mixed_precision_param=dtype))
+    model, meshes, shard = sharded(
+        ARGS, {"tp": 2}, checkpointing=checkpointing, training=Training(mixed_precision_param=dtype)
+    )
     expected = collectives_per_block(SPEC.plan, model.blocks["1"])
     forward, backward = Sent(), Sent()
 
@@ -205,9 +231,13 @@ def test_what_a_block_sends(mode, dtype):
         assert count == {kind: layers * n for kind, n in expected.items()}
         for kind in ("all_gather", "reduce_scatter"):
             # The larger side, of which a rank does not send its own part.
-            assert size[kind] / 2 == layers * expected[kind] * bytes_per_collective(batch, tokens, ARGS.dim, 2, itemsize)
+            assert size[kind] / 2 == layers * expected[kind] * bytes_per_collective(
+                batch, tokens, ARGS.dim, 2, itemsize
+            )
             assert dtypes[kind] == {getattr(torch, dtype)}
-        statistics = 4 * batch * (2 * tokens + tokens + text)  # of q and k in self-attention, of q and k in cross-attention
+        statistics = (
+            4 * batch * (2 * tokens + tokens + text)
+        )  # of q and k in self-attention, of q and k in cross-attention
         vectors = 5 * ARGS.dim * itemsize  # two norm vectors, three biases
         passes = (1 if mode == "none" else 2) if is_backward else 1
         assert size["all_reduce"] == layers * (passes * statistics + is_backward * vectors)
@@ -217,12 +247,17 @@ def test_async_mode_is_refused_without_gpus():
     class Mesh:
         device_type = "cpu"
 
-    with pytest.raises(ValueError, match="parallelism.enable_async_tensor_parallel: true, but it needs GPUs.*cpu; leave it false"):
+    with pytest.raises(
+        ValueError, match="parallelism.enable_async_tensor_parallel: true, but it needs GPUs.*cpu; leave it false"
+    ):
         apply_tensor_parallel(nn.Module(), SPEC.plan, Mesh(), async_mode=True)
 
 
 def fusable_rank(batch_size):
-    """As the compiler's pass sees the graphs of forward and backward: products that each gather feeds, whether each scatter is of a product."""
+    """As the compiler's pass sees the graphs of forward and backward:
+
+    products that each gather feeds, whether each scatter is of a product.
+    """
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
     from torch._inductor.decomposition import select_decomp_table
@@ -242,8 +277,13 @@ def fusable_rank(batch_size):
         view_to_reshape(gm)
         with V.set_fake_mode(torch._guards.detect_fake_mode(inputs)):
             post_grad_passes(gm, False)
-        gathers = [len(passes._find_consumer_matmuls(match.res_node)) for match in passes.find_all_gather_patterns(gm.graph)]
-        scatters = [passes._find_producer_matmul(match.input_node) is not None for match in passes.find_reduce_scatter_patterns(gm.graph)]
+        gathers = [
+            len(passes._find_consumer_matmuls(match.res_node)) for match in passes.find_all_gather_patterns(gm.graph)
+        ]
+        scatters = [
+            passes._find_producer_matmul(match.input_node) is not None
+            for match in passes.find_reduce_scatter_patterns(gm.graph)
+        ]
         seen.append((gathers, scatters))
         return make_boxed_func(gm.forward)
 
@@ -254,9 +294,13 @@ def fusable_rank(batch_size):
     model = WanModel(ARGS)
     apply_tensor_parallel(model, SPEC.plan, ParallelDims(tp=2).build_mesh("cpu").tp, async_mode=True)
     block = model.blocks["0"]
-    backend = aot_autograd(fw_compiler=look, bw_compiler=look, partition_fn=partition, decompositions=select_decomp_table())
+    backend = aot_autograd(
+        fw_compiler=look, bw_compiler=look, partition_fn=partition, decompositions=select_decomp_table()
+    )
     block.compile(backend=backend, fullgraph=True)
-    inputs = [torch.randn(batch_size, *shape, requires_grad=True) for shape in ((6, 48), (ARGS.text_len, 48), (1, 6, 48))]
+    inputs = [
+        torch.randn(batch_size, *shape, requires_grad=True) for shape in ((6, 48), (ARGS.text_len, 48), (1, 6, 48))
+    ]
     block(*inputs, torch.polar(torch.ones(1, 12, 6), torch.rand(1, 12, 6))).sum().backward()
     return seen
 

@@ -1,4 +1,7 @@
-"""The CUDA backends of attention: each against plain arithmetic, and that the one chosen is the one that runs. Never run on a GPU yet."""
+"""The CUDA backends of attention: each against plain arithmetic, and that the one chosen is the one that runs.
+
+Never run on a GPU yet.
+"""
 
 import pytest
 import torch
@@ -93,7 +96,10 @@ def test_joint_attention_with_a_mask(backend, compiled):
     core = JointAttentionCore()
     if compiled:
         core.compile(fullgraph=True)
-    inputs, mask = tensors(*[150] * 3, *[50] * 3), torch.arange(50, device="cuda").expand(2, -1) < torch.tensor([[37], [50]], device="cuda")
+    inputs, mask = (
+        tensors(*[150] * 3, *[50] * 3),
+        torch.arange(50, device="cuda").expand(2, -1) < torch.tensor([[37], [50]], device="cuda"),
+    )
     result = []
 
     def step():
@@ -118,17 +124,25 @@ def test_the_host_never_waits_for_a_mask():
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("kernel, dtype, masked", [
-    ("flash", torch.bfloat16, False),
-    ("cudnn", torch.bfloat16, False),
-    ("cudnn", torch.bfloat16, True),
-    ("efficient", torch.bfloat16, True),
-    ("efficient", torch.float32, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kernel, dtype, masked",
+    [
+        ("flash", torch.bfloat16, False),
+        ("cudnn", torch.bfloat16, False),
+        ("cudnn", torch.bfloat16, True),
+        ("efficient", torch.bfloat16, True),
+        ("efficient", torch.float32, False),
+    ],
+)
 def test_kernel_equals_plain_arithmetic(kernel, dtype, masked):
-    """On two chunks of keys: outputs and lse of each, and the gradients that come from output and lse of both together."""
-    q, k, v, grad = (torch.randn(2, 3, n, 64, device="cuda", dtype=dtype, generator=torch.Generator("cuda").manual_seed(n + i))
-                     for i, n in enumerate((70, 90, 90, 70)))  # fmt: skip
+    """On two chunks of keys:
+
+    outputs and lse of each, and the gradients that come from output and lse of both together.
+    """
+    q, k, v, grad = (
+        torch.randn(2, 3, n, 64, device="cuda", dtype=dtype, generator=torch.Generator("cuda").manual_seed(n + i))
+        for i, n in enumerate((70, 90, 90, 70))
+    )
     bias = None
     if masked:
         bias = attention._bias(torch.arange(50, device="cuda").expand(2, -1) < 37, q)

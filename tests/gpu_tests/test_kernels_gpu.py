@@ -28,7 +28,9 @@ def test_error_is_not_above_that_of_the_compiled_reference(number):
     compiled = torch.compile(lambda *inputs: function(reference, *inputs), fullgraph=True)
     ours, theirs = results(module, function, inputs), results(None, lambda _, *inputs: compiled(*inputs), inputs)
     for i, (a, b, right) in enumerate(zip(ours, theirs, exact(function, inputs), strict=True)):
-        assert error(a, right) <= 1.1 * error(b, right) + 1e-7, f"{name}, result {i}: {error(a, right)}, compiled reference {error(b, right)}"
+        assert error(a, right) <= 1.1 * error(b, right) + 1e-7, (
+            f"{name}, result {i}: {error(a, right)}, compiled reference {error(b, right)}"
+        )
 
 
 def test_more_elements_than_an_int32_counts():

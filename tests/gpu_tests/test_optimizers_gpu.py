@@ -26,18 +26,26 @@ def test_float8_products_are_those_that_are_emulated(recipe, tokens):
         y = product_of(Float8(enable=True, recipe_name=recipe, emulate=emulate))(x, w)
         y.mul(torch.randn_like(y)).sum().backward()
         results.append((y, x.grad, w.grad))
-    for real, emulated, in zip(*results, strict=True):
+    for (
+        real,
+        emulated,
+    ) in zip(*results, strict=True):
         assert (real - emulated).norm() < 0.01 * emulated.norm()
     assert (results[0][0] - F.linear(x, w)).norm() < 0.08 * F.linear(x, w).norm()
 
 
 def test_few_bits_are_those_of_the_host():
     x = torch.randn(100, 200)
-    codes, scales = ([torch.empty(shape, dtype=dtype, device=d) for d in ("cpu", "cuda")] for shape, dtype in (((100, 200), torch.uint8), ((100, 4), torch.float32)))
+    codes, scales = (
+        [torch.empty(shape, dtype=dtype, device=d) for d in ("cpu", "cuda")]
+        for shape, dtype in (((100, 200), torch.uint8), ((100, 4), torch.float32))
+    )
     for i, device in enumerate(("cpu", "cuda")):
         encode(x.to(device), codes[i], scales[i], signed=True)
     assert torch.equal(scales[0], scales[1].cpu()) and (codes[0].int() - codes[1].cpu().int()).abs().max() <= 1
-    torch.testing.assert_close(decode(codes[0], scales[0], True), decode(codes[1], scales[1], True).cpu(), rtol=0.2, atol=1e-3)
+    torch.testing.assert_close(
+        decode(codes[0], scales[0], True), decode(codes[1], scales[1], True).cpu(), rtol=0.2, atol=1e-3
+    )
     assert torch.equal(stochastic_round(x, (3, 5), 200, 9), stochastic_round(x.cuda(), (3, 5), 200, 9).cpu())
 
 
@@ -46,14 +54,22 @@ def test_orthogonal_in_bfloat16():
     assert singular.min() > 0.5 and singular.max() < 1.4
 
 
-@pytest.mark.parametrize("options", [
-    {"optimizer__name": "AdamW8bit"},
-    {"optimizer__name": "Muon"},
-    {"training__dtype": "bfloat16"},
-    {"float8__enable": "true"},
-    {"float8__enable": "true", "float8__recipe_name": "rowwise", "compile__enable": "true"},
-    {"training__dtype": "bfloat16", "optimizer__name": "AdamW8bit", "optimizer__in_backward": "true", "training__max_norm": 0},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer__name": "AdamW8bit"},
+        {"optimizer__name": "Muon"},
+        {"training__dtype": "bfloat16"},
+        {"float8__enable": "true"},
+        {"float8__enable": "true", "float8__recipe_name": "rowwise", "compile__enable": "true"},
+        {
+            "training__dtype": "bfloat16",
+            "optimizer__name": "AdamW8bit",
+            "optimizer__in_backward": "true",
+            "training__max_norm": 0,
+        },
+    ],
+)
 def test_each_follows_adamw(options, bf16, cache, tmp_path):  # noqa: F811
     run = losses(tmp_path / "run", cache, **LOW, **options)
     assert run[0] == pytest.approx(bf16[0], rel=1e-2) and sum(run[-4:]) < 1.1 * sum(bf16[-4:])

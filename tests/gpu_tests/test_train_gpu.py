@@ -12,11 +12,22 @@ from tests.helpers import ROOT
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 # without decay the rates do not depend on training.steps
-SMALL = {"data.path": "embedded:shapes-48", "training.steps": 12, "lr_scheduler.warmup_steps": 2, "lr_scheduler.decay_ratio": 0, "validation.enable": "false"}
+SMALL = {
+    "data.path": "embedded:shapes-48",
+    "training.steps": 12,
+    "lr_scheduler.warmup_steps": 2,
+    "lr_scheduler.decay_ratio": 0,
+    "validation.enable": "false",
+}
 
 
 def losses(folder, cache, **options):
-    argv = {"job.dump_folder": folder, "data.cache_folder": cache, **SMALL, **{k.replace("__", "."): v for k, v in options.items()}}
+    argv = {
+        "job.dump_folder": folder,
+        "data.cache_folder": cache,
+        **SMALL,
+        **{k.replace("__", "."): v for k, v in options.items()},
+    }
     command = [sys.executable, str(ROOT / "train.py"), "--job.config_file", str(ROOT / "train_configs" / "debug.toml")]
     subprocess.run([*command, *(str(x) for k, v in argv.items() for x in (f"--{k}", v))], check=True, timeout=280)
     return [r["loss"] for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
@@ -29,7 +40,12 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bf16(tmp_path_factory, cache):
-    return losses(tmp_path_factory.mktemp("bf16") / "run", cache, training__mixed_precision_param="bfloat16", debug__deterministic="true")
+    return losses(
+        tmp_path_factory.mktemp("bf16") / "run",
+        cache,
+        training__mixed_precision_param="bfloat16",
+        debug__deterministic="true",
+    )
 
 
 def test_bfloat16_follows_float32(bf16, cache, tmp_path):
@@ -38,7 +54,13 @@ def test_bfloat16_follows_float32(bf16, cache, tmp_path):
 
 
 def test_compiled_with_checkpointing_follows_eager(bf16, cache, tmp_path):
-    compiled = losses(tmp_path / "run", cache, training__mixed_precision_param="bfloat16", compile__enable="true", activation_checkpoint__mode="full")
+    compiled = losses(
+        tmp_path / "run",
+        cache,
+        training__mixed_precision_param="bfloat16",
+        compile__enable="true",
+        activation_checkpoint__mode="full",
+    )
     assert compiled == pytest.approx(bf16, rel=2e-2)
 
 
@@ -67,9 +89,26 @@ train.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("options", [{}, {"activation_checkpoint.mode": "selective", "activation_checkpoint.save_min_kv": 1, "training.global_batch_size": 8}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {
+            "activation_checkpoint.mode": "selective",
+            "activation_checkpoint.save_min_kv": 1,
+            "training.global_batch_size": 8,
+        },
+    ],
+)
 def test_the_host_waits_only_for_the_numbers(options, cache, tmp_path):
-    argv = {"job.config_file": ROOT / "train_configs" / "debug.toml", "job.dump_folder": tmp_path / "run", "data.cache_folder": cache, **SMALL,
-            "training.mixed_precision_param": "bfloat16", "checkpoint.enable": "false", **options}  # fmt: skip
+    argv = {
+        "job.config_file": ROOT / "train_configs" / "debug.toml",
+        "job.dump_folder": tmp_path / "run",
+        "data.cache_folder": cache,
+        **SMALL,
+        "training.mixed_precision_param": "bfloat16",
+        "checkpoint.enable": "false",
+        **options,
+    }
     command = [sys.executable, "-c", NO_WAITING, *(str(x) for k, v in argv.items() for x in (f"--{k}", v))]
     subprocess.run(command, check=True, timeout=280, cwd=ROOT)

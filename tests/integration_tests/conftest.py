@@ -12,9 +12,15 @@ import pytest
 from tests.helpers import ROOT, Program
 
 SMALL = {
-    "job.config_file": ROOT / "train_configs" / "debug.toml", "data.path": "embedded:shapes-12", "training.local_batch_size": 2, "training.steps": 12,
-    "lr_scheduler.warmup_steps": 1, "lr_scheduler.decay_ratio": 0, "validation.enable": "false", "metrics.enable_tensorboard": "false",
-}  # fmt: skip
+    "job.config_file": ROOT / "train_configs" / "debug.toml",
+    "data.path": "embedded:shapes-12",
+    "training.local_batch_size": 2,
+    "training.steps": 12,
+    "lr_scheduler.warmup_steps": 1,
+    "lr_scheduler.decay_ratio": 0,
+    "validation.enable": "false",
+    "metrics.enable_tensorboard": "false",
+}
 
 
 @dataclass
@@ -40,11 +46,18 @@ class Run:
     def _rows(self, kind):
         path = self.folder / "metrics.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return [{k: v for k, v in row.items() if not any(word in k for word in ("seconds", "time", "resident"))} for row in rows if kind in row]
+        return [
+            {k: v for k, v in row.items() if not any(word in k for word in ("seconds", "time", "resident"))}
+            for row in rows
+            if kind in row
+        ]
 
     @property
     def records(self):
-        """The training steps in metrics.jsonl, without what depends on the clock: none is missing, none is there twice."""
+        """The training steps in metrics.jsonl, without what depends on the clock:
+
+        none is missing, none is there twice.
+        """
         rows = self._rows("loss")
         assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
         return rows
@@ -85,10 +98,28 @@ class Front:
 
     def command(self, name, options=None, program=(str(ROOT / "run_train.sh"),), **env):
         """The same through a shell, in a process of its own."""
-        kept = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "NGPU", "CONFIG_FILE", "LOG_RANK", "RANK", "WORLD_SIZE")}
-        env = {**kept, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **env}
-        p = subprocess.run([*program, *self.argv(name, options or {})], cwd=self.root, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                           stderr=subprocess.STDOUT, text=True, timeout=280)
+        kept = {
+            k: v
+            for k, v in os.environ.items()
+            if k not in ("PYTHON", "NGPU", "CONFIG_FILE", "LOG_RANK", "RANK", "WORLD_SIZE")
+        }
+        env = {
+            **kept,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+            **env,
+        }
+        p = subprocess.run(
+            [*program, *self.argv(name, options or {})],
+            cwd=self.root,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=280,
+        )
         return Run(p.returncode, p.stdout, self.root / name)
 
 

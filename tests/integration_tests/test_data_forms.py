@@ -8,7 +8,12 @@ import pytest
 from tests.integration_tests.conftest import Front
 from tests.unit_tests.data_clips import captioned
 
-OPTIONS = {"data.fps": 8, "data.buckets": "[[5, 64, 64], [17, 64, 96]]", "data.clip_choice": "chunk", "training.steps": 3}
+OPTIONS = {
+    "data.fps": 8,
+    "data.buckets": "[[5, 64, 64], [17, 64, 96]]",
+    "data.clip_choice": "chunk",
+    "training.steps": 3,
+}
 KINDS = [(64, 64, 8, 17), (96, 64, 25, 110), (120, 90, 12, 40), (64, 112, 30, 31)]
 
 
@@ -44,7 +49,11 @@ def as_csv(clips, file):
 def check(runs):
     """The forms share a cache by content, so all had the same batches."""
     assert all(run.records == runs["folder"].records for run in runs.values()) and len(runs["folder"].records) == 3
-    assert {name: "encoded" in run.output for name, run in runs.items()} == {"folder": True, "tars": False, "csv": False}
+    assert {name: "encoded" in run.output for name, run in runs.items()} == {
+        "folder": True,
+        "tars": False,
+        "csv": False,
+    }
 
 
 def test_forms_train_alike(forms, tmp_path):

@@ -1,7 +1,7 @@
 """The dry run against the closed forms, over layouts and modes, and on every shipped TOML at its real world size.
 
-A block of the real models costs 0.3 s of fake arithmetic. What is the same for all blocks is tested on a few of them, and one test says that
-blocks add up equally; one model is run whole.
+A block of the real models costs 0.3 s of fake arithmetic. What is the same for all blocks is tested on a few of them,
+and one test says that blocks add up equally; one model is run whole.
 """
 
 import json
@@ -33,11 +33,21 @@ TRITON = {"model.kernels": "triton"}
 HSDP, TP = {"parallelism.data_parallel_replicate_degree": 2}, {"parallelism.tensor_parallel_degree": 2}
 ULYSSES = {"parallelism.context_parallel_degree": 4}
 RING = {**ULYSSES, "parallelism.context_parallel_method": "ring"}
-UNIFIED = {**ULYSSES, "parallelism.context_parallel_method": "unified", "parallelism.context_parallel_ulysses_degree": 2}
+UNIFIED = {
+    **ULYSSES,
+    "parallelism.context_parallel_method": "unified",
+    "parallelism.context_parallel_ulysses_degree": 2,
+}
 
 
 def read(name, options=None):
-    return parse_args(["--job.config_file", str(ROOT / "train_configs" / f"{name}.toml"), *(f"--{k}={v}" for k, v in (options or {}).items())])
+    return parse_args(
+        [
+            "--job.config_file",
+            str(ROOT / "train_configs" / f"{name}.toml"),
+            *(f"--{k}={v}" for k, v in (options or {}).items()),
+        ]
+    )
 
 
 def closed_form(config, world_size):
@@ -93,7 +103,9 @@ def test_memory_equals_the_closed_form(world_size, options, monkeypatch):
 
 
 def test_fused_kernels_keep_what_is_counted_without_a_run(monkeypatch):
-    """A block's share is that of benchmarks/block_bytes.py, to the byte but for the modulation, which there all blocks share."""
+    """A block's share is that of benchmarks/block_bytes.py, to the byte but for the modulation, which there all blocks
+    share.
+    """
     kept = []
     for n in (2, 3):
         blocks(monkeypatch, "debug", n)
@@ -110,7 +122,9 @@ def test_blocks_add_up_equally(monkeypatch):
     for n in (3, 4, 5):
         blocks(monkeypatch, "debug", n)
         report = dry_run(read("debug", SMALL | UNIFIED | SELECTIVE | BFLOAT16 | {"training.global_batch_size": 4}), 4)
-        counts = {(c.phase, c.kind, c.axis, what): getattr(c, what) for c in report.collectives for what in ("count", "sent")}
+        counts = {
+            (c.phase, c.kind, c.axis, what): getattr(c, what) for c in report.collectives for what in ("count", "sent")
+        }
         numbers.append({**report.largest, **report.flops, **counts, "total": report.total})
         assert {"ring", "ulysses", "fsdp"} == {axis for _, _, axis, _ in counts}
     few, more, most = numbers
@@ -118,7 +132,9 @@ def test_blocks_add_up_equally(monkeypatch):
 
 
 def test_collectives_of_context_parallel(monkeypatch):
-    """Two exchanges forward and two backward in each block, recomputation sends once more, and the bytes are those of the formula."""
+    """Two exchanges forward and two backward in each block, recomputation sends once more, and the bytes are those of
+    the formula.
+    """
     blocks(monkeypatch, "debug", 2)
     report = dry_run(read("debug", SMALL | UNIFIED | FULL | BFLOAT16), 4, rank=3)
     calls, sent = {}, {}
@@ -152,7 +168,10 @@ def test_every_model(name, flavor, monkeypatch):
 
 
 def test_pipeline(monkeypatch):
-    """Four stages of a block each: the ranks have the model between them, send and receive every state, and keep what 1F1B keeps."""
+    """Four stages of a block each:
+
+    the ranks have the model between them, send and receive every state, and keep what 1F1B keeps.
+    """
     blocks(monkeypatch, "debug", 4)
     ranks, microbatches, D, itemsize = 4, 4, 128, 4
     options = SMALL | {"training.local_batch_size": microbatches, "ema.enable": "false"}
@@ -173,44 +192,66 @@ def test_pipeline(monkeypatch):
         assert report.largest["pipeline buffers"] == pytest.approx(n * microbatches * boundary, abs=100)
     kept = [r.largest["activations"] for r in reports]
     assert kept[1] / kept[2] == pytest.approx(3 / 2, rel=0.01) and kept[0] > kept[1]
-    gpipe = read("debug", options | {"parallelism.pipeline_parallel_degree": ranks, "parallelism.pipeline_parallel_schedule": "GPipe"})
+    gpipe = read(
+        "debug",
+        options | {"parallelism.pipeline_parallel_degree": ranks, "parallelism.pipeline_parallel_schedule": "GPipe"},
+    )
     assert dry_run(gpipe, ranks, 2).largest["activations"] / kept[2] == pytest.approx(microbatches / 2, rel=0.05)
 
 
 @pytest.mark.parametrize("schedule", ["Interleaved1F1B", "InterleavedZeroBubble"])
 def test_interleaved_pipeline(schedule, monkeypatch):
     blocks(monkeypatch, "debug", 4)
-    options = {"parallelism.pipeline_parallel_degree": 2, "parallelism.pipeline_parallel_schedule": schedule, "training.local_batch_size": 2}
+    options = {
+        "parallelism.pipeline_parallel_degree": 2,
+        "parallelism.pipeline_parallel_schedule": schedule,
+        "training.local_batch_size": 2,
+    }
     report = dry_run(read("debug", SMALL | options), 2, rank=1)
     assert report.stages == {1: 1, 3: 1} and report.microbatches == 2
 
 
 @pytest.mark.parametrize("mode, tensors", [(FULL, 1), (SELECTIVE, 2)], ids=["full", "selective"])
 def test_offload(mode, tensors, monkeypatch):
-    """Of each block its input, and with selective also the output of attention, is on the host; on the device what the last two keep."""
+    """Of each block its input, and with selective also the output of attention, is on the host; on the device what the
+    last two keep.
+    """
     blocks(monkeypatch, "debug", 3)
-    here, there = (dry_run(read("debug", SMALL | BFLOAT16 | mode | {"activation_checkpoint.offload": o}), 1) for o in ("false", "true"))
+    here, there = (
+        dry_run(read("debug", SMALL | BFLOAT16 | mode | {"activation_checkpoint.offload": o}), 1)
+        for o in ("false", "true")
+    )
     kept = tensors * 2 * 320 * 128 * 2
     assert here.on_host == 0 and there.on_host == there.largest["offloaded activations"] == 3 * kept
     assert here.largest["activations"] - there.largest["activations"] == kept
-    assert there.total == sum(size for kind, size in there.at_peak.items() if kind != "offloaded activations") <= here.total
+    assert (
+        there.total
+        == sum(size for kind, size in there.at_peak.items() if kind != "offloaded activations")
+        <= here.total
+    )
 
 
 def test_state_on_the_host(monkeypatch):
     blocks(monkeypatch, "debug", 2)
-    here, there = (dry_run(read("debug", SMALL | BFLOAT16 | FULL | {"training.enable_cpu_offload": o}), 1) for o in ("false", "true"))
+    here, there = (
+        dry_run(read("debug", SMALL | BFLOAT16 | FULL | {"training.enable_cpu_offload": o}), 1)
+        for o in ("false", "true")
+    )
     assert there.on_host == sum(here.largest[kind] for kind in ("parameters", "gradients", "optimizer", "ema"))
     assert there.total < here.total - here.largest["optimizer"] - here.largest["parameters"]
 
 
 @pytest.mark.parametrize("path", TOMLS, ids=lambda p: p.stem)
 def test_toml_at_its_world_size(path, monkeypatch, tmp_path, capsys):
-    """By its command line, with 3 blocks. The figures of its comment, of the whole model, are those of the closed forms; where there is none, they
-    follow from dry runs of few blocks, as blocks add up equally."""
+    """By its command line, with 3 blocks. The figures of its comment, of the whole model, are those of the closed
+    forms; where there is none, they follow from dry runs of few blocks, as blocks add up equally."""
     text = path.read_text()
     world_size = int(re.match(r"# world size: (\d+)\n", text)[1])
     config = read(path.stem)
-    figures = {kind: float(gib) for kind, gib in re.findall(r"(parameters|gradients|optimizer|activations) (\d+\.\d+) GiB", text)}
+    figures = {
+        kind: float(gib)
+        for kind, gib in re.findall(r"(parameters|gradients|optimizer|activations) (\d+\.\d+) GiB", text)
+    }
     assert path.stem in ("debug", "shapes") or len(figures) == 4
     whole = closed_form(config, world_size)
     if figures and "activations" not in whole:
@@ -223,11 +264,17 @@ def test_toml_at_its_world_size(path, monkeypatch, tmp_path, capsys):
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     compare(numbers["largest"], closed_form(config, world_size))
     printed = capsys.readouterr().out
-    assert f"rank 0 of {world_size}" in printed and f"{numbers['tokens']:,} tokens" in printed and "reduce-scatter" in printed or world_size == 1
+    assert (
+        f"rank 0 of {world_size}" in printed
+        and f"{numbers['tokens']:,} tokens" in printed
+        and "reduce-scatter" in printed
+        or world_size == 1
+    )
 
 
 def extrapolated(monkeypatch, config, world_size):
-    """Activations of all blocks, from few. Checkpointed, HunyuanVideo's double blocks keep what single ones do. Recomputed they have more, but
+    """Activations of all blocks, from few. Checkpointed, HunyuanVideo's double blocks keep what single ones do.
+    Recomputed they have more, but
     the most is at the last block, a single one: so single ones alone."""
     name, flavor, measured = config.model.name, config.model.flavor, []
     args = get_spec(name).flavors[flavor]
@@ -255,7 +302,10 @@ def test_14b_on_512_ranks_in_under_a_minute():
         (["--world-size", "8", "--parallelism.context_parallel_degree", "8"], "legal: 1, 2, 4"),
         (["--world-size", "0"], "--world-size"),
         (["--world-size", "2", "--rank", "2"], "--rank: given 2; legal: 0 to 1"),
-        (["--world-size", "2", "--parallelism.pipeline_parallel_degree", "2", "--training.local_batch_size", "1"], "legal: 2 or more"),
+        (
+            ["--world-size", "2", "--parallelism.pipeline_parallel_degree", "2", "--training.local_batch_size", "1"],
+            "legal: 2 or more",
+        ),
         (["--world-size", "1", "--compile.enable", "--activation_checkpoint.mode", "memory_budget"], "memory_budget"),
         (["--world-size", "1", "--activation_checkpoint.offload"], "choose full or selective"),
         (["--world-size", "1", "--training.stepz", "3"], "training.steps"),

@@ -41,15 +41,31 @@ def num_frames(gif):
 def test_debug_config_learns_and_shows_it(front):
     """The default run with fewer clips and steps."""
     steps = 100
-    options = {"training.steps": steps, "training.local_batch_size": 4, "data.path": "embedded:shapes-4", "optimizer.lr": 3e-3,
-               "lr_scheduler.warmup_steps": 5, "lr_scheduler.decay_ratio": 0.3, "checkpoint.interval": 60, "metrics.enable_tensorboard": "true", "validation.enable": "true",
-               "validation.freq": steps, "validation.num_videos": 2, "validation.sample_steps": 3, "validation.path": "embedded:shapes-12",
-               "validation.max_clips": 3}
+    options = {
+        "training.steps": steps,
+        "training.local_batch_size": 4,
+        "data.path": "embedded:shapes-4",
+        "optimizer.lr": 3e-3,
+        "lr_scheduler.warmup_steps": 5,
+        "lr_scheduler.decay_ratio": 0.3,
+        "checkpoint.interval": 60,
+        "metrics.enable_tensorboard": "true",
+        "validation.enable": "true",
+        "validation.freq": steps,
+        "validation.num_videos": 2,
+        "validation.sample_steps": 3,
+        "validation.path": "embedded:shapes-12",
+        "validation.max_clips": 3,
+    }
     run = front.command("run", options).ok()
     folder = run.folder
 
     config = load(folder / "config.toml")
-    assert dump(config) == (folder / "config.toml").read_text() and config.training.steps == steps and config.job.description
+    assert (
+        dump(config) == (folder / "config.toml").read_text()
+        and config.training.steps == steps
+        and config.job.description
+    )
 
     losses = [row["loss"] for row in run.records]
     assert len(losses) == steps and sum(losses[-10:]) / 10 < losses[0] / 2
@@ -65,20 +81,36 @@ def test_debug_config_learns_and_shows_it(front):
 
     events = tensorboard(folder / "tb")
     scalars = {name: [e.step for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
-    assert scalars.keys() >= {"loss_metrics/global_avg_loss", "loss_metrics/global_max_loss", "grad_norm", "lr", "throughput(tps)", "tflops",
-                              "time_metrics/end_to_end(s)", "time_metrics/data_loading(s)", "memory/max_reserved(GiB)"}
-    assert scalars["loss_metrics/global_avg_loss"] == [1, *range(10, steps + 1, 10)] and scalars["validation/loss"] == [0, steps]
+    assert scalars.keys() >= {
+        "loss_metrics/global_avg_loss",
+        "loss_metrics/global_max_loss",
+        "grad_norm",
+        "lr",
+        "throughput(tps)",
+        "tflops",
+        "time_metrics/end_to_end(s)",
+        "time_metrics/data_loading(s)",
+        "memory/max_reserved(GiB)",
+    }
+    assert scalars["loss_metrics/global_avg_loss"] == [1, *range(10, steps + 1, 10)] and scalars["validation/loss"] == [
+        0,
+        steps,
+    ]
     tags = events.Tags()["images"]
     assert len(tags) == 2
     for tag in tags:
         images = events.Images(tag)
         assert [image.step for image in images] == [0, steps]
-        assert all((image.width, image.height, num_frames(image.encoded_image_string)) == (64, 64, 9) for image in images)
+        assert all(
+            (image.width, image.height, num_frames(image.encoded_image_string)) == (64, 64, 9) for image in images
+        )
 
 
 def clips_of_all_kinds(folder):
     folder.mkdir()
-    for k, (width, height, fps, count) in enumerate([(64, 64, 8, 17), (96, 64, 25, 60), (64, 112, 30, 70), (120, 90, 12, 40)]):
+    for k, (width, height, fps, count) in enumerate(
+        [(64, 64, 8, 17), (96, 64, 25, 60), (64, 112, 30, 70), (120, 90, 12, 40)]
+    ):
         captioned(folder / f"good{k}.mp4", f"clip {k}", width=width, height=height, fps=fps, count=count)
     captioned(folder / "short.mp4", count=10, fps=25)
     captioned(folder / "truncated.mp4", count=60)
@@ -91,11 +123,23 @@ def clips_of_all_kinds(folder):
 def test_own_clips_on_two_ranks(front):
     """Clips of mixed size, rate and length; what is wrong with the bad ones is said, and the others are trained on."""
     clips = clips_of_all_kinds(front.root / "clips")
-    options = {"data.path": clips, "data.num_workers": 1, "data.fps": 8, "data.buckets": "[[17, 64, 64], [17, 64, 96]]", "training.steps": 3,
-               "job.print_config": "true", "job.description": "a trial of mine", "debug.deterministic": "true", "metrics.enable_tensorboard": "true"}
+    options = {
+        "data.path": clips,
+        "data.num_workers": 1,
+        "data.fps": 8,
+        "data.buckets": "[[17, 64, 64], [17, 64, 96]]",
+        "training.steps": 3,
+        "job.print_config": "true",
+        "job.description": "a trial of mine",
+        "debug.deterministic": "true",
+        "metrics.enable_tensorboard": "true",
+    }
     run = front.command("run", options, NGPU="2").ok()
     assert len(run.records) == 3 and {row["bucket"] for row in run.records} == {"17x64x64", "17x64x96"}
-    rows = {row["path"].rpartition("/")[2]: row for row in map(json.loads, (run.folder / "data_plan.jsonl").read_text().splitlines())}
+    rows = {
+        row["path"].rpartition("/")[2]: row
+        for row in map(json.loads, (run.folder / "data_plan.jsonl").read_text().splitlines())
+    }
     assert {name for name, row in rows.items() if row["kept"]} == {"good0.mp4", "good1.mp4", "good2.mp4", "good3.mp4"}
     for name in ("truncated.mp4", "silent.mp4", "short.mp4"):
         reason = rows[name]["reason"]
@@ -104,15 +148,29 @@ def test_own_clips_on_two_ranks(front):
 
     told = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     (numbers,) = [row["data"] for row in told if "data" in row]
-    counts = {"clips": 4, "dropped": 3, "dropped/corrupt": 1, "dropped/no caption": 1, "dropped/too short": 1, "encoded_clips": 4, "encoded_frames": 68}
+    counts = {
+        "clips": 4,
+        "dropped": 3,
+        "dropped/corrupt": 1,
+        "dropped/no caption": 1,
+        "dropped/too short": 1,
+        "encoded_clips": 4,
+        "encoded_frames": 68,
+    }
     assert {k: v for k, v in numbers.items() if k in counts} == counts
-    assert numbers.keys() - counts.keys() == {"encode_seconds", "decode_wait_seconds", "encoded_frames_per_second"} and min(numbers.values()) >= 0
+    assert (
+        numbers.keys() - counts.keys() == {"encode_seconds", "decode_wait_seconds", "encoded_frames_per_second"}
+        and min(numbers.values()) >= 0
+    )
     assert 68 / numbers["encode_seconds"] <= numbers["encoded_frames_per_second"]
     first, *others = [row for row in told if "loss" in row]
     assert first["workers_resident_gib"] > 0 and all(0.05 < row["resident_gib"] < 16 for row in (first, *others))
     events = tensorboard(run.folder / "tb")
     assert {tag: events.Scalars(tag)[0].value for tag in ("data/clips", "data/dropped", "data/dropped/corrupt")} == {
-        "data/clips": 4, "data/dropped": 3, "data/dropped/corrupt": 1}  # fmt: skip
+        "data/clips": 4,
+        "data/dropped": 3,
+        "data/dropped/corrupt": 1,
+    }
     assert {"resident_gib", "workers_resident_gib"} < set(events.Tags()["scalars"])
     assert "INFO - a trial of mine\n" in run.output
 
@@ -127,17 +185,20 @@ def test_no_usable_clip(front):
     assert not run.records
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"optimizer.lrr": 1}, ["optimizer.lrr", "optimizer.lr"]),
-    ({"training.steps": "many"}, ["training.steps", "many"]),
-    ({"optimizer.lr": -1}, ["optimizer.lr"]),
-    ({"data.path": "/no/such/folder"}, ["data.path", "/no/such/folder"]),
-    ({"data.buckets": "[[16, 64, 64]]"}, ["data.buckets", "13 or 17"]),
-    ({"parallelism.data_parallel_replicate_degree": 2}, ["parallelism.data_parallel_replicate_degree"]),
-    ({"training.global_batch_size": 3}, ["training.global_batch_size", "2 or 4"]),
-    ({"encoder.name": "wan"}, ["model.hf_assets_path"]),
-    ({"job.config_file": "no.toml"}, ["job.config_file", "no.toml"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"optimizer.lrr": 1}, ["optimizer.lrr", "optimizer.lr"]),
+        ({"training.steps": "many"}, ["training.steps", "many"]),
+        ({"optimizer.lr": -1}, ["optimizer.lr"]),
+        ({"data.path": "/no/such/folder"}, ["data.path", "/no/such/folder"]),
+        ({"data.buckets": "[[16, 64, 64]]"}, ["data.buckets", "13 or 17"]),
+        ({"parallelism.data_parallel_replicate_degree": 2}, ["parallelism.data_parallel_replicate_degree"]),
+        ({"training.global_batch_size": 3}, ["training.global_batch_size", "2 or 4"]),
+        ({"encoder.name": "wan"}, ["model.hf_assets_path"]),
+        ({"job.config_file": "no.toml"}, ["job.config_file", "no.toml"]),
+    ],
+)
 def test_mistakes_in_the_configuration(front, options, words):
     """One line that names the field, before there is a process group, a folder or a model."""
     run = front.run("run", options, hook=forbid_process_group).fails_with(*words)
@@ -154,11 +215,14 @@ def forbid_process_group():
     dist.init_process_group = refuse
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"model.flavor": "tiny"}, ["model.flavor", "tiny", "debug"]),
-    ({"model.flavor": "t2v-1.3B"}, ["model.flavor", "encoder.name"]),
-    ({"activation_checkpoint.mode": "selective"}, ["activation_checkpoint.save_min_kv", "at most 48"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"model.flavor": "tiny"}, ["model.flavor", "tiny", "debug"]),
+        ({"model.flavor": "t2v-1.3B"}, ["model.flavor", "encoder.name"]),
+        ({"activation_checkpoint.mode": "selective"}, ["activation_checkpoint.save_min_kv", "at most 48"]),
+    ],
+)
 def test_parts_that_do_not_fit(front, options, words):
     run = front.run("run", options).fails_with(*words)
     assert run.output.count("\n") == 1 and not run.folder.exists()
@@ -173,12 +237,30 @@ LAYOUTS = {  # ranks, and options beside a global batch of 4 clips
     "accumulated": (1, {"training.local_batch_size": 1}),
     "fsdp2": (2, {"training.local_batch_size": 2}),
     "tp2": (2, {"training.local_batch_size": 4, TP: 2}),
-    "ulysses2": (2, {"training.local_batch_size": 4, CP: 2, "activation_checkpoint.mode": "selective", "activation_checkpoint.save_min_kv": 48}),
+    "ulysses2": (
+        2,
+        {
+            "training.local_batch_size": 4,
+            CP: 2,
+            "activation_checkpoint.mode": "selective",
+            "activation_checkpoint.save_min_kv": 48,
+        },
+    ),
     "ring2": (2, {"training.local_batch_size": 2, CP: 2, METHOD: "ring", "activation_checkpoint.mode": "full"}),
     "pp2": (2, {"training.local_batch_size": 4, PP: 2, "parallelism.pipeline_parallel_microbatch_size": 2}),
     "fsdp4": (4, {"training.local_batch_size": 1}),
-    "hsdp2x2": (4, {"training.local_batch_size": 1, "parallelism.data_parallel_replicate_degree": 2, "parallelism.data_parallel_shard_degree": 2}),
-    "unified2x2": (4, {"training.local_batch_size": 4, CP: 4, METHOD: "unified", "parallelism.context_parallel_ulysses_degree": 2}),
+    "hsdp2x2": (
+        4,
+        {
+            "training.local_batch_size": 1,
+            "parallelism.data_parallel_replicate_degree": 2,
+            "parallelism.data_parallel_shard_degree": 2,
+        },
+    ),
+    "unified2x2": (
+        4,
+        {"training.local_batch_size": 4, CP: 4, METHOD: "unified", "parallelism.context_parallel_ulysses_degree": 2},
+    ),
     "fsdp2 x ulysses2": (4, {"training.local_batch_size": 2, CP: 2}),
     "tp2 x ring2": (4, {"training.local_batch_size": 4, TP: 2, CP: 2, METHOD: "ring"}),
     "offload": (1, {"training.local_batch_size": 4, "training.enable_cpu_offload": "true"}),
@@ -210,8 +292,17 @@ def one_rank(shared_front):
 
 
 def run_of_layout(front, name):
-    same = {"training.steps": 20, "training.global_batch_size": 4, "checkpoint.enable": "false", "validation.enable": "true", "validation.freq": 100,
-            "validation.holdout": 0.2, "validation.num_videos": 1, "validation.sample_steps": 2, "validation.timesteps": "0.3, 0.8"}  # fmt: skip
+    same = {
+        "training.steps": 20,
+        "training.global_batch_size": 4,
+        "checkpoint.enable": "false",
+        "validation.enable": "true",
+        "validation.freq": 100,
+        "validation.holdout": 0.2,
+        "validation.num_videos": 1,
+        "validation.sample_steps": 2,
+        "validation.timesteps": "0.3, 0.8",
+    }
     world, options = LAYOUTS[name]
     return front.run(name.replace(" ", ""), {**same, **options}, world, hook=sample_ids_recorded).ok()
 
@@ -219,7 +310,9 @@ def run_of_layout(front, name):
 ALIKE = ("fsdp4", "ring2", "fsdp2 x ulysses2")  # of which the others have every part
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in LAYOUTS if name != "one"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in LAYOUTS if name != "one"]
+)
 def test_layouts_have_the_same_losses(front, one_rank, name):
     run, one = run_of_layout(front, name), one_rank.records
     assert len(one) == 20 and len({row["loss"] for row in one}) == 20
@@ -232,11 +325,16 @@ def test_layouts_have_the_same_losses(front, one_rank, name):
     for step, losses in run.validations.items():
         assert losses == pytest.approx(one_rank.validations[step], rel=1e-5)
         mine, theirs = (decode(next((r.folder / "samples" / f"step-{step}").glob("*.mp4"))) for r in (run, one_rank))
-        assert mine.shape == theirs.shape and np.abs(mine.astype(float) - theirs).mean() < 0.5  # of 255, after a lossy file
+        assert (
+            mine.shape == theirs.shape and np.abs(mine.astype(float) - theirs).mean() < 0.5
+        )  # of 255, after a lossy file
 
 
 def test_a_run_moves_between_layouts(front):
-    """One rank, then two, then one again, with optimizer state and averages: the losses are those of a run that stayed."""
+    """One rank, then two, then one again, with optimizer state and averages:
+
+    the losses are those of a run that stayed.
+    """
     options = {"training.global_batch_size": 4, "ema.enable": "true", "checkpoint.async_mode": "disabled"}
     stayed = front.run("stayed", {**options, "training.steps": 9}).ok().records
     for steps, world in ((3, 1), (6, 2), (9, 1)):
@@ -250,7 +348,9 @@ def test_a_loss_that_is_not_finite(front):
     options = {"optimizer.lr": 1e30, "checkpoint.interval": 1, "fault_tolerance.max_nonfinite_steps": 3}
     run = front.run("stop", options).fails_with("step 2:", "not finite", "optimizer.lr")
     assert len(run.records) == 1 and "saved step-1 " in run.output and run.checkpoint(1).is_dir()
-    run = front.run("skip", {**options, "fault_tolerance.nonfinite": "skip"}).fails_with("step 4:", "fault_tolerance.max_nonfinite_steps")
+    run = front.run("skip", {**options, "fault_tolerance.nonfinite": "skip"}).fails_with(
+        "step 4:", "fault_tolerance.max_nonfinite_steps"
+    )
     assert "update skipped (2 of at most 3 in a row)" in run.output and len(run.records) == 3
     assert not math.isfinite(float(run.records[-1]["loss"]))
 
@@ -258,8 +358,13 @@ def test_a_loss_that_is_not_finite(front):
 @pytest.fixture(scope="module")
 def exported(shared_front):
     """`python train.py` alone: three steps with an average of the weights, exported."""
-    options = {"training.steps": 3, "ema.enable": "true", "ema.decay": 0.5, "checkpoint.last_save_in_hf": "true",
-               "checkpoint.export_dtype": "float32"}
+    options = {
+        "training.steps": 3,
+        "ema.enable": "true",
+        "ema.decay": 0.5,
+        "checkpoint.last_save_in_hf": "true",
+        "checkpoint.export_dtype": "float32",
+    }
     run = shared_front.command("exported", options, program=(sys.executable, str(ROOT / "train.py"))).ok()
     assert len(run.records) == 3 and "exported to" in run.output
     return run
@@ -284,7 +389,12 @@ def test_export_is_what_diffusers_loads(exported, front):
     args = get_args(spec, "debug", "", 16)
     average = weights(tensors_of(exported.checkpoint(3)), "ema")
     public = hf_state_dict(average, spec, args)
-    assert_equal(WanTransformer3DModel.from_pretrained(exported.folder / "hf" / "transformer", torch_dtype=torch.float32).state_dict(), public)
+    assert_equal(
+        WanTransformer3DModel.from_pretrained(
+            exported.folder / "hf" / "transformer", torch_dtype=torch.float32
+        ).state_dict(),
+        public,
+    )
 
     # The export was cut short: the finished run makes it again, here as bfloat16.
     shutil.copytree(exported.folder, front.root / "copy")
@@ -299,9 +409,15 @@ def test_export_is_what_diffusers_loads(exported, front):
 
 @pytest.mark.parametrize("source", ["model", "ema"])
 def test_start_from_the_weights_of_another_run(exported, front, source):
-    """A step-N folder gives its weights, a diffusers folder what was exported: the average. A rate of almost nothing leaves them as they are."""
-    form = {"checkpoint.initial_load_in_hf": "true", "checkpoint.initial_load_path": exported.folder / "hf"} if source == "ema" else {
-        "checkpoint.initial_load_path": exported.checkpoint(3)}  # fmt: skip
+    """A step-N folder gives its weights, a diffusers folder what was exported: the average.
+
+    A rate of almost nothing leaves them as they are.
+    """
+    form = (
+        {"checkpoint.initial_load_in_hf": "true", "checkpoint.initial_load_path": exported.folder / "hf"}
+        if source == "ema"
+        else {"checkpoint.initial_load_path": exported.checkpoint(3)}
+    )
     options = {"training.steps": 1, "optimizer.lr": 1e-30, "ema.enable": "true", "checkpoint.interval": 1, **form}
     run = front.run("run", options).ok()
     expected, now = weights(tensors_of(exported.checkpoint(3)), source), tensors_of(run.checkpoint(1))
@@ -332,7 +448,10 @@ def test_the_default_run(front):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", ["1", "2"])
 def test_a_signal_to_the_script(front, ranks):
-    """From the shell's point of view: one signal to `run_train.sh`, exit code 0, a checkpoint; the same command goes on."""
+    """From the shell's point of view:
+
+    one signal to `run_train.sh`, exit code 0, a checkpoint; the same command goes on.
+    """
     import os
     import signal
     import subprocess
@@ -343,8 +462,14 @@ def test_a_signal_to_the_script(front, ranks):
     for _ in range(2):
         seen = len(log.read_text()) if log.exists() else 0
         with log.open("a") as output:
-            p = subprocess.Popen([*SHELL, *front.argv("run", {"training.steps": 100000})], cwd=front.root, env=env,
-                                 stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+            p = subprocess.Popen(
+                [*SHELL, *front.argv("run", {"training.steps": 100000})],
+                cwd=front.root,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
             while "step: " not in log.read_text()[seen:]:
                 assert p.poll() is None, log.read_text()
                 time.sleep(0.1)

@@ -9,8 +9,8 @@ SYNCHRONISING = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__i
 
 
 def watch_reads(path):
-    """A hook: what is read of tensors of numbers or truth values in each step goes to `path`, as [step, method, where]. Counts and ids, which are
-    integers, are on the host by nature."""
+    """A hook: what is read of tensors of numbers or truth values in each step goes to `path`, as [step, method, where].
+    Counts and ids, which are integers, are on the host by nature."""
     import sys
 
     import torch
@@ -43,12 +43,20 @@ def watch_reads(path):
     train.Trainer.train_step = train_step
 
 
-@pytest.mark.parametrize("options", [
-    {"training.mixed_precision_param": "bfloat16", "training.global_batch_size": 4, "ema.enable": "true"},
-    {"optimizer.implementation": "foreach"},
-], ids=["fused", "foreach"])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"training.mixed_precision_param": "bfloat16", "training.global_batch_size": 4, "ema.enable": "true"},
+        {"optimizer.implementation": "foreach"},
+    ],
+    ids=["fused", "foreach"],
+)
 def test_a_step_reads_its_numbers_once(front, tmp_path, options):
-    front.run("run", {"training.steps": 3, "checkpoint.enable": "false", **options}, hook=partial(watch_reads, tmp_path / "reads")).ok()
+    front.run(
+        "run",
+        {"training.steps": 3, "checkpoint.enable": "false", **options},
+        hook=partial(watch_reads, tmp_path / "reads"),
+    ).ok()
     reads = json.loads((tmp_path / "reads").read_text())
     # In the first step constants are made; how many steps there were, torch's optimizers count on the host.
     last = [read[1:] for read in reads if read[0] == 3 and read[2] != "optimizer.py:_get_value"]

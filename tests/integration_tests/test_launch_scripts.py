@@ -67,13 +67,24 @@ def repo(tmp_path):
 
 
 def environment(**values):
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "NGPU", "CONFIG_FILE", "LOG_RANK", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("PYTHON", "NGPU", "CONFIG_FILE", "LOG_RANK", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+    }
     return {**env, "PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "CUDA_VISIBLE_DEVICES": "", **values}
 
 
 def start(repo, *args, cwd=None, **env):
     env = environment(PYTHON=sys.executable, **env)
-    return subprocess.Popen([str(repo / "run_train.sh"), *args], cwd=cwd or repo, env=env, stdin=subprocess.DEVNULL, start_new_session=True, **PIPES)
+    return subprocess.Popen(
+        [str(repo / "run_train.sh"), *args],
+        cwd=cwd or repo,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        **PIPES,
+    )
 
 
 def wait_for(condition, timeout=60):
@@ -127,7 +138,10 @@ def test_what_a_rank_that_is_not_shown_ended_with_is_told(repo, tmp_path):
 
 @pytest.mark.parametrize("signum, whole_group", [(signal.SIGTERM, True), (signal.SIGUSR2, False)])
 def test_all_ranks_save_on_a_signal(repo, signum, whole_group):
-    """Slurm signals the process group, `kill` one process. Each rank must get the signal once: a second one would stop it."""
+    """Slurm signals the process group, `kill` one process. Each rank must get the signal once:
+
+    a second one would stop it.
+    """
     p = start(repo, NGPU="2", LOG_RANK="1", SAVE_SECONDS="1")
     assert facts(repo, 0)["omp"] == facts(repo, 1)["omp"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
     (os.killpg if whole_group else os.kill)(p.pid, signum)
@@ -164,10 +178,13 @@ def test_exit_code(repo, ranks, code):
     assert (p.returncode == 0) == (code == 0)
 
 
-@pytest.mark.parametrize("env, message", [
-    ({"CONFIG_FILE": "no.toml"}, "Configurations: train_configs/debug.toml"),
-    ({"NGPU": "two"}, "NGPU=two is not a number"),
-])
+@pytest.mark.parametrize(
+    "env, message",
+    [
+        ({"CONFIG_FILE": "no.toml"}, "Configurations: train_configs/debug.toml"),
+        ({"NGPU": "two"}, "NGPU=two is not a number"),
+    ],
+)
 def test_bad_settings(repo, env, message):
     p = start(repo, **env)
     output, _ = p.communicate(timeout=10)
@@ -193,7 +210,9 @@ def train_once(repo, wheels):
 def test_first_use_makes_a_venv(repo, tmp_path):
     wheels, venv = tmp_path / "wheels", repo / ".venv"
     wheel(wheels, "1.0")
-    (repo / "requirements.txt").write_text('# comment\ntitan-video-stand-in>=1.0\nnothing-of-this-name>=1; python_version < "3.0"\n')
+    (repo / "requirements.txt").write_text(
+        '# comment\ntitan-video-stand-in>=1.0\nnothing-of-this-name>=1; python_version < "3.0"\n'
+    )
 
     # An earlier installation was interrupted: it is made anew. Two runs start at once: one installs, the other waits.
     venv.mkdir()
@@ -221,7 +240,11 @@ def test_first_use_makes_a_venv(repo, tmp_path):
     (repo / "requirements.txt").write_text("titan-video-stand-in==2.0\n")
     (venv / "kept").touch()
     p = train_once(repo, wheels)
-    assert "Successfully installed titan-video-stand-in-2.0" in p.communicate(timeout=60)[0] and p.returncode == 0 and (venv / "kept").exists()
+    assert (
+        "Successfully installed titan-video-stand-in-2.0" in p.communicate(timeout=60)[0]
+        and p.returncode == 0
+        and (venv / "kept").exists()
+    )
 
     # Metadata that looks complete does not make an interrupted installation complete.
     complete = ["bash", "-c", f'ROOT="{repo}"; source "$ROOT/ensure_env.sh"; venv_is_complete']
@@ -246,13 +269,24 @@ def test_the_active_python_is_used_where_it_will_do(repo):
     assert Path(facts(repo)["python"]).parent == Path(sys.executable).parent
 
 
-@pytest.mark.parametrize("have, requirement, fits", [
-    ("2.13.0+cpu", "==2.13.0", True), ("2.11.0", "==2.13.0", False), ("2.0", ">=2.0.0", True), ("1.10", ">=1.9", True), ("1.9", ">=1.10", False),
-    ("4.51.3", ">=4.51,<5", True), ("5.0", ">=4.51,<5", False), ("1.0", "; python_version >= \"3.8\"", True), ("1.0", "", True),
-    (None, "", False), (None, "; python_version < '3.8'", True),
-    (None, f"; sys_platform == '{sys.platform}' and platform_machine == 'of old'", True),
-    (None, f"; sys_platform == '{sys.platform}' and platform_machine != 'of old'", False),
-])
+@pytest.mark.parametrize(
+    "have, requirement, fits",
+    [
+        ("2.13.0+cpu", "==2.13.0", True),
+        ("2.11.0", "==2.13.0", False),
+        ("2.0", ">=2.0.0", True),
+        ("1.10", ">=1.9", True),
+        ("1.9", ">=1.10", False),
+        ("4.51.3", ">=4.51,<5", True),
+        ("5.0", ">=4.51,<5", False),
+        ("1.0", '; python_version >= "3.8"', True),
+        ("1.0", "", True),
+        (None, "", False),
+        (None, "; python_version < '3.8'", True),
+        (None, f"; sys_platform == '{sys.platform}' and platform_machine == 'of old'", True),
+        (None, f"; sys_platform == '{sys.platform}' and platform_machine != 'of old'", False),
+    ],
+)
 def test_requirements_check(repo, tmp_path, have, requirement, fits):
     if have:
         info = tmp_path / "site" / "some_thing.dist-info"
@@ -261,17 +295,26 @@ def test_requirements_check(repo, tmp_path, have, requirement, fits):
         info.rename(info.with_name(f"some_thing-{have}.dist-info"))
     (repo / "requirements.txt").write_text(f"some-thing{requirement}\n".replace("'", '"'))
     script = f'ROOT="{repo}"; source "$ROOT/ensure_env.sh"; missing_requirements "{sys.executable}"'
-    p = subprocess.run(["bash", "-c", script], env=environment(PYTHONPATH=str(tmp_path / "site")), capture_output=True, text=True)
+    p = subprocess.run(
+        ["bash", "-c", script], env=environment(PYTHONPATH=str(tmp_path / "site")), capture_output=True, text=True
+    )
     assert (p.returncode == 0) == fits, p
     assert fits or p.stdout.startswith("some-thing")
 
 
 def test_run_tests_passes_arguments_and_exit_code(repo):
-    (repo / "test_it.py").write_text("import os\n\ndef test_good():\n    assert os.environ['HF_HUB_OFFLINE'] == '1'\n\n"
-                                     "def test_bad():\n    assert False\n")
+    (repo / "test_it.py").write_text(
+        "import os\n\ndef test_good():\n    assert os.environ['HF_HUB_OFFLINE'] == '1'\n\n"
+        "def test_bad():\n    assert False\n"
+    )
     for script, chosen, code in (("run_tests.sh", "good", 0), (".ci/run", "bad", 1)):
-        p = subprocess.run([str(repo / script), "-k", chosen, "-p", "no:cacheprovider"], cwd="/", env=environment(PYTHON=sys.executable),
-                           capture_output=True, text=True)
+        p = subprocess.run(
+            [str(repo / script), "-k", chosen, "-p", "no:cacheprovider"],
+            cwd="/",
+            env=environment(PYTHON=sys.executable),
+            capture_output=True,
+            text=True,
+        )
         assert p.returncode == code and "1 deselected" in p.stdout, p
 
 
@@ -307,8 +350,13 @@ def test_slurm_script(repo, signalled):
     (repo / "python").chmod(0o755)
     if not signalled:
         (repo / "train.py").write_text("import sys; sys.exit(5)")
-    env = environment(PYTHON=str(repo / "python"), SLURM_SUBMIT_DIR=str(repo), SLURM_JOB_ID="4321", SLURM_JOB_NODELIST="node[07-08]",
-                      SLURM_JOB_NUM_NODES="2")
+    env = environment(
+        PYTHON=str(repo / "python"),
+        SLURM_SUBMIT_DIR=str(repo),
+        SLURM_JOB_ID="4321",
+        SLURM_JOB_NODELIST="node[07-08]",
+        SLURM_JOB_NUM_NODES="2",
+    )
     env["PATH"] = f"{tools}:{env['PATH']}"
     # Slurm runs a copy of the script from its spool folder.
     spool = repo.parent / "slurm_script"

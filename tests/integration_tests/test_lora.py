@@ -1,4 +1,7 @@
-"""`--lora.enable` through the trainer: one and two ranks, resume, averages, validation, exports, sampling from its checkpoint."""
+"""`--lora.enable` through the trainer:
+
+one and two ranks, resume, averages, validation, exports, sampling from its checkpoint.
+"""
 
 import signal
 from functools import partial
@@ -15,9 +18,19 @@ from titan_video.config.manager import parse_args
 from titan_video.dry_run import dry_run
 
 LORA = {
-    "lora.enable": "true", "lora.rank": 4, "lora.alpha": 8, "training.steps": 4, "training.global_batch_size": 4, "ema.enable": "true", "ema.decay": 0.5,
-    "optimizer.lr": 0.01, "training.mixed_precision_param": "bfloat16", "checkpoint.interval": 2, "checkpoint.last_save_in_hf": "true", "lora.export": "diffusers,comfyui,merged",
-}  # fmt: skip
+    "lora.enable": "true",
+    "lora.rank": 4,
+    "lora.alpha": 8,
+    "training.steps": 4,
+    "training.global_batch_size": 4,
+    "ema.enable": "true",
+    "ema.decay": 0.5,
+    "optimizer.lr": 0.01,
+    "training.mixed_precision_param": "bfloat16",
+    "checkpoint.interval": 2,
+    "checkpoint.last_save_in_hf": "true",
+    "lora.export": "diffusers,comfyui,merged",
+}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +50,9 @@ def whole(shared_front, options):
 
 
 def adapters(run):
-    return (run.folder / "lora" / "pytorch_lora_weights.safetensors").read_bytes(), (run.folder / "lora" / "comfyui.safetensors").read_bytes()
+    return (run.folder / "lora" / "pytorch_lora_weights.safetensors").read_bytes(), (
+        run.folder / "lora" / "comfyui.safetensors"
+    ).read_bytes()
 
 
 def test_a_checkpoint_holds_adapters_only(whole):
@@ -57,15 +72,27 @@ def test_another_scale_or_other_frozen_weights_are_refused(front, whole, options
     more = {**options, "training.steps": 5, "job.dump_folder": whole.folder}
     front.run("whole", {**more, "lora.alpha": 4}).fails_with("lora.alpha / lora.rank is 1", "trained with 2")
     other = front.run("other", {"training.steps": 2, "optimizer.lr": 0.01, "debug.seed": 1}).ok().checkpoint(2)
-    front.run("whole", {**more, "checkpoint.initial_load_path": other}).fails_with("checkpoint.initial_load_path", "not those", "lora.initial_load_path")
+    front.run("whole", {**more, "checkpoint.initial_load_path": other}).fails_with(
+        "checkpoint.initial_load_path", "not those", "lora.initial_load_path"
+    )
 
 
 def test_two_ranks_have_the_losses_of_one(shared_front, front, base):
-    options = {**LORA, "checkpoint.initial_load_path": base, "training.mixed_precision_param": "float32", "training.steps": 3, "checkpoint.enable": "false"}
+    options = {
+        **LORA,
+        "checkpoint.initial_load_path": base,
+        "training.mixed_precision_param": "float32",
+        "training.steps": 3,
+        "checkpoint.enable": "false",
+    }
     one = front.run("one", options).ok()
-    two = front.run("two", {**options, "training.local_batch_size": 1, "parallelism.tensor_parallel_degree": 2}, world=2).ok()
+    two = front.run(
+        "two", {**options, "training.local_batch_size": 1, "parallelism.tensor_parallel_degree": 2}, world=2
+    ).ok()
     for a, b in zip(one.records, two.records, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["grad_norm"] == pytest.approx(
+            a["grad_norm"], rel=1e-3
+        )
     for name, tensor in load_file(one.folder / "lora" / "comfyui.safetensors").items():
         other = load_file(two.folder / "lora" / "comfyui.safetensors")[name]
         assert (tensor.float() - other.float()).norm() <= 0.02 * tensor.float().norm() + 1e-6, name
@@ -75,8 +102,17 @@ def test_two_ranks_have_the_losses_of_one(shared_front, front, base):
 def validated(shared_front, whole):
     """A run without pretrained weights, whose frozen ones are made from the seed, stopped and resumed."""
     start = whole.folder / "lora" / "comfyui.safetensors"
-    options = {**LORA, "lora.initial_load_path": start, "validation.enable": "true", "validation.freq": 2, "validation.num_videos": 1,
-               "validation.sample_steps": 1, "validation.timesteps": "0.5", "validation.path": "embedded:shapes-12", "lora.export": "diffusers"}  # fmt: skip
+    options = {
+        **LORA,
+        "lora.initial_load_path": start,
+        "validation.enable": "true",
+        "validation.freq": 2,
+        "validation.num_videos": 1,
+        "validation.sample_steps": 1,
+        "validation.timesteps": "0.5",
+        "validation.path": "embedded:shapes-12",
+        "lora.export": "diffusers",
+    }
     run = shared_front.run("seeded", {**options, "training.steps": 2}).ok()
     assert f"adapters from {start}" in run.output and not (run.folder / "hf").exists()
     return shared_front.run("seeded", options).ok()
@@ -103,5 +139,8 @@ def test_whole_weights_are_exported_and_not_converted(whole):
 def test_dry_run_counts_what_is_trained(whole):
     argv = ["--job.config_file", str(whole.folder / "config.toml")]
     small, full = dry_run(parse_args(argv), 1), dry_run(parse_args([*argv, "--lora.enable=false"]), 1)
-    assert small.largest["optimizer"] < full.largest["optimizer"] / 5 and small.largest["gradients"] < full.largest["gradients"] / 5
+    assert (
+        small.largest["optimizer"] < full.largest["optimizer"] / 5
+        and small.largest["gradients"] < full.largest["gradients"] / 5
+    )
     assert small.largest["parameters"] < 0.7 * full.largest["parameters"]

@@ -1,10 +1,18 @@
-"""The embedded default learns with every optimizer and in low precision, through the whole trainer; a stopped run goes on bit for bit."""
+"""The embedded default learns with every optimizer and in low precision, through the whole trainer; a stopped run goes
+on bit for bit.
+"""
 
 import pytest
 
 from tests.integration_tests.test_resume import assert_same_checkpoint
 
-STEPS = {"training.steps": 24, "training.max_norm": 0, "ema.enable": "true", "ema.decay": 0.9, "checkpoint.interval": 1000}
+STEPS = {
+    "training.steps": 24,
+    "training.max_norm": 0,
+    "ema.enable": "true",
+    "ema.decay": 0.9,
+    "checkpoint.interval": 1000,
+}
 BFLOAT16 = {"training.dtype": "bfloat16", "training.mixed_precision_param": "bfloat16"}
 FLOAT8 = {"float8.enable": "true", "float8.emulate": "true", "float8.recipe_name": "rowwise"}
 IN_BACKWARD = {"optimizer.in_backward": "true"}
@@ -25,11 +33,17 @@ def adamw(shared_front):
 def test_in_backward_is_the_same_run(shared_front, adamw):
     run = shared_front.run("in_backward", STEPS | IN_BACKWARD).ok()
     assert losses(run) == losses(adamw)
-    assert [row["grad_norm"] for row in run.records] == pytest.approx([row["grad_norm"] for row in adamw.records], rel=1e-5)
+    assert [row["grad_norm"] for row in run.records] == pytest.approx(
+        [row["grad_norm"] for row in adamw.records], rel=1e-5
+    )
     assert_same_checkpoint(run.checkpoint(24), adamw.checkpoint(24))
 
 
-@pytest.mark.parametrize("options", [{"optimizer.name": "AdamW8bit"}, {"optimizer.name": "Muon"}, FLOAT8], ids=["AdamW8bit", "Muon", "float8"])
+@pytest.mark.parametrize(
+    "options",
+    [{"optimizer.name": "AdamW8bit"}, {"optimizer.name": "Muon"}, FLOAT8],
+    ids=["AdamW8bit", "Muon", "float8"],
+)
 def test_others_learn_as_well(front, adamw, options):
     run = front.run("other", STEPS | options).ok()
     assert losses(run)[0] == pytest.approx(losses(adamw)[0], rel=1e-2) and losses(run)[1:] != losses(adamw)[1:]
@@ -51,5 +65,9 @@ def test_attention_and_kernels_are_chosen_by_name(front, adamw):
     run = front.run("math", STEPS | {"training.steps": 4, "model.attention": "math", "model.kernels": "torch"}).ok()
     assert "attention: math" in run.output
     assert losses(run) == pytest.approx(losses(adamw)[:4], rel=1e-4)
-    front.run("triton", STEPS | {"model.kernels": "triton"}).fails_with("model.kernels: triton, but there is no GPU here")
-    front.run("cudnn", STEPS | {"model.attention": "cudnn"}).fails_with("model.attention: cudnn, but", "legal here: auto, flash, math")
+    front.run("triton", STEPS | {"model.kernels": "triton"}).fails_with(
+        "model.kernels: triton, but there is no GPU here"
+    )
+    front.run("cudnn", STEPS | {"model.attention": "cudnn"}).fails_with(
+        "model.attention: cudnn, but", "legal here: auto, flash, math"
+    )

@@ -17,8 +17,14 @@ import pytest
 from tests.helpers import ROOT, children, signal_at
 from titan_video.data.latent_cache import LatentCache
 
-VALIDATED = {"validation.enable": "true", "validation.freq": 6, "validation.num_videos": 1, "validation.sample_steps": 1, "validation.holdout": 0.2,
-             "training.steps": 6}  # fmt: skip
+VALIDATED = {
+    "validation.enable": "true",
+    "validation.freq": 6,
+    "validation.num_videos": 1,
+    "validation.sample_steps": 1,
+    "validation.holdout": 0.2,
+    "training.steps": 6,
+}
 SEPARATE = {"encoder.placement": "separate", "encoder.num_ranks": 1, "encoder.queue_depth": 2}
 
 
@@ -29,11 +35,17 @@ def cached(shared_front):
 
 def losses(run):
     """The steps, without what only this placement says."""
-    return [{name: value for name, value in row.items() if name != "queue_depth" and not name.startswith("encoded_")} for row in run.records]
+    return [
+        {name: value for name, value in row.items() if name != "queue_depth" and not name.startswith("encoded_")}
+        for row in run.records
+    ]
 
 
 def entries(folder):
-    return {kind: sum(name.startswith(f"{kind}/") for name in LatentCache(folder, "", "").where) for kind in ("video", "text")}
+    return {
+        kind: sum(name.startswith(f"{kind}/") for name in LatentCache(folder, "", "").where)
+        for kind in ("video", "text")
+    }
 
 
 @pytest.mark.parametrize("world, options", [(1, {"encoder.placement": "colocated"}), (2, SEPARATE)])
@@ -45,7 +57,11 @@ def test_runs_are_the_same(front, cached, tmp_path, world, options):
     again = front.run("again", {**fresh, "encoder.write_cache": "true"}, world=world).ok()
     assert losses(again) == cached.records
     told = [row for row in map(json.loads, (again.folder / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
-    assert told[0]["encode_seconds"] > 0 and told[0]["encoded_frames_per_second"] > 0 and all(row["decode_wait_seconds"] >= 0 for row in told)
+    assert (
+        told[0]["encode_seconds"] > 0
+        and told[0]["encoded_frames_per_second"] > 0
+        and all(row["decode_wait_seconds"] >= 0 for row in told)
+    )
     assert world == 1 or all(0 <= row["queue_depth"] <= 2 for row in told)
     drawn = entries(tmp_path / "fresh")
     assert 9 <= drawn["video"] <= 12 and drawn["text"] > 3
@@ -83,7 +99,9 @@ def die_at(sample):
 def end_soon(pids):
     deadline = time.monotonic() + 20
     while any(is_running(pid) for pid in pids):
-        assert time.monotonic() < deadline, [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids if is_running(pid)]
+        assert time.monotonic() < deadline, [
+            Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids if is_running(pid)
+        ]
         time.sleep(0.05)
 
 
@@ -95,7 +113,10 @@ def is_running(pid):
 
 
 def ends(program, timeout=90):
-    """Exit codes of all ranks, none of which is stopped by another's end, and their output. No process is left behind."""
+    """Exit codes of all ranks, none of which is stopped by another's end, and their output.
+
+    No process is left behind.
+    """
     deadline, workers = time.monotonic() + timeout, set()
     while any(p.exitcode is None for p in program.ranks) and time.monotonic() < deadline:
         workers |= set(children(*(p.pid for p in program.ranks)))
@@ -132,17 +153,37 @@ def test_a_stop_without_a_save_ends_encoder_ranks(front, tmp_path):
 def test_a_lost_rank_ends_the_run_of_the_script(front, tmp_path, rank, signum):
     """As users start it. An encoder that hangs ends the run when the timeout of training is over."""
     options = {**LONG, "data.cache_folder": tmp_path / "fresh", "comm.train_timeout_seconds": 20}
-    env = {**os.environ, "PYTHON": sys.executable, "NGPU": "3", "LOG_RANK": "0,1,2", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    env = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "NGPU": "3",
+        "LOG_RANK": "0,1,2",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
     metrics = front.root / "run" / "metrics.jsonl"
     with open(tmp_path / "log", "w+") as log:
-        p = subprocess.Popen([ROOT / "run_train.sh", *front.argv("run", options)], env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                             start_new_session=True)  # fmt: skip
+        p = subprocess.Popen(
+            [ROOT / "run_train.sh", *front.argv("run", options)],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
         try:
             while not (metrics.exists() and '"step": 3,' in metrics.read_text()):
                 assert p.poll() is None, Path(log.name).read_text()
                 time.sleep(0.05)
             all_of_them = children(p.pid)
-            os.kill(next(pid for pid in all_of_them if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")), signum)
+            os.kill(
+                next(
+                    pid
+                    for pid in all_of_them
+                    if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                ),
+                signum,
+            )
             code = p.wait(timeout=100)
         finally:
             with suppress(ProcessLookupError):
@@ -153,4 +194,8 @@ def test_a_lost_rank_ends_the_run_of_the_script(front, tmp_path, rank, signum):
     if signum == signal.SIGKILL:  # torchrun may stop the others before they can say what they have lost
         assert re.search(rf"Root Cause.*rank +: {rank} .*Signal 9 \(SIGKILL\)", said, re.DOTALL), said
     else:
-        assert re.search(r"training rank [01] lost encoder rank 2 while waiting for sample .*encoder rank 2 was last encoding", said, re.DOTALL), said
+        assert re.search(
+            r"training rank [01] lost encoder rank 2 while waiting for sample .*encoder rank 2 was last encoding",
+            said,
+            re.DOTALL,
+        ), said

@@ -18,15 +18,26 @@ from tests.helpers import kill_in_save, signal_at
 
 NUM_STEPS = 12
 EVERYTHING = {
-    "ema.enable": "true", "ema.decay": 0.9, "training.global_batch_size": 8, "data.num_workers": 1, "activation_checkpoint.mode": "full",
-    "validation.enable": "true", "validation.freq": 4, "validation.holdout": 0.2, "validation.num_videos": 0, "validation.timesteps": "0.5",
-}  # fmt: skip
+    "ema.enable": "true",
+    "ema.decay": 0.9,
+    "training.global_batch_size": 8,
+    "data.num_workers": 1,
+    "activation_checkpoint.mode": "full",
+    "validation.enable": "true",
+    "validation.freq": 4,
+    "validation.holdout": 0.2,
+    "validation.num_videos": 0,
+    "validation.timesteps": "0.5",
+}
 
 
 def tensors_of(folder):
     """All tensors of a checkpoint, read with DCP alone."""
     metadata = dcp.FileSystemReader(folder).read_metadata()
-    state = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in metadata.state_dict_metadata.items()}
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.state_dict_metadata.items()
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is one process
         dcp.load(state, checkpoint_id=folder, no_dist=True)
@@ -49,8 +60,12 @@ def uninterrupted(shared_front):
     def get(options, world, num_steps=NUM_STEPS):
         key = world, num_steps, *sorted(map(str, options.items()))
         if key not in made:
-            run = shared_front.run(f"whole{len(made)}", {**options, "training.steps": num_steps, "checkpoint.interval": 1000}, world).ok()
-            assert len(run.records) == num_steps and all(set(row) > {"loss", "grad_norm", "lr", "samples"} for row in run.records)
+            run = shared_front.run(
+                f"whole{len(made)}", {**options, "training.steps": num_steps, "checkpoint.interval": 1000}, world
+            ).ok()
+            assert len(run.records) == num_steps and all(
+                set(row) > {"loss", "grad_norm", "lr", "samples"} for row in run.records
+            )
             made[key] = run
         return made[key]
 
@@ -75,7 +90,9 @@ class Stopper:
         assert len(run.records) == step and run.checkpoint(step).is_dir()
 
     def by_last_step(self, step):
-        run = self._stopped(self.front.run("stopped", {**self.options, "training.steps": step}, self.world).ok(), "finished")
+        run = self._stopped(
+            self.front.run("stopped", {**self.options, "training.steps": step}, self.world).ok(), "finished"
+        )
         assert len(run.records) == step and run.checkpoint(step).is_dir()
 
     def by_kill_in_save(self, step):
@@ -86,8 +103,13 @@ class Stopper:
 
     def by_kill(self, step, delay):
         """All ranks are killed `delay` seconds after `step` was seen in the metrics."""
-        path, program = self.front.root / "stopped" / "metrics.jsonl", self.front.start("stopped", self.options, self.world)
-        while not (path.exists() and f'"step": {step},' in path.read_text()) and all(p.is_alive() for p in program.ranks):
+        path, program = (
+            self.front.root / "stopped" / "metrics.jsonl",
+            self.front.start("stopped", self.options, self.world),
+        )
+        while not (path.exists() and f'"step": {step},' in path.read_text()) and all(
+            p.is_alive() for p in program.ranks
+        ):
             time.sleep(0.01)
         time.sleep(delay)
         program.kill()
@@ -105,7 +127,9 @@ class Stopper:
 
 def test_one_rank(front, uninterrupted):
     options = {**EVERYTHING, "training.global_batch_size": 4}
-    stop = Stopper(front, uninterrupted(options, 1), {**options, "checkpoint.async_mode": "async", "checkpoint.interval": 4}, 1)
+    stop = Stopper(
+        front, uninterrupted(options, 1), {**options, "checkpoint.async_mode": "async", "checkpoint.interval": 4}, 1
+    )
     stop.by_signal(2, signal.SIGUSR2)
     stop.by_last_step(5)
     stop.by_kill_in_save(8)
@@ -149,14 +173,21 @@ def test_twenty_stops(front, uninterrupted, world, mode):
 
 
 def drawn_recorded(stop_at, signum):
-    """A hook: each rank writes what it trains on, and in the middle of step `stop_at` has a signal; SIGTERM is for one rank, a kill for all."""
+    """A hook:
+
+    each rank writes what it trains on, and in the middle of step `stop_at` has a signal; SIGTERM is for one rank, a
+    kill for all.
+    """
     import train
 
     run_step = train.Trainer.train_step
 
     def train_step(self, batches, *args):
-        rows = [(i, hashlib.sha256(b.latents_BCFHW[k].numpy().tobytes() + b.text_BLD[k].numpy().tobytes()).hexdigest())
-                for b in batches for k, i in enumerate(b.sample_ids_B.tolist())]  # fmt: skip
+        rows = [
+            (i, hashlib.sha256(b.latents_BCFHW[k].numpy().tobytes() + b.text_BLD[k].numpy().tobytes()).hexdigest())
+            for b in batches
+            for k, i in enumerate(b.sample_ids_B.tolist())
+        ]
         with open(self.folder / f"drawn{self.rank}.jsonl", "a") as f:
             f.write(json.dumps([self.step, rows]) + "\n")
         if self.step == stop_at and (signum == signal.SIGKILL or self.rank == 0):
@@ -180,15 +211,28 @@ ALL_PAIRS = (1, 1, 2, 2, 4, 4, 8, 8, 1, 4, 1, 8, 2, 8, 4, 2, 1)  # each degree f
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("degrees, workers", [((2, 1, 2), (1, 0, 0)), pytest.param(ALL_PAIRS, (0, 1, 4), marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize(
+    "degrees, workers",
+    [((2, 1, 2), (1, 0, 0)), pytest.param(ALL_PAIRS, (0, 1, 4), marks=pytest.mark.slow)],
+    ids=["some", "all"],
+)
 def test_samples_on_other_numbers_of_ranks_and_workers(front, degrees, workers):
-    """After SIGTERM and kill -9, in the middle of epochs, each run on another number of ranks and workers: every step has the samples of the run
-    that nothing stopped."""
+    """After SIGTERM and kill -9, in the middle of epochs, each run on another number of ranks and workers: every step
+    has the samples of the run that nothing stopped."""
     num_steps = 3 * len(degrees)
-    options = {"training.global_batch_size": 8, "training.local_batch_size": 1, "training.steps": num_steps, "checkpoint.interval": 2,
-               "checkpoint.async_mode": "disabled", "ema.enable": "false", "optimizer.lr": 1e-4}  # fmt: skip
+    options = {
+        "training.global_batch_size": 8,
+        "training.local_batch_size": 1,
+        "training.steps": num_steps,
+        "checkpoint.interval": 2,
+        "checkpoint.async_mode": "disabled",
+        "ema.enable": "false",
+        "optimizer.lr": 1e-4,
+    }
     hook = partial(drawn_recorded, 0, signal.SIGTERM)
-    whole = front.run("whole", {**options, "checkpoint.enable": "false", "training.local_batch_size": 8}, hook=hook).ok()
+    whole = front.run(
+        "whole", {**options, "checkpoint.enable": "false", "training.local_batch_size": 8}, hook=hook
+    ).ok()
     for k, degree in enumerate(degrees):
         signum, is_last = (signal.SIGTERM, signal.SIGKILL)[k % 2], k == len(degrees) - 1
         hook = partial(drawn_recorded, 0 if is_last else 3 * (k + 1), signum)
@@ -213,7 +257,9 @@ def short(shared_front):
 def test_a_finished_run_is_left_alone(shared_front, short):
     before = snapshot(short.folder)
     for steps in (2, 1):
-        again = shared_front.run("short", {"training.steps": steps, "checkpoint.interval": 1, "metrics.enable_tensorboard": "true"}).ok()
+        again = shared_front.run(
+            "short", {"training.steps": steps, "checkpoint.interval": 1, "metrics.enable_tensorboard": "true"}
+        ).ok()
         assert "is already at step 2" in again.output and "training from" not in again.output
         assert snapshot(short.folder) == before
 
@@ -225,7 +271,11 @@ def test_more_steps_go_on(front, short, uninterrupted):
     run = front.run("more", {"training.steps": 4, "training.local_batch_size": 1}, world=2).ok()
     assert run.records[:2] == whole.records[:2]
     for ours, theirs in zip(run.records, whole.records[:4], strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5) and ours["samples"] == theirs["samples"] and ours["lr"] == theirs["lr"]
+        assert (
+            ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+            and ours["samples"] == theirs["samples"]
+            and ours["lr"] == theirs["lr"]
+        )
 
 
 def test_no_valid_checkpoint_stops_the_run(front, short):

@@ -25,8 +25,15 @@ def decode(path):
 
 @pytest.fixture(scope="module")
 def trained(shared_front):
-    options = {"validation.enable": "true", "validation.num_videos": 1, "validation.sample_steps": 3, "validation.path": "embedded:shapes-12",
-               "training.steps": 4, "checkpoint.interval": 2, "ema.decay": 0.5}  # fmt: skip
+    options = {
+        "validation.enable": "true",
+        "validation.num_videos": 1,
+        "validation.sample_steps": 3,
+        "validation.path": "embedded:shapes-12",
+        "training.steps": 4,
+        "checkpoint.interval": 2,
+        "ema.decay": 0.5,
+    }
     return shared_front.run("trained", options).ok()
 
 
@@ -41,7 +48,15 @@ def test_every_option_is_heard(trained, tmp_path):
     step = trained.folder / "checkpoint" / "step-2"
     base = [step, "--prompt", "a red circle moves left", "--out", tmp_path / "x.mp4"]
     seen = []
-    for extra in ([], ["--seed", 1], ["--steps", 1], ["--guidance", 1], ["--shift", 9], ["--weights", "model"], ["--prompt", "a blue square moves up"]):
+    for extra in (
+        [],
+        ["--seed", 1],
+        ["--steps", 1],
+        ["--guidance", 1],
+        ["--shift", 9],
+        ["--weights", "model"],
+        ["--prompt", "a blue square moves up"],
+    ):
         run_ranks(run_sample, 1, [*base, *extra], init=False)
         seen.append(decode(tmp_path / "x.mp4"))
     assert all(clip.shape == (9, 64, 64, 3) for clip in seen)
@@ -50,14 +65,17 @@ def test_every_option_is_heard(trained, tmp_path):
     assert decode(tmp_path / "x.mp4").shape == (5, 32, 48, 3)
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["{folder}/checkpoint/step-7"], "step-7"),
-    (["{folder}/checkpoint"], "step-2, step-4"),
-    (["/"], "config.toml"),
-    (["{folder}", "--size", "16x64x64"], "4k+1"),
-    (["{folder}", "--steps", "0"], "--steps"),
-    (["{folder}", "--guidance", "0.5"], "--guidance"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["{folder}/checkpoint/step-7"], "step-7"),
+        (["{folder}/checkpoint"], "step-2, step-4"),
+        (["/"], "config.toml"),
+        (["{folder}", "--size", "16x64x64"], "4k+1"),
+        (["{folder}", "--steps", "0"], "--steps"),
+        (["{folder}", "--guidance", "0.5"], "--guidance"),
+    ],
+)
 def test_mistakes_end_with_a_message(trained, tmp_path, argv, words):
     argv = [a.format(folder=trained.folder) for a in argv]
     with pytest.raises(AssertionError, match=f"SystemExit: error: .*{words}".replace("+", r"\+")):

@@ -1,4 +1,6 @@
-"""Every debug flavor of both families trains, validates, samples and resumes on the embedded clips; on more ranks it has the same losses."""
+"""Every debug flavor of both families trains, validates, samples and resumes on the embedded clips; on more ranks it
+has the same losses.
+"""
 
 import json
 import math
@@ -11,14 +13,30 @@ from tests.integration_tests.test_sample import decode, run_sample
 from tests.unit_tests.data_clips import captioned, write_clip
 from titan_video.models import get_spec
 
-FLAVORS = [(family, flavor) for family in ("wan", "hunyuan_video") for flavor in get_spec(family).flavors if flavor.startswith("debug")]
+FLAVORS = [
+    (family, flavor)
+    for family in ("wan", "hunyuan_video")
+    for flavor in get_spec(family).flavors
+    if flavor.startswith("debug")
+]
 IMAGES = [(family, flavor) for family, flavor in FLAVORS if get_spec(family).flavors[flavor].conditions.num_given]
 SHORT = {
-    "data.path": "embedded:shapes-6", "data.buckets": "[[9, 32, 32]]", "training.steps": 3, "optimizer.lr": 1e-2, "checkpoint.interval": 2,
+    "data.path": "embedded:shapes-6",
+    "data.buckets": "[[9, 32, 32]]",
+    "training.steps": 3,
+    "optimizer.lr": 1e-2,
+    "checkpoint.interval": 2,
     "lr_scheduler.warmup_steps": 0,
-    "validation.enable": "true", "validation.freq": 2, "validation.holdout": 0.4, "validation.timesteps": "[0.5]", "validation.num_videos": 1,
-    "validation.sample_steps": 1, "ema.enable": "false", "metrics.log_freq": 1, "training.guidance": 2.0,
-}  # fmt: skip
+    "validation.enable": "true",
+    "validation.freq": 2,
+    "validation.holdout": 0.4,
+    "validation.timesteps": "[0.5]",
+    "validation.num_videos": 1,
+    "validation.sample_steps": 1,
+    "ema.enable": "false",
+    "metrics.log_freq": 1,
+    "training.guidance": 2.0,
+}
 
 
 def options_of(family, flavor, **more):
@@ -33,8 +51,12 @@ def losses(run):
 def test_a_variant_trains_validates_samples_and_resumes(front, family, flavor):
     options = options_of(family, flavor)
     whole = front.run("whole", options).ok()
-    assert np.isfinite(losses(whole)).all() and len(whole.records) == 3  # of three steps at other noise levels the last need not be the lowest
-    assert set(whole.validations) == {0, 2, 3} and all(np.isfinite(list(v.values())).all() for v in whole.validations.values())
+    assert (
+        np.isfinite(losses(whole)).all() and len(whole.records) == 3
+    )  # of three steps at other noise levels the last need not be the lowest
+    assert set(whole.validations) == {0, 2, 3} and all(
+        np.isfinite(list(v.values())).all() for v in whole.validations.values()
+    )
     assert whole.validations[0]["loss"] != whole.validations[3]["loss"]
     (clip,) = (whole.folder / "samples" / "step-3").glob("*.mp4")
     assert decode(clip).shape == (9, 32, 32, 3)
@@ -47,7 +69,9 @@ def test_a_variant_trains_validates_samples_and_resumes(front, family, flavor):
 def assert_alike(one, other):
     """Two runs of three steps under different layouts: the same losses, validations and clips."""
     for a, b in zip(one.records, other.records, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(
+            b["grad_norm"], rel=1e-4
+        )
     assert one.validations.keys() == other.validations.keys()
     for step, values in one.validations.items():
         assert values == pytest.approx(other.validations[step], rel=1e-5)
@@ -55,15 +79,28 @@ def assert_alike(one, other):
     assert np.abs(clips[0].astype(int) - clips[1]).max() <= 8
 
 
-@pytest.mark.parametrize("family, flavor, world, layout", [
-    ("wan", "debug-ti2v", 4, {"parallelism.context_parallel_degree": 2}),
-    ("wan", "debug-flf2v", 2, {"parallelism.pipeline_parallel_degree": 2}),
-    ("hunyuan_video", "debug-i2v-token-replace", 4, {"parallelism.context_parallel_degree": 2, "parallelism.tensor_parallel_degree": 2}),
-    ("hunyuan_video", "debug-i2v-latent-concat", 2, {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "family, flavor, world, layout",
+    [
+        ("wan", "debug-ti2v", 4, {"parallelism.context_parallel_degree": 2}),
+        ("wan", "debug-flf2v", 2, {"parallelism.pipeline_parallel_degree": 2}),
+        (
+            "hunyuan_video",
+            "debug-i2v-token-replace",
+            4,
+            {"parallelism.context_parallel_degree": 2, "parallelism.tensor_parallel_degree": 2},
+        ),
+        ("hunyuan_video", "debug-i2v-latent-concat", 2, {}),
+    ],
+)
 def test_ranks_have_the_losses_of_one(front, family, flavor, world, layout):
     """27 tokens a clip, of which 9 may be clean: slices of unequal length."""
-    options = {**options_of(family, flavor), "data.buckets": "[[9, 48, 48]]", "checkpoint.enable": "false", "training.global_batch_size": 2}
+    options = {
+        **options_of(family, flavor),
+        "data.buckets": "[[9, 48, 48]]",
+        "checkpoint.enable": "false",
+        "training.global_batch_size": 2,
+    }
     degree = math.prod(layout.values())
     one = front.start("one", {**options, "training.local_batch_size": 2})
     more = front.run("more", {**options, **layout, "training.local_batch_size": 2 * degree // world}, world=world).ok()
@@ -94,7 +131,11 @@ def test_sampling_starts_from_an_image(front, tmp_path):
     first, last = picture(tmp_path / "first.png", 1), picture(tmp_path / "last.png", 2)
     base = [run.folder, "--prompt", "a red circle moves left", "--out", tmp_path / "x.mp4"]
     seen = []
-    for images in (["--image", first, "--last-image", last], ["--image", last, "--last-image", last], ["--image", first, "--last-image", first]):
+    for images in (
+        ["--image", first, "--last-image", last],
+        ["--image", last, "--last-image", last],
+        ["--image", first, "--last-image", first],
+    ):
         run_ranks(run_sample, 1, [*base, *images], init=False)
         seen.append(decode(tmp_path / "x.mp4"))
     assert seen[0].shape == (9, 32, 32, 3) and not any(np.array_equal(seen[0], clip) for clip in seen[1:])
@@ -121,7 +162,9 @@ def test_a_hunyuan_clip_begins_with_its_image(front, tmp_path, flavor):
     if flavor == "debug-i2v-token-replace":
         assert error[0] < 20 < error[1]
     assert not np.array_equal(seen[0], seen[1])
-    assert np.array_equal(seen[0], seen[2]) == (flavor == "debug-i2v-latent-concat")  # the one that is not told the scale
+    assert np.array_equal(seen[0], seen[2]) == (
+        flavor == "debug-i2v-latent-concat"
+    )  # the one that is not told the scale
 
 
 def test_experts_train_their_levels_and_sample_together(front, tmp_path):
@@ -138,7 +181,9 @@ def test_experts_train_their_levels_and_sample_together(front, tmp_path):
     assert not any(np.array_equal(a, b) for a, b in ((seen[0], seen[2]), (seen[1], seen[2])))
     with pytest.raises(AssertionError, match="SystemExit: error: --low: .*model.expert are high and low"):
         run_ranks(run_sample, 1, [low.folder, "--low", high.folder, *base], init=False)
-    front.run("none", {**options_of("wan", "debug"), "model.expert": "low"}).fails_with("model.expert", "model.boundary")
+    front.run("none", {**options_of("wan", "debug"), "model.expert": "low"}).fails_with(
+        "model.expert", "model.boundary"
+    )
     front.run("both", {**options, "model.expert": "low", "flow.max_t": 0.5}).fails_with("model.expert", "flow.max_t")
 
 
@@ -151,12 +196,26 @@ def test_images_of_a_column_and_stills(front):
         write_clip(clips / f"clip{k}.mp4", count=40, fps=8)
         rows.append({"file": f"clip{k}.mp4", "caption": f"clip {k}", "image": picture(clips / f"image{k}.png", k).name})
     write_clip(clips / "still.mp4", count=1, fps=8)
-    rows += [{"file": "still.mp4", "caption": "a still"}, {"file": "clip0.mp4", "caption": "again", "image": "nothing.png"}]
+    rows += [
+        {"file": "still.mp4", "caption": "a still"},
+        {"file": "clip0.mp4", "caption": "again", "image": "nothing.png"},
+    ]
     (clips / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = {**options_of("wan", "debug-ti2v"), "data.path": clips, "data.buckets": "[[9, 32, 32], [1, 32, 32]]", "data.fps": 8,
-               "training.local_batch_size": 3, "data.num_workers": 1, "validation.enable": "false", "checkpoint.enable": "false"}  # fmt: skip
+    options = {
+        **options_of("wan", "debug-ti2v"),
+        "data.path": clips,
+        "data.buckets": "[[9, 32, 32], [1, 32, 32]]",
+        "data.fps": 8,
+        "training.local_batch_size": 3,
+        "data.num_workers": 1,
+        "validation.enable": "false",
+        "checkpoint.enable": "false",
+    }
     run = front.run("run", options).ok()
-    planned = {"".join(row["captions"]) or row["reason"]: row for row in map(json.loads, (run.folder / "data_plan.jsonl").read_text().splitlines())}
+    planned = {
+        "".join(row["captions"]) or row["reason"]: row
+        for row in map(json.loads, (run.folder / "data_plan.jsonl").read_text().splitlines())
+    }
     assert planned["a still"]["reason"].startswith("a still") and "still.mp4: image-to-video" in run.output
     assert "missing image" in run.output and "nothing.png" in run.output
     assert planned["clip 0"]["image"].endswith("image0.png")
@@ -166,7 +225,9 @@ def test_images_of_a_column_and_stills(front):
     (clips / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
     own = front.run("own", options).ok()
     assert losses(own) != losses(run)
-    text = front.run("text", {**options, "model.flavor": "debug", "data.path": clips}).ok()  # text-to-video has no use for either
+    text = front.run(
+        "text", {**options, "model.flavor": "debug", "data.path": clips}
+    ).ok()  # text-to-video has no use for either
     assert len(text.records) == 3
 
     alone = front.root / "alone"

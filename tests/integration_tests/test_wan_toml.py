@@ -1,4 +1,7 @@
-"""The TOMLs for real Wan weights, run from start to export on a tiny folder of the same layout: VAE, text encoder, tokenizer, transformer."""
+"""The TOMLs for real Wan weights, run from start to export on a tiny folder of the same layout:
+
+VAE, text encoder, tokenizer, transformer.
+"""
 
 import json
 import os
@@ -16,18 +19,39 @@ from titan_video.models.wan import WanArgs
 
 ARGS = WanArgs(dim=24, num_heads=2, num_layers=2, ffn_dim=40, text_dim=24, freq_dim=16)
 TRAINED = ("wan2.1_t2v_1.3b", "wan2.1_t2v_14b")
-# With their world sizes. The others differ from those trained here in layout and size, and are dry-run by test_dry_run.py.
-TOMLS = {"wan2.1_t2v_1.3b": 1, "wan2.1_t2v_1.3b_8gpu": 8, "wan2.1_t2v_14b": 8, "wan2.1_t2v_14b_720p": 8, "wan2.1_t2v_14b_720p_64gpu": 64}
+# With their world sizes. The others differ from those trained here in layout and size, and are dry-run by
+# test_dry_run.py.
+TOMLS = {
+    "wan2.1_t2v_1.3b": 1,
+    "wan2.1_t2v_1.3b_8gpu": 8,
+    "wan2.1_t2v_14b": 8,
+    "wan2.1_t2v_14b_720p": 8,
+    "wan2.1_t2v_14b_720p_64gpu": 64,
+}
 
 
 def arguments(name, folder, assets, clips):
     """The TOML with what a user sets, and sizes at which a test can run it."""
     small = {
-        "job.dump_folder": folder, "model.hf_assets_path": assets, "data.path": clips, "data.buckets": "[[5,32,32]]", "data.fps": 8, "data.num_workers": 1,
-        "training.global_batch_size": 2, "training.steps": 2, "lr_scheduler.warmup_steps": 1, "validation.sample_steps": 2, "validation.holdout": 0.25,
-        "compile.backend": "aot_eager", "model.flavor": "hf",
-    }  # fmt: skip
-    return ["--job.config_file", str(ROOT / "train_configs" / f"{name}.toml"), *(x for k, v in small.items() for x in (f"--{k}", str(v)))]
+        "job.dump_folder": folder,
+        "model.hf_assets_path": assets,
+        "data.path": clips,
+        "data.buckets": "[[5,32,32]]",
+        "data.fps": 8,
+        "data.num_workers": 1,
+        "training.global_batch_size": 2,
+        "training.steps": 2,
+        "lr_scheduler.warmup_steps": 1,
+        "validation.sample_steps": 2,
+        "validation.holdout": 0.25,
+        "compile.backend": "aot_eager",
+        "model.flavor": "hf",
+    }
+    return [
+        "--job.config_file",
+        str(ROOT / "train_configs" / f"{name}.toml"),
+        *(x for k, v in small.items() for x in (f"--{k}", str(v))),
+    ]
 
 
 def run_train(argv):
@@ -57,22 +81,47 @@ def test_toml_trains_samples_and_exports(name, assets, tmp_path):
     losses = [r["loss"] for r in records if "loss" in r]
     assert len(losses) == 2 and all(0 < x < 1e3 for x in losses)
     assert [sorted(r["validation"])[:2] for r in records if "validation" in r] == [["loss", "loss_t0.1"]] * 2
-    assert len(list((out / "samples" / "step-2").glob("*.mp4"))) == 1  # one clip in four is held out, and its caption is the prompt
-    exported, source = (WanTransformer3DModel.from_pretrained(p / "transformer", torch_dtype=torch.float32) for p in (out / "hf", assets))
-    moved = {n: (p - q).abs().max().item() for (n, p), q in zip(exported.named_parameters(), source.parameters(), strict=True)}
+    assert (
+        len(list((out / "samples" / "step-2").glob("*.mp4"))) == 1
+    )  # one clip in four is held out, and its caption is the prompt
+    exported, source = (
+        WanTransformer3DModel.from_pretrained(p / "transformer", torch_dtype=torch.float32)
+        for p in (out / "hf", assets)
+    )
+    moved = {
+        n: (p - q).abs().max().item()
+        for (n, p), q in zip(exported.named_parameters(), source.parameters(), strict=True)
+    }
     assert max(moved.values()) > 0
-    assert all(m < 0.02 for m in moved.values()), "two steps at 1e-5, and bfloat16 rounding, leave the weights near those it started from"
+    assert all(m < 0.02 for m in moved.values()), (
+        "two steps at 1e-5, and bfloat16 rounding, leave the weights near those it started from"
+    )
 
 
 @pytest.mark.parametrize("name, world_size", TOMLS.items())
 def test_toml_passes_the_checks_at_its_world_size(name, world_size, assets, tmp_path):
     (tmp_path / "clips").mkdir()
-    config = parse_args(["--job.config_file", str(ROOT / "train_configs" / f"{name}.toml"), "--model.hf_assets_path", str(assets), "--data.path", str(tmp_path / "clips")])
+    config = parse_args(
+        [
+            "--job.config_file",
+            str(ROOT / "train_configs" / f"{name}.toml"),
+            "--model.hf_assets_path",
+            str(assets),
+            "--data.path",
+            str(tmp_path / "clips"),
+        ]
+    )
     check(config, world_size)
 
 
 def test_every_shipped_toml_is_run_by_a_test():
-    """debug and shapes: tests/integration_tests/test_front_door.py and benchmarks/learn_shapes.py's own test. All: test_dry_run.py, which is
-    all that runs those of image-to-video and HunyuanVideo; their families' debug flavors are trained in test_variants.py."""
-    dry_run_only = {"wan2.1_i2v_14b_720p_64gpu", "wan2.2_ti2v_5b_8gpu", "hunyuan_video_t2v_720p_64gpu", "hunyuan_video_i2v_720p_32gpu"}
+    """debug and shapes: tests/integration_tests/test_front_door.py and benchmarks/learn_shapes.py's own test. All:
+    test_dry_run.py, which is all that runs those of image-to-video and HunyuanVideo; their families' debug flavors are
+    trained in test_variants.py."""
+    dry_run_only = {
+        "wan2.1_i2v_14b_720p_64gpu",
+        "wan2.2_ti2v_5b_8gpu",
+        "hunyuan_video_t2v_720p_64gpu",
+        "hunyuan_video_i2v_720p_32gpu",
+    }
     assert {p.stem for p in Path(ROOT / "train_configs").glob("*.toml")} == {"debug", "shapes", *TOMLS} | dry_run_only

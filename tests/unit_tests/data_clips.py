@@ -1,4 +1,7 @@
-"""Small video files of every kind the data tests need. Frame k of a clip has brightness `level(k)`, so a decoded frame names itself."""
+"""Small video files of every kind the data tests need.
+
+Frame k of a clip has brightness `level(k)`, so a decoded frame names itself.
+"""
 
 import random
 from fractions import Fraction
@@ -32,9 +35,24 @@ def flat_frames(count, width, height):
     return [np.full((height, width, 3), level(k), np.uint8) for k in range(count)]
 
 
-def write_clip(path, count=40, fps=25, width=64, height=48, codec="libx264", times=None, rotation=0, pix_fmt="yuv420p", frames=None,
-               options=None, audio=False):  # fmt: skip
-    """times: presentation times in milliseconds (variable rate) instead of `fps`. rotation: of the display, in degrees counter-clockwise."""
+def write_clip(
+    path,
+    count=40,
+    fps=25,
+    width=64,
+    height=48,
+    codec="libx264",
+    times=None,
+    rotation=0,
+    pix_fmt="yuv420p",
+    frames=None,
+    options=None,
+    audio=False,
+):
+    """times: presentation times in milliseconds (variable rate) instead of `fps`. rotation:
+
+    of the display, in degrees counter-clockwise.
+    """
     import av
 
     with av.open(str(path), "w", options=options or {}) as container:

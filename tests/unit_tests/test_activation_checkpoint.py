@@ -1,4 +1,7 @@
-"""What is kept, what is computed again, and that neither changes a gradient. Layouts of several ranks: tests/distributed_tests."""
+"""What is kept, what is computed again, and that neither changes a gradient. Layouts of several ranks:
+
+tests/distributed_tests.
+"""
 
 from collections import Counter
 from dataclasses import replace
@@ -84,7 +87,10 @@ def plain():
 
 
 class Executed(TorchDispatchMode):
-    """Counts what runs beneath all other modes: attention by its number of keys, and products with bias, which only forwards have."""
+    """Counts what runs beneath all other modes:
+
+    attention by its number of keys, and products with bias, which only forwards have.
+    """
 
     def __init__(self):
         super().__init__()
@@ -98,7 +104,8 @@ class Executed(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-RUNS = {  # per block: self-attention, cross-attention, products of the video tokens (8: k and v of the text are smaller)
+# per block: self-attention, cross-attention, products of the video tokens (8: k and v of the text are smaller)
+RUNS = {
     "none": (NONE, 1, 1, 8),
     "full": (FULL, 2, 2, 16),
     "selective": (SELECTIVE, 1, 2, 16),
@@ -130,7 +137,9 @@ def test_only_the_layers_listed(plain):
         with Executed() as executed:
             assert_equal(gradients(model), plain)
         assert executed.count[TEXT] == 4 + 2
-    with pytest.raises(ValueError, match=r"activation_checkpoint.layers: given \[1, 4\], but there is no block 4; legal: 0 to 3"):
+    with pytest.raises(
+        ValueError, match=r"activation_checkpoint.layers: given \[1, 4\], but there is no block 4; legal: 0 to 3"
+    ):
         build(replace(FULL, layers=(1, 4)))
 
 
@@ -217,7 +226,9 @@ def test_flops_of_recomputation():
 # ---- a selection that selects nothing ----
 
 
-@pytest.mark.parametrize("save, error", [("attention", "no attention operator"), ("matmul", "fewer than two matrix products")])
+@pytest.mark.parametrize(
+    "save, error", [("attention", "no attention operator"), ("matmul", "fewer than two matrix products")]
+)
 @pytest.mark.parametrize("backend", [None, "aot_eager"])
 def test_a_selection_that_keeps_nothing_is_an_error(save, error, backend):
     model = torch.nn.Module()
@@ -240,7 +251,9 @@ def test_short_attention_only_is_no_error():
 def test_a_length_that_no_clip_has_is_refused():
     check_save_min_kv(replace(SELECTIVE, save_min_kv=33), 33)
     check_save_min_kv(replace(FULL, save_min_kv=33), 32)
-    with pytest.raises(ValueError, match="activation_checkpoint.save_min_kv: given 33, but the longest clip .* 32 tokens.* at most 32"):
+    with pytest.raises(
+        ValueError, match="activation_checkpoint.save_min_kv: given 33, but the longest clip .* 32 tokens.* at most 32"
+    ):
         check_save_min_kv(replace(SELECTIVE, save_min_kv=33), 32)
 
 
@@ -290,7 +303,10 @@ def test_offload_over_several_steps_and_micro_batches():
         for first, second in losses:  # both forwards come first, as in a pipeline
             first.backward()
             second.backward()
-        grads = [{n.replace("_checkpoint_wrapped_module.", ""): p.grad for n, p in m.named_parameters()} for m in (reference, model)]
+        grads = [
+            {n.replace("_checkpoint_wrapped_module.", ""): p.grad for n, p in m.named_parameters()}
+            for m in (reference, model)
+        ]
         assert_equal(grads[1], grads[0])
 
 
@@ -301,7 +317,9 @@ def sdpa_runs(function):
     """Calls of the attention operator inside compiled code, which dispatch modes cannot watch."""
     with torch.profiler.profile() as profile:
         result = function()
-    return result, sum(e.count for e in profile.key_averages() if e.key == "aten::_scaled_dot_product_flash_attention_for_cpu")
+    return result, sum(
+        e.count for e in profile.key_averages() if e.key == "aten::_scaled_dot_product_flash_attention_for_cpu"
+    )
 
 
 COMPILED = {  # runs of attention per block, self and cross
@@ -332,9 +350,13 @@ def test_memory_budget_keeps_what_it_is_given():
     kept = {}
     for budget in (0.0, 0.4, 1.0):
         torch._dynamo.reset()
-        model = build(ActivationCheckpoint(mode="memory_budget", memory_budget=budget), replace(ARGS, num_layers=1), "aot_eager")
+        model = build(
+            ActivationCheckpoint(mode="memory_budget", memory_budget=budget), replace(ARGS, num_layers=1), "aot_eager"
+        )
         saved = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: saved.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x, lambda x: x
+        ):
             loss = forward(model).square().sum()
         kept[budget] = sum(saved.values())
         loss.backward()
@@ -350,7 +372,8 @@ def test_any_lengths_batches_and_numbers_of_true_tokens_cost_few_graphs():
         return num_graphs() - before
 
     assert run(24, 1) == 1  # for all blocks
-    # The first block's tokens are a view of a product, where FSDP is not around, so it has graphs of its own once lengths are not compiled in.
+    # The first block's tokens are a view of a product, where FSDP is not around, so it has graphs of its own once
+    # lengths are not compiled in.
     assert run(32, 1) <= 3
     assert run(24, 2) <= 5
     assert run(32, 2) <= 7

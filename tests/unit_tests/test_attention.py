@@ -29,7 +29,10 @@ def automatic():
 
 def tensors(*lengths, dtype=torch.float64, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return [torch.randn(BATCH, n, HEADS, WIDTH, dtype=torch.float64, generator=g).to(dtype).requires_grad_() for n in lengths]
+    return [
+        torch.randn(BATCH, n, HEADS, WIDTH, dtype=torch.float64, generator=g).to(dtype).requires_grad_()
+        for n in lengths
+    ]
 
 
 def text_mask():
@@ -41,11 +44,17 @@ def joint_inputs(dtype=torch.float64):
 
 
 def kernels_run(function):
-    """How often each attention operator runs, by name, the second time; the profiler sees into compiled code and into our own operator."""
+    """How often each attention operator runs, by name, the second time; the profiler sees into compiled code and into
+    our own operator.
+    """
     function()  # compiles: what is traced is no run
     with torch.profiler.profile() as profile:
         function()
-    return {e.key: e.count for e in profile.key_averages() if "attention" in e.key and e.key.startswith(("aten::", "titan_video::"))}
+    return {
+        e.key: e.count
+        for e in profile.key_averages()
+        if "attention" in e.key and e.key.startswith(("aten::", "titan_video::"))
+    }
 
 
 class Executed(TorchDispatchMode):
@@ -70,7 +79,9 @@ def written_out(q, k, v, keys=None):
 def joint_written_out(q, k, v, text_q, text_k, text_v, mask, seq_len):
     keys = torch.ones(BATCH, seq_len, dtype=torch.bool)
     keys = torch.cat([keys, mask], dim=1)
-    out = written_out(torch.cat([q, text_q], 1), torch.cat([k[:, :seq_len], text_k], 1), torch.cat([v[:, :seq_len], text_v], 1), keys)
+    out = written_out(
+        torch.cat([q, text_q], 1), torch.cat([k[:, :seq_len], text_k], 1), torch.cat([v[:, :seq_len], text_v], 1), keys
+    )
     return out[:, :LENGTH], out[:, LENGTH:]
 
 
@@ -81,7 +92,9 @@ def loss(*outputs):
 # ---- values ----
 
 
-@pytest.mark.parametrize("backend, compiled", [("auto", False), ("flash", False), ("math", False), ("auto", True), ("math", True)])
+@pytest.mark.parametrize(
+    "backend, compiled", [("auto", False), ("flash", False), ("math", False), ("auto", True), ("math", True)]
+)
 def test_backends_equal_attention_written_out(backend, compiled):
     attention.use(backend, CPU, torch.float64, WIDTH)
     core = AttentionCore()
@@ -141,7 +154,11 @@ def test_parts_merge_to_the_whole():
     torch.testing.assert_close(lse, whole_lse, rtol=0, atol=1e-14)
     grads = [attend_backward(grad, q, k[:, rows], v[:, rows], out, lse) for rows in (slice(0, 2), slice(2, None))]
     expected = attend_backward(grad, q, k, v, whole, whole_lse)
-    for got, want in zip((grads[0][0] + grads[1][0], *(torch.cat(pair, dim=1) for pair in zip(*(g[1:] for g in grads)))), expected, strict=True):
+    for got, want in zip(
+        (grads[0][0] + grads[1][0], *(torch.cat(pair, dim=1) for pair in zip(*(g[1:] for g in grads)))),
+        expected,
+        strict=True,
+    ):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-13)
 
 
@@ -165,11 +182,15 @@ def test_math_kernel_equals_the_fused_one(masked):
     out, lse = attention._cpu(q, k, v, bias)
     for fused, plain in zip((out, lse), attention._math(q, k, v, bias), strict=True):
         torch.testing.assert_close(plain, fused, rtol=0, atol=1e-14)
-    for fused, plain in zip(*(f(grad, q, k, v, out, lse, bias) for f in (attention._cpu_backward, attention._math_backward)), strict=True):
+    for fused, plain in zip(
+        *(f(grad, q, k, v, out, lse, bias) for f in (attention._cpu_backward, attention._math_backward)), strict=True
+    ):
         torch.testing.assert_close(plain, fused, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("kernel, masked", [("flash", False), ("cudnn", False), ("cudnn", True), ("efficient", False), ("efficient", True)])
+@pytest.mark.parametrize(
+    "kernel, masked", [("flash", False), ("cudnn", False), ("cudnn", True), ("efficient", False), ("efficient", True)]
+)
 def test_cuda_kernels_are_called_as_they_are_declared(kernel, masked):
     """Without a GPU: shapes only. tests/gpu_tests has the values."""
     q, k = (torch.empty(2, 3, n, 16, device="meta", dtype=torch.bfloat16) for n in (40, 24))
@@ -254,19 +275,32 @@ def test_compiled_once_for_all_lengths():
 
 @pytest.mark.parametrize("backend", ["cudnn", "efficient", "flash3", "flash4", "flex"])
 def test_backends_of_gpus_are_refused_on_a_cpu(backend):
-    with pytest.raises(ValueError, match=rf"model.attention: {backend}, but it runs on a GPU.*; legal here: auto, flash, math$"):
+    with pytest.raises(
+        ValueError, match=rf"model.attention: {backend}, but it runs on a GPU.*; legal here: auto, flash, math$"
+    ):
         attention.use(backend, CPU, torch.bfloat16, 128)
     assert attention._in_use == ("flash",)  # as before
 
 
-@pytest.mark.parametrize("backend, arguments, reason", [
-    ("flash", (torch.bfloat16, 128, True), "takes no mask.*legal for this model: auto, cudnn, efficient, flex, math$"),
-    ("flash4", (torch.bfloat16, 128, True), "takes no mask"),
-    ("cudnn", (torch.float32, 128, False), "float32 .*mixed_precision_param.*legal for this model: auto, efficient, flex, math$"),
-    ("efficient", (torch.float64, 128, False), "float64.*legal for this model: auto, math$"),
-    ("cudnn", (torch.bfloat16, 160, False), "160 wide; legal for this model: auto, flash, efficient, flex, math$"),
-    ("flash", (torch.bfloat16, 20, False), "20 wide; legal for this model: auto, math$"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "backend, arguments, reason",
+    [
+        (
+            "flash",
+            (torch.bfloat16, 128, True),
+            "takes no mask.*legal for this model: auto, cudnn, efficient, flex, math$",
+        ),
+        ("flash4", (torch.bfloat16, 128, True), "takes no mask"),
+        (
+            "cudnn",
+            (torch.float32, 128, False),
+            "float32 .*mixed_precision_param.*legal for this model: auto, efficient, flex, math$",
+        ),
+        ("efficient", (torch.float64, 128, False), "float64.*legal for this model: auto, math$"),
+        ("cudnn", (torch.bfloat16, 160, False), "160 wide; legal for this model: auto, flash, efficient, flex, math$"),
+        ("flash", (torch.bfloat16, 20, False), "20 wide; legal for this model: auto, math$"),
+    ],
+)
 def test_models_that_a_backend_cannot_serve_are_refused(backend, arguments, reason):
     with pytest.raises(ValueError, match=f"model.attention: {backend}, but it .*{reason}"):
         attention.check(backend, *arguments)
@@ -284,14 +318,17 @@ class Gpu:
         monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
 
 
-@pytest.mark.parametrize("capability, deterministic, expected", [
-    ((9, 0), False, ("cudnn", "flash", "efficient", "math")),
-    ((10, 0), False, ("cudnn", "flash", "efficient", "math")),
-    ((8, 0), False, ("flash", "efficient", "cudnn", "math")),
-    ((12, 0), False, ("flash", "efficient", "cudnn", "math")),
-    ((9, 0), True, ("flash", "efficient", "math")),
-    ((7, 5), False, ("flash", "efficient", "math")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "capability, deterministic, expected",
+    [
+        ((9, 0), False, ("cudnn", "flash", "efficient", "math")),
+        ((10, 0), False, ("cudnn", "flash", "efficient", "math")),
+        ((8, 0), False, ("flash", "efficient", "cudnn", "math")),
+        ((12, 0), False, ("flash", "efficient", "cudnn", "math")),
+        ((9, 0), True, ("flash", "efficient", "math")),
+        ((7, 5), False, ("flash", "efficient", "math")),
+    ],
+)
 def test_auto_goes_by_the_gpu(monkeypatch, capability, deterministic, expected):
     Gpu(monkeypatch, capability, deterministic)
     cuda = torch.device("cuda")
@@ -306,7 +343,11 @@ def test_auto_goes_by_the_gpu(monkeypatch, capability, deterministic, expected):
 def test_a_gpu_that_a_backend_does_not_run_on_is_named(monkeypatch):
     Gpu(monkeypatch, (8, 0))
     cuda = torch.device("cuda")
-    with pytest.raises(ValueError, match=r"flash3, but it does not run on this GPU \(a GPU\); legal here: auto, cudnn, flash, efficient, flex, math$"):
+    with pytest.raises(
+        ValueError,
+        match=r"flash3, but it does not run on this GPU \(a GPU\); legal here: auto, cudnn, flash, efficient, flex, "
+        r"math$",
+    ):
         attention.use("flash3", cuda, torch.bfloat16, 128)
     Gpu(monkeypatch, (9, 0))
     with pytest.raises(ValueError, match="flash3, but the package flash_attn_interface is not installed"):
@@ -339,7 +380,9 @@ def test_flex_leaves_out_what_the_mask_does(monkeypatch):
     monkeypatch.setattr(attention, "_in_use", ("flex",))
     with torch.no_grad():
         inputs = [x.detach() for x in joint_inputs(torch.float32)]
-        for ours, theirs in zip(JointAttentionCore()(*inputs, text_mask(), 7), joint_written_out(*inputs, text_mask(), 7), strict=True):
+        for ours, theirs in zip(
+            JointAttentionCore()(*inputs, text_mask(), 7), joint_written_out(*inputs, text_mask(), 7), strict=True
+        ):
             torch.testing.assert_close(ours, theirs)
         q, k, v = inputs[:3]
         torch.testing.assert_close(AttentionCore()(q, k, v), written_out(q, k, v))

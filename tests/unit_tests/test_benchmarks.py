@@ -1,4 +1,7 @@
-"""The benchmarks' own parts: the scorer knows what it reads, and what is to be timed on a GPU runs, computes the same and is reported right."""
+"""The benchmarks' own parts:
+
+the scorer knows what it reads, and what is to be timed on a GPU runs, computes the same and is reported right.
+"""
 
 import json
 import os
@@ -8,7 +11,21 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import attention, block_bytes, common, data, kernels, learn_shapes, memory, profile_step, report, roof, step, traffic, training
+from benchmarks import (
+    attention,
+    block_bytes,
+    common,
+    data,
+    kernels,
+    learn_shapes,
+    memory,
+    profile_step,
+    report,
+    roof,
+    step,
+    traffic,
+    training,
+)
 from tests.helpers import ROOT, run_ranks
 from titan_video.data.shapes import COMBINATIONS, combination, render
 from titan_video.distributed.parallel_dims import ParallelDims
@@ -33,14 +50,20 @@ def test_scorer_reads_what_the_codec_leaves():
 
 
 def test_scorer_is_not_fooled():
-    """A clip played backwards moves the other way, swapped channels are another colour, and nothing is read from noise or an empty clip."""
+    """A clip played backwards moves the other way, swapped channels are another colour, and nothing is read from noise
+    or an empty clip.
+    """
     assert learn_shapes.score(render(0)) == ("red", "circle", "left")
     assert learn_shapes.score(render(0)[::-1]) == ("red", "circle", "right")
     assert learn_shapes.score(render(0)[..., ::-1]) == ("blue", "circle", "left")
     assert learn_shapes.score(render(0).swapaxes(1, 2)) == ("red", "circle", "up")
     assert learn_shapes.score(np.full((17, 64, 64, 3), 64, np.uint8)) is None
     assert learn_shapes.score(np.random.default_rng(0).integers(0, 256, (17, 64, 64, 3), dtype=np.uint8)) is None
-    assert learn_shapes.tally([None, ("red", "circle", "up")], [("red", "circle", "up")] * 2) == {"colour": 0.5, "shape": 0.5, "direction": 0.5}
+    assert learn_shapes.tally([None, ("red", "circle", "up")], [("red", "circle", "up")] * 2) == {
+        "colour": 0.5,
+        "shape": 0.5,
+        "direction": 0.5,
+    }
 
 
 # ---- what is to be run on a GPU, at toy size on a CPU ----
@@ -49,7 +72,10 @@ TOY = {
     "block_bytes": (block_bytes, []),
     "kernels": (kernels, ["--rounds", "1"]),
     "attention": (attention, ["--rounds", "1"]),
-    "step": (step, ["--rounds", "1", "--variants", "ours, attention kept", "ours, eager, full checkpointing", "diffusers, tuned"]),
+    "step": (
+        step,
+        ["--rounds", "1", "--variants", "ours, attention kept", "ours, eager, full checkpointing", "diffusers, tuned"],
+    ),
     "step_cpu": (step, ["--rounds", "1", "--cases", "toy", "--variants", "ours, float32", "diffusers, float32"]),
     "profile": (profile_step, ["--variant", "ours, eager"]),
     "memory": (memory, []),
@@ -76,7 +102,11 @@ def records(tmp_path_factory):
 
 def test_each_benchmark_runs_to_its_end(records):
     assert set(records) == {*TOY, "data", "step_14b"} == set(report.COMMANDS) == set(report.SECTIONS)
-    failures = [line for line in json.dumps(records, indent=0).splitlines() if '"failed": ' in line and not line.endswith(("{},", "{}"))]
+    failures = [
+        line
+        for line in json.dumps(records, indent=0).splitlines()
+        if '"failed": ' in line and not line.endswith(("{},", "{}"))
+    ]
     assert all("model.attention" in line for line in failures), failures  # backends that a CPU has not
     assert report.targets(records).count(report.NOT_YET) == 8  # those of steps at real size
     page = report.page(records)
@@ -95,7 +125,12 @@ def test_a_variant_that_fails_leaves_the_others(monkeypatch):
     def build(variant, case, device):
         if isinstance(variant, training.Ours):
             raise torch.OutOfMemoryError
-        return training.Step(torch.nn.Linear(2, 2), lambda data: (torch.zeros(()), torch.ones(3)), lambda: None, lambda: {"w": torch.ones(2)})
+        return training.Step(
+            torch.nn.Linear(2, 2),
+            lambda data: (torch.zeros(()), torch.ones(3)),
+            lambda: None,
+            lambda: {"w": torch.ones(2)},
+        )
 
     monkeypatch.setattr(step, "build", build)
     case, variants = step.CASES["toy"], {name: step.VARIANTS[name] for name in ("ours", "diffusers")}
@@ -107,9 +142,15 @@ def test_a_variant_that_fails_leaves_the_others(monkeypatch):
 
 def test_rounds_take_turns_and_ties_are_called():
     calls = []
-    times = common.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, torch.device("cpu"), rounds=4, budget=0)
+    times = common.interleaved(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, torch.device("cpu"), rounds=4, budget=0
+    )
     assert "".join(calls) == "abbaabba" and len(times["a"].seconds) == 4
-    fast, slow, wide = common.Times((1.0, 1.1, 1.0, 1.1)), common.Times((2.0, 2.1, 2.0, 2.1)), common.Times((0.5, 3.0, 0.6, 2.9))
+    fast, slow, wide = (
+        common.Times((1.0, 1.1, 1.0, 1.1)),
+        common.Times((2.0, 2.1, 2.0, 2.1)),
+        common.Times((0.5, 3.0, 0.6, 2.9)),
+    )
     assert fast.speedup(over=slow) == "1.95" and fast.ties(wide) and fast.speedup(over=wide).endswith("(tie)")
 
 
@@ -120,11 +161,17 @@ def test_roof_is_the_sum_of_what_the_parts_take():
     parts = {mode: roof.roof(args, tokens, 1, mode, 1_000, ceilings) for mode in ("none", "selective", "full")}
     own, text = attention_flops(1, tokens, tokens, 1536), attention_flops(1, tokens, 512, 1536)
     assert parts["none"]["attention"] == 30 * 3.5 * (own + text)
-    assert parts["none"]["attention"] + parts["none"]["matrix products"] == 3 * args.flops(tokens) + 30 * 0.5 * (own + text)
+    assert parts["none"]["attention"] + parts["none"]["matrix products"] == 3 * args.flops(tokens) + 30 * 0.5 * (
+        own + text
+    )
     assert parts["full"]["attention"] - parts["none"]["attention"] == 30 * (own + text)
     assert parts["selective"]["attention"] - parts["none"]["attention"] == 30 * text
     again = parts["full"]["matrix products"] - parts["none"]["matrix products"]
-    assert again == parts["selective"]["matrix products"] - parts["none"]["matrix products"] == 30 * 2 * tokens * 1536 * (6 * 1536 + 2 * 8960)
+    assert (
+        again
+        == parts["selective"]["matrix products"] - parts["none"]["matrix products"]
+        == 30 * 2 * tokens * 1536 * (6 * 1536 + 2 * 8960)
+    )
     assert parts["none"]["optimizer"] == 44_000
     assert sum(parts["none"].values()) < sum(parts["selective"].values()) < sum(parts["full"].values())
 

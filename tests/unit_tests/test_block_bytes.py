@@ -33,7 +33,9 @@ def test_an_operator_moves_what_it_reads_and_writes():
 def test_views_allocations_products_and_attention_are_free():
     x = torch.ones(1, 2, 8, 16, device="meta")
     assert moved(lambda: x.transpose(1, 2).unflatten(-1, (4, 4))[..., 0]) == moved(lambda: torch.empty_like(x)) == {}
-    assert moved(lambda: F.linear(x[0, 0], torch.ones(4, 16, device="meta"), torch.ones(4, device="meta"))) == {"ones": 4 * (64 + 4)}
+    assert moved(lambda: F.linear(x[0, 0], torch.ones(4, 16, device="meta"), torch.ones(4, device="meta"))) == {
+        "ones": 4 * (64 + 4)
+    }
     with block_bytes.as_on_gpu():
         assert moved(lambda: F.scaled_dot_product_attention(query=x, key=x, value=x)) == {}
 
@@ -69,7 +71,10 @@ def test_fused_path_keeps_and_moves_far_less_than_diffusers(counted):
 
 
 def test_counts_are_the_committed_ones(counted):
-    """Exact, so that a byte more is seen. If it is meant: python benchmarks/block_bytes.py --json benchmarks/results/block_bytes.json."""
+    """Exact, so that a byte more is seen. If it is meant:
+
+    python benchmarks/block_bytes.py --json benchmarks/results/block_bytes.json.
+    """
     for case, found in counted.items():
         for who, counts in found.items():
             if who != "diffusers":

@@ -23,7 +23,11 @@ class Weights:
     """A flat dict of tensors, as the moving average is."""
 
     def __init__(self, value=0.0):
-        self.values = {"a.weight": torch.full((3, 5), float(value)), "a.bias": torch.full((4,), float(value)), "count": torch.tensor(float(value))}
+        self.values = {
+            "a.weight": torch.full((3, 5), float(value)),
+            "a.bias": torch.full((4,), float(value)),
+            "count": torch.tensor(float(value)),
+        }
 
     def state_dict(self):
         return dict(self.values)
@@ -49,7 +53,9 @@ class Counter:
 
 def manager(folder, weights=None, counter=None, **section):
     section = {"async_mode": "disabled", "interval": 1, "keep_latest_k": 0, **section}
-    return CheckpointManager(Checkpoint(**section), folder, {"ema": weights or Weights()}, {"train": counter or Counter()})
+    return CheckpointManager(
+        Checkpoint(**section), folder, {"ema": weights or Weights()}, {"train": counter or Counter()}
+    )
 
 
 def save_steps(folder, steps, **section):
@@ -75,7 +81,9 @@ def build(seed=0, wrapped=False):
     if wrapped:
         model[0] = checkpoint_wrapper(model[0])
     vectors, matrices = [p for p in model.parameters() if p.ndim == 1], [p for p in model.parameters() if p.ndim == 2]
-    return model, torch.optim.AdamW([{"params": vectors, "weight_decay": 0.0}, {"params": matrices}], lr=1e-2, fused=True)
+    return model, torch.optim.AdamW(
+        [{"params": vectors, "weight_decay": 0.0}, {"params": matrices}], lr=1e-2, fused=True
+    )
 
 
 def train(model, optimizer, steps):
@@ -114,8 +122,13 @@ def test_resume_is_bitwise(tmp_path, mode, first):
         assert [set(s) for s in resumed_optimizer.state.values()] == [{"step", "exp_avg", "exp_avg_sq"}] * 4
         assert all(s["step"] == first for s in resumed_optimizer.state.values())
     assert train(resumed, resumed_optimizer, range(first, first + 4)) == expected
-    ours, theirs = OptimizerState(model, optimizer).state_dict(), OptimizerState(resumed, resumed_optimizer).state_dict()
-    assert ours.keys() == theirs.keys() and len(ours) == 12 and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    ours, theirs = (
+        OptimizerState(model, optimizer).state_dict(),
+        OptimizerState(resumed, resumed_optimizer).state_dict(),
+    )
+    assert (
+        ours.keys() == theirs.keys() and len(ours) == 12 and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    )
 
 
 def test_layout_of_the_folder(tmp_path):
@@ -221,7 +234,9 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 def test_weights_alone(tmp_path):
     model, optimizer = build()
     train(model, optimizer, range(2))
-    CheckpointManager(Checkpoint(async_mode="disabled"), tmp_path / "run", states(model, optimizer), {}).save(2, last=True)
+    CheckpointManager(Checkpoint(async_mode="disabled"), tmp_path / "run", states(model, optimizer), {}).save(
+        2, last=True
+    )
     shutil.copytree(tmp_path / "run/step-2", tmp_path / "base")  # a folder of any name
     other = build(seed=3)[0].to(torch.bfloat16)
     assert load_weights(tmp_path / "base", other) == 2
@@ -278,7 +293,9 @@ def test_none_valid_stops(tmp_path):
     os.rename(tmp_path / "step-2", tmp_path / "step-20")
     with pytest.raises(ValueError, match="none is valid") as error:
         manager(tmp_path).load()
-    assert "step-1/__0_0.distcp: missing" in str(error.value) and "step-20/manifest.json: written at step 2" in str(error.value)
+    assert "step-1/__0_0.distcp: missing" in str(error.value) and "step-20/manifest.json: written at step 2" in str(
+        error.value
+    )
 
 
 def test_retention(tmp_path):
@@ -287,7 +304,9 @@ def test_retention(tmp_path):
     others = ["notes", "step-03", "step-x"]
     assert save_steps(tmp_path, [1, 2, 3, 4], keep_latest_k=2) == sorted([*others, "step-3", "step-4"])
     (tmp_path / "step-4/__0_0.distcp").write_bytes(b"short")
-    assert save_steps(tmp_path, [5], keep_latest_k=2) == sorted([*others, "step-3", "step-4", "step-5"]), "an invalid one does not count"
+    assert save_steps(tmp_path, [5], keep_latest_k=2) == sorted([*others, "step-3", "step-4", "step-5"]), (
+        "an invalid one does not count"
+    )
     # After load_step, newer folders are another branch's: neither counted nor removed.
     weights = Weights()
     branch = manager(tmp_path, weights, load_step=3, keep_latest_k=1)

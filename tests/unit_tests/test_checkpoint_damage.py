@@ -1,4 +1,7 @@
-"""Damaged and malicious checkpoints: every file that is not what was written is refused by name, and nothing in it is executed."""
+"""Damaged and malicious checkpoints:
+
+every file that is not what was written is refused by name, and nothing in it is executed.
+"""
 
 import json
 import os
@@ -23,7 +26,7 @@ def damage(path, rng):
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         path.write_bytes(data)
     elif kind == "cut":
-        path.write_bytes(data[:rng.randrange(len(data))])
+        path.write_bytes(data[: rng.randrange(len(data))])
     else:
         path.unlink()
     return kind
@@ -49,7 +52,14 @@ def test_every_part_of_the_manifest_counts(tmp_path):
     path = tmp_path / "step-1/manifest.json"
     whole = path.read_bytes()
     compact = json.dumps(json.loads(whole)).encode()
-    for text in (whole + b"\n", whole[:-1], whole.replace(b"\n", b"\r\n"), whole.replace(b": 1,", b":  1,"), compact, b"[" * 100_000):
+    for text in (
+        whole + b"\n",
+        whole[:-1],
+        whole.replace(b"\n", b"\r\n"),
+        whole.replace(b": 1,", b":  1,"),
+        compact,
+        b"[" * 100_000,
+    ):
         path.write_bytes(text)
         with pytest.raises(InvalidCheckpoint, match="manifest.json"):
             files.read_manifest(path.parent)
@@ -84,10 +94,17 @@ def test_pickle_payload_in_the_index_is_not_executed(tmp_path, caplog):
     marker, path = tmp_path / "executed", tmp_path / "step-2/.metadata"
     metadata = pickle.loads(path.read_bytes())
     metadata.planner_data = Payload(marker)
-    for payload in (pickle.dumps(Payload(marker)), pickle.dumps(metadata), pickle.dumps(Payload(marker), protocol=0), b"ctorch\nload\n."):
+    for payload in (
+        pickle.dumps(Payload(marker)),
+        pickle.dumps(metadata),
+        pickle.dumps(Payload(marker), protocol=0),
+        b"ctorch\nload\n.",
+    ):
         path.write_bytes(payload)
         reseal(path.parent, 2)
-        with pytest.raises(InvalidCheckpoint, match=r"step-2/\.metadata: refused: it asks for (posix.mkdir|torch.load)"):
+        with pytest.raises(
+            InvalidCheckpoint, match=r"step-2/\.metadata: refused: it asks for (posix.mkdir|torch.load)"
+        ):
             files.verify(path.parent)
     path.write_bytes(pickle.dumps(metadata))
     reseal(path.parent, 2)
@@ -113,7 +130,11 @@ def test_an_index_of_an_older_python(tmp_path):
     save_steps(tmp_path, [1])
     path, refused = tmp_path / "step-1/.metadata", "refused: it asks for builtins.getattr of"
     metadata = pickle.loads(path.read_bytes())
-    for arguments, message in ((lambda m: (type(m), m.name), ""), (lambda m: (type(m), "mro"), refused), (lambda m: (torch.Size, "count"), refused)):
+    for arguments, message in (
+        (lambda m: (type(m), m.name), ""),
+        (lambda m: (type(m), "mro"), refused),
+        (lambda m: (torch.Size, "count"), refused),
+    ):
         with open(path, "wb") as file:
             OlderPython(file, arguments).dump(metadata)
         assert b"getattr" in path.read_bytes()
@@ -151,12 +172,24 @@ def test_index_may_name_only_tensors_in_listed_files(tmp_path):
         files.verify(folder)
     shutil.rmtree(folder)
     with files.plain_errors("writing"):
-        dcp.save({**{f"ema.{k}": v for k, v in Weights().values.items()}, "extra": {"pickled": 1}}, no_dist=True,
-                 storage_writer=files.TensorWriter(folder), planner=files.TensorSavePlanner(None))
+        dcp.save(
+            {**{f"ema.{k}": v for k, v in Weights().values.items()}, "extra": {"pickled": 1}},
+            no_dist=True,
+            storage_writer=files.TensorWriter(folder),
+            planner=files.TensorSavePlanner(None),
+        )
     (folder / "state.json").write_text("{}")
     reseal(folder, 1)
     with pytest.raises(InvalidCheckpoint, match=r"\.metadata: entry 'extra' is not a tensor"):
         files.verify(folder)
-    with pytest.raises(RuntimeError, match="entry 'extra' of the checkpoint is not a tensor"), files.plain_errors("reading"):
+    with (
+        pytest.raises(RuntimeError, match="entry 'extra' of the checkpoint is not a tensor"),
+        files.plain_errors("reading"),
+    ):
         reader = files.TensorReader(folder, pickle.loads((folder / ".metadata").read_bytes()))
-        dcp.load({"extra": "x"}, storage_reader=reader, no_dist=True, planner=files.TensorLoadPlanner(flatten_state_dict=False))
+        dcp.load(
+            {"extra": "x"},
+            storage_reader=reader,
+            no_dist=True,
+            planner=files.TensorLoadPlanner(flatten_state_dict=False),
+        )

@@ -1,4 +1,7 @@
-"""What models are given beside noise, time and text: each tensor against the diffusers pipelines' own, from tiny random encoders saved to disk."""
+"""What models are given beside noise, time and text:
+
+each tensor against the diffusers pipelines' own, from tiny random encoders saved to disk.
+"""
 
 import json
 import shutil
@@ -31,7 +34,9 @@ def conditions_of(family, flavor):
 
 
 def frame(seed):
-    return torch.from_numpy(np.random.Generator(np.random.Philox(key=seed)).integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)).permute(2, 0, 1)
+    return torch.from_numpy(
+        np.random.Generator(np.random.Philox(key=seed)).integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    ).permute(2, 0, 1)
 
 
 def picture(frame_CHW):
@@ -55,9 +60,17 @@ def clip_vision(root, image_size, patch_size, width=32):
     from transformers import CLIPImageProcessor, CLIPVisionConfig
 
     size = {"shortest_edge": image_size}
-    CLIPImageProcessor(size=size, crop_size={"height": image_size, "width": image_size}).save_pretrained(root / "image_processor")
-    return CLIPVisionConfig(hidden_size=width, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=image_size,
-                            patch_size=patch_size)  # fmt: skip
+    CLIPImageProcessor(size=size, crop_size={"height": image_size, "width": image_size}).save_pretrained(
+        root / "image_processor"
+    )
+    return CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=image_size,
+        patch_size=patch_size,
+    )
 
 
 # ---- Wan ----
@@ -82,8 +95,20 @@ def wan22(wan_folder, tmp_path_factory):  # noqa: F811
     shutil.copytree(wan_folder, root)
     torch.manual_seed(0)
     numbers = {"latents_mean": torch.randn(48).tolist(), "latents_std": (1 + torch.rand(48)).tolist()}
-    vae = AutoencoderKLWan(base_dim=4, decoder_base_dim=4, z_dim=48, dim_mult=[1, 1, 1, 1], num_res_blocks=1, is_residual=True, in_channels=12,
-                           out_channels=12, patch_size=2, scale_factor_spatial=16, scale_factor_temporal=4, **numbers)  # fmt: skip
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        decoder_base_dim=4,
+        z_dim=48,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+        scale_factor_temporal=4,
+        **numbers,
+    )
     vae.save_pretrained(root / "vae")
     return root
 
@@ -98,17 +123,22 @@ def wan_pipeline(root, expand_timesteps=False):
 
     has_images = (root / "image_encoder").is_dir()
     return WanImageToVideoPipeline(
-        tokenizer=None, text_encoder=None, vae=AutoencoderKLWan.from_pretrained(root / "vae"), scheduler=None,
+        tokenizer=None,
+        text_encoder=None,
+        vae=AutoencoderKLWan.from_pretrained(root / "vae"),
+        scheduler=None,
         image_processor=CLIPImageProcessor.from_pretrained(root / "image_processor") if has_images else None,
         image_encoder=CLIPVisionModel.from_pretrained(root / "image_encoder").eval() if has_images else None,
         expand_timesteps=expand_timesteps,
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()
 def prepared(pipeline, images, num_channels, latents):
     pixels = [pipeline.video_processor.preprocess(picture(i), height=HEIGHT, width=WIDTH) for i in images]
-    return pipeline.prepare_latents(pixels[0], 1, num_channels, HEIGHT, WIDTH, FRAMES, torch.float32, "cpu", None, latents, *pixels[1:])
+    return pipeline.prepare_latents(
+        pixels[0], 1, num_channels, HEIGHT, WIDTH, FRAMES, torch.float32, "cpu", None, latents, *pixels[1:]
+    )
 
 
 @pytest.mark.parametrize("flavor", ["i2v-14B", "flf2v-14B", "i2v-A14B"])
@@ -136,7 +166,11 @@ def test_wan_channels_and_image_tokens(wan21, flavor):
 
 @torch.no_grad()
 def test_wan_clean_first_frame(wan22):
-    conditions, encoders, pipeline = conditions_of("wan", "ti2v-5B"), wan_encoders(wan22), wan_pipeline(wan22, expand_timesteps=True)
+    conditions, encoders, pipeline = (
+        conditions_of("wan", "ti2v-5B"),
+        wan_encoders(wan22),
+        wan_pipeline(wan22, expand_timesteps=True),
+    )
     assert (encoders.channels, encoders.stride_s) == (48, 16)
     grid = 3, 2, 4
     latents, expected, mask = prepared(pipeline, [frame(0)], 48, torch.randn(1, 48, *grid))
@@ -149,10 +183,14 @@ def test_wan_clean_first_frame(wan22):
     assert torch.equal(times, (mask[0][0][:, ::2, ::2] * 700).flatten()[None].long())
 
     frames = torch.stack([frame(k) for k in range(FRAMES)], dim=1)[None]
-    close(encoders.encode_video(frames)[:, :, :1], given)  # causal: a clip's first latent frame is that of its first frame
+    close(
+        encoders.encode_video(frames)[:, :, :1], given
+    )  # causal: a clip's first latent frame is that of its first frame
     z = pipeline.vae.encode(frames.float() / 127.5 - 1).latent_dist.mode()
     decoded = pipeline.vae.decode(z).sample
-    assert (encoders.decode_video(encoders.encode_video(frames)).float() - ((decoded + 1) * 127.5).clamp(0, 255)).abs().max() <= 0.51
+    assert (
+        encoders.decode_video(encoders.encode_video(frames)).float() - ((decoded + 1) * 127.5).clamp(0, 255)
+    ).abs().max() <= 0.51
 
 
 # ---- HunyuanVideo ----
@@ -167,34 +205,67 @@ def tokenizer(root, name, special, template):
 
     words = Tokenizer(models.BPE())
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     words.train_from_iterator([IMAGE_TEMPLATE, *PROMPTS, "\n\n"] * 20, trainer)
     ends = [(s, words.token_to_id(s)) for s in template.split() if "<" in s]
     words.post_processor = processors.TemplateProcessing(single=template, special_tokens=ends)
-    fast = PreTrainedTokenizerFast(tokenizer_object=words, pad_token=special[0], padding_side="right", bos_token=special[1], eos_token=special[2])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token=special[0], padding_side="right", bos_token=special[1], eos_token=special[2]
+    )
     fast.save_pretrained(root / name)
     return fast
 
 
 def hunyuan_folder(root, image_to_video):
     from diffusers import AutoencoderKLHunyuanVideo
-    from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModel,
+        LlamaConfig,
+        LlamaModel,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
 
     torch.manual_seed(0)
-    vae = AutoencoderKLHunyuanVideo(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2, latent_channels=16)
+    vae = AutoencoderKLHunyuanVideo(
+        block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2, latent_channels=16
+    )
     vae.save_pretrained(root / "vae")
     special = ["<pad>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<image>"]
     words = tokenizer(root, "tokenizer", special, "<|begin_of_text|> $A")
-    text = LlamaConfig(vocab_size=len(words), hidden_size=24, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, pad_token_id=0)
+    text = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        pad_token_id=0,
+    )
     if image_to_video:
         vision = clip_vision(root, 336, 14, width=16)
-        config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=special.index("<image>"), pad_token_id=0)
+        config = LlavaConfig(
+            vision_config=vision, text_config=text, image_token_index=special.index("<image>"), pad_token_id=0
+        )
         randomise(LlavaForConditionalGeneration(config), 0.1).save_pretrained(root / "text_encoder")
     else:
         randomise(LlamaModel(text), 0.1).save_pretrained(root / "text_encoder")
     clip = tokenizer(root, "tokenizer_2", ["<|endoftext|>", "<|startoftext|>", "<|end|>"], "<|startoftext|> $A <|end|>")
-    config = CLIPTextConfig(vocab_size=len(clip), hidden_size=20, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, eos_token_id=2,
-                            pad_token_id=0, bos_token_id=1)  # fmt: skip
+    config = CLIPTextConfig(
+        vocab_size=len(clip),
+        hidden_size=20,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        eos_token_id=2,
+        pad_token_id=0,
+        bos_token_id=1,
+    )
     randomise(CLIPTextModel(config), 0.1).save_pretrained(root / "text_encoder_2")
     return root
 
@@ -218,11 +289,15 @@ def hunyuan_pipeline(root, cls, text_class, **more):
     from transformers import AutoTokenizer, CLIPTextModel
 
     return cls(
-        text_encoder=text_class.from_pretrained(root / "text_encoder").eval(), tokenizer=AutoTokenizer.from_pretrained(root / "tokenizer"),
-        transformer=None, vae=AutoencoderKLHunyuanVideo.from_pretrained(root / "vae"), scheduler=None,
+        text_encoder=text_class.from_pretrained(root / "text_encoder").eval(),
+        tokenizer=AutoTokenizer.from_pretrained(root / "tokenizer"),
+        transformer=None,
+        vae=AutoencoderKLHunyuanVideo.from_pretrained(root / "vae"),
+        scheduler=None,
         text_encoder_2=CLIPTextModel.from_pretrained(root / "text_encoder_2").eval(),
-        tokenizer_2=AutoTokenizer.from_pretrained(root / "tokenizer_2"), **more,
-    )  # fmt: skip
+        tokenizer_2=AutoTokenizer.from_pretrained(root / "tokenizer_2"),
+        **more,
+    )
 
 
 @torch.no_grad()
@@ -251,19 +326,28 @@ def test_hunyuan_image(hunyuan_i2v, flavor):
 
     processor = {"image_processor": CLIPImageProcessor.from_pretrained(hunyuan_i2v / "image_processor")}
     encoders = hunyuan_encoders(hunyuan_i2v)
-    pipeline = hunyuan_pipeline(hunyuan_i2v, HunyuanVideoImageToVideoPipeline, LlavaForConditionalGeneration, **processor)
+    pipeline = hunyuan_pipeline(
+        hunyuan_i2v, HunyuanVideoImageToVideoPipeline, LlavaForConditionalGeneration, **processor
+    )
     conditions, form = conditions_of("hunyuan_video", flavor), flavor.removeprefix("i2v-13B-").replace("-", "_")
     images = [frame(k) for k in range(len(PROMPTS))]
     texts = encoders.encode_text(PROMPTS, images, conditions.text_image_tokens)
     for prompt, image, text in zip(PROMPTS, images, texts, strict=True):
         stride = {"latent_concat": 2, "token_replace": 4}[form]
-        expected, _, mask = pipeline.encode_prompt(picture(image), prompt, device="cpu", max_sequence_length=LENGTH, image_embed_interleave=stride)
+        expected, _, mask = pipeline.encode_prompt(
+            picture(image), prompt, device="cpu", max_sequence_length=LENGTH, image_embed_interleave=stride
+        )
         assert mask.sum() == len(text) and mask[0, : len(text)].all()
         close(text, expected[0, : len(text)])
     assert not torch.allclose(texts[0], encoders.encode_text(PROMPTS[:1], images[1:2], conditions.text_image_tokens)[0])
 
-    pixels, latents = pipeline.video_processor.preprocess(picture(images[0]), HEIGHT, WIDTH), torch.randn(1, 16, *LATENT)
-    start, expected = pipeline.prepare_latents(pixels, 1, 16, HEIGHT, WIDTH, FRAMES, torch.float32, "cpu", None, latents, form)
+    pixels, latents = (
+        pipeline.video_processor.preprocess(picture(images[0]), HEIGHT, WIDTH),
+        torch.randn(1, 16, *LATENT),
+    )
+    start, expected = pipeline.prepare_latents(
+        pixels, 1, 16, HEIGHT, WIDTH, FRAMES, torch.float32, "cpu", None, latents, form
+    )
     given = encode_given(encoders, conditions, images[0][:, None], FRAMES)[None]
     close(given, expected[:, :, :1])
     close(conditions.start(latents, given) - latents, start - latents)
@@ -275,7 +359,9 @@ def test_hunyuan_image(hunyuan_i2v, flavor):
         expected = torch.cat([expected, latents[:, :, 1:]], dim=2)
     x = GivenTokens(conditions, given, LATENT, PATCH).model_input(patchify(latents, PATCH))
     close(unpatchify(x, token_shape(LATENT, PATCH), PATCH), expected)
-    assert guidance(conditions, 6.0, torch.zeros(2)) == {} or guidance(conditions, 6.0, torch.zeros(2))["guidance_B"].tolist() == [6000.0, 6000.0]
+    assert guidance(conditions, 6.0, torch.zeros(2)) == {} or guidance(conditions, 6.0, torch.zeros(2))[
+        "guidance_B"
+    ].tolist() == [6000.0, 6000.0]
 
 
 @torch.no_grad()
@@ -287,12 +373,18 @@ def test_hunyuan_video_latents(hunyuan_t2v):
     z = vae.encode(frames.float() / 127.5 - 1).latent_dist.mode()
     latents = encoders.encode_video(frames)
     close(latents, z * vae.config.scaling_factor)
-    assert (encoders.decode_video(latents).float() - ((vae.decode(z).sample + 1) * 127.5).clamp(0, 255)).abs().max() <= 0.51
+    assert (
+        encoders.decode_video(latents).float() - ((vae.decode(z).sample + 1) * 127.5).clamp(0, 255)
+    ).abs().max() <= 0.51
     assert encoders.video_id() != encoders.text_id()
 
 
 def test_unfit_hunyuan_folders_are_refused_by_name(hunyuan_t2v, tmp_path):
-    for name, words in (("text_encoder_2", "text_encoder_2/config.json"), ("tokenizer", "tokenizer is missing"), ("vae", "vae/config.json")):
+    for name, words in (
+        ("text_encoder_2", "text_encoder_2/config.json"),
+        ("tokenizer", "tokenizer is missing"),
+        ("vae", "vae/config.json"),
+    ):
         root = shutil.copytree(hunyuan_t2v, tmp_path / name)
         shutil.rmtree(root / name)
         with pytest.raises(ValueError, match=words):
@@ -318,7 +410,13 @@ class Recorder(torch.nn.Module):
 
 
 def make_batch(given):
-    return Batch(torch.randn(2, 16, *LATENT), torch.zeros(2, 5, 8), torch.ones(2, 5, dtype=torch.bool), torch.arange(2), {"given_BCFHW": given})
+    return Batch(
+        torch.randn(2, 16, *LATENT),
+        torch.zeros(2, 5, 8),
+        torch.ones(2, 5, dtype=torch.bool),
+        torch.arange(2),
+        {"given_BCFHW": given},
+    )
 
 
 def test_given_tokens_hold_no_noise_and_no_loss():
@@ -343,7 +441,15 @@ def test_given_tokens_hold_no_noise_and_no_loss():
     expected = F.pad(torch.cat([batch.cond["given_BCFHW"], torch.ones(2, 1, 1, 4, 8)], dim=1), [0, 0, 0, 0, 0, 2])
     assert torch.equal(tail, expected)
     with pytest.raises(ValueError, match="image-to-video"):
-        model_inputs(PATCH, Batch(batch.latents_BCFHW, batch.text_BLD, batch.text_mask_BL, batch.sample_ids_B), noise, s, s, None, concat)
+        model_inputs(
+            PATCH,
+            Batch(batch.latents_BCFHW, batch.text_BLD, batch.text_mask_BL, batch.sample_ids_B),
+            noise,
+            s,
+            s,
+            None,
+            concat,
+        )
 
 
 def test_batches_are_split_and_moved_with_their_conditions():

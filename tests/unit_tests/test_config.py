@@ -1,4 +1,7 @@
-"""The configuration: nothing wrong is accepted, every message names the field, and what is written is read back the same."""
+"""The configuration:
+
+nothing wrong is accepted, every message names the field, and what is written is read back the same.
+"""
 
 import random
 import subprocess
@@ -36,8 +39,11 @@ def draw(kind, limits, rng):
     low, high = limits.get("ge", limits.get("gt", -(2**63))), limits.get("le", limits.get("lt", 2**63 - 1))
     if kind is int:
         return rng.choice([low, min(low + rng.randrange(100), high), rng.randint(low, high - ("lt" in limits))])
-    inside = [x for x in (rng.uniform(low, min(high, low + 10)), low + 5e-324, low + 1e-7 * rng.random(), low + 0.1, 1e300, 3)
-              if x <= high and (x < high or "lt" not in limits) and (x > low or "gt" not in limits)]
+    inside = [
+        x
+        for x in (rng.uniform(low, min(high, low + 10)), low + 5e-324, low + 1e-7 * rng.random(), low + 0.1, 1e300, 3)
+        if x <= high and (x < high or "lt" not in limits) and (x > low or "gt" not in limits)
+    ]
     return rng.choice(inside)
 
 
@@ -59,7 +65,9 @@ def test_what_is_dumped_is_parsed_back():
         assert dump(again) == text
         for full in options():  # typed as declared
             section, name = full.split(".")
-            assert type(getattr(getattr(again, section), name)) is type(getattr(getattr(JobConfig(), section), name)), full
+            assert type(getattr(getattr(again, section), name)) is type(getattr(getattr(JobConfig(), section), name)), (
+                full
+            )
     assert parse(dump(JobConfig())) == JobConfig() == parse("")
     assert dump(JobConfig()).count(" = ") == len(options())
 
@@ -86,7 +94,7 @@ def with_values(values):
 def typo(name, rng):
     """`name` with two letters swapped, one doubled or one lost; never itself."""
     i = rng.randrange(len(name) - 1)
-    ways = [name[:i] + name[i + 1] + name[i] + name[i + 2:], name[:i] + name[i] + name[i:], name[:i] + name[i + 1:]]
+    ways = [name[:i] + name[i + 1] + name[i] + name[i + 2 :], name[:i] + name[i] + name[i:], name[:i] + name[i + 1 :]]
     return rng.choice([w for w in ways if w != name and not w.startswith("_")])
 
 
@@ -96,11 +104,25 @@ def wrong_types(kind):
         return [1, "1", True, {"a": 1}, *inner]
     if is_dataclass(kind):
         kinds = get_type_hints(kind)
-        return [1, "a", True, [1], *({f.name: v} for f in fields(kind) for v in wrong_types(kinds[f.name]) + out_of_range(kinds[f.name], limits_of(f)))]
+        return [
+            1,
+            "a",
+            True,
+            [1],
+            *(
+                {f.name: v}
+                for f in fields(kind)
+                for v in wrong_types(kinds[f.name]) + out_of_range(kinds[f.name], limits_of(f))
+            ),
+        ]
     if get_origin(kind) is Literal:
         return ["none of these", 1, True, [get_args(kind)[0]], get_args(kind)[0].swapcase()]
-    return {bool: ["true", 1, 0.0, [True]], int: ["3", 3.0, True, [3], 2**63, -(2**63) - 1, float("inf")], str: [3, 1.5, False, ["a"], "a\0b"],
-            float: ["1e-4", True, [1.0], {"x": 1.0}, float("nan"), float("inf"), -float("inf"), 10**400]}[kind]
+    return {
+        bool: ["true", 1, 0.0, [True]],
+        int: ["3", 3.0, True, [3], 2**63, -(2**63) - 1, float("inf")],
+        str: [3, 1.5, False, ["a"], "a\0b"],
+        float: ["1e-4", True, [1.0], {"x": 1.0}, float("nan"), float("inf"), -float("inf"), 10**400],
+    }[kind]
 
 
 def out_of_range(kind, limits):
@@ -110,7 +132,12 @@ def out_of_range(kind, limits):
     if is_dataclass(kind):
         return []
     step = {int: 1, float: 1e-6}.get(kind)
-    beyond = {"ge": lambda x: [x - step, x - 999], "le": lambda x: [x + step, x + 999], "gt": lambda x: [x, x - step], "lt": lambda x: [x, x + step]}
+    beyond = {
+        "ge": lambda x: [x - step, x - 999],
+        "le": lambda x: [x + step, x + 999],
+        "gt": lambda x: [x, x - step],
+        "lt": lambda x: [x, x + step],
+    }
     return [kind(v) for name, limit in limits.items() for v in beyond[name](limit)]
 
 
@@ -126,7 +153,11 @@ COMBINATIONS = [  # (what is set, fields the message names, a piece of the fix)
     ({"data.path": "clips/*.mp4"}, "data.path", ".tar"),
     ({"data.path": "s3://bucket/clips"}, "data.path", ".tar"),
     ({"data.source": [{"path": "embedded:shapes-8"}]}, "data.path", "data.source"),
-    ({"data.path": "", "data.source": [{"path": "embedded:shapes-8"}, {"path": "/no/such"}]}, "data.source: item 1: path", "does not exist"),
+    (
+        {"data.path": "", "data.source": [{"path": "embedded:shapes-8"}, {"path": "/no/such"}]},
+        "data.source: item 1: path",
+        "does not exist",
+    ),
     ({"data.path": "", "data.source": [{"num_repeats": 2}]}, "data.source: item 0: path", "empty"),
     ({"data.source": [{"num_repeat": 2}]}, "data.source", "nearest known name: num_repeats"),
     ({"data.resolutions": [512]}, "data.resolutions", "set buckets to []"),
@@ -147,32 +178,90 @@ COMBINATIONS = [  # (what is set, fields the message names, a piece of the fix)
     ({"parallelism.data_parallel_shard_degree": 0}, "parallelism.data_parallel_shard_degree", "legal: 4"),
     ({"parallelism.data_parallel_shard_degree": 2}, "parallelism.data_parallel_shard_degree", "legal: 4"),
     ({"parallelism.data_parallel_shard_degree": 8}, "parallelism.data_parallel_shard_degree", "legal: 4"),
-    ({"parallelism.data_parallel_replicate_degree": 2, "parallelism.data_parallel_shard_degree": 4},
-     "parallelism.data_parallel_shard_degree", "legal: 2"),
+    (
+        {"parallelism.data_parallel_replicate_degree": 2, "parallelism.data_parallel_shard_degree": 4},
+        "parallelism.data_parallel_shard_degree",
+        "legal: 2",
+    ),
     ({"parallelism.tensor_parallel_degree": 3}, "parallelism.tensor_parallel_degree", "legal: 1, 2, 4"),
     ({"parallelism.pipeline_parallel_degree": 8}, "parallelism.pipeline_parallel_degree", "legal: 1, 2, 4"),
-    ({"parallelism.tensor_parallel_degree": 2, "parallelism.context_parallel_degree": 4},
-     "parallelism.context_parallel_degree", "the 2 ranks that tensor_parallel_degree 2 leaves; legal: 1, 2"),
-    ({"parallelism.pipeline_parallel_degree": 2, "parallelism.tensor_parallel_degree": 2, "parallelism.context_parallel_degree": 2},
-     "parallelism.context_parallel_degree", "legal: 1"),
-    ({"parallelism.context_parallel_degree": 2, "parallelism.data_parallel_shard_degree": 4}, "parallelism.data_parallel_shard_degree", "legal: 2"),
-    ({"parallelism.context_parallel_degree": 4, "training.global_batch_size": 6, "training.local_batch_size": 4}, "training.global_batch_size", "4 or 8"),
-    ({"parallelism.enable_async_tensor_parallel": True, "parallelism.tensor_parallel_degree": 2},
-     "parallelism.enable_async_tensor_parallel", "set compile.enable"),
-    ({"parallelism.enable_async_tensor_parallel": True, "compile.enable": True},
-     "parallelism.enable_async_tensor_parallel", "parallelism.tensor_parallel_degree"),
-    ({"parallelism.context_parallel_degree": 4, "parallelism.context_parallel_method": "unified", "parallelism.context_parallel_ulysses_degree": 3},
-     "parallelism.context_parallel_ulysses_degree", "legal: 1, 2, 4"),
-    ({"parallelism.context_parallel_degree": 4, "parallelism.context_parallel_ulysses_degree": 2},
-     "parallelism.context_parallel_ulysses_degree", "unified"),
-    ({"parallelism.pipeline_parallel_degree": 2, "training.local_batch_size": 4, "parallelism.pipeline_parallel_microbatch_size": 3},
-     "parallelism.pipeline_parallel_microbatch_size", "legal: 1, 2, 4"),
-    ({"parallelism.pipeline_parallel_degree": 2, "parallelism.pipeline_parallel_schedule": "InterleavedZeroBubble", "compile.enable": True},
-     "parallelism.pipeline_parallel_schedule", "Interleaved1F1B"),
+    (
+        {"parallelism.tensor_parallel_degree": 2, "parallelism.context_parallel_degree": 4},
+        "parallelism.context_parallel_degree",
+        "the 2 ranks that tensor_parallel_degree 2 leaves; legal: 1, 2",
+    ),
+    (
+        {
+            "parallelism.pipeline_parallel_degree": 2,
+            "parallelism.tensor_parallel_degree": 2,
+            "parallelism.context_parallel_degree": 2,
+        },
+        "parallelism.context_parallel_degree",
+        "legal: 1",
+    ),
+    (
+        {"parallelism.context_parallel_degree": 2, "parallelism.data_parallel_shard_degree": 4},
+        "parallelism.data_parallel_shard_degree",
+        "legal: 2",
+    ),
+    (
+        {"parallelism.context_parallel_degree": 4, "training.global_batch_size": 6, "training.local_batch_size": 4},
+        "training.global_batch_size",
+        "4 or 8",
+    ),
+    (
+        {"parallelism.enable_async_tensor_parallel": True, "parallelism.tensor_parallel_degree": 2},
+        "parallelism.enable_async_tensor_parallel",
+        "set compile.enable",
+    ),
+    (
+        {"parallelism.enable_async_tensor_parallel": True, "compile.enable": True},
+        "parallelism.enable_async_tensor_parallel",
+        "parallelism.tensor_parallel_degree",
+    ),
+    (
+        {
+            "parallelism.context_parallel_degree": 4,
+            "parallelism.context_parallel_method": "unified",
+            "parallelism.context_parallel_ulysses_degree": 3,
+        },
+        "parallelism.context_parallel_ulysses_degree",
+        "legal: 1, 2, 4",
+    ),
+    (
+        {"parallelism.context_parallel_degree": 4, "parallelism.context_parallel_ulysses_degree": 2},
+        "parallelism.context_parallel_ulysses_degree",
+        "unified",
+    ),
+    (
+        {
+            "parallelism.pipeline_parallel_degree": 2,
+            "training.local_batch_size": 4,
+            "parallelism.pipeline_parallel_microbatch_size": 3,
+        },
+        "parallelism.pipeline_parallel_microbatch_size",
+        "legal: 1, 2, 4",
+    ),
+    (
+        {
+            "parallelism.pipeline_parallel_degree": 2,
+            "parallelism.pipeline_parallel_schedule": "InterleavedZeroBubble",
+            "compile.enable": True,
+        },
+        "parallelism.pipeline_parallel_schedule",
+        "Interleaved1F1B",
+    ),
     ({"activation_checkpoint.mode": "memory_budget"}, "activation_checkpoint.mode", "compile.enable"),
-    ({"activation_checkpoint.mode": "memory_budget", "compile.enable": True, "activation_checkpoint.layers": [0]},
-     "activation_checkpoint.layers", "leave it empty"),
-    ({"activation_checkpoint.mode": "selective", "activation_checkpoint.save": []}, "activation_checkpoint.save", "at least one"),
+    (
+        {"activation_checkpoint.mode": "memory_budget", "compile.enable": True, "activation_checkpoint.layers": [0]},
+        "activation_checkpoint.layers",
+        "leave it empty",
+    ),
+    (
+        {"activation_checkpoint.mode": "selective", "activation_checkpoint.save": []},
+        "activation_checkpoint.save",
+        "at least one",
+    ),
     ({"activation_checkpoint.save": ["attention", "attention"]}, "activation_checkpoint.save", "twice"),
     ({"activation_checkpoint.layers": [1, 1]}, "activation_checkpoint.layers", "twice"),
     ({"activation_checkpoint.offload": True}, "activation_checkpoint.offload", "choose full"),
@@ -180,15 +269,31 @@ COMBINATIONS = [  # (what is set, fields the message names, a piece of the fix)
     ({"training.global_batch_size": 2}, "training.global_batch_size", "nearest 4,"),
     ({"training.global_batch_size": 6}, "training.global_batch_size", "4 or 8"),
     ({"training.global_batch_size": 12, "training.local_batch_size": 2}, "training.global_batch_size", "8 or 16"),
-    ({"data.tokens_per_microbatch": 99, "training.local_batch_size": 2}, "training.local_batch_size", "data.tokens_per_microbatch"),
-    ({"data.tokens_per_microbatch": 99, "training.global_batch_size": 4}, "training.global_batch_size", "data.global_micro_batches"),
+    (
+        {"data.tokens_per_microbatch": 99, "training.local_batch_size": 2},
+        "training.local_batch_size",
+        "data.tokens_per_microbatch",
+    ),
+    (
+        {"data.tokens_per_microbatch": 99, "training.global_batch_size": 4},
+        "training.global_batch_size",
+        "data.global_micro_batches",
+    ),
     ({"data.tokens_per_microbatch": 99, "data.global_micro_batches": 6}, "data.global_micro_batches", "4 or 8"),
     ({"data.global_micro_batches": 4}, "data.global_micro_batches", "data.tokens_per_microbatch"),
     ({"data.buckets_per_step": 2}, "data.buckets_per_step", "legal: 1"),
     ({"data.buckets_per_step": 2, "training.global_batch_size": 12}, "data.buckets_per_step", "legal: 1, 3"),
-    ({"data.buckets_per_step": 2, "training.global_batch_size": 4, "parallelism.pipeline_parallel_degree": 2}, "data.buckets_per_step", "pipeline"),
+    (
+        {"data.buckets_per_step": 2, "training.global_batch_size": 4, "parallelism.pipeline_parallel_degree": 2},
+        "data.buckets_per_step",
+        "pipeline",
+    ),
     ({"lr_scheduler.warmup_steps": 10001}, "lr_scheduler.warmup_steps", "at most 10000"),
-    ({"lr_scheduler.warmup_steps": 60, "lr_scheduler.decay_ratio": 0.5, "training.steps": 100}, "lr_scheduler.warmup_steps", "at most 50"),
+    (
+        {"lr_scheduler.warmup_steps": 60, "lr_scheduler.decay_ratio": 0.5, "training.steps": 100},
+        "lr_scheduler.warmup_steps",
+        "at most 50",
+    ),
     ({"lr_scheduler.decay_ratio": 1.0}, "lr_scheduler.warmup_steps", "at most 0"),
     ({"flow.min_t": 0.5, "flow.max_t": 0.5}, "flow.min_t", "flow.max_t"),
     ({"flow.min_t": 1.0}, "flow.min_t", "flow.max_t"),
@@ -199,7 +304,11 @@ COMBINATIONS = [  # (what is set, fields the message names, a piece of the fix)
     ({"validation.prompts_path": str(ROOT)}, "validation.prompts_path", "one prompt a line"),
     ({"validation.timesteps": []}, "validation.timesteps", "at least one"),
     ({"validation.timesteps": [0.5, 0.5]}, "validation.timesteps", "twice"),
-    ({"validation.enable": True, "validation.holdout": 0.0, "validation.num_videos": 0}, "validation.enable", "validation.holdout"),
+    (
+        {"validation.enable": True, "validation.holdout": 0.0, "validation.num_videos": 0},
+        "validation.enable",
+        "validation.holdout",
+    ),
     ({"model.hf_assets_path": "/no/such/folder"}, "model.hf_assets_path", "/no/such/folder"),
     ({"encoder.name": "wan"}, "model.hf_assets_path", "encoder.name"),
     ({"model.flavor": "hf"}, "model.hf_assets_path", "model.flavor"),
@@ -217,17 +326,52 @@ COMBINATIONS = [  # (what is set, fields the message names, a piece of the fix)
     ({"optimizer.name": "Muon", "lora.enable": True}, "optimizer.name", "lora.enable"),
     ({"optimizer.name": "Muon", "optimizer.in_backward": True}, "optimizer.in_backward", "optimizer.name"),
     ({"optimizer.in_backward": True}, "optimizer.in_backward", "training.max_norm"),
-    ({"optimizer.in_backward": True, "training.global_batch_size": 64}, "optimizer.in_backward", "training.global_batch_size"),
-    ({"optimizer.in_backward": True, "parallelism.pipeline_parallel_degree": 2}, "optimizer.in_backward", "pipeline_parallel_degree"),
-    ({"optimizer.in_backward": True, "parallelism.data_parallel_replicate_degree": 2}, "optimizer.in_backward", "data_parallel_replicate_degree"),
-    ({"optimizer.in_backward": True, "training.enable_cpu_offload": True}, "optimizer.in_backward", "training.enable_cpu_offload"),
-    ({"optimizer.in_backward": True, "fault_tolerance.nonfinite": "skip"}, "optimizer.in_backward", "fault_tolerance.nonfinite"),
-    ({"training.dtype": "bfloat16", "training.mixed_precision_param": "float32"}, "training.dtype", "training.mixed_precision_param"),
+    (
+        {"optimizer.in_backward": True, "training.global_batch_size": 64},
+        "optimizer.in_backward",
+        "training.global_batch_size",
+    ),
+    (
+        {"optimizer.in_backward": True, "parallelism.pipeline_parallel_degree": 2},
+        "optimizer.in_backward",
+        "pipeline_parallel_degree",
+    ),
+    (
+        {"optimizer.in_backward": True, "parallelism.data_parallel_replicate_degree": 2},
+        "optimizer.in_backward",
+        "data_parallel_replicate_degree",
+    ),
+    (
+        {"optimizer.in_backward": True, "training.enable_cpu_offload": True},
+        "optimizer.in_backward",
+        "training.enable_cpu_offload",
+    ),
+    (
+        {"optimizer.in_backward": True, "fault_tolerance.nonfinite": "skip"},
+        "optimizer.in_backward",
+        "fault_tolerance.nonfinite",
+    ),
+    (
+        {"training.dtype": "bfloat16", "training.mixed_precision_param": "float32"},
+        "training.dtype",
+        "training.mixed_precision_param",
+    ),
     ({"training.dtype": "bfloat16", "lora.enable": True}, "training.dtype", "lora.enable"),
     ({"float8.enable": True, "training.mixed_precision_param": "float32"}, "float8.enable", "float8.emulate"),
-    ({"float8.enable": True, "parallelism.enable_async_tensor_parallel": True}, "float8.enable", "enable_async_tensor_parallel"),
-    ({"float8.enable": True, "parallelism.pipeline_parallel_degree": 2, "parallelism.pipeline_parallel_schedule": "InterleavedZeroBubble"},
-     "parallelism.pipeline_parallel_schedule", "float8.enable"),
+    (
+        {"float8.enable": True, "parallelism.enable_async_tensor_parallel": True},
+        "float8.enable",
+        "enable_async_tensor_parallel",
+    ),
+    (
+        {
+            "float8.enable": True,
+            "parallelism.pipeline_parallel_degree": 2,
+            "parallelism.pipeline_parallel_schedule": "InterleavedZeroBubble",
+        },
+        "parallelism.pipeline_parallel_schedule",
+        "float8.enable",
+    ),
     ({"job.dump_folder": ""}, "job.dump_folder", "./outputs"),
     ({"job.dump_folder": __file__}, "job.dump_folder", "folder"),
 ]
@@ -243,7 +387,9 @@ def test_mutated_files_are_refused_by_name():
         legal = [list(v) if isinstance(v, tuple) else v for v in legal] if isinstance(legal, tuple) else legal
         wrong = typo(name, rng)
         message = message_of(tomli_w.dumps(with_values({f"{section}.{wrong}": legal})))
-        assert f"{section}.{wrong}: unknown" in message and f"nearest known name: {full}" in message.splitlines()[0], message
+        assert f"{section}.{wrong}: unknown" in message and f"nearest known name: {full}" in message.splitlines()[0], (
+            message
+        )
         count += 1
         for value in wrong_types(kind) + out_of_range(kind, limits_of(f)):
             message = message_of(tomli_w.dumps(with_values({full: value})))
@@ -252,7 +398,9 @@ def test_mutated_files_are_refused_by_name():
     for section in sections():
         wrong = typo(section, rng)
         first = next(iter(asdict(JobConfig())[section]))
-        assert f"{wrong}.{first}: unknown section {wrong}; nearest known name: {section}." in message_of(f"[{wrong}]\n{first} = 1\n")
+        assert f"{wrong}.{first}: unknown section {wrong}; nearest known name: {section}." in message_of(
+            f"[{wrong}]\n{first} = 1\n"
+        )
         assert message_of(f"{section} = 1").startswith(f"{section}: ")
         count += 2
     for values, name, fix in COMBINATIONS:
@@ -279,24 +427,51 @@ def test_random_damage_to_a_file_is_an_error_or_a_legal_file():
 
 
 def test_all_mistakes_are_reported_at_once():
-    lines = message_of("[training]\nsteps = 0\nlr = 1e-4\n[optimizer]\nlr = -1.0\n[emma]\nenable = true\n[[flow]]\nshift = 1\n").splitlines()
-    assert [line.split(":")[0] for line in lines] == ["training.steps", "training.lr", "optimizer.lr", "emma.enable", "flow"]
+    lines = message_of(
+        "[training]\nsteps = 0\nlr = 1e-4\n[optimizer]\nlr = -1.0\n[emma]\nenable = true\n[[flow]]\nshift = 1\n"
+    ).splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "training.steps",
+        "training.lr",
+        "optimizer.lr",
+        "emma.enable",
+        "flow",
+    ]
     lines = message_of('[data]\nbuckets = [[80, 470, 832]]\n[encoder]\nname = "wan"\n[flow]\nmin_t = 1\n').splitlines()
-    assert [line.split(":")[0] for line in lines] == ["data.buckets", "data.buckets", "flow.min_t", "data.path", "model.hf_assets_path"]
+    assert [line.split(":")[0] for line in lines] == [
+        "data.buckets",
+        "data.buckets",
+        "flow.min_t",
+        "data.path",
+        "model.hf_assets_path",
+    ]
 
 
 def test_nearest_names():
-    wanted = {"training.lr": "optimizer.lr", "training.seed": "debug.seed", "training.stepz": "training.steps", "trainig.steps": "training.steps",
-              "steps": "training.steps", "training.warmup_steps": "lr_scheduler.warmup_steps", "checkpoint.export_type": "checkpoint.export_dtype",
-              "parallelism.dp_shard_degree": "parallelism.data_parallel_shard_degree", "training.batch_size": "training.local_batch_size",
-              "ema.enabled": "ema.enable", "metrics.tb_folder": "metrics.save_tb_folder"}
+    wanted = {
+        "training.lr": "optimizer.lr",
+        "training.seed": "debug.seed",
+        "training.stepz": "training.steps",
+        "trainig.steps": "training.steps",
+        "steps": "training.steps",
+        "training.warmup_steps": "lr_scheduler.warmup_steps",
+        "checkpoint.export_type": "checkpoint.export_dtype",
+        "parallelism.dp_shard_degree": "parallelism.data_parallel_shard_degree",
+        "training.batch_size": "training.local_batch_size",
+        "ema.enabled": "ema.enable",
+        "metrics.tb_folder": "metrics.save_tb_folder",
+    }
     assert {given: _nearest(given, options()) for given in wanted} == wanted
     assert message_of("[trainig]").endswith("nearest known name: training")
 
 
 def test_integers_become_floats():
     config = parse("[optimizer]\nlr = 1\n[validation]\ntimesteps = [1, 0.5]\n")
-    assert type(config.optimizer.lr) is float and config.validation.timesteps == (1.0, 0.5) and type(config.validation.timesteps[0]) is float
+    assert (
+        type(config.optimizer.lr) is float
+        and config.validation.timesteps == (1.0, 0.5)
+        and type(config.validation.timesteps[0]) is float
+    )
 
 
 # ---- files ----
@@ -332,7 +507,9 @@ def test_shipped_files_are_legal():
 
 
 def test_reference_page_is_current():
-    page = subprocess.run([sys.executable, "-m", "titan_video.config"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    page = subprocess.run(
+        [sys.executable, "-m", "titan_video.config"], cwd=ROOT, capture_output=True, check=True
+    ).stdout.decode()
     assert (ROOT / "docs" / "config.md").read_text() == page, "run: python -m titan_video.config > docs/config.md"
     assert all(f"| {full.split('.')[1]} |" in page for full in options())
 
@@ -345,16 +522,39 @@ def test_command_line_wins_over_the_file(tmp_path):
     path.write_text('[training]\nsteps = 7\nlocal_batch_size = 2\n[job]\ndescription = "from the file"\n')
     for form in (["--job.config_file", str(path)], [f"--job.config_file={path}"]):
         config = parse_args([*form, "--training.steps", "9"])
-        assert (config.training.steps, config.training.local_batch_size, config.job.description) == (9, 2, "from the file")
+        assert (config.training.steps, config.training.local_batch_size, config.job.description) == (
+            9,
+            2,
+            "from the file",
+        )
         assert parse_args(["--training.steps", "9", *form]) == config
     assert parse_args([]) == JobConfig()
     assert parse_args(["--training.steps", "3", "--training.steps=4"]).training.steps == 4
 
 
 def test_command_line_forms():
-    c = parse_args(["--compile.enable", "--data.shuffle", "false", "--ema.enable=true", "--checkpoint.load_step", "-1", "--optimizer.lr", "3e-4",
-                    "--optimizer.eps=.5", "--data.buckets", "[[17,64,64], [1, 128, 64]]", "--validation.timesteps", "0.1, 1", "--job.print_config",
-                    "--job.description", 'a "b" = [c] 007', "--job.dump_folder=--x=y", "--data.path="])
+    c = parse_args(
+        [
+            "--compile.enable",
+            "--data.shuffle",
+            "false",
+            "--ema.enable=true",
+            "--checkpoint.load_step",
+            "-1",
+            "--optimizer.lr",
+            "3e-4",
+            "--optimizer.eps=.5",
+            "--data.buckets",
+            "[[17,64,64], [1, 128, 64]]",
+            "--validation.timesteps",
+            "0.1, 1",
+            "--job.print_config",
+            "--job.description",
+            'a "b" = [c] 007',
+            "--job.dump_folder=--x=y",
+            "--data.path=",
+        ]
+    )
     assert (c.compile.enable, c.data.shuffle, c.ema.enable, c.job.print_config) == (True, False, True, True)
     assert (c.checkpoint.load_step, c.optimizer.lr, c.optimizer.eps) == (-1, 3e-4, 0.5)
     assert c.data.buckets == ((17, 64, 64), (1, 128, 64)) and c.validation.timesteps == (0.1, 1.0)
@@ -366,11 +566,20 @@ def test_command_line_forms():
 def test_sources_are_tables():
     text = '[data]\nfps = 8\n[[data.source]]\npath = "a"\nfps = 24\n[[data.source]]\npath = "b"\nnum_repeats = 3\n'
     config = parse(text)
-    assert config.data.source == (Source("a", fps=24.0), Source("b", num_repeats=3)) == config.data.sources and parse(dump(config)) == config
+    assert (
+        config.data.source == (Source("a", fps=24.0), Source("b", num_repeats=3)) == config.data.sources
+        and parse(dump(config)) == config
+    )
     assert dump(config).count("[[data.source]]") == 2 and JobConfig(data=Data(path="c")).data.sources == (Source("c"),)
-    assert parse_args(["--data.fps", "8", "--data.source", '[{path = "a", fps = 24}, {path = "b", num_repeats = 3}]']) == config
-    for value, words in (('[{path = 3}]', "item 0: path: given 3; legal: a string"), ("a", "legal: a list of tables of path, num_repeats"),
-                         ('[{path = "a"}, {fps = -1}]', "item 1: fps: given -1; legal: a number >= 0")):  # fmt: skip
+    assert (
+        parse_args(["--data.fps", "8", "--data.source", '[{path = "a", fps = 24}, {path = "b", num_repeats = 3}]'])
+        == config
+    )
+    for value, words in (
+        ("[{path = 3}]", "item 0: path: given 3; legal: a string"),
+        ("a", "legal: a list of tables of path, num_repeats"),
+        ('[{path = "a"}, {fps = -1}]', "item 1: fps: given -1; legal: a number >= 0"),
+    ):
         with pytest.raises(ConfigError, match=f"data.source: .*{words}"):
             parse_args(["--data.source", value])
 
@@ -386,26 +595,44 @@ def test_derived_buckets():
 
 
 def test_command_line_mistakes_name_the_option():
-    wrong = {"training.steps": ["3.0", "1e3", " 3", "", "٣", "0", "-1", "9" * 5000],
-             "optimizer.lr": ["nan", "inf", "-inf", "1e999", "1_0", "0x1p3", "0"],
-             "compile.enable": ["yes", "", "1", "True"], "flow.shift": ["constat", "Constant", ""], "job.description": ["a\udcff", "a\0"],
-             "data.buckets": ["17,64,64", "[17,64,64]", "[[17,64", "[1]\ny = 2", "[[17,64,64.0]]"],
-             "validation.timesteps": ["0.1,,0.2", "0.1,2", "0.1 0.2", "[0.1,true]", "nan"]}
+    wrong = {
+        "training.steps": ["3.0", "1e3", " 3", "", "٣", "0", "-1", "9" * 5000],
+        "optimizer.lr": ["nan", "inf", "-inf", "1e999", "1_0", "0x1p3", "0"],
+        "compile.enable": ["yes", "", "1", "True"],
+        "flow.shift": ["constat", "Constant", ""],
+        "job.description": ["a\udcff", "a\0"],
+        "data.buckets": ["17,64,64", "[17,64,64]", "[[17,64", "[1]\ny = 2", "[[17,64,64.0]]"],
+        "validation.timesteps": ["0.1,,0.2", "0.1,2", "0.1 0.2", "[0.1,true]", "nan"],
+    }
     for argv, start in [
         *(([f"--{name}={value}"], f"{name}: ") for name, values in wrong.items() for value in values),
-        (["--training.steps", "3.0"], "training.steps: "), (["--compile.enable", "yes"], "compile.enable: "),
-        (["--training.steps"], "training.steps: given no value"), (["--training.steps", "--compile.enable"], "training.steps: given no value"),
-        (["--trainig.steps", "3"], "trainig.steps: unknown option"), (["--training.stepz", "3"], "training.stepz: unknown option"),
-        (["--steps", "3"], "steps: unknown option"), (["--config", "x"], "config: unknown option"), (["--"], "--: stray"),
-        (["steps=3"], "steps=3: stray"), (["-x"], "-x: stray"), (["--job.config_file"], "job.config_file: given no value"),
+        (["--training.steps", "3.0"], "training.steps: "),
+        (["--compile.enable", "yes"], "compile.enable: "),
+        (["--training.steps"], "training.steps: given no value"),
+        (["--training.steps", "--compile.enable"], "training.steps: given no value"),
+        (["--trainig.steps", "3"], "trainig.steps: unknown option"),
+        (["--training.stepz", "3"], "training.stepz: unknown option"),
+        (["--steps", "3"], "steps: unknown option"),
+        (["--config", "x"], "config: unknown option"),
+        (["--"], "--: stray"),
+        (["steps=3"], "steps=3: stray"),
+        (["-x"], "-x: stray"),
+        (["--job.config_file"], "job.config_file: given no value"),
         (["--job.config_file", "/no/such.toml"], "job.config_file: cannot read /no/such.toml"),
     ]:
         with pytest.raises(ConfigError) as caught:
             parse_args(argv)
-        assert str(caught.value).startswith(start) and len(str(caught.value).splitlines()) == 1, (argv, str(caught.value))
+        assert str(caught.value).startswith(start) and len(str(caught.value).splitlines()) == 1, (
+            argv,
+            str(caught.value),
+        )
     with pytest.raises(ConfigError) as caught:
         parse_args(["--config", "x", "--training.lr=1", "--training.steps=0", "--job.config_file=/no/such.toml"])
-    assert len(str(caught.value).splitlines()) == 4 and "name: job.config_file" in str(caught.value) and "name: optimizer.lr" in str(caught.value)
+    assert (
+        len(str(caught.value).splitlines()) == 4
+        and "name: job.config_file" in str(caught.value)
+        and "name: optimizer.lr" in str(caught.value)
+    )
 
 
 def test_help_lists_everything(capsys):
@@ -418,8 +645,13 @@ def test_help_lists_everything(capsys):
 
 
 def test_main_guard_ends_without_a_traceback():
-    code = "import sys\nfrom titan_video.config import main_guard, parse_args\nwith main_guard():\n    parse_args(sys.argv[1:])\nprint('ran')"
-    bad = subprocess.run([sys.executable, "-c", code, "--training.stepz", "3"], cwd=ROOT, capture_output=True, text=True)
+    code = (
+        "import sys\nfrom titan_video.config import main_guard, parse_args\nwith main_guard():\n    "
+        "parse_args(sys.argv[1:])\nprint('ran')"
+    )
+    bad = subprocess.run(
+        [sys.executable, "-c", code, "--training.stepz", "3"], cwd=ROOT, capture_output=True, text=True
+    )
     assert bad.stderr == "config error: training.stepz: unknown option; nearest known name: training.steps\n"
     assert bad.returncode == 1 and not bad.stdout
     with main_guard():
@@ -437,31 +669,64 @@ def test_legal_combinations_pass(tmp_path):
     (tmp_path / "clips.JSONL").write_text("")
     (tmp_path / "prompts.txt").write_text("a red circle")
     for values in [
-        {"data.path": str(tmp_path)}, {"data.path": str(tmp_path / "clips.JSONL")}, {"data.path": "embedded:shapes-100000"},
+        {"data.path": str(tmp_path)},
+        {"data.path": str(tmp_path / "clips.JSONL")},
+        {"data.path": "embedded:shapes-100000"},
         {"data.buckets": [[1, 16, 16], [1, 16, 32]]},
-        {"model.flavor": "hf", "encoder.name": "wan", "model.hf_assets_path": str(tmp_path), "checkpoint.initial_load_in_hf": True},
+        {
+            "model.flavor": "hf",
+            "encoder.name": "wan",
+            "model.hf_assets_path": str(tmp_path),
+            "checkpoint.initial_load_in_hf": True,
+        },
         {"checkpoint.initial_load_path": str(tmp_path), "checkpoint.initial_load_in_hf": True},
         {"validation.prompts_path": str(tmp_path / "prompts.txt")},
-        {"validation.path": "embedded:shapes-3", "validation.enable": True, "validation.holdout": 0, "validation.num_videos": 0},
-        {"validation.enable": True, "validation.holdout": 0, "validation.num_videos": 1}, {"validation.enable": True, "validation.num_videos": 0},
+        {
+            "validation.path": "embedded:shapes-3",
+            "validation.enable": True,
+            "validation.holdout": 0,
+            "validation.num_videos": 0,
+        },
+        {"validation.enable": True, "validation.holdout": 0, "validation.num_videos": 1},
+        {"validation.enable": True, "validation.num_videos": 0},
         {"checkpoint.load_step": 3},
         {"flow.min_t": 0.4, "flow.max_t": 0.5},
         {"parallelism.data_parallel_replicate_degree": 2, "parallelism.data_parallel_shard_degree": 2},
         {"parallelism.data_parallel_replicate_degree": 4},
         {"training.global_batch_size": 12, "training.local_batch_size": 3},
         {"training.global_batch_size": 2, "parallelism.tensor_parallel_degree": 2},
-        {"parallelism.context_parallel_degree": 4, "parallelism.context_parallel_method": "unified", "parallelism.context_parallel_ulysses_degree": 2},
-        {"parallelism.pipeline_parallel_degree": 2, "parallelism.tensor_parallel_degree": 2, "training.local_batch_size": 4,
-         "parallelism.pipeline_parallel_microbatch_size": 2},
-        {"parallelism.enable_async_tensor_parallel": True, "parallelism.tensor_parallel_degree": 2, "compile.enable": True},
+        {
+            "parallelism.context_parallel_degree": 4,
+            "parallelism.context_parallel_method": "unified",
+            "parallelism.context_parallel_ulysses_degree": 2,
+        },
+        {
+            "parallelism.pipeline_parallel_degree": 2,
+            "parallelism.tensor_parallel_degree": 2,
+            "training.local_batch_size": 4,
+            "parallelism.pipeline_parallel_microbatch_size": 2,
+        },
+        {
+            "parallelism.enable_async_tensor_parallel": True,
+            "parallelism.tensor_parallel_degree": 2,
+            "compile.enable": True,
+        },
         {"activation_checkpoint.mode": "memory_budget", "compile.enable": True},
         {"data.tokens_per_microbatch": 99, "data.global_micro_batches": 24, "data.buckets_per_step": 3},
-        {"data.tokens_per_microbatch": 99, "parallelism.pipeline_parallel_degree": 2, "parallelism.pipeline_parallel_microbatch_size": 2},
-        {"data.path": "", "data.source": [{"path": "embedded:shapes-8", "num_repeats": 2}, {"path": "s3://bucket/{00..12}.tar"}]},
+        {
+            "data.tokens_per_microbatch": 99,
+            "parallelism.pipeline_parallel_degree": 2,
+            "parallelism.pipeline_parallel_microbatch_size": 2,
+        },
+        {
+            "data.path": "",
+            "data.source": [{"path": "embedded:shapes-8", "num_repeats": 2}, {"path": "s3://bucket/{00..12}.tar"}],
+        },
         {"data.buckets": [], "data.resolutions": [256, 512], "data.frame_buckets": [1, 17]},
         {"data.path": str(tmp_path / "*.tar")},
         {"training.steps": 100, "lr_scheduler.warmup_steps": 50, "lr_scheduler.decay_ratio": 0.5},
-        {"checkpoint.folder": "a/b", "metrics.save_tb_folder": "a/c"}, {"job.dump_folder": str(tmp_path / "new")},
+        {"checkpoint.folder": "a/b", "metrics.save_tb_folder": "a/c"},
+        {"job.dump_folder": str(tmp_path / "new")},
     ]:
         check(from_dict(with_values(values)), WORLD)
 
@@ -469,33 +734,55 @@ def test_legal_combinations_pass(tmp_path):
 def test_degrees_and_accumulation():
     assert data_parallel_degrees(Parallelism(), 6) == (1, 6)
     assert data_parallel_degrees(Parallelism(data_parallel_replicate_degree=2), 6) == (2, 3)
-    assert data_parallel_degrees(Parallelism(data_parallel_replicate_degree=6, data_parallel_shard_degree=1), 6) == (6, 1)
-    assert data_parallel_degrees(Parallelism(tensor_parallel_degree=2, context_parallel_degree=3, pipeline_parallel_degree=2), 24) == (1, 2)
+    assert data_parallel_degrees(Parallelism(data_parallel_replicate_degree=6, data_parallel_shard_degree=1), 6) == (
+        6,
+        1,
+    )
+    assert data_parallel_degrees(
+        Parallelism(tensor_parallel_degree=2, context_parallel_degree=3, pipeline_parallel_degree=2), 24
+    ) == (1, 2)
     assert gradient_accumulation(JobConfig(), 5) == 1
     assert gradient_accumulation(JobConfig(training=Training(local_batch_size=2, global_batch_size=24)), 4) == 3
     budget = Data(tokens_per_microbatch=1000, global_micro_batches=24, buckets_per_step=3)
-    assert gradient_accumulation(JobConfig(data=budget), 4) == 6 and gradient_accumulation(JobConfig(data=Data(tokens_per_microbatch=9)), 4) == 1
+    assert (
+        gradient_accumulation(JobConfig(data=budget), 4) == 6
+        and gradient_accumulation(JobConfig(data=Data(tokens_per_microbatch=9)), 4) == 1
+    )
     with pytest.raises(ConfigError, match="legal: 1, 2, 3, 6"):
         data_parallel_degrees(Parallelism(data_parallel_replicate_degree=4), 6)
     with pytest.raises(ConfigError, match="nearest 16 or 24"):
         gradient_accumulation(JobConfig(training=Training(local_batch_size=2, global_batch_size=20)), 4)
-    for data, words in ((replace(budget, global_micro_batches=6), "data.global_micro_batches: given 6; legal: a multiple of 4"),
-                        (replace(budget, buckets_per_step=4), "data.buckets_per_step: given 4; a rank has 6 .* legal: 1, 2, 3, 6")):
+    for data, words in (
+        (replace(budget, global_micro_batches=6), "data.global_micro_batches: given 6; legal: a multiple of 4"),
+        (replace(budget, buckets_per_step=4), "data.buckets_per_step: given 4; a rank has 6 .* legal: 1, 2, 3, 6"),
+    ):
         with pytest.raises(ConfigError, match=words):
             gradient_accumulation(JobConfig(data=data), 4)
 
 
 def test_check_command_refuses_without_a_traceback():
     def run(*argv):
-        return subprocess.run([sys.executable, "-m", "titan_video.config", "check", *argv], capture_output=True, text=True, cwd=ROOT)
+        return subprocess.run(
+            [sys.executable, "-m", "titan_video.config", "check", *argv], capture_output=True, text=True, cwd=ROOT
+        )
 
     toml = str(ROOT / "train_configs" / "debug.toml")
     assert run("2", "--job.config_file", toml).returncode == 0
     refusals = [
         ("2", ["--training.stepz", "3"], "training.steps", ""),
         ("2", ["--parallelism.data_parallel_shard_degree", "3"], "parallelism.data_parallel_shard_degree", "legal: 2"),
-        ("3", ["--parallelism.tensor_parallel_degree", "3"], "parallelism.tensor_parallel_degree", "4 heads and feed-forward width 512; legal: 1, 2, 4"),
+        (
+            "3",
+            ["--parallelism.tensor_parallel_degree", "3"],
+            "parallelism.tensor_parallel_degree",
+            "4 heads and feed-forward width 512; legal: 1, 2, 4",
+        ),
     ]
     for world_size, argv, field, legal in refusals:
         refused = run(world_size, "--job.config_file", toml, *argv)
-        assert refused.returncode == 1 and field in refused.stderr and legal in refused.stderr and "Traceback" not in refused.stderr
+        assert (
+            refused.returncode == 1
+            and field in refused.stderr
+            and legal in refused.stderr
+            and "Traceback" not in refused.stderr
+        )

@@ -1,4 +1,7 @@
-"""Public formats: round trips of every model through each, diffusers' own converters as the oracle, refusals, memory, pipeline folders."""
+"""Public formats:
+
+round trips of every model through each, diffusers' own converters as the oracle, refusals, memory, pipeline folders.
+"""
 
 import inspect
 import json
@@ -22,11 +25,18 @@ from titan_video.models import hunyuan_video as hunyuan_models
 from titan_video.models import wan as wan_models
 
 MODELS = {
-    **{f"wan {name}": (wan_models, wan_models.WanModel, diffusers_wan, replace(args, text_len=30)) for name, args in wan.VARIANTS.items()},
-    **{f"hunyuan {name}": (hunyuan_models, hunyuan_models.HunyuanVideoModel, hunyuan.diffusers_model, args) for name, args in hunyuan.FORMS.items()},
+    **{
+        f"wan {name}": (wan_models, wan_models.WanModel, diffusers_wan, replace(args, text_len=30))
+        for name, args in wan.VARIANTS.items()
+    },
+    **{
+        f"hunyuan {name}": (hunyuan_models, hunyuan_models.HunyuanVideoModel, hunyuan.diffusers_model, args)
+        for name, args in hunyuan.FORMS.items()
+    },
 }
 MODELS = {
-    name: (models.SPEC, build, oracle, replace(args, num_layers=2) if "wan" in name else args) for name, (models, build, oracle, args) in MODELS.items()
+    name: (models.SPEC, build, oracle, replace(args, num_layers=2) if "wan" in name else args)
+    for name, (models, build, oracle, args) in MODELS.items()
 }
 
 
@@ -41,13 +51,16 @@ def assert_same(found, expected):
 
 
 def diffusers_converted(name, state, args):
-    """What diffusers' own single-file converter makes of a state dict of the public code. Two of its limits are taken away: it knows only the
-    published width of HunyuanVideo, and not the positions of Wan's first-and-last-frame model, which its conversion script knows."""
+    """What diffusers' own single-file converter makes of a state dict of the public code. Two of its limits are taken
+    published width of HunyuanVideo, and not the positions of Wan's first-and-last-frame model, which its conversion
+    script knows."""
     from diffusers.loaders import single_file_utils
 
     if name.startswith("wan"):
         converted = single_file_utils.convert_wan_transformer_to_diffusers(dict(state))
-        return {n.replace("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"): t for n, t in converted.items()}
+        return {
+            n.replace("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"): t for n, t in converted.items()
+        }
     source = inspect.getsource(single_file_utils.convert_hunyuan_video_transformer_to_diffusers)
     assert source.count("3072") == 1
     names = {"torch": torch}
@@ -72,8 +85,15 @@ def test_round_trips_are_bitwise_and_agree_with_diffusers(name, tmp_path):
         stored = read(path)
         assert all(n.startswith(kind.prefix) for n in stored)
         if kind.layout == "original":
-            assert_same({n: t.contiguous() for n, t in diffusers_converted(name, {n[len(kind.prefix):]: t for n, t in stored.items()}, args).items()},
-                        reference)  # fmt: skip
+            assert_same(
+                {
+                    n: t.contiguous()
+                    for n, t in diffusers_converted(
+                        name, {n[len(kind.prefix) :]: t for n, t in stored.items()}, args
+                    ).items()
+                },
+                reference,
+            )
         again = build(args)
         load_hf(again, path, spec, args)
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True))
@@ -85,7 +105,8 @@ def test_round_trips_are_bitwise_and_agree_with_diffusers(name, tmp_path):
 def test_the_command_round_trips(name, tmp_path, capsys):
     spec, _, oracle, args = MODELS[name]
     theirs = oracle(args).bfloat16()
-    theirs.condition_embedder.float() if "wan" in name else theirs.time_text_embed.float()  # published folders mix types
+    # published folders mix types
+    theirs.condition_embedder.float() if "wan" in name else theirs.time_text_embed.float()
     theirs.save_pretrained(tmp_path / "a")
     reference = {n: t.contiguous() for n, t in theirs.state_dict().items()}
     config = tmp_path / "a" / "config.json"
@@ -96,7 +117,9 @@ def test_the_command_round_trips(name, tmp_path, capsys):
         convert.main([str(middle), str(back), "--format", "diffusers", "--config", str(config)])
         assert_same(read(back / "transformer"), reference)
         assert json.loads((back / "transformer/config.json").read_text()) == spec.args_to_hf(args)
-    convert.main([str(middle), str(tmp_path / "f16"), "--format", "diffusers", "--config", str(config), "--dtype", "float16"])
+    convert.main(
+        [str(middle), str(tmp_path / "f16"), "--format", "diffusers", "--config", str(config), "--dtype", "float16"]
+    )
     assert_same(read(tmp_path / "f16" / "transformer"), {n: t.half() for n, t in reference.items()})
     if "wan" in name:
         stored = json.loads((tmp_path / "original/config.json").read_text())
@@ -104,7 +127,9 @@ def test_the_command_round_trips(name, tmp_path, capsys):
         stored["num_heads"] = 8
         (tmp_path / "original/config.json").write_text(json.dumps(stored))
         with pytest.raises(SystemExit, match=r"num_heads = 8 \(the model has 4\)"):
-            convert.main([str(tmp_path / "original"), str(tmp_path / "n"), "--format", "diffusers", "--config", str(config)])
+            convert.main(
+                [str(tmp_path / "original"), str(tmp_path / "n"), "--format", "diffusers", "--config", str(config)]
+            )
 
 
 def test_a_pickled_state_dict_is_read_as_hunyuan_is_published(tmp_path):
@@ -146,15 +171,35 @@ def debug_file(tmp_path_factory):
 def test_the_model_is_told_by_names_and_shapes(debug_file, tmp_path):
     convert.main([str(debug_file), str(tmp_path / "d"), "--format", "diffusers"])
     config = json.loads((tmp_path / "d/transformer/config.json").read_text())
-    assert config["_class_name"] == "HunyuanVideoTransformer3DModel" and config["image_condition_type"] == "latent_concat"
+    assert (
+        config["_class_name"] == "HunyuanVideoTransformer3DModel" and config["image_condition_type"] == "latent_concat"
+    )
     convert.main([str(tmp_path / "d"), str(tmp_path / "back.safetensors"), "--format", "comfyui"])
     assert_same(read(tmp_path / "back.safetensors"), read(debug_file))
 
     args = replace(hunyuan_models.SPEC.flavors["debug"])
-    save_hf(hunyuan_models.SPEC.build(args), tmp_path / "t2v.safetensors", hunyuan_models.SPEC, args, torch.bfloat16, format_name="single_file")
-    with pytest.raises(SystemExit, match="several flavors of hunyuan_video: give one with --flavor: debug, debug-i2v-token-replace"):
+    save_hf(
+        hunyuan_models.SPEC.build(args),
+        tmp_path / "t2v.safetensors",
+        hunyuan_models.SPEC,
+        args,
+        torch.bfloat16,
+        format_name="single_file",
+    )
+    with pytest.raises(
+        SystemExit, match="several flavors of hunyuan_video: give one with --flavor: debug, debug-i2v-token-replace"
+    ):
         convert.main([str(tmp_path / "t2v.safetensors"), str(tmp_path / "n"), "--format", "diffusers"])
-    convert.main([str(tmp_path / "t2v.safetensors"), str(tmp_path / "n"), "--format", "diffusers", "--flavor", "debug-i2v-token-replace"])
+    convert.main(
+        [
+            str(tmp_path / "t2v.safetensors"),
+            str(tmp_path / "n"),
+            "--format",
+            "diffusers",
+            "--flavor",
+            "debug-i2v-token-replace",
+        ]
+    )
     assert json.loads((tmp_path / "n/transformer/config.json").read_text())["image_condition_type"] == "token_replace"
 
 
@@ -165,7 +210,9 @@ def test_wrong_tensors_are_refused_by_name(debug_file, tmp_path):
     def refused(tensors, *messages):
         save_file(tensors, tmp_path / "x.safetensors")
         with pytest.raises(SystemExit) as e:
-            convert.main([str(tmp_path / "x.safetensors"), str(tmp_path / "out"), "--format", "diffusers", "--flavor", flavor])
+            convert.main(
+                [str(tmp_path / "x.safetensors"), str(tmp_path / "out"), "--format", "diffusers", "--flavor", flavor]
+            )
         assert all(message in str(e.value) for message in messages), str(e.value)
         assert not (tmp_path / "out").exists()
 
@@ -175,13 +222,25 @@ def test_wrong_tensors_are_refused_by_name(debug_file, tmp_path):
     refused({**good, "vae.x": torch.ones(1), f"{PREFIX}y": torch.ones(1)}, f"2 extra: {PREFIX}y, vae.x")
     refused({**good, qkv: good[qkv][:-1].clone()}, f"1 of another shape: {qkv} (383, 128) instead of (384, 128)")
     refused({**good, qkv: good[qkv].to(torch.float8_e4m3fn)}, f"no plain floating point: {qkv} F8_E4M3")
-    refused({f"n.{i}": torch.ones(1) for i in range(7)}, "holds no tensor of a", "diffusers (proj_out.bias) or original", PREFIX, "n.0, n.1, n.2, n.3, n.4, ...")
+    refused(
+        {f"n.{i}": torch.ones(1) for i in range(7)},
+        "holds no tensor of a",
+        "diffusers (proj_out.bias) or original",
+        PREFIX,
+        "n.0, n.1, n.2, n.3, n.4, ...",
+    )
 
 
 def test_wrong_paths_are_refused(debug_file, tmp_path):
     for source, target, form, message in (
         (tmp_path / "none", tmp_path / "o", "diffusers", "SRC .*none does not exist"),
-        (tmp_path, tmp_path / "o", "diffusers", r"holds no weights. Looked there, in its transformer/ .* for diffusion_pytorch_model.safetensors.index.json"),
+        (
+            tmp_path,
+            tmp_path / "o",
+            "diffusers",
+            r"holds no weights. Looked there, in its transformer/ .* for "
+            r"diffusion_pytorch_model.safetensors.index.json",
+        ),
         (debug_file, tmp_path / "o", "comfyui", r"should end in .safetensors"),
         (debug_file, debug_file, "comfyui", "exists; give a new path"),
         (ROOT / "pyproject.toml", tmp_path / "o", "original", "no file of weights"),
@@ -210,16 +269,29 @@ for i in range(0, len(jobs), 3):
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is read from Linux's /proc")
 def test_memory_is_a_shard_whatever_the_model(tmp_path):
-    """A model of 25 shards, from shards to one file and back; the peak of the process, pages of files that it has mapped included.
-    What a first conversion loads of Python stays out of it."""
+    """A model of 25 shards, from shards to one file and back; the peak of the process, pages of files that it has
+    mapped included. What a first conversion loads of Python stays out of it."""
     spec, shard = wan_models.SPEC, 2**22
     args = wan_models.WanArgs(dim=512, num_heads=4, num_layers=12, ffn_dim=2048, text_dim=64, text_len=16, freq_dim=64)
     with torch.device("meta"):
         model = spec.build(args)
     save_hf(model.bfloat16().to_empty(device="cpu"), tmp_path / "shards", spec, args, torch.bfloat16, shard)
-    jobs = [("shards", "warm.safetensors", "comfyui"), ("shards", "one.safetensors", "comfyui"), ("one.safetensors", "back", "diffusers")]
-    argv = [str(tmp_path / "shards/config.json"), *(str(tmp_path / part) if i < 2 else part for job in jobs for i, part in enumerate(job))]
-    run = subprocess.run([sys.executable, "-c", MEASURE, *argv], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    jobs = [
+        ("shards", "warm.safetensors", "comfyui"),
+        ("shards", "one.safetensors", "comfyui"),
+        ("one.safetensors", "back", "diffusers"),
+    ]
+    argv = [
+        str(tmp_path / "shards/config.json"),
+        *(str(tmp_path / part) if i < 2 else part for job in jobs for i, part in enumerate(job)),
+    ]
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, *argv],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert run.returncode == 0, run.stderr
     peaks = [int(line.split()[1]) for line in run.stdout.splitlines() if line.startswith("peak")]
     assert len(peaks) == 3 and max(peaks[1:]) < 2 * shard, peaks
@@ -231,8 +303,14 @@ def test_a_pipeline_is_completed(tmp_path, monkeypatch, caplog):
     spec, build, oracle, args = MODELS["wan t2v"]
     source = tmp_path / "source"
     oracle(args).save_pretrained(source / "transformer")
-    index = {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"], "vae": ["diffusers", "AutoencoderKLWan"],
-             "tokenizer": ["transformers", "T5TokenizerFast"], "image_encoder": [None, None], "boundary_ratio": None}  # fmt: skip
+    index = {
+        "_class_name": "WanPipeline",
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "image_encoder": [None, None],
+        "boundary_ratio": None,
+    }
     (source / "model_index.json").write_text(json.dumps(index))
     (source / "tokenizer").mkdir()
     (source / "tokenizer/spiece.model").write_bytes(b"words")
@@ -249,14 +327,23 @@ def test_a_pipeline_is_completed(tmp_path, monkeypatch, caplog):
         for _ in range(2):
             complete_pipeline(source, target, "transformer")
         assert sorted(str(p.relative_to(target)) for p in target.rglob("*") if p.is_file()) == [
-            "model_index.json", "tokenizer/spiece.model", "vae/x.safetensors"]  # fmt: skip
+            "model_index.json",
+            "tokenizer/spiece.model",
+            "vae/x.safetensors",
+        ]
         weights = target / "vae/x.safetensors"
-        assert weights.read_bytes() == b"weights" and not weights.is_symlink() and weights.samefile(tmp_path / "blob") == linked
+        assert (
+            weights.read_bytes() == b"weights"
+            and not weights.is_symlink()
+            and weights.samefile(tmp_path / "blob") == linked
+        )
     with pytest.raises(ValueError, match="is the source itself"):
         complete_pipeline(source, source, "transformer")
 
     convert.main([str(source), str(tmp_path / "whole"), "--format", "diffusers", "--dtype", "bfloat16"])
-    assert (tmp_path / "whole/vae/x.safetensors").is_file() and json.loads((tmp_path / "whole/model_index.json").read_text()) == index
+    assert (tmp_path / "whole/vae/x.safetensors").is_file() and json.loads(
+        (tmp_path / "whole/model_index.json").read_text()
+    ) == index
     convert.main([str(source), str(tmp_path / "low"), "--format", "diffusers", "--subfolder", "transformer"])
     assert_same(read(tmp_path / "low/transformer"), read(source / "transformer"))
 

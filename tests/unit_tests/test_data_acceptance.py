@@ -1,4 +1,7 @@
-"""Many files of every kind: what the plan says of each is what the loader trains and what the export shows, frame by frame."""
+"""Many files of every kind:
+
+what the plan says of each is what the loader trains and what the export shows, frame by frame.
+"""
 
 import bisect
 import json
@@ -21,15 +24,32 @@ from titan_video.data.latent_cache import LatentCache, cached_clips
 from titan_video.data.loader import LatentLoader
 from titan_video.encoders.debug import DebugEncoders
 
-SIZES = [(64, 48), (48, 64), (96, 54), (54, 96), (80, 80), (63, 47), (51, 77), (128, 72), (40, 30), (100, 36), (36, 100), (91, 51)]
+SIZES = [
+    (64, 48),
+    (48, 64),
+    (96, 54),
+    (54, 96),
+    (80, 80),
+    (63, 47),
+    (51, 77),
+    (128, 72),
+    (40, 30),
+    (100, 36),
+    (36, 100),
+    (91, 51),
+]
 RATES = [Fraction(8), Fraction(12), Fraction(24), Fraction(25), Fraction(30000, 1001)]
 LENGTHS = [1, 200, 2, 170, 5, 9, 12, 17, 24, 33, 40, 66, 7, 30, 50, 100, 21, 29, 45, 13, 80]
 FPS = 12
 BUCKETS = [[frames, *size] for frames in (5, 17, 33) for size in ((32, 64), (64, 32), (48, 48))]
 FAULTS = {  # what is said of a file that is bad in this way
-    "empty": "corrupt: the file is empty", "sound": "not a video: no video stream", "noise": "corrupt: ", "cut": "corrupt: ",
-    "damaged": "corrupt: ", "wordless": "no caption: ",
-}  # fmt: skip
+    "empty": "corrupt: the file is empty",
+    "sound": "not a video: no video stream",
+    "noise": "corrupt: ",
+    "cut": "corrupt: ",
+    "damaged": "corrupt: ",
+    "wordless": "no caption: ",
+}
 ONLY_DECODING_TELLS = "damaged"
 
 
@@ -73,17 +93,41 @@ def make(folder, number):
     is_steady = number % 4 != 3
     gaps = [random.Random(number).choice([21, 40, 97, 230]) for _ in range(count)]
     milliseconds = [0, *accumulate(gaps)]
-    write_clip(path, fps=rate, width=width, height=height, times=None if is_steady else milliseconds[:count], rotation=rotation,
-               frames=[np.full((height, width, 3), colour(k), np.uint8) for k in range(count)], audio=number % 11 == 3,
-               pix_fmt="yuv444p" if width % 2 or height % 2 else "yuv420p")  # fmt: skip
+    write_clip(
+        path,
+        fps=rate,
+        width=width,
+        height=height,
+        times=None if is_steady else milliseconds[:count],
+        rotation=rotation,
+        frames=[np.full((height, width, 3), colour(k), np.uint8) for k in range(count)],
+        audio=number % 11 == 3,
+        pix_fmt="yuv444p" if width % 2 or height % 2 else "yuv420p",
+    )
     times = [k / rate if is_steady else Fraction(milliseconds[k], 1000) for k in range(count + 1)]
-    times = [Fraction(math.floor(1000 * t + Fraction(1, 2)), 1000) for t in times] if suffix == ".mkv" else times  # this one keeps milliseconds
-    return Made(path, "", tuple(map(float, times[:-1])), float(times[-1]), is_steady, (height, width) if rotation % 180 else (width, height))
+    times = (
+        [Fraction(math.floor(1000 * t + Fraction(1, 2)), 1000) for t in times] if suffix == ".mkv" else times
+    )  # this one keeps milliseconds
+    return Made(
+        path,
+        "",
+        tuple(map(float, times[:-1])),
+        float(times[-1]),
+        is_steady,
+        (height, width) if rotation % 180 else (width, height),
+    )
 
 
 def _bad(path, fault, rate, width, height):
     pixels = np.random.default_rng(0).integers(0, 255, (40, height, width, 3), dtype=np.uint8)
-    write_clip(path, fps=rate, width=width, height=height, frames=pixels, pix_fmt="yuv444p" if width % 2 or height % 2 else "yuv420p")
+    write_clip(
+        path,
+        fps=rate,
+        width=width,
+        height=height,
+        frames=pixels,
+        pix_fmt="yuv444p" if width % 2 or height % 2 else "yuv420p",
+    )
     data = bytearray(path.read_bytes())
     if fault == "noise":
         data[:] = random.Random(0).randbytes(len(data))
@@ -110,7 +154,11 @@ def expected(made, num_frames):
     if not fitting:
         return f"too short: {num_frames} frames at {FPS} fps, the shortest bucket takes 5", None
     width, height = made.size
-    ratio = {tuple(b): max(width * b[1] / (height * b[2]), height * b[2] / (width * b[1])) for b in fitting if b[0] == fitting[-1][0]}
+    ratio = {
+        tuple(b): max(width * b[1] / (height * b[2]), height * b[2] / (width * b[1]))
+        for b in fitting
+        if b[0] == fitting[-1][0]
+    }
     return "", min(ratio, key=ratio.get)
 
 
@@ -120,8 +168,12 @@ def test_plan_loader_and_export_agree(tmp_path, capsys, monkeypatch, num_files):
     files = [make(tmp_path / "clips", number) for number in range(num_files)]
     by_path = {str(made.path): made for made in files}
     file = tmp_path / "run.toml"
-    file.write_text(f'[job]\ndump_folder = "{tmp_path}/planned"\n[encoder]\nname = "debug"\nmax_text_length = 4\n[data]\npath = "{tmp_path}/clips"\n'
-                    f'buckets = {BUCKETS}\nfps = {FPS}.0\nclip_choice = "chunk"\nnum_workers = 0\ncache_folder = "{tmp_path}/cache"\n')  # fmt: skip
+    file.write_text(
+        f'[job]\ndump_folder = "{tmp_path}/planned"\n[encoder]\nname = "debug"\nmax_text_length = '
+        f'4\n[data]\npath = "{tmp_path}/clips"\n'
+        f'buckets = {BUCKETS}\nfps = {FPS}.0\nclip_choice = "chunk"\nnum_workers = 0\ncache_folder = '
+        f'"{tmp_path}/cache"\n'
+    )
 
     # The plan: every file, and its reason.
     config = parse_args(["--job.config_file", str(file)])
@@ -163,7 +215,9 @@ def test_plan_loader_and_export_agree(tmp_path, capsys, monkeypatch, num_files):
         if row["kept"]:
             by_bucket.setdefault(tuple(row["bucket"]), []).append((row["path"], row["start"]))
         elif row["reason"].startswith("corrupt") and num_files < 100:  # on the screen are the first 20
-            assert f"{row['path']}: {row['reason'].partition(': ')[2]}" in printed.split("after decoding every clip, ")[1]
+            assert (
+                f"{row['path']}: {row['reason'].partition(': ')[2]}" in printed.split("after decoding every clip, ")[1]
+            )
     exported = sorted((tmp_path / "planned" / "plan_clips").glob("*.mp4"))
     assert len(exported) == sum(r["kept"] for r in rows) == len(said)
     turns = [clip for i in range(len(rows)) for b in sorted(by_bucket) for clip in by_bucket[b][i : i + 1]]
@@ -176,7 +230,9 @@ def test_plan_loader_and_export_agree(tmp_path, capsys, monkeypatch, num_files):
 
     def noted(self, frames_BCFHW):
         latents = encode_video(self, frames_BCFHW)
-        numbers_of[latents[0].numpy().tobytes()] = [number_by_colour(image) for image in frames_BCFHW[0].permute(1, 2, 3, 0).numpy()]
+        numbers_of[latents[0].numpy().tobytes()] = [
+            number_by_colour(image) for image in frames_BCFHW[0].permute(1, 2, 3, 0).numpy()
+        ]
         return latents
 
     monkeypatch.setattr(DebugEncoders, "encode_video", noted)
@@ -188,9 +244,14 @@ def test_plan_loader_and_export_agree(tmp_path, capsys, monkeypatch, num_files):
     cache = LatentCache(tmp_path / "cache", encoders.video_id(), encoders.text_id())
     dropped = plan.drop({r["path"]: r["reason"] for r in rows if not r["kept"]})
     clips = cached_clips(dropped, cache)
-    caption_of = {encoders.encode_text([made.path.with_suffix(".txt").read_text()])[0].numpy().tobytes(): str(made.path)
-                  for made in files if made.fault != "wordless"}  # fmt: skip
-    loader = LatentLoader(clips, cache, cache.text_key(""), Batching(1), lambda b: Work(1, 1.0), max_text_length=4, text_dim=64)
+    caption_of = {
+        encoders.encode_text([made.path.with_suffix(".txt").read_text()])[0].numpy().tobytes(): str(made.path)
+        for made in files
+        if made.fault != "wordless"
+    }
+    loader = LatentLoader(
+        clips, cache, cache.text_key(""), Batching(1), lambda b: Work(1, 1.0), max_text_length=4, text_dim=64
+    )
     trained = []
     for (batch,) in islice(loader, len(clips)):
         text = batch.text_BLD[0][batch.text_mask_BL[0]].numpy().tobytes()

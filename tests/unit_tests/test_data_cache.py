@@ -105,7 +105,9 @@ def test_content_counts_and_not_names(clips, cache, encoders):
     for name in "abcd":
         for suffix in (".mp4", ".txt"):
             (clips / (name + suffix)).rename(clips / (f"{9 - ord(name) % 9}{name}" + suffix))
-    assert [(c.video_key, c.text_key) for c in cached_clips(make_plan(clips, BUCKETS, 10, 0, cache.folder), cache)] == keys
+    assert [
+        (c.video_key, c.text_key) for c in cached_clips(make_plan(clips, BUCKETS, 10, 0, cache.folder), cache)
+    ] == keys
 
 
 # ---- filling ----
@@ -134,12 +136,16 @@ def test_ranks_share_the_work_by_its_cost(clips, cache):
     jobs = missing_jobs(cached_clips(make_plan(clips, BUCKETS, 10, 0, cache.folder), cache), cache, log=quiet)[1]
     jobs = [replace(jobs[0], entry=long), *jobs]
     shares = [share(jobs, rank, 3) for rank in range(3)]
-    assert [len(part) for part in shares] == [1, 2, 2] and sorted(job.keys for part in shares for job in part) == sorted(job.keys for job in jobs)
+    assert [len(part) for part in shares] == [1, 2, 2] and sorted(
+        job.keys for part in shares for job in part
+    ) == sorted(job.keys for job in jobs)
 
 
 def test_every_caption_of_a_clip_is_encoded(clips, cache, encoders):
     plan = make_plan(clips, BUCKETS, 10, 0, cache.folder)
-    several = replace(plan, entries=tuple(replace(e, captions=(e.caption, f"more of {e.caption}")) for e in plan.entries))
+    several = replace(
+        plan, entries=tuple(replace(e, captions=(e.caption, f"more of {e.caption}")) for e in plan.entries)
+    )
     assert encode_missing(several, encoders, cache, log=quiet) == {}
     for clip in cached_clips(several, cache):
         assert len(clip.text_keys) == 2
@@ -155,8 +161,14 @@ def test_clips_that_do_not_decode_are_reported(clips, cache, encoders, num_worke
     for name in ("b.mp4", "copy.mp4"):  # gone bad after the plan was made
         (clips / name).write_bytes((clips / name).read_bytes()[:500])
     failures = encode_missing(plan, encoders, cache, num_workers=num_workers, log=quiet)
-    assert set(failures) == {str(clips / "b.mp4"), str(clips / "copy.mp4")} and all(r.startswith("corrupt: ") for r in failures.values())
-    assert [os.path.basename(c.path) for c in sorted(cached_clips(plan, cache, failures), key=lambda c: c.path)] == ["a.mp4", "c.mp4", "d.mp4"]
+    assert set(failures) == {str(clips / "b.mp4"), str(clips / "copy.mp4")} and all(
+        r.startswith("corrupt: ") for r in failures.values()
+    )
+    assert [os.path.basename(c.path) for c in sorted(cached_clips(plan, cache, failures), key=lambda c: c.path)] == [
+        "a.mp4",
+        "c.mp4",
+        "d.mp4",
+    ]
 
 
 def test_latents_that_are_not_finite_are_refused(clips, cache, encoders):
@@ -179,21 +191,34 @@ def test_stale_entries_are_named_with_the_reason(clips, cache, encoders, monkeyp
     assert told() == ""
     assert "4 stale entries are refused, and encoded anew: video: data.fps was 10, is 5, frames was" in told(5)
     another = LatentCache(cache.folder, "another vae", cache.text_id)
-    assert f"4 stale entries are refused, and encoded anew: video: encoder was {cache.video_id}, is another vae" in told(10, another)
+    assert (
+        f"4 stale entries are refused, and encoded anew: video: encoder was {cache.video_id}, is another vae"
+        in told(10, another)
+    )
     monkeypatch.setattr(latent_cache, "CODE_VERSION", 99)
     assert "code version was" in told() and "is 99" in told()
 
 
 def encode_options(folder):
-    options = {"job.dump_folder": folder / "run", "data.cache_folder": folder, "data.path": folder.parent / "clips", "data.buckets": "[[5, 64, 64]]"}
-    return [str(ROOT / "train_configs" / "debug.toml"), *(word for key, value in options.items() for word in (f"--{key}", str(value)))]
+    options = {
+        "job.dump_folder": folder / "run",
+        "data.cache_folder": folder,
+        "data.path": folder.parent / "clips",
+        "data.buckets": "[[5, 64, 64]]",
+    }
+    return [
+        str(ROOT / "train_configs" / "debug.toml"),
+        *(word for key, value in options.items() for word in (f"--{key}", str(value))),
+    ]
 
 
 def encode_shapes(folder, rank=0, port=0, per_shard=1000):
     """`python -m titan_video.data encode` on generated clips, as rank `rank` of two, or alone without a port."""
     latent_cache.SHARD_ENTRIES = per_shard
     if port:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
     main(["encode", *encode_options(folder)])
 
 
@@ -230,18 +255,34 @@ class Torchrun:
 
     def __init__(self, folder):
         script = folder.parent / "encode.py"
-        script.write_text("import sys\nfrom titan_video.data import __main__, latent_cache\nlatent_cache.SHARD_ENTRIES = 2\n"
-                          "if __name__ == '__main__':\n    __main__.main(sys.argv[1:])\n")  # fmt: skip
+        script.write_text(
+            "import sys\nfrom titan_video.data import __main__, latent_cache\nlatent_cache.SHARD_ENTRIES = 2\n"
+            "if __name__ == '__main__':\n    __main__.main(sys.argv[1:])\n"
+        )
         self.log = open(folder.parent / "log", "w+")
-        argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, "encode", *encode_options(folder)]
+        argv = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            script,
+            "encode",
+            *encode_options(folder),
+        ]
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        self.run = subprocess.Popen([*argv, "--data.num_workers", "1"], env=env, stdout=self.log, stderr=self.log, start_new_session=True)
+        self.run = subprocess.Popen(
+            [*argv, "--data.num_workers", "1"], env=env, stdout=self.log, stderr=self.log, start_new_session=True
+        )
 
     def is_running(self):
         return self.run.poll() is None
 
     def kill(self):
-        """torchrun, ranks and their workers, which are process groups of their own; halted first, lest one starts another meanwhile."""
+        """torchrun, ranks and their workers, which are process groups of their own; halted first, lest one starts
+        another meanwhile.
+        """
         found = []
         while (now := [self.run.pid, *children(self.run.pid)]) != found:
             found = now
@@ -255,18 +296,29 @@ class Torchrun:
 
 
 def killed_again_and_again(tmp_path, kills, seed, start):
-    """The cache of two ranks that are killed at random moments is that of one uninterrupted process, byte for byte per entry."""
+    """The cache of two ranks that are killed at random moments is that of one uninterrupted process, byte for byte per
+    entry.
+    """
     resolve_path("embedded:shapes-12", tmp_path / "made")
     (tmp_path / "clips").symlink_to(tmp_path / "made" / "shapes-12")
     encode_shapes(tmp_path / "whole")
-    cache, rng, partial = LatentCache(tmp_path / "killed", "debug-video-1", "debug-text-1-64-16"), random.Random(seed), 0
+    cache, rng, partial = (
+        LatentCache(tmp_path / "killed", "debug-video-1", "debug-text-1-64-16"),
+        random.Random(seed),
+        0,
+    )
     for kill in range(kills + 1):
-        if len(contents(cache)) == 25 and kill < kills:  # begin again with a part, so that there is something to interrupt
+        if (
+            len(contents(cache)) == 25 and kill < kills
+        ):  # begin again with a part, so that there is something to interrupt
             for path in rng.sample(shards(cache), len(shards(cache)) * 2 // 3):
                 path.unlink()
         program, before = start(tmp_path / "killed"), len(shards(cache))
         if kill < kills:
-            target, deadline = before + rng.randint(0, 2), time.monotonic() + (rng.uniform(0, 3) if kill % 5 == 4 else 60)
+            target, deadline = (
+                before + rng.randint(0, 2),
+                time.monotonic() + (rng.uniform(0, 3) if kill % 5 == 4 else 60),
+            )
             while len(shards(cache)) <= target and program.is_running() and time.monotonic() < deadline:
                 time.sleep(0.0005)
             time.sleep(rng.uniform(0, 0.01))
@@ -450,7 +502,11 @@ def test_holdout_goes_by_content(clips, cache):
     one = cached_clips(make_plan(clips, BUCKETS, 10, 0, cache.folder), cache)[0]
     many = [replace(one, video_key=f"{i:064x}", path=str(i)) for i in range(100)]
     train, held = split_holdout(many, 0.05)
-    assert len(held) == 5 and sorted(train + held, key=lambda c: c.video_key) == many and train == sorted(train, key=lambda c: c.video_key)
+    assert (
+        len(held) == 5
+        and sorted(train + held, key=lambda c: c.video_key) == many
+        and train == sorted(train, key=lambda c: c.video_key)
+    )
     shuffled = random.Random(0).sample(many, 100)
     assert {c.video_key for c in split_holdout(shuffled, 0.05)[1]} == {c.video_key for c in held}
     more = {c.video_key for c in split_holdout(many, 0.1)[1]}

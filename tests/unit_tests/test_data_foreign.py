@@ -109,57 +109,130 @@ def has_line(lines, *words):
 def test_diffusion_pipe(folder):
     config, lines = imported(folder, DIFFUSION_PIPE)
     d = config.data
-    assert (d.resolutions, d.frame_buckets, d.min_ar, d.max_ar, d.num_ar_buckets, d.buckets) == ((64, 64), (1, 9), 0.5, 2.0, 3, ())
-    assert d.source == (Source(f"{folder}/a", num_repeats=2, caption_prefix="film, "), Source(f"{folder}/b", caption_prefix="drawing, "))
+    assert (d.resolutions, d.frame_buckets, d.min_ar, d.max_ar, d.num_ar_buckets, d.buckets) == (
+        (64, 64),
+        (1, 9),
+        0.5,
+        2.0,
+        3,
+        (),
+    )
+    assert d.source == (
+        Source(f"{folder}/a", num_repeats=2, caption_prefix="film, "),
+        Source(f"{folder}/b", caption_prefix="drawing, "),
+    )
     assert (d.clip_choice, d.uniform_clips, config.training.local_batch_size) == ("uniform", 1, 4)
     kept = plan_of(d, folder / "cache").kept
-    assert [(e.caption, e.bucket[0], e.start, e.repeats) for e in kept] == [("film, a clip", 9, 10, 2), ("drawing, a clip", 9, 10, 1)]
-    assert has_line(lines, "frame_bucket:", "unknown key") and has_line(lines, "[[directory]] 2: num_repeat: an unknown key")
-    assert has_line(lines, "num_repeats", "2.5 becomes 2") and has_line(lines, "10 becomes 9") and has_line(lines, "skip_empty_caption")
-    for key in ("mask_path", "default_mask_file", "control_path", "cache_shuffle_num", "cache_shuffle_delimiter", "shuffle_tags", "online_captions",
-                "shuffle_metadata", "subsample_ratio", "image_micro_batch_size_per_gpu"):  # fmt: skip
+    assert [(e.caption, e.bucket[0], e.start, e.repeats) for e in kept] == [
+        ("film, a clip", 9, 10, 2),
+        ("drawing, a clip", 9, 10, 1),
+    ]
+    assert has_line(lines, "frame_bucket:", "unknown key") and has_line(
+        lines, "[[directory]] 2: num_repeat: an unknown key"
+    )
+    assert (
+        has_line(lines, "num_repeats", "2.5 becomes 2")
+        and has_line(lines, "10 becomes 9")
+        and has_line(lines, "skip_empty_caption")
+    )
+    for key in (
+        "mask_path",
+        "default_mask_file",
+        "control_path",
+        "cache_shuffle_num",
+        "cache_shuffle_delimiter",
+        "shuffle_tags",
+        "online_captions",
+        "shuffle_metadata",
+        "subsample_ratio",
+        "image_micro_batch_size_per_gpu",
+    ):
         assert has_line(lines, f"{key}: not supported: {UNSUPPORTED[key]}"), key
 
 
 def test_musubi_tuner(folder):
     config, lines = imported(folder, MUSUBI_TUNER)
     d = config.data
-    assert d.buckets[:2] == ((1, 32, 64), (9, 32, 64)) and {b[0] for b in d.buckets} == {1, 9} and (1, 128, 128) in d.buckets
-    assert d.source == (Source(f"{folder}/a", num_repeats=3, clip_choice="slide", source_fps=24.0), Source(f"{folder}/rows.jsonl"))
+    assert (
+        d.buckets[:2] == ((1, 32, 64), (9, 32, 64))
+        and {b[0] for b in d.buckets} == {1, 9}
+        and (1, 128, 128) in d.buckets
+    )
+    assert d.source == (
+        Source(f"{folder}/a", num_repeats=3, clip_choice="slide", source_fps=24.0),
+        Source(f"{folder}/rows.jsonl"),
+    )
     assert (d.slide_stride, d.uniform_clips, config.training.local_batch_size) == (6, 4, 2)
     kept = plan_of(d, folder / "cache").kept
     assert [(e.caption, e.bucket, e.start, e.repeats) for e in kept] == [
-        *(("a clip", (9, 32, 64), start, 3) for start in (0, 6, 12, 18)), ("a still", (1, 128, 128), 0, 1)]  # fmt: skip
+        *(("a clip", (9, 32, 64), start, 3) for start in (0, 6, 12, 18)),
+        ("a still", (1, 128, 128), 0, 1),
+    ]
     assert has_line(lines, "resolution", "64 x 40 becomes 64 x 32")
-    assert has_line(lines, "audio: an unknown key") and has_line(lines, "batch_size", "one for all") and has_line(lines, "11 becomes 9")
-    for key in ("bucket_no_upscale", "skip_corrupted_cache", "cache_directory", "control_directory", "multiple_target", "fp_latent_window_size",
-                "fp_1f_clean_indices", "fp_1f_target_index", "fp_1f_no_post", "no_resize_control", "control_resolution", "debug_dataset",
-                "flux_kontext_no_resize_control", "qwen_image_edit_no_resize_control", "qwen_image_edit_control_resolution"):  # fmt: skip
+    assert (
+        has_line(lines, "audio: an unknown key")
+        and has_line(lines, "batch_size", "one for all")
+        and has_line(lines, "11 becomes 9")
+    )
+    for key in (
+        "bucket_no_upscale",
+        "skip_corrupted_cache",
+        "cache_directory",
+        "control_directory",
+        "multiple_target",
+        "fp_latent_window_size",
+        "fp_1f_clean_indices",
+        "fp_1f_target_index",
+        "fp_1f_no_post",
+        "no_resize_control",
+        "control_resolution",
+        "debug_dataset",
+        "flux_kontext_no_resize_control",
+        "qwen_image_edit_no_resize_control",
+        "qwen_image_edit_control_resolution",
+    ):
         assert has_line(lines, f"{key}: not supported: {UNSUPPORTED[key]}"), key
 
 
 def test_other_forms(folder):
     sizes = 'size_buckets = [[64, 32, 9], [30, 64, 1], [64, 32, 7]]\n[[directory]]\npath = "{0}/a"\n'
     assert imported(folder, sizes)[0].data.buckets == ((9, 32, 64), (1, 64, 32), (5, 32, 64))
-    ratios = 'resolutions = [128]\nenable_ar_bucket = true\nar_buckets = [[64, 32], [64, 64]]\n[[directory]]\npath = "{0}/a"\n'
+    ratios = (
+        "resolutions = [128]\nenable_ar_bucket = true\nar_buckets = [[64, 32], [64, 64]]\n[[directory]]\npath = "
+        '"{0}/a"\n'
+    )
     assert imported(folder, ratios)[0].data.buckets == ((1, 96, 192), (1, 128, 128))
-    square = 'resolutions = [[192, 96]]\n[[directory]]\npath = "{0}/a"\n[[directory]]\npath = "{0}/b"\nresolutions = [64]\nframe_buckets = [5]\n'
+    square = (
+        'resolutions = [[192, 96]]\n[[directory]]\npath = "{0}/a"\n[[directory]]\npath = "{0}/b"\nresolutions = '
+        "[64]\nframe_buckets = [5]\n"
+    )
     config, lines = imported(folder, square)
-    assert config.data.buckets == ((1, 128, 128), (1, 64, 64), (5, 64, 64)) and has_line(lines, "each source had its own")
-    full = '[[datasets]]\nvideo_directory = "{0}/a"\nframe_extraction = "full"\nmax_frames = 40\n[[datasets]]\nvideo_directory = "{0}/b"\n' \
-           'frame_extraction = "uniform"\nframe_sample = 2\ntarget_frames = [5]\n'  # fmt: skip
+    assert config.data.buckets == ((1, 128, 128), (1, 64, 64), (5, 64, 64)) and has_line(
+        lines, "each source had its own"
+    )
+    full = (
+        '[[datasets]]\nvideo_directory = "{0}/a"\nframe_extraction = "full"\nmax_frames = '
+        '40\n[[datasets]]\nvideo_directory = "{0}/b"\n'
+        'frame_extraction = "uniform"\nframe_sample = 2\ntarget_frames = [5]\n'
+    )
     config, lines = imported(folder, full)
     assert config.data.buckets == ((1, 544, 960), (37, 544, 960), (5, 544, 960)) and config.data.uniform_clips == 2
-    assert [e.bucket[0] for e in plan_of(config.data, folder / "cache").kept] == [29, 5, 5] and has_line(lines, "every frame was taken")
+    assert [e.bucket[0] for e in plan_of(config.data, folder / "cache").kept] == [29, 5, 5] and has_line(
+        lines, "every frame was taken"
+    )
 
 
 WRONG = [
-    ('dataset = "data.toml"', "it names one: data.toml"), ("[[directory]]\npath = 3\nresolutions = [512]", "path: given 3"),
-    ("resolutions = [512]\n[[directory]]\nnum_repeats = 2", "without a path"), ('[[directory]]\npath = "x"', "neither resolutions nor size_buckets"),
-    ("[[datasets]]\ntarget_frames = [1]", "must have one of video_directory"), ("[[datasets", "not valid TOML"),
-    ('[[datasets]]\nvideo_directory = "x"\nframe_extraction = "tail"', "must be head, chunk"), ('[[directory]]\npath = "x"\nresolutions = [8]', "data.resolutions"),
+    ('dataset = "data.toml"', "it names one: data.toml"),
+    ("[[directory]]\npath = 3\nresolutions = [512]", "path: given 3"),
+    ("resolutions = [512]\n[[directory]]\nnum_repeats = 2", "without a path"),
+    ('[[directory]]\npath = "x"', "neither resolutions nor size_buckets"),
+    ("[[datasets]]\ntarget_frames = [1]", "must have one of video_directory"),
+    ("[[datasets", "not valid TOML"),
+    ('[[datasets]]\nvideo_directory = "x"\nframe_extraction = "tail"', "must be head, chunk"),
+    ('[[directory]]\npath = "x"\nresolutions = [8]', "data.resolutions"),
     ('video_clip_mode = "tail"\nresolutions = [64]\n[[directory]]\npath = "x"', "must be single_beginning"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("text, words", WRONG)
@@ -177,7 +250,18 @@ def test_the_command(folder, capsys):
     assert parse(printed.out).data.source[0].path == f"{folder}/a" and "mask_path: not supported" in printed.err
     command.main(["import", str(folder / "other.toml"), str(folder / "ours.toml")])
     assert (folder / "ours.toml").read_text() == printed.out
-    command.main(["plan", str(folder / "ours.toml"), "--job.dump_folder", str(folder / "out"), "--encoder.name", "debug", "--encoder.max_text_length", "16"])
+    command.main(
+        [
+            "plan",
+            str(folder / "ours.toml"),
+            "--job.dump_folder",
+            str(folder / "out"),
+            "--encoder.name",
+            "debug",
+            "--encoder.max_text_length",
+            "16",
+        ]
+    )
     assert "2 kept" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="error: .*no such file"):
         command.main(["import", str(folder / "gone.toml")])

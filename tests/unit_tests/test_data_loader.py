@@ -1,4 +1,7 @@
-"""Micro-batches: the same global batches for every layout, exact resumption, padding and caption dropout; and the data commands."""
+"""Micro-batches:
+
+the same global batches for every layout, exact resumption, padding and caption dropout; and the data commands.
+"""
 
 import json
 from collections import Counter, deque
@@ -42,22 +45,32 @@ def make(data, **kwargs):
     local, total, budget = kwargs.pop("local", 2), kwargs.pop("total", 4), kwargs.pop("budget", 0)
     batching = Batching(total if budget else total // local, local, budget)
     settings = {"seed": 5, "caption_dropout": 0.3, "max_text_length": 6, "text_dim": 64}
-    return LatentLoader(clips, cache, cache.text_key(""), batching, lambda b: Work(b[0] * b[1], b[1]), **{**settings, **kwargs})
+    return LatentLoader(
+        clips, cache, cache.text_key(""), batching, lambda b: Work(b[0] * b[1], b[1]), **{**settings, **kwargs}
+    )
 
 
 def samples(step):
     """{sample id: (latents, text, mask)} of a step's micro-batches."""
-    return {int(i): (b.latents_BCFHW[n], b.text_BLD[n], b.text_mask_BL[n]) for b in step for n, i in enumerate(b.sample_ids_B)}
+    return {
+        int(i): (b.latents_BCFHW[n], b.text_BLD[n], b.text_mask_BL[n])
+        for b in step
+        for n, i in enumerate(b.sample_ids_B)
+    }
 
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(x, y) for i in a for x, y in zip(a[i], b[i], strict=True))
 
 
-@pytest.mark.parametrize("dp_size, local, num_workers", [(1, 1, 0), (1, 12, 2), (2, 3, 0), (3, 2, 1), (4, 3, 0), (12, 1, 0)])
+@pytest.mark.parametrize(
+    "dp_size, local, num_workers", [(1, 1, 0), (1, 12, 2), (2, 3, 0), (3, 2, 1), (4, 3, 0), (12, 1, 0)]
+)
 def test_the_global_batch_is_the_same_for_every_layout(data, dp_size, local, num_workers):
     reference = [samples(s) for s in islice(make(data, local=4, total=12), 6)]
-    ranks = [make(data, local=local, total=12, dp_rank=r, dp_size=dp_size, num_workers=num_workers) for r in range(dp_size)]
+    ranks = [
+        make(data, local=local, total=12, dp_rank=r, dp_size=dp_size, num_workers=num_workers) for r in range(dp_size)
+    ]
     steps = [list(islice(loader, 6)) for loader in ranks]
     for n, wanted in enumerate(reference):
         union = {}
@@ -81,7 +94,11 @@ def test_contents(data):
     encoders, dropped, seen = DebugEncoders(6), 0, set()
     for step in islice(make(data), 40):
         for batch in step:
-            assert batch.latents_BCFHW.dtype == torch.float32 and batch.text_mask_BL.dtype == torch.bool and batch.cond == {}
+            assert (
+                batch.latents_BCFHW.dtype == torch.float32
+                and batch.text_mask_BL.dtype == torch.bool
+                and batch.cond == {}
+            )
         for sample_id, (latents, text, mask) in samples(step).items():
             clip = by_latents[latents.numpy().tobytes()]
             seen.add(clip.path)
@@ -123,22 +140,33 @@ PAIRS = [(a, b) for a in DEGREES for b in DEGREES]
 
 
 def drawn(data, degree, num_workers, state, count):
-    """([(sample id, digest of its clip and text)] in the order of the run, the state after it) of all ranks, for `count` steps after `state`."""
-    ranks = [make(data, total=8, budget=150, dp_rank=r, dp_size=degree, num_workers=num_workers, prefetch_factor=3) for r in range(degree)]
+    """([(sample id, digest of its clip and text)] in the order of the run, the state after it) of all ranks, for
+    `count` steps after `state`.
+    """
+    ranks = [
+        make(data, total=8, budget=150, dp_rank=r, dp_size=degree, num_workers=num_workers, prefetch_factor=3)
+        for r in range(degree)
+    ]
     found = []
     for loader in ranks if state else ():
         loader.load_state_dict(state)
     for step in zip(*(loader.steps(count) for loader in ranks), strict=True):
         for micro_step in zip(*step, strict=True):
             for batch in micro_step:
-                found += [(i, hash((latents.numpy().tobytes(), text.numpy().tobytes()))) for i, (latents, text, _) in samples([batch]).items()]
+                found += [
+                    (i, hash((latents.numpy().tobytes(), text.numpy().tobytes())))
+                    for i, (latents, text, _) in samples([batch]).items()
+                ]
     assert all(loader.state_dict() == ranks[0].state_dict() for loader in ranks)
     return found, json.loads(json.dumps(ranks[0].state_dict()))
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(data):
-    """Six steps of one rank. Every epoch of a bucket holds each of its clips once, and steps end in the middle of them."""
+    """Six steps of one rank.
+
+    Every epoch of a bucket holds each of its clips once, and steps end in the middle of them.
+    """
     (whole, last), clips = drawn(data, 1, 0, None, 6), Counter(clip.bucket for clip in data[0])
     plain = make(data, total=8, budget=150, caption_dropout=0.0)
     of_bucket = {bucket: [] for bucket in clips}
@@ -156,7 +184,10 @@ def uninterrupted(data):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("num_before, num_after", [(0, 0), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in [(0, 1), (1, 4), (4, 0)])])
+@pytest.mark.parametrize(
+    "num_before, num_after",
+    [(0, 0), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in [(0, 1), (1, 4), (4, 0)])],
+)
 def test_resume_on_another_number_of_ranks(data, uninterrupted, num_before, num_after):
     """All pairs of degrees: the samples are those of the uninterrupted run, in its order."""
     whole, last = uninterrupted
@@ -200,7 +231,9 @@ def test_memory_of_a_loader_without_workers_is_bounded(data, monkeypatch):
     for _ in islice(small, 10):
         pass
     assert 0 < small.reader.kept_bytes < 10_000
-    assert all(same(samples(a), samples(b)) for a, b in islice(zip(small, islice(make(data), 10, None), strict=False), 3))
+    assert all(
+        same(samples(a), samples(b)) for a, b in islice(zip(small, islice(make(data), 10, None), strict=False), 3)
+    )
 
 
 def test_wrong_numbers_are_refused(data):
@@ -212,7 +245,10 @@ def test_wrong_numbers_are_refused(data):
 
 def test_a_draw_chooses_one_of_the_captions(data):
     clips, cache = data
-    several = [replace(c, text_keys=(c.text_key, other.text_key), captions=(c.caption, other.caption)) for c, other in zip(clips, clips[1:] + clips[:1])]
+    several = [
+        replace(c, text_keys=(c.text_key, other.text_key), captions=(c.caption, other.caption))
+        for c, other in zip(clips, clips[1:] + clips[:1])
+    ]
     chosen = []
     for kwargs in ({}, {"local": 4, "num_workers": 1}):
         order = make((several, cache), **kwargs).order
@@ -254,7 +290,11 @@ def test_commands(tmp_path, capsys):
     assert not (tmp_path / "out" / "cache" / "shards").exists()
     command.main(["encode", file])
     assert "16 clips in" in capsys.readouterr().out
-    (made,) = [json.loads(line) for line in (tmp_path / "out" / "cache" / "manifest.jsonl").read_text().splitlines() if "video/" in line]
+    (made,) = [
+        json.loads(line)
+        for line in (tmp_path / "out" / "cache" / "manifest.jsonl").read_text().splitlines()
+        if "video/" in line
+    ]
     assert len(made["entries"]) == 16
 
 

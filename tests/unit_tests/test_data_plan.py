@@ -23,16 +23,39 @@ def reasons(records):
 def test_folder(tmp_path):
     (tmp_path / "deep" / "er").mkdir(parents=True)
     (tmp_path / ".hidden").mkdir()
-    for name in ("b.mp4", "A.MOV", "no_text.mkv", "empty.webm", "latin.avi", "deep/er/c.m4v", ".hidden/x.mp4", "._a.mp4", "notes.pdf"):
+    for name in (
+        "b.mp4",
+        "A.MOV",
+        "no_text.mkv",
+        "empty.webm",
+        "latin.avi",
+        "deep/er/c.m4v",
+        ".hidden/x.mp4",
+        "._a.mp4",
+        "notes.pdf",
+    ):
         (tmp_path / name).write_bytes(b"x")
-    for name, text in (("b.txt", "a b\n"), ("A.txt", "\ufeffan A"), ("empty.txt", " \n"), ("deep/er/c.txt", "a c"), ("lonely.txt", "x")):
+    for name, text in (
+        ("b.txt", "a b\n"),
+        ("A.txt", "\ufeffan A"),
+        ("empty.txt", " \n"),
+        ("deep/er/c.txt", "a c"),
+        ("lonely.txt", "x"),
+    ):
         (tmp_path / name).write_text(text, encoding="utf-8")
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     records = scan(tmp_path)
-    assert {os.path.basename(r.path): r.caption for r in records if not r.reason} == {"b.mp4": "a b", "A.MOV": "an A", "c.m4v": "a c"}
+    assert {os.path.basename(r.path): r.caption for r in records if not r.reason} == {
+        "b.mp4": "a b",
+        "A.MOV": "an A",
+        "c.m4v": "a c",
+    }
     assert reasons(records) == {
-        "no_text.mkv": "no caption", "empty.webm": "empty caption", "latin.avi": "unreadable caption",
-        "lonely.txt": "caption without a clip"}  # fmt: skip
+        "no_text.mkv": "no caption",
+        "empty.webm": "empty caption",
+        "latin.avi": "unreadable caption",
+        "lonely.txt": "caption without a clip",
+    }
     assert "byte 3" in next(r.reason for r in records if "latin" in r.path)
     assert [r.path for r in records] == [r.path for r in scan(tmp_path)]
 
@@ -62,24 +85,57 @@ def test_metadata_columns(tmp_path, caplog, path_column, caption_column):
 def test_jsonl_rows(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"x")
     file = tmp_path / "any_name.jsonl"
-    lines = [{"video": "a.mp4", "prompt": "good"}, {"video": "gone.mp4", "prompt": "x"}, {"video": "a.mp4"}, {"video": "a.mp4", "prompt": " "},
-             {"prompt": "x"}, {"video": "a.mp4", "prompt": 3}]  # fmt: skip
-    file.write_bytes("\n".join(map(json.dumps, lines)).encode() + b'\n\n{"video": \n[1]\n{"video": "\xe9"}\n' + json.dumps(lines[0]).encode())
+    lines = [
+        {"video": "a.mp4", "prompt": "good"},
+        {"video": "gone.mp4", "prompt": "x"},
+        {"video": "a.mp4"},
+        {"video": "a.mp4", "prompt": " "},
+        {"prompt": "x"},
+        {"video": "a.mp4", "prompt": 3},
+    ]
+    file.write_bytes(
+        "\n".join(map(json.dumps, lines)).encode()
+        + b'\n\n{"video": \n[1]\n{"video": "\xe9"}\n'
+        + json.dumps(lines[0]).encode()
+    )
     records = scan(file)
     assert [r.reason.partition(":")[0] for r in records] == [
-        "", "missing file", "no caption", "empty caption", "no clip named", "no caption", "bad line", "bad line", "bad line", ""]  # fmt: skip
-    assert records[6].path == f"{file}:8" and "not JSON" in records[6].reason and records[8].path == f"{file}:10" and "UTF-8" in records[8].reason
+        "",
+        "missing file",
+        "no caption",
+        "empty caption",
+        "no clip named",
+        "no caption",
+        "bad line",
+        "bad line",
+        "bad line",
+        "",
+    ]
+    assert (
+        records[6].path == f"{file}:8"
+        and "not JSON" in records[6].reason
+        and records[8].path == f"{file}:10"
+        and "UTF-8" in records[8].reason
+    )
 
 
 def test_csv_with_an_unquoted_comma(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"x")
     (tmp_path / "metadata.csv").write_text("path,caption\na.mp4,one, two\na.mp4,three\na.mp4\n")
     bad, good, short = scan(tmp_path)
-    assert "more fields" in bad.reason and bad.path.endswith("metadata.csv:2") and good.caption == "three" and short.reason.startswith("no caption")
+    assert (
+        "more fields" in bad.reason
+        and bad.path.endswith("metadata.csv:2")
+        and good.caption == "three"
+        and short.reason.startswith("no caption")
+    )
 
 
-NO_COLUMNS = [('{"clip": "a", "words": "b"}', ["clip, words", "file_name"]), ('{"video": "a", "label": "b"}', ["video, label", "prompt"]),
-              ("", ["no rows"])]  # fmt: skip
+NO_COLUMNS = [
+    ('{"clip": "a", "words": "b"}', ["clip, words", "file_name"]),
+    ('{"video": "a", "label": "b"}', ["video, label", "prompt"]),
+    ("", ["no rows"]),
+]
 
 
 @pytest.mark.parametrize("text, words", NO_COLUMNS)
@@ -148,14 +204,35 @@ def test_plan(folder, tmp_path, num_workers):
     by_name = {os.path.basename(e.path): e for e in plan.entries}
     assert {n for n, e in by_name.items() if e.kept} == {"a.mp4", "b.mkv"}
     a, b = by_name["a.mp4"], by_name["b.mkv"]
-    assert (a.width, a.height, a.source_frames, a.num_frames, a.bucket, len(a.pts)) == (128, 72, 60, 20, (17, 32, 64), 17) and a.source_fps == 25
+    assert (a.width, a.height, a.source_frames, a.num_frames, a.bucket, len(a.pts)) == (
+        128,
+        72,
+        60,
+        20,
+        (17, 32, 64),
+        17,
+    ) and a.source_fps == 25
     assert (b.source_frames, b.num_frames, b.bucket) == (30, 20, (17, 64, 48))
     assert by_name["short.mp4"].reason == "too short: 7 frames at 8 fps, the shortest bucket takes 17"
     summary = plan.summary()
-    for line in ("6 found, 2 kept, 4 dropped", "17 x 32 x 64", "dropped, corrupt: 2", "dropped, too short: 1", "dropped, no caption: 1",
-                 "wordless.txt is missing", "cut.mp4: ", "zero.mp4: the file is empty"):  # fmt: skip
+    for line in (
+        "6 found, 2 kept, 4 dropped",
+        "17 x 32 x 64",
+        "dropped, corrupt: 2",
+        "dropped, too short: 1",
+        "dropped, no caption: 1",
+        "wordless.txt is missing",
+        "cut.mp4: ",
+        "zero.mp4: the file is empty",
+    ):
         assert line in summary, summary
-    assert plan.counts() == {"clips": 2, "dropped": 4, "dropped/corrupt": 2, "dropped/too short": 1, "dropped/no caption": 1}
+    assert plan.counts() == {
+        "clips": 2,
+        "dropped": 4,
+        "dropped/corrupt": 2,
+        "dropped/too short": 1,
+        "dropped/no caption": 1,
+    }
     plan.write_jsonl(tmp_path / "out" / "plan.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "out" / "plan.jsonl").read_text().splitlines()]
     assert len(rows) == 6 and sum(r["kept"] for r in rows) == 2 and all(r["reason"] for r in rows if not r["kept"])
@@ -187,7 +264,9 @@ def test_drop_reports_what_failed_later(folder, tmp_path):
     plan = make_plan(folder, [[17, 32, 64]], 8, 0, tmp_path / "cache")
     path = plan.kept[0].path
     after = plan.drop({path: "corrupt: damaged"})
-    assert [e.path for e in plan.kept if e.path != path] == [e.path for e in after.kept] and f"{path}: damaged" in after.summary()
+    assert [e.path for e in plan.kept if e.path != path] == [
+        e.path for e in after.kept
+    ] and f"{path}: damaged" in after.summary()
 
 
 def test_probes_are_kept_until_the_file_changes(folder, tmp_path, monkeypatch):

@@ -24,17 +24,36 @@ def work(bucket):
 def plan(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     (folder / "clips").mkdir()
-    for k, (count, width, height) in enumerate([(40, 64, 48), (8, 64, 32), (7, 32, 64), (6, 30, 60), (3, 48, 48), (2, 90, 90)]):
+    for k, (count, width, height) in enumerate(
+        [(40, 64, 48), (8, 64, 32), (7, 32, 64), (6, 30, 60), (3, 48, 48), (2, 90, 90)]
+    ):
         captioned(folder / "clips" / f"{k}.mp4", f"clip {k}", count=count, width=width, height=height, fps=10)
     return make_plan(folder / "clips", BUCKETS, 10, 0, folder / "cache")
 
 
 def test_table(plan):
-    text = report(plan, Batching(4, token_budget=40), 2, work, lambda b: (16, (b[0] - 1) // 4 + 1, b[1] // 8, b[2] // 8), 100)
+    text = report(
+        plan, Batching(4, token_budget=40), 2, work, lambda b: (16, (b[0] - 1) // 4 + 1, b[1] // 8, b[2] // 8), 100
+    )
     lines = {line.split()[0]: line.split() for line in text.splitlines()}
-    # bucket, clips, from, [and n more], kept, latent, tokens, clips, tokens, FLOPs of forward and backward, of the budget
+    # bucket, clips, from, [and n more], kept, latent, tokens, clips, tokens, FLOPs of forward and backward, of the
+    # budget
     assert lines["9x64x64"] == ["9x64x64", "1", "48x64", "75%", "3x8x8", "48", "1", "48", "6.91", "120%"]
-    assert lines["1x32x32"] == ["1x32x32", "2", "48x48", "and", "1", "more", "100%", "1x4x4", "4", "1", "4", "0.048", "10%"]
+    assert lines["1x32x32"] == [
+        "1x32x32",
+        "2",
+        "48x48",
+        "and",
+        "1",
+        "more",
+        "100%",
+        "1x4x4",
+        "4",
+        "1",
+        "4",
+        "0.048",
+        "10%",
+    ]
     assert lines["5x64x32"][:5] == ["5x64x32", "2", "64x32", "and", "1"]
     assert "epoch: 6 samples, about 1.5 steps of 4 micro-batches" in text and "2 data-parallel ranks, 200 steps" in text
     assert "dealt by equal cost: cost differs by 0.0% on average, ranks idle 0.0%" in text
@@ -50,7 +69,13 @@ def test_what_equal_cost_saves(plan):
 
 def test_export_writes_what_is_trained(plan, tmp_path):
     paths = export(plan, 5, tmp_path / "out")
-    assert len(paths) == 5 and [p.name[4:].split("_")[0] for p in paths] == ["1x32x32", "5x32x64", "5x64x32", "9x64x64", "1x32x32"]
+    assert len(paths) == 5 and [p.name[4:].split("_")[0] for p in paths] == [
+        "1x32x32",
+        "5x32x64",
+        "5x64x32",
+        "9x64x64",
+        "1x32x32",
+    ]
     entry = next(e for e in plan.kept if e.bucket == (9, 64, 64))
     found = probe(str(paths[3]))
     assert (found.width, found.height, len(found.pts), found.fps) == (64, 64, 9, 10)
@@ -62,7 +87,12 @@ def test_export_writes_what_is_trained(plan, tmp_path):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_decoding_finds_what_packets_do_not_tell(tmp_path, num_workers):
     for name in ("good", "bad"):
-        captioned(tmp_path / f"{name}.mp4", name, frames=np.random.default_rng(0).integers(0, 255, (20, 48, 64, 3), dtype=np.uint8), fps=10)
+        captioned(
+            tmp_path / f"{name}.mp4",
+            name,
+            frames=np.random.default_rng(0).integers(0, 255, (20, 48, 64, 3), dtype=np.uint8),
+            fps=10,
+        )
     data = bytearray((tmp_path / "bad.mp4").read_bytes())
     middle = len(data) // 2
     data[middle : middle + 3000] = b"\xff" * 3000
@@ -77,9 +107,26 @@ def test_the_command(tmp_path, capsys):
     captioned(tmp_path / "clips.mp4", "one", count=40, fps=10)
     write_clip(tmp_path / "wordless.mp4")
     file = tmp_path / "run.toml"
-    file.write_text(f'[job]\ndump_folder = "{tmp_path}/out"\n[encoder]\nname = "debug"\n[data]\npath = "{tmp_path}"\nbuckets = [[9, 32, 64]]\nfps = 10\n'
-                    'num_workers = 0\nclip_choice = "chunk"\ntokens_per_microbatch = 100\n')  # fmt: skip
-    command.main(["plan", str(file), "--export", "2", "--ranks", "4", "--decode", "--data.clip_choice", "uniform", "--data.uniform_clips", "3"])
+    file.write_text(
+        f'[job]\ndump_folder = "{tmp_path}/out"\n[encoder]\nname = "debug"\n[data]\npath = "{tmp_path}"\nbuckets '
+        f"= [[9, 32, 64]]\nfps = 10\n"
+        'num_workers = 0\nclip_choice = "chunk"\ntokens_per_microbatch = 100\n'
+    )
+    command.main(
+        [
+            "plan",
+            str(file),
+            "--export",
+            "2",
+            "--ranks",
+            "4",
+            "--decode",
+            "--data.clip_choice",
+            "uniform",
+            "--data.uniform_clips",
+            "3",
+        ]
+    )
     out = capsys.readouterr().out
     assert "3 kept, 1 dropped" in out and "4 data-parallel ranks" in out and "9x32x64" in out
     rows = [json.loads(line) for line in (tmp_path / "out" / "data_plan.jsonl").read_text().splitlines()]

@@ -1,4 +1,7 @@
-"""The global sampler: what is drawn, in what order, that it is a function of its counters, and that ranks have equal work."""
+"""The global sampler:
+
+what is drawn, in what order, that it is a function of its counters, and that ranks have equal work.
+"""
 
 import json
 import random
@@ -19,7 +22,9 @@ DEBUG = SPEC.flavors["debug"]
 
 
 def sampler_of(sizes, clips, micro_batches=1, parts=1, seed=0, shuffle=True, mark="", classes=None):
-    return GlobalSampler(sizes, classes or [CostClass((b,), clips) for b in range(len(sizes))], micro_batches, parts, seed, shuffle, mark)
+    return GlobalSampler(
+        sizes, classes or [CostClass((b,), clips) for b in range(len(sizes))], micro_batches, parts, seed, shuffle, mark
+    )
 
 
 def draws(sampler, steps):
@@ -67,10 +72,21 @@ def test_classes_of_unequal_micro_batches_have_their_share_too():
 
 def test_seeds_buckets_and_epochs_have_their_own_order():
     first = draws(sampler_of([50, 50], 50), 4)
-    orders = [tuple(s.positions) for s in first] + [tuple(s.positions) for s in draws(sampler_of([50, 50], 50, seed=1), 4)]
+    orders = [tuple(s.positions) for s in first] + [
+        tuple(s.positions) for s in draws(sampler_of([50, 50], 50, seed=1), 4)
+    ]
     assert len(set(orders)) == 8
     assert draws(sampler_of([50, 50], 50), 4) == first
-    assert draws(sampler_of([8], 8, seed=2**63 - 1), 1)[0].positions == [6, 0, 4, 2, 5, 3, 1, 7]  # a resume may meet another numpy
+    assert draws(sampler_of([8], 8, seed=2**63 - 1), 1)[0].positions == [
+        6,
+        0,
+        4,
+        2,
+        5,
+        3,
+        1,
+        7,
+    ]  # a resume may meet another numpy
 
 
 @pytest.mark.parametrize("done", [0, 1, 7, 23])
@@ -109,7 +125,16 @@ def test_an_empty_bucket_is_refused():
 
 # ---- token budget and equal cost ----
 
-SIZES = [(1, 256, 256), (17, 256, 256), (17, 480, 832), (17, 832, 480), (33, 480, 832), (49, 320, 576), (81, 256, 256), (81, 480, 832)]
+SIZES = [
+    (1, 256, 256),
+    (17, 256, 256),
+    (17, 480, 832),
+    (17, 832, 480),
+    (33, 480, 832),
+    (49, 320, 576),
+    (81, 256, 256),
+    (81, 480, 832),
+]
 
 
 def work(bucket):
@@ -130,7 +155,9 @@ def test_clips_that_fit_into_the_budget():
         costs = [WORKS[b].flops for b in c.buckets]
         assert max(costs) <= 1.05 * min(costs)
     assert any(set(c.buckets) == {2, 3} for c in classes)  # wide and tall of one area
-    assert {c.clips for c in Batching(8, token_budget=100).classes(counts, WORKS)} == {1}  # more than the budget, but one at least
+    assert {c.clips for c in Batching(8, token_budget=100).classes(counts, WORKS)} == {
+        1
+    }  # more than the budget, but one at least
 
 
 def test_a_micro_batch_shrinks_rather_than_repeat_clips_in_a_part():
@@ -170,10 +197,15 @@ def test_ranks_differ_by_a_tenth_at_most_at_each_micro_step(ranks):
 
 @pytest.mark.parametrize("ranks, parts", [(2, 1), (8, 2)])
 def test_the_plan_prints_this_balance(ranks, parts):
-    """What it says of 200 steps is what training does; and ranks that draw their buckets independently wait far longer for each other."""
+    """What it says of 200 steps is what training does; and ranks that draw their buckets independently wait far longer
+    for each other.
+    """
     sizes, counts = [*SIZES, (17, 480, 848)], [500, 40, 60, 33, 20, 11, 7, 90, 41]  # two that cost about the same
-    entries = [PlanEntry(f"{b}-{n}.mp4", ("a",), bucket=size, width=size[2], height=size[1], sha256=f"{b}-{n}", pts=(0,))
-               for b, size in enumerate(sizes) for n in range(counts[b])]  # fmt: skip
+    entries = [
+        PlanEntry(f"{b}-{n}.mp4", ("a",), bucket=size, width=size[2], height=size[1], sha256=f"{b}-{n}", pts=(0,))
+        for b, size in enumerate(sizes)
+        for n in range(counts[b])
+    ]
     batching = Batching(16, token_budget=32760, parts=parts)
     text = report(Plan("", 16, tuple(sizes), tuple(entries)), batching, ranks, work, lambda b: (16, 1, 1, 1), 1)
     numbers = re.findall(r"cost differs by ([0-9.]+)% on average, ranks idle ([0-9.]+)%", text)
@@ -206,11 +238,15 @@ def test_a_step_may_mix_buckets():
 
 
 def test_the_sequence_is_the_same_for_all_pairs_of_degrees():
-    """Training on one number of ranks and going on with another, in mid-epoch and mid-bucket, is the uninterrupted sequence."""
+    """Training on one number of ranks and going on with another, in mid-epoch and mid-bucket, is the uninterrupted
+    sequence.
+    """
     counts = [31, 12, 7, 5, 3, 3, 2, 9]
 
     def build():
-        return sampler_of(counts, 0, 8, 2, seed=4, classes=Batching(16, token_budget=32760, parts=2).classes(counts, WORKS))
+        return sampler_of(
+            counts, 0, 8, 2, seed=4, classes=Batching(16, token_budget=32760, parts=2).classes(counts, WORKS)
+        )
 
     def of_ranks(sampler, degree):
         step = sampler.next()

@@ -19,7 +19,10 @@ def centers(frames_FHWC):
 
 
 def test_combinations_are_equally_frequent():
-    assert set(Counter(map(shapes.combination, range(96))).values()) == {2} and len({shapes.combination(i) for i in range(48)}) == 48
+    assert (
+        set(Counter(map(shapes.combination, range(96))).values()) == {2}
+        and len({shapes.combination(i) for i in range(48)}) == 48
+    )
     assert len({shapes.combination(i)[::2] for i in range(16)}) == 16
     assert shapes.caption(0) == "a red circle moves left"
 
@@ -35,7 +38,11 @@ def test_render_shows_what_the_caption_says():
         assert 24 < dx * wx + dy * wy < 36 and abs(dx * wy) + abs(dy * wx) < 1
         assert max(n for *_, n in where) - min(n for *_, n in where) < 40  # never leaves the picture
         assert (abs(frames[0].reshape(-1, 3) - np.array(COLORS[color])).sum(1) == 0).sum() > 60
-    assert np.array_equal(render(7), render(7)) and not np.array_equal(render(7), render(7, seed=1)) and not np.array_equal(render(7), render(55))
+    assert (
+        np.array_equal(render(7), render(7))
+        and not np.array_equal(render(7), render(7, seed=1))
+        and not np.array_equal(render(7), render(55))
+    )
 
 
 def test_shapes_differ():
@@ -54,7 +61,9 @@ def test_files_keep_the_colours(tmp_path):
         frames = decode(str(folder / f"{i:05d}.mp4"), found.pts, 64, 64, (17, 64, 64)).permute(1, 2, 3, 0).numpy()
         assert abs(frames.astype(int) - render(i)).mean() < 3
         core = (render(i) == COLORS[shapes.combination(i)[0]]).all(-1)
-        assert abs(frames[core].mean(0) - COLORS[shapes.combination(i)[0]]).max() < 12  # the chroma of edge pixels is shared
+        assert (
+            abs(frames[core].mean(0) - COLORS[shapes.combination(i)[0]]).max() < 12
+        )  # the chroma of edge pixels is shared
         assert (folder / f"{i:05d}.txt").read_text().strip() == shapes.caption(i)
 
 

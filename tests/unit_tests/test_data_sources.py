@@ -1,4 +1,7 @@
-"""Sources beyond a folder of clips: images, folders of frames, tars, tables, stated metadata, several at once; and which clips a file gives."""
+"""Sources beyond a folder of clips:
+
+images, folders of frames, tars, tables, stated metadata, several at once; and which clips a file gives.
+"""
 
 import io
 import json
@@ -49,26 +52,65 @@ def clip(tmp_path_factory):
 def shards(tmp_path, clip):
     (tmp_path / "shards").mkdir()
     other = write_clip(tmp_path / "b.mkv", count=12, fps=10, width=48, height=64)
-    write_tar(tmp_path / "shards" / "s-000.tar", {"x/0001.mp4": clip, "x/0001.txt": b"the first\n", "x/0002.mkv": other, "x/0002.json": json.dumps(
-        {"caption": ["the second", "a tall one"], "width": 48, "height": 64, "num_frames": 12, "fps": 10}).encode()})
-    write_tar(tmp_path / "shards" / "s-001.tar", {"0003.mp4": clip, "0004.txt": b"alone", "0005.mp4": clip, "0005.txt": b"\xe9", "0006.mp4": b"", "0006.txt": b"no"})
+    write_tar(
+        tmp_path / "shards" / "s-000.tar",
+        {
+            "x/0001.mp4": clip,
+            "x/0001.txt": b"the first\n",
+            "x/0002.mkv": other,
+            "x/0002.json": json.dumps(
+                {"caption": ["the second", "a tall one"], "width": 48, "height": 64, "num_frames": 12, "fps": 10}
+            ).encode(),
+        },
+    )
+    write_tar(
+        tmp_path / "shards" / "s-001.tar",
+        {
+            "0003.mp4": clip,
+            "0004.txt": b"alone",
+            "0005.mp4": clip,
+            "0005.txt": b"\xe9",
+            "0006.mp4": b"",
+            "0006.txt": b"no",
+        },
+    )
     return tmp_path / "shards"
 
 
-@pytest.mark.parametrize("form", ["{folder}", "{folder}/s-*.tar", "{folder}/s-{{000..001}}.tar", "file://{folder}/s-{{000,001}}.tar", "file://{folder}/s-*.tar"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "{folder}",
+        "{folder}/s-*.tar",
+        "{folder}/s-{{000..001}}.tar",
+        "file://{folder}/s-{{000,001}}.tar",
+        "file://{folder}/s-*.tar",
+    ],
+)
 def test_tars(shards, tmp_path, form):
     if "://" in form:
         pytest.importorskip("fsspec")
     path = form.format(folder=shards)
     records = scan(path)
     assert [(r.captions, r.reason.partition(":")[0]) for r in records] == [
-        (("the first",), ""), (("the second", "a tall one"), ""), ((), "no caption"), ((), "caption without a clip"), ((), "unreadable caption"),
-        (("no",), "")]  # fmt: skip
+        (("the first",), ""),
+        (("the second", "a tall one"), ""),
+        ((), "no caption"),
+        ((), "caption without a clip"),
+        ((), "unreadable caption"),
+        (("no",), ""),
+    ]
     assert records[1].stated == (48, 64, 12, 10)
     plan = make_plan([Source(path=path)], [[5, 32, 64], [5, 64, 48]], 10, 0, tmp_path / "cache")
     first, second = plan.kept
-    assert first.bucket == (5, 32, 64) and second.bucket == (5, 64, 48) and numbers(first) == numbers(second) == [0, 1, 2, 3, 4]
-    assert "shards" in first.path and "0001.mp4" in first.path and plan.entries[-1].reason == "corrupt: the file is empty"
+    assert (
+        first.bucket == (5, 32, 64)
+        and second.bucket == (5, 64, 48)
+        and numbers(first) == numbers(second) == [0, 1, 2, 3, 4]
+    )
+    assert (
+        "shards" in first.path and "0001.mp4" in first.path and plan.entries[-1].reason == "corrupt: the file is empty"
+    )
     assert make_plan([Source(path=path)], [[5, 32, 64], [5, 64, 48]], 10, 0, tmp_path / "cache") == plan
 
 
@@ -84,7 +126,9 @@ def test_a_tar_that_is_broken_off(shards, tmp_path, clip):
     whole = (shards / "s-000.tar").read_bytes()
     (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
     records = scan(tmp_path / "cut.tar")
-    assert records[-1].reason.startswith("corrupt: the tar is broken off") and records[-1].path == str(tmp_path / "cut.tar")
+    assert records[-1].reason.startswith("corrupt: the tar is broken off") and records[-1].path == str(
+        tmp_path / "cut.tar"
+    )
     (tmp_path / "none.tar").write_bytes(b"no tar at all" * 100)
     assert [r.reason.partition(":")[0] for r in scan(tmp_path / "none.tar")] == ["corrupt"]
 
@@ -110,15 +154,22 @@ def test_expand(tmp_path):
 def test_tables(tmp_path, clip, form):
     pa = pytest.importorskip("pyarrow")
     data = clip.read_bytes()
-    videos = [{"bytes": None if form == "paths" else data, "path": str(clip)} for _ in range(4)] + [{"bytes": None, "path": "gone.mp4"}]
+    videos = [{"bytes": None if form == "paths" else data, "path": str(clip)} for _ in range(4)] + [
+        {"bytes": None, "path": "gone.mp4"}
+    ]
     texts = ["one", ["two", "zwei"][0], "", "four", "five"]
     table = pa.table({"video": videos, "caption": texts, "label": [1, 2, 3, 4, 5]})
     (tmp_path / "set" / "data").mkdir(parents=True)
     if form == "arrow":
-        with pa.OSFile(str(tmp_path / "set" / "data" / "part.arrow"), "wb") as f, pa.ipc.new_stream(f, table.schema) as writer:
+        with (
+            pa.OSFile(str(tmp_path / "set" / "data" / "part.arrow"), "wb") as f,
+            pa.ipc.new_stream(f, table.schema) as writer,
+        ):
             writer.write_table(table, max_chunksize=2)
     else:
-        pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "set" / "data" / "part.parquet", row_group_size=2)
+        pytest.importorskip("pyarrow.parquet").write_table(
+            table, tmp_path / "set" / "data" / "part.parquet", row_group_size=2
+        )
     plan = make_plan(tmp_path / "set", [[5, 32, 64]], 10, 0, tmp_path / "cache")
     assert [e.caption for e in plan.kept] == ["one", "two", "four"]
     assert [e.reason.partition(":")[0] for e in plan.entries if not e.kept] == ["empty caption", "missing file"]
@@ -145,14 +196,18 @@ def test_images_beside_clips(tmp_path):
     (folder / "turned.txt").write_text("turned")
     (folder / "broken.png").write_bytes(b"\x89PNG no")
     (folder / "broken.txt").write_text("broken")
-    plan = make_plan(folder, [[1, 32, 32], [9, 32, 64]], 60, 0, tmp_path / "cache")  # at 60 fps a still is one frame all the same
+    plan = make_plan(
+        folder, [[1, 32, 32], [9, 32, 64]], 60, 0, tmp_path / "cache"
+    )  # at 60 fps a still is one frame all the same
     by_name = {os.path.basename(e.path): e for e in plan.entries}
     assert by_name["a.mp4"].bucket == (9, 32, 64) and by_name["broken.png"].reason.startswith("corrupt: ")
     assert [numbers(by_name[n]) for n in ("b.png", "c.jpg", "d.webp", "e.bmp")] == [[0], [1], [2], [3]]
     turned = by_name["turned.jpg"]
     assert (turned.width, turned.height, turned.num_frames, turned.verdict) == (48, 64, 1, "kept")
     short = make_plan(folder, [[9, 32, 64]], 60, 0, tmp_path / "cache")
-    assert {e.reason for e in short.entries if e.path.endswith("b.png")} == {"too short: 1 frames at 60 fps, the shortest bucket takes 9"}
+    assert {e.reason for e in short.entries if e.path.endswith("b.png")} == {
+        "too short: 1 frames at 60 fps, the shortest bucket takes 9"
+    }
 
 
 def test_folders_of_frames(tmp_path):
@@ -172,8 +227,16 @@ def test_folders_of_frames(tmp_path):
     plan = make_plan([source], [[1, 32, 32], [5, 32, 64]], 6, 0, tmp_path / "cache")
     by_name = {os.path.basename(e.path): e for e in plan.entries}
     assert set(by_name) == {"walk", "run", "odd", "a.png"}
-    assert numbers(by_name["walk"]) == [0, 2, 4, 6, 8] and by_name["walk"].num_frames == 6 and by_name["walk"].source_fps == 12
-    assert by_name["run"].bucket[0] == 1 and "differ in size" in by_name["odd"].reason and by_name["a.png"].caption == "a still"
+    assert (
+        numbers(by_name["walk"]) == [0, 2, 4, 6, 8]
+        and by_name["walk"].num_frames == 6
+        and by_name["walk"].source_fps == 12
+    )
+    assert (
+        by_name["run"].bucket[0] == 1
+        and "differ in size" in by_name["odd"].reason
+        and by_name["a.png"].caption == "a still"
+    )
     unknown = make_plan(folder, [[1, 32, 32]], 6, 0, tmp_path / "cache")
     assert [e.reason.partition(":")[0] for e in unknown.entries if "walk" in e.path] == ["no rate"]
     picture(20).save(folder / "walk" / "frame4.png")
@@ -185,7 +248,11 @@ def test_folders_of_frames(tmp_path):
 
 
 def test_json_metadata_with_several_captions(tmp_path, clip):
-    rows = [{"video": str(clip), "caption": ["one", "two", "one", " "], "words": "other"}, "no object", {"video": str(clip), "caption": []}]
+    rows = [
+        {"video": str(clip), "caption": ["one", "two", "one", " "], "words": "other"},
+        "no object",
+        {"video": str(clip), "caption": []},
+    ]
     (tmp_path / "list.json").write_text(json.dumps(rows))
     good, bad, none = scan(tmp_path / "list.json")
     assert good.captions == ("one", "two") and bad.reason.startswith("bad line") and bad.path.endswith("list.json[1]")
@@ -198,8 +265,14 @@ def test_json_metadata_with_several_captions(tmp_path, clip):
 
 def test_stated_metadata(tmp_path, clip, monkeypatch):
     captioned(tmp_path / "slow.mp4", count=20, fps=5)
-    lines = ["video,text,width,height,num_frames,fps", f"{clip},good,64,48,20,10", "slow.mp4,wrong rate,64,48,20,10",
-             f"{clip},wrong size,32,48,20,10", f"{clip},too many,64,48,60,10", f"{clip},not all,64,48,,10"]  # fmt: skip
+    lines = [
+        "video,text,width,height,num_frames,fps",
+        f"{clip},good,64,48,20,10",
+        "slow.mp4,wrong rate,64,48,20,10",
+        f"{clip},wrong size,32,48,20,10",
+        f"{clip},too many,64,48,60,10",
+        f"{clip},not all,64,48,,10",
+    ]
     (tmp_path / "metadata.csv").write_text("\n".join(lines))
     probed = []
     real = dataset.probe
@@ -208,13 +281,20 @@ def test_stated_metadata(tmp_path, clip, monkeypatch):
     plan = make_plan([Source(path=file, trust_metadata=True)], [[5, 32, 64]], 5, 0, tmp_path / "cache")
     assert probed == [str(clip)]  # the row that does not state all
     good, slow, size, many, rest = plan.kept
-    assert numbers(good) == numbers(rest) == [0, 2, 4, 6, 8] and good.by_index and not rest.by_index and good.content != rest.content
+    assert (
+        numbers(good) == numbers(rest) == [0, 2, 4, 6, 8]
+        and good.by_index
+        and not rest.by_index
+        and good.content != rest.content
+    )
     for entry in (slow, size):
         with pytest.raises(ValueError, match="wrong metadata: .* are stated, the file has 64 x 48 at"):
             read_frames(entry)
     distrusting = make_plan(file, [[5, 32, 64]], 5, 0, tmp_path / "cache2")
     assert [e.num_frames for e in distrusting.kept] == [10, 20, 10, 10, 10]
-    late = make_plan([Source(path=file, trust_metadata=True, clip_choice="chunk")], [[5, 32, 64]], 5, 0, tmp_path / "cache")
+    late = make_plan(
+        [Source(path=file, trust_metadata=True, clip_choice="chunk")], [[5, 32, 64]], 5, 0, tmp_path / "cache"
+    )
     beyond = [e for e in late.kept if e.caption == "too many"][-1]
     with pytest.raises(ValueError, match="frames do not decode"):
         read_frames(beyond)
@@ -227,15 +307,24 @@ def test_sources_with_their_own_rules(tmp_path, clip):
     (tmp_path / "one").mkdir()
     captioned(tmp_path / "one" / "a.mp4", "a clip", count=40, fps=20)
     (tmp_path / "rows.jsonl").write_text(json.dumps({"video": str(clip), "text": "x", "style": "painted"}))
-    sources = Source(path=str(tmp_path / "one"), num_repeats=3, caption_prefix="film, ", fps=20.0), Source(
-        path=str(tmp_path / "rows.jsonl"), caption_column="style", clip_choice="chunk")
+    sources = (
+        Source(path=str(tmp_path / "one"), num_repeats=3, caption_prefix="film, ", fps=20.0),
+        Source(path=str(tmp_path / "rows.jsonl"), caption_column="style", clip_choice="chunk"),
+    )
     data = Data(source=sources, buckets=((9, 32, 64),), fps=10.0, num_workers=0)
     plan = plan_of(data, tmp_path / "cache")
     a, *chunks = plan.kept
     assert (a.caption, a.repeats, a.fps, a.num_frames) == ("film, a clip", 3, 20.0, 40) and numbers(a) == list(range(9))
-    assert [(c.caption, c.repeats, c.fps, c.start, c.num_clips) for c in chunks] == [("painted", 1, 10.0, 0, 2), ("painted", 1, 10.0, 9, 2)]
-    assert [numbers(c) for c in chunks] == [list(range(9)), list(range(9, 18))] and len({e.content for e in plan.kept}) == 3
-    assert {e.verdict for e in chunks} == {"split"} and a.verdict == "trimmed" and "1 trimmed, 1 split" in plan.summary()
+    assert [(c.caption, c.repeats, c.fps, c.start, c.num_clips) for c in chunks] == [
+        ("painted", 1, 10.0, 0, 2),
+        ("painted", 1, 10.0, 9, 2),
+    ]
+    assert [numbers(c) for c in chunks] == [list(range(9)), list(range(9, 18))] and len(
+        {e.content for e in plan.kept}
+    ) == 3
+    assert (
+        {e.verdict for e in chunks} == {"split"} and a.verdict == "trimmed" and "1 trimmed, 1 split" in plan.summary()
+    )
     other = plan_of(data, tmp_path / "cache", path=str(tmp_path / "one"))
     assert [(e.caption, e.repeats) for e in other.kept] == [("a clip", 1)]
 
@@ -243,11 +332,20 @@ def test_sources_with_their_own_rules(tmp_path, clip):
 # ---- which clips a file gives ----
 
 
-@pytest.mark.parametrize("choice, n, frames, expected", [
-    (ClipChoice("head"), 100, 17, [0]), (ClipChoice("chunk"), 51, 17, [0, 17, 34]), (ClipChoice("chunk"), 50, 17, [0, 17]),
-    (ClipChoice("slide", stride=10), 41, 17, [0, 10, 20]), (ClipChoice("slide", stride=100), 41, 17, [0]),
-    (ClipChoice("uniform", count=3), 37, 17, [0, 10, 20]), (ClipChoice("uniform", count=1), 37, 17, [10]),
-    (ClipChoice("uniform", count=9), 18, 17, [0, 1]), (ClipChoice("full"), 100, 17, [0])])  # fmt: skip
+@pytest.mark.parametrize(
+    "choice, n, frames, expected",
+    [
+        (ClipChoice("head"), 100, 17, [0]),
+        (ClipChoice("chunk"), 51, 17, [0, 17, 34]),
+        (ClipChoice("chunk"), 50, 17, [0, 17]),
+        (ClipChoice("slide", stride=10), 41, 17, [0, 10, 20]),
+        (ClipChoice("slide", stride=100), 41, 17, [0]),
+        (ClipChoice("uniform", count=3), 37, 17, [0, 10, 20]),
+        (ClipChoice("uniform", count=1), 37, 17, [10]),
+        (ClipChoice("uniform", count=9), 18, 17, [0, 1]),
+        (ClipChoice("full"), 100, 17, [0]),
+    ],
+)
 def test_starts(choice, n, frames, expected):
     assert starts(n, frames, choice) == expected
 

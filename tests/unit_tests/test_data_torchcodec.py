@@ -1,4 +1,7 @@
-"""data.decoder = torchcodec beside PyAV, on the clips of test_data_video. All but the first tests need torchcodec with FFmpeg's libraries."""
+"""data.decoder = torchcodec beside PyAV, on the clips of test_data_video.
+
+All but the first tests need torchcodec with FFmpeg's libraries.
+"""
 
 import sys
 import tarfile
@@ -24,7 +27,9 @@ needs_torchcodec = pytest.mark.skipif(bool(missing), reason=f"no torchcodec: {mi
 def test_without_it_a_plan_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchcodec", None)
     captioned(tmp_path / "a.mp4")
-    with pytest.raises(ValueError, match="(?s)data.decoder is torchcodec.*install the torchcodec.*or set pyav.*torchcodec"):
+    with pytest.raises(
+        ValueError, match="(?s)data.decoder is torchcodec.*install the torchcodec.*or set pyav.*torchcodec"
+    ):
         make_plan(tmp_path, [(5, 32, 32)], 16, 0, tmp_path / "cache", decoder="torchcodec")
 
 
@@ -33,7 +38,10 @@ def test_its_pixels_have_an_identity_of_their_own(tmp_path, monkeypatch):
     Image.new("RGB", (64, 48)).save(tmp_path / "still.png")
     (tmp_path / "still.txt").write_text("a still")
     monkeypatch.setattr("titan_video.data.dataset.require", lambda decoder: None)
-    one, other = (make_plan(tmp_path, [(5, 32, 32), (1, 32, 32)], 16, 0, tmp_path / "cache", decoder=name).kept for name in ("pyav", "torchcodec"))
+    one, other = (
+        make_plan(tmp_path, [(5, 32, 32), (1, 32, 32)], 16, 0, tmp_path / "cache", decoder=name).kept
+        for name in ("pyav", "torchcodec")
+    )
     assert [e.decoder for e in one] == ["pyav", "pyav"] and [e.decoder for e in other] == ["torchcodec", "pyav"]
     assert one[0].content != other[0].content and one[1].content == other[1].content
 
@@ -42,7 +50,9 @@ def both(path, found, indices, bucket=None):
     """The frames by torchcodec, after a look at how near they are to PyAV's."""
     bucket = bucket or (len(indices), found.height, found.width)
     pts = [found.pts[i] for i in indices]
-    one, other = (decode(str(path), pts, found.width, found.height, bucket, decoder=name) for name in ("pyav", "torchcodec"))
+    one, other = (
+        decode(str(path), pts, found.width, found.height, bucket, decoder=name) for name in ("pyav", "torchcodec")
+    )
     assert one.shape == other.shape and (one.float() - other.float()).abs().mean() < 2
     return other.permute(1, 2, 3, 0).numpy()
 
@@ -98,7 +108,9 @@ def test_a_member_of_a_tar(tmp_path):
 
 @needs_torchcodec
 def test_damage_never_escapes_as_another_error(tmp_path):
-    path = write_clip(tmp_path / "a.mp4", count=20, frames=np.random.default_rng(0).integers(0, 255, (20, 48, 64, 3), dtype=np.uint8))
+    path = write_clip(
+        tmp_path / "a.mp4", count=20, frames=np.random.default_rng(0).integers(0, 255, (20, 48, 64, 3), dtype=np.uint8)
+    )
     outcomes = set()
     for broken in damaged(path.read_bytes(), 80):
         path.write_bytes(broken)

@@ -8,8 +8,15 @@ import pytest
 from tests.unit_tests.data_clips import damaged, level, number, write_clip, write_sound
 from titan_video.data.video import UnusableClip, decode, frame_indices, probe
 
-CONTAINERS = [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.mov", "libx264"), ("a.avi", "mpeg4"), ("x.avi", "libx264"),
-              ("8.webm", "libvpx"), ("9.webm", "libvpx-vp9")]  # fmt: skip
+CONTAINERS = [
+    ("a.mp4", "libx264"),
+    ("a.mkv", "libx264"),
+    ("a.mov", "libx264"),
+    ("a.avi", "mpeg4"),
+    ("x.avi", "libx264"),
+    ("8.webm", "libvpx"),
+    ("9.webm", "libvpx-vp9"),
+]
 RATES = [(25, 25, 40), (30, 15, 61), (24, 30, 48), (23.976, 8, 100), (8, 16, 17), (29.97, 16, 90), (60, 7.5, 61)]
 
 
@@ -36,7 +43,9 @@ def test_frame_indices_follow_the_definition(source_fps, fps, count):
 def test_equal_rate_is_identity_in_spite_of_rounded_times():
     times = [round(k / 30, 3) for k in range(300)]
     assert frame_indices(times, 10.0, 30) == list(range(300))
-    assert frame_indices([t + 0.4 for t in times], 10.4, 30) == list(range(300))  # a clip that starts late starts with its first frame
+    assert frame_indices([t + 0.4 for t in times], 10.4, 30) == list(
+        range(300)
+    )  # a clip that starts late starts with its first frame
 
 
 TABLE = [(60, 30, 15, 30, [0, 2, 4, 6]), (24, 24, 16, 16, [0, 1, 3, 4, 6]), (17, 8, 16, 34, [0, 0, 1, 1, 2, 2])]
@@ -124,7 +133,11 @@ def test_resize_covers_and_crops_the_centre(tmp_path):
     frames = decode(str(path), found.pts, 200, 80, (5, 32, 32))
     assert frames.shape == (3, 5, 32, 32) and frames[..., 1:-1].float().mean() > 190
     upscaled = decode(str(path), found.pts, 200, 80, (5, 160, 400))
-    assert upscaled.shape == (3, 5, 160, 400) and upscaled[..., 200].float().mean() > 190 and upscaled[..., 10].float().mean() < 10
+    assert (
+        upscaled.shape == (3, 5, 160, 400)
+        and upscaled[..., 200].float().mean() > 190
+        and upscaled[..., 10].float().mean() < 10
+    )
 
 
 def test_odd_sizes(tmp_path):
@@ -149,7 +162,9 @@ def test_repeated_frames(tmp_path):
 def test_truncation_is_found_and_named(tmp_path, name, codec, share):
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 255, (60, 48, 64, 3), dtype=np.uint8)
-    path = write_clip(tmp_path / name, codec=codec, frames=noise, options={"movflags": "faststart"} if name == "fast.mp4" else None)
+    path = write_clip(
+        tmp_path / name, codec=codec, frames=noise, options={"movflags": "faststart"} if name == "fast.mp4" else None
+    )
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
     reason = probe(str(path)).reason
@@ -177,7 +192,9 @@ def test_not_videos(tmp_path):
 
 
 def test_damage_never_escapes_as_another_error(tmp_path):
-    path = write_clip(tmp_path / "a.mp4", count=20, frames=np.random.default_rng(0).integers(0, 255, (20, 48, 64, 3), dtype=np.uint8))
+    path = write_clip(
+        tmp_path / "a.mp4", count=20, frames=np.random.default_rng(0).integers(0, 255, (20, 48, 64, 3), dtype=np.uint8)
+    )
     outcomes = set()
     for broken in damaged(path.read_bytes(), 120):
         path.write_bytes(broken)

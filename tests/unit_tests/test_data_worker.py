@@ -31,9 +31,13 @@ class Filled:
 
 
 def read(sizes, held):
-    """Take buffers from one worker, look at each and let go of it when `held` later ones have come; how many were used again."""
+    """Take buffers from one worker, look at each and let go of it when `held` later ones have come; how many were used
+    again.
+    """
     waiting, count = deque(), 0
-    for index, (x, again) in enumerate(DataLoader(Filled(sizes), batch_size=None, num_workers=1, worker_init_fn=set_up_worker)):
+    for index, (x, again) in enumerate(
+        DataLoader(Filled(sizes), batch_size=None, num_workers=1, worker_init_fn=set_up_worker)
+    ):
         waiting.append((index, x))
         count += again
         if len(waiting) > held:
@@ -73,12 +77,22 @@ def test_clips_go_through_it(tmp_path):
 
 
 def test_pack_and_unpack():
-    given = {"a": torch.randn(3, 5, dtype=torch.bfloat16), "b": torch.tensor([True, False]), "c": {"d": torch.arange(7), "e": torch.empty(0, 4)},
-             "f": torch.randn(4, 6).T, "g": torch.tensor(2.5)}  # fmt: skip
+    given = {
+        "a": torch.randn(3, 5, dtype=torch.bfloat16),
+        "b": torch.tensor([True, False]),
+        "c": {"d": torch.arange(7), "e": torch.empty(0, 4)},
+        "f": torch.randn(4, 6).T,
+        "g": torch.tensor(2.5),
+    }
     whole, layout = pack(given)
     found = unpack(whole, layout)
     for x, y in ((given[k], found[k]) for k in "abfg"):
-        assert x.dtype == y.dtype and torch.equal(x, y) and y.is_contiguous() and y.data_ptr() % ALIGNMENT == whole.data_ptr() % ALIGNMENT
+        assert (
+            x.dtype == y.dtype
+            and torch.equal(x, y)
+            and y.is_contiguous()
+            and y.data_ptr() % ALIGNMENT == whole.data_ptr() % ALIGNMENT
+        )
     assert list(found) == list(given) and found["c"]["d"].tolist() == list(range(7)) and found["c"]["e"].shape == (0, 4)
     assert whole.is_shared() and whole.dtype == torch.uint8 and unpack(*pack({})) == {}
 
@@ -90,4 +104,8 @@ def test_what_pinning_makes_of_it_is_unpacked_too(monkeypatch):
     given = {"a": torch.randn(3, 5), "b": {"c": torch.arange(4).view(2, 2)}}
     whole, layout = pin_memory(pack(given))
     found = unpack(whole, layout)
-    assert torch.equal(found["a"], given["a"]) and torch.equal(found["b"]["c"], given["b"]["c"]) and not found["a"].is_shared()
+    assert (
+        torch.equal(found["a"], given["a"])
+        and torch.equal(found["b"]["c"], given["b"]["c"])
+        and not found["a"].is_shared()
+    )

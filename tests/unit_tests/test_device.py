@@ -10,16 +10,31 @@ from tests.helpers import ROOT
 from titan_video.tools import device as dev
 
 
-@pytest.mark.parametrize("name, tflops", [
-    ("NVIDIA A100-SXM4-80GB", 312.0), ("NVIDIA A10", 125.0), ("NVIDIA A10G", 70.0), ("NVIDIA H100 80GB HBM3", 989.5), ("NVIDIA H100 PCIe", 756.5),
-    ("NVIDIA H100 NVL", 835.5), ("NVIDIA H200", 989.5), ("NVIDIA H20", 148.0), ("NVIDIA B200", 2250.0), ("NVIDIA L40S", 362.0), ("NVIDIA L4", 121.0),
-    ("NVIDIA GeForce RTX 4090", 165.2), ("AMD Instinct MI300X", 1307.4),
-])
+@pytest.mark.parametrize(
+    "name, tflops",
+    [
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA A10", 125.0),
+        ("NVIDIA A10G", 70.0),
+        ("NVIDIA H100 80GB HBM3", 989.5),
+        ("NVIDIA H100 PCIe", 756.5),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H200", 989.5),
+        ("NVIDIA H20", 148.0),
+        ("NVIDIA B200", 2250.0),
+        ("NVIDIA L40S", 362.0),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("AMD Instinct MI300X", 1307.4),
+    ],
+)
 def test_peak_by_name(name, tflops):
     assert dev._peak_of_name(name) == tflops * 1e12
 
 
-@pytest.mark.parametrize("name", ["Some GPU 9000", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GeForce RTX 4090 Laptop GPU"])
+@pytest.mark.parametrize(
+    "name", ["Some GPU 9000", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GeForce RTX 4090 Laptop GPU"]
+)
 def test_unknown_devices_have_no_peak(name):
     assert dev._peak_of_name(name) is None
 
@@ -35,16 +50,21 @@ def test_cpu():
 
 
 def test_resident_peak_counts_what_was_touched():
-    code = ("from titan_video.tools.device import _peak_resident_bytes as peak\n"
-            "a = peak(); x = bytearray(b'x') * 2**28; b = peak(); assert 2**28 * 0.9 < b - a < 2**28 * 1.2, (a, b)")
+    code = (
+        "from titan_video.tools.device import _peak_resident_bytes as peak\n"
+        "a = peak(); x = bytearray(b'x') * 2**28; b = peak(); assert 2**28 * 0.9 < b - a < 2**28 * 1.2, (a, b)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_resident_memory_of_this_process_and_its_workers():
-    code = ("import multiprocessing, time; from titan_video.tools.device import resident_memory as now\n"
-            "a = now(); x = bytearray(b'x') * 2**28; b = now(); assert a.keys() == {'resident_gib'} and 0.2 < b['resident_gib'] - a['resident_gib'] < 0.3\n"
-            "p = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,)); p.start()\n"
-            "assert 0 < now()['workers_resident_gib'] < 1; p.kill(); p.join(); assert now().keys() == {'resident_gib'}")
+    code = (
+        "import multiprocessing, time; from titan_video.tools.device import resident_memory as now\n"
+        "a = now(); x = bytearray(b'x') * 2**28; b = now(); assert a.keys() == {'resident_gib'} and 0.2 < "
+        "b['resident_gib'] - a['resident_gib'] < 0.3\n"
+        "p = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,)); p.start()\n"
+        "assert 0 < now()['workers_resident_gib'] < 1; p.kill(); p.join(); assert now().keys() == {'resident_gib'}"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
@@ -67,4 +87,7 @@ def test_gpu_memory_peak():
     torch.ones(2**28, device=device)
     dev.synchronize(device)
     after = memory.stats()
-    assert after.max_active_gib - before.max_active_gib == pytest.approx(1, abs=0.01) and after.max_reserved_gib >= after.max_active_gib
+    assert (
+        after.max_active_gib - before.max_active_gib == pytest.approx(1, abs=0.01)
+        and after.max_reserved_gib >= after.max_active_gib
+    )

@@ -26,7 +26,13 @@ def psnr(a, b):
 def test_geometry(encoders):
     frames = torch.randint(0, 256, (2, 3, 13, 24, 40), dtype=torch.uint8)
     latents = encoders.encode_video(frames)
-    assert latents.shape == (2, encoders.channels, 12 // encoders.stride_t + 1, 24 // encoders.stride_s, 40 // encoders.stride_s)
+    assert latents.shape == (
+        2,
+        encoders.channels,
+        12 // encoders.stride_t + 1,
+        24 // encoders.stride_s,
+        40 // encoders.stride_s,
+    )
     assert latents.dtype == torch.float32
     assert encoders.decode_video(latents).shape == frames.shape and encoders.decode_video(latents).dtype == torch.uint8
 
@@ -47,7 +53,7 @@ def test_one_frame_is_a_clip(encoders):
 def test_each_latent_frame_sees_its_own_frames_only(encoders, changed, latent):
     frames = clip(3)
     other = frames.clone()
-    other[:, :, changed[0]:changed[1]] = 255 - other[:, :, changed[0]:changed[1]]
+    other[:, :, changed[0] : changed[1]] = 255 - other[:, :, changed[0] : changed[1]]
     differs = (encoders.encode_video(frames) != encoders.encode_video(other)).flatten(3).any(dim=3).any(dim=1)[0]
     assert differs.nonzero().flatten().tolist() == [latent]
 
@@ -58,7 +64,9 @@ def test_shapes_survive_and_keep_their_colours(encoders):
         again = encoders.decode_video(encoders.encode_video(frames))
         assert psnr(frames, again) > 20, index
         wanted = torch.tensor(list(shapes.COLORS.values())).float()
-        inside = (frames.float() - torch.tensor(shapes.COLORS[shapes.combination(index)[0]]).view(1, 3, 1, 1, 1)).abs().sum(1) < 8
+        inside = (
+            frames.float() - torch.tensor(shapes.COLORS[shapes.combination(index)[0]]).view(1, 3, 1, 1, 1)
+        ).abs().sum(1) < 8
         mean_color = again.float().permute(0, 2, 3, 4, 1)[inside].mean(0)
         assert (wanted - mean_color).norm(dim=1).argmin().item() == index % 4
         assert (wanted[index % 4] - mean_color).norm() < 45
@@ -79,8 +87,14 @@ def test_latents_have_about_unit_variance(encoders):
 
 
 def test_text(encoders):
-    empty, one, same, other, cut = encoders.encode_text(["", "A red circle!", "a  RED, circle", "a red square", " ".join("abcdefghijkl")])
-    assert empty.shape == (1, encoders.text_dim) and one.shape == (4, encoders.text_dim) and cut.shape == (8, encoders.text_dim)
+    empty, one, same, other, cut = encoders.encode_text(
+        ["", "A red circle!", "a  RED, circle", "a red square", " ".join("abcdefghijkl")]
+    )
+    assert (
+        empty.shape == (1, encoders.text_dim)
+        and one.shape == (4, encoders.text_dim)
+        and cut.shape == (8, encoders.text_dim)
+    )
     assert torch.equal(one, same) and torch.equal(one[:3], other[:3]) and torch.equal(one[:1], empty)
     assert abs(torch.dot(one[3], other[3]).item()) / encoders.text_dim < 0.5
     words = torch.cat([t[1:] for t in encoders.encode_text([str(n) for n in range(200)])])

@@ -19,8 +19,18 @@ def spiece_model() -> bytes:
     words = "a the red blue green circle square triangle moves left right up down".split()
     lines = [" ".join(words[(i * 7 + j * j) % len(words)] for j in range(8)) for i in range(100)]
     out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=out, vocab_size=60, hard_vocab_limit=False, pad_id=0,
-                                             eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2)  # fmt: skip
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=out,
+        vocab_size=60,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
     return out.getvalue()
 
 
@@ -33,14 +43,22 @@ def saved(tmp_path_factory):
     torch.manual_seed(0)
     vae = AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
     vae.save_pretrained(root / "vae")
-    config = UMT5Config(vocab_size=64, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3, pad_token_id=0, eos_token_id=1)
+    config = UMT5Config(
+        vocab_size=64, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3, pad_token_id=0, eos_token_id=1
+    )
     text_encoder = UMT5EncoderModel(config)
     for p in text_encoder.parameters():
         torch.nn.init.normal_(p, std=0.5)
     text_encoder.save_pretrained(root / "text_encoder", max_shard_size="5KB")
     (root / "tokenizer").mkdir()
     (root / "tokenizer/spiece.model").write_bytes(spiece_model())
-    settings = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "extra_ids": 0}
+    settings = {
+        "tokenizer_class": "T5Tokenizer",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+        "extra_ids": 0,
+    }
     (root / "tokenizer/tokenizer_config.json").write_text(json.dumps(settings))
     return root
 
@@ -55,7 +73,9 @@ def make(root, dtype=torch.float32, length=LENGTH, tiling=False):
 
 
 def clip(num_frames=9, height=24, width=16, batch=2):
-    return torch.randint(0, 256, (batch, 3, num_frames, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        0, 256, (batch, 3, num_frames, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def test_latents_and_frames_equal_diffusers(saved):
@@ -73,7 +93,9 @@ def test_latents_and_frames_equal_diffusers(saved):
     decoded = encoders.decode_video(latents)
     assert decoded.shape == frames.shape and decoded.dtype == torch.uint8
     assert (decoded.float() - (x + 1) / 2 * 255).abs().max() <= 0.51
-    assert encoders.decode_video(100 * torch.randn(1, 16, 1, 2, 2, generator=torch.Generator().manual_seed(0))).shape == (1, 3, 1, 16, 16)
+    assert encoders.decode_video(
+        100 * torch.randn(1, 16, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    ).shape == (1, 3, 1, 16, 16)
 
 
 def test_first_latent_depends_on_the_first_frame_alone(saved):
@@ -190,7 +212,14 @@ def test_bad_folders_are_refused_by_name(folder, saved):
         make("")
     with pytest.raises(ValueError, match=r"4k\+1"):
         make(saved).encode_video(clip(8))
-    unfit = ({"z_dim": 48}, {"patch_size": 2}, {"is_residual": True}, {"temperal_downsample": [True] * 3}, {"dim_mult": [1]}, {"latents_mean": []})
+    unfit = (
+        {"z_dim": 48},
+        {"patch_size": 2},
+        {"is_residual": True},
+        {"temperal_downsample": [True] * 3},
+        {"dim_mult": [1]},
+        {"latents_mean": []},
+    )
     for values in unfit:
         change(folder / "vae/config.json", **values)
         with pytest.raises(ValueError, match=r"vae/config.json.*Wan 2\.1"):
@@ -214,7 +243,11 @@ def test_bad_folders_are_refused_by_name(folder, saved):
     (folder / "tokenizer/spiece.model").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="tokenizer holds no tokenizer"):
         make(folder).encode_text(["a"])
-    for name, half in (("tokenizer", "tokenizer"), ("text_encoder", "text_encoder/config.json"), ("vae", "vae/config.json")):
+    for name, half in (
+        ("tokenizer", "tokenizer"),
+        ("text_encoder", "text_encoder/config.json"),
+        ("vae", "vae/config.json"),
+    ):
         shutil.rmtree(folder / name)
         with pytest.raises(ValueError, match=half):
             make(folder)

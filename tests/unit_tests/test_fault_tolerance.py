@@ -53,7 +53,9 @@ time.sleep(20)
 
 
 def _start(mode):
-    p = subprocess.Popen([sys.executable, "-c", PROGRAM, mode], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, mode], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     return p, p.stdout.readline().split()
 
 
@@ -94,7 +96,14 @@ def test_nonfinite_stop():
 def test_nonfinite_skip_counts_only_those_in_a_row():
     guard = NonFiniteGuard("skip", 3)
     bad = float("inf")
-    assert [guard.check(x, 1.0, i) for i, x in enumerate([bad, bad, 1.0, bad, bad, 1.0])] == [False, False, True, False, False, True]
+    assert [guard.check(x, 1.0, i) for i, x in enumerate([bad, bad, 1.0, bad, bad, 1.0])] == [
+        False,
+        False,
+        True,
+        False,
+        False,
+        True,
+    ]
     assert not guard.check(1.0, bad, 7) and not guard.check(1.0, bad, 8)
     with pytest.raises(FloatingPointError, match="step 9.*max_nonfinite_steps"):
         guard.check(1.0, bad, 9)

@@ -31,7 +31,11 @@ def test_product_is_that_of_torchaos_linear(recipe):
 
     def grads(multiply):
         torch.manual_seed(0)
-        x, w, b = torch.randn(2, 21, 32, requires_grad=True), torch.randn(48, 32, requires_grad=True), torch.randn(48, requires_grad=True)
+        x, w, b = (
+            torch.randn(2, 21, 32, requires_grad=True),
+            torch.randn(48, 32, requires_grad=True),
+            torch.randn(48, requires_grad=True),
+        )
         y = multiply(x, w, b)
         y.mul(torch.randn_like(y)).sum().backward()
         return y.detach(), x.grad, w.grad, b.grad
@@ -41,7 +45,9 @@ def test_product_is_that_of_torchaos_linear(recipe):
     def oracle(x, w, b):
         return torch.func.functional_call(theirs, {"weight": w, "bias": b}, (x,))
 
-    for ours, expected, exact in zip(grads(product_of(replace(EMULATED, recipe_name=recipe))), grads(oracle), grads(F.linear), strict=True):
+    for ours, expected, exact in zip(
+        grads(product_of(replace(EMULATED, recipe_name=recipe))), grads(oracle), grads(F.linear), strict=True
+    ):
         assert torch.equal(ours, expected)
         error = (ours - exact).norm() / exact.norm()
         assert error < 0.08
@@ -55,7 +61,9 @@ def test_linears_of_the_blocks_and_no_other():
     model = WanModel(ARGS)
     apply_float8(model, SPEC.plan, EMULATED, "cpu")
     ours = {name for name, module in model.named_modules() if isinstance(module, Linear) and is_float8(module)}
-    assert ours == {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.startswith("blocks.")}
+    assert ours == {
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.startswith("blocks.")
+    }
 
     model = WanModel(ARGS)
     apply_float8(model, SPEC.plan, replace(EMULATED, filter_fqns=("ffn.down", "cross_attn")), "cpu")
@@ -68,8 +76,16 @@ def test_hunyuans_modulation_is_kept_by_default():
     with torch.device("meta"):
         model = spec.build(spec.flavors["debug"])
     apply_float8(model, spec.plan, EMULATED, "cpu")
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear) and name.startswith(tuple(spec.plan.blocks))}
-    assert {name for name, module in linears.items() if not is_float8(module)} == {name for name in linears if "modulation" in name} != set()
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Linear) and name.startswith(tuple(spec.plan.blocks))
+    }
+    assert (
+        {name for name, module in linears.items() if not is_float8(module)}
+        == {name for name in linears if "modulation" in name}
+        != set()
+    )
 
 
 def test_adapters_and_split_linears_multiply_in_float8():
@@ -81,7 +97,9 @@ def test_adapters_and_split_linears_multiply_in_float8():
         for p in linear.parameters():
             p.normal_()
     expected = linear.product(x, linear.weight, linear.bias) + linear.adapter(x)
-    assert torch.equal(linear(x), expected) and not torch.equal(F.linear(x, linear.weight, linear.bias) + linear.adapter(x), expected)
+    assert torch.equal(linear(x), expected) and not torch.equal(
+        F.linear(x, linear.weight, linear.bias) + linear.adapter(x), expected
+    )
     torch.testing.assert_close(UnfusedLinear(linear, (lambda y: y,))(x), expected)
     linear(x).sum().backward()
     assert linear.adapter.up.grad is not None and linear.weight.grad is None

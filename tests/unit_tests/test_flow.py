@@ -33,7 +33,9 @@ def test_uniform_and_logit_normal_have_their_distributions():
     uniform = FlowMatching(Flow(timestep_density="uniform", shift="none")).levels(GRID, 100)
     assert empirical_cdf(uniform, at) == pytest.approx(at, abs=1e-3)
     mean, std = 0.4, 1.3
-    normal = FlowMatching(Flow(timestep_density="logit_normal", logit_mean=mean, logit_std=std, shift="none")).levels(GRID, 100)
+    normal = FlowMatching(Flow(timestep_density="logit_normal", logit_mean=mean, logit_std=std, shift="none")).levels(
+        GRID, 100
+    )
     exact = [0.5 * (1 + math.erf((math.log(x / (1 - x)) - mean) / std / math.sqrt(2))) for x in at]
     assert empirical_cdf(normal, at) == pytest.approx(exact, abs=1e-3)
 
@@ -44,7 +46,9 @@ def test_mode_density_follows_the_paper():
     u = np.random.default_rng(0).random(200_000)
     paper = np.sort(1 - u - scale * (np.cos(np.pi / 2 * u) ** 2 - 1 + u))
     ours = FlowMatching(Flow(timestep_density="mode", mode_scale=scale, shift="none")).levels(GRID, 100)
-    assert np.quantile(paper, [0.05, 0.3, 0.5, 0.8]) == pytest.approx(ours.double().quantile(torch.tensor([0.05, 0.3, 0.5, 0.8]).double()).numpy(), abs=5e-3)
+    assert np.quantile(paper, [0.05, 0.3, 0.5, 0.8]) == pytest.approx(
+        ours.double().quantile(torch.tensor([0.05, 0.3, 0.5, 0.8]).double()).numpy(), abs=5e-3
+    )
     assert (ours[1:] >= ours[:-1]).all()
 
 
@@ -65,7 +69,9 @@ def test_shift_by_resolution_follows_the_square_root_of_tokens():
     assert FlowMatching(Flow(shift="none")).alpha(4000) == 1.0
     assert shift_level(0.5, 3.0) == 0.75
     assert shift_level(shift_level(0.3, 3.0), 1 / 3.0) == pytest.approx(0.3)
-    uniform = FlowMatching(Flow(timestep_density="uniform", shift="constant", shift_value=3.0)).levels(torch.tensor([0.5]), 10)
+    uniform = FlowMatching(Flow(timestep_density="uniform", shift="constant", shift_value=3.0)).levels(
+        torch.tensor([0.5]), 10
+    )
     assert uniform.item() == pytest.approx(0.75)
 
 
@@ -74,7 +80,12 @@ def test_bell_weight_has_mean_one_over_the_drawn_levels_and_favours_the_middle()
     levels = flow.levels(GRID, 100)
     w = flow.weights(levels, 100)
     assert w.mean().item() == pytest.approx(1.0, abs=1e-3)
-    assert flow.weights(torch.tensor([0.5]), 100) > flow.weights(torch.tensor([0.9]), 100) > flow.weights(torch.tensor([0.999]), 100) >= 0
+    assert (
+        flow.weights(torch.tensor([0.5]), 100)
+        > flow.weights(torch.tensor([0.9]), 100)
+        > flow.weights(torch.tensor([0.999]), 100)
+        >= 0
+    )
     assert torch.equal(FlowMatching(Flow()).weights(levels, 100), torch.ones_like(levels))
 
 

@@ -1,4 +1,7 @@
-"""linear(gelu(u)) that keeps u alone: equal to the two apart, with every combination of frozen inputs, and without the widest activation."""
+"""linear(gelu(u)) that keeps u alone:
+
+equal to the two apart, with every combination of frozen inputs, and without the widest activation.
+"""
 
 import pytest
 import torch
@@ -13,7 +16,9 @@ def draw(*shape, dtype=torch.float64, grad=True):
     return torch.randn(*shape, dtype=dtype).requires_grad_(grad)
 
 
-@pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)])
+@pytest.mark.parametrize(
+    "wanted", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
+)
 def test_equals_gelu_and_linear(wanted):
     torch.manual_seed(0)
     u, weight, bias = (draw(*shape, grad=w) for shape, w in zip([(2, 5, 12), (7, 12), (7,)], wanted, strict=True))
@@ -27,7 +32,9 @@ def test_equals_gelu_and_linear(wanted):
 
 def saved_by(ffn, x):
     sizes = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.update({t.untyped_storage().data_ptr(): t.numel()}) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: sizes.update({t.untyped_storage().data_ptr(): t.numel()}) or t, lambda t: t
+    ):
         out = ffn(x)
     return out, sum(sizes.values()) - sum(p.numel() for p in (ffn.up.weight, ffn.down.weight))
 
@@ -48,7 +55,9 @@ def test_feed_forward_keeps_its_widest_activation_once_where_kernels_are_fused(f
     assert torch.equal(out, plain) and kept_by_plain - kept == 6 * 32
 
 
-@pytest.mark.parametrize("change", [{"adapter": torch.nn.Linear(32, 8)}, {"product": lambda x, weight, bias: 2 * F.linear(x, weight, bias)}])
+@pytest.mark.parametrize(
+    "change", [{"adapter": torch.nn.Linear(32, 8)}, {"product": lambda x, weight, bias: 2 * F.linear(x, weight, bias)}]
+)
 def test_feed_forward_with_an_adapter_or_another_product_goes_through_it(fused, change):
     ffn, x = FeedForward(8, 32), draw(1, 6, 8, dtype=torch.float32)
     before = ffn(x)

@@ -1,4 +1,7 @@
-"""Weights in the diffusers layout, single process: names, slices, refusals, atomic replacement, parity with diffusers."""
+"""Weights in the diffusers layout, single process:
+
+names, slices, refusals, atomic replacement, parity with diffusers.
+"""
 
 import json
 import os
@@ -44,7 +47,12 @@ TOY = ModelSpec(
     init_parameter=lambda name, tensor, generator: None,
     plan=ParallelPlan(blocks=("blocks",)),
     hf_names=(
-        NameRule("patch.weight", "embed.proj.weight", lambda t, a: t.reshape(a.width, a.channels, 1, 2, 2), lambda t, a: t.reshape(a.width, -1)),
+        NameRule(
+            "patch.weight",
+            "embed.proj.weight",
+            lambda t, a: t.reshape(a.width, a.channels, 1, 2, 2),
+            lambda t, a: t.reshape(a.width, -1),
+        ),
         NameRule("patch.bias", "embed.proj.bias"),
         NameRule("blocks.{}.weight", "layers.{}.w"),
         NameRule("blocks.{}.bias", "layers.{}.b"),
@@ -86,7 +94,9 @@ def write_public(folder, tensors=None, shards=2, dtype=torch.float32):
     weight_map = {n: names[i % shards] for i, n in enumerate(public)}
     for name in names:
         save_file({n: t.contiguous() for n, t in public.items() if weight_map[n] == name}, folder / name)
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return public
 
 
@@ -132,7 +142,10 @@ def test_save_writes_the_public_layout(tmp_path, max_shard_bytes, dtype):
         assert count > 2 and files[1] == f"diffusion_pytorch_model-00001-of-{count:05d}.safetensors"
         content = json.loads(index.read_text())
         assert content["metadata"]["total_size"] == sum(t.numel() * t.itemsize for t in expected.values())
-        assert all(n in load_file(folder / f) for n, f in content["weight_map"].items()) and content["weight_map"].keys() == expected.keys()
+        assert (
+            all(n in load_file(folder / f) for n, f in content["weight_map"].items())
+            and content["weight_map"].keys() == expected.keys()
+        )
     else:
         assert files == ["config.json", "diffusion_pytorch_model.safetensors"]
     model = toy_model()
@@ -172,7 +185,11 @@ def test_a_new_export_replaces_the_old_one_whole(tmp_path):
     (folder / "diffusion_pytorch_model-00001-of-00009.safetensors.tmp").write_text("left by a killed run")
     (folder / "notes.txt").write_text("the user's")
     save_hf(toy_model(toy_tensors(1)), folder, TOY, ARGS, torch.float32)
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors", "notes.txt"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "notes.txt",
+    ]
     model = toy_model()
     load_hf(model, folder, TOY, ARGS)
     assert_holds(model, toy_tensors(1))
@@ -200,7 +217,11 @@ def test_a_failed_export_leaves_the_old_one(tmp_path, monkeypatch):
         if file.file.tell() == file.size:
             file.file.truncate(file.size - 4)
 
-    for damage, message in ((full_disk, "No space left"), (flipped, "does not hold what was written to it: bytes 0 to"), (short, "bytes 0 to")):
+    for damage, message in (
+        (full_disk, "No space left"),
+        (flipped, "does not hold what was written to it: bytes 0 to"),
+        (short, "bytes 0 to"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(safetensors_io.SafetensorsFile, "_put", damage)
             with pytest.raises(RuntimeError, match=message):
@@ -214,7 +235,9 @@ def test_long_files_are_read_back_while_they_grow(tmp_path, monkeypatch):
     reads = []
     monkeypatch.setattr(safetensors_io, "CHECK_EVERY", 100)
     real = safetensors_io.SafetensorsFile._read_back
-    monkeypatch.setattr(safetensors_io.SafetensorsFile, "_read_back", lambda file: (reads.append(file.checked), real(file)))
+    monkeypatch.setattr(
+        safetensors_io.SafetensorsFile, "_read_back", lambda file: (reads.append(file.checked), real(file))
+    )
     save_hf(toy_model(toy_tensors()), tmp_path / "m", TOY, ARGS, torch.float32)
     assert len(reads) > 4 and reads == sorted(set(reads)) and reads[0] == 0
     model = toy_model()
@@ -253,7 +276,11 @@ def test_shards_are_planned_in_order_and_within_the_limit():
 def test_the_table_of_names_is_exact():
     rules = (NameRule("blocks.{}.w", "layers.{}.weight"), NameRule("out", "head"))
     table = public_names(rules, ["blocks.0.w", "blocks.11.w", "out"])
-    assert {n: public for n, (public, _) in table.items()} == {"blocks.0.w": "layers.0.weight", "blocks.11.w": "layers.11.weight", "out": "head"}
+    assert {n: public for n, (public, _) in table.items()} == {
+        "blocks.0.w": "layers.0.weight",
+        "blocks.11.w": "layers.11.weight",
+        "out": "head",
+    }
     assert table["out"][1] is rules[1]
     for names, message in (
         (["blocks.0.w", "out", "blocks.x.w"], r"blocks\.x\.w has 0 rules"),
@@ -274,13 +301,19 @@ def test_wrong_tensors_are_refused_with_counts_and_names(tmp_path):
     path = tmp_path / "m/diffusion_pytorch_model.safetensors"
     model = toy_model()
     kept = {n: t for n, t in tensors.items() if not n.startswith("layers.")}
-    kept |= {f"new.{i}": torch.ones(1) for i in range(7)} | {"head.weight": torch.ones(12, 8), "head.bias": torch.ones(12, dtype=torch.int32)}
+    kept |= {f"new.{i}": torch.ones(1) for i in range(7)} | {
+        "head.weight": torch.ones(12, 8),
+        "head.bias": torch.ones(12, dtype=torch.int32),
+    }
     save_file(kept, path)
     with pytest.raises(ValueError) as e:
         load_hf(model, tmp_path / "m", TOY, ARGS)
     text = str(e.value)
     assert "6 missing: layers.0.b, layers.0.table, layers.0.w, layers.1.b, layers.1.table, ..." in text
-    assert "7 extra: new.0, new.1, new.2, new.3, new.4, ..." in text and "1 of another shape: head.weight (12, 8) instead of (12, 7)" in text
+    assert (
+        "7 extra: new.0, new.1, new.2, new.3, new.4, ..." in text
+        and "1 of another shape: head.weight (12, 8) instead of (12, 7)" in text
+    )
     assert "head.bias I32" in text and str(tmp_path / "m") in text
     save_file({**tensors, "embed.proj.weight": tensors["embed.proj.weight"].flatten(1)}, path)
     with pytest.raises(ValueError, match=r"embed.proj.weight \(7, 12\) instead of \(7, 3, 1, 2, 2\)"):
@@ -314,11 +347,17 @@ def test_damaged_folders_are_refused_by_file(tmp_path):
     refused(lambda: (folder / second).write_bytes((folder / second).read_bytes()[:-1]), second)
     refused(lambda: (folder / second).write_bytes(b"\xff" * 64), second)
     refused(lambda: (folder / second).write_bytes(b""), second)
-    refused(lambda: (folder / index_name).unlink(), r"3 files \*.safetensors and no diffusion_pytorch_model.safetensors.index.json")
+    refused(
+        lambda: (folder / index_name).unlink(),
+        r"3 files \*.safetensors and no diffusion_pytorch_model.safetensors.index.json",
+    )
     refused(lambda: (folder / index_name).write_text("{"), index_name)
     refused(lambda: (folder / index_name).write_text("[]"), index_name)
     swapped = {"head.bias": "head.weight", "head.weight": "head.bias"}
-    refused(lambda: change_index(lambda m: m.update({a: m[b] for a, b in swapped.items()})), "disagree about its tensors: head")
+    refused(
+        lambda: change_index(lambda m: m.update({a: m[b] for a, b in swapped.items()})),
+        "disagree about its tensors: head",
+    )
     refused(lambda: change_index(lambda m: m.update({"head.bias": f"../good/{second}"})), "outside its folder")
     refused(lambda: (folder / "config.json").unlink(), "config.json")
     refused(lambda: change_config(heads=7), r"heads = 7 \(the model has 1\)")
@@ -342,7 +381,9 @@ def test_scalars_and_unknown_types(tmp_path):
         save_hf(model, tmp_path / "m", spec, ARGS, torch.float8_e4m3fn)
 
 
-WAN_ARGS = WanArgs(dim=48, num_heads=4, num_layers=3, ffn_dim=80, text_dim=20, freq_dim=32, in_channels=6, out_channels=5)
+WAN_ARGS = WanArgs(
+    dim=48, num_heads=4, num_layers=3, ffn_dim=80, text_dim=20, freq_dim=32, in_channels=6, out_channels=5
+)
 
 
 def test_diffusers_writes_and_we_read(tmp_path):

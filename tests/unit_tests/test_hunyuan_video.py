@@ -1,4 +1,7 @@
-"""HunyuanVideo against diffusers' class with the same weights, in every published form: forward, every gradient, names, counts."""
+"""HunyuanVideo against diffusers' class with the same weights, in every published form:
+
+forward, every gradient, names, counts.
+"""
 
 import inspect
 from dataclasses import replace
@@ -17,8 +20,19 @@ from titan_video.models import get_args, get_spec
 from titan_video.models.hunyuan_video import SPEC, HunyuanVideoArgs, HunyuanVideoModel, args_from_hf, args_to_hf
 from titan_video.models.layers import JointAttentionCore, attention_flops, patchify, positions, token_shape, unpatchify
 
-T2V = HunyuanVideoArgs(dim=48, num_heads=4, num_double_layers=2, num_single_layers=2, ffn_dim=96, in_channels=5, out_channels=5, text_dim=20,
-                       text_len=11, pooled_dim=10, axes_dim=(2, 4, 6))  # fmt: skip
+T2V = HunyuanVideoArgs(
+    dim=48,
+    num_heads=4,
+    num_double_layers=2,
+    num_single_layers=2,
+    ffn_dim=96,
+    in_channels=5,
+    out_channels=5,
+    text_dim=20,
+    text_len=11,
+    pooled_dim=10,
+    axes_dim=(2, 4, 6),
+)
 FORMS = {
     "t2v": T2V,
     "t2v without guidance": replace(T2V, guidance=False),
@@ -36,11 +50,13 @@ def relative(a, b):
 def wrong(grads, reference, limit):
     """Names of gradients that differ by more than limit, with the difference.
 
-    A key's bias in the refiner, which has no norm behind it, adds the same to all scores of a query: its gradient is 0, and what is computed
-    is rounding, which is measured against the value's.
+    A key's bias in the refiner, which has no norm behind it, adds the same to all scores of a query: its gradient is 0,
+    and what is computed is rounding, which is measured against the value's.
     """
     assert grads.keys() == reference.keys()
-    scale = {n: reference[n.replace("to_k.bias", "to_v.bias")] if "refiner_blocks" in n else reference[n] for n in grads}
+    scale = {
+        n: reference[n.replace("to_k.bias", "to_v.bias")] if "refiner_blocks" in n else reference[n] for n in grads
+    }
     errors = {n: ((grads[n] - reference[n]).double().norm() / scale[n].double().norm()).item() for n in grads}
     return {n: e for n, e in errors.items() if not e <= limit}
 
@@ -61,8 +77,13 @@ def diffusers_model(args):
 def make_inputs(args=T2V, seed=1):
     """Latents, time, text, its mask, what else the model takes, and a target; the two texts differ in length."""
     g = torch.Generator().manual_seed(seed)
-    latents, target = (torch.randn(2, channels, *GRID, generator=g) for channels in (args.in_channels, args.out_channels))
-    text, pooled = torch.randn(2, args.text_len, args.text_dim, generator=g), torch.randn(2, args.pooled_dim, generator=g)
+    latents, target = (
+        torch.randn(2, channels, *GRID, generator=g) for channels in (args.in_channels, args.out_channels)
+    )
+    text, pooled = (
+        torch.randn(2, args.text_len, args.text_dim, generator=g),
+        torch.randn(2, args.pooled_dim, generator=g),
+    )
     mask = torch.arange(args.text_len) < torch.tensor([[args.text_len], [4]])
     cond = {"pooled_text_BD": pooled} | ({"guidance_B": torch.tensor([6000.0, 1000.0])} if args.guidance else {})
     return latents, torch.tensor([999.0, 3.25]), text, mask, cond, target
@@ -109,7 +130,10 @@ def test_a_mask_with_gaps_means_what_it_means_to_diffusers(pair):
     latents, t, text, mask, cond, _ = make_inputs()
     mask[1, 0], mask[1, 7] = False, True  # the first token is seen all the same
     with torch.no_grad():
-        assert relative(run_ours(pair[0], latents, t, text, mask, cond), run_theirs(pair[1], latents, t, text, mask, cond)) <= 1e-5
+        assert (
+            relative(run_ours(pair[0], latents, t, text, mask, cond), run_theirs(pair[1], latents, t, text, mask, cond))
+            <= 1e-5
+        )
 
 
 def test_padding_of_text_and_video_changes_nothing(pair):
@@ -121,7 +145,9 @@ def test_padding_of_text_and_video_changes_nothing(pair):
         expected = ours(x, pos, t, text[:, :9], mask[:, :9], **cond)
         x, pos = F.pad(x, (0, 0, 0, 3), value=7.0), F.pad(pos, (0, 0, 0, 3))
         text = torch.where(mask.unsqueeze(-1), text, 1e3)
-        torch.testing.assert_close(ours(x, pos, t, text, mask, seq_len, **cond)[:, :seq_len], expected, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            ours(x, pos, t, text, mask, seq_len, **cond)[:, :seq_len], expected, atol=1e-6, rtol=1e-5
+        )
         whole = ours(x, pos, t, text[:, :4], None, seq_len, **cond)
         torch.testing.assert_close(whole, ours(x, pos, t, text[:, :4], mask[:, :4], seq_len, **cond))
 
@@ -144,7 +170,10 @@ def test_clean_tokens_are_known_by_their_mark_alone():
     latents, t, text, mask, cond, _ = make_inputs()
     x, pos = patchify(latents, T2V.patch), positions(token_shape(GRID, T2V.patch))
     with torch.no_grad():
-        with_none, unmarked = (ours(x, pos, t, text, mask, **cond, clean_BL=clean) for clean in (None, torch.zeros(1, x.shape[1], dtype=torch.bool)))
+        with_none, unmarked = (
+            ours(x, pos, t, text, mask, **cond, clean_BL=clean)
+            for clean in (None, torch.zeros(1, x.shape[1], dtype=torch.bool))
+        )
         torch.testing.assert_close(with_none, unmarked)
         order = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(0))
         clean = pos[..., 0] == 0
@@ -166,7 +195,10 @@ def low_precision(model, keep):
 
 @pytest.mark.parametrize("form", ["t2v", "token_replace"])
 def test_bfloat16_is_no_further_from_float32_than_diffusers(form):
-    """Summed over inputs: single errors of the two scatter by some percent around each other. The parts in float32 are worth their bytes."""
+    """Summed over inputs: single errors of the two scatter by some percent around each other.
+
+    The parts in float32 are worth their bytes.
+    """
     ours, theirs = make_pair(FORMS[form])
     low, all_low, their_low = low_precision(ours, SPEC.plan.fp32), low_precision(ours, ()), low_precision(theirs, ())
     our_error = all_low_error = their_error = 0.0
@@ -177,7 +209,9 @@ def test_bfloat16_is_no_further_from_float32_than_diffusers(form):
             ref = run_theirs(theirs, latents, t, text, mask, cond)
             our_error += relative(run_ours(low, latents, t, text, mask, cond), ref)
             all_low_error += relative(run_ours(all_low, latents, t, text, mask, cond), ref)
-            their_error += relative(run_theirs(their_low, latents.bfloat16(), t, text.bfloat16(), mask, their_cond), ref)
+            their_error += relative(
+                run_theirs(their_low, latents.bfloat16(), t, text.bfloat16(), mask, their_cond), ref
+            )
     assert 0 < our_error < 0.95 * all_low_error and all_low_error <= their_error < 2
 
 
@@ -206,7 +240,10 @@ def test_parameter_counts_are_exact():
     assert {flavor: num_parameters(model) for flavor, model in models.items()} == COUNTS
     assert num_parameters(both) == 12_821_221_440
     model = models["t2v-13B"]
-    assert num_parameters(model.double_blocks["0"]) == 339_831_296 and num_parameters(model.single_blocks["0"]) == 141_591_808
+    assert (
+        num_parameters(model.double_blocks["0"]) == 339_831_296
+        and num_parameters(model.single_blocks["0"]) == 141_591_808
+    )
     assert num_parameters(model.text_refiner) + num_parameters(model.text_condition) == 309_175_296
 
 
@@ -225,7 +262,11 @@ def test_flops_equal_a_counted_forward(form):
         run_ours(ours, *inputs)
     num_tokens = token_shape(GRID, args.patch).num_tokens
     assert counter.get_total_flops() == args.flops(num_tokens, batch=2)
-    in_blocks = sum(sum(counts.values()) for name, counts in counter.get_flop_counts().items() if name.count(".") == 2 and "_blocks." in name)
+    in_blocks = sum(
+        sum(counts.values())
+        for name, counts in counter.get_flop_counts().items()
+        if name.count(".") == 2 and "_blocks." in name
+    )
     assert in_blocks == args.block_flops(num_tokens, batch=2)
 
 
@@ -245,7 +286,10 @@ def test_round_trip_with_diffusers_is_bitwise(form, tmp_path):
     read = args
     ours = HunyuanVideoModel(read)
     load_hf(ours, tmp_path / "theirs" / "transformer", SPEC, read)
-    assert relative(*(run(m, *make_inputs(args)[:-1]).detach() for run, m in ((run_ours, ours), (run_theirs, theirs)))) <= 1e-5
+    assert (
+        relative(*(run(m, *make_inputs(args)[:-1]).detach() for run, m in ((run_ours, ours), (run_theirs, theirs))))
+        <= 1e-5
+    )
     save_hf(ours, tmp_path / "ours", SPEC, read, torch.float32, max_shard_bytes=100_000)
     back, problems = HunyuanVideoTransformer3DModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(problems.values())
@@ -259,8 +303,16 @@ def test_the_full_size_is_that_of_the_published_class():
     """diffusers' defaults are the published text-to-video model."""
     from diffusers import HunyuanVideoTransformer3DModel
 
-    published = {name: p.default for name, p in inspect.signature(HunyuanVideoTransformer3DModel.__init__).parameters.items() if name != "self"}
-    ours = {k: tuple(v) if isinstance(v, list) else v for k, v in args_to_hf(SPEC.flavors["t2v-13B"]).items() if not k.startswith("_")}
+    published = {
+        name: p.default
+        for name, p in inspect.signature(HunyuanVideoTransformer3DModel.__init__).parameters.items()
+        if name != "self"
+    }
+    ours = {
+        k: tuple(v) if isinstance(v, list) else v
+        for k, v in args_to_hf(SPEC.flavors["t2v-13B"]).items()
+        if not k.startswith("_")
+    }
     assert ours == published
 
 
@@ -269,8 +321,11 @@ def test_hf_config_refusals():
         assert replace(args_from_hf(args_to_hf(args)), text_len=args.text_len) == args
     without = {k: v for k, v in args_to_hf(T2V).items() if k != "image_condition_type"}
     assert args_from_hf(without).image_condition == ""
-    for change, reason in (({"_class_name": "WanTransformer3DModel"}, "WanTransformer3DModel"), ({"qk_norm": None}, "qk_norm"),
-                           ({"image_condition_type": "other"}, "image_condition_type = 'other'")):  # fmt: skip
+    for change, reason in (
+        ({"_class_name": "WanTransformer3DModel"}, "WanTransformer3DModel"),
+        ({"qk_norm": None}, "qk_norm"),
+        ({"image_condition_type": "other"}, "image_condition_type = 'other'"),
+    ):
         with pytest.raises(ValueError, match=reason):
             args_from_hf(args_to_hf(T2V) | change)
     with pytest.raises(ValueError, match="num_single_layers"):
@@ -283,7 +338,11 @@ def test_hf_config_refusals():
 
 def test_inputs_that_do_not_fit_are_refused(pair):
     latents, t, text, mask, cond, _ = make_inputs()
-    for change, name in (({"pooled_text_BD": None}, "pooled_text_BD"), ({"guidance_B": None}, "takes the guidance"), ({"clean_BL": mask}, "clean_BL")):
+    for change, name in (
+        ({"pooled_text_BD": None}, "pooled_text_BD"),
+        ({"guidance_B": None}, "takes the guidance"),
+        ({"clean_BL": mask}, "clean_BL"),
+    ):
         with pytest.raises(ValueError, match=name):
             run_ours(pair[0], latents, t, text, mask, cond | change)
     with pytest.raises(ValueError, match="no guidance input"):
@@ -325,8 +384,8 @@ def test_the_debug_flavor_learns_two_clips():
 
 
 def sharded_runs():
-    """On each of two ranks: output and gradients under FSDP, the loss halved as both have it, in both types; and loss and gradients under
-    tensor parallel, in float64."""
+    """On each of two ranks: output and gradients under FSDP, the loss halved as both have it, in both types; and loss
+    and gradients under tensor parallel, in float64."""
     from titan_video.distributed.fsdp import apply_fsdp
     from titan_video.distributed.parallel_dims import ParallelDims
     from titan_video.distributed.sequence import SequenceShard
@@ -355,8 +414,14 @@ def whole_grads(model):
 def squared_error(model, shard=None):
     """Output on this rank's tokens, and their squared error, summed."""
     args, dtype = FORMS["token_replace"], torch.promote_types(next(model.parameters()).dtype, torch.float32)
-    latents, t, text, mask, cond, target = (x if isinstance(x, dict) or not x.is_floating_point() else x.to(dtype) for x in make_inputs(args))
-    x, target, pos = patchify(latents, args.patch), patchify(target, args.patch), positions(token_shape(GRID, args.patch))
+    latents, t, text, mask, cond, target = (
+        x if isinstance(x, dict) or not x.is_floating_point() else x.to(dtype) for x in make_inputs(args)
+    )
+    x, target, pos = (
+        patchify(latents, args.patch),
+        patchify(target, args.patch),
+        positions(token_shape(GRID, args.patch)),
+    )
     clean, seq_len, num_valid = pos[..., 0] == 0, None, x.shape[1]
     if shard is not None:
         seq_len, num_valid = x.shape[1], shard.num_valid(x.shape[1])
@@ -369,7 +434,9 @@ def test_sharded_and_split_equal_one_process():
     """FSDP with parts in float32, and tensor parallel with an odd number of tokens, the clean ones on one rank only."""
     ours, _ = make_pair(FORMS["token_replace"])
     *sharded, split = zip(*run_ranks(sharded_runs, 2))
-    for (out, grads), model, limit in zip((ranks[0] for ranks in sharded), (ours, low_precision(ours, SPEC.plan.fp32)), (1e-5, 2e-2), strict=True):
+    for (out, grads), model, limit in zip(
+        (ranks[0] for ranks in sharded), (ours, low_precision(ours, SPEC.plan.fp32)), (1e-5, 2e-2), strict=True
+    ):
         expected, loss = squared_error(model)
         loss.backward()
         assert out.dtype == model.proj_out.weight.dtype and torch.equal(out, expected)

@@ -1,7 +1,7 @@
 """The floors of the program: who may import whom, read from the syntax trees of all its files. Nothing is executed.
 
-A file imports its own floor, without cycles, and lower floors; see FLOORS, STRANGERS and `is_roof`. Imports inside functions
-count like all others, but for optional packages, which must be imported there.
+A file imports its own floor, without cycles, and lower floors; see FLOORS, STRANGERS and `is_roof`. Imports inside
+functions count like all others, but for optional packages, which must be imported there.
 """
 
 import ast
@@ -12,7 +12,17 @@ import pytest
 from tests.helpers import ROOT
 
 PACKAGE = "titan_video"
-FLOORS = {"config": 0, "tools": 0, "flow": 1, "kernels": 1, "models": 2, "encoders": 2, "distributed": 3, "data": 3, "components": 4}
+FLOORS = {
+    "config": 0,
+    "tools": 0,
+    "flow": 1,
+    "kernels": 1,
+    "models": 2,
+    "encoders": 2,
+    "distributed": 3,
+    "data": 3,
+    "components": 4,
+}
 STRANGERS = {frozenset(pair) for pair in (("models", "encoders"), ("distributed", "data"))}
 OPTIONAL = {"diffusers", "transformers", "sentencepiece", "av", "ftfy", "PIL", "torchao"}
 OPTIONAL_ON_TOP = {"data": {"av", "PIL"}}
@@ -28,7 +38,10 @@ def sources(root):
 
 
 def is_roof(module):
-    """train.py and the command modules, which may import anything and which nothing imports: titan_video/NAME.py and every __main__.py."""
+    """train.py and the command modules, which may import anything and which nothing imports:
+
+    titan_video/NAME.py and every __main__.py.
+    """
     parts = module.split(".")
     return parts == ["train"] or parts[-1] == "__main__" or (len(parts) == 2 and parts[1] not in FLOORS)
 
@@ -39,6 +52,7 @@ def folder(module):
 
 def nodes(tree):
     """Every node of a tree with whether it is inside a function."""
+
     def walk(node, inside):
         for child in ast.iter_child_nodes(node):
             yield child, inside
@@ -48,15 +62,20 @@ def nodes(tree):
 
 
 def imports(module, path, modules):
-    """(what is imported, whether inside a function) of a file. Our own modules by full name; of others, the top-level package."""
+    """(what is imported, whether inside a function) of a file.
+
+    Our own modules by full name; of others, the top-level package.
+    """
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node, inside in nodes(ast.parse(path.read_text(), str(path))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = package.split(".")[:len(package.split(".")) - node.level + 1] if node.level else []
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             source = ".".join([*base, *([node.module] if node.module else [])])
-            names = [f"{source}.{alias.name}" if f"{source}.{alias.name}" in modules else source for alias in node.names]
+            names = [
+                f"{source}.{alias.name}" if f"{source}.{alias.name}" in modules else source for alias in node.names
+            ]
         else:
             continue
         for name in names:
@@ -77,7 +96,12 @@ def broken_rules(module, imported, modules):
         yield f"which is on a higher floor ({here} is on {FLOORS.get(here, 'no floor')}, {there} on {FLOORS[there]})"
     elif frozenset((here, there)) in STRANGERS:
         yield f"but {here} and {there} do not know each other"
-    elif here == "distributed" and there == "models" and modules[".".join(imported.split(".")[:3])].name == "__init__.py" and imported.count(".") > 1:
+    elif (
+        here == "distributed"
+        and there == "models"
+        and modules[".".join(imported.split(".")[:3])].name == "__init__.py"
+        and imported.count(".") > 1
+    ):
         yield "a concrete model"
 
 
@@ -90,7 +114,7 @@ def find_cycle(graph):
         trail.append(module)
         for following in sorted(graph.get(module, ())):
             if state.get(following) == "open":
-                return trail[trail.index(following):] + [following]
+                return trail[trail.index(following) :] + [following]
             if following not in state and (cycle := visit(following)):
                 return cycle
         state[module] = "done"
@@ -110,7 +134,9 @@ def violations(root):
             if imported in OPTIONAL - OPTIONAL_ON_TOP.get(folder(module), set()) and not inside:
                 found.append(f"{module} imports the optional package {imported} outside a function")
             if imported == "train" or imported.split(".")[0] == PACKAGE:
-                broken = [f"{module} imports {imported}, {reason}" for reason in broken_rules(module, imported, modules)]
+                broken = [
+                    f"{module} imports {imported}, {reason}" for reason in broken_rules(module, imported, modules)
+                ]
                 found += broken
                 if not broken:
                     graph.setdefault(module, set()).add(imported)
@@ -124,7 +150,8 @@ def test_the_floors_hold():
 
 
 GOOD = {
-    "train.py": "from titan_video.components.saver import save\nimport titan_video.models.wan\nfrom titan_video.config import load\n",
+    "train.py": "from titan_video.components.saver import save\nimport titan_video.models.wan\nfrom titan_video.config "
+    "import load\n",
     "titan_video/__init__.py": "",
     "titan_video/sample.py": "from titan_video.components import saver\n",
     "titan_video/config/__init__.py": "from titan_video.config.manager import load\n",
@@ -134,22 +161,48 @@ GOOD = {
     "titan_video/models/wan/__init__.py": "from titan_video.models.spec import *\nfrom .model import Wan\n",
     "titan_video/models/wan/model.py": "from .. import spec\nfrom titan_video.config import load\n",
     "titan_video/encoders/wan.py": "def load():\n    import diffusers.models\n    from transformers import T5\n",
-    "titan_video/distributed/fsdp.py": "from titan_video.models.spec import Plan\nfrom titan_video.models import spec\n",
+    "titan_video/distributed/fsdp.py": "from titan_video.models.spec import Plan\nfrom titan_video.models import "
+    "spec\n",
     "titan_video/data/__init__.py": "",
     "titan_video/data/dataset.py": "import av\nfrom PIL import Image\nimport titan_video.encoders.wan\n",
     "titan_video/data/__main__.py": "from titan_video.components.saver import save\n",
     "titan_video/components/__init__.py": "",
-    "titan_video/components/saver.py": "from titan_video.distributed.fsdp import x\nfrom titan_video.data.dataset import y\n",
+    "titan_video/components/saver.py": "from titan_video.distributed.fsdp import x\nfrom titan_video.data.dataset import "
+    "y\n",
 }
 BAD = [  # (file, what is added to it, what is said of it)
-    ("titan_video/models/spec.py", "from titan_video.distributed.fsdp import x", "models.spec imports titan_video.distributed.fsdp, which is on"),
-    ("titan_video/models/wan/model.py", "def f():\n    from ...distributed import fsdp", "titan_video.distributed.fsdp, which is on a higher"),
+    (
+        "titan_video/models/spec.py",
+        "from titan_video.distributed.fsdp import x",
+        "models.spec imports titan_video.distributed.fsdp, which is on",
+    ),
+    (
+        "titan_video/models/wan/model.py",
+        "def f():\n    from ...distributed import fsdp",
+        "titan_video.distributed.fsdp, which is on a higher",
+    ),
     ("titan_video/config/manager.py", "import titan_video.models.spec", "higher floor"),
     ("titan_video/__init__.py", "import titan_video.config.manager", "higher floor"),
-    ("titan_video/models/spec.py", "from titan_video.encoders import wan", "models and encoders do not know each other"),
-    ("titan_video/encoders/wan.py", "if True:\n    from titan_video.models.spec import x", "encoders and models do not know each other"),
-    ("titan_video/data/dataset.py", "from titan_video.distributed.fsdp import x", "data and distributed do not know each other"),
-    ("titan_video/distributed/fsdp.py", "from titan_video.data import dataset", "distributed and data do not know each other"),
+    (
+        "titan_video/models/spec.py",
+        "from titan_video.encoders import wan",
+        "models and encoders do not know each other",
+    ),
+    (
+        "titan_video/encoders/wan.py",
+        "if True:\n    from titan_video.models.spec import x",
+        "encoders and models do not know each other",
+    ),
+    (
+        "titan_video/data/dataset.py",
+        "from titan_video.distributed.fsdp import x",
+        "data and distributed do not know each other",
+    ),
+    (
+        "titan_video/distributed/fsdp.py",
+        "from titan_video.data import dataset",
+        "distributed and data do not know each other",
+    ),
     ("titan_video/distributed/fsdp.py", "import titan_video.models.wan.model", "a concrete model"),
     ("titan_video/distributed/fsdp.py", "from titan_video.models.wan import SPEC", "a concrete model"),
     ("titan_video/components/saver.py", "import train", "a command module"),
@@ -158,10 +211,18 @@ BAD = [  # (file, what is added to it, what is said of it)
     ("titan_video/sample.py", "import train", "a command module"),
     ("titan_video/components/saver.py", "from titan_video.planner import x", "does not exist"),
     ("titan_video/planner/cost.py", "", "titan_video.planner.cost is in no folder"),
-    ("titan_video/config/manager.py", "from titan_video.config import load", "cycle: titan_video.config -> titan_video.config.manager"),
+    (
+        "titan_video/config/manager.py",
+        "from titan_video.config import load",
+        "cycle: titan_video.config -> titan_video.config.manager",
+    ),
     ("titan_video/models/spec.py", "def f():\n    from titan_video.models.wan.model import x", "cycle: "),
     ("titan_video/encoders/wan.py", "import diffusers", "optional package diffusers"),
-    ("titan_video/components/saver.py", "try:\n    from PIL.Image import open\nexcept ImportError:\n    pass", "optional package PIL"),
+    (
+        "titan_video/components/saver.py",
+        "try:\n    from PIL.Image import open\nexcept ImportError:\n    pass",
+        "optional package PIL",
+    ),
     ("titan_video/components/saver.py", "class A:\n    import av", "optional package av"),
     ("titan_video/data/dataset.py", "import ftfy", "optional package ftfy"),
     ("train.py", "from transformers import T5", "optional package transformers"),

@@ -33,16 +33,36 @@ def cases():
     angles = torch.randn(1, L, K // 2, generator=g) * 3
     rotations = torch.polar(torch.ones_like(angles), angles)
     for name, (scale, shift, gate) in (("per sample", per_sample), ("per token", per_token)):
-        yield f"ada_layer_norm {name}", ada_layer_norm, (x, scale, shift, 1e-6), norm64(x.double()) * (1 + scale.double()) + shift.double()
+        yield (
+            f"ada_layer_norm {name}",
+            ada_layer_norm,
+            (x, scale, shift, 1e-6),
+            norm64(x.double()) * (1 + scale.double()) + shift.double(),
+        )
         yield f"gated_residual {name}", gated_residual, (x, y, gate), x.double() + y.double() * gate.double()
     yield "layer_norm", layer_norm, (x, w, b, 1e-6), norm64(x.double()) * w.double() + b.double()
     yield "rms_norm", rms_norm, (x, w, 1e-6), rms64(x.double(), w.double())
     square = (x.double() ** 2).mean(-1, keepdim=True).float()
     yield "rms_norm given its statistic", rms_norm, (x, w, 1e-6, square), rms64(x.double(), w.double())
-    yield "rms_norm_rope given its statistic", rms_norm_rope, (x, w, rotations, 1e-6, square), rope64(rms64(x.double(), w.double()), angles.double())
+    yield (
+        "rms_norm_rope given its statistic",
+        rms_norm_rope,
+        (x, w, rotations, 1e-6, square),
+        rope64(rms64(x.double(), w.double()), angles.double()),
+    )
     heads, w_head = x.unflatten(-1, (H, K)), w[:K]
-    yield "rms_norm_rope per head", rms_norm_rope, (heads, w_head, rotations, 1e-6), rope64(rms64(heads.double(), w_head.double()).flatten(2), angles.double())
-    yield "rms_norm_rope", rms_norm_rope, (x, w, rotations, 1e-6), rope64(rms64(x.double(), w.double()), angles.double())
+    yield (
+        "rms_norm_rope per head",
+        rms_norm_rope,
+        (heads, w_head, rotations, 1e-6),
+        rope64(rms64(heads.double(), w_head.double()).flatten(2), angles.double()),
+    )
+    yield (
+        "rms_norm_rope",
+        rms_norm_rope,
+        (x, w, rotations, 1e-6),
+        rope64(rms64(x.double(), w.double()), angles.double()),
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +76,10 @@ def no_graphs():
 def test_operator_equals_its_definition(name, op, args, expected, traced):
     run = torch.compile(op, backend="aot_eager", fullgraph=True) if traced else op
     torch.testing.assert_close(run(*args).double(), expected, atol=2e-6, rtol=2e-6)
-    low = run(args[0].bfloat16(), *(a.bfloat16() if name.startswith("gated") and i == 0 else a for i, a in enumerate(args[1:])))
+    low = run(
+        args[0].bfloat16(),
+        *(a.bfloat16() if name.startswith("gated") and i == 0 else a for i, a in enumerate(args[1:])),
+    )
     assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low.double(), expected, atol=0.05, rtol=0.05)
 

@@ -1,4 +1,7 @@
-"""The fused operators without a GPU: their plain form on this CPU, their kernels in Triton's interpreter, and the models that call them."""
+"""The fused operators without a GPU:
+
+their plain form on this CPU, their kernels in Triton's interpreter, and the models that call them.
+"""
 
 import os
 import shlex
@@ -45,11 +48,16 @@ def test_plain_form_equals_the_definition(number, dtype):
 
 
 @pytest.mark.skipif(TRITON is None, reason="needs the triton package")
-@pytest.mark.skipif(TRITON is not None and TRITON < (3, 7) and numbers(np.__version__) >= (2, 4), reason="Triton 3.6 interprets with NumPy before 2.4")
+@pytest.mark.skipif(
+    TRITON is not None and TRITON < (3, 7) and numbers(np.__version__) >= (2, 4),
+    reason="Triton 3.6 interprets with NumPy before 2.4",
+)
 def test_kernels_equal_the_definition_in_the_interpreter():
     """Forward and backward. In a process of its own: the interpreter is chosen when Triton is imported."""
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, "-m", "tests.kernel_cases"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.kernel_cases"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     assert int(run.stdout.split()[0]) >= 65  # cases
 
@@ -67,16 +75,49 @@ def op_calls():
     yield OPS.norm_backward, (dout.detach(), x.detach(), weight.detach(), None, mean, rstd, True, False)
     yield OPS.residual_norm, (x, y, gate, scale, shift, clean, False, EPS)
     yield OPS.residual_norm, (x, y, None, weight, bias, None, True, EPS)
-    yield OPS.residual_norm_backward, (dout.detach(), dout.detach(), x.detach(), y.detach(), gate.detach(), scale.detach(), clean, mean, rstd, False, True, True)
-    yield OPS.residual_norm_backward, (dout.detach(), dout.detach(), x.detach(), None, None, weight.detach(), None, mean, rstd, True, False, False)
+    yield (
+        OPS.residual_norm_backward,
+        (
+            dout.detach(),
+            dout.detach(),
+            x.detach(),
+            y.detach(),
+            gate.detach(),
+            scale.detach(),
+            clean,
+            mean,
+            rstd,
+            False,
+            True,
+            True,
+        ),
+    )
+    yield (
+        OPS.residual_norm_backward,
+        (dout.detach(), dout.detach(), x.detach(), None, None, weight.detach(), None, mean, rstd, True, False, False),
+    )
     yield OPS.gated_residual, (x, y, gate, clean)
     yield OPS.gated_residual_backward, (dout.detach(), y.detach(), gate.detach(), clean, True)
     heads, w, angles = rand(B, L, 3, 32, seed=8), rand(32, seed=9), rand(1, L, 16, seed=10, grad=False)
     rotations = torch.polar(torch.ones_like(angles), angles)
     yield OPS.rms_norm, (heads, w, rotations, None, EPS)
     yield OPS.rms_norm, (heads, rand(96, seed=9), None, rand(B, L, 1, seed=11).detach().abs().requires_grad_(), EPS)
-    yield OPS.rms_norm_backward, (heads.detach(), heads.detach(), w.detach(), rotations, rand(B, L, 3, seed=12, grad=False), False, True)
-    yield OPS.rms_norm_backward, (heads.detach(), heads.detach(), rand(96, seed=9).detach(), None, rand(B, L, 1, seed=12, grad=False), True, False)
+    yield (
+        OPS.rms_norm_backward,
+        (heads.detach(), heads.detach(), w.detach(), rotations, rand(B, L, 3, seed=12, grad=False), False, True),
+    )
+    yield (
+        OPS.rms_norm_backward,
+        (
+            heads.detach(),
+            heads.detach(),
+            rand(96, seed=9).detach(),
+            None,
+            rand(B, L, 1, seed=12, grad=False),
+            True,
+            False,
+        ),
+    )
 
 
 @pytest.mark.parametrize("op, args", list(op_calls()), ids=lambda v: getattr(v, "__name__", ""))
@@ -106,11 +147,23 @@ def test_inputs_and_statistics_are_kept_and_nothing_else():
     rotations = torch.polar(torch.ones_like(angles), angles)
     r = 4 * B * D
     assert saved_bytes(lambda: fused_layer_norm.ada_layer_norm(x, row, row.detach(), EPS))[0] == tokens + r + 2 * number
-    assert saved_bytes(lambda: fused_layer_norm.residual_ada_layer_norm(x, y, None, row, row, EPS))[0] == tokens + r + 2 * number
-    assert saved_bytes(lambda: fused_layer_norm.residual_layer_norm(x, y, row, weight, weight, EPS))[0] == 2 * tokens + r + 2 * D + 2 * number
-    assert saved_bytes(lambda: fused_layer_norm.residual_layer_norm(x, y, row.detach(), weight, weight, EPS))[0] == tokens + r + 2 * D + 2 * number
+    assert (
+        saved_bytes(lambda: fused_layer_norm.residual_ada_layer_norm(x, y, None, row, row, EPS))[0]
+        == tokens + r + 2 * number
+    )
+    assert (
+        saved_bytes(lambda: fused_layer_norm.residual_layer_norm(x, y, row, weight, weight, EPS))[0]
+        == 2 * tokens + r + 2 * D + 2 * number
+    )
+    assert (
+        saved_bytes(lambda: fused_layer_norm.residual_layer_norm(x, y, row.detach(), weight, weight, EPS))[0]
+        == tokens + r + 2 * D + 2 * number
+    )
     assert saved_bytes(lambda: fused_layer_norm.gated_residual(x, y, row.detach()))[0] == r
-    assert saved_bytes(lambda: fused_rms_norm.rms_norm_rope(x, weight, rotations, EPS))[0] == tokens + 2 * D + 8 * L * 16 + number
+    assert (
+        saved_bytes(lambda: fused_rms_norm.rms_norm_rope(x, weight, rotations, EPS))[0]
+        == tokens + 2 * D + 8 * L * 16 + number
+    )
 
 
 def test_modulation_of_a_wrong_number_of_rows_is_refused():
@@ -141,8 +194,17 @@ def test_float64_stays_with_torch(fused):
 def wan_inputs(args):
     shape = TokenShape(2, 2, 3)
     clean_BL = (torch.arange(shape.num_tokens) < 6).unsqueeze(0)
-    x, text = rand(B, shape.num_tokens, 4 * args.in_channels, seed=1, grad=False), rand(B, args.text_len, args.text_dim, seed=2, grad=False)
-    return {"x_BLP": x, "pos_BL3": positions(shape), "t_B": torch.tensor([900.0, 300.0]), "text_BSD": text, "clean_BL": clean_BL}
+    x, text = (
+        rand(B, shape.num_tokens, 4 * args.in_channels, seed=1, grad=False),
+        rand(B, args.text_len, args.text_dim, seed=2, grad=False),
+    )
+    return {
+        "x_BLP": x,
+        "pos_BL3": positions(shape),
+        "t_B": torch.tensor([900.0, 300.0]),
+        "text_BSD": text,
+        "clean_BL": clean_BL,
+    }
 
 
 def hunyuan_inputs(args):
@@ -150,22 +212,55 @@ def hunyuan_inputs(args):
     return wan_inputs(args) | {"pooled_text_BD": pooled, "guidance_B": torch.tensor([6000.0, 1000.0])}
 
 
-WAN = WanArgs(dim=48, num_heads=4, num_layers=2, ffn_dim=80, text_dim=20, text_len=7, freq_dim=32, in_channels=5, out_channels=5, clean_first_frame=True)
-HUNYUAN = HunyuanVideoArgs(dim=48, num_heads=4, num_double_layers=1, num_single_layers=1, ffn_dim=96, in_channels=5, out_channels=5, text_dim=20,
-                           text_len=7, pooled_dim=12, axes_dim=(4, 4, 4), num_refiner_layers=1, image_condition="token_replace")  # fmt: skip
+WAN = WanArgs(
+    dim=48,
+    num_heads=4,
+    num_layers=2,
+    ffn_dim=80,
+    text_dim=20,
+    text_len=7,
+    freq_dim=32,
+    in_channels=5,
+    out_channels=5,
+    clean_first_frame=True,
+)
+HUNYUAN = HunyuanVideoArgs(
+    dim=48,
+    num_heads=4,
+    num_double_layers=1,
+    num_single_layers=1,
+    ffn_dim=96,
+    in_channels=5,
+    out_channels=5,
+    text_dim=20,
+    text_len=7,
+    pooled_dim=12,
+    axes_dim=(4, 4, 4),
+    num_refiner_layers=1,
+    image_condition="token_replace",
+)
 
 
 def gradients(model, inputs):
     parameters = dict(model.named_parameters())
     out = model(**inputs)
-    return [out, *torch.autograd.grad((out * rand(*out.shape, seed=4, grad=False)).sum(), tuple(parameters.values()), allow_unused=True)]
+    return [
+        out,
+        *torch.autograd.grad(
+            (out * rand(*out.shape, seed=4, grad=False)).sum(), tuple(parameters.values()), allow_unused=True
+        ),
+    ]
 
 
 @pytest.mark.parametrize("some_clean", [True, False], ids=["clean first frame", "no clean token"])
-@pytest.mark.parametrize("model_class, args, make_inputs", [(WanModel, WAN, wan_inputs), (HunyuanVideoModel, HUNYUAN, hunyuan_inputs)])
+@pytest.mark.parametrize(
+    "model_class, args, make_inputs", [(WanModel, WAN, wan_inputs), (HunyuanVideoModel, HUNYUAN, hunyuan_inputs)]
+)
 def test_models_compute_the_same_with_either_and_compiled(model_class, args, make_inputs, some_clean):
     """Every output and gradient; compiled, each block is one graph, with the kernels in it."""
-    ways = ("torch", "triton", "compiled")[: 3 if some_clean or model_class is WanModel else 2]  # HunyuanVideo's blocks are long to compile
+    ways = ("torch", "triton", "compiled")[
+        : 3 if some_clean or model_class is WanModel else 2
+    ]  # HunyuanVideo's blocks are long to compile
     model = model_class(args)
     for i, p in enumerate(model.parameters()):
         p.data = rand(*p.shape, seed=i, grad=False) * 0.2 + (p.ndim == 1)
@@ -179,7 +274,9 @@ def test_models_compute_the_same_with_either_and_compiled(model_class, args, mak
             if name == "compiled":
                 graphs = set()
                 backend = recording_backend(graphs)
-                for block in [m for m in model.modules() if type(m).__name__ in ("Block", "DoubleBlock", "SingleBlock")]:
+                for block in [
+                    m for m in model.modules() if type(m).__name__ in ("Block", "DoubleBlock", "SingleBlock")
+                ]:
                     block.compile(backend=backend, fullgraph=True)
             found[name] = gradients(model, inputs)
     finally:
@@ -202,12 +299,20 @@ def recording_backend(operators):
 
 
 @pytest.mark.skipif(TRITON is None, reason="needs the triton package")
-@pytest.mark.parametrize("options", [
-    "--widths 128", '--widths 5120 --names "gated residual, LayerNorm" "RMSNorm, RoPE"',
-    '--widths 3072 --names "gated residual, AdaLN, clean tokens" "RMSNorm per head, RoPE"',
-], ids=["all", "5120", "3072"])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--widths 128",
+        '--widths 5120 --names "gated residual, LayerNorm" "RMSNorm, RoPE"',
+        '--widths 3072 --names "gated residual, AdaLN, clean tokens" "RMSNorm per head, RoPE"',
+    ],
+    ids=["all", "5120", "3072"],
+)
 def test_kernels_compile_for_hopper_as_the_page_says(options, capsys):
-    """Every kernel, and those with most to hold at the widths of real models: no spills, and, from the version that wrote the page, what it has."""
+    """Every kernel, and those with most to hold at the widths of real models:
+
+    no spills, and, from the version that wrote the page, what it has.
+    """
     from benchmarks.kernel_builds import main
 
     main(shlex.split(options))

@@ -1,4 +1,8 @@
-"""Adapters: what is trained and in which types, files that diffusers loads, ComfyUI's form by the rule of its loader, merged weights, and back."""
+"""Adapters:
+
+what is trained and in which types, files that diffusers loads, ComfyUI's form by the rule of its loader, merged
+weights, and back.
+"""
 
 import json
 from dataclasses import replace
@@ -50,7 +54,10 @@ def build(family, lora=LORA, dtype=torch.float32, state=None):
 
 @pytest.fixture(scope="module", params=ARGS)
 def trained(request):
-    """(family, model trained for three steps, its output, diffusers' base model, its output): what follows changes neither model."""
+    """(family, model trained for three steps, its output, diffusers' base model, its output):
+
+    what follows changes neither model.
+    """
     family, theirs = request.param, oracle(request.param)
     model = build(family, state=theirs.state_dict())
     ours, reference = forwards(family)
@@ -88,9 +95,13 @@ def test_what_is_trained_and_what_it_costs():
 def test_targets():
     model = build("wan", replace(LORA, target_modules=("self_attn.q", "blocks.1.ffn.up")))
     names = [n for n, p in model.named_parameters() if p.requires_grad]
-    assert names == [f"blocks.{m}.adapter.{end}" for m in ("0.self_attn.q", "1.self_attn.q", "1.ffn.up") for end in ("down", "up")]
+    assert names == [
+        f"blocks.{m}.adapter.{end}" for m in ("0.self_attn.q", "1.self_attn.q", "1.ffn.up") for end in ("down", "up")
+    ]
     for unknown in ("attn.q", "self_attn", "text_embedder.up"):
-        with pytest.raises(ValueError, match=f"lora.target_modules: '{unknown}' is the end of no name.*self_attn.q, self_attn.k"):
+        with pytest.raises(
+            ValueError, match=f"lora.target_modules: '{unknown}' is the end of no name.*self_attn.q, self_attn.k"
+        ):
             build("wan", replace(LORA, target_modules=("ffn.up", unknown)))
 
 
@@ -100,13 +111,18 @@ def test_diffusers_loads_the_adapters(trained, tmp_path):
 
     family, model, out, theirs, base = trained
     spec, (_, reference) = get_spec(family), forwards(family)
-    forms = ["diffusers", "comfyui"] if family == "wan" else ["diffusers"]  # for HunyuanVideo diffusers' reader takes published sizes for granted
+    forms = (
+        ["diffusers", "comfyui"] if family == "wan" else ["diffusers"]
+    )  # for HunyuanVideo diffusers' reader takes published sizes for granted
     for form in forms:
         file = tmp_path / FORMS[form].file
         save_lora(model, file, spec, ARGS[family], LORA, form, torch.float32)
         parts = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
-        pipeline = WanPipeline(**parts, transformer=theirs) if family == "wan" else HunyuanVideoPipeline(
-            **parts, tokenizer_2=None, text_encoder_2=None, transformer=theirs)
+        pipeline = (
+            WanPipeline(**parts, transformer=theirs)
+            if family == "wan"
+            else HunyuanVideoPipeline(**parts, tokenizer_2=None, text_encoder_2=None, transformer=theirs)
+        )
         pipeline.load_lora_weights(tmp_path, weight_name=file.name, adapter_name="a")
         with torch.no_grad():
             assert wan.relative(reference(theirs), out) <= 1e-5
@@ -121,21 +137,37 @@ def test_comfyui_form_adds_up_to_the_merged_weights(trained, tmp_path):
     """Its loader adds alpha / rank * up @ down to the tensor of that name, whichever of ours are its rows."""
     family, model, _, _, _ = trained
     spec, args = get_spec(family), ARGS[family]
-    lora = replace(LORA, target_modules=("attn.q", "attn.v", "attn.out", "attn.text_o")) if family == "hunyuan_video" else LORA
+    lora = (
+        replace(LORA, target_modules=("attn.q", "attn.v", "attn.out", "attn.text_o"))
+        if family == "hunyuan_video"
+        else LORA
+    )
     model = model if lora is LORA else build(family, lora, state=hunyuan.diffusers_model(args).state_dict())
     if lora is not LORA:
         for name, p in model.named_parameters():
             p.data.normal_(0, 0.1) if is_adapter(name) else None
     save_lora(model, tmp_path / "lora.safetensors", spec, args, lora, "comfyui", torch.float32)
     save_hf(model, tmp_path / "base.safetensors", spec, args, torch.float32, format_name="single_file")
-    save_hf(model, tmp_path / "merged.safetensors", spec, args, torch.float32, weights=MergedWeights(model), format_name="single_file")
+    save_hf(
+        model,
+        tmp_path / "merged.safetensors",
+        spec,
+        args,
+        torch.float32,
+        weights=MergedWeights(model),
+        format_name="single_file",
+    )
     adapters, base, merged = (load_file(tmp_path / f"{name}.safetensors") for name in ("lora", "base", "merged"))
-    stems = {name.removesuffix(".alpha").removeprefix("diffusion_model.") for name in adapters if name.endswith(".alpha")}
+    stems = {
+        name.removesuffix(".alpha").removeprefix("diffusion_model.") for name in adapters if name.endswith(".alpha")
+    }
     assert len(adapters) == 3 * len(stems)
     for name, weight in base.items():
         stem = name.removesuffix(".weight")
         if stem in stems and name.endswith(".weight"):
-            down, up, alpha = (adapters[f"diffusion_model.{stem}.{end}"] for end in ("lora_down.weight", "lora_up.weight", "alpha"))
+            down, up, alpha = (
+                adapters[f"diffusion_model.{stem}.{end}"] for end in ("lora_down.weight", "lora_up.weight", "alpha")
+            )
             weight = weight + alpha / len(down) * (up @ down)
             assert not torch.equal(weight, base[name])
             stems.remove(stem)
@@ -201,7 +233,9 @@ def test_refused_files(trained, tmp_path):
         with pytest.raises(ValueError, match="does not ask for.*elsewhere"):
             load_lora(model, file, spec, args, LORA)
         save_file({"model.x": torch.zeros(1)}, file)
-        with pytest.raises(ValueError, match="holds no adapters: all names should begin with transformer. or with diffusion_model."):
+        with pytest.raises(
+            ValueError, match="holds no adapters: all names should begin with transformer. or with diffusion_model."
+        ):
             load_lora(model, file, spec, args, LORA)
 
 
@@ -216,12 +250,19 @@ def test_an_adapter_over_several_of_ours_that_is_not_of_these_is_refused(tmp_pat
 
 
 def test_forms_of_block_weights_change_inputs_only():
-    """An adapter takes a weight's change of form in `down` alone, which is right where the form is one of the inputs, whatever the rows."""
+    """An adapter takes a weight's change of form in `down` alone, which is right where the form is one of the inputs,
+    whatever the rows.
+    """
     for family in ARGS:
         spec, args = get_spec(family), ARGS[family]
         shapes = {name: p.shape for name, p in spec.build(args).named_parameters()}
         for rule in spec.hf_names:
             name = rule.ours.replace("{}", "0")
-            if rule.to_public and name in shapes and len(shapes[name]) == 2 and rule.ours.split(".")[0] in spec.plan.blocks:
+            if (
+                rule.to_public
+                and name in shapes
+                and len(shapes[name]) == 2
+                and rule.ours.split(".")[0] in spec.plan.blocks
+            ):
                 up, down = torch.randn(shapes[name][0], 3), torch.randn(3, shapes[name][1])
                 torch.testing.assert_close(rule.to_public(up @ down, args), up @ rule.to_public(down, args))

@@ -28,6 +28,8 @@ def test_without_decay_the_rate_does_not_depend_on_the_number_of_steps():
 
 
 def test_scheduler_sets_every_group():
-    optimizer = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))]}, {"params": [torch.nn.Parameter(torch.zeros(1))]}], lr=1.0)
+    optimizer = torch.optim.SGD(
+        [{"params": [torch.nn.Parameter(torch.zeros(1))]}, {"params": [torch.nn.Parameter(torch.zeros(1))]}], lr=1.0
+    )
     lr = Scheduler(optimizer, LrScheduler(warmup_steps=10), 0.5, 100).set_step(5)
     assert lr == 0.25 and [g["lr"] for g in optimizer.param_groups] == [0.25, 0.25]

@@ -1,4 +1,6 @@
-"""The closed forms of memory by hand-counted sizes; against the dry run they are held in tests/integration_tests/test_dry_run.py."""
+"""The closed forms of memory by hand-counted sizes; against the dry run they are held in
+tests/integration_tests/test_dry_run.py.
+"""
 
 import math
 
@@ -17,10 +19,20 @@ ARGS = FLAVORS["t2v-14B"]
     [
         ("blocks.0.ffn.up.weight", (13824, 5120), ParallelDims(), 13824 * 5120),
         ("blocks.0.ffn.up.weight", (13824, 5120), ParallelDims(dp_shard=8), 13824 * 5120 // 8),
-        ("blocks.0.ffn.up.weight", (13824, 5120), ParallelDims(dp_replicate=4, dp_shard=2, ulysses=4), 13824 * 5120 // 8),
+        (
+            "blocks.0.ffn.up.weight",
+            (13824, 5120),
+            ParallelDims(dp_replicate=4, dp_shard=2, ulysses=4),
+            13824 * 5120 // 8,
+        ),
         ("blocks.0.ffn.up.weight", (13824, 5120), ParallelDims(dp_shard=2, tp=4), 13824 * 5120 // 8),
         ("blocks.0.ffn.down.weight", (5120, 13824), ParallelDims(dp_shard=2, tp=4), 5120 * 13824 // 8),
-        ("blocks.0.ffn.down.bias", (5120,), ParallelDims(dp_shard=2, tp=4), 5120 // 2),  # whole on each tensor-parallel rank
+        (
+            "blocks.0.ffn.down.bias",
+            (5120,),
+            ParallelDims(dp_shard=2, tp=4),
+            5120 // 2,
+        ),  # whole on each tensor-parallel rank
         ("blocks.0.self_attn.norm_q", (5120,), ParallelDims(tp=4), 5120 // 4),
         ("blocks.0.norm_weight", (5120,), ParallelDims(tp=4), 5120),
         ("proj_out.weight", (64, 5120), ParallelDims(dp_shard=2, tp=4), 64 * 5120 // 8),  # outside the blocks
@@ -34,13 +46,26 @@ def test_largest_shard(name, shape, dims, expected):
 def test_state_of_14b_on_eight_ranks():
     """14.29 G parameters, 16 bytes of each between the four kinds."""
     sizes = estimate(JobConfig(), SPEC, ARGS, ParallelDims(dp_shard=8), 32760)
-    assert sizes["parameters"] == sizes["gradients"] == sizes["optimizer"] // 2 == pytest.approx(4 * 14.289e9 / 8, rel=1e-3)
+    assert (
+        sizes["parameters"]
+        == sizes["gradients"]
+        == sizes["optimizer"] // 2
+        == pytest.approx(4 * 14.289e9 / 8, rel=1e-3)
+    )
 
 
 def test_state_of_14b_on_one_gpu():
-    """What lets all of it train on 141 GB: bfloat16 weights, 8-bit moments, and the gradients of a unit at a time, of which the root is largest."""
+    """What lets all of it train on 141 GB:
+
+    bfloat16 weights, 8-bit moments, and the gradients of a unit at a time, of which the root is largest.
+    """
     training = Training(dtype="bfloat16", max_norm=0.0)
-    sizes = state(JobConfig(training=training, optimizer=Optimizer(name="AdamW8bit", in_backward=True)), SPEC, ARGS, ParallelDims())
+    sizes = state(
+        JobConfig(training=training, optimizer=Optimizer(name="AdamW8bit", in_backward=True)),
+        SPEC,
+        ARGS,
+        ParallelDims(),
+    )
     assert sizes["parameters"] == pytest.approx(2 * 14.289e9, rel=0.02)  # time_proj, 157 M of them, is float32
     assert sizes["optimizer"] == pytest.approx((2 + 8 / 64) * 14.289e9, rel=1e-2)
     assert sizes["gradients"] == pytest.approx(4 * 186.1e6, rel=1e-2)
@@ -49,13 +74,23 @@ def test_state_of_14b_on_one_gpu():
 
 
 def test_units_of_fsdp():
-    names = ("blocks.11.ffn.up.weight", "patch_embedding.weight", "text_embedder.up.bias", "time_proj.weight", "modulation.3", "head_modulation")
+    names = (
+        "blocks.11.ffn.up.weight",
+        "patch_embedding.weight",
+        "text_embedder.up.bias",
+        "time_proj.weight",
+        "modulation.3",
+        "head_modulation",
+    )
     assert [unit_of(name, SPEC.plan) for name in names] == ["blocks.11", "patch_embedding", "text_embedder", "", "", ""]
 
 
 def test_activations_follow_the_mode():
     dims, tokens = ParallelDims(ulysses=8), 75600
-    sizes = {mode: wan_activations(ARGS, ActivationCheckpoint(mode=mode), dims, tokens, 1, 2) for mode in ("none", "selective", "full")}
+    sizes = {
+        mode: wan_activations(ARGS, ActivationCheckpoint(mode=mode), dims, tokens, 1, 2)
+        for mode in ("none", "selective", "full")
+    }
     rows, attention = tokens // 8, (2 * ARGS.dim + 4 * ARGS.num_heads) * tokens // 8
     # Output and log-sum-exp of every block; those of the block that is recomputed are in both.
     assert sizes["selective"] - sizes["full"] == (ARGS.num_layers - 1) * attention

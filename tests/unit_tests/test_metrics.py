@@ -19,12 +19,26 @@ from titan_video.tools.logging import Progress, init_logger
 
 def make(folder, resume_step=0, rank=0, log_freq=2, samples=0, **section):
     section = Metrics(log_freq=log_freq, **section)
-    return MetricsLogger(section, folder, rank, 4, torch.device("cpu"), num_steps=10, resume_step=resume_step, samples=samples)
+    return MetricsLogger(
+        section, folder, rank, 4, torch.device("cpu"), num_steps=10, resume_step=resume_step, samples=samples
+    )
 
 
 def step(logger, i, **values):
-    defaults = dict(loss=1 / (i + 2), max_loss=1.0, grad_norm=0.1 * i, lr=1e-4, samples=8 * i, tokens=4000, video_seconds=10.0,
-                    model_flops=1e12, hardware_flops=2e12, step_seconds=2.0, data_seconds=0.5, bucket="17x64x64")
+    defaults = dict(
+        loss=1 / (i + 2),
+        max_loss=1.0,
+        grad_norm=0.1 * i,
+        lr=1e-4,
+        samples=8 * i,
+        tokens=4000,
+        video_seconds=10.0,
+        model_flops=1e12,
+        hardware_flops=2e12,
+        step_seconds=2.0,
+        data_seconds=0.5,
+        bucket="17x64x64",
+    )
     logger.log(i, **{**defaults, **values})
 
 
@@ -44,8 +58,21 @@ def test_every_step_is_recorded_exactly(tmp_path):
         step(m, i, extra={"shift": 3.5})
         assert len(records(tmp_path)) == i  # on disk at once, not at close
     assert [r["loss"] for r in records(tmp_path)] == [1 / 3, 1 / 4, 1 / 5]
-    assert set(records(tmp_path)[0]) == {"step", "loss", "max_loss", "grad_norm", "lr", "samples", "tokens", "step_seconds", "data_seconds", "time",
-                                         "bucket", "shift", "resident_gib"}
+    assert set(records(tmp_path)[0]) == {
+        "step",
+        "loss",
+        "max_loss",
+        "grad_norm",
+        "lr",
+        "samples",
+        "tokens",
+        "step_seconds",
+        "data_seconds",
+        "time",
+        "bucket",
+        "shift",
+        "resident_gib",
+    }
     m.close()
 
 
@@ -54,7 +81,9 @@ def test_nonfinite_numbers_stay_valid_json(tmp_path):
     step(m, 1, loss=math.nan, grad_norm=-math.inf)
     m.log_scalars(1, {"loss": math.inf})
     m.close()
-    first, second = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    first, second = [
+        json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
     assert (first["loss"], first["grad_norm"], second["validation"]["loss"]) == ("nan", "-inf", "inf")
     assert math.isnan(float(first["loss"]))
 
@@ -67,7 +96,10 @@ def test_log_line(tmp_path, caplog):
     m.close()
     first, second = [r.getMessage() for r in caplog.records]
     assert first.startswith("step:  1  loss:  0.33333  grad_norm:  0.1000  memory: ")
-    assert "GiB(" in first and "tps: 500  tflops: 0.50  mfu: n/a  hfu: n/a  video_s/s: 5.00  data_wait: 5.0%  eta: 0:00:18" in first
+    assert (
+        "GiB(" in first
+        and "tps: 500  tflops: 0.50  mfu: n/a  hfu: n/a  video_s/s: 5.00  data_wait: 5.0%  eta: 0:00:18" in first
+    )
     # Steps 2, 3, 4 take 4 + 6 + 8 = 18 s: 12,000 tokens on 4 devices, 30 s of video, 6 steps of 6 s to go.
     assert second.startswith("step:  4  loss:  0.16667")
     assert "tps: 167  tflops: 0.17" in second and "video_s/s: 1.67  data_wait: 5.0%  eta: 0:00:36" in second
@@ -90,15 +122,39 @@ def test_tensorboard_names_and_values(tmp_path):
     m.log_scalars(6, {"loss": 0.25, "loss_t0.5": 0.125})
     m.close()
     e = events(tmp_path)
-    names = {"loss_metrics/global_avg_loss", "loss_metrics/global_max_loss", "grad_norm", "lr", "throughput(tps)", "throughput(samples/s)",
-             "throughput(video_s/s)", "tflops", "time_metrics/end_to_end(s)", "time_metrics/data_loading(s)", "time_metrics/data_loading(%)",
-             "memory/max_active(GiB)", "memory/max_active(%)", "memory/max_reserved(GiB)", "memory/max_reserved(%)", "memory/num_alloc_retries",
-             "memory/num_ooms", "validation/loss", "validation/loss_t0.5", "resident_gib", "bucket/17x64x64", "bucket/1x32x32"}
+    names = {
+        "loss_metrics/global_avg_loss",
+        "loss_metrics/global_max_loss",
+        "grad_norm",
+        "lr",
+        "throughput(tps)",
+        "throughput(samples/s)",
+        "throughput(video_s/s)",
+        "tflops",
+        "time_metrics/end_to_end(s)",
+        "time_metrics/data_loading(s)",
+        "time_metrics/data_loading(%)",
+        "memory/max_active(GiB)",
+        "memory/max_active(%)",
+        "memory/max_reserved(GiB)",
+        "memory/max_reserved(%)",
+        "memory/num_alloc_retries",
+        "memory/num_ooms",
+        "validation/loss",
+        "validation/loss_t0.5",
+        "resident_gib",
+        "bucket/17x64x64",
+        "bucket/1x32x32",
+    }
     assert set(e.Tags()["scalars"]) == names
     assert [s.step for s in e.Scalars("loss_metrics/global_avg_loss")] == [6]
     # Steps 5 and 6: 16 clips in 4 s.
     values = {tag: e.Scalars(tag)[0].value for tag in names}
-    assert values["throughput(samples/s)"] == 4 and values["throughput(tps)"] == 500 and values["time_metrics/data_loading(%)"] == 25
+    assert (
+        values["throughput(samples/s)"] == 4
+        and values["throughput(tps)"] == 500
+        and values["time_metrics/data_loading(%)"] == 25
+    )
     assert values["bucket/17x64x64"] == values["bucket/1x32x32"] == 0.5
     assert values["validation/loss"] == 0.25 and values["memory/max_active(GiB)"] > 0
 
@@ -115,10 +171,25 @@ def test_resume_continues_the_same_files(tmp_path):
     for i in range(5, 9):
         step(again, i, loss=10.0 * i)
     again.close()
-    assert [(r["step"], r["loss"]) for r in records(tmp_path) if "loss" in r] == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 50), (6, 60), (7, 70), (8, 80)]
+    assert [(r["step"], r["loss"]) for r in records(tmp_path) if "loss" in r] == [
+        (1, 1),
+        (2, 2),
+        (3, 3),
+        (4, 4),
+        (5, 50),
+        (6, 60),
+        (7, 70),
+        (8, 80),
+    ]
     assert [r["step"] for r in records(tmp_path) if "validation" in r] == [1, 2, 3, 4]
     e = events(tmp_path)
-    assert [(s.step, s.value) for s in e.Scalars("loss_metrics/global_avg_loss")] == [(1, 1), (2, 2), (4, 4), (6, 60), (8, 80)]
+    assert [(s.step, s.value) for s in e.Scalars("loss_metrics/global_avg_loss")] == [
+        (1, 1),
+        (2, 2),
+        (4, 4),
+        (6, 60),
+        (8, 80),
+    ]
     assert [s.step for s in e.Scalars("validation/loss")] == [1, 2, 3, 4]
 
 
@@ -153,12 +224,19 @@ def test_video_is_an_animated_image(tmp_path):
     m = make(tmp_path)
     frames_FHWC = np.zeros((5, 16, 24, 3), dtype=np.uint8)
     for i in range(5):
-        frames_FHWC[i, :, 4 * i:4 * i + 4] = 255
+        frames_FHWC[i, :, 4 * i : 4 * i + 4] = 255
     m.log_video("samples/0", frames_FHWC, 8.0, 3)
     m.close()
-    event, = events(tmp_path).Images("samples/0")
+    (event,) = events(tmp_path).Images("samples/0")
     image = Image.open(io.BytesIO(event.encoded_image_string))
-    assert (event.step, event.width, event.height, image.format, image.n_frames, image.size) == (3, 24, 16, "GIF", 5, (24, 16))
+    assert (event.step, event.width, event.height, image.format, image.n_frames, image.size) == (
+        3,
+        24,
+        16,
+        "GIF",
+        5,
+        (24, 16),
+    )
     image.seek(4)
     assert np.asarray(image.convert("RGB"))[0, :, 0].tolist() == frames_FHWC[4, 0, :, 0].tolist()
 
@@ -217,5 +295,9 @@ def test_plain_lines_elsewhere(monkeypatch, fresh_root_logger):
     logging.getLogger().info("a line")
     logging.getLogger().debug("not this")
     bar.close()
-    assert out.getvalue().startswith("[titan] ") and out.getvalue().endswith(" - root - INFO - a line\n") and out.getvalue().count("\n") == 1
+    assert (
+        out.getvalue().startswith("[titan] ")
+        and out.getvalue().endswith(" - root - INFO - a line\n")
+        and out.getvalue().count("\n") == 1
+    )
     assert err.getvalue() == "" and "\033" not in out.getvalue()

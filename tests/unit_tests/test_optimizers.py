@@ -27,7 +27,9 @@ def model_of(dtype=torch.float32):
 def give_gradients(model, step):
     generator = torch.Generator().manual_seed(step)
     for p in model.parameters():
-        p.grad = torch.randn(p.shape, generator=generator).mul_(torch.rand(p.shape, generator=generator) ** 3).to(p.dtype)
+        p.grad = (
+            torch.randn(p.shape, generator=generator).mul_(torch.rand(p.shape, generator=generator) ** 3).to(p.dtype)
+        )
 
 
 def train(model, optimizer, steps, first=1):
@@ -43,7 +45,9 @@ def train(model, optimizer, steps, first=1):
 @pytest.mark.parametrize("signed", [True, False])
 def test_codes_are_torchaos(signed):
     quant = pytest.importorskip("torchao.optim.quant_utils")
-    torch.testing.assert_close(shares(signed, torch.device("cpu")), torch.tensor(quant.create_dynamic_map(signed)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        shares(signed, torch.device("cpu")), torch.tensor(quant.create_dynamic_map(signed)), rtol=1e-6, atol=0
+    )
     x = torch.randn(7, 3 * BLOCK) ** 3
     x = x if signed else x.abs()
     codes, scale = torch.empty(7, 3 * BLOCK, dtype=torch.uint8), torch.empty(7, 3)
@@ -110,8 +114,8 @@ def test_eight_bits_follow_float32():
 
 @pytest.mark.parametrize("power", [0, 3])
 def test_eight_bits_beside_torchaos(power):
-    """As near to float32 as an independent 8-bit AdamW; and where gradients in a block differ by orders of magnitude, which that one, keeping the
-    squares, does not survive, nearer."""
+    """As near to float32 as an independent 8-bit AdamW; and where gradients in a block differ by orders of magnitude,
+    which that one, keeping the squares, does not survive, nearer."""
     optim, weight, moved = pytest.importorskip("torchao.optim"), torch.randn(64, 256), {}
     told = {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.01}
     for kind in ("float32", "ours", "torchao"):
@@ -152,15 +156,21 @@ def test_orthogonal():
 def test_muon_of_the_blocks_is_torchs(momentum):
     model = model_of()
     twin = copy.deepcopy(model)
-    optimizer = build_optimizer(model, Optimizer(name="Muon", lr=0.02, weight_decay=0.1, momentum=momentum), SPEC.plan.blocks)
-    by_muon = {optimizer.names[p] for group in optimizer.param_groups if group["kind"] == "Muon" for p in group["params"]}
+    optimizer = build_optimizer(
+        model, Optimizer(name="Muon", lr=0.02, weight_decay=0.1, momentum=momentum), SPEC.plan.blocks
+    )
+    by_muon = {
+        optimizer.names[p] for group in optimizer.param_groups if group["kind"] == "Muon" for p in group["params"]
+    }
     assert by_muon == {name for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2}
     matrices = [p for n, p in twin.named_parameters() if n in by_muon]
     theirs = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1, momentum=momentum, adjust_lr_fn="match_rms_adamw")
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     a, b = train(model, optimizer, 3), train(twin, theirs, 3)
     for name in by_muon:  # torch's steps are in bfloat16
-        assert torch.cosine_similarity((a[name] - start[name]).flatten(), (b[name] - start[name]).flatten(), dim=0) > 0.999, name
+        assert (
+            torch.cosine_similarity((a[name] - start[name]).flatten(), (b[name] - start[name]).flatten(), dim=0) > 0.999
+        ), name
         torch.testing.assert_close((a[name] - start[name]).norm(), (b[name] - start[name]).norm(), rtol=0.01, atol=0)
     assert all(not torch.equal(a[name], start[name]) for name in a)
 
@@ -168,6 +178,7 @@ def test_muon_of_the_blocks_is_torchs(momentum):
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_weights_go_where_float32_weights_go(name):
     """Steps of a tenth of what bfloat16 can tell apart: rounded to nearest, no weight would move."""
+
     def moved(dtype):
         layer = nn.ModuleDict({"blocks": nn.Linear(128, 64, bias=False)})
         with torch.no_grad():
@@ -177,7 +188,10 @@ def test_bfloat16_weights_go_where_float32_weights_go(name):
         for _ in range(20):
             layer["blocks"].weight.grad = torch.eye(64, 128).add_(1).to(dtype)
             optimizer.step()
-        assert all(slot == "step" or value.dtype != torch.bfloat16 for slot, value in optimizer.state[layer["blocks"].weight].items())
+        assert all(
+            slot == "step" or value.dtype != torch.bfloat16
+            for slot, value in optimizer.state[layer["blocks"].weight].items()
+        )
         return layer["blocks"].weight.detach().float() - 1
 
     low, high = moved(torch.bfloat16), moved(torch.float32)

@@ -1,4 +1,7 @@
-"""One micro-batch ahead: the same order, the position of what was given out, and updates that the device itself leaves out."""
+"""One micro-batch ahead:
+
+the same order, the position of what was given out, and updates that the device itself leaves out.
+"""
 
 from dataclasses import dataclass
 
@@ -51,7 +54,11 @@ def test_reading_ahead_changes_nothing_that_is_given_out_or_saved(data, num_work
         assert steps == reference
     # Each is prepared once, and the first of a step before that step begins.
     order = [micro for _, _, used in reference for micro in used]
-    assert [micro for kind, micro in events if kind == "prepare"] == [micro for kind, micro in events if kind == "use"] == order
+    assert (
+        [micro for kind, micro in events if kind == "prepare"]
+        == [micro for kind, micro in events if kind == "use"]
+        == order
+    )
     assert [kind for kind, _ in events] == ["prepare", "use"] * len(order)
 
 

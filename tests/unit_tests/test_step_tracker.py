@@ -74,6 +74,8 @@ def test_the_body_of_an_opaque_operator_is_seen():
 
 def test_bytes_sent():
     axis = Axis("x", 4, 1)
-    assert [bytes_sent(kind, 400, axis) for kind in ("all-gather", "reduce-scatter", "all-to-all", "all-reduce", "send")] == [300, 300, 300, 600, 400]
+    assert [
+        bytes_sent(kind, 400, axis) for kind in ("all-gather", "reduce-scatter", "all-to-all", "all-reduce", "send")
+    ] == [300, 300, 300, 600, 400]
     assert bytes_sent("all-to-all", 400, axis, [0, 0, 100, 0]) == 400  # all of it to the next rank
     assert bytes_sent("all-to-all", 400, axis, [50, 50, 0, 0]) == 200  # half of it stays

@@ -28,7 +28,10 @@ def test_adamw_decays_matrices_only_and_all_implementations_agree(implementation
     model = tiny_model()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = build_optimizer(model, Optimizer(lr=0.1, weight_decay=0.5, implementation=implementation))
-    assert (optimizer.defaults["fused"], optimizer.defaults["foreach"]) == (implementation == "fused", implementation == "foreach")
+    assert (optimizer.defaults["fused"], optimizer.defaults["foreach"]) == (
+        implementation == "fused",
+        implementation == "foreach",
+    )
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -73,9 +76,13 @@ def test_loss_is_the_weighted_squared_error_per_sample():
     x0, noise = torch.randn(2, 16, 3, 4, 6), torch.randn(2, 16, 3, 4, 6)
     batch = Batch(x0, torch.zeros(2, 5, 8), torch.ones(2, 5, dtype=torch.bool), torch.arange(2))
     s, w = torch.tensor([0.25, 0.75]), torch.tensor([1.0, 3.0])
-    assert compute_loss(Oracle(x0, noise), ARGS.patch, batch, noise, s, w).tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
+    assert compute_loss(Oracle(x0, noise), ARGS.patch, batch, noise, s, w).tolist() == pytest.approx(
+        [0.0, 0.0], abs=1e-6
+    )
     model = Oracle(x0, noise, error=0.5)
-    assert compute_loss(model, ARGS.patch, batch, noise, s, w).tolist() == pytest.approx([0.25 * x0[0].numel(), 0.75 * x0[0].numel()])
+    assert compute_loss(model, ARGS.patch, batch, noise, s, w).tolist() == pytest.approx(
+        [0.25 * x0[0].numel(), 0.75 * x0[0].numel()]
+    )
     x, pos, t = model.seen
     shape = token_shape((3, 4, 6), ARGS.patch)
     assert t.tolist() == [250.0, 750.0] and pos.shape == (1, shape.num_tokens, 3)

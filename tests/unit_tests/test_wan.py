@@ -1,4 +1,7 @@
-"""Wan text-to-video against diffusers' class with the same weights: forward, every gradient, configuration. Other variants: test_wan_variants.py."""
+"""Wan text-to-video against diffusers' class with the same weights: forward, every gradient, configuration.
+
+Other variants: test_wan_variants.py.
+"""
 
 from dataclasses import replace
 
@@ -10,7 +13,9 @@ from titan_video.models import get_args, get_spec
 from titan_video.models.layers import patchify, positions, token_shape, unpatchify
 from titan_video.models.wan import SPEC, WanArgs, WanModel, args_from_hf, args_to_hf
 
-ARGS = WanArgs(dim=48, num_heads=4, num_layers=3, ffn_dim=80, text_dim=20, text_len=512, freq_dim=32, in_channels=6, out_channels=5)
+ARGS = WanArgs(
+    dim=48, num_heads=4, num_layers=3, ffn_dim=80, text_dim=20, text_len=512, freq_dim=32, in_channels=6, out_channels=5
+)
 GRID = (3, 6, 10)  # 3 x 3 x 5 tokens: odd
 
 

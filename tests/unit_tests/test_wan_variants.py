@@ -14,7 +14,9 @@ from titan_video.models.wan import SPEC, WanArgs, WanModel, args_from_hf
 
 GRID = (3, 6, 10)  # 3 x 3 x 5 tokens: odd
 SHAPE = token_shape(GRID, (1, 2, 2))
-T2V = WanArgs(dim=48, num_heads=4, num_layers=2, ffn_dim=80, text_dim=20, text_len=512, freq_dim=32, in_channels=5, out_channels=5)
+T2V = WanArgs(
+    dim=48, num_heads=4, num_layers=2, ffn_dim=80, text_dim=20, text_len=512, freq_dim=32, in_channels=5, out_channels=5
+)
 IMAGE = {"in_channels": 11, "image_dim": 28, "image_len": 257}
 VARIANTS = {
     "t2v": T2V,
@@ -33,7 +35,9 @@ def make_inputs(args, batch=2, seed=1):
     """x with its condition's channels, times, text, image tokens or None, clean tokens or None, target."""
     g = torch.Generator().manual_seed(seed)
     x, target = (torch.randn(batch, c, *GRID, generator=g) for c in (args.in_channels, args.out_channels))
-    text = 4 * torch.randn(batch, args.text_len, args.text_dim, generator=g)  # where attention is flat, gradients of keys are rounding only
+    text = 4 * torch.randn(
+        batch, args.text_len, args.text_dim, generator=g
+    )  # where attention is flat, gradients of keys are rounding only
     text[0, args.text_len * 3 // 5 :] = 0
     # Small, so that the epsilon of the image's norm is seen.
     image = 0.03 * torch.randn(batch, args.image_len, args.image_dim, generator=g) if args.image_dim else None
@@ -78,7 +82,10 @@ def test_forward_and_every_gradient_equal_diffusers(pair):
 
 
 def test_bfloat16_is_no_further_from_float32_than_diffusers(pair):
-    """Averaged over inputs: single errors of the two scatter by some percent around each other, their mean ratio by half a percent."""
+    """Averaged over inputs:
+
+    single errors of the two scatter by some percent around each other, their mean ratio by half a percent.
+    """
     ours, theirs = pair
     low, their_low = WanModel(ours.args), diffusers_wan(ours.args)
     for copy, model, keep in ((low, ours, SPEC.plan.fp32), (their_low, theirs, their_low._keep_in_fp32_modules)):
@@ -123,7 +130,9 @@ def test_weights_round_trip_through_a_diffusers_folder(pair, tmp_path):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     back = type(theirs).from_pretrained(tmp_path / "ours")
-    assert {k: v for k, v in back.config.items() if k[0] != "_"} == {k: v for k, v in theirs.config.items() if k[0] != "_"}
+    assert {k: v for k, v in back.config.items() if k[0] != "_"} == {
+        k: v for k, v in theirs.config.items() if k[0] != "_"
+    }
     read = args_from_hf(dict(back.config))
     assert replace(read, text_len=args.text_len, clean_first_frame=args.clean_first_frame) == args
 
@@ -173,7 +182,13 @@ def test_the_5B_is_one_model_for_both_tasks():
 
 @pytest.mark.parametrize(
     "flavor, num_tokens, teraflops",
-    [("t2v-1.3B", 32760, 283.0), ("t2v-14B", 32760, 1678.4), ("i2v-14B", 32760, 1686.4), ("i2v-14B", 75600, 6540.5), ("ti2v-5B", 27280, 517.0)],
+    [
+        ("t2v-1.3B", 32760, 283.0),
+        ("t2v-14B", 32760, 1678.4),
+        ("i2v-14B", 32760, 1686.4),
+        ("i2v-14B", 75600, 6540.5),
+        ("ti2v-5B", 27280, 517.0),
+    ],
 )
 def test_published_flops(flavor, num_tokens, teraflops):
     """81 frames of 480 x 832 and 720 x 1280; 121 of 704 x 1280 for the 5B."""
@@ -184,7 +199,10 @@ def test_debug_flavors_fit_the_debug_encoders_and_cover_each_kind():
     for flavor, args in SPEC.flavors.items():
         if flavor.startswith("debug"):
             assert (args.out_channels, args.text_dim, args.in_channels - args.out_channels in (0, 20)) == (16, 64, True)
-    kinds = {n: (a.in_channels - a.out_channels, a.image_len, a.image_positions, a.clean_first_frame) for n, a in SPEC.flavors.items()}
+    kinds = {
+        n: (a.in_channels - a.out_channels, a.image_len, a.image_positions, a.clean_first_frame)
+        for n, a in SPEC.flavors.items()
+    }
     assert set(kinds.values()) == {kind for n, kind in kinds.items() if n.startswith("debug")}
 
 
@@ -203,7 +221,9 @@ def ti2v():
 def test_no_clean_token_and_a_mask_without_any_are_the_same(ti2v):
     x, t, text, image, clean, _ = make_inputs(ti2v.args)
     with torch.no_grad():
-        assert torch.equal(ours_forward(ti2v, x, t, text, image, None), ours_forward(ti2v, x, t, text, image, clean & False))
+        assert torch.equal(
+            ours_forward(ti2v, x, t, text, image, None), ours_forward(ti2v, x, t, text, image, clean & False)
+        )
 
 
 def test_a_mask_may_differ_between_clips(ti2v):
@@ -222,7 +242,10 @@ def test_time_is_projected_once_per_distinct_time(ti2v):
 
 
 def test_a_slice_of_the_tokens_gives_the_slice_of_the_embedding_and_head(ti2v):
-    """What sequence parallelism relies on: outside attention each token, with its own element of the mask, is for itself."""
+    """What sequence parallelism relies on:
+
+    outside attention each token, with its own element of the mask, is for itself.
+    """
     x, t, text, image, clean, _ = make_inputs(ti2v.args)
     tokens = patchify(x, ti2v.args.patch)
     with torch.no_grad():
@@ -253,6 +276,17 @@ def test_initial_weights_of_the_image_branch():
     assert not any(t.isnan().any() for t in filled.values())
     ones = {n for n, t in filled.items() if (t == 1).all()}
     zeros = {n for n, t in filled.items() if not t.any()}
-    assert {"image_embedder.norm_in_weight", "image_embedder.norm_out_weight", "blocks.0.cross_attn.norm_k_image"} <= ones
-    assert {"image_embedder.positions", "image_embedder.norm_in_bias", "image_embedder.norm_out_bias", "blocks.0.cross_attn.k_image.bias"} <= zeros
-    assert not {"image_embedder.up.weight", "image_embedder.down.weight", "blocks.0.cross_attn.v_image.weight"} & (ones | zeros)
+    assert {
+        "image_embedder.norm_in_weight",
+        "image_embedder.norm_out_weight",
+        "blocks.0.cross_attn.norm_k_image",
+    } <= ones
+    assert {
+        "image_embedder.positions",
+        "image_embedder.norm_in_bias",
+        "image_embedder.norm_out_bias",
+        "blocks.0.cross_attn.k_image.bias",
+    } <= zeros
+    assert not {"image_embedder.up.weight", "image_embedder.down.weight", "blocks.0.cross_attn.v_image.weight"} & (
+        ones | zeros
+    )

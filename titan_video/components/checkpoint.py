@@ -8,9 +8,11 @@ A save, in the background if `async_mode = "async"`:
     commit     rename to `step-N`; then, and only then, older checkpoints beyond `keep_latest_k` are removed
 
 A load takes the newest `step-N` whose manifest and content agree, reading every byte first (`checkpoint_io.verify`).
-Tensors are named by the model's clean parameter names and saved in pieces of the whole tensor, so a checkpoint knows nothing of ranks,
-layouts, wrappers or compilation. Ranks may hold different tensors (pipeline parallel), different pieces, or the same ones: what is saved is
-all that they hold, each piece once, and a rank that loads reads those pieces that overlap with its own.
+Tensors are named by the model's clean parameter names and saved in pieces of the whole tensor, so a checkpoint knows
+nothing of ranks, layouts, wrappers or compilation. Ranks may hold different tensors (pipeline parallel), different
+pieces, or the same ones: what is saved is
+ones: what is saved is all that they hold, each piece once, and a rank that loads reads those pieces that overlap with
+    its own.
 """
 
 import datetime
@@ -40,7 +42,8 @@ from titan_video.config.job_config import Checkpoint
 from titan_video.distributed.utils import clean_name, zeros_beside
 from titan_video.tools.logging import logger
 
-# Saving and hashing hundreds of gigabytes on a slow file system outlasts the time a collective of a training step is given.
+# Saving and hashing hundreds of gigabytes on a slow file system outlasts the time a collective of a training step is
+# given.
 _TIMEOUT = datetime.timedelta(hours=1)
 
 
@@ -48,7 +51,10 @@ _TIMEOUT = datetime.timedelta(hours=1)
 
 
 class TensorState(Protocol):
-    """Tensors under flat, stable names. `state_dict` returns the live tensors themselves: a save reads them, a load writes into them."""
+    """Tensors under flat, stable names. `state_dict` returns the live tensors themselves:
+
+    a save reads them, a load writes into them.
+    """
 
     def state_dict(self) -> dict[str, Tensor]: ...
 
@@ -73,23 +79,31 @@ class ModelState:
 
 
 class OptimizerState:
-    """Moments and step counts, named `parameter.slot`. Learning rate, betas and the like come from the TOML and the scheduler.
+    """Moments and step counts, named `parameter.slot`. Learning rate, betas and the like come from the TOML and the
+    scheduler.
 
-    Build it once the optimizer has its parameters and before the first forward: FSDP may put gathered parameters in place of the shards later.
+    Build it once the optimizer has its parameters and before the first forward: FSDP may put gathered parameters in
+        place of the shards later.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
-        # torch's get_optimizer_state_dict would take a dummy step where there is no state yet, and leave the step counts at 1.
+        # torch's get_optimizer_state_dict would take a dummy step where there is no state yet, and leave the step
+        # counts at 1.
         self.group_of = {param: group for group in optimizer.param_groups for param in group["params"]}
         self.params = {clean_name(name): param for name, param in model.named_parameters() if param in self.group_of}
         assert len(self.params) == len(self.group_of), "the optimizer holds parameters that are not the model's"
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {f"{name}.{slot}": value for name, param in self.params.items() for slot, value in self.optimizer.state.get(param, {}).items()}
+        return {
+            f"{name}.{slot}": value
+            for name, param in self.params.items()
+            for slot, value in self.optimizer.state.get(param, {}).items()
+        }
 
     def allocate(self, saved: dict[str, TensorStorageMetadata]) -> None:
-        """Give the optimizer exactly the slots of `saved`, to be loaded into. A fresh optimizer has none before its first step.
+        """Give the optimizer exactly the slots of `saved`, to be loaded into. A fresh optimizer has none before its
+        first step.
 
         ValueError where these are not what this optimizer keeps.
         """
@@ -110,8 +124,12 @@ class OptimizerState:
         for name, param in self.params.items():
             slots, kept = set(self.optimizer.state.get(param, ())), SLOTS[self.group_of[param].get("kind", "AdamW")]
             if slots and slots != set(kept):
-                raise ValueError(f"the checkpoint has {', '.join(sorted(slots))} of {name}, and optimizer.name of this run keeps {', '.join(kept)}: "
-                                 "go on with the optimizer that wrote it, or start another run from its weights by checkpoint.initial_load_path")
+                raise ValueError(
+                    f"the checkpoint has {', '.join(sorted(slots))} of {name}, and optimizer.name of this run "
+                    f"keeps {', '.join(kept)}: "
+                    "go on with the optimizer that wrote it, or start another run from its weights by "
+                    "checkpoint.initial_load_path"
+                )
 
 
 # --- the ranks ---
@@ -133,7 +151,9 @@ class _Ranks:
         return values
 
     def agree(self, action: str, function: Callable[[], Any]) -> list[Any]:
-        """Call `function` on every rank and return all results; if it fails anywhere, fail everywhere, so that no rank waits for another."""
+        """Call `function` on every rank and return all results; if it fails anywhere, fail everywhere, so that no rank
+        waits for another.
+        """
         value, error = None, None
         try:
             value = function()
@@ -163,50 +183,81 @@ class _Ranks:
 
 
 def _saved_under(metadata: Metadata, prefix: str) -> dict[str, TensorStorageMetadata]:
-    return {name[len(prefix) + 1:]: entry for name, entry in metadata.state_dict_metadata.items() if name.startswith(f"{prefix}.")}
+    return {
+        name[len(prefix) + 1 :]: entry
+        for name, entry in metadata.state_dict_metadata.items()
+        if name.startswith(f"{prefix}.")
+    }
 
 
 def _compare(
-    ranks: _Ranks, folder: Path, prefix: str, live: dict[str, Tensor], saved: dict[str, TensorStorageMetadata], same_dtype: bool
+    ranks: _Ranks,
+    folder: Path,
+    prefix: str,
+    live: dict[str, Tensor],
+    saved: dict[str, TensorStorageMetadata],
+    same_dtype: bool,
 ) -> None:
-    """Raise, on all ranks, unless the tensors that the ranks hold between them are those of the checkpoint in name, shape and type.
+    """Raise, on all ranks, unless the tensors that the ranks hold between them are those of the checkpoint in name,
+    shape and type.
 
-    Under pipeline parallel each rank holds a part. DCP ignores tensors that the run lacks and casts types in silence. We do not.
+    Under pipeline parallel each rank holds a part. DCP ignores tensors that the run lacks and casts types in silence.
+    We do not.
     """
     mine = [f"the checkpoint lacks {name}" for name in live if name not in saved]
     for name in sorted(live.keys() & saved.keys()):
         if saved[name].size != live[name].size():
-            mine.append(f"{name} has shape {list(saved[name].size)} in the checkpoint and {list(live[name].size())} in the run")
+            mine.append(
+                f"{name} has shape {list(saved[name].size)} in the checkpoint and {list(live[name].size())} in the run"
+            )
         elif same_dtype and saved[name].properties.dtype != live[name].dtype:
-            mine.append(f"{name} has type {saved[name].properties.dtype} in the checkpoint and {live[name].dtype} in the run")
-    # A byte for each saved name says whether this rank holds it: the names of a large model, from hundreds of ranks, would be a large message.
+            mine.append(
+                f"{name} has type {saved[name].properties.dtype} in the checkpoint and {live[name].dtype} in the run"
+            )
+    # A byte for each saved name says whether this rank holds it: the names of a large model, from hundreds of ranks,
+    # would be a large message.
     answers = ranks.gather((mine, bytes(name in live for name in saved)))
     problems = dict.fromkeys(text for texts, _ in answers for text in texts)
-    problems.update((f"the run lacks {name}", None) for name, *held in zip(saved, *(held for _, held in answers), strict=True) if not any(held))
+    problems.update(
+        (f"the run lacks {name}", None)
+        for name, *held in zip(saved, *(held for _, held in answers), strict=True)
+        if not any(held)
+    )
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"{folder}: its `{prefix}` tensors are not those of this run: {'; '.join(list(problems)[:3])}{more}. "
-                         "Use the configuration that wrote it, or start in another job.dump_folder.")
+        raise ValueError(
+            f"{folder}: its `{prefix}` tensors are not those of this run: {'; '.join(list(problems)[:3])}{more}. "
+            "Use the configuration that wrote it, or start in another job.dump_folder."
+        )
 
 
-def _read_tensors(folder: Path, metadata: Metadata, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
+def _read_tensors(
+    folder: Path, metadata: Metadata, tensors: dict[str, Tensor], group: dist.ProcessGroup | None
+) -> None:
     reader, planner = files.TensorReader(folder, metadata), files.TensorLoadPlanner(flatten_state_dict=False)
     with files.plain_errors(f"reading {folder}"):
         dcp.load(tensors, storage_reader=reader, planner=planner, process_group=group)
 
 
 def load_weights(
-    folder: Path, model: nn.Module, source: str = "model", group: dist.ProcessGroup | None = None, which: Callable[[str], bool] | None = None
+    folder: Path,
+    model: nn.Module,
+    source: str = "model",
+    group: dist.ProcessGroup | None = None,
+    which: Callable[[str], bool] | None = None,
 ) -> int:
-    """Fill `model`, or those of its parameters of which `which` says so by name, from a verified `step-N` folder, whatever run, layout or
-    number of ranks wrote it; return its step.
+    """Fill `model`, or those of its parameters of which `which` says so by name, from a verified `step-N` folder,
+    whatever run, layout or number of ranks wrote it; return its step.
 
     `source` is "model", or "ema" for the averaged weights. Values are cast to the model's types.
     All ranks of `group` (default: all there are) call it.
     """
     if not folder.is_dir() or files.list_steps(folder):
         names = ", ".join(f"step-{step}" for step in files.list_steps(folder))
-        raise ValueError(f"{folder}: give a step-N folder of a checkpoint" + (f"; it holds {names}" if names else "; there is no such folder"))
+        raise ValueError(
+            f"{folder}: give a step-N folder of a checkpoint"
+            + (f"; it holds {names}" if names else "; there is no such folder")
+        )
     ranks = _Ranks(group)
     step, metadata = ranks.verify(folder)
     saved, live = _saved_under(metadata, source), ModelState(model, which).state_dict()
@@ -223,15 +274,20 @@ def load_weights(
 class CheckpointManager:
     """Saves and loads the states of a run in `folder`. Every method is called by all ranks.
 
-    `tensors` are saved shard by shard ("model", "optimizer", "ema"); `counters` as JSON. The current process group, if any, is the set of ranks;
-    the manager makes a gloo group of its own, so that a save in the background does not meet the collectives of training.
+    `tensors` are saved shard by shard ("model", "optimizer", "ema"); `counters` as JSON. The current process group, if
+    the manager makes a gloo group of its own, so that a save in the background does not meet the collectives of
+    training.
     """
 
-    def __init__(self, section: Checkpoint, folder: Path, tensors: dict[str, TensorState], counters: dict[str, CounterState]) -> None:
+    def __init__(
+        self, section: Checkpoint, folder: Path, tensors: dict[str, TensorState], counters: dict[str, CounterState]
+    ) -> None:
         assert not any("." in name for name in tensors)
         self.section, self.folder = section, Path(folder)
         self.tensors, self.counters = tensors, counters
-        self.ranks = _Ranks(dist.new_group(backend="gloo", timeout=_TIMEOUT, group_desc="checkpoint") if dist.is_initialized() else None)
+        self.ranks = _Ranks(
+            dist.new_group(backend="gloo", timeout=_TIMEOUT, group_desc="checkpoint") if dist.is_initialized() else None
+        )
         self.last_step = -1  # the step on disk that this run stands on
         self._staged: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -242,17 +298,24 @@ class CheckpointManager:
     def load(self) -> int:
         """Restore the newest valid checkpoint, or that of `load_step`, and return its step; 0 if there is none yet.
 
-        Raises `ValueError` if checkpoints exist but none is valid, or if the one asked for is not, or does not fit this run.
+        Raises `ValueError` if checkpoints exist but none is valid, or if the one asked for is not, or does not fit this
+        run.
         """
         if not self.section.enable:
             return 0
-        steps, leftovers = self.ranks.agree("listing checkpoints", lambda: (files.list_steps(self.folder), files.list_leftovers(self.folder)))[0]
+        steps, leftovers = self.ranks.agree(
+            "listing checkpoints", lambda: (files.list_steps(self.folder), files.list_leftovers(self.folder))
+        )[0]
         wanted = self.section.load_step
         if wanted >= 0 and wanted not in steps:
-            raise ValueError(f"checkpoint.load_step = {wanted}: {self.folder} has no step-{wanted}; it has {_names(steps)}.")
+            raise ValueError(
+                f"checkpoint.load_step = {wanted}: {self.folder} has no step-{wanted}; it has {_names(steps)}."
+            )
         if not steps:
             if leftovers:
-                self._log(f"{self.folder} holds only {leftovers[0].name}, of a save that was cut short: starting from step 0")
+                self._log(
+                    f"{self.folder} holds only {leftovers[0].name}, of a save that was cut short: starting from step 0"
+                )
             return 0
         problems = []
         for step in [wanted] if wanted >= 0 else reversed(steps):
@@ -260,7 +323,9 @@ class CheckpointManager:
             try:
                 written, metadata = self.ranks.verify(folder)
                 if written != step:
-                    raise InvalidCheckpoint(f"{folder / files.MANIFEST}: written at step {written}; the folder was renamed")
+                    raise InvalidCheckpoint(
+                        f"{folder / files.MANIFEST}: written at step {written}; the folder was renamed"
+                    )
             except InvalidCheckpoint as error:
                 problems.append(str(error))
                 self._log(f"step-{step} is not valid and is passed over: {error}", logging.WARNING)
@@ -270,10 +335,17 @@ class CheckpointManager:
             self._log(f"loaded {folder}")
             return step
         if wanted >= 0:
-            others = [step for step in steps if step != wanted and files.looks_valid(files.step_folder(self.folder, step))]
-            raise ValueError(f"checkpoint.load_step = {wanted} is not valid: {problems[0]}. With whole manifests: {_names(others)}.")
-        raise ValueError(f"{self.folder} holds checkpoints, but none is valid; training does not restart from step 0 unasked:\n  "
-                         + "\n  ".join(problems) + "\nMove these folders away to start over, or give another job.dump_folder.")
+            others = [
+                step for step in steps if step != wanted and files.looks_valid(files.step_folder(self.folder, step))
+            ]
+            raise ValueError(
+                f"checkpoint.load_step = {wanted} is not valid: {problems[0]}. With whole manifests: {_names(others)}."
+            )
+        raise ValueError(
+            f"{self.folder} holds checkpoints, but none is valid; training does not restart from step 0 unasked:\n  "
+            + "\n  ".join(problems)
+            + "\nMove these folders away to start over, or give another job.dump_folder."
+        )
 
     def _restore(self, folder: Path, metadata: Metadata) -> None:
         state = json.loads((folder / files.STATE).read_text(encoding="utf-8"))
@@ -316,7 +388,10 @@ class CheckpointManager:
         def background() -> None:
             try:
                 self._write(step, tensors, self._staged, counters)
-                self._log(f"saved step-{step} in {time.monotonic() - start:.1f} s, {blocked:.1f} s of them before training went on")
+                self._log(
+                    f"saved step-{step} in {time.monotonic() - start:.1f} s, {blocked:.1f} s of them before "
+                    f"training went on"
+                )
             except BaseException as error:
                 self._error = error
 
@@ -342,10 +417,15 @@ class CheckpointManager:
         self._staged = {}
 
     def _live_tensors(self) -> dict[str, Tensor]:
-        live = {f"{name}.{key}": value for name, owner in self.tensors.items() for key, value in owner.state_dict().items()}
+        live = {
+            f"{name}.{key}": value for name, owner in self.tensors.items() for key, value in owner.state_dict().items()
+        }
         for name, value in live.items():
             if not isinstance(value, Tensor):
-                raise ValueError(f"{name} is a {type(value).__name__}: only tensors are saved here, other values belong to a counter state")
+                raise ValueError(
+                    f"{name} is a {type(value).__name__}: only tensors are saved here, other values belong to a "
+                    f"counter state"
+                )
         return live
 
     def _stage(self, tensors: dict[str, Tensor]) -> None:
@@ -362,16 +442,25 @@ class CheckpointManager:
         if cuda:
             torch.cuda.current_stream().synchronize()
 
-    def _write(self, step: int, tensors: dict[str, Tensor], staged: dict[str, Tensor] | None, counters: dict[str, str]) -> None:
+    def _write(
+        self, step: int, tensors: dict[str, Tensor], staged: dict[str, Tensor] | None, counters: dict[str, str]
+    ) -> None:
         partial = self.folder / f"step-{step}.partial"
         action, rank = f"saving {partial}", self.ranks.rank
         self.ranks.agree(action, lambda: self._clear(partial) if rank == 0 else None)
-        # Copying ahead from the device is for live tensors; for staged ones it would only open a context on device 0 in this thread.
+        # Copying ahead from the device is for live tensors; for staged ones it would only open a context on device 0 in
+        # this thread.
         writer = files.TensorWriter(partial, **({} if staged is None else {"per_thread_copy_ahead": 0}))
         with files.plain_errors(action):
-            dcp.save(tensors, storage_writer=writer, planner=files.TensorSavePlanner(staged), process_group=self.ranks.group)
-        mine = self.ranks.agree(action, lambda: {path.name: files.describe(path) for path in partial.glob(f"__{rank}_*.distcp")})
-        digests = self.ranks.gather({name: hashlib.sha256(text.encode()).hexdigest() for name, text in counters.items()})
+            dcp.save(
+                tensors, storage_writer=writer, planner=files.TensorSavePlanner(staged), process_group=self.ranks.group
+            )
+        mine = self.ranks.agree(
+            action, lambda: {path.name: files.describe(path) for path in partial.glob(f"__{rank}_*.distcp")}
+        )
+        digests = self.ranks.gather(
+            {name: hashlib.sha256(text.encode()).hexdigest() for name, text in counters.items()}
+        )
         for name in counters:
             if len({digest[name] for digest in digests}) > 1:
                 raise RuntimeError(f"{action} failed: the state of `{name}` is not the same on all ranks")
@@ -399,8 +488,12 @@ class CheckpointManager:
         files.fsync_path(self.folder)
         if self.section.keep_latest_k:
             # Newer steps are of an abandoned branch; they neither count nor are they ours to remove.
-            valid = [n for n in files.list_steps(self.folder) if n <= step and files.looks_valid(files.step_folder(self.folder, n))]
-            for old in valid[:-self.section.keep_latest_k]:
+            valid = [
+                n
+                for n in files.list_steps(self.folder)
+                if n <= step and files.looks_valid(files.step_folder(self.folder, n))
+            ]
+            for old in valid[: -self.section.keep_latest_k]:
                 try:
                     files.discard(files.step_folder(self.folder, old))
                 except OSError as error:
@@ -421,5 +514,7 @@ def _exact_json(name: str, state: dict[str, Any]) -> str:
     except (TypeError, ValueError) as error:
         raise ValueError(f"the state of `{name}` cannot be saved as JSON: {error}") from error
     if json.loads(text) != state:
-        raise ValueError(f"the state of `{name}` would come back changed from JSON (a tuple, or a key that is not a string): {state}")
+        raise ValueError(
+            f"the state of `{name}` would come back changed from JSON (a tuple, or a key that is not a string): {state}"
+        )
     return text

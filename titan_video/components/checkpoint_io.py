@@ -1,4 +1,5 @@
-"""The files of a checkpoint folder: the manifest that makes it valid, its verification, and DCP narrowed to tensors, so that a load executes nothing.
+"""The files of a checkpoint folder: the manifest that makes it valid, its verification, and DCP narrowed to tensors, so
+that a load executes nothing.
 
     step-500/
       __0_0.distcp ... __R_0.distcp   tensors, one file per writing rank (torch.distributed.checkpoint, "DCP")
@@ -6,7 +7,8 @@
       state.json                      everything that is not a tensor
       manifest.json                   size and SHA-256 of every file above, and of itself; written last
 
-While it is written the folder is called `step-500.partial`; on its way out, `step-500.old`. Neither name is ever loaded.
+While it is written the folder is called `step-500.partial`; on its way out, `step-500.old`. Neither name is ever
+loaded.
 """
 
 import hashlib
@@ -70,7 +72,10 @@ def _matches(folder: Path, pattern: str) -> list[re.Match]:
 
 
 def discard(path: Path) -> None:
-    """Remove a step folder. It loses its name first, so a kill midway cannot leave half a checkpoint under a valid name."""
+    """Remove a step folder.
+
+    It loses its name first, so a kill midway cannot leave half a checkpoint under a valid name.
+    """
     old = path.with_name(f"{path.name}.old")
     if old.exists():
         shutil.rmtree(old)
@@ -120,7 +125,10 @@ def _render(manifest: dict[str, Any]) -> str:
 
 
 def write_manifest(folder: Path, step: int, world_size: int, files: dict[str, dict[str, Any]]) -> None:
-    write_text(folder / MANIFEST, _render({"format": FORMAT, "step": step, "world_size": world_size, "torch": torch.__version__, "files": files}))
+    write_text(
+        folder / MANIFEST,
+        _render({"format": FORMAT, "step": step, "world_size": world_size, "torch": torch.__version__, "files": files}),
+    )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -162,7 +170,10 @@ def check_sizes(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def looks_valid(folder: Path) -> bool:
-    """Manifest and file sizes are right. Retention uses this: reading every old checkpoint in full at each save would cost too much."""
+    """Manifest and file sizes are right. Retention uses this:
+
+    reading every old checkpoint in full at each save would cost too much.
+    """
     try:
         check_sizes(folder, read_manifest(folder))
     except InvalidCheckpoint:
@@ -190,8 +201,17 @@ def verify(folder: Path, rank: int = 0, world: int = 1) -> tuple[int, Metadata]:
 # --- DCP's index ---
 
 # What DCP's own writer puts into `.metadata` for tensors, and nothing that could run code or open a file.
-_CLASSES = (Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata, TensorProperties, ChunkStorageMetadata, BytesStorageMetadata,
-            _MEM_FORMAT_ENCODING, _StorageInfo)
+_CLASSES = (
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+    TensorProperties,
+    ChunkStorageMetadata,
+    BytesStorageMetadata,
+    _MEM_FORMAT_ENCODING,
+    _StorageInfo,
+)
 _ALLOWED: dict[tuple[str, str], Any] = {(cls.__module__, cls.__qualname__): cls for cls in _CLASSES}
 _ALLOWED[("torch", "Size")] = torch.Size
 _ALLOWED[("torch.serialization", "_get_layout")] = torch.serialization._get_layout
@@ -200,7 +220,9 @@ _ALLOWED[("torch.serialization", "_get_layout")] = torch.serialization._get_layo
 def _enum_member(cls: Any, name: str) -> Any:
     """In place of getattr, by which Python 3.11.0 to 3.11.3 write a member of an Enum."""
     if cls is not _MEM_FORMAT_ENCODING or name not in cls.__members__:
-        raise pickle.UnpicklingError(f"it asks for builtins.getattr of {cls!r}, which has no place in a checkpoint and was not run")
+        raise pickle.UnpicklingError(
+            f"it asks for builtins.getattr of {cls!r}, which has no place in a checkpoint and was not run"
+        )
     return cls[name]
 
 
@@ -217,7 +239,10 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_metadata(folder: Path, files: set[str]) -> Metadata:
-    """DCP's index of a folder whose listed files are `files`, without executing anything. It may name only tensors, in those files."""
+    """DCP's index of a folder whose listed files are `files`, without executing anything.
+
+    It may name only tensors, in those files.
+    """
     path = folder / METADATA
     try:
         with open(path, "rb") as file:
@@ -229,7 +254,10 @@ def read_metadata(folder: Path, files: set[str]) -> Metadata:
                 raise InvalidCheckpoint(f"{path}: entry {name!r} is not a tensor; pickled objects are never loaded")
         for info in metadata.storage_data.values():
             if info.relative_path not in files or info.transform_descriptors:
-                raise InvalidCheckpoint(f"{path}: refers to {info.relative_path!r}, which the manifest does not list, or to a transformed file")
+                raise InvalidCheckpoint(
+                    f"{path}: refers to {info.relative_path!r}, which the manifest does not list, or to a "
+                    f"transformed file"
+                )
     except InvalidCheckpoint:
         raise
     except Exception as error:  # a damaged pickle may raise anything
@@ -269,7 +297,9 @@ class TensorReader(FileSystemReader):
 
 class TensorLoadPlanner(DefaultLoadPlanner):
     def load_bytes(self, read_item: Any, value: Any) -> None:
-        raise ValueError(f"entry {read_item.dest_index.fqn!r} of the checkpoint is not a tensor; pickled objects are never loaded")
+        raise ValueError(
+            f"entry {read_item.dest_index.fqn!r} of the checkpoint is not a tensor; pickled objects are never loaded"
+        )
 
 
 @contextmanager

@@ -12,14 +12,20 @@ from titan_video.models.layers import Patch, patchify, token_shape
 
 
 class GivenTokens:
-    """What this rank's tokens are given of known frames: condition channels [B, L, P'], or clean tokens [B, L, P] with their mask.
+    """What this rank's tokens are given of known frames: condition channels [B, L, P'], or clean tokens [B, L, P] with
+    their mask.
 
     given: latents as in `Conditions.channels`; None with conditions that have none. latent_FHW: size of the clips.
     shard: only this rank's tokens (None: all). ValueError where the two do not fit.
     """
 
     def __init__(
-        self, conditions: Conditions, given_BCFHW: Tensor | None, latent_FHW: tuple[int, ...], patch: Patch, shard: SequenceShard | None = None
+        self,
+        conditions: Conditions,
+        given_BCFHW: Tensor | None,
+        latent_FHW: tuple[int, ...],
+        patch: Patch,
+        shard: SequenceShard | None = None,
     ):
         self.channels_BLP: Tensor | None = None
         self.clean_BLP: Tensor | None = None

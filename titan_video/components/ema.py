@@ -1,4 +1,6 @@
-"""An exponential moving average of the weights that are trained, sharded as they are, in float32 where they are bfloat16."""
+"""An exponential moving average of the weights that are trained, sharded as they are, in float32 where they are
+bfloat16.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +20,9 @@ def _local(t: Tensor) -> Tensor:
 
 
 class EmaWeights:
-    """ema <- decay * ema + (1 - decay) * weights, every `interval` steps after `start_step`; before that, a copy (Polyak and Juditsky 1992)."""
+    """ema <- decay * ema + (1 - decay) * weights, every `interval` steps after `start_step`; before that, a copy
+    (Polyak and Juditsky 1992).
+    """
 
     def __init__(self, model: nn.Module, section: Ema):
         self.section, self.model = section, model
@@ -56,8 +60,8 @@ class EmaWeights:
 
     @torch.no_grad()
     def _swap(self, kept: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Exchange weights and averages, in place where they have one type. Weights of another are set to `kept`, or returned as a copy and
-        set to the averages."""
+        """Exchange weights and averages, in place where they have one type. Weights of another are set to `kept`, or
+        returned as a copy and set to the averages."""
         reshard(self.model)
         copies = {}
         for name, p in self._weights.items():

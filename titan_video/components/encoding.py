@@ -1,4 +1,7 @@
-"""Planning the clips of a run and filling the latent cache with all ranks: for train.py and `python -m titan_video.data encode`."""
+"""Planning the clips of a run and filling the latent cache with all ranks:
+
+for train.py and `python -m titan_video.data encode`.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +22,8 @@ from titan_video.tools.logging import logger
 
 @dataclass(frozen=True)
 class Clips:
-    """Of a run: to train on, to measure the held-out loss on, and what validation samples: prompts, and where these are captions, of which clips.
+    """Of a run: to train on, to measure the held-out loss on, and what validation samples: prompts, and where these are
+    captions, of which clips.
 
     numbers: for the log: clips of the plan, those dropped by reason, and how fast they were encoded.
     """
@@ -31,17 +35,29 @@ class Clips:
     numbers: dict[str, float]
 
 
-def open_cache(folder: Path, encoders: Encoders, conditions: Conditions, group: dist.ProcessGroup | None) -> LatentCache:
+def open_cache(
+    folder: Path, encoders: Encoders, conditions: Conditions, group: dist.ProcessGroup | None
+) -> LatentCache:
     """The cache for these encoders. Their identities are hashes of the weights: gigabytes, which one rank reads."""
+
     def identities() -> tuple[str, str, str]:
         return encoders.video_id(), encoders.text_id(), encoders.image_id() if conditions.image_tokens else ""
 
     return LatentCache(folder, *broadcast_from_zero(identities, group), conditions)
 
 
-def prepare(make: Callable[[str], Plan], is_ahead: bool, validation: Validation, folder: Path, encoders: Encoders, cache: LatentCache,
-            group: dist.ProcessGroup | None, num_workers: int) -> Clips:  # fmt: skip
-    """Plan the clips and hold some out; with `is_ahead` encode all of them, else what validation looks at. Plans are logged and written to `folder`.
+def prepare(
+    make: Callable[[str], Plan],
+    is_ahead: bool,
+    validation: Validation,
+    folder: Path,
+    encoders: Encoders,
+    cache: LatentCache,
+    group: dist.ProcessGroup | None,
+    num_workers: int,
+) -> Clips:
+    """Plan the clips and hold some out; with `is_ahead` encode all of them, else what validation looks at. Plans are
+    logged and written to `folder`.
 
     make: the plan of a path, "" for that of the training clips. ValueError on all ranks when no clip is left.
     """
@@ -73,7 +89,9 @@ def prepare(make: Callable[[str], Plan], is_ahead: bool, validation: Validation,
     shown = list(captions.values())[: v.num_videos]
     failed, _ = encode_clips(held_out + shown if v.enable else [], encoders, cache, group, num_workers, given)
     if failed:
-        raise ValueError("\n".join(f"{path}: {reason}; validation needs this clip: remove it" for path, reason in failed.items()))
+        raise ValueError(
+            "\n".join(f"{path}: {reason}; validation needs this clip: remove it" for path, reason in failed.items())
+        )
     return Clips(clips, held_out, given[: v.num_videos] or [clip.caption for clip in shown], shown, numbers)
 
 
@@ -83,13 +101,19 @@ def _report(plan: Plan, report: Path) -> None:
 
 
 def encode_clips(
-    clips: Sequence[CachedClip], encoders: Encoders, cache: LatentCache, group: dist.ProcessGroup | None, num_workers: int,
+    clips: Sequence[CachedClip],
+    encoders: Encoders,
+    cache: LatentCache,
+    group: dist.ProcessGroup | None,
+    num_workers: int,
     prompts: Sequence[str] = (),
-) -> tuple[dict[str, str], dict[str, float]]:  # fmt: skip
+) -> tuple[dict[str, str], dict[str, float]]:
     """Encode what the cache lacks of these clips, prompts and the empty prompt, each rank its share.
 
-    Returns all ranks' failures, {path: reason}, and for the log what was encoded and how fast; {} where nothing was missing.
+    Returns all ranks' failures, {path: reason}, and for the log what was encoded and how fast; {} where nothing was
+    missing.
     """
+
     def find():
         cache.remove_leftovers()
         return missing_jobs(clips, cache, prompts, logger.info)
@@ -105,15 +129,25 @@ def encode_clips(
         return {}, {}
     counts = broadcast_from_zero(cache.write_manifest, group)
     logger.info(f"{cache.folder} holds " + ", ".join(f"{counts[kind]} of {kind}" for kind in sorted(counts)))
-    numbers = {"encode_seconds": time.perf_counter() - start, "decode_wait_seconds": max(s["decode_wait"] for _, s in gathered)}
+    numbers = {
+        "encode_seconds": time.perf_counter() - start,
+        "decode_wait_seconds": max(s["decode_wait"] for _, s in gathered),
+    }
     done = [job for job in jobs[1] if job.keys not in failed]
     numbers |= {"encoded_clips": len(done), "encoded_frames": sum(job.entry.bucket[0] for job in done)}
     numbers["encoded_frames_per_second"] = numbers["encoded_frames"] / max(1e-9, *(s["clips"] for _, s in gathered))
     return failed_clips(clips, cache, failed), numbers
 
 
-def encode_plan(plan: Plan, report: Path, encoders: Encoders, cache: LatentCache, group: dist.ProcessGroup | None, num_workers: int,
-                prompts: Sequence[str] = ()) -> tuple[list[CachedClip], dict[str, float]]:  # fmt: skip
+def encode_plan(
+    plan: Plan,
+    report: Path,
+    encoders: Encoders,
+    cache: LatentCache,
+    group: dist.ProcessGroup | None,
+    num_workers: int,
+    prompts: Sequence[str] = (),
+) -> tuple[list[CachedClip], dict[str, float]]:
     """The clips of a plan, in the cache, and for the log the plan's and the encoding's numbers.
 
     Clips that turn out to be unusable are dropped, and the report is written anew; ValueError if all are.

@@ -18,9 +18,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 class SignalFlag:
     """Turns SIGTERM and SIGUSR2 into a flag that all ranks read together at the end of a step.
 
-    The first signal is noted; a second ends the process at once, with 128 + its number. `close` (or leaving the context) puts the former
-    handlers back. It must be made in the main thread. Processes forked later inherit the handler: they end on SIGTERM, as their
-    parent expects when it terminates them, and ignore SIGUSR2.
+    The first signal is noted; a second ends the process at once, with 128 + its number. `close` (or leaving the
+    handlers back. It must be made in the main thread. Processes forked later inherit the handler: they end on SIGTERM,
+    as their parent expects when it terminates them, and ignore SIGUSR2.
     """
 
     def __init__(self):
@@ -37,10 +37,17 @@ class SignalFlag:
             os._exit(128 + signum)
         self._signum = signum
         # The signal may have interrupted a print; only a bare write is safe here.
-        os.write(2, f"{signal.Signals(signum).name}: saving at the end of this step, then stopping. A second signal stops at once.\n".encode())
+        os.write(
+            2,
+            f"{signal.Signals(signum).name}: saving at the end of this step, then stopping. A second signal "
+            f"stops at once.\n".encode(),
+        )
 
     def requested(self, group: dist.ProcessGroup | None = None) -> bool:
-        """Whether any rank of `group` (a CPU group, such as gloo) has received a signal. Collective; without a group, this process alone."""
+        """Whether any rank of `group` (a CPU group, such as gloo) has received a signal.
+
+        Collective; without a group, this process alone.
+        """
         if group is None:
             return self._signum != 0
         flag = torch.tensor(self._signum, dtype=torch.int32)
@@ -72,7 +79,10 @@ class NonFiniteGuard:
 
     @staticmethod
     def update(optimizer: torch.optim.Optimizer, numbers: Tensor) -> None:
-        """`optimizer.step()`, left out if one of the numbers is not finite. A fused optimizer decides on the device; for others the host waits."""
+        """`optimizer.step()`, left out if one of the numbers is not finite.
+
+        A fused optimizer decides on the device; for others the host waits.
+        """
         finite = numbers.isfinite().all()
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer.found_inf = (~finite).float()  # what torch.amp.GradScaler, too, tells it by
@@ -82,17 +92,26 @@ class NonFiniteGuard:
             optimizer.step()
 
     def check(self, loss: float, grad_norm: float, step: int) -> bool:
-        """True if the update was applied. loss and grad_norm are global, so that every rank decides alike. FloatingPointError to stop."""
+        """True if the update was applied. loss and grad_norm are global, so that every rank decides alike.
+
+        FloatingPointError to stop.
+        """
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.num_skipped = 0
             return True
         what = f"step {step}: loss {loss}, gradient norm {grad_norm}"
         if self.policy == "stop":
-            raise FloatingPointError(f"{what} is not finite; the update was not applied. "
-                                     "Resume from the last checkpoint with a lower optimizer.lr, or set fault_tolerance.nonfinite to skip.")
+            raise FloatingPointError(
+                f"{what} is not finite; the update was not applied. "
+                "Resume from the last checkpoint with a lower optimizer.lr, or set fault_tolerance.nonfinite to skip."
+            )
         self.num_skipped += 1
         if self.num_skipped >= self.max_steps:
-            raise FloatingPointError(f"{what} is not finite, as in the {self.num_skipped - 1} steps before: "
-                                     "fault_tolerance.max_nonfinite_steps is reached.")
-        logger.warning(f"{what} is not finite: update skipped ({self.num_skipped} of at most {self.max_steps} in a row)")
+            raise FloatingPointError(
+                f"{what} is not finite, as in the {self.num_skipped - 1} steps before: "
+                "fault_tolerance.max_nonfinite_steps is reached."
+            )
+        logger.warning(
+            f"{what} is not finite: update skipped ({self.num_skipped} of at most {self.max_steps} in a row)"
+        )
         return False

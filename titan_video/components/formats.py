@@ -1,4 +1,5 @@
-"""Public formats of weights: which tensor of which file holds which of our parameters, from a model's one table of names (`spec.hf_names`).
+"""Public formats of weights: which tensor of which file holds which of our parameters, from a model's one table of
+names (`spec.hf_names`).
 
     format        names and tensors                                       files
     diffusers     diffusers', one tensor for each of our parameters       folder: config.json, shards, index
@@ -79,8 +80,13 @@ class PublicTensor:
     parts: list[Part] = field(default_factory=list)
 
 
-def public_names(rules: Sequence[NameRule], our_names: Iterable[str], layout: str = "diffusers") -> dict[str, tuple[str, NameRule]]:
-    """Our name -> (public name, rule). ValueError naming the name without a rule or with two, and the rule without a name."""
+def public_names(
+    rules: Sequence[NameRule], our_names: Iterable[str], layout: str = "diffusers"
+) -> dict[str, tuple[str, NameRule]]:
+    """Our name -> (public name, rule).
+
+    ValueError naming the name without a rule or with two, and the rule without a name.
+    """
     patterns = [(_pattern(rule.ours), rule) for rule in rules]
     table, used = {}, set()
     for name in our_names:
@@ -99,7 +105,9 @@ def public_names(rules: Sequence[NameRule], our_names: Iterable[str], layout: st
 
 
 def public_tensors(spec: ModelSpec, layout: str, shapes: dict[str, torch.Size], args: Any) -> dict[str, PublicTensor]:
-    """Public name -> what it is made of, for parameters of these names and shapes, in the order in which the model has them."""
+    """Public name -> what it is made of, for parameters of these names and shapes, in the order in which the model has
+    them.
+    """
     table = public_names(spec.hf_names, shapes, layout)
     groups: dict[str, list[str]] = {}
     for ours, (public, _) in table.items():
@@ -133,7 +141,13 @@ def detect(names: Iterable[str], spec: ModelSpec) -> tuple[int, str, str]:
     known = []
     for layout in layouts(spec):
         pattern = re.compile("|".join({_pattern(_public(rule, layout)).pattern for rule in spec.hf_names}))
-        known.append((sum(bool(pattern.fullmatch(name[len(prefix):])) for name in names if name.startswith(prefix)), layout, prefix))
+        known.append(
+            (
+                sum(bool(pattern.fullmatch(name[len(prefix) :])) for name in names if name.startswith(prefix)),
+                layout,
+                prefix,
+            )
+        )
     return max(known, key=lambda entry: entry[0])
 
 
@@ -149,7 +163,9 @@ def _pattern(name: str) -> re.Pattern:
 
 
 def find_weights(path: Path, subfolder: str) -> tuple[Path, dict[Path, set[str] | None]]:
-    """The folder, or file, that holds the weights which `path` means, and each of its files with the names that an index gives it (else None)."""
+    """The folder, or file, that holds the weights which `path` means, and each of its files with the names that an
+    index gives it (else None).
+    """
     if path.is_file():
         if path.suffix not in SUFFIXES:
             raise ValueError(f"{path} is no file of weights: its name should end in one of {', '.join(SUFFIXES)}")
@@ -157,8 +173,11 @@ def find_weights(path: Path, subfolder: str) -> tuple[Path, dict[Path, set[str] 
     for folder in (path / subfolder, path / ORIGINAL_FOLDER, path):
         if files := _weight_files(folder):
             return folder, files
-    raise ValueError(f"{path} holds no weights. Looked there, in its {subfolder}/ and in its {ORIGINAL_FOLDER}/ for {INDEX}, {STEM}.safetensors, "
-                     "another single .safetensors file or index, and a single .pt file")
+    raise ValueError(
+        f"{path} holds no weights. Looked there, in its {subfolder}/ and in its {ORIGINAL_FOLDER}/ for {INDEX}, "
+        f"{STEM}.safetensors, "
+        "another single .safetensors file or index, and a single .pt file"
+    )
 
 
 def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
@@ -167,7 +186,10 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
         for pattern in ("*.safetensors.index.json", "*.safetensors", "*.pt"):
             found = sorted(folder.glob(pattern))
             if len(found) > 1:
-                raise ValueError(f"{folder} holds {len(found)} files {pattern} and no {INDEX}: give the one that is meant, or the missing index")
+                raise ValueError(
+                    f"{folder} holds {len(found)} files {pattern} and no {INDEX}: give the one that is meant, or "
+                    f"the missing index"
+                )
             if found:
                 index, single = (found[0], single) if pattern.endswith("json") else (index, found[0])
                 break
@@ -198,7 +220,10 @@ class Place:
 
 
 class StoredWeights:
-    """Public weights of any format on disk: files, headers and names are read and understood, no tensor is. ValueError if there are none."""
+    """Public weights of any format on disk: files, headers and names are read and understood, no tensor is.
+
+    ValueError if there are none.
+    """
 
     def __init__(self, path: Path, subfolder: str):
         self.root, files = find_weights(path, subfolder)
@@ -207,7 +232,9 @@ class StoredWeights:
         for file, listed in files.items():
             header = read_header(file)
             if listed is not None and listed != header.keys():
-                raise ValueError(f"{file} and its index disagree about its tensors: {some(sorted(listed ^ header.keys()))}")
+                raise ValueError(
+                    f"{file} and its index disagree about its tensors: {some(sorted(listed ^ header.keys()))}"
+                )
             self.found.update(header)
             self.files.update(dict.fromkeys(header, file))
 
@@ -216,8 +243,11 @@ class StoredWeights:
         count, layout, prefix = detect(self.found, spec)
         if count == 0:
             examples = " or ".join(f"{layout} ({_public(spec.hf_names[-1], layout)})" for layout in layouts(spec))
-            raise ValueError(f"{self.root} holds no tensor of a {spec.name} model. Looked for the names of {examples}, with or without `{PREFIX}`; "
-                             f"found {some(sorted(self.found))}")
+            raise ValueError(
+                f"{self.root} holds no tensor of a {spec.name} model. Looked for the names of {examples}, with "
+                f"or without `{PREFIX}`; "
+                f"found {some(sorted(self.found))}"
+            )
         return layout, prefix
 
     def config(self) -> dict | None:
@@ -231,13 +261,22 @@ class StoredWeights:
             raise ValueError(f"{path} cannot be read ({e}); it belongs to the weights beside it") from e
 
     def places(self, spec: ModelSpec, args: Any, shapes: dict[str, torch.Size]) -> dict[str, Place]:
-        """Our name -> place of every parameter. ValueError naming what is missing, extra, misshapen or of another architecture than `args`."""
+        """Our name -> place of every parameter.
+
+        ValueError naming what is missing, extra, misshapen or of another architecture than `args`.
+        """
         layout, prefix = self.layout(spec)
         self._check_config(spec, args, layout)
         wanted = {prefix + name: tensor for name, tensor in public_tensors(spec, layout, shapes, args).items()}
-        self._check_tensors({name: tensor.shape for name, tensor in wanted.items()}, spec.hf_ignored if layout == "diffusers" else (), prefix)
+        self._check_tensors(
+            {name: tensor.shape for name, tensor in wanted.items()},
+            spec.hf_ignored if layout == "diffusers" else (),
+            prefix,
+        )
         return {
-            part.ours: Place(self.files[name], name, part, DTYPES[self.found[name][1]]) for name, tensor in wanted.items() for part in tensor.parts
+            part.ours: Place(self.files[name], name, part, DTYPES[self.found[name][1]])
+            for name, tensor in wanted.items()
+            for part in tensor.parts
         }
 
     def _check_config(self, spec: ModelSpec, args: Any, layout: str) -> None:
@@ -249,19 +288,32 @@ class StoredWeights:
         wanted = json.loads(json.dumps(expected(args)))
         wanted.pop("model_type", None)  # says nothing that the names of the tensors do not say
         wanted.pop("text_len", None)  # the run's choice, no part of the weights
-        differs = [f"{key} = {stored[key]!r} (the model has {value!r})" for key, value in wanted.items() if key in stored and stored[key] != value]
+        differs = [
+            f"{key} = {stored[key]!r} (the model has {value!r})"
+            for key, value in wanted.items()
+            if key in stored and stored[key] != value
+        ]
         if differs:
-            raise ValueError(f"{self.root / CONFIG} is of another architecture than the model: {some(differs)}; set model.flavor to fit, or to `hf`")
+            raise ValueError(
+                f"{self.root / CONFIG} is of another architecture than the model: {some(differs)}; set "
+                f"model.flavor to fit, or to `hf`"
+            )
 
     def _check_tensors(self, wanted: dict[str, Shape], ignored: Sequence[str], prefix: str) -> None:
         found = self.found
-        extra = sorted(name for name in found.keys() - wanted.keys() if not any(_pattern(prefix + pattern).fullmatch(name) for pattern in ignored))
+        extra = sorted(
+            name
+            for name in found.keys() - wanted.keys()
+            if not any(_pattern(prefix + pattern).fullmatch(name) for pattern in ignored)
+        )
         misshapen = [name for name in sorted(wanted.keys() & found.keys()) if found[name][0] != wanted[name]]
         problems = {
             "missing": sorted(wanted.keys() - found.keys()),
             "extra": extra,
             "of another shape": [f"{name} {found[name][0]} instead of {wanted[name]}" for name in misshapen],
-            "of a type that is no plain floating point": [f"{n} {kind}" for n, (_, kind) in found.items() if kind not in DTYPES],
+            "of a type that is no plain floating point": [
+                f"{n} {kind}" for n, (_, kind) in found.items() if kind not in DTYPES
+            ],
         }
         text = "; ".join(f"{len(names)} {kind}: {some(names)}" for kind, names in problems.items() if names)
         if text:
@@ -269,7 +321,10 @@ class StoredWeights:
 
 
 def read_part(stored: Any, name: str, part: Part, box: tuple[slice, ...], args: Any) -> Tensor:
-    """The box of one of our parameters from an open file. One that changes form is read whole, others only in the box."""
+    """The box of one of our parameters from an open file.
+
+    One that changes form is read whole, others only in the box.
+    """
     start, stop = part.rows or (0, 0)
     if part.changes_form:
         whole = stored.get_slice(name)[start:stop] if part.rows else stored.get_tensor(name)

@@ -4,9 +4,9 @@
     save   parameter by parameter: the ranks that have it gather it, rank 0 writes it -> ... -> every byte read back -> all renamed,
            config.json last
 
-No rank ever holds a whole model: loading needs no memory beside the parameters (a tensor that changes form is read whole, one
-at a time), saving needs one gathered parameter per rank. Under pipeline parallel a rank has some of the parameters; what the others
-are is known from the architecture.
+No rank ever holds a whole model: loading needs no memory beside the parameters (a tensor that changes form is read
+whole, one at a time), saving needs one gathered parameter per rank. Under pipeline parallel a rank has some of the
+parameters; what the others what the others are is known from the architecture.
 """
 
 import json
@@ -24,7 +24,18 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from titan_video.components.checkpoint_io import fsync_path, write_text
-from titan_video.components.formats import CONFIG, FORMATS, INDEX, STEM, Place, PublicTensor, StoredWeights, public_tensors, read_part, some
+from titan_video.components.formats import (
+    CONFIG,
+    FORMATS,
+    INDEX,
+    STEM,
+    Place,
+    PublicTensor,
+    StoredWeights,
+    public_tensors,
+    read_part,
+    some,
+)
 from titan_video.components.safetensors_io import DTYPE_NAMES, SafetensorsFile, opened
 from titan_video.distributed.fsdp import reshard
 from titan_video.distributed.utils import clean_name, gather_objects
@@ -36,11 +47,12 @@ GIB = 1 << 30
 
 @torch.no_grad()
 def load_hf(model: nn.Module, path: Path | str, spec: ModelSpec, args: Any, subfolder: str = "") -> None:
-    """Fill the parameters (plain or DTensor, any placements) from `path`, a folder or file of any public format, cast to each parameter's type.
+    """Fill the parameters (plain or DTensor, any placements) from `path`, a folder or file of any public format, cast
+    to each parameter's type.
 
     subfolder: where a pipeline folder has the weights, if not in spec.hf_folder.
-    Each rank reads what it has, on its own, without collectives. ValueError names the folder or file and what is missing, extra, misshapen,
-    damaged, or of another architecture than `args`; nothing is loaded then.
+    Each rank reads what it has, on its own, without collectives. ValueError names the folder or file and what is
+    missing, extra, misshapen, damaged, or of another architecture than `args`; nothing is loaded then.
     """
     params, shapes = _parameters(model), whole_shapes(spec, args)
     _check_parameters(params, shapes, args)
@@ -64,7 +76,8 @@ def save_hf(
     weights: dict[str, Tensor] | None = None,
     format_name: str = "diffusers",
 ) -> None:
-    """Write the parameters, or `weights` by the same names (averaged ones, say), to `path`, a folder or a file as the format is, as `dtype`.
+    """Write the parameters, or `weights` by the same names (averaged ones, say), to `path`, a folder or a file as the
+    format is, as `dtype`.
     Collective: every rank calls it, with the parameters that it has.
 
     A complete earlier export is replaced only when the new one is written and verified. When this returns, on any
@@ -75,7 +88,10 @@ def save_hf(
     params, shapes = _parameters(model), whole_shapes(spec, args)
     _check_parameters(params, shapes, args)
     if weights is not None and weights.keys() != params.keys():
-        raise ValueError(f"weights to export differ in name from the model's parameters: {some(sorted(weights.keys() ^ params.keys()))}")
+        raise ValueError(
+            f"weights to export differ in name from the model's parameters: "
+            f"{some(sorted(weights.keys() ^ params.keys()))}"
+        )
     tensors = params if weights is None else weights
     owners = owners_of(shapes, tensors)
     plan = WritePlan(Path(path), spec, args, shapes, dict.fromkeys(shapes, dtype), format_name, max_shard_bytes)
@@ -118,7 +134,9 @@ def whole_shapes(spec: ModelSpec, args: Any) -> dict[str, torch.Size]:
 
 
 class WritePlan:
-    """Which files a format gets, what is in each, and in which order our parameters are needed to write them front to back."""
+    """Which files a format gets, what is in each, and in which order our parameters are needed to write them front to
+    back.
+    """
 
     def __init__(
         self,
@@ -132,8 +150,12 @@ class WritePlan:
     ):
         """shapes, dtypes: of all parameters, by our names; a tensor made of several has a type that holds them all."""
         kind = FORMATS[format_name]
-        tensors: dict[str, PublicTensor] = {kind.prefix + n: t for n, t in public_tensors(spec, kind.layout, shapes, args).items()}
-        types = {name: reduce(torch.promote_types, (dtypes[part.ours] for part in t.parts)) for name, t in tensors.items()}
+        tensors: dict[str, PublicTensor] = {
+            kind.prefix + n: t for n, t in public_tensors(spec, kind.layout, shapes, args).items()
+        }
+        types = {
+            name: reduce(torch.promote_types, (dtypes[part.ours] for part in t.parts)) for name, t in tensors.items()
+        }
         sizes = {name: torch.Size(t.shape).numel() * types[name].itemsize for name, t in tensors.items()}
         self.folder, self.one_file = (path.parent, True) if kind.one_file else (path, False)
         files = {path.name: list(sizes)} if kind.one_file else plan_shards(sizes, max_shard_bytes)
@@ -150,7 +172,10 @@ class WritePlan:
 
 
 class Writer:
-    """Writes what a plan says, part by part. A failure is kept in `error`, not raised: other ranks may be waiting in the next gather."""
+    """Writes what a plan says, part by part. A failure is kept in `error`, not raised:
+
+    other ranks may be waiting in the next gather.
+    """
 
     def __init__(self, plan: WritePlan):
         self.plan, self.error = plan, None
@@ -188,7 +213,10 @@ class Writer:
             self.error = f"{type(e).__name__}: {e}"
 
     def commit(self) -> None:
-        """Put the written files into place. A folder without its config.json, or index, is no export, so these go first and come last."""
+        """Put the written files into place.
+
+        A folder without its config.json, or index, is no export, so these go first and come last.
+        """
         if self.error is not None:
             return
         folder, plan = self.plan.folder, self.plan
@@ -270,7 +298,8 @@ def _raise_on_all(writer: Writer | None, folder: Path | str) -> None:
 def _fill(param: Tensor, stored: Any, place: Place, args: Any) -> None:
     """Copy this rank's part of one stored tensor into the parameter.
 
-    Each part is one box, also where FSDP splits the rows that tensor parallel has split: that degree divides the rows (`check_layout`).
+    Each part is one box, also where FSDP splits the rows that tensor parallel has split: that degree divides the rows
+        (`check_layout`).
     """
     local, box = param, (slice(None),) * param.ndim
     if isinstance(param, DTensor):

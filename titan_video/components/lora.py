@@ -4,9 +4,10 @@
     diffusers   transformer.blocks.0.attn1.to_q.lora_A.weight, .lora_B.weight                  pipeline.load_lora_weights
     comfyui     diffusion_model.blocks.0.self_attn.q.lora_down.weight, .lora_up.weight, .alpha ComfyUI, diffusers (Wan)
 
-An adapter counts alpha / rank. In the second form `.alpha` says so. The first has no name for it, and not every reader looks for it elsewhere:
-there it is multiplied into lora_B, which is right for all. Names come from the model's one table (formats.py). Where several of our matrices
-are the rows of one in the model's public code (HunyuanVideo's q, k, v), so are the adapters, with ranks added up:
+An adapter counts alpha / rank. In the second form `.alpha` says so. The first has no name for it, and not every reader
+there it is multiplied into lora_B, which is right for all. Names come from the model's one table (formats.py). Where
+several of our matrices are the rows of one in the model's public code (HunyuanVideo's q, k, v), so are the adapters,
+with ranks added up:
 
     down = [down_q; down_k; down_v]      up = diag(up_q, up_k, up_v)
 """
@@ -46,7 +47,9 @@ class Form:
 
 
 FORMS = {
-    "diffusers": Form("pytorch_lora_weights.safetensors", "diffusers", "transformer.", "lora_A.weight", "lora_B.weight"),
+    "diffusers": Form(
+        "pytorch_lora_weights.safetensors", "diffusers", "transformer.", "lora_A.weight", "lora_B.weight"
+    ),
     "comfyui": Form("comfyui.safetensors", "original", "diffusion_model.", "lora_down.weight", "lora_up.weight"),
 }
 
@@ -66,7 +69,10 @@ def are_exported(folder: Path, section: Lora) -> bool:
 
 @dataclass(frozen=True)
 class PublicAdapter:
-    """An adapter of one matrix as others know it: the matrix's rows, and our adapters of it, in the order of their rows, by module name."""
+    """An adapter of one matrix as others know it:
+
+    the matrix's rows, and our adapters of it, in the order of their rows, by module name.
+    """
 
     name: str
     height: int
@@ -91,8 +97,10 @@ class PublicAdapter:
             adapters[f"{module}.{NAME}.up"] = up[rows, columns]
             left[rows, columns] = 0
         if len(self.parts) > 1 and (down.shape[0] % len(self.parts) or left.any()):
-            raise ValueError(f"{self.name} is one adapter of {len(self.parts)} matrices that each have their own here; "
-                             "use the file in diffusers' form")
+            raise ValueError(
+                f"{self.name} is one adapter of {len(self.parts)} matrices that each have their own here; "
+                "use the file in diffusers' form"
+            )
         return adapters
 
 
@@ -120,9 +128,17 @@ def public_adapters(spec: ModelSpec, args: Any, layout: str, names: Mapping[str,
 
 @torch.no_grad()
 def save_lora(
-    model: nn.Module, path: Path, spec: ModelSpec, args: Any, section: Lora, form: str, dtype: torch.dtype, weights: dict[str, Tensor] | None = None
+    model: nn.Module,
+    path: Path,
+    spec: ModelSpec,
+    args: Any,
+    section: Lora,
+    form: str,
+    dtype: torch.dtype,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write the adapters, or `weights` by the same names (averaged ones, say), to the file `path`, as `dtype`, and read it back.
+    """Write the adapters, or `weights` by the same names (averaged ones, say), to the file `path`, as `dtype`, and read
+    it back.
 
     Collective: every rank calls it, with the adapters that it has.
     """
@@ -143,7 +159,9 @@ def save_lora(
     logger.info(f"adapters exported to {path}")
 
 
-def _public(adapters: dict[str, Tensor], spec: ModelSpec, args: Any, section: Lora, form: Form, dtype: torch.dtype) -> dict[str, Tensor]:
+def _public(
+    adapters: dict[str, Tensor], spec: ModelSpec, args: Any, section: Lora, form: Form, dtype: torch.dtype
+) -> dict[str, Tensor]:
     scale, tensors = section.alpha / section.rank, {}
     for public in public_adapters(spec, args, form.layout, adapters):
         down, up = public.join(adapters, args)
@@ -175,7 +193,8 @@ def on_zero(function: Callable[[], None]) -> None:
 class MergedWeights(Mapping[str, Tensor]):
     """The frozen weights that this rank has, by name, with their adapters added, in float32: for `save_hf`.
 
-    Each is made when it is asked for, by all ranks that have a part of it. adapters: others than the model's own, by the same names.
+    Each is made when it is asked for, by all ranks that have a part of it. adapters: others than the model's own, by
+    the same names.
     """
 
     def __init__(self, model: nn.Module, adapters: dict[str, Tensor] | None = None):
@@ -183,7 +202,9 @@ class MergedWeights(Mapping[str, Tensor]):
         params = {clean_name(name): p.detach() for name, p in model.named_parameters()}
         self.frozen = {name: p for name, p in params.items() if not is_adapter(name)}
         self.adapters = adapters or {name: p for name, p in params.items() if is_adapter(name)}
-        self.scales = {clean_name(name): module.scale for name, module in model.named_modules() if isinstance(module, Adapter)}
+        self.scales = {
+            clean_name(name): module.scale for name, module in model.named_modules() if isinstance(module, Adapter)
+        }
 
     def __getitem__(self, name: str) -> Tensor:
         whole = wide(_whole(self.frozen[name]))
@@ -212,35 +233,53 @@ def _whole(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def load_lora(model: nn.Module, path: Path, spec: ModelSpec, args: Any, section: Lora) -> None:
-    """Fill the adapters from a file in either form; they then change the model as the file says, whatever alpha is here and there.
+    """Fill the adapters from a file in either form; they then change the model as the file says, whatever alpha is here
+    and there.
 
-    Each rank reads the file on its own. ValueError for a form that is neither, for adapters of other matrices or another rank, and for
-    tensors that belong to none.
+    Each rank reads the file on its own. ValueError for a form that is neither, for adapters of other matrices or
+    another rank, and for tensors that belong to none.
     """
     tensors, scale = _read(path)
     form = next((form for form in FORMS.values() if all(name.startswith(form.prefix) for name in tensors)), None)
     if form is None or not tensors:
-        raise ValueError(f"{path} holds no adapters: all names should begin with {' or with '.join(f.prefix for f in FORMS.values())}; "
-                         f"found {some(sorted(tensors))}")
+        raise ValueError(
+            f"{path} holds no adapters: all names should begin with "
+            f"{' or with '.join(f.prefix for f in FORMS.values())}; "
+            f"found {some(sorted(tensors))}"
+        )
     shapes, found = adapter_shapes(spec, args, section), {}
     for public in public_adapters(spec, args, form.layout, shapes):
         stem = f"{form.prefix}{public.name}"
-        down, up = (_pop(tensors, stem, ends) for ends in (("lora_A.weight", "lora_down.weight"), ("lora_B.weight", "lora_up.weight")))
+        down, up = (
+            _pop(tensors, stem, ends)
+            for ends in (("lora_A.weight", "lora_down.weight"), ("lora_B.weight", "lora_up.weight"))
+        )
         if down is None or up is None:
-            raise ValueError(f"{path} has no adapter of {public.name}, which lora.target_modules asks for: give the targets it was trained with")
+            raise ValueError(
+                f"{path} has no adapter of {public.name}, which lora.target_modules asks for: give the targets "
+                f"it was trained with"
+            )
         alpha = tensors.pop(f"{stem}.alpha", None)
         factor = alpha.item() / len(down) if alpha is not None else scale
         found |= public.take_apart(down, up * (factor * section.rank / section.alpha), args)
     if tensors:
-        raise ValueError(f"{path} has adapters that lora.target_modules does not ask for, or other tensors: {some(sorted(tensors))}")
+        raise ValueError(
+            f"{path} has adapters that lora.target_modules does not ask for, or other tensors: {some(sorted(tensors))}"
+        )
     odd = [name for name, shape in shapes.items() if found[name].shape != shape]
     if odd:
-        raise ValueError(f"{path}: {odd[0]} has shape {list(found[odd[0]].shape)}, in this run {list(shapes[odd[0]])}: "
-                         "set lora.rank and model.flavor to fit")
+        raise ValueError(
+            f"{path}: {odd[0]} has shape {list(found[odd[0]].shape)}, in this run {list(shapes[odd[0]])}: "
+            "set lora.rank and model.flavor to fit"
+        )
     for name, p in model.named_parameters():
         if (name := clean_name(name)) in found:
             whole = found[name].to(p.device, p.dtype)
-            p.copy_(distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else whole)
+            p.copy_(
+                distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
+                if isinstance(p, DTensor)
+                else whole
+            )
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], float]:

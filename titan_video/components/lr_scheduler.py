@@ -10,7 +10,8 @@ from titan_video.config.job_config import LrScheduler
 def lr_factor(step: int, total_steps: int, section: LrScheduler) -> float:
     """Share of the peak rate used by optimizer step `step`, counted from 1.
 
-    Linear from 1/warmup_steps to 1; then 1; then, over the last decay_ratio of the run, down to min_lr_factor at the last step.
+    Linear from 1/warmup_steps to 1; then 1; then, over the last decay_ratio of the run, down to min_lr_factor at the
+    last step.
     """
     if step <= section.warmup_steps:
         return step / section.warmup_steps
@@ -18,12 +19,17 @@ def lr_factor(step: int, total_steps: int, section: LrScheduler) -> float:
     if step <= total_steps - decay_steps:
         return 1.0
     progress = min((step - (total_steps - decay_steps)) / decay_steps, 1.0)
-    shape = {"linear": 1 - progress, "sqrt": 1 - math.sqrt(progress), "cosine": (1 + math.cos(math.pi * progress)) / 2}[section.decay_type]
+    shape = {"linear": 1 - progress, "sqrt": 1 - math.sqrt(progress), "cosine": (1 + math.cos(math.pi * progress)) / 2}[
+        section.decay_type
+    ]
     return section.min_lr_factor + (1 - section.min_lr_factor) * shape
 
 
 class Scheduler:
-    """Sets the rate of each step. It has no state of its own: a resumed run sets the same rates, and a changed schedule takes effect."""
+    """Sets the rate of each step. It has no state of its own:
+
+    a resumed run sets the same rates, and a changed schedule takes effect.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, section: LrScheduler, peak_lr: float, total_steps: int):
         self.optimizer, self.section, self.peak_lr, self.total_steps = optimizer, section, peak_lr, total_steps

@@ -1,8 +1,9 @@
 """Closed forms of a training step's memory on one rank: what the dry run measures, from sizes, degrees and modes alone.
 
-Parameters, gradients and optimizer state hold for every model. Activations are written out for Wan's text-to-video blocks as they run
-without compile, with plain or fused kernels, which keep what a GPU's keep.
-Letters: D width, F feed-forward width, H heads, K head width, S text tokens, L rows of one rank, t tensor-parallel degree, e bytes of an element.
+Parameters, gradients and optimizer state hold for every model. Activations are written out for Wan's text-to-video
+blocks as they run without compile, with plain or fused kernels, which keep what a GPU's keep.
+Letters: D width, F feed-forward width, H heads, K head width, S text tokens, L rows of one rank, t tensor-parallel
+    degree, e bytes of an element.
 """
 
 import math
@@ -19,9 +20,11 @@ from titan_video.models.spec import ModelSpec, ParallelPlan
 
 
 def estimate(config: JobConfig, spec: ModelSpec, args: Any, dims: ParallelDims, num_tokens: int) -> dict[str, int]:
-    """Bytes on the fullest rank by kind of memory, the most that there ever is of each: `state`, and activations. num_tokens: of one clip.
+    """Bytes on the fullest rank by kind of memory, the most that there ever is of each: `state`, and activations.
+    num_tokens: of one clip.
 
-    ValueError for what no closed form is written for: pipelines, activations of models but Wan's text-to-video, offload, memory budget.
+    ValueError for what no closed form is written for: pipelines, activations of models but Wan's text-to-video,
+        offload, memory budget.
     """
     itemsize = getattr(torch, config.training.mixed_precision_param).itemsize
     fused, batch = config.model.kernels == "triton", config.training.local_batch_size
@@ -30,15 +33,22 @@ def estimate(config: JobConfig, spec: ModelSpec, args: Any, dims: ParallelDims, 
 
 
 def state(config: JobConfig, spec: ModelSpec, args: Any, dims: ParallelDims) -> dict[str, int]:
-    """Bytes on the fullest rank of parameters, gradients, optimizer state and averaged weights, of any model. ValueError for pipelines."""
+    """Bytes on the fullest rank of parameters, gradients, optimizer state and averaged weights, of any model.
+
+    ValueError for pipelines.
+    """
     if dims.pp > 1:
-        raise ValueError("parallelism.pipeline_parallel_degree: the closed forms are of one stage; set it to 1, or run a dry run")
+        raise ValueError(
+            "parallelism.pipeline_parallel_degree: the closed forms are of one stage; set it to 1, or run a dry run"
+        )
     with torch.device("meta"):
         model = spec.build(args)
     hold_in(model, spec.plan.fp32, getattr(torch, config.training.dtype))
     shards = {name: shard_shape(name, tuple(p.shape), spec.plan, dims) for name, p in model.named_parameters()}
     held = {name: math.prod(shards[name]) * p.itemsize for name, p in model.named_parameters()}
-    kinds = {name: updated_by(name, len(shape), config.optimizer.name, spec.plan.blocks) for name, shape in shards.items()}
+    kinds = {
+        name: updated_by(name, len(shape), config.optimizer.name, spec.plan.blocks) for name, shape in shards.items()
+    }
     gradients = sum(held.values())
     if config.optimizer.in_backward:
         # Those of one FSDP unit at a time, or of one parameter where there are no units (see `apply_fsdp`).
@@ -47,7 +57,11 @@ def state(config: JobConfig, spec: ModelSpec, args: Any, dims: ParallelDims) -> 
         for name, size in held.items():
             units[name if whole else unit_of(name, spec.plan)] += size
         gradients = max(units.values())
-    sizes = {"parameters": sum(held.values()), "gradients": gradients, "optimizer": sum(state_bytes(kinds[name], shards[name]) for name in shards)}
+    sizes = {
+        "parameters": sum(held.values()),
+        "gradients": gradients,
+        "optimizer": sum(state_bytes(kinds[name], shards[name]) for name in shards),
+    }
     return sizes | ({"ema": 4 * sum(map(math.prod, shards.values()))} if config.ema.enable else {})
 
 
@@ -61,7 +75,10 @@ def unit_of(name: str, plan: ParallelPlan) -> str:
 
 
 def shard_shape(name: str, shape: tuple[int, ...], plan: ParallelPlan, dims: ParallelDims) -> tuple[int, ...]:
-    """Shape of a parameter on the rank that has most of it: tensor parallel divides as the plan says, FSDP the first dim."""
+    """Shape of a parameter on the rank that has most of it:
+
+    tensor parallel divides as the plan says, FSDP the first dim.
+    """
     path = next((p for p in plan.blocks if name.startswith(f"{p}.")), None)
     if path is None:
         ranks, size = dims.dp_shard * dims.cp * dims.tp, list(shape)
@@ -78,10 +95,21 @@ def shard_shape(name: str, shape: tuple[int, ...], plan: ParallelPlan, dims: Par
 
 
 def wan_activations(
-    args: Any, section: ActivationCheckpoint, dims: ParallelDims, num_tokens: int, batch: int, itemsize: int, fused: bool = False
+    args: Any,
+    section: ActivationCheckpoint,
+    dims: ParallelDims,
+    num_tokens: int,
+    batch: int,
+    itemsize: int,
+    fused: bool = False,
 ) -> int:
     """Bytes kept for backward at their largest, recomputed ones included. fused: with the Triton kernels."""
-    if type(args).__name__ != "WanArgs" or args.image_dim or args.clean_first_frame or args.in_channels != args.out_channels:
+    if (
+        type(args).__name__ != "WanArgs"
+        or args.image_dim
+        or args.clean_first_frame
+        or args.in_channels != args.out_channels
+    ):
         raise ValueError(f"no closed form of the activations of {args}; run a dry run")
     if section.mode == "memory_budget" or section.offload:
         raise ValueError("activation_checkpoint: no closed form for memory_budget or offload; run a dry run")
@@ -100,14 +128,20 @@ def wan_activations(
         # In backward the blocks after this one are gone, and it is there whole.
         most = max(most, total + (inputs + kept + whole - shared if is_wrapped else whole))
         total += inputs + kept if is_wrapped else whole
-    head = B * L * ((2 * e if fused else 8 + e) * D + 8 + (4 + e) * args.out_channels * args.patch_volume)  # its velocity, and the error in float32
+    head = (
+        B * L * ((2 * e if fused else 8 + e) * D + 8 + (4 + e) * args.out_channels * args.patch_volume)
+    )  # its velocity, and the error in float32
     return max(most, total + head)
 
 
 def _block(args: Any, L: int, B: int, e: int, t: int, exchanged: bool) -> int:
-    """What a block keeps in mode none. exchanged: by Ulysses, before and after which the output of attention is kept."""
+    """What a block keeps in mode none. exchanged:
+
+    by Ulysses, before and after which the output of attention is kept.
+    """
     D, F, H, S = args.dim, args.ffn_dim, args.num_heads, args.text_len
-    # Input as float32 and result; under tensor parallel the input twice (its mean square is taken apart), normed and result.
+    # Input as float32 and result; under tensor parallel the input twice (its mean square is taken apart), normed and
+    # result.
     norm = ((4 + 4 if e < 4 else 4) + 4 + e if t > 1 else 4 + e) * D
     adaptive = 8 * D + 8  # input and normed, in float32, mean and deviation
     attention = e * D + 4 * H  # output, and its log-sum-exp
@@ -123,9 +157,13 @@ def _fused_block(args: Any, L: int, B: int, e: int, t: int, exchanged: bool) -> 
     """As `_block`. Kernels keep their inputs, as they are, and a number or two of each row."""
     D, F, H, S = args.dim, args.ffn_dim, args.num_heads, args.text_len
     seam = e * D + 8 + e * D * t  # what is normed, mean and deviation, and the result, which a product keeps
-    norm = (4 if t > 1 and e < 4 else 0) * D + 2 * e * D  # input and result; under tensor parallel the input in float32, for its mean square
+    norm = (
+        4 if t > 1 and e < 4 else 0
+    ) * D + 2 * e * D  # input and result; under tensor parallel the input in float32, for its mean square
     attention = e * D + 4 * H
-    self_attention = seam + 2 * (norm + 4 * t) + e * D + attention + (e * D if exchanged else 0) + e * D  # the last for the gate's gradient
+    self_attention = (
+        seam + 2 * (norm + 4 * t) + e * D + attention + (e * D if exchanged else 0) + e * D
+    )  # the last for the gate's gradient
     cross_attention = seam + norm + 4 * t + attention
     text = (norm + e * D) // t + 4
     feed_forward = seam + e * F * (1 if t == 1 else 2) + e * D
@@ -133,7 +171,9 @@ def _fused_block(args: Any, L: int, B: int, e: int, t: int, exchanged: bool) -> 
 
 
 def _kept(args: Any, section: ActivationCheckpoint, L: int, B: int, e: int, t: int, fused: bool) -> tuple[int, int]:
-    """(bytes that a checkpointed block keeps beside its inputs, bytes of these and its inputs that it has again when recomputed)."""
+    """(bytes that a checkpointed block keeps beside its inputs, bytes of these and its inputs that it has again when
+    recomputed).
+    """
     D, H, S = args.dim, args.num_heads, args.text_len
     kept = shared = 0
     if e == 4 or fused:

@@ -31,7 +31,10 @@ def _plain(value: Any) -> Any:
 
 
 def truncate_records(path: Path, last_step: int) -> None:
-    """Drop the records of `path` after `last_step`, and a last line cut short by a crash. The file is replaced in one move."""
+    """Drop the records of `path` after `last_step`, and a last line cut short by a crash.
+
+    The file is replaced in one move.
+    """
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -66,13 +69,23 @@ class MetricsLogger:
     """Writes the run's numbers. Only rank 0 writes; on other ranks every method does nothing.
 
     dump_folder: metrics.jsonl and TensorBoard's folder lie in it.
-    resume_step: step of the checkpoint the run goes on from, 0 for a new run. What an earlier run wrote after it is dropped.
+    resume_step: step of the checkpoint the run goes on from, 0 for a new run. What an earlier run wrote after it is
+        dropped.
     num_steps, world_size: steps of the whole run, and ranks; for the time left and for rates per device.
     samples: clips drawn so far, at resume_step.
     """
 
-    def __init__(self, section: Metrics, dump_folder: str | Path, rank: int, world_size: int, device: torch.device, num_steps: int,
-                 resume_step: int = 0, samples: int = 0):
+    def __init__(
+        self,
+        section: Metrics,
+        dump_folder: str | Path,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        num_steps: int,
+        resume_step: int = 0,
+        samples: int = 0,
+    ):
         self.enabled = rank == 0
         if not self.enabled:
             return
@@ -94,22 +107,56 @@ class MetricsLogger:
             from torch.utils.tensorboard import SummaryWriter
 
             # purge_step hides the points of an earlier run from there on.
-            self.tensorboard = SummaryWriter(str(folder / section.save_tb_folder), purge_step=last_step + 1, flush_secs=10)
+            self.tensorboard = SummaryWriter(
+                str(folder / section.save_tb_folder), purge_step=last_step + 1, flush_secs=10
+            )
 
-    def log(self, step: int, *, loss: float, max_loss: float, grad_norm: float, lr: float, samples: int, tokens: int, video_seconds: float,
-            model_flops: float, hardware_flops: float, step_seconds: float, data_seconds: float, bucket: str = "",
-            extra: dict[str, float] | None = None) -> None:
+    def log(
+        self,
+        step: int,
+        *,
+        loss: float,
+        max_loss: float,
+        grad_norm: float,
+        lr: float,
+        samples: int,
+        tokens: int,
+        video_seconds: float,
+        model_flops: float,
+        hardware_flops: float,
+        step_seconds: float,
+        data_seconds: float,
+        bucket: str = "",
+        extra: dict[str, float] | None = None,
+    ) -> None:
         """One optimizer step.
 
-        loss, max_loss: mean over all samples, and the largest rank's mean. samples: clips drawn since the start of the run.
-        tokens, video_seconds: of this step, over all ranks. model_flops, hardware_flops: of this step on one device, without and with recomputation.
-        step_seconds: the whole step; data_seconds: its part spent waiting for data. bucket: sizes trained on. extra: further numbers, by name.
+        loss, max_loss: mean over all samples, and the largest rank's mean. samples: clips drawn since the start of the
+            run.
+        tokens, video_seconds: of this step, over all ranks. model_flops, hardware_flops: of this step on one device,
+            without and with recomputation.
+        step_seconds: the whole step; data_seconds: its part spent waiting for data. bucket: sizes trained on. extra:
+            further numbers, by name.
         """
         if not self.enabled:
             return
         extra = {**resident_memory(), **(extra or {})}
-        self._record({"step": step, "loss": loss, "max_loss": max_loss, "grad_norm": grad_norm, "lr": lr, "samples": samples, "tokens": tokens,
-                      "step_seconds": step_seconds, "data_seconds": data_seconds, "time": time.time(), "bucket": bucket, **extra})
+        self._record(
+            {
+                "step": step,
+                "loss": loss,
+                "max_loss": max_loss,
+                "grad_norm": grad_norm,
+                "lr": lr,
+                "samples": samples,
+                "tokens": tokens,
+                "step_seconds": step_seconds,
+                "data_seconds": data_seconds,
+                "time": time.time(),
+                "bucket": bucket,
+                **extra,
+            }
+        )
         w = self.window
         w.steps += 1
         w.seconds += step_seconds
@@ -123,7 +170,12 @@ class MetricsLogger:
         self.samples = samples
         self.progress.update(step, f"loss {loss:.4f}")
         if step == 1 or step % self.log_freq == 0 or step == self.num_steps:
-            losses = {"loss_metrics/global_avg_loss": loss, "loss_metrics/global_max_loss": max_loss, "grad_norm": grad_norm, "lr": lr}
+            losses = {
+                "loss_metrics/global_avg_loss": loss,
+                "loss_metrics/global_max_loss": max_loss,
+                "grad_norm": grad_norm,
+                "lr": lr,
+            }
             self._report(step, losses, extra)
             self.window = _Window()
             self.memory.reset_peak()
@@ -134,10 +186,14 @@ class MetricsLogger:
         tps = w.tokens / seconds / self.world_size
         flops, hardware_flops = w.model_flops / seconds, w.hardware_flops / seconds
         scalars = {
-            **losses, **extra,
-            "throughput(tps)": tps, "throughput(samples/s)": w.samples / seconds, "throughput(video_s/s)": w.video_seconds / seconds,
+            **losses,
+            **extra,
+            "throughput(tps)": tps,
+            "throughput(samples/s)": w.samples / seconds,
+            "throughput(video_s/s)": w.video_seconds / seconds,
             "tflops": flops / 1e12,
-            "time_metrics/end_to_end(s)": w.seconds / w.steps, "time_metrics/data_loading(s)": w.data_seconds / w.steps,
+            "time_metrics/end_to_end(s)": w.seconds / w.steps,
+            "time_metrics/data_loading(s)": w.data_seconds / w.steps,
             "time_metrics/data_loading(%)": 100 * w.data_seconds / seconds,
             **{f"bucket/{bucket}": count / w.steps for bucket, count in w.buckets.items() if bucket},
             **{f"memory/{name}": value for name, value in zip(_MEMORY_NAMES, asdict(memory).values())},
@@ -148,34 +204,46 @@ class MetricsLogger:
             mfu, hfu = f"{scalars['mfu(%)']:.2f}%", f"{scalars['hfu(%)']:.2f}%"
         self._scalars(step, scalars)
         eta = datetime.timedelta(seconds=round((self.num_steps - step) * w.seconds / w.steps))
-        logger.info("  ".join((
-            paint(f"step: {step:2}", "red"),
-            paint(f"loss: {losses['loss_metrics/global_avg_loss']:8.5f}", "green"),
-            paint(f"grad_norm: {losses['grad_norm']:7.4f}", "yellow"),
-            paint(f"memory: {memory.max_reserved_gib:5.2f}GiB({memory.max_reserved_pct:.2f}%)", "cyan"),
-            paint(f"tps: {round(tps):,}", "blue"),
-            paint(f"tflops: {flops / 1e12:,.2f}", "cyan"),
-            paint(f"mfu: {mfu}", "magenta"),
-            f"hfu: {hfu}",
-            f"video_s/s: {scalars['throughput(video_s/s)']:.2f}",
-            f"data_wait: {scalars['time_metrics/data_loading(%)']:.1f}%",
-            f"eta: {eta}",
-        )))
+        logger.info(
+            "  ".join(
+                (
+                    paint(f"step: {step:2}", "red"),
+                    paint(f"loss: {losses['loss_metrics/global_avg_loss']:8.5f}", "green"),
+                    paint(f"grad_norm: {losses['grad_norm']:7.4f}", "yellow"),
+                    paint(f"memory: {memory.max_reserved_gib:5.2f}GiB({memory.max_reserved_pct:.2f}%)", "cyan"),
+                    paint(f"tps: {round(tps):,}", "blue"),
+                    paint(f"tflops: {flops / 1e12:,.2f}", "cyan"),
+                    paint(f"mfu: {mfu}", "magenta"),
+                    f"hfu: {hfu}",
+                    f"video_s/s: {scalars['throughput(video_s/s)']:.2f}",
+                    f"data_wait: {scalars['time_metrics/data_loading(%)']:.1f}%",
+                    f"eta: {eta}",
+                )
+            )
+        )
 
     def log_scalars(self, step: int, scalars: dict[str, float], name: str = "validation") -> None:
-        """Numbers that do not belong to a training step: one record {"step", name: scalars} without a `loss`, and TensorBoard points `name/key`."""
+        """Numbers that do not belong to a training step: one record {"step", name:
+
+        scalars} without a `loss`, and TensorBoard points `name/key`.
+        """
         if self.enabled:
             self._record({"step": step, "time": time.time(), name: scalars})
             self._scalars(step, {f"{name}/{key}": value for key, value in scalars.items()})
 
     def log_video(self, tag: str, frames_FHWC: np.ndarray, fps: float, step: int) -> None:
-        """A clip, uint8 RGB, as an animated image in TensorBoard. SummaryWriter.add_video needs a version of moviepy that is no longer made."""
+        """A clip, uint8 RGB, as an animated image in TensorBoard.
+
+        SummaryWriter.add_video needs a version of moviepy that is no longer made.
+        """
         if not self.enabled or self.tensorboard is None:
             return
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         _, height, width, _ = frames_FHWC.shape
-        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=write_gif_bytes(frames_FHWC, fps))
+        image = Summary.Image(
+            height=height, width=width, colorspace=3, encoded_image_string=write_gif_bytes(frames_FHWC, fps)
+        )
         self.tensorboard._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
         self.tensorboard.flush()
 
@@ -197,4 +265,11 @@ class MetricsLogger:
                 self.tensorboard.add_scalar(name, value, step)
 
 
-_MEMORY_NAMES = ("max_active(GiB)", "max_active(%)", "max_reserved(GiB)", "max_reserved(%)", "num_alloc_retries", "num_ooms")
+_MEMORY_NAMES = (
+    "max_active(GiB)",
+    "max_active(%)",
+    "max_reserved(GiB)",
+    "max_reserved(%)",
+    "num_alloc_retries",
+    "num_ooms",
+)

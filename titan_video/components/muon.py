@@ -1,6 +1,8 @@
-"""What Muon does to a matrix (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"), and how ranks share that work.
+"""What Muon does to a matrix (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"), and how
+ranks share that work.
 
-An update's singular values are all brought near 1, which takes the whole matrix. The ranks of a mesh take turns in being a matrix's owner:
+An update's singular values are all brought near 1, which takes the whole matrix. The ranks of a mesh take turns in
+being a matrix's owner:
 
     pieces of W0 W1 W2 ...  --to owners-->  whole W0 | W1 | W2 ...  --orthogonal-->  whole  --to all-->  pieces
 
@@ -19,7 +21,8 @@ Box = tuple[slice, slice]
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """Nearly U V^T of x = U S V^T: five Newton-Schulz steps, whose quintic takes all singular values to between 0.7 and 1.2.
+    """Nearly U V^T of x = U S V^T: five Newton-Schulz steps, whose quintic takes all singular values to between 0.7 and
+    1.2.
 
     In the type of x.
     """
@@ -44,8 +47,8 @@ class Owners:
     def orthogonal(self, pieces: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """{parameter: this rank's piece of the result} of {parameter: its piece}, parameters of one mesh.
 
-        All ranks of the mesh call it, with the same parameters in the same order. The arithmetic, and what is sent, is bfloat16 on a GPU, where
-        that is many times faster, and of the pieces' type elsewhere.
+        All ranks of the mesh call it, with the same parameters in the same order. The arithmetic, and what is sent, is
+        bfloat16 on a GPU, where that is many times faster, and of the pieces' type elsewhere.
         """
         params, results = list(pieces), {}
         mesh = mesh_of(params[0]) if params else None
@@ -76,7 +79,10 @@ class Owners:
             whole = orthogonal(whole)
             parts = {rank: whole[boxes[rank]].contiguous() for rank in ranks}
         results = {p: parts[me] if p is mine else torch.empty_like(pieces[p]) for p in owners}
-        _exchange({rank: parts[rank] for rank in others} if parts else {}, {owner: results[p] for p, owner in owners.items() if owner != me})
+        _exchange(
+            {rank: parts[rank] for rank in others} if parts else {},
+            {owner: results[p] for p, owner in owners.items() if owner != me},
+        )
         return results
 
 

@@ -1,6 +1,7 @@
 """What is minimised, in training, gradient accumulation and validation alike.
 
-A forward is taken apart into what goes in, the model, and the loss, because the ends of a pipeline are on different ranks.
+A forward is taken apart into what goes in, the model, and the loss, because the ends of a pipeline are on different
+ranks.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,10 @@ from titan_video.models.layers import Patch, patchify, positions, token_shape
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """One forward's arguments on one rank, and what it should give. x, target: this rank's tokens, [B, L, P]; clean: those that are given."""
+    """One forward's arguments on one rank, and what it should give. x, target: this rank's tokens, [B, L, P]; clean:
+
+    those that are given.
+    """
 
     x_BLP: Tensor
     pos_BL3: Tensor
@@ -46,7 +50,8 @@ def model_inputs(
 ) -> ModelInputs:
     """Noisy tokens at the levels s and their velocity; `shard`: only this rank's tokens of them (None: all).
 
-    conditions: what the model is given beside these, from batch.cond; guidance_scale: what models that take it are told.
+    conditions: what the model is given beside these, from batch.cond; guidance_scale: what models that take it are
+        told.
     """
     latents = batch.latents_BCFHW
     shape = token_shape(latents.shape[2:], patch)
@@ -62,7 +67,9 @@ def model_inputs(
     given = GivenTokens(conditions, cond.pop("given_BCFHW", None), tuple(latents.shape[2:]), patch, shard)
     cond |= given.arguments | guidance(conditions, guidance_scale, t_B)
     text = batch.text_BLD, batch.text_mask_BL
-    return ModelInputs(given.model_input(x_BLP), pos_BL3, t_B, *text, seq_len, cond, target_BLP, weight_B, num_valid, given.clean_BL)
+    return ModelInputs(
+        given.model_input(x_BLP), pos_BL3, t_B, *text, seq_len, cond, target_BLP, weight_B, num_valid, given.clean_BL
+    )
 
 
 def predict(model: nn.Module, inputs: ModelInputs) -> Tensor:
@@ -72,7 +79,8 @@ def predict(model: nn.Module, inputs: ModelInputs) -> Tensor:
 
 
 def velocity_loss(v_BLP: Tensor, inputs: ModelInputs) -> Tensor:
-    """Weighted squared error of the velocity, summed over the elements that this rank has of each sample, but given ones: [B], float32.
+    """Weighted squared error of the velocity, summed over the elements that this rank has of each sample, but given
+    ones: [B], float32.
 
     How many of a whole batch count: `Conditions.counted`.
     """
@@ -84,13 +92,21 @@ def velocity_loss(v_BLP: Tensor, inputs: ModelInputs) -> Tensor:
 
 
 def compute_loss(
-    model: nn.Module, patch: Patch, batch: Batch, noise_BCFHW: Tensor, s_B: Tensor, weight_B: Tensor, shard: SequenceShard | None = None,
-    conditions: Conditions = TEXT_ONLY, guidance_scale: float = 1.0,
-) -> Tensor:  # fmt: skip
+    model: nn.Module,
+    patch: Patch,
+    batch: Batch,
+    noise_BCFHW: Tensor,
+    s_B: Tensor,
+    weight_B: Tensor,
+    shard: SequenceShard | None = None,
+    conditions: Conditions = TEXT_ONLY,
+    guidance_scale: float = 1.0,
+) -> Tensor:
     """`velocity_loss` of the model: [B], float32; over all ranks of the `sequence` axis these are to be summed.
 
     The caller divides by the number of elements that count over all ranks and micro-batches of the step.
-    noise: standard normal, like batch.latents_BCFHW; s_B: noise levels in [0, 1], float32; weight_B: loss weights, float32.
+    noise: standard normal, like batch.latents_BCFHW; s_B: noise levels in [0, 1], float32; weight_B: loss weights,
+        float32.
     """
     inputs = model_inputs(patch, batch, noise_BCFHW, s_B, weight_B, shard, conditions, guidance_scale)
     return velocity_loss(predict(model, inputs), inputs)

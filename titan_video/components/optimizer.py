@@ -5,8 +5,9 @@
     AdamW8bit   AdamW8bit            AdamW8bit        AdamW                  2.13
     Muon        Muon                 AdamW            AdamW                  4
 
-The first, of float32 weights, is torch's. All else, and all of bfloat16 weights, is `MixedOptimizer`'s. Either way there is one optimizer with
-one state, `InBackward` or not, and everything in that state has the rows of its weight and is sharded like it.
+The first, of float32 weights, is torch's. All else, and all of bfloat16 weights, is `MixedOptimizer`'s. Either way
+there is one optimizer with one state, `InBackward` or not, and everything in that state has the rows of its weight and
+is sharded like it.
 """
 
 import math
@@ -35,7 +36,10 @@ SLAB = 1 << 24  # elements that are updated at a time, which bounds temporary me
 
 
 def updated_by(parameter: str, ndim: int, name: str, blocks: tuple[str, ...]) -> str:
-    """Which of `SLOTS` updates a parameter under optimizer.name. blocks: paths of the blocks' containers (ParallelPlan.blocks)."""
+    """Which of `SLOTS` updates a parameter under optimizer.name. blocks:
+
+    paths of the blocks' containers (ParallelPlan.blocks).
+    """
     is_matrix = ndim == 2 and "modulation" not in parameter
     if name == "Muon":
         return "Muon" if is_matrix and parameter.startswith(tuple(f"{path}." for path in blocks)) else "AdamW"
@@ -50,10 +54,13 @@ def state_bytes(kind: str, shape: tuple[int, ...]) -> int:
     return (8 if kind == "AdamW" else 4) * numel
 
 
-def build_optimizer(model: nn.Module, section: Optimizer, blocks: tuple[str, ...] = (), seed: int = 0) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, section: Optimizer, blocks: tuple[str, ...] = (), seed: int = 0
+) -> torch.optim.Optimizer:
     """Vectors, i.e. biases, norm weights and modulation tables, are not decayed, frozen weights are left out.
 
-    blocks: see `updated_by`. seed: of stochastic rounding. ValueError where 8-bit blocks do not fit a tensor-parallel split.
+    blocks: see `updated_by`. seed: of stochastic rounding. ValueError where 8-bit blocks do not fit a tensor-parallel
+        split.
     """
     groups, names = {}, {}
     for name, p in ((clean_name(name), p) for name, p in model.named_parameters() if p.requires_grad):
@@ -61,7 +68,9 @@ def build_optimizer(model: nn.Module, section: Optimizer, blocks: tuple[str, ...
         decay = 0.0 if p.ndim < 2 or "modulation" in name else section.weight_decay
         kind = updated_by(name, p.ndim, section.name, blocks)
         # torch updates the parameters of one mesh at a time.
-        groups.setdefault((kind, decay, mesh_of(p)), {"params": [], "weight_decay": decay, "kind": kind})["params"].append(p)
+        groups.setdefault((kind, decay, mesh_of(p)), {"params": [], "weight_decay": decay, "kind": kind})[
+            "params"
+        ].append(p)
     told = {"lr": section.lr, "betas": (section.beta1, section.beta2), "eps": section.eps}
     if section.name == "AdamW" and all(p.dtype != torch.bfloat16 for p in names):
         fused, foreach = (section.implementation == name for name in ("fused", "foreach"))
@@ -74,8 +83,9 @@ def build_optimizer(model: nn.Module, section: Optimizer, blocks: tuple[str, ...
 class MixedOptimizer(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter 2019), 8-bit AdamW (low_bit.py) and Muon (muon.py), by each group's `kind`.
 
-    Arithmetic is in float32. bfloat16 weights are then rounded up or down at random, with the nearer one likelier, so that small updates are
-    not lost but made now and then; chance depends on the seed, the step and the element only, not on layout.
+    Arithmetic is in float32. bfloat16 weights are then rounded up or down at random, with the nearer one likelier, so
+    that small updates are not lost but made now and then; chance depends on the seed, the step and the element only,
+    not on layout.
     """
 
     def __init__(self, groups: list[dict], names: dict[Tensor, str], seed: int, owners: Owners | None, **defaults):
@@ -85,8 +95,11 @@ class MixedOptimizer(torch.optim.Optimizer):
             for p in group["params"]:
                 columns = local_part(p).shape[-1]
                 if group["kind"] == "AdamW8bit" and columns < p.shape[-1] and columns % BLOCK:
-                    raise ValueError(f"optimizer.name: AdamW8bit has one scale for {BLOCK} elements of a row, but tensor parallel gives each rank "
-                                     f"{columns} of {names[p]}'s rows; set parallelism.tensor_parallel_degree to fit, or take AdamW")
+                    raise ValueError(
+                        f"optimizer.name: AdamW8bit has one scale for {BLOCK} elements of a row, but tensor "
+                        f"parallel gives each rank "
+                        f"{columns} of {names[p]}'s rows; set parallelism.tensor_parallel_degree to fit, or take AdamW"
+                    )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -108,7 +121,9 @@ class MixedOptimizer(torch.optim.Optimizer):
         state = {"step": torch.zeros(())}
         for slot in SLOTS[kind][1:]:
             is_scale = slot.endswith("_scale")
-            state[slot] = zeros_beside(p, -(-p.shape[-1] // BLOCK) if is_scale else p.shape[-1], torch.float32 if is_scale else moment)
+            state[slot] = zeros_beside(
+                p, -(-p.shape[-1] // BLOCK) if is_scale else p.shape[-1], torch.float32 if is_scale else moment
+            )
         return state
 
     def _adamw(self, p: Tensor, group: dict) -> None:
@@ -120,22 +135,26 @@ class MixedOptimizer(torch.optim.Optimizer):
             part = {slot: value[rows] for slot, value in state.items()}
             if is_8bit:
                 mean = decode(part["exp_avg"], part["exp_avg_scale"], signed=True).to(weight.dtype)
-                square = decode(part["exp_avg_root"], part["exp_avg_root_scale"], signed=False).to(weight.dtype).square_()
+                square = (
+                    decode(part["exp_avg_root"], part["exp_avg_root_scale"], signed=False).to(weight.dtype).square_()
+                )
             else:
                 mean, square = part["exp_avg"], part["exp_avg_sq"]
             mean.lerp_(grad, 1 - beta1)
             square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
             root = square.sqrt()
             weight = weight.mul(1 - group["lr"] * group["weight_decay"])
-            weight.addcdiv_(mean, root.div(math.sqrt(1 - beta2**step)).add_(group["eps"]), value=-group["lr"] / (1 - beta1**step))
+            weight.addcdiv_(
+                mean, root.div(math.sqrt(1 - beta2**step)).add_(group["eps"]), value=-group["lr"] / (1 - beta1**step)
+            )
             if is_8bit:
                 encode(mean, part["exp_avg"], part["exp_avg_scale"], signed=True)
                 encode(root, part["exp_avg_root"], part["exp_avg_root_scale"], signed=False)
             self._set(p, rows, weight, step)
 
     def _muon(self, params: list[Tensor], group: dict) -> None:
-        """Muon (Jordan et al. 2024) with Nesterov's momentum. An update has the root mean square of AdamW's (Liu et al. 2025, "Muon is scalable
-        for LLM training"), so that rate and decay mean the same for both."""
+        """Muon (Jordan et al. 2024) with Nesterov's momentum. An update has the root mean square of AdamW's (Liu et al.
+        2025, "Muon is scalable for LLM training"), so that rate and decay mean the same for both."""
         updates = {}
         for p in params:
             momentum, grad = local_part(self.state[p]["momentum"]), wide(local_part(p.grad))
@@ -164,9 +183,11 @@ class MixedOptimizer(torch.optim.Optimizer):
 
 
 class InBackward:
-    """Steps `optimizer` for each parameter as soon as backward, and the reduction over ranks, have its gradient, which is then freed.
+    """Steps `optimizer` for each parameter as soon as backward, and the reduction over ranks, have its gradient, which
+    is then freed.
 
-    It must be made before the first backward. After a backward everything is updated; `optimizer.step()` finds nothing to do.
+    It must be made before the first backward. After a backward everything is updated; `optimizer.step()` finds nothing
+    to do.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer):
@@ -178,8 +199,15 @@ class InBackward:
 
     def _update(self, group: dict, p: Tensor) -> None:
         mesh = mesh_of(p)
-        holders = math.prod(mesh.size(i) for i, placement in enumerate(p.placements) if placement.is_replicate()) if mesh else 1
-        square = torch.linalg.vector_norm(local_part(p.grad), dtype=torch.promote_types(p.dtype, torch.float32)).square() / holders
+        holders = (
+            math.prod(mesh.size(i) for i, placement in enumerate(p.placements) if placement.is_replicate())
+            if mesh
+            else 1
+        )
+        square = (
+            torch.linalg.vector_norm(local_part(p.grad), dtype=torch.promote_types(p.dtype, torch.float32)).square()
+            / holders
+        )
         self._squares[p.device] = self._squares.get(p.device, 0) + square
         everything, self.optimizer.param_groups = self.optimizer.param_groups, [{**group, "params": [p]}]
         try:

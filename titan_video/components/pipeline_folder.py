@@ -14,7 +14,10 @@ PIPELINE = "model_index.json"
 
 
 def export_path(folder: Path, format_name: str, subfolder: str) -> Path:
-    """Where a run's export lies in its folder: `hf/transformer`, `original`, `single_file.safetensors` or `comfyui.safetensors`."""
+    """Where a run's export lies in its folder:
+
+    `hf/transformer`, `original`, `single_file.safetensors` or `comfyui.safetensors`.
+    """
     if format_name == "diffusers":
         return folder / "hf" / subfolder
     return folder / (f"{format_name}.safetensors" if FORMATS[format_name].one_file else format_name)
@@ -35,8 +38,9 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def complete_pipeline(source: Path, target: Path, subfolder: str) -> None:
-    """Make `target`, where `subfolder` is to hold exported weights, a whole pipeline folder if `source` is one: its other parts are linked, or
-    copied where the file system does not link, and model_index.json comes last. A linked file is the same file: change neither in place.
+    """Make `target`, where `subfolder` is to hold exported weights, a whole pipeline folder if `source` is one: its
+    other parts are linked, or copied where the file system does not link, and model_index.json comes last. A linked
+    file is the same file: change neither in place.
     """
     index = source / PIPELINE
     if not index.is_file():
@@ -44,7 +48,9 @@ def complete_pipeline(source: Path, target: Path, subfolder: str) -> None:
     if target.resolve() == source.resolve():
         raise ValueError(f"{target} is the source itself; give another folder")
     try:
-        parts = [name for name, kind in json.loads(index.read_text()).items() if isinstance(kind, list) and kind and kind[0]]
+        parts = [
+            name for name, kind in json.loads(index.read_text()).items() if isinstance(kind, list) and kind and kind[0]
+        ]
     except (ValueError, AttributeError) as e:
         raise ValueError(f"{index} cannot be read ({e}); it should be that of a diffusers pipeline") from e
     missing = [name for name in parts if name != subfolder and not (source / name).is_dir()]

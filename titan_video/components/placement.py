@@ -1,5 +1,5 @@
-"""Where clips are encoded during training (`encoder.placement`): how ranks come together, what the loader takes entries from, what an encoder
-rank does."""
+"""Where clips are encoded during training (`encoder.placement`): how ranks come together, what the loader takes entries
+from, what an encoder rank does."""
 
 import os
 from collections.abc import Callable
@@ -24,7 +24,9 @@ from titan_video.tools.logging import logger
 
 
 def join(section: Encoder, comm: Comm, device: torch.device, num_training: int) -> Wire | None:
-    """Set up the default process group, of the training ranks alone; return the connection to the encoder ranks, if there are any."""
+    """Set up the default process group, of the training ranks alone; return the connection to the encoder ranks, if
+    there are any.
+    """
     if section.placement != "separate":
         init_distributed(device, comm.init_timeout_seconds)
         return None
@@ -33,21 +35,38 @@ def join(section: Encoder, comm: Comm, device: torch.device, num_training: int) 
     return Wire(store, dist.get_rank(), num_training, section.num_ranks, comm.init_timeout_seconds)
 
 
-def build_live(section: Encoder, data: Data, comm: Comm, encoders: Encoders, cache: LatentCache, dims: ParallelDims, wire: Wire | None,
-               latent_shape: Callable[[Bucket], tuple[int, ...]], max_text_length: int) -> Colocated | Separate | None:  # fmt: skip
-    """For a training rank; all of these call it. None: entries are read from the cache. max_text_length: tokens, with those of an image."""
+def build_live(
+    section: Encoder,
+    data: Data,
+    comm: Comm,
+    encoders: Encoders,
+    cache: LatentCache,
+    dims: ParallelDims,
+    wire: Wire | None,
+    latent_shape: Callable[[Bucket], tuple[int, ...]],
+    max_text_length: int,
+) -> Colocated | Separate | None:
+    """For a training rank; all of these call it. None: entries are read from the cache. max_text_length:
+
+    tokens, with those of an image.
+    """
     if section.placement == "cached":
         return None
     groups, group = dims.sample_groups(), None
     if len(groups[0]) > 1:  # on the host, where entries are
-        group, _ = dist.new_subgroups_by_enumeration(groups, timeout=timedelta(seconds=comm.init_timeout_seconds), backend="gloo")
+        group, _ = dist.new_subgroups_by_enumeration(
+            groups, timeout=timedelta(seconds=comm.init_timeout_seconds), backend="gloo"
+        )
     dp_rank = next(r for r, ranks in enumerate(groups) if dist.get_rank() in ranks)
     if section.placement == "colocated":
         maker = Maker(encoders, cache, section.write_cache, data.num_workers, data.prefetch_factor)
         return Colocated(maker, dp_rank, len(groups), group, section.idle)
     c, e = cache.conditions, encoders
-    others = 4 * (max_text_length * e.text_dim + c.pooled_text * e.pooled_dim + c.image_tokens * e.image_dim)  # bytes, at most four a number
-    # Shorter than a collective's: of ranks that wait for an encoder and ranks that wait for these, the first are to speak, who can name it.
+    others = 4 * (
+        max_text_length * e.text_dim + c.pooled_text * e.pooled_dim + c.image_tokens * e.image_dim
+    )  # bytes, at most four a number
+    # Shorter than a collective's: of ranks that wait for an encoder and ranks that wait for these, the first are to
+    # speak, who can name it.
     timeouts = (max(1, seconds * 9 // 10) for seconds in (comm.init_timeout_seconds, comm.train_timeout_seconds))
     return Separate(wire, cache, latent_shape, others, groups, dp_rank, group, section.queue_depth, *timeouts)
 
@@ -55,7 +74,13 @@ def build_live(section: Encoder, data: Data, comm: Comm, encoders: Encoders, cac
 def run_encoder_rank(section: Encoder, data: Data, comm: Comm, hf_assets_path: str, num_training: int) -> None:
     """All that an encoder rank does, from start to end."""
     encoders = build_encoders(section, hf_assets_path, get_device(int(os.environ["LOCAL_RANK"])))
-    wire = Wire(meet(comm.init_timeout_seconds), int(os.environ["RANK"]), num_training, section.num_ranks, comm.init_timeout_seconds)
+    wire = Wire(
+        meet(comm.init_timeout_seconds),
+        int(os.environ["RANK"]),
+        num_training,
+        section.num_ranks,
+        comm.init_timeout_seconds,
+    )
     with SignalFlag():  # training ranks decide when to stop, and say so
         wire.tell("waiting to be told what to encode")
         told = wire.receive_object(0)

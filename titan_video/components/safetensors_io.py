@@ -1,7 +1,8 @@
-"""Files of public weights: safetensors written front to back in constant memory and read back, headers, and the one kind of pickle that is read.
+"""Files of public weights: safetensors written front to back in constant memory and read back, headers, and the one
+kind of pickle that is read.
 
-A safetensors file is a length, a JSON header of names, types, shapes and offsets, and the tensors' bytes. All but the bytes is known
-beforehand, so a file of any size is written tensor by tensor.
+A safetensors file is a length, a JSON header of names, types, shapes and offsets, and the tensors' bytes. All but the
+bytes is known beforehand, so a file of any size is written tensor by tensor.
 """
 
 import hashlib
@@ -31,7 +32,8 @@ Shape = tuple[int, ...]
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A file of tensors: `keys()`, `get_tensor(name)`, `get_slice(name)[box]`. No tensor is read before it is asked for.
+    """A file of tensors: `keys()`, `get_tensor(name)`, `get_slice(name)[box]`. No tensor is read before it is asked
+    for.
 
     ValueError if the file is damaged.
     """
@@ -53,7 +55,10 @@ def read_header(path: Path) -> dict[str, tuple[Shape, str]]:
 
 
 class _Pickled:
-    """A state dict that torch.save wrote, as HunyuanVideo is published: mapped into memory, and only tensors are unpickled."""
+    """A state dict that torch.save wrote, as HunyuanVideo is published:
+
+    mapped into memory, and only tensors are unpickled.
+    """
 
     def __init__(self, path: Path):
         try:
@@ -91,10 +96,11 @@ class _Slice:
 
 
 class SafetensorsFile:
-    """A file under way. Tensors are given as their bytes come, in the order of `entries`; several may make one entry, row after row.
+    """A file under way. Tensors are given as their bytes come, in the order of `entries`; several may make one entry,
+    row after row.
 
-    Each gigabyte is synced to the disk, read back and compared by SHA-256 with what was given; `close` does the last one, and compares names,
-    shapes and types. RuntimeError if something differs.
+    Each gigabyte is synced to the disk, read back and compared by SHA-256 with what was given; `close` does the last
+    one, and compares names, shapes and types. RuntimeError if something differs.
     """
 
     def __init__(self, path: Path, entries: dict[str, tuple[Shape, torch.dtype]]):
@@ -137,5 +143,7 @@ class SafetensorsFile:
         while data := self.file.read(min(1 << 20, end - self.file.tell())):
             found.update(data)
         if found.digest() != self.digest.digest():
-            raise RuntimeError(f"{self.path} does not hold what was written to it: bytes {self.checked} to {end} differ")
+            raise RuntimeError(
+                f"{self.path} does not hold what was written to it: bytes {self.checked} to {end} differ"
+            )
         self.checked, self.digest = end, hashlib.sha256()

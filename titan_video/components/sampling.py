@@ -16,7 +16,10 @@ from titan_video.models.layers import Patch, patchify, positions, token_shape, u
 
 
 class Experts:
-    """Two models that share the noise levels (Wan 2.2 A14B), called like one: `high` at and above the boundary, `low` below. One level a call."""
+    """Two models that share the noise levels (Wan 2.2 A14B), called like one:
+
+    `high` at and above the boundary, `low` below. One level a call.
+    """
 
     def __init__(self, high: Callable[..., Tensor], low: Callable[..., Tensor], boundary: float):
         self.high, self.low, self.boundary = high, low, boundary
@@ -48,10 +51,12 @@ def sample_latents(
 ) -> Tensor:
     """Normalised latents [B, C, F, H, W], float32, on the device of `text_BLD`.
 
-    text, null: embeddings of the prompts and of the empty prompt, [B or 1, L, D], with their masks. ids: one number per clip, which with
-    the seed keys its first noise. A guidance scale of 1 runs the model once per step, any other twice as large a batch.
+    text, null: embeddings of the prompts and of the empty prompt, [B or 1, L, D], with their masks. ids: one number per
+    clip, which with the seed keys its first noise. A guidance scale of 1 runs the model once per step, any other twice
+    as large a batch.
     shard: each rank integrates its own tokens, and all get the whole clip at the end.
-    conditions, cond: what the model is given beside the text, as in `Batch.cond`; null_cond: what of it the empty prompt has instead.
+    conditions, cond: what the model is given beside the text, as in `Batch.cond`; null_cond: what of it the empty
+        prompt has instead.
     embedded_guidance: the scale told to models that take it.
     """
     device, B = text_BLD.device, text_BLD.shape[0]
@@ -64,7 +69,10 @@ def sample_latents(
     if use_guidance:
         null = {name: (null_cond or {}).get(name, x).expand_as(x) for name, x in cond.items()}
         cond = {name: torch.cat([x, null[name]]) for name, x in cond.items()}
-        text_BLD, mask_BL = torch.cat([text_BLD, null_BLD.expand(B, -1, -1)]), torch.cat([mask_BL, null_mask_BL.expand(B, -1)])
+        text_BLD, mask_BL = (
+            torch.cat([text_BLD, null_BLD.expand(B, -1, -1)]),
+            torch.cat([mask_BL, null_mask_BL.expand(B, -1)]),
+        )
 
     seq_len = None
     if shard is not None and shard.size > 1:
@@ -77,7 +85,10 @@ def sample_latents(
         v = model(x_BLP, pos_BL3, t_B, text_BLD, mask_BL, seq_len, **cond, **given.arguments, **told).float()
         return guided(*v.chunk(2), guidance_scale) if use_guidance else v
 
-    x_BLP = patchify(conditions.start(draw_noise(seed, torch.tensor(ids), latent_CFHW, device, stream="sampling"), given_BCFHW), patch)
+    x_BLP = patchify(
+        conditions.start(draw_noise(seed, torch.tensor(ids), latent_CFHW, device, stream="sampling"), given_BCFHW),
+        patch,
+    )
     if seq_len is None:
         return unpatchify(given.put_into(euler(velocity, x_BLP, num_steps, shift)), shape, patch)
     x_BLP = given.put_into(euler(velocity, shard.slice(x_BLP), num_steps, shift))

@@ -19,12 +19,20 @@ from titan_video.tools.logging import logger
 
 
 def load_start(
-    model: nn.Module, source: str, spec: ModelSpec, args: Any, subfolder: str, seed: int, lora: Lora, group: dist.ProcessGroup | None = None
+    model: nn.Module,
+    source: str,
+    spec: ModelSpec,
+    args: Any,
+    subfolder: str,
+    seed: int,
+    lora: Lora,
+    group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Fill all parameters from `source`, a step-N folder of a run or weights in a public format, or where it is empty from the seed; adapters
-    from their own file or from the seed.
+    """Fill all parameters from `source`, a step-N folder of a run or weights in a public format, or where it is empty
+    from the seed; adapters from their own file or from the seed.
 
-    subfolder: where a pipeline folder has the weights. All ranks of `group` (default: all there are) call it. ValueError: see the loaders.
+    subfolder: where a pipeline folder has the weights. All ranks of `group` (default: all there are) call it.
+        ValueError: see the loaders.
     """
     which = is_frozen if lora.enable else None
     if not source:
@@ -43,13 +51,18 @@ def load_start(
 
 
 class LoraState:
-    """What the adapters in a checkpoint belong to: their scale, and the frozen weights, which no checkpoint holds. Others would be another model.
+    """What the adapters in a checkpoint belong to: their scale, and the frozen weights, which no checkpoint holds.
+    Others would be another model.
 
     source, subfolder, seed: as in `load_start`. All ranks of `group` build it.
     """
 
     def __init__(self, section: Lora, source: str, subfolder: str, seed: int, group: dist.ProcessGroup | None = None):
-        frozen = broadcast_from_zero(lambda: fingerprint(Path(source), subfolder), group) if source else f"drawn from seed {seed}"
+        frozen = (
+            broadcast_from_zero(lambda: fingerprint(Path(source), subfolder), group)
+            if source
+            else f"drawn from seed {seed}"
+        )
         self.state = {"scale": section.alpha / section.rank, "frozen": frozen}
 
     def state_dict(self) -> dict[str, Any]:
@@ -59,11 +72,16 @@ class LoraState:
         """ValueError if the run goes on with another scale or other frozen weights than it was saved with."""
         another = "; for a new run from these adapters give another job.dump_folder and lora.initial_load_path"
         if state["scale"] != self.state["scale"]:
-            raise ValueError(f"lora.alpha / lora.rank is {self.state['scale']:g}, but the checkpoint's adapters were trained with "
-                             f"{state['scale']:g}: set alpha to {state['scale']:g} x rank{another}")
+            raise ValueError(
+                f"lora.alpha / lora.rank is {self.state['scale']:g}, but the checkpoint's adapters were trained with "
+                f"{state['scale']:g}: set alpha to {state['scale']:g} x rank{another}"
+            )
         if state["frozen"] != self.state["frozen"]:
-            raise ValueError("checkpoint.initial_load_path or model.hf_assets_path: the weights there are not those that the checkpoint's adapters "
-                             f"were trained on ({self.state['frozen']}, not {state['frozen']}): give those{another}")
+            raise ValueError(
+                "checkpoint.initial_load_path or model.hf_assets_path: the weights there are not those that the "
+                "checkpoint's adapters "
+                f"were trained on ({self.state['frozen']}, not {state['frozen']}): give those{another}"
+            )
 
 
 def fingerprint(source: Path, subfolder: str) -> str:

@@ -1,7 +1,8 @@
 """Seeing what the model has learned: held-out loss by noise level, and clips sampled from prompts.
 
-Every rank takes part and runs the model equally often, as sharded weights are gathered by all ranks together. Clips and prompts are dealt
-out over the `batch` axis; a rank that has run out repeats one whose result is not counted. The other axes share each clip's work.
+Every rank takes part and runs the model equally often, as sharded weights are gathered by all ranks together. Clips and
+prompts are dealt out over the `batch` axis; a rank that has run out repeats one whose result is not counted. The other
+axes share each clip's work.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +31,8 @@ from titan_video.tools.video import write_mp4
 class Prompts:
     """Prompts and their embeddings, row by row; null: the empty prompt's, one row. On the host.
 
-    cond, null_cond: what else the model is given (`Batch.cond`), one batch of one for each prompt, and what the empty prompt has instead.
+    cond, null_cond: what else the model is given (`Batch.cond`), one batch of one for each prompt, and what the empty
+        prompt has instead.
     latent_CFHW: size of each clip to sample.
     """
 
@@ -45,14 +47,21 @@ class Prompts:
 
 
 def with_frames(reader: EntryReader, clips: Sequence[CachedClip], null_key: str) -> Prompts:
-    """For image-to-video: the captions of clips, with these clips' frames and sizes. null_key: of the empty prompt's text."""
+    """For image-to-video: the captions of clips, with these clips' frames and sizes. null_key:
+
+    of the empty prompt's text.
+    """
     batches = [reader.batch([clip], [0]) for clip in clips]
     text, mask = (torch.cat([getattr(b, name) for b in batches]) for name in ("text_BLD", "text_mask_BL"))
     sizes, cond = [tuple(b.latents_BCFHW.shape[1:]) for b in batches], [b.cond for b in batches]
-    return Prompts([clip.caption for clip in clips], text, mask, *reader.text([null_key]), sizes, cond, reader.pooled([null_key]))
+    return Prompts(
+        [clip.caption for clip in clips], text, mask, *reader.text([null_key]), sizes, cond, reader.pooled([null_key])
+    )
 
 
-def with_size(reader: EntryReader, prompts: Sequence[str], keys: Sequence[str], null_key: str, latent_CFHW: tuple[int, ...]) -> Prompts:
+def with_size(
+    reader: EntryReader, prompts: Sequence[str], keys: Sequence[str], null_key: str, latent_CFHW: tuple[int, ...]
+) -> Prompts:
     """For text-to-video: prompts, by the keys of their texts, all of one size."""
     cond, sizes = [reader.pooled([key]) for key in keys], [latent_CFHW] * len(keys)
     return Prompts(list(prompts), *reader.text(keys), *reader.text([null_key]), sizes, cond, reader.pooled([null_key]))
@@ -67,8 +76,9 @@ def dealt_out(num_items: int, rank: int, world_size: int) -> list[tuple[int, boo
 class Validator:
     """Runs validation on the training model.
 
-    num_clips, get_clip: the held-out clips as batches of one, on the host. decode: normalised latents [B, C, F, H, W] -> uint8 frames
-    [B, 3, F, H, W]. conditions: what the model is given; guidance_scale: what models that take it were told in training.
+    num_clips, get_clip: the held-out clips as batches of one, on the host. decode: normalised latents [B, C, F, H, W]
+    [B, 3, F, H, W]. conditions: what the model is given; guidance_scale: what models that take it were told in
+    training.
     interval: the noise levels that are trained.
     """
 
@@ -91,18 +101,29 @@ class Validator:
         guidance_scale: float,
         interval: tuple[float, float],
     ):
-        self.section, self.model, self.patch, self.mesh, self.device, self.seed = section, model, patch, meshes.batch, device, seed
+        self.section, self.model, self.patch, self.mesh, self.device, self.seed = (
+            section,
+            model,
+            patch,
+            meshes.batch,
+            device,
+            seed,
+        )
         self.shard, self.sequence_mesh = shard, meshes.sequence
-        self.is_first = meshes.sequence.get_local_rank() == 0 and meshes.pp.get_local_rank() == 0  # of the ranks that share a clip
+        self.is_first = (
+            meshes.sequence.get_local_rank() == 0 and meshes.pp.get_local_rank() == 0
+        )  # of the ranks that share a clip
         self.num_clips, self.get_clip, self.prompts = num_clips, get_clip, prompts
         self.conditions, self.guidance_scale, self.interval = conditions, guidance_scale, interval
         self.decode, self.fps, self.folder = decode, fps, folder
 
     @torch.no_grad()
     def losses(self) -> dict[str, float]:
-        """Mean squared error of the velocity on the held-out clips at each noise level, and their mean; {} if no clip is held out.
+        """Mean squared error of the velocity on the held-out clips at each noise level, and their mean; {} if no clip
+        is held out.
 
-        The noise of (clip, level) is the same at every call and in every layout, so the numbers of one run can be compared.
+        The noise of (clip, level) is the same at every call and in every layout, so the numbers of one run can be
+        compared.
         """
         if not self.num_clips:
             return {}
@@ -113,10 +134,14 @@ class Validator:
             batch = self.get_clip(index).to(self.device)
             for k, level in enumerate(levels):
                 ids = torch.tensor([index * len(levels) + k])
-                noise = draw_noise(self.seed, ids, tuple(batch.latents_BCFHW.shape[1:]), self.device, stream="validation")
+                noise = draw_noise(
+                    self.seed, ids, tuple(batch.latents_BCFHW.shape[1:]), self.device, stream="validation"
+                )
                 one = torch.ones(1, device=self.device)
                 told = self.conditions, self.guidance_scale
-                loss = compute_loss(self.model, self.patch, batch, noise, level * one, one, self.shard, *told).sum().item()
+                loss = (
+                    compute_loss(self.model, self.patch, batch, noise, level * one, one, self.shard, *told).sum().item()
+                )
                 if counted:
                     sums[k] += loss
                     counts[k] += self.conditions.counted(batch.latents_BCFHW)
@@ -126,20 +151,37 @@ class Validator:
         return losses | {"loss": sum(losses.values()) / len(losses)}
 
     def sample(self, step: int) -> list[tuple[str, Tensor]]:
-        """Sample every prompt, write `step-N/K_prompt.mp4`, and return (prompt, uint8 frames [F, H, W, 3]) in order, on rank 0 at least."""
+        """Sample every prompt, write `step-N/K_prompt.mp4`, and return (prompt, uint8 frames [F, H, W, 3]) in order, on
+        rank 0 at least.
+        """
         if self.prompts is None:
             return []
         p, c, mine = self.prompts, self.section, []
         folder = self.folder / f"step-{step}"
         folder.mkdir(parents=True, exist_ok=True)
         for index, counted in dealt_out(len(p.prompts), self.mesh.get_local_rank(), self.mesh.size()):
-            text, mask, null, null_mask = (x.to(self.device) for x in (p.text_BLD[index, None], p.mask_BL[index, None], p.null_BLD, p.null_mask_BL))
+            text, mask, null, null_mask = (
+                x.to(self.device) for x in (p.text_BLD[index, None], p.mask_BL[index, None], p.null_BLD, p.null_mask_BL)
+            )
             cond, null_cond = ({name: x.to(self.device) for name, x in d.items()} for d in (p.cond[index], p.null_cond))
             settings = c.sample_steps, c.guidance_scale, c.sample_shift
             latents = sample_latents(
-                self.model, self.patch, text, mask, null, null_mask, p.latent_CFHW[index], [index], self.seed, *settings, shard=self.shard,
-                conditions=self.conditions, cond=cond, null_cond=null_cond, embedded_guidance=c.embedded_guidance,
-            )  # fmt: skip
+                self.model,
+                self.patch,
+                text,
+                mask,
+                null,
+                null_mask,
+                p.latent_CFHW[index],
+                [index],
+                self.seed,
+                *settings,
+                shard=self.shard,
+                conditions=self.conditions,
+                cond=cond,
+                null_cond=null_cond,
+                embedded_guidance=c.embedded_guidance,
+            )
             if counted and self.is_first:
                 frames = self.decode(latents)[0].permute(1, 2, 3, 0).cpu()
                 write_mp4(folder / f"{index}_{file_name(p.prompts[index])}.mp4", frames.numpy(), self.fps)

@@ -1,7 +1,7 @@
 """Two small programs.
 
-    python -m titan_video.config > docs/config.md                       print the reference page, made of nothing but the dataclasses
-    python -m titan_video.config check WORLD_SIZE [arguments of train.py]    end with 1 and a message if a run on so many ranks would be refused
+python -m titan_video.config > docs/config.md                       print the reference page, made of nothing but the dataclasses
+python -m titan_video.config check WORLD_SIZE [arguments of train.py]    end with 1 and a message if a run on so many ranks would be refused
 """
 
 import sys
@@ -41,7 +41,10 @@ def markdown() -> str:
         for full, item in tables.items():
             parts.append(f"\n### [[{full}]]\n\n| field | legal | default | meaning |\n|---|---|---|---|\n")
             kinds = typing.get_type_hints(item)
-            parts += [_row((f.name, describe(kinds[f.name], limits_of(f)), f"`{default_text(f)}`", f.metadata["help"])) for f in fields(item)]
+            parts += [
+                _row((f.name, describe(kinds[f.name], limits_of(f)), f"`{default_text(f)}`", f.metadata["help"]))
+                for f in fields(item)
+            ]
     return "".join(parts)
 
 
@@ -55,7 +58,12 @@ if __name__ == "__main__":
             config, world_size = parse_args(sys.argv[3:]), int(sys.argv[2])
             check(config, world_size)
         try:
-            args = get_args(get_spec(config.model.name), config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
+            args = get_args(
+                get_spec(config.model.name),
+                config.model.flavor,
+                config.model.hf_assets_path,
+                config.encoder.max_text_length,
+            )
             check_layout(config.parallelism, args, world_size)
         except ValueError as e:
             sys.exit(f"error: {e}")

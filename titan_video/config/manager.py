@@ -32,13 +32,19 @@ else:
     import tomli as tomllib
 
 CONFIG_FILE = "job.config_file"  # only on the command line
-USAGE = "usage: train.py [--job.config_file FILE.toml] [--section.field VALUE | --section.field=VALUE | --section.flag] ..."
-BOUNDS = MappingProxyType({"ge": (">=", operator.ge), "gt": (">", operator.gt), "le": ("<=", operator.le), "lt": ("<", operator.lt)})
+USAGE = (
+    "usage: train.py [--job.config_file FILE.toml] [--section.field VALUE | --section.field=VALUE | --section.flag] ..."
+)
+BOUNDS = MappingProxyType(
+    {"ge": (">=", operator.ge), "gt": (">", operator.gt), "le": ("<=", operator.le), "lt": ("<", operator.lt)}
+)
 INT64 = range(-(2**63), 2**63)  # what a TOML integer is
 
 
 class ConfigError(ValueError):
-    """One or more mistakes in a configuration, one line each; every line names the field, what was given and what is legal."""
+    """One or more mistakes in a configuration, one line each; every line names the field, what was given and what is
+    legal.
+    """
 
 
 @contextmanager
@@ -82,20 +88,29 @@ def describe(kind: Any, limits: dict[str, float], plural: bool = False) -> str:
         return ("tables" if plural else "a table") + " of " + ", ".join(f.name for f in fields(kind))
     if get_origin(kind) is tuple:
         return ("lists" if plural else "a list") + " of " + describe(get_args(kind)[0], limits, plural=True)
-    words = {bool: ("true or false", "booleans"), int: ("an integer", "integers"), float: ("a number", "numbers"), str: ("a string", "strings")}
+    words = {
+        bool: ("true or false", "booleans"),
+        int: ("an integer", "integers"),
+        float: ("a number", "numbers"),
+        str: ("a string", "strings"),
+    }
     bounds = " and ".join(f"{BOUNDS[name][0]} {bound}" for name, bound in limits.items())
     return f"{words[kind][plural]} {bounds}".rstrip()
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    """The known full name closest to `name`: the same field of another section if there is one (`training.lr` is `optimizer.lr`),
-    else by letters, the field's counting twice."""
+    """The known full name closest to `name`: the same field of another section if there is one (`training.lr` is
+    `optimizer.lr`), else by letters, the field's counting twice."""
     section, _, last = name.rpartition(".")
 
     def closeness(candidate: str) -> float:
         its_section, _, its_field = candidate.partition(".")
         same_field = 1 if last == its_field else 0
-        return same_field + 2 * SequenceMatcher(None, last, its_field).ratio() + SequenceMatcher(None, section, its_section).ratio()
+        return (
+            same_field
+            + 2 * SequenceMatcher(None, last, its_field).ratio()
+            + SequenceMatcher(None, section, its_section).ratio()
+        )
 
     return max(known, key=closeness)
 
@@ -113,7 +128,10 @@ def _show(value: Any) -> str:
 
 
 def _convert(value: Any, kind: Any, limits: dict[str, float]) -> Any:
-    """`value` as `kind`; raises ValueError with what is wrong. Strict: a boolean is no integer, a float is no integer, an integer is a float."""
+    """`value` as `kind`; raises ValueError with what is wrong. Strict:
+
+    a boolean is no integer, a float is no integer, an integer is a float.
+    """
     legal = describe(kind, limits)
     wrong = ValueError(f"given {_show(value)}; legal: {legal}")
     if get_origin(kind) is tuple:
@@ -152,7 +170,10 @@ def _table(value: Any, kind: Any) -> Any:
     typed = {}
     for name, item in value.items():
         if name not in kinds:
-            raise ValueError(f"{name}: unknown field; nearest known name: {max(kinds, key=lambda known: SequenceMatcher(None, name, known).ratio())}")
+            raise ValueError(
+                f"{name}: unknown field; nearest known name: "
+                f"{max(kinds, key=lambda known: SequenceMatcher(None, name, known).ratio())}"
+            )
         try:
             typed[name] = _convert(item, kinds[name], limits_of(kind.__dataclass_fields__[name]))
         except ValueError as e:
@@ -168,7 +189,9 @@ def _storable(text: str) -> bool:
     return "\0" not in text
 
 
-def _read(raw: dict, errors: list[str], convert: Callable[[Any, Any, dict], Any] = _convert) -> dict[str, dict[str, Any]]:
+def _read(
+    raw: dict, errors: list[str], convert: Callable[[Any, Any, dict], Any] = _convert
+) -> dict[str, dict[str, Any]]:
     """{section: {field: typed value}} of what is right in `raw`; the rest goes to `errors`."""
     typed: dict[str, dict[str, Any]] = {}
     for section, table in raw.items():
@@ -196,7 +219,10 @@ def _unknown_section(name: str, value: Any) -> str:
     if not isinstance(value, dict):
         return f"{name}: outside every section; nearest known name: {_nearest(name, options())}"
     if not value:
-        return f"{name}: unknown section; nearest known name: {max(sections(), key=lambda section: SequenceMatcher(None, name, section).ratio())}"
+        return (
+            f"{name}: unknown section; nearest known name: "
+            f"{max(sections(), key=lambda section: SequenceMatcher(None, name, section).ratio())}"
+        )
     full = f"{name}.{next(iter(value))}"
     return f"{full}: unknown section {name}; nearest known name: {_nearest(full, options())}"
 
@@ -211,7 +237,10 @@ def _build(typed: dict[str, dict[str, Any]], errors: list[str]) -> JobConfig:
 
 
 def from_dict(d: dict[str, Any]) -> JobConfig:
-    """The configuration of {section: {field: value}} as TOML gives it; what is missing has its default. Raises ConfigError."""
+    """The configuration of {section: {field: value}} as TOML gives it; what is missing has its default.
+
+    Raises ConfigError.
+    """
     errors: list[str] = []
     return _build(_read(d, errors), errors)
 
@@ -248,7 +277,9 @@ def load(path: str | Path) -> JobConfig:
 
 def dump(config: JobConfig) -> str:
     """The configuration as TOML, every field explicit."""
-    return tomli_w.dumps({section: {k: _plain(v) for k, v in values.items()} for section, values in asdict(config).items()})
+    return tomli_w.dumps(
+        {section: {k: _plain(v) for k, v in values.items()} for section, values in asdict(config).items()}
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -263,8 +294,9 @@ def _plain(value: Any) -> Any:
 def parse_args(argv: list[str]) -> JobConfig:
     """The configuration of a command line (without the program's name).
 
-    `--job.config_file X.toml`, if given, is read first; `--section.field value` or `--section.field=value` wins over it, the
-    last one of several. A bare `--section.flag` is true. `--help` prints every option and exits 0. Raises ConfigError.
+    `--job.config_file X.toml`, if given, is read first; `--section.field value` or `--section.field=value` wins over
+    it, the last one of several. A bare `--section.flag` is true. `--help` prints every option and exits 0. Raises
+    ConfigError.
     """
     if "--help" in argv or "-h" in argv:
         print(help_text())
@@ -300,8 +332,12 @@ def _split(argv: list[str], errors: list[str]) -> tuple[list[str], dict[str, dic
         if name != CONFIG_FILE and not known:
             errors.append(f"{name}: unknown option; nearest known name: {_nearest(name, [CONFIG_FILE, *options()])}")
         elif not has_value and not (known and options()[name][0] is bool):
-            legal = "a TOML file" if name == CONFIG_FILE else describe(options()[name][0], limits_of(options()[name][1]))
-            errors.append(f"{name}: given no value; legal: {legal} (a value that starts with -- is written --{name}=VALUE)")
+            legal = (
+                "a TOML file" if name == CONFIG_FILE else describe(options()[name][0], limits_of(options()[name][1]))
+            )
+            errors.append(
+                f"{name}: given no value; legal: {legal} (a value that starts with -- is written --{name}=VALUE)"
+            )
         elif name == CONFIG_FILE:
             files.append(value)
         else:
@@ -320,7 +356,9 @@ def _convert_text(text: str, kind: Any, limits: dict[str, float]) -> Any:
         value = float(text)
     elif get_origin(kind) is tuple and text.lstrip().startswith("["):
         value = _toml_list(text)
-    elif get_origin(kind) is tuple and get_origin(get_args(kind)[0]) is not tuple and not is_dataclass(get_args(kind)[0]):
+    elif (
+        get_origin(kind) is tuple and get_origin(get_args(kind)[0]) is not tuple and not is_dataclass(get_args(kind)[0])
+    ):
         return tuple(_convert_text(item.strip(), get_args(kind)[0], limits) for item in text.split(",")) if text else ()
     return _convert(value, kind, limits)
 
@@ -340,7 +378,10 @@ def help_text() -> str:
         section, _, name = full.partition(".")
         if name == fields(sections()[section])[0].name:
             lines += ["", f"[{section}]"]
-        lines += [f"  --{full}  ({describe(kind, limits_of(f))}; default {default_text(f)})", f"      {f.metadata['help']}"]
+        lines += [
+            f"  --{full}  ({describe(kind, limits_of(f))}; default {default_text(f)})",
+            f"      {f.metadata['help']}",
+        ]
     return "\n".join(lines)
 
 

@@ -1,5 +1,6 @@
-"""`python -m titan_video.data plan|encode CONFIG.toml [--section.field value ...]`: look at the data of a run, or encode it beforehand.
-`python -m titan_video.data import FILE.toml`: the section [data] for a data set TOML of diffusion-pipe or musubi-tuner.
+"""`python -m titan_video.data plan|encode CONFIG.toml [--section.field value ...]`: look at the data of a run, or
+encode it beforehand. `python -m titan_video.data import FILE.toml`: the section [data] for a data set TOML of
+diffusion-pipe or musubi-tuner.
 
 `encode` also runs under torchrun: `torchrun --nproc_per_node 8 -m titan_video.data encode CONFIG.toml`.
 """
@@ -36,7 +37,9 @@ USAGE = """usage: python -m titan_video.data plan CONFIG.toml [--export N] [--ra
 
 
 def model_args(config: JobConfig) -> Any:
-    return get_args(get_spec(config.model.name), config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
+    return get_args(
+        get_spec(config.model.name), config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length
+    )
 
 
 def plan(config: JobConfig) -> tuple[Plan, Path]:
@@ -51,18 +54,26 @@ def plan(config: JobConfig) -> tuple[Plan, Path]:
 
 
 def show(config: JobConfig, ranks: int, num_exported: int, decode: bool) -> None:
-    """Print the plan and what it means for a training on so many data-parallel ranks (0: 8, or as many as the step can be dealt to)."""
+    """Print the plan and what it means for a training on so many data-parallel ranks (0:
+
+    8, or as many as the step can be dealt to).
+    """
     made, _ = plan(config)
     folder = Path(config.job.dump_folder)
     if decode:
         frames, start = sum(e.bucket[0] for e in made.kept), time.perf_counter()
         made = decode_all(made, config.data.num_workers)
         made.write_jsonl(folder / "data_plan.jsonl")
-        print(f"after decoding every clip, {frames / (time.perf_counter() - start):,.0f} frames a second:\n{made.summary()}")
+        print(
+            f"after decoding every clip, {frames / (time.perf_counter() - start):,.0f} frames a "
+            f"second:\n{made.summary()}"
+        )
         made.require_clips()
     args = model_args(config)
     ranks = ranks or next((n for n in (8, 4, 2) if not any(check_batch_size(config, n))), 1)
-    batching = Batching.of(config.data, config.training, config.parallelism, gradient_accumulation(config, ranks) * ranks)
+    batching = Batching.of(
+        config.data, config.training, config.parallelism, gradient_accumulation(config, ranks) * ranks
+    )
     text_bytes = args.text_len * args.text_dim * (2 if config.encoder.dtype == "bfloat16" else 4)
     works = partial(work_of, args)
     print(report(made, batching, ranks, works, partial(latent_shape, args=args), text_bytes, config.debug.seed))
@@ -85,13 +96,19 @@ def options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def encode(config: JobConfig) -> None:
-    """Fill the latent cache with all ranks; a later run with the same sections [data] and [encoder] and the same model finds everything there."""
+    """Fill the latent cache with all ranks; a later run with the same sections [data] and [encoder] and the same model
+    finds everything there.
+    """
     init_distributed(torch.device("cpu"), timeout_seconds=24 * 3600)  # an idle rank waits for the others' encoding
     try:
         made, cache_folder = broadcast_from_zero(lambda: plan(config))
-        encoders = build_encoders(config.encoder, config.model.hf_assets_path, get_device(int(os.environ.get("LOCAL_RANK", 0))))
+        encoders = build_encoders(
+            config.encoder, config.model.hf_assets_path, get_device(int(os.environ.get("LOCAL_RANK", 0)))
+        )
         cache = open_cache(cache_folder, encoders, model_args(config).conditions, None)
-        clips, _ = encode_plan(made, Path(config.job.dump_folder) / "data_plan.jsonl", encoders, cache, None, config.data.num_workers)
+        clips, _ = encode_plan(
+            made, Path(config.job.dump_folder) / "data_plan.jsonl", encoders, cache, None, config.data.num_workers
+        )
         if dist.get_rank() == 0:
             print(f"{len(clips)} clips in {cache_folder}")
     finally:

@@ -16,8 +16,8 @@ class Batch:
     text_BLD: text embeddings, zero beyond each prompt's length.
     text_mask_BL: bool, true on a prompt's own tokens.
     sample_ids_B: int64, unique per draw over the whole run: keys all randomness of the objective.
-    cond: what else the model is given (flow/conditions.py), batch first: given_BCFHW, latents of given frames; image_BSD, image tokens;
-        pooled_text_BD. Empty for Wan text-to-video.
+    cond: what else the model is given (flow/conditions.py), batch first: given_BCFHW, latents of given frames;
+        image_BSD, image tokens; pooled_text_BD. Empty for Wan text-to-video.
     """
 
     latents_BCFHW: Tensor
@@ -28,13 +28,18 @@ class Batch:
 
     def split(self, size: int) -> "list[Batch]":
         """Batches of `size` samples."""
+
         def rows(x, start):
             return {k: rows(v, start) for k, v in x.items()} if isinstance(x, dict) else x[start : start + size]
 
-        return [Batch(**{f.name: rows(getattr(self, f.name), start) for f in fields(self)}) for start in range(0, len(self.sample_ids_B), size)]
+        return [
+            Batch(**{f.name: rows(getattr(self, f.name), start) for f in fields(self)})
+            for start in range(0, len(self.sample_ids_B), size)
+        ]
 
     def to(self, device: torch.device | str) -> "Batch":
         """A copy there, which the host does not wait for."""
+
         def move(x):
             return {k: move(v) for k, v in x.items()} if isinstance(x, dict) else send(x, device)
 

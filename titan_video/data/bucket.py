@@ -1,4 +1,6 @@
-"""Which training size a clip goes to, the resize and crop that take it there, and how many clips of a size make a micro-batch."""
+"""Which training size a clip goes to, the resize and crop that take it there, and how many clips of a size make a
+micro-batch.
+"""
 
 import math
 from collections.abc import Sequence
@@ -13,8 +15,8 @@ SAME_COST = 1.05  # micro-batches of one class differ by at most this factor
 
 @dataclass(frozen=True)
 class ClipChoice:
-    """Which clips a file gives: from its head, chunks one after the other, overlapping ones every `stride` frames, `count` of them evenly
-    spread, or its full length."""
+    """Which clips a file gives: from its head, chunks one after the other, overlapping ones every `stride` frames,
+    `count` of them evenly spread, or its full length."""
 
     mode: str = "head"
     count: int = 1
@@ -30,19 +32,24 @@ def starts(num_frames: int, clip_frames: int, choice: ClipChoice) -> list[int]:
         return list(range(0, last + 1, choice.stride))
     if choice.mode == "uniform":
         count = choice.count
-        return sorted({round(last * (i + 0.5) / count) if count == 1 else round(last * i / (count - 1)) for i in range(count)})
+        return sorted(
+            {round(last * (i + 0.5) / count) if count == 1 else round(last * i / (count - 1)) for i in range(count)}
+        )
     return [0]
 
 
 def choose(num_frames: int, width: int, height: int, buckets: Sequence[Bucket], whole: bool = False) -> Bucket | None:
-    """The bucket for a clip of `num_frames` after resampling: the most frames it can fill, then the nearest aspect ratio
-    (as a ratio: twice as wide is as far as half as wide), then the larger area. None if it fills no bucket.
+    """The bucket for a clip of `num_frames` after resampling: the most frames it can fill, then the nearest aspect
+    ratio (as a ratio: twice as wide is as far as half as wide), then the larger area. None if it fills no bucket.
 
     whole: only sizes come from the buckets, frames are the clip's, cut to 4k+1 and to the most that any bucket has.
     """
     if whole and buckets:
         frames = min((num_frames - 1) // 4 * 4 + 1, max(b[0] for b in buckets))
-        num_frames, buckets = frames, sorted({(frames, b[1], b[2]) for b in buckets} if frames >= min(b[0] for b in buckets) else buckets)
+        num_frames, buckets = (
+            frames,
+            sorted({(frames, b[1], b[2]) for b in buckets} if frames >= min(b[0] for b in buckets) else buckets),
+        )
     fitting = [b for b in buckets if b[0] <= num_frames]
     if not fitting:
         return None
@@ -56,7 +63,10 @@ def choose(num_frames: int, width: int, height: int, buckets: Sequence[Bucket], 
 
 
 def cover(width: int, height: int, bucket: Bucket) -> tuple[int, int, int, int]:
-    """(width, height, left, top): resize to this size, which keeps the aspect ratio and covers the bucket; crop from this corner."""
+    """(width, height, left, top):
+
+    resize to this size, which keeps the aspect ratio and covers the bucket; crop from this corner.
+    """
     _, h, w = bucket
     scale = max(w / width, h / height)
     new_width, new_height = max(w, round(width * scale)), max(h, round(height * scale))
@@ -79,8 +89,9 @@ class Work:
 class Batching:
     """How clips make up micro-batches and steps; nothing in it depends on the number of ranks.
 
-    micro_batches: of all data ranks in a step, drawn in so many equal `parts`. clips: in a micro-batch; with a token_budget as many as fit
-    into that, at least one. multiple: with pipelines, the clips that pass it together; then a step's micro-batches are all of one size.
+    micro_batches: of all data ranks in a step, drawn in so many equal `parts`. clips: in a micro-batch; with a
+    token_budget as many as fit into that, at least one. multiple: with pipelines, the clips that pass it together; then
+    a step's micro-batches are all of one size.
     """
 
     micro_batches: int
@@ -92,7 +103,9 @@ class Batching:
     @classmethod
     def of(cls, data: Data, training: Training, parallelism: Parallelism, micro_batches: int) -> "Batching":
         multiple = parallelism.pipeline_parallel_microbatch_size if parallelism.pipeline_parallel_degree > 1 else 0
-        return cls(micro_batches, training.local_batch_size, data.tokens_per_microbatch, data.buckets_per_step, multiple)
+        return cls(
+            micro_batches, training.local_batch_size, data.tokens_per_microbatch, data.buckets_per_step, multiple
+        )
 
     def clips_of(self, tokens: int) -> int:
         """Clips of so many tokens in a micro-batch, where there are enough of them."""
@@ -104,8 +117,8 @@ class Batching:
     def classes(self, counts: Sequence[int], works: Sequence[Work]) -> list[CostClass]:
         """Buckets, given by their numbers of clips and the work of one, in classes of equal cost, the costliest first.
 
-        With a token budget a micro-batch shrinks where a part would otherwise take a class's clips more than once (not in pipelines, whose
-        schedules need their number of micro-batches).
+        With a token budget a micro-batch shrinks where a part would otherwise take a class's clips more than once (not
+        in pipelines, whose schedules need their number of micro-batches).
         """
         if not self.token_budget or self.multiple:
             return [CostClass((b,), self.clips_of(work.tokens)) for b, work in enumerate(works)]
@@ -113,10 +126,17 @@ class Batching:
         groups: list[list[int]] = []
         for b in order:
             first = works[groups[-1][0]] if groups else None
-            if first and self.clips_of(first.tokens) == self.clips_of(works[b].tokens) and first.flops <= SAME_COST * works[b].flops:
+            if (
+                first
+                and self.clips_of(first.tokens) == self.clips_of(works[b].tokens)
+                and first.flops <= SAME_COST * works[b].flops
+            ):
                 groups[-1].append(b)
             else:
                 groups.append([b])
         per_part = self.micro_batches // self.parts
         enough = [max(1, sum(counts[b] for b in group) // per_part) for group in groups]
-        return [CostClass(tuple(group), min(self.clips_of(works[group[0]].tokens), most)) for group, most in zip(groups, enough, strict=True)]
+        return [
+            CostClass(tuple(group), min(self.clips_of(works[group[0]].tokens), most))
+            for group, most in zip(groups, enough, strict=True)
+        ]

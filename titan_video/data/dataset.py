@@ -1,6 +1,7 @@
 """The data plan: what becomes of every clip, decided and printed before anything is encoded.
 
-    scan (sources.py) -- probe (video.py, worker processes) -- frame_indices -- bucket.choose -- bucket.starts -- PlanEntry per training clip
+scan (sources.py) -- probe (video.py, worker processes) -- frame_indices -- bucket.choose -- bucket.starts -- PlanEntry
+per training clip
 """
 
 import hashlib
@@ -30,11 +31,14 @@ PROBE_VERSION = 2
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """One training clip. Dropped with a `reason` (`category: detail`), or kept with its bucket and the source times of its frames.
+    """One training clip. Dropped with a `reason` (`category: detail`), or kept with its bucket and the source times of
+    its frames.
 
-    num_frames counts the whole source after resampling to `fps`, of which the clip takes the bucket's frames from number `start`; the source
-    gives `num_clips` such clips. pts: in ticks, or with by_index numbers of frames. repeats: how often an epoch holds it.
-    captions: all that it has. stated_fps: the rate that metadata state of a file that was not opened, to be compared by the decoder.
+    num_frames counts the whole source after resampling to `fps`, of which the clip takes the bucket's frames from
+    number `start`; the source gives `num_clips` such clips. pts: in ticks, or with by_index numbers of frames. repeats:
+    how often an epoch holds it.
+    captions: all that it has. stated_fps: the rate that metadata state of a file that was not opened, to be compared by
+        the decoder.
     image: a first frame to be given instead of the clip's own. decoder: what decodes it, if it is a video.
     """
 
@@ -76,8 +80,13 @@ class PlanEntry:
 
     @property
     def content(self) -> str:
-        """Identity of the pixels that `read_frames` gives: the file's content, the frames taken, their size and, but for PyAV, what decodes them."""
-        made_of = [self.sha256, self.by_index, list(self.pts), list(self.bucket or ())] + [self.decoder] * (self.decoder != "pyav")
+        """Identity of the pixels that `read_frames` gives:
+
+        the file's content, the frames taken, their size and, but for PyAV, what decodes them.
+        """
+        made_of = [self.sha256, self.by_index, list(self.pts), list(self.bucket or ())] + [self.decoder] * (
+            self.decoder != "pyav"
+        )
         return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
@@ -97,17 +106,30 @@ class Plan:
     def counts(self) -> dict[str, int]:
         """Clips that are kept, and those dropped by reason, for the log."""
         dropped = Counter(e.reason.partition(":")[0] for e in self.entries if not e.kept)
-        return {"clips": len(self.kept), "dropped": dropped.total(), **{f"dropped/{reason}": count for reason, count in dropped.items()}}
+        return {
+            "clips": len(self.kept),
+            "dropped": dropped.total(),
+            **{f"dropped/{reason}": count for reason, count in dropped.items()},
+        }
 
     def drop(self, failures: Mapping[str, str]) -> "Plan":
         """The plan without the clips that turned out to be unusable: {path: reason}."""
-        failed = (replace(e, reason=failures[e.path], bucket=None) if e.kept and e.path in failures else e for e in self.entries)
+        failed = (
+            replace(e, reason=failures[e.path], bucket=None) if e.kept and e.path in failures else e
+            for e in self.entries
+        )
         return replace(self, entries=tuple(failed))
 
     def without_stills(self) -> "Plan":
-        """The plan for image-to-video, which has nothing to learn from a clip that is no longer than the frame it is given."""
-        stills = {e.path: "a still: image-to-video needs more than the given frame; use a longer clip, or buckets of 5 frames or more"
-                  for e in self.kept if e.bucket[0] == 1}  # fmt: skip
+        """The plan for image-to-video, which has nothing to learn from a clip that is no longer than the frame it is
+        given.
+        """
+        stills = {
+            e.path: "a still: image-to-video needs more than the given frame; use a longer clip, or buckets of 5 frames "
+            "or more"
+            for e in self.kept
+            if e.bucket[0] == 1
+        }
         return self.drop(stills)
 
     def require_clips(self) -> None:
@@ -120,8 +142,14 @@ class Plan:
         if too_short:
             longest = max(e.num_frames for e in too_short)
             fits = (longest - 1) // 4 * 4 + 1
-            return f"The longest clip has {longest} frames at data.fps = {self.fps:g}: add a bucket of {fits} frames or fewer, or change data.fps"
-        return "Give clips (.mp4 and the like) with same-name .txt captions, or a metadata file that names both, as data.path or in [[data.source]]"
+            return (
+                f"The longest clip has {longest} frames at data.fps = {self.fps:g}: add a bucket of {fits} frames or "
+                f"fewer, or change data.fps"
+            )
+        return (
+            "Give clips (.mp4 and the like) with same-name .txt captions, or a metadata file that names both, as "
+            "data.path or in [[data.source]]"
+        )
 
     def write_jsonl(self, path: str | os.PathLike) -> None:
         """One line per clip, with all that was decided; the file appears whole or not at all."""
@@ -136,7 +164,10 @@ class Plan:
 
     @staticmethod
     def _geometry(e: PlanEntry) -> dict[str, Any]:
-        """The frames taken, as (first, last) time or number, and how they are resized and cropped: [left, top, width, height]."""
+        """The frames taken, as (first, last) time or number, and how they are resized and cropped:
+
+        [left, top, width, height].
+        """
         if not e.kept:
             return {"pts": []}
         width, height, left, top = bucketing.cover(e.width, e.height, e.bucket)
@@ -148,7 +179,9 @@ class Plan:
         found, num_dropped = len(self.entries), len(self.entries) - len(kept)
         verdicts = Counter({e.path: e.verdict for e in kept}.values())
         cut = ", ".join(f"{count} {verdict}" for verdict in ("trimmed", "split") if (count := verdicts[verdict]))
-        lines = [f"data plan of {self.source} at {self.fps:g} fps: {found} found, {len(kept)} kept, {num_dropped} dropped"]
+        lines = [
+            f"data plan of {self.source} at {self.fps:g} fps: {found} found, {len(kept)} kept, {num_dropped} dropped"
+        ]
         if cut:
             lines.append(f"  of {len({e.path for e in kept})} files that are kept: {cut}")
         counts = Counter(e.bucket for e in kept)
@@ -165,7 +198,9 @@ class Plan:
                 dropped.setdefault(e.reason.partition(":")[0], []).append(e)
         for category, entries in dropped.items():
             lines.append(f"  dropped, {category}: {len(entries)}")
-            lines += [f"    {e.path}:{e.reason.removeprefix(category).removeprefix(':')}" for e in entries[:NAMES_SHOWN]]
+            lines += [
+                f"    {e.path}:{e.reason.removeprefix(category).removeprefix(':')}" for e in entries[:NAMES_SHOWN]
+            ]
             if len(entries) > NAMES_SHOWN:
                 lines.append(f"    and {len(entries) - NAMES_SHOWN} more")
         return "\n".join(lines)
@@ -174,7 +209,9 @@ class Plan:
 def read_frames(entry: PlanEntry, first_only: bool = False) -> Tensor:
     """The training clip of a kept entry, or its first frame alone: uint8 RGB [3, F, H, W]. Raises UnusableClip."""
     pts = entry.pts[:1] if first_only else entry.pts
-    return decode(entry.path, pts, entry.width, entry.height, entry.bucket, entry.by_index, entry.stated_fps, entry.decoder)
+    return decode(
+        entry.path, pts, entry.width, entry.height, entry.bucket, entry.by_index, entry.stated_fps, entry.decoder
+    )
 
 
 def plan_of(section: Data, cache_folder: str | os.PathLike, path: str = "") -> Plan:
@@ -185,25 +222,40 @@ def plan_of(section: Data, cache_folder: str | os.PathLike, path: str = "") -> P
 
 
 def make_plan(
-    sources: str | os.PathLike | Sequence[Source], buckets: Sequence[Sequence[int]], fps: float, num_workers: int, cache_folder: str | os.PathLike,
-    choice: ClipChoice = ClipChoice(), decoder: DecoderName = "pyav",
-) -> Plan:  # fmt: skip
+    sources: str | os.PathLike | Sequence[Source],
+    buckets: Sequence[Sequence[int]],
+    fps: float,
+    num_workers: int,
+    cache_folder: str | os.PathLike,
+    choice: ClipChoice = ClipChoice(),
+    decoder: DecoderName = "pyav",
+) -> Plan:
     """Scan the sources (or one path), probe each file in worker processes (0: in this one) and decide about each clip.
 
-    Probes are kept in cache_folder, so a second plan does not read the files again unless their size or time of change differ.
-    Raises ValueError for a path or metadata of no known layout, a decoder that is not installed, and when no clip is usable.
+    Probes are kept in cache_folder, so a second plan does not read the files again unless their size or time of change
+    differ. Raises ValueError for a path or metadata of no known layout, a decoder that is not installed, and when no
+    clip is usable.
     """
     require(decoder)
     sources = [Source(path=str(sources))] if isinstance(sources, (str, os.PathLike)) else list(sources)
     sizes = tuple(tuple(b) for b in buckets)
     scanned = [(source, record) for source in sources for record in _scan(source, Path(cache_folder))]
     unread = [s.trust_metadata and bool(r.stated) for s, r in scanned]
-    paths = list(dict.fromkeys(r.path for (_, r), believed in zip(scanned, unread, strict=True) if not r.reason and not believed))
+    paths = list(
+        dict.fromkeys(r.path for (_, r), believed in zip(scanned, unread, strict=True) if not r.reason and not believed)
+    )
     probes = dict(zip(paths, probe_all(paths, num_workers, Path(cache_folder) / "probes"), strict=True))
     entries = []
     for (source, record), believed in zip(scanned, unread, strict=True):
         mode = choice.mode if source.clip_choice == "default" else source.clip_choice
-        entries += _decide(source, record, None if believed else probes.get(record.path), sizes, source.fps or fps, replace(choice, mode=mode))
+        entries += _decide(
+            source,
+            record,
+            None if believed else probes.get(record.path),
+            sizes,
+            source.fps or fps,
+            replace(choice, mode=mode),
+        )
     entries = [replace(e, decoder=decoder) if media.kind(e.path) == "video" else e for e in entries]
     plan = Plan(", ".join(str(s.path) for s in sources), fps, sizes, tuple(entries))
     plan.require_clips()
@@ -232,21 +284,47 @@ def _decide(
     if found.reason:
         return [replace(entry, reason=found.reason)]
     if kind == "frames" and not rate:
-        return [replace(entry, reason="no rate: a folder of frames does not tell its rate; set source_fps in its [[data.source]]")]
+        return [
+            replace(
+                entry,
+                reason="no rate: a folder of frames does not tell its rate; set source_fps in its [[data.source]]",
+            )
+        ]
     times, end = found.seconds()
     if rate:
         times, end = [i / rate for i in range(len(found.pts))], len(found.pts) / rate
     indices = [0] if kind == "image" else frame_indices(times, end, fps)
-    entry = replace(entry, width=found.width, height=found.height, source_fps=round(rate or found.fps, 3) if kind != "image" else 0.0,
-                    source_frames=len(found.pts), num_frames=len(indices), sha256=found.sha256)  # fmt: skip
+    entry = replace(
+        entry,
+        width=found.width,
+        height=found.height,
+        source_fps=round(rate or found.fps, 3) if kind != "image" else 0.0,
+        source_frames=len(found.pts),
+        num_frames=len(indices),
+        sha256=found.sha256,
+    )
     chosen = bucketing.choose(len(indices), found.width, found.height, buckets, whole=choice.mode == "full")
     if chosen is None:
-        return [replace(entry, reason=f"too short: {len(indices)} frames at {fps:g} fps, the shortest bucket takes {min(b[0] for b in buckets)}")]
+        return [
+            replace(
+                entry,
+                reason=f"too short: {len(indices)} frames at {fps:g} fps, the shortest bucket takes "
+                f"{min(b[0] for b in buckets)}",
+            )
+        ]
     if entry.image:
         entry = replace(entry, image_sha256=media.sha256(entry.image)[0])
     starts = bucketing.starts(len(indices), chosen[0], choice)
-    return [replace(entry, bucket=chosen, start=start, num_clips=len(starts), pts=tuple(found.pts[i] for i in indices[start : start + chosen[0]]))
-            for start in starts]  # fmt: skip
+    return [
+        replace(
+            entry,
+            bucket=chosen,
+            start=start,
+            num_clips=len(starts),
+            pts=tuple(found.pts[i] for i in indices[start : start + chosen[0]]),
+        )
+        for start in starts
+    ]
 
 
 def _stated(record: ClipRecord) -> Probe:
@@ -267,14 +345,21 @@ def probe_all(paths: Sequence[str], num_workers: int, folder: Path) -> list[Prob
     """The probe of each path, in order."""
     files = _Probes(list(paths), folder)
     missing = [i for i in range(len(paths)) if files.read(i) is None]
-    fresh = DataLoader(files, batch_size=None, sampler=missing, num_workers=min(num_workers, len(missing)),
-                       worker_init_fn=set_up_worker)  # fmt: skip
+    fresh = DataLoader(
+        files,
+        batch_size=None,
+        sampler=missing,
+        num_workers=min(num_workers, len(missing)),
+        worker_init_fn=set_up_worker,
+    )
     found = dict(zip(missing, fresh, strict=True))
     return [found[i] if i in found else files.read(i) or probe(p) for i, p in enumerate(paths)]
 
 
 class _Probes:
-    """Probes by index of path; each is written to one small file named by the path and holding the size and time of change it is for."""
+    """Probes by index of path; each is written to one small file named by the path and holding the size and time of
+    change it is for.
+    """
 
     def __init__(self, paths: list[str], folder: Path):
         self.paths, self.folder = paths, folder
@@ -286,7 +371,9 @@ class _Probes:
         return {"probe": PROBE_VERSION, **media.version(path)}
 
     def _file(self, path: str) -> Path:
-        name = hashlib.sha256((path if media.is_url(path) else os.path.abspath(path)).encode("utf-8", "surrogateescape")).hexdigest()
+        name = hashlib.sha256(
+            (path if media.is_url(path) else os.path.abspath(path)).encode("utf-8", "surrogateescape")
+        ).hexdigest()
         return self.folder / name[:2] / f"{name}.json"
 
     def read(self, index: int) -> Probe | None:

@@ -1,8 +1,10 @@
-"""From clips and captions to entries of the cache: what is missing, dealt out over ranks by its cost, decoded by workers, encoded one at a time.
+"""From clips and captions to entries of the cache: what is missing, dealt out over ranks by its cost, decoded by
+workers, encoded one at a time.
 
     missing_jobs -- share -- Decoder (worker processes) -- encode_job -- LatentCache.write
 
-An entry depends on its own clip or caption alone, so it is the same bytes whoever makes it, before training or during it (live.py, remote.py).
+An entry depends on its own clip or caption alone, so it is the same bytes whoever makes it, before training or during
+it (live.py, remote.py).
 """
 
 import heapq
@@ -26,7 +28,9 @@ LOG_EVERY = 15.0  # seconds
 BLACK = (336, 336)  # the image of a text without one
 TEXT_COST = 1 << 20  # a caption, in pixels of a clip that take as long
 
-Decoded = tuple[Tensor | None, Tensor | None]  # a clip's frames and its given frames, uint8 [3, F or N, H, W], as far as needed
+Decoded = tuple[
+    Tensor | None, Tensor | None
+]  # a clip's frames and its given frames, uint8 [3, F or N, H, W], as far as needed
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,19 @@ class Job:
         if kind in ("text", "pooled"):
             return {"of": self.caption}
         e = self.entry
-        frames = {"bucket": "x".join(map(str, e.bucket)), "data.fps": f"{e.fps:g}", "frames": f"{e.pts[0]} to {e.pts[-1]}"}
-        return {"of": e.sha256, **frames, "data.decoder": e.decoder, "source": e.path, "given": e.image, "captions": " | ".join(e.captions)}
+        frames = {
+            "bucket": "x".join(map(str, e.bucket)),
+            "data.fps": f"{e.fps:g}",
+            "frames": f"{e.pts[0]} to {e.pts[-1]}",
+        }
+        return {
+            "of": e.sha256,
+            **frames,
+            "data.decoder": e.decoder,
+            "source": e.path,
+            "given": e.image,
+            "captions": " | ".join(e.captions),
+        }
 
 
 def frames_job(cache: LatentCache, entry: PlanEntry) -> Job:
@@ -83,12 +98,17 @@ def missing(cache: LatentCache, job: Job) -> Job:
 def missing_jobs(
     clips: Iterable[CachedClip], cache: LatentCache, prompts: Sequence[str] = (), log: Callable[[str], None] = print
 ) -> tuple[list[Job], list[Job]]:
-    """(of captions, prompts and the empty prompt; of frames) that the cache lacks, costliest first. Stale entries are logged with the reason."""
+    """(of captions, prompts and the empty prompt; of frames) that the cache lacks, costliest first.
+
+    Stale entries are logged with the reason.
+    """
     cache.refresh()
     texts = {key: text_job(cache, key, text) for text in ["", *prompts] for key in [cache.text_key(text)]}
     frames = {}  # copies of a file share their keys
     for clip in clips:
-        texts |= {key: text_job(cache, key, text, clip.entry) for key, text in zip(clip.text_keys, clip.captions, strict=True)}
+        texts |= {
+            key: text_job(cache, key, text, clip.entry) for key, text in zip(clip.text_keys, clip.captions, strict=True)
+        }
         frames[clip.video_key, clip.given_key, clip.image_key] = frames_job(cache, clip.entry)
     jobs = [[rest for job in some.values() if (rest := missing(cache, job)).keys] for some in (texts, frames)]
     if cache.shards and any(jobs):
@@ -113,7 +133,10 @@ def share(jobs: Sequence[Job], rank: int, world_size: int) -> list[Job]:
 
 
 def given_frames(e: PlanEntry, num_given: int, frames_CFHW: Tensor | None = None) -> Tensor:
-    """The frames that a model is given of a clip, uint8 [3, N, H, W]: its first or its image, and its last. frames: the clip, if decoded already."""
+    """The frames that a model is given of a clip, uint8 [3, N, H, W]: its first or its image, and its last. frames:
+
+    the clip, if decoded already.
+    """
     if frames_CFHW is None:
         frames_CFHW = read_frames(e, first_only=num_given == 1)
     first = read_image(e.image, e.bucket) if e.image else frames_CFHW[:, :1]
@@ -121,7 +144,10 @@ def given_frames(e: PlanEntry, num_given: int, frames_CFHW: Tensor | None = None
 
 
 class Decoder:
-    """For a DataLoader whose sampler gives lists of jobs: what each of them needs of its clip, or the reason why that cannot be had."""
+    """For a DataLoader whose sampler gives lists of jobs:
+
+    what each of them needs of its clip, or the reason why that cannot be had.
+    """
 
     def __init__(self, conditions: Conditions):
         self.conditions = conditions
@@ -142,8 +168,11 @@ class Decoder:
 
 
 @torch.no_grad()
-def encode_job(encoders: Encoders, conditions: Conditions, job: Job, decoded: Decoded | str) -> dict[tuple[str, str], Tensor]:
-    """{(kind, key): tensor}, on the host. Raises UnusableClip with what the decoder said, and for latents that are not finite.
+def encode_job(
+    encoders: Encoders, conditions: Conditions, job: Job, decoded: Decoded | str
+) -> dict[tuple[str, str], Tensor]:
+    """{(kind, key): tensor}, on the host. Raises UnusableClip with what the decoder said, and for latents that are not
+    finite.
 
     The memory of what was decoded goes back to the worker: those tensors are of no use afterwards.
     """
@@ -175,7 +204,10 @@ def store(cache: LatentCache, job: Job, tensors: dict[tuple[str, str], Tensor]) 
 
 @dataclass
 class Spent:
-    """On encoding: seconds, those in which nothing was decoded yet for the encoder to do, and the frames of clips that were made."""
+    """On encoding:
+
+    seconds, those in which nothing was decoded yet for the encoder to do, and the frames of clips that were made.
+    """
 
     encode_seconds: float = 0.0
     decode_wait_seconds: float = 0.0
@@ -208,13 +240,19 @@ class Maker:
             yield some
 
     def entries(self, job: Job, part: Job, decoded: Decoded | str) -> dict[tuple[str, str], Tensor]:
-        """All entries of a job. part: what the cache lacked of it, for which `decoded` is. Raises ValueError that names the clip and what to do."""
+        """All entries of a job. part: what the cache lacked of it, for which `decoded` is.
+
+        Raises ValueError that names the clip and what to do.
+        """
         start = time.perf_counter()
         try:
             made = encode_job(self.encoders, self.cache.conditions, part, decoded)
         except UnusableClip as e:
-            raise ValueError(f"{job.entry.path}: {e}. The plan could not see it: remove this clip, or set encoder.placement to cached, "
-                             "which leaves such clips out before training") from e  # fmt: skip
+            raise ValueError(
+                f"{job.entry.path}: {e}. The plan could not see it: remove this clip, or set encoder.placement "
+                f"to cached, "
+                "which leaves such clips out before training"
+            ) from e
         if self.write:
             store(self.cache, part, made)
         self.spent.encode_seconds += time.perf_counter() - start
@@ -226,13 +264,19 @@ class Maker:
 
 
 def encode_share(
-    jobs: tuple[Sequence[Job], Sequence[Job]], encoders: Encoders, cache: LatentCache, rank: int = 0, world_size: int = 1, num_workers: int = 0,
-    log: Callable[[str], None] = print, spent: dict[str, float] | None = None,
-) -> dict[tuple, str]:  # fmt: skip
+    jobs: tuple[Sequence[Job], Sequence[Job]],
+    encoders: Encoders,
+    cache: LatentCache,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    log: Callable[[str], None] = print,
+    spent: dict[str, float] | None = None,
+) -> dict[tuple, str]:
     """Encode this rank's share of what `missing_jobs` found; return its failures, {keys of a job: reason}.
 
-    All ranks are given the same jobs. Killed and started again, what is missing is found anew. spent: receives the seconds for captions, for
-    clips, and of decode_wait, in which nothing was decoded yet for the encoder to do.
+    All ranks are given the same jobs. Killed and started again, what is missing is found anew. spent: receives the
+    seconds for captions, for clips, and of decode_wait, in which nothing was decoded yet for the encoder to do.
     """
     spent = {} if spent is None else spent
     spent["decode_wait"] = 0.0
@@ -267,11 +311,20 @@ def failed_clips(clips: Iterable[CachedClip], cache: LatentCache, failed: dict[t
 
 
 def encode_missing(
-    plan: Plan, encoders: Encoders, cache: LatentCache, num_workers: int = 0, log: Callable[[str], None] = print, prompts: Sequence[str] = ()
+    plan: Plan,
+    encoders: Encoders,
+    cache: LatentCache,
+    num_workers: int = 0,
+    log: Callable[[str], None] = print,
+    prompts: Sequence[str] = (),
 ) -> dict[str, str]:
     """Encode what the cache lacks, in this process; return the failures {path: reason}."""
     clips = cached_clips(plan, cache)
-    return failed_clips(clips, cache, encode_share(missing_jobs(clips, cache, prompts, log), encoders, cache, num_workers=num_workers, log=log))
+    return failed_clips(
+        clips,
+        cache,
+        encode_share(missing_jobs(clips, cache, prompts, log), encoders, cache, num_workers=num_workers, log=log),
+    )
 
 
 class _Progress:
@@ -291,5 +344,8 @@ class _Progress:
         elif now - self.last > LOG_EVERY:
             self.last = now
             percent = 100 * self.cost / (self.cost + self.left)
-            self.log(f"encoded {self.num_done} of {self.num_jobs} {self.what}, {percent:.0f} % of the work, {self.num_done / seconds:.2f} a second, "
-                     f"{seconds * self.left / self.cost:.0f} s to go")
+            self.log(
+                f"encoded {self.num_done} of {self.num_jobs} {self.what}, {percent:.0f} % of the work, "
+                f"{self.num_done / seconds:.2f} a second, "
+                f"{seconds * self.left / self.cost:.0f} s to go"
+            )

@@ -1,4 +1,5 @@
-"""Latents and text embeddings on disk, keyed by content, so that a change of clip, transform, encoder or code is another entry.
+"""Latents and text embeddings on disk, keyed by content, so that a change of clip, transform, encoder or code is
+another entry.
 
     <folder>/shards/*.safetensors    many entries each, under the names kind/key:
         video     latents_CFHW, float32
@@ -9,9 +10,11 @@
 
 Which of the last three kinds there are depends on what the model is given (flow/conditions.py).
 
-What is written waits in memory until a shard is full or a minute old. A shard is written under a temporary name, synced, renamed and never
-changed: killed at any moment, a writer leaves whole entries and loses at most those that waited. The shards are the truth, the manifest a
-copy of their names. What an entry was made from stands in its shard's header, with a checksum that every read verifies.
+What is written waits in memory until a shard is full or a minute old. A shard is written under a temporary name,
+synced, renamed and never
+changed: killed at any moment, a writer leaves whole entries and loses at most those that waited. The shards are the
+truth, the manifest a copy of their names. What an entry was made from stands in its shard's header, with a checksum
+that every read verifies.
 """
 
 import hashlib
@@ -39,7 +42,14 @@ SHARD_BYTES, SHARD_ENTRIES, SHARD_SECONDS = 256 << 20, 4096, 60.0
 HEADERS_KEPT = 64
 LEFTOVER_SECONDS = 600  # no write of a shard takes so long
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-DAMAGES = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError)  # what a damaged file makes of its reader
+DAMAGES = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RuntimeError,
+)  # what a damaged file makes of its reader
 
 
 def _hash(*parts: object) -> str:
@@ -47,10 +57,26 @@ def _hash(*parts: object) -> str:
 
 
 class LatentCache:
-    """The cache in `folder` for encoders, given by their identities, and for what a model is given. Every key depends on what its entry does."""
+    """The cache in `folder` for encoders, given by their identities, and for what a model is given.
 
-    def __init__(self, folder: str | os.PathLike, video_id: str, text_id: str, image_id: str = "", conditions: Conditions = TEXT_ONLY):
-        self.folder, self.video_id, self.text_id, self.image_id, self.conditions = Path(folder), video_id, text_id, image_id, conditions
+    Every key depends on what its entry does.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        video_id: str,
+        text_id: str,
+        image_id: str = "",
+        conditions: Conditions = TEXT_ONLY,
+    ):
+        self.folder, self.video_id, self.text_id, self.image_id, self.conditions = (
+            Path(folder),
+            video_id,
+            text_id,
+            image_id,
+            conditions,
+        )
         self.shards: dict[str, int] = {}  # size in bytes
         self.where: dict[str, str] = {}  # entry -> shard
         self.waiting: dict[str, tuple[Tensor, dict[str, str]]] = {}
@@ -70,7 +96,10 @@ class LatentCache:
         return _hash("video", content, self.video_id, CODE_VERSION)
 
     def text_key(self, caption: str, given: str = "") -> str:
-        """given: identity of the given frames (`given_frames`), for models whose text begins with image tokens; "": a black image."""
+        """given: identity of the given frames (`given_frames`), for models whose text begins with image tokens; "":
+
+        a black image.
+        """
         if tokens := self.conditions.text_image_tokens:
             return _hash("text", caption, given, tokens, self.text_id, CODE_VERSION)
         return _hash("text", caption, self.text_id, CODE_VERSION)
@@ -99,7 +128,13 @@ class LatentCache:
 
     def encoder(self, kind: str) -> str:
         """Identity of the encoder that makes entries of a kind."""
-        return {"video": self.video_id, "given": self.video_id, "text": self.text_id, "pooled": self.text_id, "image": self.image_id}[kind]
+        return {
+            "video": self.video_id,
+            "given": self.video_id,
+            "text": self.text_id,
+            "pooled": self.text_id,
+            "image": self.image_id,
+        }[kind]
 
     # ---- entries ----
 
@@ -115,13 +150,18 @@ class LatentCache:
             if path.name in self.shards:
                 continue
             size = path.stat().st_size
-            names = listed.get((path.name, size)) or [name for name in self._header(path.name)[0] if name != "__metadata__"]
+            names = listed.get((path.name, size)) or [
+                name for name in self._header(path.name)[0] if name != "__metadata__"
+            ]
             self.shards[path.name] = size
             for name in names:
                 self.where.setdefault(name, path.name)
 
     def write(self, kind: str, key: str, tensor: Tensor, made_from: Mapping[str, str]) -> None:
-        """Store one tensor of a kind; `flush` makes it last. made_from: what a person should find in the header, and `explain` compares."""
+        """Store one tensor of a kind; `flush` makes it last. made_from:
+
+        what a person should find in the header, and `explain` compares.
+        """
         data = tensor.detach().cpu().contiguous()
         self.oldest = self.oldest if self.waiting else time.monotonic()
         made = {**made_from, "encoder": self.encoder(kind), "code version": str(CODE_VERSION), "crc32": _crc32(data)}
@@ -143,12 +183,17 @@ class LatentCache:
             return
         path = self.folder / "shards" / f"{_hash(list(fresh))[:32]}.safetensors"
         header = {name: json.dumps(made, ensure_ascii=False, sort_keys=True) for name, (_, made) in fresh.items()}
-        _write_whole(path, save({name: tensor for name, (tensor, _) in fresh.items()}, metadata={"format": FORMAT, **header}))
+        _write_whole(
+            path, save({name: tensor for name, (tensor, _) in fresh.items()}, metadata={"format": FORMAT, **header})
+        )
         self.shards[path.name] = path.stat().st_size
         self.where.update(dict.fromkeys(fresh, path.name))
 
     def read(self, kind: str, key: str) -> Tensor:
-        """The tensor of an entry. Raises ValueError, naming the file, when it is missing, damaged, stale or not what its name says."""
+        """The tensor of an entry.
+
+        Raises ValueError, naming the file, when it is missing, damaged, stale or not what its name says.
+        """
         name = f"{kind}/{key}"
         if name in self.waiting:
             return self.waiting[name][0]
@@ -165,18 +210,26 @@ class LatentCache:
             made = json.loads(header["__metadata__"][name])
             stated = {what: made[what] for what in ("encoder", "code version", "crc32")}
         except OSError as e:
-            raise ValueError(f"{path}: cannot be read ({e.strerror}); start again with the same [data] to encode what it held") from e
+            raise ValueError(
+                f"{path}: cannot be read ({e.strerror}); start again with the same [data] to encode what it held"
+            ) from e
         except DAMAGES as e:
             raise ValueError(f"{path}: {name} is damaged ({type(e).__name__}); delete this file and start again") from e
         if stated["crc32"] != _crc32(tensor):
             raise ValueError(f"{path}: {name} is damaged (its checksum differs); delete this file and start again")
         for what, now in (("encoder", self.encoder(kind)), ("code version", str(CODE_VERSION))):
             if stated[what] != now:
-                raise ValueError(f"{path}: {name} is stale: its {what} was {stated[what]}, is {now}; delete this file and start again")
+                raise ValueError(
+                    f"{path}: {name} is stale: its {what} was {stated[what]}, is {now}; delete this file and "
+                    f"start again"
+                )
         return tensor
 
     def _header(self, shard: str) -> tuple[dict[str, Any], int]:
-        """A shard's safetensors header, and where its data begins. Raises ValueError for a damaged file, OSError for none."""
+        """A shard's safetensors header, and where its data begins.
+
+        Raises ValueError for a damaged file, OSError for none.
+        """
         if shard not in self._headers:
             path = self.folder / "shards" / shard
             try:
@@ -188,7 +241,9 @@ class LatentCache:
                 if header["__metadata__"]["format"] != FORMAT:
                     raise ValueError("it has another format")
             except DAMAGES as e:
-                raise ValueError(f"{path}: is no shard of a cache ({type(e).__name__}: {e}); delete this file and start again") from e
+                raise ValueError(
+                    f"{path}: is no shard of a cache ({type(e).__name__}: {e}); delete this file and start again"
+                ) from e
             self._headers[shard] = header, 8 + length
             if len(self._headers) > HEADERS_KEPT:
                 self._headers.popitem(last=False)
@@ -201,7 +256,10 @@ class LatentCache:
         names: dict[str, list[str]] = defaultdict(list)
         for name, shard in self.where.items():
             names[shard].append(name)
-        rows = [{"shard": shard, "bytes": self.shards[shard], "entries": sorted(names[shard])} for shard in sorted(self.shards)]
+        rows = [
+            {"shard": shard, "bytes": self.shards[shard], "entries": sorted(names[shard])}
+            for shard in sorted(self.shards)
+        ]
         _write_whole(self.folder / "manifest.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
         return Counter(name.partition("/")[0] for name in self.where)
 
@@ -219,7 +277,8 @@ class LatentCache:
                 path.unlink(missing_ok=True)
 
     def explain(self, missing: Iterable[tuple[str, Mapping[str, str]]], wanted: Container[str]) -> Counter[str]:
-        """Why what is there of the same origin ("of" in made_from) cannot serve for these, (kind, made_from): {reason: how many}.
+        """Why what is there of the same origin ("of" in made_from) cannot serve for these, (kind, made_from): {reason:
+        how many}.
 
         wanted: entries that are in use, so not stale.
         """
@@ -233,8 +292,10 @@ class LatentCache:
         for kind, made_from in missing:
             now = {**made_from, "encoder": self.encoder(kind), "code version": str(CODE_VERSION)}
             compared = [what for what in now if what not in ("of", "source", "captions", "given")]
-            changes = [[f"{what} was {old.get(what)}, is {now[what]}" for what in compared if old.get(what) != now[what]]
-                       for old in there.get((kind, made_from["of"]), ())]  # fmt: skip
+            changes = [
+                [f"{what} was {old.get(what)}, is {now[what]}" for what in compared if old.get(what) != now[what]]
+                for old in there.get((kind, made_from["of"]), ())
+            ]
             if changes:
                 reasons[f"{kind}: {', '.join(min(changes, key=len))}"] += 1
         return reasons
@@ -269,7 +330,8 @@ def _write_whole(path: Path, data: bytes) -> None:
 
 @dataclass(frozen=True)
 class CachedClip:
-    """A clip by the keys of its entries. given_key, image_key: of what the model is given of it; "": nothing. text_keys: of `captions`.
+    """A clip by the keys of its entries. given_key, image_key: of what the model is given of it; "": nothing.
+    text_keys: of `captions`.
     repeats: how often an epoch holds it. entry: what it is made of."""
 
     video_key: str
@@ -296,12 +358,27 @@ def cached_clips(plan: Plan, cache: LatentCache, failures: Mapping[str, str] | N
     clips = []
     for e in plan.drop(failures or {}).kept:
         keys, texts = cache.video_keys(e), cache.clip_text_keys(e)
-        clips.append(CachedClip(keys["video"], texts, e.bucket, e.captions, e.path, keys.get("given", ""), keys.get("image", ""), e.repeats, e))
+        clips.append(
+            CachedClip(
+                keys["video"],
+                texts,
+                e.bucket,
+                e.captions,
+                e.path,
+                keys.get("given", ""),
+                keys.get("image", ""),
+                e.repeats,
+                e,
+            )
+        )
     return sorted(clips, key=lambda c: (c.video_key, c.text_keys, c.path))
 
 
 def split_holdout(clips: Sequence[CachedClip], share: float) -> tuple[list[CachedClip], list[CachedClip]]:
-    """(train, held out): floor(share x clips) are held out, chosen by a hash of their content, both in the order given."""
+    """(train, held out):
+
+    floor(share x clips) are held out, chosen by a hash of their content, both in the order given.
+    """
     count = math.floor(share * len(clips) + 1e-9)
     by_hash = sorted(range(len(clips)), key=lambda i: (_hash("holdout", clips[i].video_key), i))
     held = set(by_hash[:count])

@@ -1,9 +1,10 @@
 """Encoding during training on the ranks that train.
 
-    a window of micro-batches -- shared by cost among the ranks that have the same clips -- decoded (workers) -- encoded -- all-gathered -- given out
+    a window of micro-batches -- shared by cost among the ranks that have the same clips -- decoded (workers) -- encoded
+    -- all-gathered -- given out
 
-A window has at least one clip for each of these ranks, so that all of them encode at a time. What is made are entries of the cache, the same
-bytes that encoding beforehand gives, and EntryReader makes batches of them as ever.
+A window has at least one clip for each of these ranks, so that all of them encode at a time. What is made are entries
+of the cache, the same bytes that encoding beforehand gives, and EntryReader makes batches of them as ever.
 """
 
 from collections import deque
@@ -37,10 +38,18 @@ class AtHand:
 class Colocated:
     """Each rank of `group` (None: this one alone), which have the same clips, encodes others of them.
 
-    idle: what becomes of the encoders between two windows: they stay on the device, go to host memory, or are dropped and loaded again.
+    idle: what becomes of the encoders between two windows: they stay on the device, go to host memory, or are dropped
+        and loaded again.
     """
 
-    def __init__(self, maker: Maker, dp_rank: int, dp_size: int, group: dist.ProcessGroup | None, idle: Literal["keep", "offload", "free"]):
+    def __init__(
+        self,
+        maker: Maker,
+        dp_rank: int,
+        dp_size: int,
+        group: dist.ProcessGroup | None,
+        idle: Literal["keep", "offload", "free"],
+    ):
         self.maker, self.dp_rank, self.dp_size, self.group = maker, dp_rank, dp_size, group
         self.rank, self.size = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
         self.cache = AtHand(maker.cache)
@@ -68,7 +77,12 @@ class Colocated:
             window = [item]
             while sum(map(len, window)) < self.size and (following := next(items, None)):
                 window.append(following)
-            jobs = {job.keys: job for item in window for clip, text_key, _ in item for job in [draw_job(self.maker.cache, clip, text_key)]}
+            jobs = {
+                job.keys: job
+                for item in window
+                for clip, text_key, _ in item
+                for job in [draw_job(self.maker.cache, clip, text_key)]
+            }
             mine = share(sorted(jobs.values(), key=lambda job: (-job.cost, job.keys)), self.rank, self.size)
             parts = [missing(self.maker.cache, job) for job in mine]
             windows.append((window, list(zip(mine, parts, strict=True))))

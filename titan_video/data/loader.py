@@ -2,8 +2,9 @@
 
     Order (main process) -- items of one micro-batch -- worker processes read the cache -- list[Batch] per step
 
-The order runs ahead of training by what the workers hold ready; the state that is saved is that of the last step given out. Instead of
-being read, entries can be encoded when their turn comes (`Live`: live.py, remote.py); the batches are the same.
+The order runs ahead of training by what the workers hold ready; the state that is saved is that of the last step given
+out. Instead of being read, entries can be encoded when their turn comes (`Live`: live.py, remote.py); the batches are
+the same.
 """
 
 from collections import deque
@@ -28,7 +29,9 @@ Item = list[tuple[CachedClip, str, int]]  # (clip, key of the text it is given, 
 
 
 class EntryReader:
-    """Reads micro-batches from the cache, with what cache.conditions names; with `keep` it holds up to 1 GiB of entries in memory."""
+    """Reads micro-batches from the cache, with what cache.conditions names; with `keep` it holds up to 1 GiB of entries
+    in memory.
+    """
 
     def __init__(self, cache: LatentCache, max_text_length: int, text_dim: int, keep: bool = False):
         self.cache, self.max_text_length, self.text_dim = cache, max_text_length, text_dim
@@ -47,7 +50,10 @@ class EntryReader:
         return tensor
 
     def __getitem__(self, item: Item) -> dict[str, Tensor]:
-        """The fields of a `Batch`. All clips of an item have one bucket; text is padded with zeros to max_text_length."""
+        """The fields of a `Batch`.
+
+        All clips of an item have one bucket; text is padded with zeros to max_text_length.
+        """
         text_BLD, mask_BL = self.text([text_key for _, text_key, _ in item])
         cond = self.pooled([text_key for _, text_key, _ in item])
         if self.cache.conditions.num_given:
@@ -63,21 +69,30 @@ class EntryReader:
         }
 
     def text(self, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings [B, max_text_length, text_dim], zero beyond each text's length, and the mask of the tokens that are its own."""
+        """Embeddings [B, max_text_length, text_dim], zero beyond each text's length, and the mask of the tokens that
+        are its own.
+        """
         texts = [self._read("text", key) for key in keys]
         text_BLD = torch.zeros(len(texts), self.max_text_length, self.text_dim, dtype=texts[0].dtype)
         mask_BL = torch.zeros(len(texts), self.max_text_length, dtype=torch.bool)
         for b, text_LD in enumerate(texts):
             length, dim = text_LD.shape
             if length > self.max_text_length or dim != self.text_dim:
-                raise ValueError(f"text/{keys[b]} of the cache has {length} x {dim}, the run takes {self.max_text_length} x {self.text_dim}")
+                raise ValueError(
+                    f"text/{keys[b]} of the cache has {length} x {dim}, the run takes {self.max_text_length} x "
+                    f"{self.text_dim}"
+                )
             text_BLD[b, :length] = text_LD
             mask_BL[b, :length] = True
         return text_BLD, mask_BL
 
     def pooled(self, keys: Sequence[str]) -> dict[str, Tensor]:
         """{"pooled_text_BD": vectors of these texts}, or {} where the model has none."""
-        return {"pooled_text_BD": torch.stack([self._read("pooled", key) for key in keys])} if self.cache.conditions.pooled_text else {}
+        return (
+            {"pooled_text_BD": torch.stack([self._read("pooled", key) for key in keys])}
+            if self.cache.conditions.pooled_text
+            else {}
+        )
 
     def batch(self, clips: Sequence[CachedClip], sample_ids: Sequence[int]) -> Batch:
         """A batch of given clips of one bucket, with their captions."""
@@ -93,12 +108,21 @@ class _Packed:
 
 
 class Order:
-    """Which clips and captions each micro-batch of all ranks holds. work: of one clip of a bucket. It can be sent to another process."""
+    """Which clips and captions each micro-batch of all ranks holds. work: of one clip of a bucket.
+
+    It can be sent to another process.
+    """
 
     def __init__(
-        self, clips: Sequence[CachedClip], null_text_key: str, batching: Batching, work: Callable[[Bucket], Work], seed: int, shuffle: bool,
+        self,
+        clips: Sequence[CachedClip],
+        null_text_key: str,
+        batching: Batching,
+        work: Callable[[Bucket], Work],
+        seed: int,
+        shuffle: bool,
         caption_dropout: float,
-    ):  # fmt: skip
+    ):
         by_bucket: dict[Bucket, list[CachedClip]] = {}
         for clip in clips:
             by_bucket.setdefault(clip.bucket, []).extend([clip] * clip.repeats)
@@ -107,8 +131,12 @@ class Order:
         self.null_text_key, self.seed, self.caption_dropout = null_text_key, seed, caption_dropout
         counts = [len(bucket) for bucket in self.buckets]
         self.classes = batching.classes(counts, [work(size) for size in self.sizes])
-        mark = fingerprint(["".join((c.video_key, *c.text_keys, c.given_key)) for c in bucket] for bucket in self.buckets)
-        self.sampler = GlobalSampler(counts, self.classes, batching.micro_batches // batching.parts, batching.parts, seed, shuffle, mark)
+        mark = fingerprint(
+            ["".join((c.video_key, *c.text_keys, c.given_key)) for c in bucket] for bucket in self.buckets
+        )
+        self.sampler = GlobalSampler(
+            counts, self.classes, batching.micro_batches // batching.parts, batching.parts, seed, shuffle, mark
+        )
 
     def steps(self, num_steps: int | None, states: deque[dict[str, Any]]) -> Iterator[list[MicroBatch]]:
         """All ranks' micro-batches, for so many steps (None: for ever); `states` receives the state after each step."""
@@ -118,12 +146,20 @@ class Order:
             yield step
 
     def item(self, micro_batch: MicroBatch) -> Item:
-        return [self._draw(self.buckets[micro_batch.bucket][position], sample_id)
-                for position, sample_id in zip(micro_batch.positions, micro_batch.sample_ids, strict=True)]  # fmt: skip
+        return [
+            self._draw(self.buckets[micro_batch.bucket][position], sample_id)
+            for position, sample_id in zip(micro_batch.positions, micro_batch.sample_ids, strict=True)
+        ]
 
     def _draw(self, clip: CachedClip, sample_id: int) -> tuple[CachedClip, str, int]:
         dropped = drop_caption(self.seed, sample_id, self.caption_dropout)
-        return clip, self.null_text_key if dropped else clip.text_keys[choose_caption(self.seed, sample_id, len(clip.text_keys))], sample_id
+        return (
+            clip,
+            self.null_text_key
+            if dropped
+            else clip.text_keys[choose_caption(self.seed, sample_id, len(clip.text_keys))],
+            sample_id,
+        )
 
 
 class Live(Protocol):
@@ -142,23 +178,44 @@ class Live(Protocol):
 class LatentLoader:
     """Endless iterator over optimizer steps: each is the list of this rank's micro-batches.
 
-    Rank r takes every dp_size-th of a step's micro-batches from number r on, so the clips of a step, their sample ids and captions are
-    the same for every number of ranks. Iterating again goes on after the last step given out. work: of one clip of a bucket.
+    Rank r takes every dp_size-th of a step's micro-batches from number r on, so the clips of a step, their sample ids
+    the same for every number of ranks. Iterating again goes on after the last step given out. work: of one clip of a
+    bucket.
     """
 
     def __init__(
-        self, clips: Sequence[CachedClip], cache: LatentCache, null_text_key: str, batching: Batching, work: Callable[[Bucket], Work], *,
-        max_text_length: int, text_dim: int, dp_rank: int = 0, dp_size: int = 1, seed: int = 0, shuffle: bool = True, caption_dropout: float = 0.0,
-        num_workers: int = 0, prefetch_factor: int = 2, pin_memory: bool = False, live: Live | None = None,
-    ):  # fmt: skip
+        self,
+        clips: Sequence[CachedClip],
+        cache: LatentCache,
+        null_text_key: str,
+        batching: Batching,
+        work: Callable[[Bucket], Work],
+        *,
+        max_text_length: int,
+        text_dim: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        caption_dropout: float = 0.0,
+        num_workers: int = 0,
+        prefetch_factor: int = 2,
+        pin_memory: bool = False,
+        live: Live | None = None,
+    ):
         b = batching
         if b.micro_batches % (b.parts * dp_size):
-            raise ValueError(f"{b.micro_batches} micro-batches a step are no multiple of data-parallel degree {dp_size} x {b.parts} buckets a step")
+            raise ValueError(
+                f"{b.micro_batches} micro-batches a step are no multiple of data-parallel degree {dp_size} x "
+                f"{b.parts} buckets a step"
+            )
         self.order = Order(clips, null_text_key, batching, work, seed, shuffle, caption_dropout)
         self.sampler, self.classes = self.order.sampler, self.order.classes
         self.dp_rank, self.dp_size, self.num_micro_batches = dp_rank, dp_size, b.micro_batches // dp_size
         self.live = live
-        self.reader = EntryReader(live.cache if live else cache, max_text_length, text_dim, keep=num_workers == 0 and live is None)
+        self.reader = EntryReader(
+            live.cache if live else cache, max_text_length, text_dim, keep=num_workers == 0 and live is None
+        )
         self.workers = {"num_workers": num_workers, "worker_init_fn": set_up_worker, "pin_memory": pin_memory}
         if num_workers:
             self.workers["prefetch_factor"] = prefetch_factor
@@ -189,7 +246,10 @@ class LatentLoader:
         if self.live or not self.workers["num_workers"]:
             micro_batches = (self.reader[item] for item in items)
         else:
-            micro_batches = (unpack(*packed) for packed in DataLoader(_Packed(self.reader), batch_size=None, sampler=items, **self.workers))
+            micro_batches = (
+                unpack(*packed)
+                for packed in DataLoader(_Packed(self.reader), batch_size=None, sampler=items, **self.workers)
+            )
         for fields in micro_batches:
             step = [Batch(**fields), *(Batch(**next(micro_batches)) for _ in range(self.num_micro_batches - 1))]
             yield states.popleft(), step

@@ -1,10 +1,10 @@
 """Where the bytes of a clip are. A clip is named by one string, wherever it lies:
 
-    clips/a.mp4   clips/a.png                      a file
-    clips/walk                                     a folder of images, each a frame
-    shards/000.tar!0007.mp4@1536+84213             a member of a tar, by its offset and size: nothing is extracted
-    data/train.parquet!video/a.mp4@3+12            a value of a table: row group (or batch, of an .arrow file) and row
-    s3://bucket/000.tar!0007.mp4@1536+84213        either of the first and third by any URL that fsspec opens (fsspec and its drivers are optional)
+clips/a.mp4   clips/a.png                      a file
+clips/walk                                     a folder of images, each a frame
+shards/000.tar!0007.mp4@1536+84213             a member of a tar, by its offset and size: nothing is extracted
+data/train.parquet!video/a.mp4@3+12            a value of a table: row group (or batch, of an .arrow file) and row
+s3://bucket/000.tar!0007.mp4@1536+84213        either of the first and third by any URL that fsspec opens (fsspec and its drivers are optional)
 """
 
 import glob
@@ -43,7 +43,9 @@ def _fsspec() -> Any:
     try:
         import fsspec
     except ImportError:
-        raise ValueError("a URL as data path needs the package fsspec and its driver for the URL's protocol: pip install fsspec") from None
+        raise ValueError(
+            "a URL as data path needs the package fsspec and its driver for the URL's protocol: pip install fsspec"
+        ) from None
     return fsspec
 
 
@@ -52,7 +54,9 @@ def expand(pattern: str) -> list[str]:
     opening = re.search(r"\{([^{}]*)\}", pattern)
     if opening:
         span = re.fullmatch(r"(\d+)\.\.(\d+)", opening[1])
-        items = [f"{i:0{len(span[1])}d}" for i in range(int(span[1]), int(span[2]) + 1)] if span else opening[1].split(",")
+        items = (
+            [f"{i:0{len(span[1])}d}" for i in range(int(span[1]), int(span[2]) + 1)] if span else opening[1].split(",")
+        )
         return [path for item in items for path in expand(pattern[: opening.start()] + item + pattern[opening.end() :])]
     if not glob.has_magic(pattern):
         return [pattern]
@@ -94,7 +98,9 @@ def open_binary(path: str) -> BinaryIO:
     """A file, a member or a value, for reading. Raises OSError; ValueError where a package is missing."""
     found = _MEMBER.fullmatch(path)
     if found and not found["container"].endswith(".tar"):
-        return io.BytesIO(_table_value(found["container"], found["name"].partition("/")[0], int(found["a"]), int(found["b"])))
+        return io.BytesIO(
+            _table_value(found["container"], found["name"].partition("/")[0], int(found["a"]), int(found["b"]))
+        )
     if is_url(path):
         return io.BytesIO(_fetched(path))
     if found:
@@ -125,9 +131,16 @@ def version(path: str) -> dict[str, Any]:
     if is_url(file):
         fs, inner = _fsspec().core.url_to_fs(file)
         info = fs.info(inner)
-        return {"path": path, **{key: str(info[key]) for key in ("size", "mtime", "ETag", "LastModified", "created") if key in info}}
+        return {
+            "path": path,
+            **{key: str(info[key]) for key in ("size", "mtime", "ETag", "LastModified", "created") if key in info},
+        }
     stats = [os.stat(p) for p in ([Path(file), *frame_files(file)] if os.path.isdir(file) else [file])]
-    return {"path": os.path.abspath(path), "size": sum(s.st_size for s in stats), "mtime_ns": max(s.st_mtime_ns for s in stats)}
+    return {
+        "path": os.path.abspath(path),
+        "size": sum(s.st_size for s in stats),
+        "mtime_ns": max(s.st_mtime_ns for s in stats),
+    }
 
 
 def frame_files(folder: str) -> list[Path]:
@@ -137,7 +150,10 @@ def frame_files(folder: str) -> list[Path]:
 
 
 def sha256(path: str) -> tuple[str, int]:
-    """Of the bytes that `path` names, of a folder of frames one file after the other; and their number. Raises OSError."""
+    """Of the bytes that `path` names, of a folder of frames one file after the other; and their number.
+
+    Raises OSError.
+    """
     digest, size = hashlib.sha256(), 0
     for part in frame_files(path) if kind(path) == "frames" else [path]:
         with open_binary(str(part)) as f:
@@ -154,12 +170,16 @@ def _pyarrow() -> Any:
     try:
         import pyarrow
     except ImportError:
-        raise ValueError("a .parquet or .arrow file as data path needs the package pyarrow: pip install pyarrow") from None
+        raise ValueError(
+            "a .parquet or .arrow file as data path needs the package pyarrow: pip install pyarrow"
+        ) from None
     return pyarrow
 
 
 def row_groups(file: str, columns: list[str] | None = None) -> Iterator[Any]:
-    """The tables of a parquet file's row groups, or of the batches of an .arrow file (a data set of Hugging Face on disk)."""
+    """The tables of a parquet file's row groups, or of the batches of an .arrow file (a data set of Hugging Face on
+    disk).
+    """
     pyarrow = _pyarrow()
     if file.endswith(".parquet"):
         import pyarrow.parquet
@@ -199,7 +219,10 @@ def stored_names(table: Any, column: str) -> list[tuple[str, bool]]:
     kinds = _pyarrow().types
     if kinds.is_struct(values.type):  # how Hugging Face stores media: bytes, or the path of a file
         paths = values.field("path").to_pylist()
-        return [(os.path.basename(p or "clip"), True) if b else (p or "", False) for p, b in zip(paths, values.field("bytes").is_valid().to_pylist())]
+        return [
+            (os.path.basename(p or "clip"), True) if b else (p or "", False)
+            for p, b in zip(paths, values.field("bytes").is_valid().to_pylist())
+        ]
     if kinds.is_string(values.type) or kinds.is_large_string(values.type):
         return [(p or "", False) for p in values.to_pylist()]
     return [("clip", True)] * len(values)

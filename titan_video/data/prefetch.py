@@ -4,7 +4,8 @@
     copies                |     i+1     |            |     i+2     |
     compute         |          i          |         i+1          |
 
-On a GPU they are prepared and copied on a stream of their own. On a CPU there is nothing to overlap: the order of events is the same.
+On a GPU they are prepared and copied on a stream of their own. On a CPU there is nothing to overlap: the order of
+events is the same.
 """
 
 import time
@@ -20,14 +21,17 @@ from titan_video.data.loader import LatentLoader
 
 
 class Prefetch:
-    """The steps of a loader. Its position, which checkpoints save, is that after the last step given out here, not after what lies ready.
+    """The steps of a loader. Its position, which checkpoints save, is that after the last step given out here, not
+    after what lies ready.
 
-    prepare: a micro-batch on the host -> what training takes, in dataclasses, dicts and lists. size: clips of the micro-batches that
-    batches are split into (0: as they are).
+    prepare: a micro-batch on the host -> what training takes, in dataclasses, dicts and lists. size: clips of the
+    micro-batches that batches are split into (0: as they are).
     waited: seconds that the host has waited for the loader, for the caller to read and set back.
     """
 
-    def __init__(self, loader: LatentLoader, num_steps: int, prepare: Callable[[Batch], Any], device: torch.device, size: int = 0):
+    def __init__(
+        self, loader: LatentLoader, num_steps: int, prepare: Callable[[Batch], Any], device: torch.device, size: int = 0
+    ):
         self.loader, self.prepare, self.size = loader, prepare, size
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.waited = 0.0
@@ -49,7 +53,10 @@ class Prefetch:
             yield self._use(*ready)
 
     def ahead(self) -> None:
-        """Fetch the following step and prepare its first micro-batch. To be called when all work of this one is launched."""
+        """Fetch the following step and prepare its first micro-batch.
+
+        To be called when all work of this one is launched.
+        """
         self._next = self._fetch()
         if self._next is not None:
             self._first = self._prepare(next(self._split(self._next[1])))
@@ -75,7 +82,9 @@ class Prefetch:
             current.wait_event(copied)
             for tensor in tensors_of(prepared):
                 if tensor.is_cuda:
-                    tensor.record_stream(current)  # made on the other stream, which must not use its memory again too early
+                    tensor.record_stream(
+                        current
+                    )  # made on the other stream, which must not use its memory again too early
         return prepared
 
 

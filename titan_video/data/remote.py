@@ -3,11 +3,13 @@
     training ranks    evaluate the order of clips, and post a receive for each of the next `queue_depth` clips, from the rank that will encode it
     encoder ranks     evaluate the same order, and encode and send ahead, each its own clips; a send waits until its receive is posted
 
-So nothing is asked for: both sides know who sends what to whom, and the number of a clip in the order is the tag of its message. Ranks that share a
-clip are sent one part of its bytes each, and gather them. A message is a header of int64, which is checked, and bytes of cache entries.
+So nothing is asked for: both sides know who sends what to whom, and the number of a clip in the order is the tag of its
+message. Ranks that share a clip are sent one part of its bytes each, and gather them. A message is a header of int64,
+which is checked, and bytes of cache entries.
 
-Messages travel between hosts' memories (gloo), in a group that training has no part in: the default process group, and so every mesh, is of
-the training ranks alone, and none of its collectives waits for an encoder. Latents are small: 8 MB for 81 frames of 480 x 832.
+Messages travel between hosts' memories (gloo), in a group that training has no part in: the default process group, and
+the training ranks alone, and none of its collectives waits for an encoder. Latents are small: 8 MB for 81 frames of 480
+x 832.
 """
 
 import math
@@ -36,7 +38,8 @@ MAGIC = 0x746974616E0001
 SENT, FAILED = 0, 1
 KINDS = ("video", "given", "image", "text", "pooled")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FIXED = 8  # magic, status, number, sample id, bytes; what was spent on it, in microseconds of encoding and of waiting, and frames
+# magic, status, number, sample id, bytes; what was spent on it, in microseconds of encoding and of waiting, and frames
+FIXED = 8
 HEADER = FIXED + 6 * len(KINDS)  # for each kind its type, number of dims and four sizes, or zeros
 LEAST = 1024  # bytes of a message's part, in which an error finds room
 TAGS = 1 << 30  # of clips, in turn; above are those of hello and goodbye
@@ -49,13 +52,23 @@ class Lost(RuntimeError):
 
 
 class Wire:
-    """Messages between `num_training` training ranks and `num_encoders` encoder ranks, which follow them. store: that of all ranks."""
+    """Messages between `num_training` training ranks and `num_encoders` encoder ranks, which follow them. store:
+
+    that of all ranks.
+    """
 
     def __init__(self, store: dist.Store, rank: int, num_training: int, num_encoders: int, timeout_seconds: int):
-        self.store, self.rank, self.num_training, self.num_encoders = dist.PrefixStore("wire", store), rank, num_training, num_encoders
+        self.store, self.rank, self.num_training, self.num_encoders = (
+            dist.PrefixStore("wire", store),
+            rank,
+            num_training,
+            num_encoders,
+        )
         self.tell("starting")
         ranks = num_training + num_encoders
-        self.group = dist.ProcessGroupGloo(dist.PrefixStore("wire/gloo", store), rank, ranks, timedelta(seconds=timeout_seconds))
+        self.group = dist.ProcessGroupGloo(
+            dist.PrefixStore("wire/gloo", store), rank, ranks, timedelta(seconds=timeout_seconds)
+        )
 
     def name(self, rank: int) -> str:
         return f"training rank {rank}" if rank < self.num_training else f"encoder rank {rank}"
@@ -84,8 +97,10 @@ class Wire:
         try:
             yield
         except RuntimeError as e:
-            raise Lost(f"{self.name(self.rank)} lost {self.name(rank)} while {doing}: {str(e).splitlines()[0]}\n"
-                       f"  {self.name(rank)} was last {self._state(rank)}") from e  # fmt: skip
+            raise Lost(
+                f"{self.name(self.rank)} lost {self.name(rank)} while {doing}: {str(e).splitlines()[0]}\n"
+                f"  {self.name(rank)} was last {self._state(rank)}"
+            ) from e
 
     def _state(self, rank: int) -> str:
         try:
@@ -121,8 +136,13 @@ class Sizes:
         return 8 * HEADER + max(part + -part % 8, LEAST)
 
 
-def dealt(order: Order, steps: Iterable[list[MicroBatch]], dp_size: int, num_encoders: int) -> Iterator[tuple[int, MicroBatch, int, list[int]]]:
-    """(data rank, micro-batch, number of its first clip, encoders of its clips): each clip goes to the encoder that has had least to do."""
+def dealt(
+    order: Order, steps: Iterable[list[MicroBatch]], dp_size: int, num_encoders: int
+) -> Iterator[tuple[int, MicroBatch, int, list[int]]]:
+    """(data rank, micro-batch, number of its first clip, encoders of its clips):
+
+    each clip goes to the encoder that has had least to do.
+    """
     loads, number = [0] * num_encoders, 0
     for step in steps:
         for j, m in enumerate(step):
@@ -136,7 +156,9 @@ def dealt(order: Order, steps: Iterable[list[MicroBatch]], dp_size: int, num_enc
             number += len(owners)
 
 
-def pack(entries: Mapping[tuple[str, str], Tensor], spent: Spent, number: int, sample_id: int, size: int, parts: int) -> list[Tensor]:
+def pack(
+    entries: Mapping[tuple[str, str], Tensor], spent: Spent, number: int, sample_id: int, size: int, parts: int
+) -> list[Tensor]:
     """A clip's message, of `size` bytes for each part."""
     header = torch.zeros(HEADER, dtype=torch.int64)
     raw = []
@@ -155,7 +177,10 @@ def pack_error(error: str, number: int, sample_id: int, size: int, parts: int) -
     data = torch.frombuffer(bytearray(error.encode()[:LEAST]), dtype=torch.uint8)
     header = torch.zeros(HEADER, dtype=torch.int64)
     header[:5] = torch.tensor([MAGIC, FAILED, number, sample_id, len(data)])
-    return [torch.cat([part, data, data.new_zeros(size - len(part) - len(data))]) for part in [header.view(torch.uint8)] * parts]
+    return [
+        torch.cat([part, data, data.new_zeros(size - len(part) - len(data))])
+        for part in [header.view(torch.uint8)] * parts
+    ]
 
 
 def _parts(header: Tensor, data: Tensor, size: int, parts: int) -> list[Tensor]:
@@ -186,27 +211,46 @@ class Separate:
     """The side of a training rank; see Live in loader.py.
 
     latent_shape: of a bucket; others: bytes that a clip's other entries take at most.
-    groups: of training ranks that share clips, by data rank; group: this rank's (None: it is alone). queue_depth: clips received ahead.
+    groups: of training ranks that share clips, by data rank; group: this rank's (None: it is alone). queue_depth: clips
+        received ahead.
     first_timeout: seconds to wait for the first clip, while encoders load; timeout: for each later one.
     """
 
-    def __init__(self, wire: Wire, cache: LatentCache, latent_shape: Callable[[Bucket], tuple[int, ...]], others: int,
-                 groups: Sequence[Sequence[int]], dp_rank: int, group: dist.ProcessGroup | None, queue_depth: int, first_timeout: int,
-                 timeout: int):  # fmt: skip
+    def __init__(
+        self,
+        wire: Wire,
+        cache: LatentCache,
+        latent_shape: Callable[[Bucket], tuple[int, ...]],
+        others: int,
+        groups: Sequence[Sequence[int]],
+        dp_rank: int,
+        group: dist.ProcessGroup | None,
+        queue_depth: int,
+        first_timeout: int,
+        timeout: int,
+    ):
         self.wire, self.groups, self.dp_rank, self.group, self.queue_depth = wire, groups, dp_rank, group, queue_depth
         self.latent_shape, self.others, self.num_latents = latent_shape, others, 2 if cache.conditions.num_given else 1
-        self.cache, self.timeout, self.next_timeout = AtHand(cache), timedelta(seconds=timeout), timedelta(seconds=first_timeout)
+        self.cache, self.timeout, self.next_timeout = (
+            AtHand(cache),
+            timedelta(seconds=timeout),
+            timedelta(seconds=first_timeout),
+        )
         self.parts = len(groups[dp_rank])
         self.posted: deque[tuple[Any, Tensor, int, int]] = deque()
         self.is_started, self.spent = False, Spent()
 
     def items(self, order: Order, steps: Iterable[list[MicroBatch]], num_steps: int | None) -> Iterator[Item]:
         assert not self.is_started, "encoder ranks are told once what to encode"
-        self.sizes = Sizes({bucket: 4 * math.prod(self.latent_shape(bucket)) for bucket in order.sizes}, self.num_latents, self.others)
+        self.sizes = Sizes(
+            {bucket: 4 * math.prod(self.latent_shape(bucket)) for bucket in order.sizes}, self.num_latents, self.others
+        )
         self._hello((self.cache.cache.identity, order, num_steps, self.sizes, self.groups, self.queue_depth))
         everyones = dealt(order, steps, len(self.groups), self.wire.num_encoders)
         ahead, now = tee((m, number, owners) for dp_rank, m, number, owners in everyones if dp_rank == self.dp_rank)
-        feed = ((order.sizes[m.bucket], number + i, owner) for m, number, owners in ahead for i, owner in enumerate(owners))
+        feed = (
+            (order.sizes[m.bucket], number + i, owner) for m, number, owners in ahead for i, owner in enumerate(owners)
+        )
         self.posted.extend(self._post(*clip) for clip in islice(feed, self.queue_depth))
         for m, _, _ in now:
             item = order.item(m)
@@ -249,17 +293,26 @@ class Separate:
             if latents.dtype != torch.float32 or latents.nbytes != self.sizes.latents[job.entry.bucket]:
                 raise RuntimeError(f"its latents are {latents.dtype} {list(latents.shape)}")
         except RuntimeError as e:
-            raise RuntimeError(f"what {self.wire.name(rank)} sent as sample {sample_id}, clip {number} of this run's, is another: {e}; "
-                               "do all ranks run the same code with the same configuration?") from e  # fmt: skip
+            raise RuntimeError(
+                f"what {self.wire.name(rank)} sent as sample {sample_id}, clip {number} of this run's, is "
+                f"another: {e}; "
+                "do all ranks run the same code with the same configuration?"
+            ) from e
         self.spent.encode_seconds += encoding / 1e6
         self.spent.decode_wait_seconds += waiting / 1e6
         self.spent.encoded_frames += frames
         return entries
 
     def stats(self) -> dict[str, float]:
-        """For the log: clips that have come and wait; and what encoder ranks spent on those given out since the last call."""
+        """For the log:
+
+        clips that have come and wait; and what encoder ranks spent on those given out since the last call.
+        """
         spent, self.spent = self.spent, Spent()
-        return {"queue_depth": sum(int(data[:8].view(torch.int64)) == MAGIC for _, data, _, _ in self.posted), **spent.numbers()}
+        return {
+            "queue_depth": sum(int(data[:8].view(torch.int64)) == MAGIC for _, data, _, _ in self.posted),
+            **spent.numbers(),
+        }
 
     def close(self) -> None:
         """Send the encoder ranks home, when every training rank has had its last batch."""
@@ -288,15 +341,25 @@ class _Goodbye(threading.Thread):
             self.error = e
 
 
-def serve(wire: Wire, maker: Maker, order: Order, num_steps: int | None, sizes: Sizes, groups: Sequence[Sequence[int]], queue_depth: int) -> None:
-    """The side of an encoder rank: encode and send until training ends. Raises Lost when a training rank is, and ValueError for a clip that
-    cannot be encoded, when training has come to it."""
+def serve(
+    wire: Wire,
+    maker: Maker,
+    order: Order,
+    num_steps: int | None,
+    sizes: Sizes,
+    groups: Sequence[Sequence[int]],
+    queue_depth: int,
+) -> None:
+    """The side of an encoder rank: encode and send until training ends. Raises Lost when a training rank is, and
+    ValueError for a clip that cannot be encoded, when training has come to it."""
     goodbye, sent = _Goodbye(wire), 0
     ahead: deque[tuple[int, int, int, Bucket, Job, Job]] = deque()
     under_way: deque[list[tuple[Any, int, int]]] = deque()
 
     def parts() -> Iterator[list[Job]]:
-        for dp_rank, m, number, owners in dealt(order, order.steps(num_steps, deque(maxlen=1)), len(groups), wire.num_encoders):
+        for dp_rank, m, number, owners in dealt(
+            order, order.steps(num_steps, deque(maxlen=1)), len(groups), wire.num_encoders
+        ):
             if wire.rank - wire.num_training in owners:
                 for i, (clip, text_key, sample_id) in enumerate(order.item(m)):
                     if owners[i] == wire.rank - wire.num_training:
@@ -321,7 +384,12 @@ def serve(wire: Wire, maker: Maker, order: Order, num_steps: int | None, sizes: 
                 maker.spent = Spent()
             except ValueError as e:
                 messages, error = pack_error(str(e), *to), e
-            under_way.append([(wire.send(rank, number % TAGS, data), rank, sample_id) for rank, data in zip(groups[dp_rank], messages, strict=True)])
+            under_way.append(
+                [
+                    (wire.send(rank, number % TAGS, data), rank, sample_id)
+                    for rank, data in zip(groups[dp_rank], messages, strict=True)
+                ]
+            )
             if error:
                 with suppress(Lost):  # of ranks that have read it and are gone
                     finish(0)

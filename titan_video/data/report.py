@@ -1,4 +1,7 @@
-"""What a plan means for training: sizes, micro-batches, the balance between ranks, the cache on disk; and training clips to look at."""
+"""What a plan means for training:
+
+sizes, micro-batches, the balance between ranks, the cache on disk; and training clips to look at.
+"""
 
 import re
 from collections import Counter
@@ -16,7 +19,18 @@ from titan_video.data.worker import set_up_worker
 from titan_video.tools.video import write_mp4
 
 STEPS_SEEN = 200
-COLUMNS = ("bucket", "clips", "from", "pixels kept", "latent", "tokens", "clips/micro-batch", "tokens/micro-batch", "TFLOPs/micro-batch", "of budget")
+COLUMNS = (
+    "bucket",
+    "clips",
+    "from",
+    "pixels kept",
+    "latent",
+    "tokens",
+    "clips/micro-batch",
+    "tokens/micro-batch",
+    "TFLOPs/micro-batch",
+    "of budget",
+)
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -25,10 +39,16 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def report(
-    plan: Plan, batching: Batching, ranks: int, work: Callable[[Bucket], Work], latent: Callable[[Bucket], tuple[int, ...]], text_bytes: int,
+    plan: Plan,
+    batching: Batching,
+    ranks: int,
+    work: Callable[[Bucket], Work],
+    latent: Callable[[Bucket], tuple[int, ...]],
+    text_bytes: int,
     seed: int = 0,
-) -> str:  # fmt: skip
-    """For people. ranks: data-parallel ranks; work, latent: of one clip; text_bytes: of the longest caption's embedding.
+) -> str:
+    """For people. ranks: data-parallel ranks; work, latent: of one clip; text_bytes: of the longest caption's
+    embedding.
 
     FLOPs are of forward and backward. `of budget`: tokens of a micro-batch as a share of data.tokens_per_microbatch.
     """
@@ -43,16 +63,32 @@ def report(
     for i, b in enumerate(sizes):
         count, tokens = clips_of[i], works[i].tokens
         share = f"{count * tokens / batching.token_budget:.0%}" if batching.token_budget else "-"
-        rows.append(("x".join(map(str, b)), str(draws[i]), *_origin(clips[b], b), "x".join(map(str, latent(b)[1:])), str(tokens), str(count),
-                     str(count * tokens), f"{3 * count * works[i].flops / 1e12:.3g}", share))  # fmt: skip
+        rows.append(
+            (
+                "x".join(map(str, b)),
+                str(draws[i]),
+                *_origin(clips[b], b),
+                "x".join(map(str, latent(b)[1:])),
+                str(tokens),
+                str(count),
+                str(count * tokens),
+                f"{3 * count * works[i].flops / 1e12:.3g}",
+                share,
+            )
+        )
     per_step = batching.micro_batches
     epoch = sum(draws[i] / clips_of[i] for i in range(len(sizes)))
     lines = table(rows)
-    lines.append(f"  epoch: {sum(draws)} samples, about {epoch / per_step:.1f} steps of {per_step} micro-batches; what is left over begins the next")
+    lines.append(
+        f"  epoch: {sum(draws)} samples, about {epoch / per_step:.1f} steps of {per_step} micro-batches; what is "
+        f"left over begins the next"
+    )
     lines += _balance(draws, works, classes, batching, ranks, seed)
     keys = {e.content: int(np.prod(latent(e.bucket))) * 4 for e in plan.kept}
     captions = {caption for e in plan.kept for caption in e.captions}
-    lines.append(f"  cache: {_size(sum(keys.values()))} of latents, at most {_size(len(captions) * text_bytes)} of captions")
+    lines.append(
+        f"  cache: {_size(sum(keys.values()))} of latents, at most {_size(len(captions) * text_bytes)} of captions"
+    )
     return "\n".join(lines)
 
 
@@ -60,13 +96,19 @@ def _origin(entries: Sequence[PlanEntry], bucket: Bucket) -> tuple[str, str]:
     """(the most frequent source size, share of the pixels that is left after the crop)."""
     (width, height), count = Counter((e.width, e.height) for e in entries).most_common(1)[0]
     others = f" and {len({(e.width, e.height) for e in entries}) - 1} more" if count < len(entries) else ""
-    kept = sum(bucket[1] * bucket[2] / (w * h) for w, h, _, _ in (cover(e.width, e.height, bucket) for e in entries)) / len(entries)
+    kept = sum(
+        bucket[1] * bucket[2] / (w * h) for w, h, _, _ in (cover(e.width, e.height, bucket) for e in entries)
+    ) / len(entries)
     return f"{height}x{width}{others}", f"{kept:.0%}"
 
 
-def _balance(draws: Sequence[int], works: Sequence[Work], classes: Sequence[CostClass], batching: Batching, ranks: int, seed: int) -> list[str]:
+def _balance(
+    draws: Sequence[int], works: Sequence[Work], classes: Sequence[CostClass], batching: Batching, ranks: int, seed: int
+) -> list[str]:
     """How long ranks wait for the slowest: as they are dealt micro-batches, and if each drew its buckets by itself."""
-    sampler = GlobalSampler(draws, classes, batching.micro_batches // batching.parts, batching.parts, seed, shuffle=False)
+    sampler = GlobalSampler(
+        draws, classes, batching.micro_batches // batching.parts, batching.parts, seed, shuffle=False
+    )
     dealt, each = [], [0.0] * len(draws)
     for _ in range(STEPS_SEEN):
         step = sampler.next()
@@ -95,7 +137,10 @@ def _size(num_bytes: float) -> str:
 
 
 def export(plan: Plan, count: int, folder: Path) -> list[Path]:
-    """Write `count` training clips as mp4, as decoding gives them to the encoder, from all buckets in turn. Raises UnusableClip."""
+    """Write `count` training clips as mp4, as decoding gives them to the encoder, from all buckets in turn.
+
+    Raises UnusableClip.
+    """
     by_bucket: dict[Bucket, list[PlanEntry]] = {}
     for e in plan.kept:
         by_bucket.setdefault(e.bucket, []).append(e)

@@ -1,4 +1,7 @@
-"""Which clips each optimizer step takes: a pure function of a few counters, the same for every layout of ranks and workers."""
+"""Which clips each optimizer step takes:
+
+a pure function of a few counters, the same for every layout of ranks and workers.
+"""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -36,21 +39,38 @@ def fingerprint(keys_by_bucket: Iterable[Iterable[str]]) -> str:
 
 
 class GlobalSampler:
-    """Draws the micro-batches of all ranks: a step has `parts` parts of `micro_batches` micro-batches each, a part is of one cost class.
+    """Draws the micro-batches of all ranks: a step has `parts` parts of `micro_batches` micro-batches each, a part is
+    of one cost class.
 
-    Dealt out in turn to any number of ranks that divides `micro_batches`, all have work of equal cost at every moment. Classes take parts, and
-    the buckets of a class take micro-batches, by worst-case fair queueing (Bennett and Zhang 1996): of those that are not ahead of the epoch,
-    the one that is first done with its next. So after any number of steps each has had its share of the clips to within one part. Within a
-    bucket draw c is place c mod size of epoch c // size, whose order is a permutation keyed by (seed, bucket, epoch). So a micro-batch may
-    span epochs, nothing is ever left out, and a bucket may be smaller than a micro-batch.
+    Dealt out in turn to any number of ranks that divides `micro_batches`, all have work of equal cost at every moment.
+    the buckets of a class take micro-batches, by worst-case fair queueing (Bennett and Zhang 1996): of those that are
+    the one that is first done with its next. So after any number of steps each has had its share of the clips to within
+    one part. Within a bucket draw c is place c mod size of epoch c // size, whose order is a permutation keyed by
+    (seed, bucket, epoch). So a micro-batch may So a micro-batch may span epochs, nothing is ever left out, and a bucket
+    may be smaller than a micro-batch.
     """
 
-    def __init__(self, bucket_sizes: Sequence[int], classes: Sequence[CostClass], micro_batches: int, parts: int, seed: int, shuffle: bool,
-                 fingerprint: str = ""):  # fmt: skip
+    def __init__(
+        self,
+        bucket_sizes: Sequence[int],
+        classes: Sequence[CostClass],
+        micro_batches: int,
+        parts: int,
+        seed: int,
+        shuffle: bool,
+        fingerprint: str = "",
+    ):
         if not bucket_sizes or min(bucket_sizes) < 1:
             raise ValueError(f"every bucket needs a clip, got sizes {list(bucket_sizes)}")
-        assert sorted(b for c in classes for b in c.buckets) == list(range(len(bucket_sizes))), "each bucket is in one class"
-        self.sizes, self.classes, self.micro_batches, self.parts = list(bucket_sizes), list(classes), micro_batches, parts
+        assert sorted(b for c in classes for b in c.buckets) == list(range(len(bucket_sizes))), (
+            "each bucket is in one class"
+        )
+        self.sizes, self.classes, self.micro_batches, self.parts = (
+            list(bucket_sizes),
+            list(classes),
+            micro_batches,
+            parts,
+        )
         self.seed, self.shuffle, self.fingerprint = seed, shuffle, fingerprint
         self.draws = [0] * len(self.sizes)
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  # bucket -> the order of the epoch last asked for
@@ -80,19 +100,29 @@ class GlobalSampler:
         if not self.shuffle:
             return place
         if bucket not in self._orders or self._orders[bucket][0] != epoch:
-            words = np.random.Philox(key=[self.seed % 2**64, epoch], counter=[0, 0, bucket, _STREAM]).random_raw(self.sizes[bucket])
-            self._orders[bucket] = epoch, np.argsort(words, kind="stable")  # of raw words, whose values no version of numpy changes
+            words = np.random.Philox(key=[self.seed % 2**64, epoch], counter=[0, 0, bucket, _STREAM]).random_raw(
+                self.sizes[bucket]
+            )
+            self._orders[bucket] = (
+                epoch,
+                np.argsort(words, kind="stable"),
+            )  # of raw words, whose values no version of numpy changes
         return int(self._orders[bucket][1][place])
 
     def state_dict(self) -> dict[str, Any]:
         return {"draws": list(self.draws), "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError when the clips are not those of the checkpoint: its position means nothing in another list."""
+        """Raises ValueError when the clips are not those of the checkpoint:
+
+        its position means nothing in another list.
+        """
         if state["fingerprint"] != self.fingerprint or len(state["draws"]) != len(self.sizes):
             raise ValueError(
-                "the training clips (files, captions, [data], validation.holdout, encoders) are not those of the checkpoint, so its "
-                "place among them is lost; restore them, or start a new run from its weights: another job.dump_folder and "
+                "the training clips (files, captions, [data], validation.holdout, encoders) are not those of the "
+                "checkpoint, so its "
+                "place among them is lost; restore them, or start a new run from its weights: another "
+                "job.dump_folder and "
                 "checkpoint.initial_load_path = its step-N folder"
             )
         self.draws = [int(n) for n in state["draws"]]

@@ -20,7 +20,10 @@ MARKER = ".shapes.json"  # a name with a dot is not looked at as data
 
 
 def combination(index: int) -> tuple[str, str, str]:
-    """Colour, shape and direction of a clip. Any 48 consecutive clips hold each combination once; 16 hold each pair of colour and direction."""
+    """Colour, shape and direction of a clip.
+
+    Any 48 consecutive clips hold each combination once; 16 hold each pair of colour and direction.
+    """
     return list(COLORS)[index % 4], SHAPES[index % 3], list(DIRECTIONS)[index // 4 % 4]
 
 
@@ -30,7 +33,10 @@ def caption(index: int) -> str:
 
 
 def render(index: int, seed: int = 0) -> np.ndarray:
-    """Frames uint8 [17, 64, 64, 3] of a clip: a pure function of (seed, index). The whole shape stays in the picture."""
+    """Frames uint8 [17, 64, 64, 3] of a clip: a pure function of (seed, index).
+
+    The whole shape stays in the picture.
+    """
     color, shape, direction = combination(index)
     rng = np.random.Generator(np.random.Philox(key=[seed, index]))
     radius, travel = rng.uniform(9, 14), rng.uniform(25, 35)
@@ -38,7 +44,9 @@ def render(index: int, seed: int = 0) -> np.ndarray:
     across = rng.uniform(radius, SIZE - radius)
     dx, dy = DIRECTIONS[direction]
     way_F = along + travel * np.linspace(0, 1, FRAMES)[:: dx + dy]
-    x_F11, y_F11 = (a[:, None, None] for a in ((way_F, np.full(FRAMES, across)) if dx else (np.full(FRAMES, across), way_F)))
+    x_F11, y_F11 = (
+        a[:, None, None] for a in ((way_F, np.full(FRAMES, across)) if dx else (np.full(FRAMES, across), way_F))
+    )
 
     pixel = np.arange(SIZE) + 0.5
     x_FHW, y_FHW = np.broadcast_arrays(pixel[None, None, :] - x_F11, pixel[None, :, None] - y_F11)
@@ -66,11 +74,16 @@ def generate(folder: Path, count: int, seed: int = 0) -> None:
         except ValueError:
             found = None
         if not isinstance(found, dict) or {k: found.get(k) for k in identity} != identity:
-            raise ValueError(f"{marker}: was made with other settings than {identity}; delete the folder or choose another data.cache_folder")
+            raise ValueError(
+                f"{marker}: was made with other settings than {identity}; delete the folder or choose another "
+                f"data.cache_folder"
+            )
         if found.get("complete"):
             return
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: holds files that are not the generated shapes; delete it or choose another data.cache_folder")
+        raise ValueError(
+            f"{folder}: holds files that are not the generated shapes; delete it or choose another data.cache_folder"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     _write(marker, json.dumps({**identity, "complete": False}))
     for leftover in folder.glob(".*.tmp"):
@@ -88,11 +101,16 @@ def resolve_path(path: str, cache_folder: Path) -> Path:
     """The folder or file that `data.path` means; `embedded:shapes-N` generates N clips in `cache_folder` on first use."""
     if not path.startswith("embedded:"):
         if not path:
-            raise ValueError("data.path is empty: give a folder of clips, a metadata .jsonl or .csv file, or embedded:shapes-N")
+            raise ValueError(
+                "data.path is empty: give a folder of clips, a metadata .jsonl or .csv file, or embedded:shapes-N"
+            )
         return Path(path)
     match = re.fullmatch(r"embedded:shapes-([1-9]\d{0,5})", path)
     if not match:
-        raise ValueError(f"data.path {path!r}: the embedded data set is embedded:shapes-N with N clips, for example embedded:shapes-240")
+        raise ValueError(
+            f"data.path {path!r}: the embedded data set is embedded:shapes-N with N clips, for example "
+            f"embedded:shapes-240"
+        )
     folder = Path(cache_folder) / path.removeprefix("embedded:")
     generate(folder, int(match[1]))
     return folder

@@ -1,4 +1,5 @@
-"""From the path of a source to a list of clips with captions, or with the reason why one cannot be used. No video is opened here.
+"""From the path of a source to a list of clips with captions, or with the reason why one cannot be used. No video is
+opened here.
 
     a folder        searched recursively: clips and images with a same-name .txt; a folder of images with such a .txt is one clip
     metadata        .csv, .json or .jsonl, or a folder that holds metadata.*: one clip a row
@@ -35,7 +36,8 @@ STATED_COLUMNS = ("width", "height", "num_frames", "fps")
 
 @dataclass(frozen=True)
 class ClipRecord:
-    """A clip with its captions. With a `reason`, `category: detail`, it cannot be used, and `path` names the file or row at fault.
+    """A clip with its captions. With a `reason`, `category: detail`, it cannot be used, and `path` names the file or
+    row at fault.
 
     stated: width, height, number of frames and rate, where metadata says all of them.
     """
@@ -52,7 +54,8 @@ class ClipRecord:
 
 
 def scan(path: str | Path, caption_column: str = "") -> list[ClipRecord]:
-    """All clips of a source, in the order of names or rows, good and bad. caption_column: instead of the first of CAPTION_COLUMNS.
+    """All clips of a source, in the order of names or rows, good and bad. caption_column: instead of the first of
+    CAPTION_COLUMNS.
 
     Raises ValueError when the path is missing or of no known layout, and for metadata without the columns it needs.
     """
@@ -76,7 +79,10 @@ def scan(path: str | Path, caption_column: str = "") -> list[ClipRecord]:
         elif suffix in TABLE_SUFFIXES and not media.is_url(file):
             records += _scan_table(Path(file), columns)
         else:
-            known = f"a folder, a metadata file ({' '.join(METADATA_SUFFIXES)}), tars, or {' '.join(TABLE_SUFFIXES)} files; of URLs, tars"
+            known = (
+                f"a folder, a metadata file ({' '.join(METADATA_SUFFIXES)}), tars, or {' '.join(TABLE_SUFFIXES)} "
+                f"files; of URLs, tars"
+            )
             raise ValueError(f"data path {file!r}: a file of another kind; give {known}")
     return records
 
@@ -85,7 +91,9 @@ def _inside(folder: Path) -> list[str]:
     """The metadata file, the tars or the tables of a folder; none where it holds clips as files."""
     metadata = [str(folder / name) for name in METADATA_NAMES if (folder / name).is_file()]
     if len(metadata) > 1:
-        raise ValueError(f"{folder}: holds both {' and '.join(Path(m).name for m in metadata)}; give the one to use as the path")
+        raise ValueError(
+            f"{folder}: holds both {' and '.join(Path(m).name for m in metadata)}; give the one to use as the path"
+        )
     files = [] if metadata else sorted(_walk(folder))
     if any(p.suffix.lower() in MEDIA_SUFFIXES for p in files):
         return []
@@ -104,7 +112,10 @@ def _scan_folder(folder: Path) -> list[ClipRecord]:
     clips = sorted([p for p in clips if p.parent not in walks] + list(walks))
     others = len(files) - len(texts) - sum(p.suffix.lower() in MEDIA_SUFFIXES for p in files)
     if others:
-        logger.info(f"{folder}: {others} files are neither clips ({' '.join(MEDIA_SUFFIXES)}) nor .txt captions and are not looked at")
+        logger.info(
+            f"{folder}: {others} files are neither clips ({' '.join(MEDIA_SUFFIXES)}) nor .txt captions and are "
+            f"not looked at"
+        )
     stems = {_stem(p) for p in clips}
     orphans = [p for stem, p in texts.items() if stem not in stems]
     return [_with_caption(clip, texts.get(_stem(clip))) for clip in clips] + [
@@ -136,7 +147,11 @@ def _with_caption(clip: Path, text: Path | None) -> ClipRecord:
         return ClipRecord(str(clip), reason=f"unreadable caption: {text.name} is not UTF-8 (byte {e.start})")
     except OSError as e:
         return ClipRecord(str(clip), reason=f"unreadable caption: {text.name}: {e.strerror}")
-    return ClipRecord(str(clip), (caption,)) if caption else ClipRecord(str(clip), reason=f"empty caption: {text.name} holds no text")
+    return (
+        ClipRecord(str(clip), (caption,))
+        if caption
+        else ClipRecord(str(clip), reason=f"empty caption: {text.name} holds no text")
+    )
 
 
 # ---- metadata ----
@@ -153,14 +168,19 @@ def _scan_metadata(file: Path, captions: tuple[str, ...]) -> list[ClipRecord]:
     clip = _column(file, columns, MEDIA_COLUMNS, "the clip")
     caption = _column(file, columns, captions, "the caption")
     logger.info(f"{file}: clips from column {clip!r}, captions from column {caption!r}")
-    return [ClipRecord(where, reason=row) if isinstance(row, str) else _from_row(file, where, row, clip, caption) for where, row in rows]
+    return [
+        ClipRecord(where, reason=row) if isinstance(row, str) else _from_row(file, where, row, clip, caption)
+        for where, row in rows
+    ]
 
 
 def _column(file: Path, columns: Iterable[str], accepted: tuple[str, ...], what: str) -> str:
     for name in accepted:
         if name in columns:
             return name
-    raise ValueError(f"{file}: no column names {what}; found {', '.join(map(str, columns))}; accepted are {', '.join(accepted)}")
+    raise ValueError(
+        f"{file}: no column names {what}; found {', '.join(map(str, columns))}; accepted are {', '.join(accepted)}"
+    )
 
 
 def _from_row(file: Path, where: str, row: dict, clip: str, caption: str) -> ClipRecord:
@@ -175,7 +195,9 @@ def _from_row(file: Path, where: str, row: dict, clip: str, caption: str) -> Cli
         return ClipRecord(path, reason=texts)
     image = row.get(IMAGE_COLUMN) or ""
     if not isinstance(image, str) or (image and not (file.parent / image).is_file()):
-        return ClipRecord(path, reason=f"missing image: column {IMAGE_COLUMN!r} of {where} holds {image!r}, which is no file")
+        return ClipRecord(
+            path, reason=f"missing image: column {IMAGE_COLUMN!r} of {where} holds {image!r}, which is no file"
+        )
     return ClipRecord(path, texts, image=str(file.parent / image) if image else "", stated=_stated(row))
 
 
@@ -245,7 +267,10 @@ def _read_csv(file: Path) -> Iterator[tuple[str, dict | str]]:
 
 
 def _scan_tar(file: str, columns: tuple[str, ...]) -> list[ClipRecord]:
-    """A WebDataset shard: members that share a name up to its first dot are one sample, its caption in .txt, or in .json with other columns."""
+    """A WebDataset shard:
+
+    members that share a name up to its first dot are one sample, its caption in .txt, or in .json with other columns.
+    """
     samples: dict[str, dict[str, tuple[str, int, int]]] = {}
     broken: list[ClipRecord] = []
     with media.open_container(file) as f:
@@ -265,7 +290,9 @@ def _scan_tar(file: str, columns: tuple[str, ...]) -> list[ClipRecord]:
         return [_from_members(file, members, f, columns) for members in samples.values()] + broken
 
 
-def _from_members(file: str, members: dict[str, tuple[str, int, int]], f: BinaryIO, columns: tuple[str, ...]) -> ClipRecord:
+def _from_members(
+    file: str, members: dict[str, tuple[str, int, int]], f: BinaryIO, columns: tuple[str, ...]
+) -> ClipRecord:
     def content(suffix: str) -> bytes:
         _, offset, size = members[suffix]
         f.seek(offset)
@@ -288,7 +315,11 @@ def _from_members(file: str, members: dict[str, tuple[str, int, int]], f: Binary
         return ClipRecord(path, reason=f"unreadable caption: is not UTF-8 (byte {e.start})")
     except (ValueError, RecursionError) as e:
         return ClipRecord(path, reason=f"unreadable caption: {members['.json'][0]} is not JSON ({e})")
-    texts = _texts(caption, where or "neither .txt nor .json") if caption is not None else "no caption: neither .txt nor .json tells one"
+    texts = (
+        _texts(caption, where or "neither .txt nor .json")
+        if caption is not None
+        else "no caption: neither .txt nor .json tells one"
+    )
     return ClipRecord(path, reason=texts) if isinstance(texts, str) else ClipRecord(path, texts, stated=_stated(row))
 
 
@@ -300,7 +331,10 @@ def _scan_table(file: Path, captions: tuple[str, ...]) -> list[ClipRecord]:
     for group, table in enumerate(media.row_groups(str(file))):
         names = table.column_names
         if columns is None:
-            columns = _column(file, names, (*MEDIA_COLUMNS, IMAGE_COLUMN, "mp4"), "the clip"), _column(file, names, captions, "the caption")
+            columns = (
+                _column(file, names, (*MEDIA_COLUMNS, IMAGE_COLUMN, "mp4"), "the clip"),
+                _column(file, names, captions, "the caption"),
+            )
             logger.info(f"{file}: clips from column {columns[0]!r}, captions from column {columns[1]!r}")
         clip, caption = columns
         wanted = [name for name in names if name in (caption, *STATED_COLUMNS)]

@@ -1,9 +1,10 @@
-"""Reading video: what is in a file (`probe`), which of its frames a clip takes (`frame_indices`), and those frames (`decode`).
+"""Reading video: what is in a file (`probe`), which of its frames a clip takes (`frame_indices`), and those frames
+(`decode`).
 
-Frames are named by their presentation time in ticks of the stream's time base. So the plan, which only reads packets, and the
-loader, which decodes, mean the same frames, whatever the codec's order or delay. Images, folders of them, and videos whose metadata was
-believed unread go by the number of the frame. Files come from anywhere (media.py): every way in which one can be broken becomes an
-`UnusableClip` with its reason.
+Frames are named by their presentation time in ticks of the stream's time base. So the plan, which only reads packets,
+loader, which decodes, mean the same frames, whatever the codec's order or delay. Images, folders of them, and videos
+whose metadata was believed unread go by the number of the frame. Files come from anywhere (media.py): every way in
+which one can be broken becomes an becomes an `UnusableClip` with its reason.
 """
 
 import bisect
@@ -37,8 +38,9 @@ class UnusableClip(ValueError):
 
 @dataclass(frozen=True)
 class Probe:
-    """Content of a video file. width, height: as shown, after rotation and for square pixels. pts: presentation times of the frames
-    in ticks of `time_base` seconds, ascending; `end`: when the last one ends. With a `reason` the rest means nothing."""
+    """Content of a video file. width, height: as shown, after rotation and for square pixels. pts: presentation times
+    of the frames in ticks of `time_base` seconds, ascending; `end`: when the last one ends. With a `reason` the rest
+    means nothing."""
 
     sha256: str = ""
     width: int = 0
@@ -62,8 +64,8 @@ class Probe:
 def frame_indices(times: Sequence[float], end: float, fps: float) -> list[int]:
     """Source frames of a clip resampled to `fps`; every frame count in the program comes from here.
 
-    times: presentation times in seconds, ascending, at any spacing; end: when the last frame ends. The resampled frame at k / fps after
-    the first shows the last source frame that has begun by then.
+    times: presentation times in seconds, ascending, at any spacing; end: when the last frame ends. The resampled frame
+    at k / fps after the first shows the last source frame that has begun by then.
     """
     if not times:
         return []
@@ -122,7 +124,9 @@ def probe(path: str) -> Probe:
 def _probe_images(path: str, sha256: str) -> Probe:
     sizes = {(frame.width, frame.height) for _, frame in _images(path)}
     if len(sizes) > 1:
-        raise UnusableClip(f"corrupt: the frames differ in size: {', '.join(f'{w} x {h}' for w, h in sorted(sizes)[:4])}")
+        raise UnusableClip(
+            f"corrupt: the frames differ in size: {', '.join(f'{w} x {h}' for w, h in sorted(sizes)[:4])}"
+        )
     (width, height), count = sizes.pop(), 1 if media.kind(path) == "image" else len(media.frame_files(path))
     if max(width, height) > MAX_SIDE:
         raise UnusableClip(f"too large: {width} x {height}, more than {MAX_SIDE} a side")
@@ -145,7 +149,10 @@ def _images(path: str) -> Iterator:
 
 
 def read_image(path: str, bucket: Bucket) -> Tensor:
-    """An image, or the first frame of a clip, resized and cropped like a clip of the bucket: uint8 RGB [3, 1, H, W]. Raises UnusableClip."""
+    """An image, or the first frame of a clip, resized and cropped like a clip of the bucket: uint8 RGB [3, 1, H, W].
+
+    Raises UnusableClip.
+    """
     found = probe(path)
     if found.reason:
         raise UnusableClip(f"unusable image: {path}: {found.reason}")
@@ -153,7 +160,10 @@ def read_image(path: str, bucket: Bucket) -> Tensor:
 
 
 def _packet_times(container, stream) -> tuple[tuple[int, ...], int] | None:
-    """(pts, end) from packets; None where packets do not tell: times missing, or a codec with packets that are never shown."""
+    """(pts, end) from packets; None where packets do not tell:
+
+    times missing, or a codec with packets that are never shown.
+    """
     declared_end = ((container.start_time or 0) + container.duration) / 1_000_000 if container.duration else 0.0
     if not stream.time_base:
         raise UnusableClip("corrupt: no time base")
@@ -216,12 +226,21 @@ def _shown_size(stream, frame) -> tuple[int, int]:
 
 
 def decode(
-    path: str, pts: Sequence[int], width: int, height: int, bucket: Bucket, by_index: bool = False, rate: float = 0.0, decoder: DecoderName = "pyav",
-) -> Tensor:  # fmt: skip
-    """The frames shown at `pts` (ticks, or numbers with by_index; ascending, may repeat), resized to cover the bucket and cropped to its centre.
+    path: str,
+    pts: Sequence[int],
+    width: int,
+    height: int,
+    bucket: Bucket,
+    by_index: bool = False,
+    rate: float = 0.0,
+    decoder: DecoderName = "pyav",
+) -> Tensor:
+    """The frames shown at `pts` (ticks, or numbers with by_index; ascending, may repeat), resized to cover the bucket
+    and cropped to its centre.
 
-    width, height: of the probe. rate: what metadata say of a file that was not probed; they are compared with what is found.
-    Returns uint8 RGB [3, F, H, W], in memory as decoded: colours innermost. Raises UnusableClip when the file does not give every frame whole.
+    width, height: of the probe. rate: what metadata say of a file that was not probed; they are compared with what is
+    found. Returns uint8 RGB [3, F, H, W], in memory as decoded: colours innermost. Raises UnusableClip when the file
+    does not give every frame whole.
     """
     places: dict[int, list[int]] = {}
     for i, time in enumerate(pts):
@@ -260,12 +279,17 @@ def require(decoder: DecoderName) -> None:
             import torchcodec.decoders  # noqa: F401
         except (ImportError, OSError, RuntimeError) as e:
             why = f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"
-            raise ValueError("data.decoder is torchcodec, which cannot be imported here: install the torchcodec that goes with this torch, and "
-                             f"FFmpeg's shared libraries, or set pyav\n{why}") from e  # fmt: skip
+            raise ValueError(
+                "data.decoder is torchcodec, which cannot be imported here: install the torchcodec that goes "
+                "with this torch, and "
+                f"FFmpeg's shared libraries, or set pyav\n{why}"
+            ) from e
 
 
 def _torchcodec_frames(path: str, times: Sequence[int], tick: Fraction, by_index: bool) -> Iterator:
-    """(time, frame) of those of these times that the file has, decoded by torchcodec, which turns rotated frames upright."""
+    """(time, frame) of those of these times that the file has, decoded by torchcodec, which turns rotated frames
+    upright.
+    """
     import av
     from torchcodec.decoders import VideoDecoder
 
@@ -287,8 +311,10 @@ def _torchcodec_frames(path: str, times: Sequence[int], tick: Fraction, by_index
 def _compare(stream, width: int, height: int, rate: float) -> None:
     context, found = stream.codec_context, float(stream.average_rate or 0)
     if {context.width, context.height} != {width, height} or abs(found - rate) > 0.01 * rate:
-        raise UnusableClip(f"wrong metadata: {width} x {height} at {rate:g} fps are stated, the file has "
-                           f"{context.width} x {context.height} at {found:g} fps")  # fmt: skip
+        raise UnusableClip(
+            f"wrong metadata: {width} x {height} at {rate:g} fps are stated, the file has "
+            f"{context.width} x {context.height} at {found:g} fps"
+        )
 
 
 def interpolation(width: int, new_width: int) -> str:
@@ -296,7 +322,14 @@ def interpolation(width: int, new_width: int) -> str:
     return "AREA" if new_width < width else "BICUBIC"
 
 
-def _take(frames: Iterator, frames_FHWC: np.ndarray, places: Mapping[int, Sequence[int]], width: int, height: int, bucket: Bucket) -> int:
+def _take(
+    frames: Iterator,
+    frames_FHWC: np.ndarray,
+    places: Mapping[int, Sequence[int]],
+    width: int,
+    height: int,
+    bucket: Bucket,
+) -> int:
     """Put the frames at these times in their places, at the bucket's size; return how many are not found."""
     from av.video.reformatter import VideoReformatter
 
@@ -311,8 +344,12 @@ def _take(frames: Iterator, frames_FHWC: np.ndarray, places: Mapping[int, Sequen
             if frame.is_corrupt:
                 raise UnusableClip(f"corrupt: the frame at {float(time * (frame.time_base or 1)):.2f} s is damaged")
             turns = round(frame.rotation / 90) % 4  # counter-clockwise, as np.rot90
-            size = {"width": new_height, "height": new_width} if turns % 2 else {"width": new_width, "height": new_height}
-            image_HWC = np.rot90(scaler.reformat(frame, format="rgb24", interpolation=method, **size).to_ndarray(), turns)
+            size = (
+                {"width": new_height, "height": new_width} if turns % 2 else {"width": new_width, "height": new_height}
+            )
+            image_HWC = np.rot90(
+                scaler.reformat(frame, format="rgb24", interpolation=method, **size).to_ndarray(), turns
+            )
             first, *others = places[time]
             frames_FHWC[first] = image_HWC[top : top + bucket_height, left : left + bucket_width]
             for i in others:

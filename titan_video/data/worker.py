@@ -22,11 +22,13 @@ def set_up_worker(worker: int) -> None:
 
     Schedulers signal whole process groups; a worker that died of it would take down the trainer before it could save.
 
-    So a worker ends with its parent instead. torch's own watch over the parent takes seconds, in which the worker holds the parent's connections
-    open, and never ends a worker whose parent was killed before it was set up.
+    So a worker ends with its parent instead. torch's own watch over the parent takes seconds, in which the worker holds
+    the parent's connections open, and never ends a worker whose parent was killed before it was set up.
     """
     os.setpgid(0, 0)
-    if sys.platform == "linux" and multiprocessing.get_start_method() != "forkserver":  # the parent of whose children is the server
+    if (
+        sys.platform == "linux" and multiprocessing.get_start_method() != "forkserver"
+    ):  # the parent of whose children is the server
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != multiprocessing.parent_process().pid:
             os._exit(1)
@@ -40,10 +42,11 @@ def _shared(size: int) -> Tensor:
 
 
 def buffer(size: int) -> Tensor:
-    """uint8 [size] to decode into: in a worker, shared memory, so that it is sent without another copy; if possible some that was let go of.
+    """uint8 [size] to decode into: in a worker, shared memory, so that it is sent without another copy; if possible
+    some that was let go of.
 
-    Fresh shared memory costs as much as decoding some frames: the system finds, clears and takes back each page. A byte behind the buffer says
-    whether it is in use.
+    Fresh shared memory costs as much as decoding some frames: the system finds, clears and takes back each page. A byte
+    behind the buffer says whether it is in use.
     """
     if get_worker_info() is None:
         return torch.empty(size, dtype=torch.uint8)
@@ -56,7 +59,10 @@ def buffer(size: int) -> Tensor:
 
 
 def let_go(*tensors: Tensor | None) -> None:
-    """What lies in the memory of these is of no more use: if it is a worker's buffer, that is overwritten from now on."""
+    """What lies in the memory of these is of no more use:
+
+    if it is a worker's buffer, that is overwritten from now on.
+    """
     for x in tensors:
         if x is not None and x.is_shared():
             torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage())[-1] = 0
@@ -66,7 +72,10 @@ Layout = dict[str, Any]  # of nested dicts: {name: a layout, or (first byte, typ
 
 
 def pack(tensors: dict[str, Any]) -> tuple[Tensor, Layout]:
-    """Tensors in nested dicts as one, uint8: to take over a worker's tensor costs a round trip of a millisecond or more, whatever its size."""
+    """Tensors in nested dicts as one, uint8:
+
+    to take over a worker's tensor costs a round trip of a millisecond or more, whatever its size.
+    """
     size, parts = 0, []
 
     def place(x: Any) -> Any:
@@ -86,6 +95,7 @@ def pack(tensors: dict[str, Any]) -> tuple[Tensor, Layout]:
 
 def unpack(whole: Tensor, layout: Layout) -> dict[str, Any]:
     """The tensors again, which share the memory of `whole`."""
+
     def part(x: Any) -> Any:
         if isinstance(x, dict):
             return unpack(whole, x)

@@ -6,8 +6,8 @@
     selective      attention and its lse; every second matrix product    offload(compile(checkpoint(block)))
     memory_budget  what the compiler chooses for a share of `none`       compile(block)
 
-In full the checkpoint is outside: torch 2.13 does not compile one around tensor-parallel weights. In selective it is inside, since the
-operators that it picks are not seen from outside a compiled block.
+In full the checkpoint is outside: torch 2.13 does not compile one around tensor-parallel weights. In selective it is
+inside, since the operators that it picks are not seen from outside a compiled block.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,8 @@ from titan_video.distributed.offload import HostOffload, OffloadedTensor
 from titan_video.models.layers import attention_flops
 from titan_video.models.spec import ParallelPlan
 
-# Attention operators by name (kernels/attention.py), so that none need be there: the dim of argument 1, the keys, along which they are counted.
+# Attention operators by name (kernels/attention.py), so that none need be there: the dim of argument 1, the keys, along
+# which they are counted.
 _KEY_DIM = {
     "titan_video::attention": -3,
     "aten::_scaled_dot_product_flash_attention": -2,
@@ -42,11 +43,16 @@ _MATMULS = ("aten::mm", "aten::addmm")
 
 
 def apply_activation_checkpoint(
-    model: nn.Module, plan: ParallelPlan, section: ActivationCheckpoint, chosen: frozenset[tuple[str, str]] | None = None
+    model: nn.Module,
+    plan: ParallelPlan,
+    section: ActivationCheckpoint,
+    chosen: frozenset[tuple[str, str]] | None = None,
 ) -> None:
-    """Wrap the blocks in place. chosen: `chosen_blocks` of the whole model, where `model` is only a pipeline stage of it.
+    """Wrap the blocks in place. chosen: `chosen_blocks` of the whole model, where `model` is only a pipeline stage of
+    it.
 
-    Later, after the first forward that keeps activations: ValueError if a kind of `section.save` met no operator that it could keep.
+    Later, after the first forward that keeps activations: ValueError if a kind of `section.save` met no operator that
+        it could keep.
     """
     chosen = chosen_blocks(model, plan, section.layers) if chosen is None else chosen
     _set_memory_budget(section.memory_budget if section.mode == "memory_budget" else 1.0)
@@ -62,23 +68,38 @@ def apply_activation_checkpoint(
 
 
 def check_save_min_kv(section: ActivationCheckpoint, longest: int) -> None:
-    """ValueError if even the longest clip, of so many tokens, has too few keys for its attention to be kept: selective would be full, unsaid."""
+    """ValueError if even the longest clip, of so many tokens, has too few keys for its attention to be kept:
+
+    selective would be full, unsaid.
+    """
     if section.mode == "selective" and "attention" in section.save and longest < section.save_min_kv:
-        raise ValueError(f"activation_checkpoint.save_min_kv: given {section.save_min_kv}, but the longest clip of data.buckets has {longest} "
-                         f"tokens, so no attention would be kept; set it to at most {longest}, or activation_checkpoint.mode to full")
+        raise ValueError(
+            f"activation_checkpoint.save_min_kv: given {section.save_min_kv}, but the longest clip of "
+            f"data.buckets has {longest} "
+            f"tokens, so no attention would be kept; set it to at most {longest}, or activation_checkpoint.mode to full"
+        )
 
 
 def chosen_blocks(model: nn.Module, plan: ParallelPlan, layers: tuple[int, ...]) -> frozenset[tuple[str, str]]:
-    """(container, key) of the blocks numbered `layers`, counted in forward order; empty: of all. ValueError for a number that no block has."""
+    """(container, key) of the blocks numbered `layers`, counted in forward order; empty: of all.
+
+    ValueError for a number that no block has.
+    """
     names = [(path, key) for path in plan.blocks for key in model.get_submodule(path)]
     unknown = [number for number in layers if number >= len(names)]
     if unknown:
-        raise ValueError(f"activation_checkpoint.layers: given {list(layers)}, but there is no block {unknown[0]}; legal: 0 to {len(names) - 1}")
+        raise ValueError(
+            f"activation_checkpoint.layers: given {list(layers)}, but there is no block {unknown[0]}; legal: 0 "
+            f"to {len(names) - 1}"
+        )
     return frozenset(names[number] for number in layers or range(len(names)))
 
 
 class CheckpointedBlock(ActivationWrapper):
-    """A block that keeps its inputs, and what `selection` picks, and is otherwise run again in backward. selection None: full."""
+    """A block that keeps its inputs, and what `selection` picks, and is otherwise run again in backward.
+
+    selection None: full.
+    """
 
     def __init__(self, block: nn.Module, selection: "Selection | None", offload: HostOffload | None):
         super().__init__(block)
@@ -104,25 +125,37 @@ class CheckpointedBlock(ActivationWrapper):
 
     def _recomputed(self, *args: Any, **kwargs: Any) -> Any:
         # The blocks draw no random numbers, so there is no generator state to keep.
-        return checkpoint(self._checkpoint_wrapped_module, *args, use_reentrant=False, preserve_rng_state=False, **self.options, **kwargs)
+        return checkpoint(
+            self._checkpoint_wrapped_module,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            **self.options,
+            **kwargs,
+        )
 
 
 class Selection:
-    """Which results are kept, and whether there were any. One for all blocks: equal blocks are compiled, and so asked about, once.
+    """Which results are kept, and whether there were any. One for all blocks: equal blocks are compiled, and so asked
+    about, once.
 
-    contexts, traced_contexts: for `checkpoint`, the modes under which a block is run and run again; plain functions, as compile needs them.
+    contexts, traced_contexts: for `checkpoint`, the modes under which a block is run and run again; plain functions, as
+        compile needs them.
     """
 
     def __init__(self, save: tuple[str, ...], save_min_kv: int, offload: HostOffload | None = None):
         self.save, self.save_min_kv = save, save_min_kv
         self.kept: set[str] = set()
         self.num_operators, self.longest, self.checked = 0, 0, False
-        # Attention that is computed again makes the compiler keep a generator state, on a CPU as one more result of the graph. torch 2.13 does
-        # not find it if the graph holds a mesh too, as that of tensor-parallel weights does. There and on a CPU short attention is kept as well.
+        # Attention that is computed again makes the compiler keep a generator state, on a CPU as one more result of the
+        # graph. torch 2.13 does
+        # not find it if the graph holds a mesh too, as that of tensor-parallel weights does. There and on a CPU short
+        # attention is kept as well.
         self.beside_mesh = False
 
         def contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
-            # Ours rather than torch's: they send what is kept to the host, allow backward to run a block again a second time, as zero-bubble
+            # Ours rather than torch's: they send what is kept to the host, allow backward to run a block again a second
+            # time, as zero-bubble
             # schedules do, and are the same in every torch.
             kept: list[Any] = []
             return _Keep(self.picker, kept, offload), _Replay(self.picker, kept, offload)
@@ -132,7 +165,12 @@ class Selection:
             pick = {is_recompute: self.picker() for is_recompute in (False, True)}
 
             def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-                keep = pick[context.is_recompute](operator, args) or self.beside_mesh and operator.name() in _KEY_DIM and args[0].device.type == "cpu"
+                keep = (
+                    pick[context.is_recompute](operator, args)
+                    or self.beside_mesh
+                    and operator.name() in _KEY_DIM
+                    and args[0].device.type == "cpu"
+                )
                 return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
             return create_selective_checkpoint_contexts(policy)
@@ -140,7 +178,9 @@ class Selection:
         self.contexts, self.traced_contexts = contexts, traced_contexts
 
     def picker(self) -> Callable[[Any, tuple], bool]:
-        """(operator, arguments) -> whether its result is kept; for one run of one block, whose matrix products are counted."""
+        """(operator, arguments) -> whether its result is kept; for one run of one block, whose matrix products are
+        counted.
+        """
         num_matmuls = 0
 
         def pick(operator: Any, args: tuple) -> bool:
@@ -161,17 +201,27 @@ class Selection:
         return pick
 
     def check(self) -> None:
-        """After a forward. ValueError if a kind was asked for of which there is no operator: that would silently be mode full."""
+        """After a forward. ValueError if a kind was asked for of which there is no operator:
+
+        that would silently be mode full.
+        """
         if self.checked or not self.num_operators:
-            return  # without gradients nothing is kept, and a graph from the compiler's cache was checked when it was made
+            # without gradients nothing is kept, and a graph from the compiler's cache was checked when it was made
+            return
         self.checked = True
         if "attention" in self.save and "attention" not in self.kept:
             if self.longest:  # a short clip; longer ones will come, see `check_save_min_kv`
                 self.checked = False
                 return
-            raise ValueError("activation_checkpoint.save: attention, but a block ran no attention operator that has a result to keep; take it out")
+            raise ValueError(
+                "activation_checkpoint.save: attention, but a block ran no attention operator that has a result "
+                "to keep; take it out"
+            )
         if "matmul" in self.save and "matmul" not in self.kept:
-            raise ValueError("activation_checkpoint.save: matmul, but a block ran fewer than two matrix products (aten.mm, aten.addmm); take it out")
+            raise ValueError(
+                "activation_checkpoint.save: matmul, but a block ran fewer than two matrix products (aten.mm, "
+                "aten.addmm); take it out"
+            )
 
     def _keep(self, kind: str) -> bool:
         self.kept.add(kind)
@@ -207,7 +257,11 @@ class _Replay(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if not self.pick(func, args):
             return func(*args, **(kwargs or {}))
-        return tree_map_only((Tensor, OffloadedTensor), lambda x: x.detach() if isinstance(x, Tensor) else self.offload.fetch(x), next(self.next))
+        return tree_map_only(
+            (Tensor, OffloadedTensor),
+            lambda x: x.detach() if isinstance(x, Tensor) else self.offload.fetch(x),
+            next(self.next),
+        )
 
 
 def _set_memory_budget(budget: float) -> None:
@@ -222,17 +276,24 @@ def _set_memory_budget(budget: float) -> None:
 def saved_bytes_per_token(dim: int, num_heads: int, section: ActivationCheckpoint, itemsize: int) -> int:
     """Bytes of device memory that a checkpointed block keeps for each video token.
 
-    Its input, [D], and for selective attention its output, [D], and its lse, one float32 a head. With offload only the lse stays.
+    Its input, [D], and for selective attention its output, [D], and its lse, one float32 a head. With offload only the
+    lse stays.
     """
     if section.mode not in ("full", "selective") or "matmul" in section.save and section.mode == "selective":
-        raise ValueError("saved_bytes_per_token: in mode none or memory_budget, and for matmul, it depends on the model's operators; run a dry run")
+        raise ValueError(
+            "saved_bytes_per_token: in mode none or memory_budget, and for matmul, it depends on the model's "
+            "operators; run a dry run"
+        )
     attention = section.mode == "selective"
     on_device = 0 if section.offload else dim * itemsize * (1 + attention)
     return on_device + 4 * num_heads * attention
 
 
 def recomputed_flops(section: ActivationCheckpoint, args: Any, num_tokens: int, batch: int) -> float:
-    """FLOPs of blocks' forward that backward runs again; args: the model's (see ModelSpec). What a memory budget makes of it is not known: 0."""
+    """FLOPs of blocks' forward that backward runs again; args: the model's (see ModelSpec).
+
+    What a memory budget makes of it is not known: 0.
+    """
     if section.mode not in ("full", "selective"):
         return 0.0
     again = args.block_flops(num_tokens, batch)

@@ -12,12 +12,15 @@ from torch.distributed.device_mesh import DeviceMesh
 
 # Renamed in torch 2.13, where the old names warn.
 _all_gather = getattr(functional, "all_gather_single_autograd", None) or functional.all_gather_tensor_autograd
-_reduce_scatter = getattr(functional, "reduce_scatter_single_autograd", None) or functional.reduce_scatter_tensor_autograd
+_reduce_scatter = (
+    getattr(functional, "reduce_scatter_single_autograd", None) or functional.reduce_scatter_tensor_autograd
+)
 
 
 def all_gather(x: Tensor, dim: int, mesh: DeviceMesh) -> Tensor:
     """The ranks' tensors, concatenated along `dim`. Backward is a reduce-scatter."""
-    # Always sent along dim 0 and arranged here. torch 2.13, asked for dim 1 of one clip, gives a view that loses its gradient when waited for.
+    # Always sent along dim 0 and arranged here. torch 2.13, asked for dim 1 of one clip, gives a view that loses its
+    # gradient when waited for.
     if _is_outermost(x, dim):
         rows = _ready(_all_gather(x.flatten(0, dim).contiguous(), 0, mesh.get_group()))
         return rows.view(*x.shape[:dim], -1, *x.shape[dim + 1 :])
@@ -38,7 +41,10 @@ def all_reduce(x: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 def all_to_all(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Chunk i of dim 0 goes to rank i; the result holds the chunks received, in rank order. Backward is an all-to-all."""
+    """Chunk i of dim 0 goes to rank i; the result holds the chunks received, in rank order.
+
+    Backward is an all-to-all.
+    """
     return _ready(functional.all_to_all_single_autograd(x.contiguous(), None, None, mesh.get_group()))
 
 

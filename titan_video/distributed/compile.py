@@ -1,7 +1,8 @@
 """torch.compile, block by block: one graph serves all equal blocks.
 
-Shapes: a graph is made for the first number of tokens; at the second, one for any number, which is the last. A batch of one clip and batches
-of several have a graph each, and so have forwards with and without gradients. `num_graphs` counts them.
+Shapes: a graph is made for the first number of tokens; at the second, one for any number, which is the last. A batch of
+one clip and batches of several have a graph each, and so have forwards with and without gradients. `num_graphs` counts
+them.
 """
 
 import torch._dynamo
@@ -11,13 +12,17 @@ from torch._dynamo.utils import counters
 from titan_video.distributed.fsdp import blocks_of
 from titan_video.models.spec import ParallelPlan
 
-# Kinds of block x one or several clips x first and any length x with and without gradients, and as many again for padded lengths. More is
+# Kinds of block x one or several clips x first and any length x with and without gradients, and as many again for
+# padded lengths. More is
 # an error of ours: some value is compiled in.
 MAX_GRAPHS = 32
 
 
 def apply_compile(model: nn.Module, plan: ParallelPlan, backend: str) -> None:
-    """Compile each block in place, as a full graph, after checkpointing and before FSDP. Parameter names do not change."""
+    """Compile each block in place, as a full graph, after checkpointing and before FSDP.
+
+    Parameter names do not change.
+    """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
     for container, key in blocks_of(model, plan):
         container[key].compile(backend=backend, fullgraph=True)

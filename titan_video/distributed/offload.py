@@ -3,9 +3,11 @@
     compute   | block 0 | block 1 | block 2 | ...  ... | backward 2 | backward 1 | backward 0 |
     copies              | 0 out   | 1 out   | ...    1 in           | 0 in       |
 
-On a GPU the copies run on a stream of their own, between pinned host memory and the device, beside the arithmetic. What at most `IN_FLIGHT` blocks
-keep waits on the device to be copied out, and one block's is copied in ahead of its use, so device memory stays bounded. What the last
-blocks keep is what backward asks for first: it is used from where it still is. On a CPU the same code copies without streams.
+On a GPU the copies run on a stream of their own, between pinned host memory and the device, beside the arithmetic. What
+keep waits on the device to be copied out, and one block's is copied in ahead of its use, so device memory stays
+bounded. What the last
+blocks keep is what backward asks for first: it is used from where it still is. On a CPU the same code copies without
+    streams.
 """
 
 import weakref
@@ -30,7 +32,10 @@ class OffloadedTensor:
 
 
 class _Block:
-    """What one forward of a block has sent. The graph holds the tensors; here they are only looked up, except on their way out."""
+    """What one forward of a block has sent.
+
+    The graph holds the tensors; here they are only looked up, except on their way out.
+    """
 
     def __init__(self, before: "_Block | None"):
         self.before = weakref.ref(before) if before is not None else lambda: None
@@ -39,7 +44,10 @@ class _Block:
 
 
 class HostOffload:
-    """Moves out what blocks keep, and in again. Any order of use is right; that in which backward meets the blocks is fast."""
+    """Moves out what blocks keep, and in again.
+
+    Any order of use is right; that in which backward meets the blocks is fast.
+    """
 
     def __init__(self):
         self.stream = None
@@ -63,7 +71,10 @@ class HostOffload:
         return moved
 
     def fetch(self, moved: OffloadedTensor) -> Tensor:
-        """The tensor on its device, bitwise the same and with the same strides. What else its block and the one before have sent is on its way."""
+        """The tensor on its device, bitwise the same and with the same strides.
+
+        What else its block and the one before have sent is on its way.
+        """
         if moved.here is None:
             self._start(moved)
         moved.block.leaving.discard(moved)
@@ -77,8 +88,8 @@ class HostOffload:
 
     @contextmanager
     def of_block(self, weights: Iterable[Tensor], tokens: Tensor) -> Iterator[None]:
-        """Around the forward of a block. What autograd saves in it is sent if it has as many bytes as `tokens`: not the weights, nor what is
-        small or the same for all blocks, such as the text.
+        """Around the forward of a block. What autograd saves in it is sent if it has as many bytes as `tokens`: not the
+        weights, nor what is small or the same for all blocks, such as the text.
         """
         if len(self.leaving) == IN_FLIGHT:
             leaving = self.leaving.popleft().leaving
@@ -99,7 +110,9 @@ class HostOffload:
             yield
 
     def _start(self, moved: OffloadedTensor) -> None:
-        moved.here = torch.empty_strided(moved.host.size(), moved.host.stride(), dtype=moved.host.dtype, device=moved.device)
+        moved.here = torch.empty_strided(
+            moved.host.size(), moved.host.stride(), dtype=moved.host.dtype, device=moved.device
+        )
         moved.copied = self._copy(moved.host, moved.here)
         self.num_fetched += 1
         if self.stream is not None:

@@ -67,7 +67,10 @@ class ParallelDims:
         sequence = world["ring", "ulysses", "tp"]._flatten("sequence")
         fsdp = world["dp_shard", "ring", "ulysses"]._flatten("fsdp")
         fsdp_tp = world["dp_shard", "ring", "ulysses", "tp"]._flatten("fsdp_tp")
-        sharded = [DeviceMesh._concatenate([world["dp_replicate"], mesh]) if self.dp_replicate > 1 else mesh for mesh in (fsdp, fsdp_tp)]
+        sharded = [
+            DeviceMesh._concatenate([world["dp_replicate"], mesh]) if self.dp_replicate > 1 else mesh
+            for mesh in (fsdp, fsdp_tp)
+        ]
         return Meshes(world, batch, sequence, *sharded, *(world[axis] for axis in ("ring", "ulysses", "tp", "pp")))
 
 
@@ -75,9 +78,11 @@ class ParallelDims:
 class Meshes:
     """Named views of the mesh.
 
-    batch: 1-D; its ranks have different samples. sequence: 1-D; its ranks have different tokens of the same samples. A loss is summed over
-    both. fsdp: 1-D (dp_shard x cp) or 2-D (dp_replicate, dp_shard x cp), over which the blocks are sharded; fsdp_root: the same with tp,
-    for what is outside the blocks: tensor parallel does not split it, and its gradients too are sums over the tokens of all these ranks.
+    batch: 1-D; its ranks have different samples. sequence: 1-D; its ranks have different tokens of the same samples. A
+    loss is summed over both. fsdp: 1-D (dp_shard x cp) or 2-D (dp_replicate, dp_shard x cp), over which the blocks are
+    sharded; fsdp_root: the same with tp,
+    for what is outside the blocks: tensor parallel does not split it, and its gradients too are sums over the tokens of
+        all these ranks.
     """
 
     world: DeviceMesh
@@ -99,7 +104,8 @@ def context_parallel_degrees(section: Parallelism) -> tuple[int, int]:
 
 
 def check_layout(section: Parallelism, args: Any, world_size: int) -> None:
-    """What a model's architecture asks of a layout. ValueError with one line per rule broken, naming the field and the legal values.
+    """What a model's architecture asks of a layout. ValueError with one line per rule broken, naming the field and the
+    legal values.
 
     args: the model's arguments (see ModelSpec).
     """
@@ -115,19 +121,32 @@ def _divisors(*numbers: int) -> str:
 def _layout_errors(dims: ParallelDims, section: Parallelism, args: Any) -> Iterator[str]:
     heads, hidden = args.num_heads, args.ffn_dim
     if heads % dims.tp or hidden % dims.tp:
-        yield (f"parallelism.tensor_parallel_degree: given {dims.tp}, which does not divide the model's {heads} heads and feed-forward width "
-               f"{hidden}; legal: {_divisors(heads, hidden)}")
+        yield (
+            f"parallelism.tensor_parallel_degree: given {dims.tp}, which does not divide the model's {heads} "
+            f"heads and feed-forward width "
+            f"{hidden}; legal: {_divisors(heads, hidden)}"
+        )
         return
     if (heads // dims.tp) % dims.ulysses:
-        field = "context_parallel_ulysses_degree" if section.context_parallel_method == "unified" else "context_parallel_degree"
+        field = (
+            "context_parallel_ulysses_degree"
+            if section.context_parallel_method == "unified"
+            else "context_parallel_degree"
+        )
         per_rank = f"{heads} heads" if dims.tp == 1 else f"{heads // dims.tp} heads of each tensor-parallel rank"
-        yield (f"parallelism.{field}: given {dims.ulysses}, but Ulysses divides the {per_rank}; legal: {_divisors(heads // dims.tp)}; "
-               "context_parallel_method ring or unified takes other degrees")
+        yield (
+            f"parallelism.{field}: given {dims.ulysses}, but Ulysses divides the {per_rank}; legal: "
+            f"{_divisors(heads // dims.tp)}; "
+            "context_parallel_method ring or unified takes other degrees"
+        )
     stages = dims.pp * stages_per_rank(section)
     if stages > args.num_layers:
         most = args.num_layers // stages_per_rank(section)
-        yield (f"parallelism.pipeline_parallel_degree: given {dims.pp}, which makes {stages} stages of {args.num_layers} blocks with "
-               f"pipeline_parallel_schedule {section.pipeline_parallel_schedule}; legal: at most {most}")
+        yield (
+            f"parallelism.pipeline_parallel_degree: given {dims.pp}, which makes {stages} stages of "
+            f"{args.num_layers} blocks with "
+            f"pipeline_parallel_schedule {section.pipeline_parallel_schedule}; legal: at most {most}"
+        )
 
 
 def stages_per_rank(section: Parallelism) -> int:

@@ -25,10 +25,11 @@ def parallelize(
     checkpointed: frozenset[tuple[str, str]] | None = None,
     float8: Float8 = Float8(),
 ) -> None:
-    """Float8, tensor parallel, context parallel, checkpointing, compile, FSDP2: in place, on a model whose parameters may be on the meta device.
+    """Float8, tensor parallel, context parallel, checkpointing, compile, FSDP2: in place, on a model whose parameters
+    may be on the meta device.
 
-    checkpointed: `chosen_blocks` of the whole model, where `model` is a pipeline stage. ValueError: see `apply_activation_checkpoint` and
-    `apply_float8`.
+    checkpointed: `chosen_blocks` of the whole model, where `model` is a pipeline stage. ValueError: see
+    `apply_activation_checkpoint` and `apply_float8`.
     """
     if float8.enable:
         apply_float8(model, plan, float8, meshes.world.device_type, meshes.tp.size())

@@ -1,4 +1,7 @@
-"""The tokens of a clip, spread over the `sequence` axis: each rank has one contiguous slice of them from patchify to the loss."""
+"""The tokens of a clip, spread over the `sequence` axis:
+
+each rank has one contiguous slice of them from patchify to the loss.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +18,18 @@ MAX_KEPT = 8  # sizes of clips whose positions are kept
 class SequenceShard:
     """This rank's slice.
 
-    Lengths that do not divide are padded with zeros at the end of the clip: every rank then has equally many rows, of which the first
-    `num_valid` count. Attention leaves the padding out as keys, the loss as rows, so it changes nothing.
+    Lengths that do not divide are padded with zeros at the end of the clip: every rank then has equally many rows, of
+    which the first `num_valid` count. Attention leaves the padding out as keys, the loss as rows, so it changes
+    nothing.
     """
 
     def __init__(self, sequence_mesh: DeviceMesh, tp_degree: int = 1):
-        self.mesh, self.size, self.rank, self.tp = sequence_mesh, sequence_mesh.size(), sequence_mesh.get_local_rank(), tp_degree
+        self.mesh, self.size, self.rank, self.tp = (
+            sequence_mesh,
+            sequence_mesh.size(),
+            sequence_mesh.get_local_rank(),
+            tp_degree,
+        )
         self._positions: dict[tuple[TokenShape, torch.device], Tensor] = {}
 
     def length(self, seq_len: int) -> int:
@@ -37,11 +46,17 @@ class SequenceShard:
         return self._chunk(x, self.rank, 1)
 
     def slice_for_attention(self, pos_BL3: Tensor) -> Tensor:
-        """Positions of the tokens that this rank's q and k projections give: under tensor parallel those of its whole group."""
+        """Positions of the tokens that this rank's q and k projections give:
+
+        under tensor parallel those of its whole group.
+        """
         return self._chunk(pos_BL3, self.rank - self.rank % self.tp, self.tp)
 
     def positions(self, shape: TokenShape, device: torch.device) -> Tensor:
-        """`slice_for_attention` of the positions of a clip's tokens. Kept, as the clips of a bucket share them and what is made of them."""
+        """`slice_for_attention` of the positions of a clip's tokens.
+
+        Kept, as the clips of a bucket share them and what is made of them.
+        """
         if (shape, device) not in self._positions:
             if len(self._positions) == MAX_KEPT:
                 del self._positions[next(iter(self._positions))]

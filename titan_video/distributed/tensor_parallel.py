@@ -1,13 +1,17 @@
-"""Tensor parallel with sequence-parallel norms: the ranks of a group share the matrices of each block, and between these matrices the tokens.
+"""Tensor parallel with sequence-parallel norms: the ranks of a group share the matrices of each block, and between
+these matrices the tokens.
 
-    tokens/t -- norm, modulate --[all-gather]-- tokens -- column -- heads/t -- attention -- row --[reduce-scatter]-- tokens/t -- + residual
+    tokens/t -- norm, modulate --[all-gather]-- tokens -- column -- heads/t -- attention -- row --[reduce-scatter]--
+    tokens/t -- + residual
 
-t ranks each hold 1/t of the rows of a block's entering matrices (q, k, v, up) and 1/t of the columns of its leaving ones (o, down), so
-attention runs on 1/t of the heads. Outside these pairs a rank computes with its own tokens only. (Shoeybi et al. 2019, "Megatron-LM";
-Korthikanti et al. 2022, "Reducing activation recomputation in large transformer models".)
+t ranks each hold 1/t of the rows of a block's entering matrices (q, k, v, up) and 1/t of the columns of its leaving
+ones (o, down), so attention runs on 1/t of the heads. Outside these pairs a rank computes with its own tokens only.
+(Shoeybi et al. 2019, "Megatron-LM"; "Megatron-LM"; Korthikanti et al. 2022, "Reducing activation recomputation in large
+transformer models".)
 
-Which module takes which part is data, `ParallelPlan.tensor`; `STYLES` says what each part means. Activations are plain tensors and collectives
-are written out; parameters become DTensors, so that FSDP, checkpoints and the gradient norm know what each rank has.
+Which module takes which part is data, `ParallelPlan.tensor`; `STYLES` says what each part means. Activations are plain
+tensors and collectives are written out; parameters become DTensors, so that FSDP, checkpoints and the gradient norm
+know what each rank has.
 """
 
 import operator
@@ -49,16 +53,22 @@ def apply_tensor_parallel(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh
 
 
 def enable_async(mesh: DeviceMesh) -> None:
-    """Let the compiler break each gather and scatter into parts that are sent while the product with another part is computed.
+    """Let the compiler break each gather and scatter into parts that are sent while the product with another part is
+    computed.
 
-    ValueError where that cannot work. Not yet run on GPUs. What torch 2.13's pass (torch/_inductor/fx_passes/micro_pipeline_tp.py) takes, and
-    finds in a compiled Wan block: an all-gather along any dim whose result is multiplied, by one matrix or, for q, k and v, by several; a
-    product whose result is reduce-scattered. A bias within the product (`addmm`) hides the first, hence `column_unfused`. Forward all 3
-    gathers and 3 scatters of a block are taken; backward all 3 gathers and 2 scatters: what q, k and v send back is a sum of products.
+    ValueError where that cannot work. Not yet run on GPUs. What torch 2.13's pass
+    (torch/_inductor/fx_passes/micro_pipeline_tp.py) takes, and
+    finds in a compiled Wan block: an all-gather along any dim whose result is multiplied, by one matrix or, for q, k
+    product whose result is reduce-scattered. A bias within the product (`addmm`) hides the first, hence
+    gathers and 3 scatters of a block are taken; backward all 3 gathers and 2 scatters: what q, k and v send back is a
+    sum of products.
     """
     if mesh.device_type != "cuda":
-        raise ValueError(f"parallelism.enable_async_tensor_parallel: true, but it needs GPUs that see each other's memory, and this run is on "
-                         f"{mesh.device_type}; leave it false")
+        raise ValueError(
+            f"parallelism.enable_async_tensor_parallel: true, but it needs GPUs that see each other's memory, "
+            f"and this run is on "
+            f"{mesh.device_type}; leave it false"
+        )
     import torch._inductor.config
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
@@ -69,8 +79,9 @@ def enable_async(mesh: DeviceMesh) -> None:
 
 
 def collectives_per_block(plan: ParallelPlan, block: nn.Module) -> tuple[dict[str, int], dict[str, int]]:
-    """How often each collective is called for tensor parallel in the forward of a split block, which a checkpointed block runs twice, and in
-    its backward, where the gradient of each whole parameter (norms and biases that follow a scatter) is added up over the ranks."""
+    """How often each collective is called for tensor parallel in the forward of a split block, which a checkpointed
+    its backward, where the gradient of each whole parameter (norms and biases that follow a scatter) is added up over
+    the ranks."""
     used = Counter(style for name, style in plan.tensor.items() if has(block, name))
     gathers = used["gather"] + used["column_gathered"]
     scatters = used["row"] + used["row_joint"]
@@ -83,7 +94,10 @@ def collectives_per_block(plan: ParallelPlan, block: nn.Module) -> tuple[dict[st
 
 
 def bytes_per_collective(batch: int, tokens: int, width: int, tp: int, itemsize: int) -> int:
-    """Bytes that each rank sends in one gather or scatter of activations: all parts but its own. tokens: of the whole group."""
+    """Bytes that each rank sends in one gather or scatter of activations: all parts but its own. tokens:
+
+    of the whole group.
+    """
     return (tp - 1) * batch * (tokens // tp) * width * itemsize
 
 
@@ -124,7 +138,10 @@ def row(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
 
 
 def row_replicated(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
-    """A Linear of which each rank has some of the inputs, and gets all outputs: for text, which is whole on each rank."""
+    """A Linear of which each rank has some of the inputs, and gets all outputs:
+
+    for text, which is whole on each rank.
+    """
     _row(parent, name, mesh, _all_tokens(mesh))
 
 
@@ -144,12 +161,14 @@ def mean_squares(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
 
 
 STYLES: dict[str, Callable[[nn.Module, str, DeviceMesh], None]] = {
-    style.__name__: style for style in (gather, column, column_gathered, row, row_replicated, row_joint, heads, mean_squares)
+    style.__name__: style
+    for style in (gather, column, column_gathered, row, row_replicated, row_joint, heads, mean_squares)
 }
 
 
 def gather_in_chunks(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
     """`gather`, always with the concatenation that the compiler's pass looks for."""
+
     def hook(module: nn.Module, args: tuple) -> tuple:
         return torch.cat(all_gather(args[0], 0, mesh).chunk(mesh.size()), dim=1), *args[1:]
 
@@ -190,7 +209,9 @@ def distribute(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placem
 
 
 class UnfusedLinear(nn.Module):
-    """A Linear of one or more inputs, whose products with the weight are completed, each by its function, before the bias is added."""
+    """A Linear of one or more inputs, whose products with the weight are completed, each by its function, before the
+    bias is added.
+    """
 
     def __init__(self, linear: Linear, complete: tuple[Callable[[Tensor], Tensor], ...]):
         super().__init__()
@@ -199,13 +220,19 @@ class UnfusedLinear(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         weight, bias = local(self.weight), local(self.bias)
-        products = (self.product(x, weight) if self.adapter is None else self.product(x, weight) + self.adapter(x) for x in inputs)
+        products = (
+            self.product(x, weight) if self.adapter is None else self.product(x, weight) + self.adapter(x)
+            for x in inputs
+        )
         outputs = tuple(complete(y) + bias for complete, y in zip(self.complete, products, strict=True))
         return outputs if len(outputs) > 1 else outputs[0]
 
 
 class GroupMeanSquares(nn.Module):
-    """Mean squares of q and the keys over the whole width, of which each rank has an equal part: one all-reduce of a number per row for all."""
+    """Mean squares of q and the keys over the whole width, of which each rank has an equal part:
+
+    one all-reduce of a number per row for all.
+    """
 
     def __init__(self, mesh: DeviceMesh):
         super().__init__()

@@ -19,16 +19,21 @@ def meet(timeout_seconds: int) -> dist.Store:
     return next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))[0]
 
 
-def init_distributed(device: torch.device, timeout_seconds: int, store: dist.Store | None = None, num_ranks: int = 0) -> None:
+def init_distributed(
+    device: torch.device, timeout_seconds: int, store: dist.Store | None = None, num_ranks: int = 0
+) -> None:
     """Join the process group that torchrun set up, or make a group of one. On a GPU, host tensors go through gloo.
 
-    store: that of all ranks, when only the first `num_ranks` of them are to be in the group: the others take no part in anything.
+    store: that of all ranks, when only the first `num_ranks` of them are to be in the group: the others take no part in
+        anything.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
     if store is not None:
         store = dist.PrefixStore("training", store)
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=int(os.environ["RANK"]), world_size=num_ranks)
+        dist.init_process_group(
+            backend, timeout=timeout, store=store, rank=int(os.environ["RANK"]), world_size=num_ranks
+        )
     elif "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
@@ -58,7 +63,9 @@ def gather_objects(value, group=None) -> list:
 
 
 def broadcast_from_zero(function: Callable[[], Any], group=None) -> Any:
-    """What `function` returns on rank 0, on all ranks; what it raises there is raised on all ranks, so that none waits for another."""
+    """What `function` returns on rank 0, on all ranks; what it raises there is raised on all ranks, so that none waits
+    for another.
+    """
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -82,10 +89,13 @@ def seed_of(name: str, seed: int) -> int:
 
 @torch.no_grad()
 def initialise(
-    model: nn.Module, init_parameter: Callable[[str, Tensor, torch.Generator], None], seed: int, which: Callable[[str], bool] | None = None
+    model: nn.Module,
+    init_parameter: Callable[[str, Tensor, torch.Generator], None],
+    seed: int,
+    which: Callable[[str], bool] | None = None,
 ) -> None:
-    """Fill every parameter, or those of which `which` says so by name, from a generator keyed by (seed, name), so that all layouts start from
-    the same weights.
+    """Fill every parameter, or those of which `which` says so by name, from a generator keyed by (seed, name), so that
+    all layouts start from the same weights.
 
     Each rank makes each whole tensor on the host, one at a time, and keeps its shard; nothing is sent. (torch's own
     initialisers give the shards of a CPU mesh equal values, and on GPUs values that depend on the layout.)
@@ -103,9 +113,11 @@ def initialise(
 
 @torch.no_grad()
 def clip_grad_norm(model: nn.Module, max_norm: float, pp_mesh: DeviceMesh | None = None) -> Tensor:
-    """The 2-norm of all gradients over all ranks, a plain scalar; gradients are scaled down to `max_norm` if that is above 0.
+    """The 2-norm of all gradients over all ranks, a plain scalar; gradients are scaled down to `max_norm` if that is
+    above 0.
 
-    pp_mesh: the axis over whose ranks the parameters are dealt out. A norm that is not finite is returned as it is, for the caller to judge.
+    pp_mesh: the axis over whose ranks the parameters are dealt out. A norm that is not finite is returned as it is, for
+        the caller to judge.
     """
     by_mesh = defaultdict(list)  # torch sums over the ranks of one mesh at a time
     for p in model.parameters():
@@ -129,7 +141,10 @@ def local_part(t: Tensor) -> Tensor:
 
 @torch.no_grad()
 def zeros_beside(parameter: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """A tensor with the rows of a parameter and so many columns in place of its last dim, sharded like it. A split of columns must be even."""
+    """A tensor with the rows of a parameter and so many columns in place of its last dim, sharded like it.
+
+    A split of columns must be even.
+    """
     own = local_part(parameter)
     size = *own.shape[:-1], columns * own.shape[-1] // parameter.shape[-1]
     zeros = torch.zeros(size, dtype=dtype, device=parameter.device)
@@ -137,7 +152,9 @@ def zeros_beside(parameter: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
         return zeros
     whole = torch.Size((*parameter.shape[:-1], columns))
     stride = (columns, 1)[2 - len(whole) :]
-    return DTensor.from_local(zeros, parameter.device_mesh, parameter.placements, run_check=False, shape=whole, stride=stride)
+    return DTensor.from_local(
+        zeros, parameter.device_mesh, parameter.placements, run_check=False, shape=whole, stride=stride
+    )
 
 
 def mesh_of(parameter: Tensor) -> DeviceMesh | None:

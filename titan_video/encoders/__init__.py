@@ -7,7 +7,10 @@ from titan_video.encoders.spec import Encoders
 
 
 def build_encoders(section: Encoder, hf_assets_path: str, device: torch.device | str) -> Encoders:
-    """The encoders that `encoder.name` names. All but `debug` read a local diffusers folder at first use and import diffusers and transformers."""
+    """The encoders that `encoder.name` names.
+
+    All but `debug` read a local diffusers folder at first use and import diffusers and transformers.
+    """
     if section.name == "debug":
         from titan_video.encoders.debug import DebugEncoders
 

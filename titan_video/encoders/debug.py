@@ -1,10 +1,11 @@
 """Encoders that need no weights: a fixed video transform with the geometry of Wan's VAE, and hashed words.
 
-Video: each block of 4 x 8 x 8 pixels is expanded in an orthonormal 3-D cosine basis over three opponent colours, and the 16
-coefficients that carry most of the energy of simple clips are kept. The first frame is a block of its own, as in Wan: it is coded
-as if it stood still for 4 frames. The basis is orthonormal, so decoding is the transpose.
+Video: each block of 4 x 8 x 8 pixels is expanded in an orthonormal 3-D cosine basis over three opponent colours, and
+the 16 coefficients that carry most of the energy of simple clips are kept. The first frame is a block of its own, as in
+Wan: it is coded it is coded as if it stood still for 4 frames. The basis is orthonormal, so decoding is the transpose.
 
-Image tokens: a random projection of each of 16 x 16 patches, after a token of the whole image, as many as CLIP's. They serve as a text's too.
+Image tokens: a random projection of each of 16 x 16 patches, after a token of the whole image, as many as CLIP's. They
+    serve as a text's too.
 
 Shapes: B batch, C latent channels, F H W frames, height, width, K values of one block (3 x 4 x 8 x 8).
 """
@@ -20,10 +21,22 @@ from torch import Tensor
 # (colour, order in time, in height, in width), mean and standard deviation over shapes and ordinary clips.
 # Colours: 0 brightness, 1 blue against yellow, 2 red against green.
 COEFFICIENTS = (
-    ((0, 0, 0, 0), -10.0, 6.0), ((0, 0, 0, 1), 0.0, 1.6), ((0, 0, 1, 0), 0.0, 1.6), ((0, 0, 0, 2), 0.0, 0.7), ((0, 0, 2, 0), 0.0, 0.6),
-    ((0, 1, 0, 0), 0.0, 0.7), ((0, 1, 0, 1), 0.0, 0.4), ((0, 1, 1, 0), 0.0, 0.4),
-    ((1, 0, 0, 0), -0.5, 2.6), ((1, 0, 0, 1), 0.0, 0.7), ((1, 0, 1, 0), 0.0, 0.7), ((1, 1, 0, 0), 0.0, 0.5),
-    ((2, 0, 0, 0), 0.0, 1.8), ((2, 0, 0, 1), 0.0, 0.5), ((2, 0, 1, 0), 0.0, 0.5), ((2, 1, 0, 0), 0.0, 0.4),
+    ((0, 0, 0, 0), -10.0, 6.0),
+    ((0, 0, 0, 1), 0.0, 1.6),
+    ((0, 0, 1, 0), 0.0, 1.6),
+    ((0, 0, 0, 2), 0.0, 0.7),
+    ((0, 0, 2, 0), 0.0, 0.6),
+    ((0, 1, 0, 0), 0.0, 0.7),
+    ((0, 1, 0, 1), 0.0, 0.4),
+    ((0, 1, 1, 0), 0.0, 0.4),
+    ((1, 0, 0, 0), -0.5, 2.6),
+    ((1, 0, 0, 1), 0.0, 0.7),
+    ((1, 0, 1, 0), 0.0, 0.7),
+    ((1, 1, 0, 0), 0.0, 0.5),
+    ((2, 0, 0, 0), 0.0, 1.8),
+    ((2, 0, 0, 1), 0.0, 0.5),
+    ((2, 0, 1, 0), 0.0, 0.5),
+    ((2, 1, 0, 0), 0.0, 0.4),
 )
 COLORS = np.array([[1, 1, 1], [-1, -1, 2], [1, -1, 0]]) / np.sqrt([[3], [6], [2]])  # orthonormal rows over R, G, B
 VERSION = 1
@@ -41,12 +54,22 @@ def _cosines(n: int) -> np.ndarray:
 class DebugEncoders:
     """See `encoders.spec.Encoders`. Deterministic; everything but the kept coefficients of a clip is lost."""
 
-    stride_t, stride_s, channels, text_dim, pooled_dim, image_dim = 4, 8, len(COEFFICIENTS), TEXT_DIM, TEXT_DIM, IMAGE_DIM
+    stride_t, stride_s, channels, text_dim, pooled_dim, image_dim = (
+        4,
+        8,
+        len(COEFFICIENTS),
+        TEXT_DIM,
+        TEXT_DIM,
+        IMAGE_DIM,
+    )
 
     def __init__(self, max_text_length: int):
         self.max_text_length = max_text_length
         time, space = _cosines(4), _cosines(8)
-        rows = [np.einsum("c,t,h,w->cthw", COLORS[c], time[t], space[h], space[w]).ravel() for (c, t, h, w), _, _ in COEFFICIENTS]
+        rows = [
+            np.einsum("c,t,h,w->cthw", COLORS[c], time[t], space[h], space[w]).ravel()
+            for (c, t, h, w), _, _ in COEFFICIENTS
+        ]
         self.basis_CK = torch.tensor(np.stack(rows), dtype=torch.float32)
         self.mean_C = torch.tensor([mean for _, mean, _ in COEFFICIENTS])
         self.std_C = torch.tensor([std for _, _, std in COEFFICIENTS])
@@ -65,8 +88,16 @@ class DebugEncoders:
     def encode_video(self, frames_BCFHW: Tensor) -> Tensor:
         """RGB [B, 3, 4k+1, 8h, 8w], uint8 or float32 from -1 to 1 -> latents [B, 16, k+1, h, w], float32."""
         B, colors, num_frames, height, width = frames_BCFHW.shape
-        if frames_BCFHW.dtype not in (torch.uint8, torch.float32) or colors != 3 or num_frames % 4 != 1 or height % 8 or width % 8:
-            raise ValueError(f"frames must be uint8 [B, 3, 4k+1, 8h, 8w], got {frames_BCFHW.dtype} {list(frames_BCFHW.shape)}")
+        if (
+            frames_BCFHW.dtype not in (torch.uint8, torch.float32)
+            or colors != 3
+            or num_frames % 4 != 1
+            or height % 8
+            or width % 8
+        ):
+            raise ValueError(
+                f"frames must be uint8 [B, 3, 4k+1, 8h, 8w], got {frames_BCFHW.dtype} {list(frames_BCFHW.shape)}"
+            )
         frames_BCFHW = frames_BCFHW.contiguous()
         x_BCFHW = frames_BCFHW if frames_BCFHW.is_floating_point() else frames_BCFHW.float() / 127.5 - 1
         x_BCFHW = torch.cat([x_BCFHW[:, :, :1].expand(-1, -1, 3, -1, -1), x_BCFHW], dim=2)
@@ -83,21 +114,31 @@ class DebugEncoders:
         x_BFHWC = latents_BCFHW.float().permute(0, 2, 3, 4, 1) * std_C + mean_C
         blocks = (x_BFHWC @ basis_CK).unflatten(4, (3, 4, 8, 8))  # B f h w c 4 8 8
         x_BCFHW = blocks.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6).flatten(4, 5).flatten(2, 3)
-        first = x_BCFHW[:, :, :4].mean(dim=2, keepdim=True)  # what a still block of four says; its motion coefficients mean nothing
+        first = x_BCFHW[:, :, :4].mean(
+            dim=2, keepdim=True
+        )  # what a still block of four says; its motion coefficients mean nothing
         x_BCFHW = torch.cat([first, x_BCFHW[:, :, 4:]], dim=2)
         return ((x_BCFHW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
-    def encode_text(self, prompts: list[str], images: list[Tensor] | None = None, image_tokens: int = 0) -> list[Tensor]:
-        """A begin token, then one fixed Gaussian vector per lower-case word: [1 + words, 64] each, cut at max_text_length.
+    def encode_text(
+        self, prompts: list[str], images: list[Tensor] | None = None, image_tokens: int = 0
+    ) -> list[Tensor]:
+        """A begin token, then one fixed Gaussian vector per lower-case word: [1 + words, 64] each, cut at
+        max_text_length.
 
         images: their tokens come first, repeated to `image_tokens`.
         """
         words = [[w.strip(string.punctuation) for w in prompt.lower().split()] for prompt in prompts]
-        texts = [torch.stack([_word_vector(w) for w in [BEGIN, *filter(None, ws)][: self.max_text_length]]) for ws in words]
+        texts = [
+            torch.stack([_word_vector(w) for w in [BEGIN, *filter(None, ws)][: self.max_text_length]]) for ws in words
+        ]
         if images is None:
             return texts
         rows = torch.arange(image_tokens) % (PATCHES * PATCHES + 1)
-        return [torch.cat([self.encode_images(image[None])[0, rows].cpu(), text]) for image, text in zip(images, texts, strict=True)]
+        return [
+            torch.cat([self.encode_images(image[None])[0, rows].cpu(), text])
+            for image, text in zip(images, texts, strict=True)
+        ]
 
     def encode_pooled(self, prompts: list[str]) -> list[Tensor]:
         """The mean of the text's tokens, of unit variance: [64] each."""

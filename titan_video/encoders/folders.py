@@ -29,20 +29,33 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
     files = [folder / name for name in ("config.json", *names)]
     for path in files:
         if not path.is_file():
-            raise ValueError(f"{path} is missing; model.hf_assets_path should be a complete diffusers folder with safetensors weights")
+            raise ValueError(
+                f"{path} is missing; model.hf_assets_path should be a complete diffusers folder with safetensors "
+                f"weights"
+            )
     return files
 
 
 def load(cls: Any, folder: Path, stem: str, **kwargs: Any) -> Any:
-    """from_pretrained that refuses what the libraries only warn about: weights that are missing would be left random."""
+    """from_pretrained that refuses what the libraries only warn about:
+
+    weights that are missing would be left random.
+    """
     weight_files(folder, stem)
     try:
-        model, info = cls.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **kwargs)
+        model, info = cls.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **kwargs
+        )
     except Exception as e:  # SafetensorError derives from Exception alone
         raise ValueError(f"{folder} cannot be loaded as {cls.__name__}: {e}") from e
-    bad = sorted(str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info.get(kind, ()))
+    bad = sorted(
+        str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info.get(kind, ())
+    )
     if bad:
-        raise ValueError(f"{folder}: {len(bad)} weights are missing, unexpected or of another shape than config.json says: {', '.join(bad[:5])}")
+        raise ValueError(
+            f"{folder}: {len(bad)} weights are missing, unexpected or of another shape than config.json says: "
+            f"{', '.join(bad[:5])}"
+        )
     return model.eval().requires_grad_(False)
 
 

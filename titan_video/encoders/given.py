@@ -9,7 +9,8 @@ from titan_video.flow.conditions import Conditions, grey_video
 
 @torch.no_grad()
 def encode_given(encoders: Encoders, conditions: Conditions, given_CNHW: Tensor, num_frames: int) -> Tensor:
-    """Normalised latents, float32: of the first frame alone [C, 1, h, w], or, for mask_first, of a clip of `num_frames` with these frames only.
+    """Normalised latents, float32: of the first frame alone [C, 1, h, w], or, for mask_first, of a clip of `num_frames`
+    with these frames only.
 
     given: uint8 RGB [3, N, H, W], N = conditions.num_given.
     """

@@ -6,10 +6,11 @@ from torch import Tensor
 
 
 class Encoders(Protocol):
-    """A causal video VAE, a text encoder and, for some models, an image encoder. Weights, if any, are loaded at the first use of each.
+    """A causal video VAE, a text encoder and, for some models, an image encoder. Weights, if any, are loaded at the
+    first use of each.
 
-    Frames are uint8 RGB [B, 3, F, H, W] with F = 4k+1, or float32 from -1 to 1, which can be grey; latents are float32, normalised to about
-    zero mean and unit variance,
+    Frames are uint8 RGB [B, 3, F, H, W] with F = 4k+1, or float32 from -1 to 1, which can be grey; latents are float32,
+    normalised to about zero mean and unit variance,
     [B, channels, (F-1)/stride_t + 1, H/stride_s, W/stride_s].
     pooled_dim: width of a whole text's vector; image_dim: of image tokens; 0: this family has none.
     """
@@ -35,10 +36,13 @@ class Encoders(Protocol):
 
     def decode_video(self, latents_BCFHW: Tensor) -> Tensor: ...
 
-    def encode_text(self, prompts: list[str], images: list[Tensor] | None = None, image_tokens: int = 0) -> list[Tensor]:
+    def encode_text(
+        self, prompts: list[str], images: list[Tensor] | None = None, image_tokens: int = 0
+    ) -> list[Tensor]:
         """One [L_i, text_dim] tensor per prompt, unpadded, 1 <= L_i <= max_text_length. The empty prompt is legal.
 
-        images: for families whose text begins with `image_tokens` tokens of an image: one uint8 [3, H, W] per prompt. L_i is then larger by so many.
+        images: for families whose text begins with `image_tokens` tokens of an image: one uint8 [3, H, W] per prompt.
+            L_i is then larger by so many.
         """
 
     def encode_pooled(self, prompts: list[str]) -> list[Tensor]:

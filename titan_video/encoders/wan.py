@@ -1,5 +1,5 @@
-"""Wan's frozen encoders from a local diffusers folder: `vae/`, `text_encoder/`, `tokenizer/`, and for Wan 2.1's image-to-video
-`image_encoder/`, `image_processor/`. Nothing is downloaded.
+"""Wan's frozen encoders from a local diffusers folder: `vae/`, `text_encoder/`, `tokenizer/`, and for Wan 2.1's
+image-to-video `image_encoder/`, `image_processor/`. Nothing is downloaded.
 
     uint8 frames -- AutoencoderKLWan, posterior mode -- (mu - mean) / std -- latents
     prompt -- clean -- tokenizer -- UMT5 encoder -- cut to the prompt's own tokens
@@ -17,10 +17,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titan_video.encoders.folders import digest, load, load_tokenizer, move_to_host, read_config, settings_files, weight_files
+from titan_video.encoders.folders import (
+    digest,
+    load,
+    load_tokenizer,
+    move_to_host,
+    read_config,
+    settings_files,
+    weight_files,
+)
 
-# By keys of vae/config.json; of dim_mult the length counts. Keys that only newer files have default to the values of Wan 2.1.
-WAN21_VAE = {"z_dim": 16, "dim_mult": 4, "temperal_downsample": [False, True, True], "in_channels": 3, "patch_size": None, "is_residual": False}
+# By keys of vae/config.json; of dim_mult the length counts. Keys that only newer files have default to the values of
+# Wan 2.1.
+WAN21_VAE = {
+    "z_dim": 16,
+    "dim_mult": 4,
+    "temperal_downsample": [False, True, True],
+    "in_channels": 3,
+    "patch_size": None,
+    "is_residual": False,
+}
 TI2V_VAE = WAN21_VAE | {"z_dim": 48, "in_channels": 12, "patch_size": 2, "is_residual": True}
 
 
@@ -32,8 +48,8 @@ def clean_prompt(text: str) -> str:
 
 
 class WanEncoders:
-    """See `titan_video.encoders.spec.Encoders`. Clips and prompts pass one at a time: a result never depends on its neighbours,
-    and memory does not grow with the batch.
+    """See `titan_video.encoders.spec.Encoders`. Clips and prompts pass one at a time: a result never depends on its
+    neighbours, and memory does not grow with the batch.
 
     dtype: arithmetic of the text encoder; the VAE runs in float32. max_text_length: tokens a prompt is cut to.
     vae_tiling: run the VAE in spatial tiles of 256 x 256. ValueError names the file or folder that is missing or unfit.
@@ -42,12 +58,31 @@ class WanEncoders:
     stride_t = 4
     pooled_dim = 0
 
-    def __init__(self, hf_assets_path: str, dtype: torch.dtype, max_text_length: int, vae_tiling: bool, device: torch.device | str):
+    def __init__(
+        self,
+        hf_assets_path: str,
+        dtype: torch.dtype,
+        max_text_length: int,
+        vae_tiling: bool,
+        device: torch.device | str,
+    ):
         root = Path(hf_assets_path)
         if not hf_assets_path or not root.is_dir():
-            raise ValueError(f'model.hf_assets_path = "{hf_assets_path}" is no folder; it should hold vae/, text_encoder/, tokenizer/')
-        self.vae_folder, self.text_folder, self.tokenizer_folder = root / "vae", root / "text_encoder", root / "tokenizer"
-        self.dtype, self.max_text_length, self.vae_tiling, self.device = dtype, max_text_length, vae_tiling, torch.device(device)
+            raise ValueError(
+                f'model.hf_assets_path = "{hf_assets_path}" is no folder; it should hold vae/, text_encoder/, '
+                f"tokenizer/"
+            )
+        self.vae_folder, self.text_folder, self.tokenizer_folder = (
+            root / "vae",
+            root / "text_encoder",
+            root / "tokenizer",
+        )
+        self.dtype, self.max_text_length, self.vae_tiling, self.device = (
+            dtype,
+            max_text_length,
+            vae_tiling,
+            torch.device(device),
+        )
         self.image_folder, self.processor_folder = root / "image_encoder", root / "image_processor"
         mean, std, self.stride_s = _latent_statistics(self.vae_folder)
         self.channels = len(mean)
@@ -55,10 +90,15 @@ class WanEncoders:
         self.std_11111 = torch.tensor(std, device=self.device).view(1, -1, 1, 1, 1)
         text_config = read_config(self.text_folder)
         if "d_model" not in text_config:
-            raise ValueError(f"{self.text_folder / 'config.json'} has no d_model; it should be the configuration of a UMT5 encoder")
+            raise ValueError(
+                f"{self.text_folder / 'config.json'} has no d_model; it should be the configuration of a UMT5 encoder"
+            )
         self.text_dim = text_config["d_model"]
         if not any((self.tokenizer_folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
-            raise ValueError(f"{self.tokenizer_folder} holds neither tokenizer.json nor spiece.model; copy tokenizer/ of a diffusers Wan 2.1")
+            raise ValueError(
+                f"{self.tokenizer_folder} holds neither tokenizer.json nor spiece.model; copy tokenizer/ of a "
+                f"diffusers Wan 2.1"
+            )
         self.image_dim = read_config(self.image_folder).get("hidden_size", 0) if self.image_folder.is_dir() else 0
         self._vae: Any = None
         self._image_encoder: Any = None
@@ -66,12 +106,15 @@ class WanEncoders:
         self._tokenizer: Any = None
 
     def video_id(self) -> str:
-        """SHA-256 of the VAE's configuration, weights and tiling. Reads the whole weights once (0.5 GB: under a second from a warm disk)."""
+        """SHA-256 of the VAE's configuration, weights and tiling. Reads the whole weights once (0.5 GB:
+
+        under a second from a warm disk).
+        """
         return self._video_id
 
     def text_id(self) -> str:
-        """SHA-256 of the text encoder, the tokenizer, the type and the maximal length. Reads the whole weights once: Wan's 11 GB take
-        seconds to a minute, by the disk, so ask one rank and share the answer.
+        """SHA-256 of the text encoder, the tokenizer, the type and the maximal length. Reads the whole weights once:
+        Wan's 11 GB take seconds to a minute, by the disk, so ask one rank and share the answer.
         """
         return self._text_id
 
@@ -91,11 +134,21 @@ class WanEncoders:
 
     @torch.no_grad()
     def encode_video(self, frames_BCFHW: Tensor) -> Tensor:
-        """RGB [B, 3, 4k+1, H, W], uint8 or float32 from -1 to 1 -> float32 latents [B, C, k+1, H/stride, W/stride] on the encoders' device."""
+        """RGB [B, 3, 4k+1, H, W], uint8 or float32 from -1 to 1 -> float32 latents [B, C, k+1, H/stride, W/stride] on
+        the encoders' device.
+        """
         num_frames, height, width = frames_BCFHW.shape[2:]
         s = self.stride_s
-        if frames_BCFHW.dtype not in (torch.uint8, torch.float32) or (num_frames - 1) % self.stride_t or height % s or width % s:
-            raise ValueError(f"Wan's VAE takes uint8 frames of 4k+1 x {s}m x {s}n, got {frames_BCFHW.dtype} {num_frames}x{height}x{width}")
+        if (
+            frames_BCFHW.dtype not in (torch.uint8, torch.float32)
+            or (num_frames - 1) % self.stride_t
+            or height % s
+            or width % s
+        ):
+            raise ValueError(
+                f"Wan's VAE takes uint8 frames of 4k+1 x {s}m x {s}n, got {frames_BCFHW.dtype} "
+                f"{num_frames}x{height}x{width}"
+            )
         x_BCFHW = frames_BCFHW.to(self.device).contiguous()
         x_BCFHW = x_BCFHW if x_BCFHW.is_floating_point() else x_BCFHW.float() / 127.5 - 1
         return (self.vae.encode(x_BCFHW).latent_dist.mode() - self.mean_11111) / self.std_11111
@@ -107,9 +160,11 @@ class WanEncoders:
         return ((self.vae.decode(z_BCFHW).sample + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
     @torch.no_grad()
-    def encode_text(self, prompts: list[str], images: list[Tensor] | None = None, image_tokens: int = 0) -> list[Tensor]:
-        """Last hidden state [L_i, text_dim] of each prompt's own tokens, in `dtype`. The encoder sees the prompt padded to
-        max_text_length under its mask, as in diffusers' WanPipeline.
+    def encode_text(
+        self, prompts: list[str], images: list[Tensor] | None = None, image_tokens: int = 0
+    ) -> list[Tensor]:
+        """Last hidden state [L_i, text_dim] of each prompt's own tokens, in `dtype`. The encoder sees the prompt padded
+        to max_text_length under its mask, as in diffusers' WanPipeline.
         """
         assert images is None, "Wan's text has no image tokens"
         return [self._encode_prompt(prompt) for prompt in prompts]
@@ -119,7 +174,9 @@ class WanEncoders:
 
     @torch.no_grad()
     def encode_images(self, frames_BCHW: Tensor) -> Tensor:
-        """Uint8 RGB [B, 3, H, W] -> tokens [B, 257, D] of CLIP's last layer but one, float32, as in diffusers' WanImageToVideoPipeline."""
+        """Uint8 RGB [B, 3, H, W] -> tokens [B, 257, D] of CLIP's last layer but one, float32, as in diffusers'
+        WanImageToVideoPipeline.
+        """
         from PIL import Image
 
         encoder, processor = self.image_encoder
@@ -130,12 +187,22 @@ class WanEncoders:
     def _check_images(self) -> None:
         for folder in (self.image_folder, self.processor_folder):
             if not folder.is_dir():
-                raise ValueError(f"{folder} is missing; Wan 2.1's image-to-video needs it: set model.hf_assets_path to its diffusers folder")
+                raise ValueError(
+                    f"{folder} is missing; Wan 2.1's image-to-video needs it: set model.hf_assets_path to its "
+                    f"diffusers folder"
+                )
 
     def _encode_prompt(self, prompt: str) -> Tensor:
         encoder, tokenizer = self.text_encoder, self._tokenizer
-        tokens = tokenizer([clean_prompt(prompt)], padding="max_length", max_length=self.max_text_length, truncation=True,
-                           add_special_tokens=True, return_attention_mask=True, return_tensors="pt").to(self.device)  # fmt: skip
+        tokens = tokenizer(
+            [clean_prompt(prompt)],
+            padding="max_length",
+            max_length=self.max_text_length,
+            truncation=True,
+            add_special_tokens=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        ).to(self.device)
         hidden_BLD = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
         return hidden_BLD[0, : int(tokens.attention_mask.sum())].to(self.dtype).clone()
 
@@ -145,7 +212,10 @@ class WanEncoders:
         if self._vae is None:
             from diffusers import AutoencoderKLWan
 
-            options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}  # the low-memory path needs one more package, for a small model
+            options = {
+                "torch_dtype": torch.float32,
+                "low_cpu_mem_usage": False,
+            }  # the low-memory path needs one more package, for a small model
             self._vae = load(AutoencoderKLWan, self.vae_folder, "diffusion_pytorch_model", **options).to(self.device)
             self._vae.enable_slicing()
             if self.vae_tiling:
@@ -170,7 +240,10 @@ class WanEncoders:
 
             self._check_images()
             processor = CLIPImageProcessor.from_pretrained(self.processor_folder, local_files_only=True)
-            self._image_encoder = load(CLIPVisionModel, self.image_folder, "model", dtype=torch.float32).to(self.device), processor
+            self._image_encoder = (
+                load(CLIPVisionModel, self.image_folder, "model", dtype=torch.float32).to(self.device),
+                processor,
+            )
         self._image_encoder[0].to(self.device)
         return self._image_encoder
 
@@ -186,10 +259,15 @@ class WanEncoders:
 
 
 def _latent_statistics(folder: Path) -> tuple[list[float], list[float], int]:
-    """Mean and standard deviation per latent channel, and the spatial stride; ValueError for any other VAE than Wan's two."""
+    """Mean and standard deviation per latent channel, and the spatial stride; ValueError for any other VAE than Wan's
+    two.
+    """
     config = read_config(folder)
     geometry = TI2V_VAE if config.get("z_dim") == TI2V_VAE["z_dim"] else WAN21_VAE
-    found = {**{key: config.get(key, default) for key, default in WAN21_VAE.items()}, "dim_mult": len(config.get("dim_mult", ()))}
+    found = {
+        **{key: config.get(key, default) for key, default in WAN21_VAE.items()},
+        "dim_mult": len(config.get("dim_mult", ())),
+    }
     wrong = [f"{key} = {config.get(key)}" for key, value in geometry.items() if found[key] != value]
     mean, std = config.get("latents_mean", ()), config.get("latents_std", ())
     if len(mean) != geometry["z_dim"] or len(std) != geometry["z_dim"] or min(std) <= 0:

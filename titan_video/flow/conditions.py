@@ -1,4 +1,5 @@
-"""What a model is given beside noise, time and text: declared by its architecture arguments, prepared from data, joined to its tokens.
+"""What a model is given beside noise, time and text: declared by its architecture arguments, prepared from data, joined
+to its tokens.
 
     form            how the given frames of image-to-video come in                                        models
     mask_first      4 channels mark their pixel frames, then latents of the clip with all others grey     Wan 2.1, Wan 2.2 A14B
@@ -22,9 +23,11 @@ MASK_CHANNELS = 4  # pixel frames of a latent frame
 class Conditions:
     """All empty: text-to-video.
 
-    num_given: frames of the clip that the model is given: 0, 1 (the first), 2 (the first and the last). form: see above.
-    image_tokens: tokens of the given frames from an image encoder, of all frames together. text_image_tokens: tokens of the first frame
-    with which the text begins. pooled_text: a vector of the whole text. guidance: the guidance scale is an input.
+    num_given: frames of the clip that the model is given: 0, 1 (the first), 2 (the first and the last). form: see
+        above.
+    image_tokens: tokens of the given frames from an image encoder, of all frames together. text_image_tokens: tokens of
+    the first frame with which the text begins. pooled_text: a vector of the whole text. guidance: the guidance scale is
+    an input.
     still: share of the first frame, in all frames, in what sampling starts from; the rest is noise.
     """
 
@@ -51,7 +54,8 @@ class Conditions:
         return noise_BCFHW * (1 - self.still) + given_BCFHW * self.still if self.still else noise_BCFHW
 
     def channels(self, given_BCFHW: Tensor, num_frames: int) -> Tensor | None:
-        """What follows the noisy channels of a clip of `num_frames` latent frames, [B, C', F, H, W]; None for other forms.
+        """What follows the noisy channels of a clip of `num_frames` latent frames, [B, C', F, H, W]; None for other
+        forms.
 
         given: for mask_first the latents of the whole grey clip, else of the first frame alone.
         """
@@ -73,7 +77,8 @@ TEXT_ONLY = Conditions()
 
 
 def grey_video(given_CNHW: Tensor, num_frames: int) -> Tensor:
-    """A clip of which only the first frame, or the first and the last, is known: float32 [3, num_frames, H, W], from -1 to 1, grey between.
+    """A clip of which only the first frame, or the first and the last, is known: float32 [3, num_frames, H, W], from -1
+    to 1, grey between.
 
     given: uint8, N = 1 or 2.
     """

@@ -1,11 +1,13 @@
-"""Rectified flow: which noise levels are trained, how noise is mixed in, what the model is asked for, and with what weight.
+"""Rectified flow: which noise levels are trained, how noise is mixed in, what the model is asked for, and with what
+weight.
 
     u ~ U(0,1)  ->  density's inverse CDF  ->  shift  ->  s in [min_t, max_t]
     x_s = (1 - s) x_0 + s eps,   target v = eps - x_0,   loss = w(s) |v_pred - v|^2,   the model is told t = 1000 s
 
 s = 1 is pure noise. Levels and times are float32 throughout: bfloat16 has 8 bits, and steps of 1000 s would collapse.
-Sources: Liu et al. 2022 (rectified flow); Esser et al. 2024, "Scaling rectified flow transformers", eq. 19 (logit-normal),
-eq. 20 (mode), eq. 23 (shift); the bell weight is that of public Wan trainers (DiffSynth-Studio's flow-match scheduler).
+Sources: Liu et al. 2022 (rectified flow); Esser et al. 2024, "Scaling rectified flow transformers", eq. 19
+(logit-normal), eq. 20 (mode), eq. 23 (shift); the bell weight is that of public Wan trainers (DiffSynth-Studio's
+flow-match scheduler).
 """
 
 import math
@@ -36,19 +38,25 @@ def velocity(x0: Tensor, noise: Tensor) -> Tensor:
 
 
 def expert_levels(section: Flow, expert: str, boundary: float) -> Flow:
-    """The section with the noise levels of one of two experts: "high" trains those from the boundary on, "low" those below it; "all": as it is."""
+    """The section with the noise levels of one of two experts:
+
+    "high" trains those from the boundary on, "low" those below it; "all": as it is.
+    """
     if expert == "all":
         return section
     if not boundary:
-        raise ValueError(f'model.expert = "{expert}", but this model.flavor knows no boundary between experts; set model.boundary, such as 0.875')
+        raise ValueError(
+            f'model.expert = "{expert}", but this model.flavor knows no boundary between experts; set '
+            f"model.boundary, such as 0.875"
+        )
     return replace(section, min_t=boundary) if expert == "high" else replace(section, max_t=boundary)
 
 
 class FlowMatching:
     """Noise levels and loss weights of one run.
 
-    The density is cut to [min_t, max_t] by drawing u between the values of the CDF there, so an expert trained on part of
-    the levels sees the full density's own shape over its part.
+    The density is cut to [min_t, max_t] by drawing u between the values of the CDF there, so an expert trained on part
+    of the levels sees the full density's own shape over its part.
     """
 
     def __init__(self, section: Flow):

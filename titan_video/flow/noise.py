@@ -1,9 +1,9 @@
 """All randomness of the objective, as a function of (seed, sample id).
 
-A rank's own generator would tie what a sample sees to the layout and to what was drawn before it. Here each draw is keyed
-by what it is for, so two layouts, or a run and its resumption, train on the same noise. The generator is Philox (Salmon
-et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): key = (seed, sample id), and the counter's top word names the
-stream. It runs on the host, so CPU and GPU runs agree as well.
+A rank's own generator would tie what a sample sees to the layout and to what was drawn before it. Here each draw is
+keyed by what it is for, so two layouts, or a run and its resumption, train on the same noise. The generator is Philox
+(Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): key = (seed, sample id), and the counter's top word
+names the stream. It runs on the host, so CPU and GPU runs agree as well.
 """
 
 import numpy as np
@@ -18,10 +18,14 @@ _STREAMS = {"noise": 1, "timestep": 2, "caption": 3, "validation": 4, "sampling"
 def generator(seed: int, sample_id: int, stream: str) -> np.random.Generator:
     """A fresh generator for one purpose of one sample. Both keys are taken modulo 2^64."""
     mask = (1 << 64) - 1
-    return np.random.Generator(np.random.Philox(key=[seed & mask, sample_id & mask], counter=[0, 0, 0, _STREAMS[stream]]))
+    return np.random.Generator(
+        np.random.Philox(key=[seed & mask, sample_id & mask], counter=[0, 0, 0, _STREAMS[stream]])
+    )
 
 
-def draw_noise(seed: int, sample_ids_B: Tensor, shape: tuple[int, ...], device: torch.device | str = "cpu", stream: str = "noise") -> Tensor:
+def draw_noise(
+    seed: int, sample_ids_B: Tensor, shape: tuple[int, ...], device: torch.device | str = "cpu", stream: str = "noise"
+) -> Tensor:
     """Standard normal noise [B, *shape], float32; row b depends on (seed, sample_ids_B[b], shape) alone."""
     rows = [generator(seed, i, stream).standard_normal(shape, dtype=np.float32) for i in sample_ids_B.tolist()]
     return send(torch.from_numpy(np.stack(rows)), device)

@@ -1,7 +1,7 @@
 """Memory-bound operators of the transformer block. `use` chooses, for the whole process, how they are computed.
 
-    torch     plain torch operators, one after another (reference.py)
-    triton    one fused kernel each, forward and backward (fused_layer_norm.py, fused_rms_norm.py); float64 stays with torch
+torch     plain torch operators, one after another (reference.py)
+triton    one fused kernel each, forward and backward (fused_layer_norm.py, fused_rms_norm.py); float64 stays with torch
 """
 
 from collections.abc import Callable
@@ -33,10 +33,16 @@ _in_use = "torch"
 
 
 def choose(name: str, device: torch.device) -> str:
-    """"triton" or "torch" for `model.kernels`, of which "auto" is triton where it can run. ValueError where what is asked for cannot."""
+    """ "triton" or "torch" for `model.kernels`, of which "auto" is triton where it can run.
+
+    ValueError where what is asked for cannot.
+    """
     missing = "GPU" if device.type != "cuda" else "triton package" if find_spec("triton") is None else ""
     if name == "triton" and missing:
-        raise ValueError(f"model.kernels: triton, but there is no {missing} here; choose torch, or auto, which is torch where triton cannot run")
+        raise ValueError(
+            f"model.kernels: triton, but there is no {missing} here; choose torch, or auto, which is torch where "
+            f"triton cannot run"
+        )
     return ("torch" if missing else "triton") if name == "auto" else name
 
 

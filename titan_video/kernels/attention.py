@@ -1,4 +1,5 @@
-"""Attention, and the one place that knows the backends: softmax(q k^T / sqrt(K)) v for q [B, L, H, K] and keys and values [B, S, H, K].
+"""Attention, and the one place that knows the backends: softmax(q k^T / sqrt(K)) v for q [B, L, H, K] and keys and
+values [B, S, H, K].
 
     model.attention   kernel                                              types             head width        masked keys
     cudnn             cuDNN's                                             bf16, fp16        8n, up to 128     yes
@@ -8,14 +9,16 @@
     flex              generated for the mask by torch.compile             bf16, fp16, fp32  8n                yes
     math              plain products; the scores are held, L x S of them  all               all               yes
 
-`use` chooses once for the whole process. The operators are called by name, not through `scaled_dot_product_attention`: nothing can fall back
-unseen, a compiled graph holds what an eager run runs, and there is a name by which activation checkpointing keeps its result.
+`use` chooses once for the whole process. The operators are called by name, not through `scaled_dot_product_attention`:
+unseen, a compiled graph holds what an eager run runs, and there is a name by which activation checkpointing keeps its
+result.
 
-What torch's kernels do not do is one operator of our own, `titan_video::attention`: plain products, and keys of which only some count
-beside keys that all count. The two are attended to apart, the first with a mask and the others without, so that the many run on the fastest
-kernel, and the parts are merged by their lse, each query's logarithm of its sum of exponentials. A ring merges its chunks likewise.
-Backward of a part is given output and lse of the whole: exp(score - lse) is then the probability among all keys, and all that
-a kernel needs beside it is the row sum of output x gradient.
+What torch's kernels do not do is one operator of our own, `titan_video::attention`: plain products, and keys of which
+only some count beside keys that all count. The two are attended to apart, the first with a mask and the others without,
+so that the many run on the fastest many run on the fastest kernel, and the parts are merged by their lse, each query's
+logarithm of its sum of exponentials. A ring merges its chunks likewise.
+Backward of a part is given output and lse of the whole: exp(score - lse) is then the probability among all keys, and
+all that a kernel needs beside it is the row sum of output x gradient.
 
 Letters as in models/layers.py; the kernels take [B, H, L, K].
 """
@@ -61,7 +64,8 @@ def check(name: str, dtype: torch.dtype, head_dim: int, masked: bool) -> None:
 
 
 def use(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, masked: bool = False) -> str:
-    """From here on compute attention with the backend `name` of model.attention. Returns what that means on this device, in words.
+    """From here on compute attention with the backend `name` of model.attention. Returns what that means on this
+    device, in words.
 
     dtype, head_dim, masked: of the model. ValueError where the backend cannot serve it here, with those that can.
     """
@@ -79,7 +83,9 @@ def use(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, mask
         try:
             activate_flash_attention_impl(implementation)
         except (ImportError, RuntimeError, OSError) as e:
-            raise ValueError(f"model.attention: {name}, but the package {package} does not work here ({e}); mend it, or choose auto") from e
+            raise ValueError(
+                f"model.attention: {name}, but the package {package} does not work here ({e}); mend it, or choose auto"
+            ) from e
     _in_use = _automatic(device) if name == "auto" else ("flash",) if name in _PACKAGES else (name,)
     whole, part = (_pick(_in_use, device, dtype, head_dim, m) for m in (False, True))
     chosen = name if name in _PACKAGES else whole
@@ -87,7 +93,9 @@ def use(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, mask
 
 
 def _automatic(device: torch.device) -> tuple[str, ...]:
-    """cuDNN is 1.7 to 2.3 times as fast as torch's flash attention on Hopper, and the faster one on Blackwell's B200; elsewhere it is not."""
+    """cuDNN is 1.7 to 2.3 times as fast as torch's flash attention on Hopper, and the faster one on Blackwell's B200;
+    elsewhere it is not.
+    """
     if device.type != "cuda":
         return ("flash",)
     if torch.version.hip or _missing("cudnn", device):
@@ -101,7 +109,10 @@ def _pick(order: tuple[str, ...], device: torch.device, dtype: torch.dtype, head
     if device.type != "cuda":  # the meta device, where only shapes count, too
         return order[0]
     if masked and len(order) > 1:
-        order = ("efficient", *order)  # it alone reads a mask that is the same for all queries without having it written out for each
+        order = (
+            "efficient",
+            *order,
+        )  # it alone reads a mask that is the same for all queries without having it written out for each
     for name in order:
         if not _refusal(name, dtype, head_dim, masked):
             return name
@@ -156,8 +167,13 @@ def attention(q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor) -> Tensor:
     return out.transpose(1, 2)
 
 
-def joint_attention(q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, more_k_BTHK: Tensor, more_v_BTHK: Tensor, mask_BT: Tensor | None) -> Tensor:
-    """Attention to the keys k and to those of `more` that count (None: all). What the mask holds is never looked at on the host."""
+def joint_attention(
+    q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, more_k_BTHK: Tensor, more_v_BTHK: Tensor, mask_BT: Tensor | None
+) -> Tensor:
+    """Attention to the keys k and to those of `more` that count (None: all).
+
+    What the mask holds is never looked at on the host.
+    """
     name = _chosen(q_BLHK)
     if mask_BT is not None and name != "flex":
         return own_attention(q_BLHK, k_BSHK, v_BSHK, more_k_BTHK, more_v_BTHK, mask_BT)[0]
@@ -170,9 +186,16 @@ def joint_attention(q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, more_k_BTHK:
 
 @torch.library.custom_op("titan_video::attention", mutates_args=())
 def own_attention(
-    q: Tensor, k: Tensor, v: Tensor, more_k: Tensor | None = None, more_v: Tensor | None = None, mask: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    more_k: Tensor | None = None,
+    more_v: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, L, H, K] and lse [B, H, L] of the attention to k [B, S, H, K] and to those of more_k [B, T, H, K] that `mask` [B, T] counts."""
+    """Output [B, L, H, K] and lse [B, H, L] of the attention to k [B, S, H, K] and to those of more_k [B, T, H, K] that
+    `mask` [B, T] counts.
+    """
     out, lse = attend(q, k, v)
     if more_k is not None:
         out, lse = merge(wide(out), lse, *attend(q, more_k, more_v, mask))
@@ -187,9 +210,16 @@ def _(q, k, v, more_k=None, more_v=None, mask=None):
 
 @torch.library.custom_op("titan_video::attention_backward", mutates_args=())
 def own_attention_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    more_k: Tensor | None = None, more_v: Tensor | None = None, mask: Tensor | None = None,
-) -> list[Tensor]:  # fmt: skip
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    more_k: Tensor | None = None,
+    more_v: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> list[Tensor]:
     """Gradients of q, k, v and, with these, of more_k and more_v."""
     grad_out = grad_out.contiguous()
     grad_q, *grads = attend_backward(grad_out, q, k, v, out, lse)
@@ -219,7 +249,8 @@ def _backward(ctx, grad_out, grad_lse):
 own_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-# FLOPs, 2 per multiply-add: forward is two products of queries x keys x head width; backward five, the scores again and four gradients.
+# FLOPs, 2 per multiply-add: forward is two products of queries x keys x head width; backward five, the scores again and
+# four gradients.
 
 
 @register_flop_formula(torch.ops.titan_video.attention)
@@ -243,7 +274,13 @@ def attend(q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, mask_BS: Tensor | Non
 
 
 def attend_backward(
-    grad_BLHK: Tensor, q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, out_BLHK: Tensor, lse_BHL: Tensor, mask_BS: Tensor | None = None
+    grad_BLHK: Tensor,
+    q_BLHK: Tensor,
+    k_BSHK: Tensor,
+    v_BSHK: Tensor,
+    out_BLHK: Tensor,
+    lse_BHL: Tensor,
+    mask_BS: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """What these keys add to the gradients of q, k and v; out and lse are those of the attention to all keys."""
     grad, q, k, v, out = (x.transpose(1, 2) for x in (grad_BLHK, q_BLHK, k_BSHK, v_BSHK, out_BLHK))
@@ -252,18 +289,26 @@ def attend_backward(
 
 
 def merge(out_BLHK: Tensor, lse_BHL: Tensor, part_BLHK: Tensor, part_lse_BHL: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and lse of the attention to two sets of keys from those to each. out: float32 (float64 for float64); it is overwritten."""
-    share_BLH1 = torch.sigmoid(part_lse_BHL - lse_BHL).transpose(1, 2).unsqueeze(-1)  # the part's, of the sum of exponentials
+    """Output and lse of the attention to two sets of keys from those to each. out:
+
+    float32 (float64 for float64); it is overwritten.
+    """
+    share_BLH1 = (
+        torch.sigmoid(part_lse_BHL - lse_BHL).transpose(1, 2).unsqueeze(-1)
+    )  # the part's, of the sum of exponentials
     return out_BLHK.lerp_(wide(part_BLHK), share_BLH1), torch.logaddexp(lse_BHL, part_lse_BHL)
 
 
 def _bias(mask_BS: Tensor | None, q: Tensor) -> Tensor | None:
-    """What is added to the scores, [B, H, L, S]: a large negative number where a key does not count. A finite one, so that a part in which
-    none counts has no weight rather than no value."""
+    """What is added to the scores, [B, H, L, S]: a large negative number where a key does not count. A finite one, so
+    that a part in which none counts has no weight rather than no value."""
     if mask_BS is None:
         return None
     # CUDA kernels read rows of aligned length; SDPA, too, makes room for them.
-    rows = F.pad(torch.zeros_like(mask_BS, dtype=q.dtype).masked_fill(~mask_BS, torch.finfo(q.dtype).min / 2), (0, -mask_BS.shape[1] % 16))
+    rows = F.pad(
+        torch.zeros_like(mask_BS, dtype=q.dtype).masked_fill(~mask_BS, torch.finfo(q.dtype).min / 2),
+        (0, -mask_BS.shape[1] % 16),
+    )
     return rows[:, None, None, : mask_BS.shape[1]].expand(-1, q.shape[1], q.shape[2], -1)
 
 
@@ -281,7 +326,9 @@ def _cpu(q, k, v, bias):
 
 
 def _cpu_backward(grad, q, k, v, out, lse, bias):
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, False, attn_mask=bias)
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, q, k, v, out, lse, 0.0, False, attn_mask=bias
+    )
 
 
 # The generator state that CUDA kernels ask for in backward is read for dropout only, of which there is none.
@@ -295,7 +342,9 @@ def _flash(q, k, v, bias):
 def _flash_backward(grad, q, k, v, out, lse, bias):
     state, unused = (torch.empty(shape, dtype=torch.uint64, device=q.device) for shape in (2, ()))
     lengths = q.shape[2], k.shape[2]
-    return aten._scaled_dot_product_flash_attention_backward(grad, q, k, v, out, lse, None, None, *lengths, 0.0, False, state, unused)
+    return aten._scaled_dot_product_flash_attention_backward(
+        grad, q, k, v, out, lse, None, None, *lengths, 0.0, False, state, unused
+    )
 
 
 def _cudnn(q, k, v, bias):
@@ -307,7 +356,9 @@ def _cudnn_backward(grad, q, k, v, out, lse, bias):
     seed, offset = (torch.zeros((), dtype=torch.int64, device=q.device) for _ in range(2))
     lengths = q.shape[2], k.shape[2]
     lse, bias = lse.unsqueeze(-1), _rows(bias)
-    return aten._scaled_dot_product_cudnn_attention_backward(grad, q, k, v, out, lse, seed, offset, bias, None, None, *lengths, 0.0, False)
+    return aten._scaled_dot_product_cudnn_attention_backward(
+        grad, q, k, v, out, lse, seed, offset, bias, None, None, *lengths, 0.0, False
+    )
 
 
 def _rows(bias: Tensor | None) -> Tensor | None:
@@ -323,7 +374,9 @@ def _efficient(q, k, v, bias):
 def _efficient_backward(grad, q, k, v, out, lse, bias):
     seed, offset = (torch.zeros((), dtype=torch.int64, device=q.device) for _ in range(2))
     lse, wanted = F.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf), [True, True, True, False]
-    return aten._scaled_dot_product_efficient_attention_backward(grad, q, k, v, bias, out, lse, seed, offset, 0.0, wanted)[:3]
+    return aten._scaled_dot_product_efficient_attention_backward(
+        grad, q, k, v, bias, out, lse, seed, offset, 0.0, wanted
+    )[:3]
 
 
 def _math(q, k, v, bias):
@@ -372,7 +425,9 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask_BS: Tensor | None) -> Tensor:
 
 
 def key_blocks(mask_BS: Tensor, num_queries: int):
-    """The BlockMask by which all queries see the keys that count; it is made on the device, and no mask of queries x keys is."""
+    """The BlockMask by which all queries see the keys that count; it is made on the device, and no mask of queries x
+    keys is.
+    """
     from torch.nn.attention.flex_attention import BlockMask
 
     blocks = F.pad(mask_BS, (0, -mask_BS.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))
@@ -382,10 +437,14 @@ def key_blocks(mask_BS: Tensor, num_queries: int):
     def listed(which_BN: Tensor) -> tuple[Tensor, Tensor]:
         """How many blocks there are, and their numbers before those of the others, alike for all blocks of queries."""
         count, numbers = which_BN.sum(-1, dtype=torch.int32), (~which_BN).int().argsort(dim=-1, stable=True).int()
-        return count[:, None, None].expand(-1, 1, rows).contiguous(), numbers[:, None, None].expand(-1, 1, rows, -1).contiguous()
+        return count[:, None, None].expand(-1, 1, rows).contiguous(), numbers[:, None, None].expand(
+            -1, 1, rows, -1
+        ).contiguous()
 
     def counts(b, h, query, key):
         return mask_BS[b, key]
 
     lengths = num_queries, mask_BS.shape[1]
-    return BlockMask.from_kv_blocks(*listed(some & ~whole), *listed(whole), BLOCK_SIZE=_BLOCK, mask_mod=counts, seq_lengths=lengths)
+    return BlockMask.from_kv_blocks(
+        *listed(some & ~whole), *listed(whole), BLOCK_SIZE=_BLOCK, mask_mod=counts, seq_lengths=lengths
+    )

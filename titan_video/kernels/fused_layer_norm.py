@@ -1,13 +1,14 @@
-"""LayerNorm, modulation and gated residuals as operators of torch: on a GPU one Triton kernel each, forward and backward.
+"""LayerNorm, modulation and gated residuals as operators of torch: on a GPU one Triton kernel each, forward and
+backward.
 
     op               forward                                                      kept for backward
     norm             x -> LayerNorm(x) scale + shift                              x, scale, mean and 1/deviation of each row
     residual_norm    x, y -> x' = x + gate y, LayerNorm(x') scale + shift         x', scale, these two; y where the gate learns, gate
     gated_residual   x, y -> x + gate y                                           y where the gate learns, gate
 
-scale is a weight (affine), or 1 + scale is (modulated). Shapes and meaning of modulation and of clean_BL: reference.py; a weight or bias is
-modulation with one row for all. No gradient is added up by atomics: results are the same from run to run. On a CPU the ops compute the same
-in plain torch; layer_norm_triton.py says how it is done on a GPU.
+scale is a weight (affine), or 1 + scale is (modulated). Shapes and meaning of modulation and of clean_BL: reference.py;
+modulation with one row for all. No gradient is added up by atomics: results are the same from run to run. On a CPU the
+ops compute the same in plain torch; layer_norm_triton.py says how it is done on a GPU.
 """
 
 import torch
@@ -37,7 +38,13 @@ def residual_layer_norm(
 
 
 def residual_ada_layer_norm(
-    x_BLD: Tensor, y_BLD: Tensor, gate_BTD: Rows, scale_BTD: Tensor, shift_BTD: Tensor, eps: float, clean_BL: Rows = None
+    x_BLD: Tensor,
+    y_BLD: Tensor,
+    gate_BTD: Rows,
+    scale_BTD: Tensor,
+    shift_BTD: Tensor,
+    eps: float,
+    clean_BL: Rows = None,
 ) -> tuple[Tensor, Tensor]:
     return residual_norm(x_BLD, y_BLD, gate_BTD, scale_BTD, shift_BTD, clean_BL, False, eps)[:2]
 
@@ -46,7 +53,9 @@ def residual_ada_layer_norm(
 
 
 @custom_op("titan_video::norm", mutates_args=())
-def norm(x: Tensor, scale: Tensor, shift: Tensor, clean: Rows, affine: bool, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def norm(
+    x: Tensor, scale: Tensor, shift: Tensor, clean: Rows, affine: bool, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """(normalised, mean [B, L], 1/deviation [B, L])"""
     return _forward(x, None, None, scale, shift, clean, affine, eps)[1:]
 
@@ -56,7 +65,9 @@ def norm_backward(
     dout: Tensor, x: Tensor, scale: Tensor, clean: Rows, mean: Tensor, rstd: Tensor, affine: bool, modulation_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dscale, dshift); the last two are empty unless modulation_grad."""
-    dx, _, _, dscale, dshift = _backward(None, dout, x, None, None, scale, clean, mean, rstd, affine, False, modulation_grad)
+    dx, _, _, dscale, dshift = _backward(
+        None, dout, x, None, None, scale, clean, mean, rstd, affine, False, modulation_grad
+    )
     return dx, dscale, dshift
 
 
@@ -70,10 +81,22 @@ def residual_norm(
 
 @custom_op("titan_video::residual_norm_backward", mutates_args=())
 def residual_norm_backward(
-    dsum: Tensor, dout: Tensor, x: Tensor, y: Rows, gate: Rows, scale: Tensor, clean: Rows, mean: Tensor, rstd: Tensor, affine: bool,
-    gate_grad: bool, modulation_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dx, dy, dgate, dscale, dshift); empty are dy without a gate, where it is dx, dgate unless gate_grad, the last two unless modulation_grad."""
+    dsum: Tensor,
+    dout: Tensor,
+    x: Tensor,
+    y: Rows,
+    gate: Rows,
+    scale: Tensor,
+    clean: Rows,
+    mean: Tensor,
+    rstd: Tensor,
+    affine: bool,
+    gate_grad: bool,
+    modulation_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dy, dgate, dscale, dshift); empty are dy without a gate, where it is dx, dgate unless gate_grad, the last
+    two unless modulation_grad.
+    """
     return _backward(dsum, dout, x, y, gate, scale, clean, mean, rstd, affine, gate_grad, modulation_grad)
 
 
@@ -91,7 +114,9 @@ def gated_residual_backward(dsum: Tensor, y: Rows, gate: Tensor, clean: Rows, ga
 # ---- what they compute ----
 
 
-def _forward(x: Tensor, y: Rows, gate: Rows, scale: Rows, shift: Rows, clean: Rows, affine: bool, eps: float) -> tuple[Tensor, ...]:
+def _forward(
+    x: Tensor, y: Rows, gate: Rows, scale: Rows, shift: Rows, clean: Rows, affine: bool, eps: float
+) -> tuple[Tensor, ...]:
     """(x', normalised, mean, 1/deviation), empty where there is none."""
     if not (x.is_cuda or launch.interpreted()):
         return plain.layer_norm_forward(x, y, gate, scale, shift, clean, affine, eps)
@@ -100,45 +125,105 @@ def _forward(x: Tensor, y: Rows, gate: Rows, scale: Rows, shift: Rows, clean: Ro
     x, y, gate, scale, shift, clean = _dense(x), _dense(y), _rows(gate), _rows(scale), _rows(shift), _mask(clean)
     B, L, D = x.shape
     total, out = (torch.empty_like(x if has else x[:0]) for has in (y is not None, scale is not None))
-    mean, rstd = (torch.empty((B, L) if scale is not None else 0, dtype=torch.float32, device=x.device) for _ in range(2))
-    options, run = _options(x, y, gate, scale, clean, (x, y), [rows for rows in (gate, scale, shift) if not _single(rows)])
+    mean, rstd = (
+        torch.empty((B, L) if scale is not None else 0, dtype=torch.float32, device=x.device) for _ in range(2)
+    )
+    options, run = _options(
+        x, y, gate, scale, clean, (x, y), [rows for rows in (gate, scale, shift) if not _single(rows)]
+    )
     layer_norm_triton.layer_norm_forward[(-(-L // run), B)](
-        x, y, gate, scale, shift, clean, total, out, mean, rstd,
-        L, run, *_strides(gate), *_strides(scale), *_strides(shift), _sample_stride(clean), eps, AFFINE=affine, **options,
-    )  # fmt: skip
+        x,
+        y,
+        gate,
+        scale,
+        shift,
+        clean,
+        total,
+        out,
+        mean,
+        rstd,
+        L,
+        run,
+        *_strides(gate),
+        *_strides(scale),
+        *_strides(shift),
+        _sample_stride(clean),
+        eps,
+        AFFINE=affine,
+        **options,
+    )
     return total, out, mean, rstd
 
 
 def _backward(
-    dsum: Rows, dout: Rows, x: Rows, y: Rows, gate: Rows, scale: Rows, clean: Rows, mean: Rows, rstd: Rows, affine: bool, gate_grad: bool,
+    dsum: Rows,
+    dout: Rows,
+    x: Rows,
+    y: Rows,
+    gate: Rows,
+    scale: Rows,
+    clean: Rows,
+    mean: Rows,
+    rstd: Rows,
+    affine: bool,
+    gate_grad: bool,
     modulation_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, dy, dgate, dscale, dshift), empty where there is none or where it is not asked for."""
     like = dsum if dout is None else dout
     if not (like.is_cuda or launch.interpreted()):
-        return plain.layer_norm_backward(dsum, dout, x, y, gate, scale, clean, mean, rstd, affine, gate_grad, modulation_grad)
+        return plain.layer_norm_backward(
+            dsum, dout, x, y, gate, scale, clean, mean, rstd, affine, gate_grad, modulation_grad
+        )
     from titan_video.kernels import layer_norm_triton
 
     dsum, dout, x, y, clean = _dense(dsum), _dense(dout), _dense(x), _dense(y), _mask(clean)
     gate_rows, scale_rows = _rows(gate), _rows(scale)
     B, L, D = like.shape
-    dx, dy = (torch.empty_like(like if has else like[:0], memory_format=torch.contiguous_format) for has in (x is not None, gate is not None))
+    dx, dy = (
+        torch.empty_like(like if has else like[:0], memory_format=torch.contiguous_format)
+        for has in (x is not None, gate is not None)
+    )
     held = gate is None or scale is None or D <= 4096  # three sums of the widest rows leave no registers for modulation
     each = [rows for rows in (gate_rows, scale_rows) if rows is not None and not (held and _single(rows))]
     options, run = _options(like, dsum, gate_rows, scale_rows, clean, (dsum, dout, x, y), each)
     programs = -(-L // run)
     kinds = options["GATE"], options["MODULATION"], options["MODULATION"]
-    wanted = [rows if needed else None for rows, needed in ((gate, gate_grad), (scale, modulation_grad), (scale, modulation_grad))]
+    wanted = [
+        rows if needed else None
+        for rows, needed in ((gate, gate_grad), (scale, modulation_grad), (scale, modulation_grad))
+    ]
     sums = [_partial(rows, kind, like, programs) for rows, kind in zip(wanted, kinds, strict=True)]
     layer_norm_triton.layer_norm_backward[(programs, B)](
-        dsum, dout, x, y, gate_rows, scale_rows, clean, mean, rstd, dx, dy, *sums,
-        L, run, *_strides(gate_rows), *_strides(scale_rows), _sample_stride(clean), AFFINE=affine, GATE_GRAD=gate_grad,
-        MODULATION_GRAD=modulation_grad, HELD=held, **options,
-    )  # fmt: skip
+        dsum,
+        dout,
+        x,
+        y,
+        gate_rows,
+        scale_rows,
+        clean,
+        mean,
+        rstd,
+        dx,
+        dy,
+        *sums,
+        L,
+        run,
+        *_strides(gate_rows),
+        *_strides(scale_rows),
+        _sample_stride(clean),
+        AFFINE=affine,
+        GATE_GRAD=gate_grad,
+        MODULATION_GRAD=modulation_grad,
+        HELD=held,
+        **options,
+    )
     return dx, dy, *(_summed(part, rows) for part, rows in zip(sums, wanted, strict=True))
 
 
-def _options(x: Tensor, y: Rows, gate: Rows, scale: Rows, clean: Rows, streams: tuple, modulation: list) -> tuple[dict, int]:
+def _options(
+    x: Tensor, y: Rows, gate: Rows, scale: Rows, clean: Rows, streams: tuple, modulation: list
+) -> tuple[dict, int]:
     """The kernels' constants, and how many rows a program takes. streams, modulation: what is read for each row."""
     B, L, D = x.shape
     block = max(launch.power_of_2(D), 128)
@@ -146,9 +231,16 @@ def _options(x: Tensor, y: Rows, gate: Rows, scale: Rows, clean: Rows, streams: 
     row_bytes = sum(t.element_size() for t in streams if t is not None)
     row_bytes += sum(t.element_size() for t in modulation if t is not None)
     options = {
-        "D": D, "BLOCK": block, "STAGES": launch.stages(row_bytes * block), "RESIDUAL": y is not None, "GATED": gate is not None,
-        "NORM": scale is not None, "GATE": _kind(gate, clean, L), "MODULATION": _kind(scale, clean, L), "num_warps": num_warps,
-    }  # fmt: skip
+        "D": D,
+        "BLOCK": block,
+        "STAGES": launch.stages(row_bytes * block),
+        "RESIDUAL": y is not None,
+        "GATED": gate is not None,
+        "NORM": scale is not None,
+        "GATE": _kind(gate, clean, L),
+        "MODULATION": _kind(scale, clean, L),
+        "num_warps": num_warps,
+    }
     return options, launch.run_length(L, B, num_warps, x.device)
 
 
@@ -161,7 +253,10 @@ def _kind(rows: Rows, clean: Rows, L: int) -> int:
     if _single(rows):
         return 0
     if rows.shape[1] != (L if clean is None else 2):
-        raise ValueError(f"modulation of {rows.shape[1]} rows for {L} tokens; legal: 1, 2 with clean_BL, or one for each token without")
+        raise ValueError(
+            f"modulation of {rows.shape[1]} rows for {L} tokens; legal: 1, 2 with clean_BL, or one for each "
+            f"token without"
+        )
     return 1 if clean is None else 2
 
 
@@ -223,7 +318,13 @@ def _(x, y, gate, scale, shift, clean, affine, eps):
 @residual_norm_backward.register_fake
 def _(dsum, dout, x, y, gate, scale, clean, mean, rstd, affine, gate_grad, modulation_grad):
     dy = x.new_empty(x.shape if gate is not None else 0)
-    return x.new_empty(x.shape), dy, _like(gate if gate_grad else scale, gate_grad), _like(scale, modulation_grad), _like(scale, modulation_grad)
+    return (
+        x.new_empty(x.shape),
+        dy,
+        _like(gate if gate_grad else scale, gate_grad),
+        _like(scale, modulation_grad),
+        _like(scale, modulation_grad),
+    )
 
 
 @gated_residual.register_fake

@@ -1,7 +1,7 @@
 """RMSNorm, alone or with rotation after it, as an operator of torch: on a GPU one Triton kernel forward, one backward.
 
-Kept for backward: x, the weight, the rotations, 1/root of the mean square of each row. Results are the same from run to run, as in
-fused_layer_norm.py.
+Kept for backward: x, the weight, the rotations, 1/root of the mean square of each row. Results are the same from run to
+run, as in fused_layer_norm.py.
 """
 
 import torch
@@ -16,14 +16,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, mean_square: Tensor | None =
     return rms_norm_rotate(heads, weight, None, mean_square, eps)[0].view_as(x)
 
 
-def rms_norm_rope(x: Tensor, weight: Tensor, rotations_BLC: Tensor, eps: float, mean_square: Tensor | None = None) -> Tensor:
+def rms_norm_rope(
+    x: Tensor, weight: Tensor, rotations_BLC: Tensor, eps: float, mean_square: Tensor | None = None
+) -> Tensor:
     heads = x if x.ndim == 4 else x.unflatten(-1, (-1, 2 * rotations_BLC.shape[-1]))
     return rms_norm_rotate(heads, weight, rotations_BLC, mean_square, eps)[0]
 
 
 @custom_op("titan_video::rms_norm", mutates_args=())
-def rms_norm_rotate(x: Tensor, weight: Tensor, rotations: Tensor | None, mean_square: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """x: [B, L, H, K]; weight: [K] for a norm of each head, [H K] for one over all. (normed and rotated, 1/root [B, L, 1 or H])"""
+def rms_norm_rotate(
+    x: Tensor, weight: Tensor, rotations: Tensor | None, mean_square: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x: [B, L, H, K]; weight: [K] for a norm of each head, [H K] for one over all.
+
+    (normed and rotated, 1/root [B, L, 1 or H])
+    """
     return _forward(x, weight, rotations, mean_square, eps)
 
 
@@ -31,11 +38,15 @@ def rms_norm_rotate(x: Tensor, weight: Tensor, rotations: Tensor | None, mean_sq
 def rms_norm_backward(
     dout: Tensor, x: Tensor, weight: Tensor, rotations: Tensor | None, rstd: Tensor, given: bool, weight_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dmean_square [B, L, 1 or H]); empty are dweight unless weight_grad, dmean_square unless that was given."""
+    """(dx, dweight, dmean_square [B, L, 1 or H]); empty are dweight unless weight_grad, dmean_square unless that was
+    given.
+    """
     return _backward(dout, x, weight, rotations, rstd, given, weight_grad)
 
 
-def _forward(x: Tensor, weight: Tensor, rotations: Tensor | None, mean_square: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def _forward(
+    x: Tensor, weight: Tensor, rotations: Tensor | None, mean_square: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
     if not (x.is_cuda or launch.interpreted()):
         return plain.rms_norm_forward(x, weight, _turns(rotations), mean_square, eps)
     from titan_video.kernels import rms_norm_triton
@@ -62,22 +73,44 @@ def _backward(
     programs = -(-sizes[0] // run)
     dweight = rstd.new_empty((programs, weight.numel()) if weight_grad else 0)
     rms_norm_triton.rms_norm_backward[(programs,)](
-        dout, x, weight.contiguous(), turns, rstd, dx, dweight, dsquare, *sizes, GIVEN=given, WEIGHT_GRAD=weight_grad, **options
+        dout,
+        x,
+        weight.contiguous(),
+        turns,
+        rstd,
+        dx,
+        dweight,
+        dsquare,
+        *sizes,
+        GIVEN=given,
+        WEIGHT_GRAD=weight_grad,
+        **options,
     )
     return dx, dweight.sum(0).to(weight.dtype) if weight_grad else dweight, dsquare
 
 
-def _options(x: Tensor, weight: Tensor, turns: Tensor | None, streams: tuple[Tensor, ...]) -> tuple[dict, int, tuple[int, ...]]:
-    """The kernels' constants, the tokens that a program takes, and sizes: tokens, those of a sample, of a program, stride of the rotations."""
+def _options(
+    x: Tensor, weight: Tensor, turns: Tensor | None, streams: tuple[Tensor, ...]
+) -> tuple[dict, int, tuple[int, ...]]:
+    """The kernels' constants, the tokens that a program takes, and sizes:
+
+    tokens, those of a sample, of a program, stride of the rotations.
+    """
     B, L, H, K = x.shape
     heads, width = launch.power_of_2(H), launch.power_of_2(K)
     num_warps = launch.warps(heads * width)
     run = launch.run_length(B * L, 1, num_warps, x.device)
     stages = launch.stages(heads * width * sum(t.element_size() for t in streams))
     options = {
-        "H": H, "K": K, "HEADS": heads, "WIDTH": width, "STAGES": stages, "PER_HEAD": weight.numel() == K, "ROPE": turns is not None,
+        "H": H,
+        "K": K,
+        "HEADS": heads,
+        "WIDTH": width,
+        "STAGES": stages,
+        "PER_HEAD": weight.numel() == K,
+        "ROPE": turns is not None,
         "num_warps": num_warps,
-    }  # fmt: skip
+    }
     return options, run, (B * L, L, run, 0 if turns is None or turns.shape[0] == 1 else turns.stride(0))
 
 

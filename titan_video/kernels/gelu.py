@@ -1,4 +1,7 @@
-"""The second half of a feed-forward with less to keep: GELU is cheap to compute again, and its result is the widest activation of a block."""
+"""The second half of a feed-forward with less to keep:
+
+GELU is cheap to compute again, and its result is the widest activation of a block.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -6,8 +9,8 @@ from torch import Tensor
 
 
 def gelu_linear(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """linear(gelu(u)), GELU by its tanh form, [..., F] -> [..., D]. Backward has u and computes gelu(u) again, which for Wan 1.3B is a fifth of
-    what a block would keep."""
+    """linear(gelu(u)), GELU by its tanh form, [..., F] -> [..., D]. Backward has u and computes gelu(u) again, which
+    for Wan 1.3B is a fifth of what a block would keep."""
     return _GeluLinear.apply(u, weight, bias)
 
 

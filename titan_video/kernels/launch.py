@@ -1,4 +1,7 @@
-"""How the Triton kernels are laid out on a GPU: sizes of tiles and groups of threads, and how many programs share the rows."""
+"""How the Triton kernels are laid out on a GPU:
+
+sizes of tiles and groups of threads, and how many programs share the rows.
+"""
 
 from functools import cache
 from importlib.util import find_spec
@@ -27,17 +30,26 @@ def power_of_2(n: int) -> int:
 
 
 def warps(tile: int) -> int:
-    """Groups of 32 threads for a tile of so many elements: 8 elements a thread, or 16 of the widest. Of bfloat16, 8 are the widest load."""
+    """Groups of 32 threads for a tile of so many elements: 8 elements a thread, or 16 of the widest.
+
+    Of bfloat16, 8 are the widest load.
+    """
     return min(max(tile // 256, 1), 16)
 
 
 def stages(row_bytes: int) -> int:
-    """Rows that a program has in hand: the one it computes with, and up to two on their way. row_bytes: of all inputs, of one row."""
+    """Rows that a program has in hand: the one it computes with, and up to two on their way. row_bytes:
+
+    of all inputs, of one row.
+    """
     return 1 + min(SHARED_MEMORY // row_bytes, 2)
 
 
 def run_length(rows: int, samples: int, num_warps: int, device: torch.device) -> int:
-    """Rows of one sample that a program takes, so that all programs of all samples find room on the device at once: 32 warps on each SM."""
+    """Rows of one sample that a program takes, so that all programs of all samples find room on the device at once:
+
+    32 warps on each SM.
+    """
     programs = _num_sms(device) * max(32 // num_warps, 1) if device.type == "cuda" else INTERPRETED_PROGRAMS
     return -(-rows // max(programs // samples, 1))
 

@@ -3,8 +3,9 @@
     forward    x' = x + gate y        out = LayerNorm(x') scale + shift
     backward   of both at once; the gradients of gate, scale and shift as sums over each program's own rows, which the caller adds up
 
-A program takes a run of rows of one sample, one row after the other, and holds in registers what all of them share. So each input is read
-and each output written once, and there are few partial sums; they are added in a fixed order, without atomics. Statistics are float32.
+A program takes a run of rows of one sample, one row after the other, and holds in registers what all of them share. So
+each input is read and each output written once, and there are few partial sums; they are added in a fixed order,
+without atomics. Statistics are float32.
 
 Which row of modulation a token has is one of three, for the gate and for scale and shift each:
     ONE     that of its sample
@@ -34,15 +35,42 @@ def _token(row, ptr, at, GATE: tl.constexpr, MODULATION: tl.constexpr):
 
 @triton.jit
 def layer_norm_forward(
-    x_ptr, y_ptr, gate_ptr, scale_ptr, shift_ptr, clean_ptr, sum_ptr, out_ptr, mean_ptr, rstd_ptr,
-    L, run, gate_b, gate_t, scale_b, scale_t, shift_b, shift_t, clean_b, eps,
-    D: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    RESIDUAL: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, AFFINE: tl.constexpr, GATE: tl.constexpr, MODULATION: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    y_ptr,
+    gate_ptr,
+    scale_ptr,
+    shift_ptr,
+    clean_ptr,
+    sum_ptr,
+    out_ptr,
+    mean_ptr,
+    rstd_ptr,
+    L,
+    run,
+    gate_b,
+    gate_t,
+    scale_b,
+    scale_t,
+    shift_b,
+    shift_t,
+    clean_b,
+    eps,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr,
+    NORM: tl.constexpr,
+    AFFINE: tl.constexpr,
+    GATE: tl.constexpr,
+    MODULATION: tl.constexpr,
+):
     """Program (p, b): rows p run to (p + 1) run of sample b.
 
-    x, y, sum, out: [B, L, D], contiguous; mean, rstd: [B, L]. Of gate, scale and shift the strides of sample and row; clean: bytes.
-    AFFINE: out is LayerNorm scale + shift, otherwise LayerNorm (1 + scale) + shift. GATE, MODULATION: see the top of the file.
+    x, y, sum, out: [B, L, D], contiguous; mean, rstd: [B, L]. Of gate, scale and shift the strides of sample and row;
+        clean: bytes.
+    AFFINE: out is LayerNorm scale + shift, otherwise LayerNorm (1 + scale) + shift. GATE, MODULATION: see the top of
+        the file.
     """
     b = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * run
@@ -84,7 +112,10 @@ def layer_norm_forward(
 
 @triton.jit
 def _gather(value, ptr, at, inside, total, of_clean, token, ROWS: tl.constexpr):
-    """Account for one row's gradient of a modulation: written, if it is the row's own, else added to a program's sums."""
+    """Account for one row's gradient of a modulation:
+
+    written, if it is the row's own, else added to a program's sums.
+    """
     if ROWS == EACH:
         tl.store(ptr + at, value, mask=inside)
     elif ROWS == CLEAN:
@@ -107,17 +138,47 @@ def _store_sums(ptr, slot, cols, inside, total, of_clean, D: tl.constexpr, ROWS:
 
 @triton.jit
 def layer_norm_backward(
-    dsum_ptr, dout_ptr, x_ptr, y_ptr, gate_ptr, scale_ptr, clean_ptr, mean_ptr, rstd_ptr, dx_ptr, dy_ptr, dgate_ptr, dscale_ptr, dshift_ptr,
-    L, run, gate_b, gate_t, scale_b, scale_t, clean_b,
-    D: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    RESIDUAL: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, AFFINE: tl.constexpr, GATE: tl.constexpr, MODULATION: tl.constexpr,
-    GATE_GRAD: tl.constexpr, MODULATION_GRAD: tl.constexpr, HELD: tl.constexpr,
-):  # fmt: skip
+    dsum_ptr,
+    dout_ptr,
+    x_ptr,
+    y_ptr,
+    gate_ptr,
+    scale_ptr,
+    clean_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dx_ptr,
+    dy_ptr,
+    dgate_ptr,
+    dscale_ptr,
+    dshift_ptr,
+    L,
+    run,
+    gate_b,
+    gate_t,
+    scale_b,
+    scale_t,
+    clean_b,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr,
+    NORM: tl.constexpr,
+    AFFINE: tl.constexpr,
+    GATE: tl.constexpr,
+    MODULATION: tl.constexpr,
+    GATE_GRAD: tl.constexpr,
+    MODULATION_GRAD: tl.constexpr,
+    HELD: tl.constexpr,
+):
     """Program (p, b) takes the rows that it takes forward.
 
-    dsum, dout: gradients of x' and out; x: what was normalised, x' where there is a residual. dx: gradient of x, and without a gate of y;
-    dy: of y, with one. Without norm dx is dsum and is not written. dgate, dscale, dshift: float32; [programs, D] for ONE, [programs, 2, D]
-    for CLEAN, [B, L, D] for EACH; not written unless GATE_GRAD, MODULATION_GRAD. HELD: what is ONE stays in registers.
+    dsum, dout: gradients of x' and out; x: what was normalised, x' where there is a residual. dx: gradient of x, and
+        without a gate of y;
+    dy: of y, with one. Without norm dx is dsum and is not written. dgate, dscale, dshift: float32; [programs, D] for
+    ONE, [programs, 2, D] for CLEAN, [B, L, D] for EACH; not written unless GATE_GRAD, MODULATION_GRAD. HELD: what is
+    ONE stays in registers.
     """
     b = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * run
@@ -146,7 +207,9 @@ def layer_norm_backward(
             dx += (dnormed - along_one - normed * along_normed) * rstd
             tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
             if MODULATION_GRAD:
-                dscale, clean_dscale = _gather(dout * normed, dscale_ptr, at, inside, dscale, clean_dscale, token, MODULATION)
+                dscale, clean_dscale = _gather(
+                    dout * normed, dscale_ptr, at, inside, dscale, clean_dscale, token, MODULATION
+                )
                 dshift, clean_dshift = _gather(dout, dshift_ptr, at, inside, dshift, clean_dshift, token, MODULATION)
         if GATED:
             if not HELD or GATE != ONE:

@@ -1,6 +1,7 @@
 """What the fused operators compute, forward and backward in closed form, in plain torch: their form on a CPU.
 
-The arguments are those of `_forward` and `_backward` in fused_layer_norm.py and fused_rms_norm.py. What has no use is an empty tensor.
+The arguments are those of `_forward` and `_backward` in fused_layer_norm.py and fused_rms_norm.py. What has no use is
+an empty tensor.
 """
 
 import torch
@@ -26,16 +27,30 @@ def layer_norm_forward(
 
 
 def layer_norm_backward(
-    dsum: Rows, dout: Rows, x: Rows, y: Rows, gate: Rows, scale: Rows, clean: Rows, mean: Rows, rstd: Rows, affine: bool, gate_grad: bool,
+    dsum: Rows,
+    dout: Rows,
+    x: Rows,
+    y: Rows,
+    gate: Rows,
+    scale: Rows,
+    clean: Rows,
+    mean: Rows,
+    rstd: Rows,
+    affine: bool,
+    gate_grad: bool,
     modulation_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     like = dsum if dout is None else dout
     dx, dy, dgate, dscale, dshift = (like.new_empty(0, dtype=like.dtype if i < 2 else torch.float32) for i in range(5))
     total = 0 if dsum is None else dsum.float()
     if scale is not None:
         normed = (x.float() - mean[..., None]) * rstd[..., None]
         dnormed = dout.float() * (each(scale, clean) + (not affine))
-        total = total + (dnormed - dnormed.mean(-1, keepdim=True) - normed * (dnormed * normed).mean(-1, keepdim=True)) * rstd[..., None]
+        total = (
+            total
+            + (dnormed - dnormed.mean(-1, keepdim=True) - normed * (dnormed * normed).mean(-1, keepdim=True))
+            * rstd[..., None]
+        )
         dx = total.to(x.dtype)
         if modulation_grad:
             dscale, dshift = (summed(grad, scale, clean) for grad in (dout.float() * normed, dout.float().clone()))
@@ -62,7 +77,10 @@ def summed(grad: Tensor, rows: Tensor, clean: Rows) -> Tensor:
 
 
 def rms_norm_forward(x: Tensor, weight: Tensor, turns: Rows, square: Rows, eps: float) -> tuple[Tensor, Tensor]:
-    """x: [B, L, H, K], with a weight of K, or of H K for one norm over all heads. turns: [B or 1, L, K], pairs (cos, sin)."""
+    """x: [B, L, H, K], with a weight of K, or of H K for one norm over all heads. turns:
+
+    [B or 1, L, K], pairs (cos, sin).
+    """
     dims = _dims(x, weight)
     square = x.float().square().mean(dims, keepdim=True) if square is None else square.view(*x.shape[:2], -1, 1)
     rstd = torch.rsqrt(square + eps)
@@ -80,7 +98,11 @@ def rms_norm_backward(
     along = (dnormed * normed).sum(dims, keepdim=True)
     dsquare = (-0.5 * rstd.square() * along).squeeze(-1) if given else rstd.new_empty(0)
     dx = dnormed * rstd if given else (dnormed - normed * along / weight.numel()) * rstd
-    dweight = (dout * normed).sum((0, 1) if len(dims) == 2 else (0, 1, 2)).view_as(weight).to(weight.dtype) if weight_grad else rstd.new_empty(0)
+    dweight = (
+        (dout * normed).sum((0, 1) if len(dims) == 2 else (0, 1, 2)).view_as(weight).to(weight.dtype)
+        if weight_grad
+        else rstd.new_empty(0)
+    )
     return dx.to(x.dtype), dweight, dsquare
 
 

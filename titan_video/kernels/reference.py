@@ -3,8 +3,8 @@
 Statistics and rotations are computed in float32 (float64 for a float64 input); the result has the input's type.
 Letters: B batch, L tokens, D width, H heads, K head width, T rows of modulation.
 
-Modulation (scale, shift, gate), float32, [B or 1, T, D]: T = 1, one row for all tokens of a sample; T = L, one for each token; or, with
-clean_BL, bool [B or 1, L], T = 2: row 1 for the clean tokens, row 0 for the others.
+Modulation (scale, shift, gate), float32, [B or 1, T, D]: T = 1, one row for all tokens of a sample; T = L, one for each
+token; or, with clean_BL, bool [B or 1, L], T = 2: row 1 for the clean tokens, row 0 for the others.
 """
 
 import torch
@@ -18,11 +18,16 @@ def wide(x: Tensor) -> Tensor:
 
 
 def _each(rows_BTD: Tensor, clean_BL: Tensor | None) -> Tensor:
-    """Each token's row, [B, L, D], or what broadcasts to that. A selection and no gather: its gradient is a masked sum, in a fixed order."""
+    """Each token's row, [B, L, D], or what broadcasts to that. A selection and no gather:
+
+    its gradient is a masked sum, in a fixed order.
+    """
     return rows_BTD if clean_BL is None else torch.where(clean_BL.unsqueeze(-1), rows_BTD[:, 1:2], rows_BTD[:, :1])
 
 
-def ada_layer_norm(x_BLD: Tensor, scale_BTD: Tensor, shift_BTD: Tensor, eps: float, clean_BL: Tensor | None = None) -> Tensor:
+def ada_layer_norm(
+    x_BLD: Tensor, scale_BTD: Tensor, shift_BTD: Tensor, eps: float, clean_BL: Tensor | None = None
+) -> Tensor:
     """LayerNorm without affine, then x (1 + scale) + shift (DiT, Peebles and Xie 2023)."""
     normed = F.layer_norm(wide(x_BLD), x_BLD.shape[-1:], eps=eps)
     return torch.addcmul(_each(shift_BTD, clean_BL), normed, 1 + _each(scale_BTD, clean_BL)).to(x_BLD.dtype)
@@ -39,7 +44,13 @@ def layer_norm(x_BLD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> T
 
 
 def residual_layer_norm(
-    x_BLD: Tensor, y_BLD: Tensor, gate_BTD: Tensor | None, weight_D: Tensor, bias_D: Tensor, eps: float, clean_BL: Tensor | None = None
+    x_BLD: Tensor,
+    y_BLD: Tensor,
+    gate_BTD: Tensor | None,
+    weight_D: Tensor,
+    bias_D: Tensor,
+    eps: float,
+    clean_BL: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x' = x + gate y, or x + y without a gate, and LayerNorm of x' with affine."""
     x_BLD = x_BLD + y_BLD if gate_BTD is None else gated_residual(x_BLD, y_BLD, gate_BTD, clean_BL)
@@ -47,7 +58,13 @@ def residual_layer_norm(
 
 
 def residual_ada_layer_norm(
-    x_BLD: Tensor, y_BLD: Tensor, gate_BTD: Tensor | None, scale_BTD: Tensor, shift_BTD: Tensor, eps: float, clean_BL: Tensor | None = None
+    x_BLD: Tensor,
+    y_BLD: Tensor,
+    gate_BTD: Tensor | None,
+    scale_BTD: Tensor,
+    shift_BTD: Tensor,
+    eps: float,
+    clean_BL: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x' = x + gate y, or x + y without a gate, and the modulated LayerNorm of x'."""
     x_BLD = x_BLD + y_BLD if gate_BTD is None else gated_residual(x_BLD, y_BLD, gate_BTD, clean_BL)
@@ -73,11 +90,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, mean_square: Tensor | None =
     return _rms_normed(x, weight, eps, mean_square).to(x.dtype)
 
 
-def rms_norm_rope(x: Tensor, weight: Tensor, rotations_BLC: Tensor, eps: float, mean_square: Tensor | None = None) -> Tensor:
-    """RMSNorm over the last dim, then rotation of each head's neighbouring pairs by complex numbers of modulus 1 (RoPE, Su et al. 2021).
+def rms_norm_rope(
+    x: Tensor, weight: Tensor, rotations_BLC: Tensor, eps: float, mean_square: Tensor | None = None
+) -> Tensor:
+    """RMSNorm over the last dim, then rotation of each head's neighbouring pairs by complex numbers of modulus 1 (RoPE,
+    Su et al. 2021).
 
-    x: [B, L, D] for one norm over all heads, or [B, L, H, K] for one per head; weight: of the last dim. rotations: complex64 [B or 1, L, C],
-    C = K/2, the same for all heads. mean_square: as in `rms_norm`. Returns [B, L, H, K], rounded once, after both.
+    x: [B, L, D] for one norm over all heads, or [B, L, H, K] for one per head; weight: of the last dim. rotations:
+    complex64 [B or 1, L, C], C = K/2, the same for all heads. mean_square: as in `rms_norm`. Returns [B, L, H, K],
+    rounded once, after both.
     """
     normed = _rms_normed(x, weight, eps, mean_square).reshape(*x.shape[:2], -1, rotations_BLC.shape[-1], 2)
     rotations = rotations_BLC.unsqueeze(2)

@@ -1,8 +1,9 @@
 """RMSNorm, with or without rotation after it (RoPE), in Triton: one kernel forward, one backward.
 
-A token is a tile of heads x head width, whether one norm runs over all heads or one over each: then a rotation is read once for all heads.
-Without rotation a norm over the whole width has one head of that width. A program takes a run of tokens, one after the other, and adds up
-the weight's gradient over them; the caller adds up these sums. Statistics are float32.
+A token is a tile of heads x head width, whether one norm runs over all heads or one over each: then a rotation is read
+once for all heads. Without rotation a norm over the whole width has one head of that width. A program takes a run of
+tokens, one after the other, and adds up other, and adds up the weight's gradient over them; the caller adds up these
+sums. Statistics are float32.
 """
 
 import triton
@@ -35,15 +36,31 @@ def _weight(ptr, heads, cols, inside, K: tl.constexpr, PER_HEAD: tl.constexpr):
 
 @triton.jit
 def rms_norm_forward(
-    x_ptr, weight_ptr, rotations_ptr, mean_square_ptr, out_ptr, rstd_ptr,
-    N, L, run, rotations_b, eps,
-    H: tl.constexpr, K: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
-    PER_HEAD: tl.constexpr, ROPE: tl.constexpr, GIVEN: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    weight_ptr,
+    rotations_ptr,
+    mean_square_ptr,
+    out_ptr,
+    rstd_ptr,
+    N,
+    L,
+    run,
+    rotations_b,
+    eps,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    ROPE: tl.constexpr,
+    GIVEN: tl.constexpr,
+):
     """Program p: tokens p run to (p + 1) run of N, in samples of L.
 
-    x, out: [N, H, K], contiguous; weight: [K] if PER_HEAD, else [H K]; rotations: (cos, sin) pairs, [samples, L, K], with their stride of a
-    sample, which is 0 where all have the same. mean_square, which counts if GIVEN, and rstd: [N, H] if PER_HEAD, else [N].
+    x, out: [N, H, K], contiguous; weight: [K] if PER_HEAD, else [H K]; rotations: (cos, sin) pairs, [samples, L, K],
+    with their stride of a sample, which is 0 where all have the same. mean_square, which counts if GIVEN, and rstd: [N,
+    H] if PER_HEAD, else [N].
     HEADS, WIDTH: H and K rounded up to powers of 2.
     """
     first = tl.program_id(0) * run
@@ -74,12 +91,32 @@ def rms_norm_forward(
 
 @triton.jit
 def rms_norm_backward(
-    dout_ptr, x_ptr, weight_ptr, rotations_ptr, rstd_ptr, dx_ptr, dweight_ptr, dmean_square_ptr,
-    N, L, run, rotations_b,
-    H: tl.constexpr, K: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
-    PER_HEAD: tl.constexpr, ROPE: tl.constexpr, GIVEN: tl.constexpr, WEIGHT_GRAD: tl.constexpr,
-):  # fmt: skip
-    """As forward. dweight: float32 sums of each program, [programs, K] if PER_HEAD, else [programs, H K]; dmean_square: as mean_square."""
+    dout_ptr,
+    x_ptr,
+    weight_ptr,
+    rotations_ptr,
+    rstd_ptr,
+    dx_ptr,
+    dweight_ptr,
+    dmean_square_ptr,
+    N,
+    L,
+    run,
+    rotations_b,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    ROPE: tl.constexpr,
+    GIVEN: tl.constexpr,
+    WEIGHT_GRAD: tl.constexpr,
+):
+    """As forward. dweight:
+
+    float32 sums of each program, [programs, K] if PER_HEAD, else [programs, H K]; dmean_square: as mean_square.
+    """
     first = tl.program_id(0) * run
     heads, cols = tl.arange(0, HEADS)[:, None], tl.arange(0, WIDTH)[None, :]
     pairs = tl.arange(0, WIDTH // 2)[None, :]

@@ -31,7 +31,10 @@ def get_args(spec: ModelSpec, flavor: str, hf_assets_path: str, max_text_length:
     if flavor == "hf":
         path = Path(hf_assets_path) / spec.hf_folder / "config.json"
         if not path.is_file():
-            raise ValueError(f"model.flavor = \"hf\" reads {path}, which does not exist; set model.hf_assets_path to a diffusers folder")
+            raise ValueError(
+                f'model.flavor = "hf" reads {path}, which does not exist; set model.hf_assets_path to a '
+                f"diffusers folder"
+            )
         try:
             args = spec.args_from_hf(json.loads(path.read_text()))
         except (ValueError, TypeError) as e:
@@ -39,5 +42,7 @@ def get_args(spec: ModelSpec, flavor: str, hf_assets_path: str, max_text_length:
     elif flavor in spec.flavors:
         args = spec.flavors[flavor]
     else:
-        raise ValueError(f'model.flavor = "{flavor}" is unknown for {spec.name}; use one of: hf, {", ".join(spec.flavors)}')
+        raise ValueError(
+            f'model.flavor = "{flavor}" is unknown for {spec.name}; use one of: hf, {", ".join(spec.flavors)}'
+        )
     return replace(args, text_len=args.conditions.text_image_tokens + max_text_length)

@@ -1,6 +1,7 @@
 """Parts that every video DiT shares: tokens from latents, positions, rotations, time features, attention, initialisers.
 
-Letters: B batch, L tokens, D width, H heads, K head width, C latent channels, F/H/W latent frames, height, width, P = C * patch volume.
+Letters: B batch, L tokens, D width, H heads, K head width, C latent channels, F/H/W latent frames, height, width, P = C
+    * patch volume.
 """
 
 import math
@@ -25,15 +26,22 @@ TEMPORAL_STRIDE, SPATIAL_STRIDES = 4, {16: 8, 48: 16}  # of the VAEs, in space b
 def token_shape(latent_FHW: tuple[int, ...], patch: Patch) -> TokenShape:
     """The token grid of a latent grid; ValueError if the patch does not divide it."""
     if any(n % p for n, p in zip(latent_FHW, patch, strict=True)):
-        raise ValueError(f"latent grid {tuple(latent_FHW)} is not divisible by the model's patch {patch}; choose data.buckets to fit")
+        raise ValueError(
+            f"latent grid {tuple(latent_FHW)} is not divisible by the model's patch {patch}; choose data.buckets to fit"
+        )
     return TokenShape(*(n // p for n, p in zip(latent_FHW, patch, strict=True)))
 
 
 def latent_shape(bucket: tuple[int, ...], args: Any) -> tuple[int, ...]:
-    """[C, F, H, W] of the latents of a clip [frames, height, width]; ValueError where no known VAE has the model's channels."""
+    """[C, F, H, W] of the latents of a clip [frames, height, width]; ValueError where no known VAE has the model's
+    channels.
+    """
     frames, height, width = bucket
     if args.out_channels not in SPATIAL_STRIDES:
-        raise ValueError(f"model.flavor: the model has {args.out_channels} latent channels; VAEs of {sorted(SPATIAL_STRIDES)} are known")
+        raise ValueError(
+            f"model.flavor: the model has {args.out_channels} latent channels; VAEs of {sorted(SPATIAL_STRIDES)} "
+            f"are known"
+        )
     stride = SPATIAL_STRIDES[args.out_channels]
     return args.out_channels, (frames - 1) // TEMPORAL_STRIDE + 1, height // stride, width // stride
 
@@ -66,10 +74,11 @@ def positions(shape: TokenShape, device: torch.device | str = "cpu") -> Tensor:
 
 
 def rope_rotations(pos_BL3: Tensor, axes_dim: tuple[int, int, int], theta: float) -> Tensor:
-    """Unit complex numbers [B, L, K/2] for `kernels.rms_norm_rope`: each axis of the position turns its own part of the head.
+    """Unit complex numbers [B, L, K/2] for `kernels.rms_norm_rope`: each axis of the position turns its own part of the
+    head.
 
-    axes_dim: head channels of frame, row and column; their sum is K. Angles are computed in float64: at float32 a far token's would be off by 1e-4.
-    They are kept for as long as the tensor of positions is.
+    axes_dim: head channels of frame, row and column; their sum is K. Angles are computed in float64: at float32 a far
+    token's would be off by 1e-4. They are kept for as long as the tensor of positions is.
     """
     kept = _rotations.setdefault(pos_BL3, {})
     if (axes_dim, theta) not in kept:
@@ -91,21 +100,26 @@ def _rotations_of(pos_BL3: Tensor, axes_dim: tuple[int, int, int], theta: float)
 
 def time_features(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     """[cos, sin] features of a time in [0, 1000], [..., dim], float32; angles in float64 as in the public Wan code."""
-    rates = torch.exp(torch.arange(dim // 2, dtype=torch.float64, device=t.device) * (-math.log(max_period) / (dim // 2)))
+    rates = torch.exp(
+        torch.arange(dim // 2, dtype=torch.float64, device=t.device) * (-math.log(max_period) / (dim // 2))
+    )
     angles = t.double().unsqueeze(-1) * rates
     return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
 
 
 def rows_in_use(modulation_BT: Tensor, clean_BL: Tensor | None) -> Tensor:
-    """The rows of modulation that the kernels choose from: both for noisy and clean tokens, or the first alone where no token is clean."""
+    """The rows of modulation that the kernels choose from:
+
+    both for noisy and clean tokens, or the first alone where no token is clean.
+    """
     return modulation_BT[:, :1] if clean_BL is None else modulation_BT
 
 
 def local(weight: Tensor) -> Tensor:
     """The part of a block's weight that this rank computes with.
 
-    Under tensor parallel a weight is a DTensor. A replicated one meets only this rank's share of the tokens, so its gradient is a
-    partial sum, which is completed where gradients are reduced.
+    Under tensor parallel a weight is a DTensor. A replicated one meets only this rank's share of the tokens, so its
+    gradient is a partial sum, which is completed where gradients are reduced.
     """
     if isinstance(weight, DTensor):
         return weight.to_local(grad_placements=[Partial() if p.is_replicate() else p for p in weight.placements])
@@ -113,7 +127,8 @@ def local(weight: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A Linear of a block: plain tensors in and out, under tensor parallel too. adapter: what is added to it (models/lora.py), or None.
+    """A Linear of a block: plain tensors in and out, under tensor parallel too. adapter: what is added to it
+    (models/lora.py), or None.
 
     product: what multiplies, F.linear or the same in float8 (distributed/float8.py).
     """
@@ -135,7 +150,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         up, down = self.up(x_BLD), self.down
-        # A compiler does not compute again what a product reads, and other products (adapters, float8, tensor parallel) keep their inputs themselves.
+        # A compiler does not compute again what a product reads, and other products (adapters, float8, tensor parallel)
+        # keep their inputs themselves.
         is_plain = type(down) is Linear and down.adapter is None and down.product is F.linear
         if is_plain and kernels.in_use() == "triton" and not torch.compiler.is_compiling():
             return gelu_linear(up, local(down.weight), local(down.bias))
@@ -143,7 +159,9 @@ class FeedForward(nn.Module):
 
 
 def hold_in(model: nn.Module, fp32: tuple[str, ...], dtype: torch.dtype) -> None:
-    """Make the weights of a model `dtype`, in place, but for those of the root modules and parameters `fp32` (see ParallelPlan)."""
+    """Make the weights of a model `dtype`, in place, but for those of the root modules and parameters `fp32` (see
+    ParallelPlan).
+    """
     for name, child in model.named_children():
         if name not in fp32:
             child.to(dtype)
@@ -171,30 +189,44 @@ class AttentionCore(nn.Module):
 class JointAttentionCore(nn.Module):
     """One attention in which video and text tokens both ask and answer. Context parallel replaces this module.
 
-    text_mask: the text keys that count; None: all. It is applied whatever it holds: looking inside would make the host wait for the device.
-    seq_len: video keys that count, where those at the end are padding; None: all. Returns the video's and the text's rows,
-    [B, L, H, K] and [B, S, H, K]; those of text tokens that do not count mean nothing.
+    text_mask: the text keys that count; None: all. It is applied whatever it holds: looking inside would make the host
+        wait for the device.
+    seq_len: video keys that count, where those at the end are padding; None: all. Returns the video's and the text's
+    rows, [B, L, H, K] and [B, S, H, K]; those of text tokens that do not count mean nothing.
     """
 
     def forward(
-        self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, text_q_BSHK: Tensor, text_k_BSHK: Tensor, text_v_BSHK: Tensor,
-        text_mask_BS: Tensor | None = None, seq_len: int | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self,
+        q_BLHK: Tensor,
+        k_BLHK: Tensor,
+        v_BLHK: Tensor,
+        text_q_BSHK: Tensor,
+        text_k_BSHK: Tensor,
+        text_v_BSHK: Tensor,
+        text_mask_BS: Tensor | None = None,
+        seq_len: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
         if seq_len is not None:
             k_BLHK, v_BLHK = k_BLHK[:, :seq_len], v_BLHK[:, :seq_len]
-        out = joint_attention(torch.cat([q_BLHK, text_q_BSHK], dim=1), k_BLHK, v_BLHK, text_k_BSHK, text_v_BSHK, text_mask_BS)
+        out = joint_attention(
+            torch.cat([q_BLHK, text_q_BSHK], dim=1), k_BLHK, v_BLHK, text_k_BSHK, text_v_BSHK, text_mask_BS
+        )
         return out[:, : q_BLHK.shape[1]], out[:, q_BLHK.shape[1] :]
 
 
 class JointLinear(Linear):
-    """One Linear for video tokens and for text tokens. Tensor parallel spreads the first over its ranks, but not the second."""
+    """One Linear for video tokens and for text tokens.
+
+    Tensor parallel spreads the first over its ranks, but not the second.
+    """
 
     def forward(self, x_BLD: Tensor, text_BSD: Tensor) -> tuple[Tensor, Tensor]:
         return super().forward(x_BLD), super().forward(text_BSD)
 
 
 class MeanSquares(nn.Module):
-    """Statistics of the RMSNorms of q and the keys, [B, L, 1] each, or None where a norm sees its whole vector and takes its own.
+    """Statistics of the RMSNorms of q and the keys, [B, L, 1] each, or None where a norm sees its whole vector and
+    takes its own.
 
     Tensor parallel replaces this module where a norm runs over all heads, of which a rank then holds a part.
     """

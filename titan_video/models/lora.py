@@ -1,9 +1,11 @@
-"""Low-rank adapters (Hu et al. 2021, "LoRA"): a Linear of frozen weight W also adds scale * up(down(x)), and only `down` and `up` are trained.
+"""Low-rank adapters (Hu et al. 2021, "LoRA"): a Linear of frozen weight W also adds scale * up(down(x)), and only
+`down` and `up` are trained.
 
     x --+-- W, bias -----------------+-- y        down [r, in], up [out, r], scale = alpha / r
         +-- down -- * scale -- up ---+
 
-Where `up` is zero, as at the start, the model is the frozen one. An adapter is a submodule of its Linear, so the names of all frozen
+Where `up` is zero, as at the start, the model is the frozen one. An adapter is a submodule of its Linear, so the names
+of all frozen
 parameters stay what they are: `blocks.0.self_attn.q.weight`, beside it `blocks.0.self_attn.q.adapter.down` and `.up`.
 """
 
@@ -19,7 +21,10 @@ NAME = "adapter"
 
 
 class Adapter(nn.Module):
-    """The change to one Linear. Tensor parallel splits its parts with the Linear's weight: `up` over the outputs, or `down` over the inputs."""
+    """The change to one Linear. Tensor parallel splits its parts with the Linear's weight:
+
+    `up` over the outputs, or `down` over the inputs.
+    """
 
     def __init__(self, linear: nn.Linear, rank: int, scale: float, dtype: torch.dtype):
         super().__init__()
@@ -42,10 +47,12 @@ def is_frozen(name: str) -> bool:
 
 
 def add_adapters(model: nn.Module, spec: ModelSpec, section: Lora, dtype: torch.dtype) -> None:
-    """Freeze the whole model and give the Linears of its blocks that `section.target_modules` names an adapter each, in place.
+    """Freeze the whole model and give the Linears of its blocks that `section.target_modules` names an adapter each, in
+    place.
 
-    dtype: that of the arithmetic, in which frozen weights are held; the plan's float32 parts keep their own. Adapters are float32 at least.
-    ValueError for a target that no Linear of a block fits. Before anything else is done to the model, which may be on the meta device.
+    dtype: that of the arithmetic, in which frozen weights are held; the plan's float32 parts keep their own. Adapters
+    are float32 at least. ValueError for a target that no Linear of a block fits. Before anything else is done to the
+    model, which may be on the meta device.
     """
     hold_in(model, spec.plan.fp32, dtype)
     model.requires_grad_(False)
@@ -59,11 +66,15 @@ def add_adapters(model: nn.Module, spec: ModelSpec, section: Lora, dtype: torch.
     for target in targets:
         if not any(_fits(name, target) for name in linears):
             known = dict.fromkeys(name.split(".", 2)[2] for name in linears)
-            raise ValueError(f"lora.target_modules: {target!r} is the end of no name of a Linear in a block of {spec.name}; "
-                             f"there are {', '.join(known)}")
+            raise ValueError(
+                f"lora.target_modules: {target!r} is the end of no name of a Linear in a block of {spec.name}; "
+                f"there are {', '.join(known)}"
+            )
     for name, linear in linears.items():
         if any(_fits(name, target) for target in targets):
-            linear.adapter = Adapter(linear, section.rank, section.alpha / section.rank, torch.promote_types(dtype, torch.float32))
+            linear.adapter = Adapter(
+                linear, section.rank, section.alpha / section.rank, torch.promote_types(dtype, torch.float32)
+            )
 
 
 def _fits(name: str, target: str) -> bool:

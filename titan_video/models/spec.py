@@ -24,13 +24,17 @@ class TokenShape:
 class ParallelPlan:
     """How a model is taken apart. Names are dotted module paths; `*` stands for one path element.
 
-    blocks: containers (ModuleDict) of transformer blocks, in forward order. Each block is one FSDP, checkpointing and compile unit.
-    fp32: root modules or parameters whose arithmetic stays in float32 under mixed precision. They form the root's own FSDP unit.
+    blocks: containers (ModuleDict) of transformer blocks, in forward order. Each block is one FSDP, checkpointing and
+        compile unit.
+    fp32: root modules or parameters whose arithmetic stays in float32 under mixed precision. They form the root's own
+        FSDP unit.
     cores: in each block, the attention cores over the video tokens, which context parallel replaces.
-    tensor: in each block, what tensor parallel does with a module or parameter, by name (distributed/tensor_parallel.py):
-        "gather" a module that needs all tokens of its group, "column" and "row" a Linear split over its output or input,
-        "heads" a vector split like the heads, "mean_squares" a module that is replaced. All other parameters are whole on each rank.
-    first, last: root modules and parameters of the first and the last pipeline stage. `tables`: containers keyed like the blocks.
+    tensor: in each block, what tensor parallel does with a module or parameter, by name
+        (distributed/tensor_parallel.py): "gather" a module that needs all tokens of its group, "column" and "row" a
+        input, "heads" a vector split like the heads, "mean_squares" a module that is replaced. All other parameters are
+        whole on each rank.
+    first, last: root modules and parameters of the first and the last pipeline stage. `tables`: containers keyed like
+        the blocks.
     """
 
     blocks: tuple[str, ...]
@@ -44,12 +48,14 @@ class ParallelPlan:
 
 @dataclass(frozen=True)
 class NameRule:
-    """One line of a state-dict table: our parameter name, its name in diffusers' layout, and the change of form, if any.
+    """One line of a state-dict table: our parameter name, its name in diffusers' layout, and the change of form, if
+    any.
 
-    `{}` stands for a block index, the same on both sides. `to_public(t, args)` and `to_ours(t, args)` are inverse, and only permute or reshape.
+    `{}` stands for a block index, the same on both sides. `to_public(t, args)` and `to_ours(t, args)` are inverse, and
+    only permute or reshape.
     optional: only some flavors have such a parameter.
-    original: the name in the layout of the model's own public code, in the same form. Lines with one original name are the rows of one tensor,
-    in the order of the table. swapped: its rows are there with the second half first.
+    original: the name in the layout of the model's own public code, in the same form. Lines with one original name are
+    the rows of one tensor, in the order of the table. swapped: its rows are there with the second half first.
     """
 
     ours: str
@@ -65,11 +71,13 @@ class NameRule:
 class ModelSpec:
     """A model family.
 
-    flavors: architecture arguments by name: a frozen dataclass with `in_channels`, `out_channels`, `patch`, `text_dim`, `text_len`, `num_heads`,
-        `head_dim`, `ffn_dim`, `num_layers`, `conditions` (flow/conditions.py), `boundary` between two experts or 0, `flops(num_tokens, batch)` of a
-        forward and `block_flops(num_tokens, batch)`, the part of it that full activation checkpointing runs again.
+    flavors: architecture arguments by name: a frozen dataclass with `in_channels`, `out_channels`, `patch`, `text_dim`,
+        `text_len`, `num_heads`, `head_dim`, `ffn_dim`, `num_layers`, `conditions` (flow/conditions.py), `boundary`
+        between two experts or 0, `flops(num_tokens, batch)` of a `flops(num_tokens, batch)` of a forward and
+        `block_flops(num_tokens, batch)`, the part of it that full activation checkpointing runs again.
     build: arguments -> module (built on the meta device by the trainer).
-    init_parameter: (name, whole tensor, generator) fills one parameter in place, so every layout starts from the same weights.
+    init_parameter: (name, whole tensor, generator) fills one parameter in place, so every layout starts from the same
+        weights.
     hf_names: names of the parameters in diffusers' layout, and in the original one where all lines say it.
     hf_ignored: diffusers' names of tensors that some published files hold and no model uses.
     args_from_hf / args_to_hf: diffusers `transformer/config.json` <-> arguments.

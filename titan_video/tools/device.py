@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Dense bfloat16 tensor-core TFLOP/s with float32 accumulation, from the vendors' data sheets (half of the figure "with sparsity").
+# Dense bfloat16 tensor-core TFLOP/s with float32 accumulation, from the vendors' data sheets (half of the figure "with
+# sparsity").
 # The first entry whose words all occur in the device's name holds.
 PEAK_TFLOPS = (
     ("B200", 2250.0),
@@ -47,8 +48,10 @@ def get_device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
-        raise ValueError(f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} are visible. "
-                         f"Set NGPU to at most {torch.cuda.device_count()}, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on CPU.")
+        raise ValueError(
+            f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} are visible. "
+            f"Set NGPU to at most {torch.cuda.device_count()}, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on CPU."
+        )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
@@ -74,7 +77,10 @@ def send(x: Tensor, device: torch.device | str) -> Tensor:
 
 
 def read(numbers: Tensor) -> list[float]:
-    """Numbers, on the host, which waits for all work that the device has been given. A step does it once, at its end."""
+    """Numbers, on the host, which waits for all work that the device has been given.
+
+    A step does it once, at its end.
+    """
     return numbers.tolist()
 
 
@@ -124,7 +130,10 @@ class DeviceMemory:
 
 
 def resident_memory() -> dict[str, float]:
-    """Host memory, in GiB, of this process, and of its worker processes together, which share much of it. Empty where /proc does not tell."""
+    """Host memory, in GiB, of this process, and of its worker processes together, which share much of it.
+
+    Empty where /proc does not tell.
+    """
     own, *workers = (_resident_bytes(pid) for pid in (os.getpid(), *(p.pid for p in multiprocessing.active_children())))
     found = {"resident_gib": own / 2**30}
     return found | ({"workers_resident_gib": sum(workers) / 2**30} if workers else {}) if own else {}

@@ -45,7 +45,8 @@ def init_logger() -> None:
 
 
 class Progress:
-    """A bar of `total` steps, of which `initial` are done. It exists only on a terminal; in a log file there are the plain lines.
+    """A bar of `total` steps, of which `initial` are done. It exists only on a terminal; in a log file there are the
+    plain lines.
 
     enabled: true on the one rank that shows it.
     """

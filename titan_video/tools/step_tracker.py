@@ -1,7 +1,9 @@
-"""What a step allocates, sends and computes, read from the operators that it runs; made for fake tensors, where nothing is computed.
+"""What a step allocates, sends and computes, read from the operators that it runs; made for fake tensors, where nothing
+is computed.
 
-Every storage is followed from its allocation to its end. What kind of memory it was is often known only later (what the forward leaves
-alive was saved for backward), so allocations are logged, and the log is replayed when the step is over and each storage has its kind.
+Every storage is followed from its allocation to its end. What kind of memory it was is often known only later (what the
+forward leaves alive was saved for backward), so allocations are logged, and the log is replayed when the step is over
+and each storage has its kind.
 """
 
 import weakref
@@ -20,13 +22,24 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 TEMPORARY = "temporaries"
 
 # FSDP2's own operators, by what the memory that they write is for.
-FSDP_KINDS = {"all_gather_copy_in": "gathered weights", "split_with_sizes_copy": "gathered weights", "chunk_cat": "reduction buffers"}
+FSDP_KINDS = {
+    "all_gather_copy_in": "gathered weights",
+    "split_with_sizes_copy": "gathered weights",
+    "chunk_cat": "reduction buffers",
+}
 
 COLLECTIVES = {
-    "_allgather_base_": "all-gather", "all_gather_into_tensor": "all-gather", "_reduce_scatter_base_": "reduce-scatter",
-    "reduce_scatter_tensor": "reduce-scatter", "allreduce_": "all-reduce", "all_reduce": "all-reduce", "all_reduce_": "all-reduce",
-    "alltoall_base_": "all-to-all", "all_to_all_single": "all-to-all", "send": "send",
-}  # fmt: skip
+    "_allgather_base_": "all-gather",
+    "all_gather_into_tensor": "all-gather",
+    "_reduce_scatter_base_": "reduce-scatter",
+    "reduce_scatter_tensor": "reduce-scatter",
+    "allreduce_": "all-reduce",
+    "all_reduce": "all-reduce",
+    "all_reduce_": "all-reduce",
+    "alltoall_base_": "all-to-all",
+    "all_to_all_single": "all-to-all",
+    "send": "send",
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,8 @@ class Axis:
 
 
 def bytes_sent(kind: str, payload: int, axis: Axis, splits: list[int] | None = None) -> int:
-    """Bytes that a rank sends at least. payload: bytes of the larger side, a rank's whole tensor (gathered, to be scattered, reduced).
+    """Bytes that a rank sends at least. payload: bytes of the larger side, a rank's whole tensor (gathered, to be
+    scattered, reduced).
 
     splits: of an all-to-all whose parts are not equal, how much each rank gets.
     """
@@ -52,7 +66,10 @@ def bytes_sent(kind: str, payload: int, axis: Axis, splits: list[int] | None = N
 
 @dataclass(frozen=True)
 class Collective:
-    """Calls of one kind over one axis in one phase ("" for a pipeline's sends). sent: bytes that each rank sends, all calls together."""
+    """Calls of one kind over one axis in one phase ("" for a pipeline's sends). sent:
+
+    bytes that each rank sends, all calls together.
+    """
 
     phase: str
     kind: str
@@ -64,7 +81,10 @@ class Collective:
 
 @dataclass(frozen=True)
 class Peak:
-    """Live bytes by kind: `largest` each kind ever had, `at_peak` what each had when the sum of those here, `total`, was largest."""
+    """Live bytes by kind:
+
+    `largest` each kind ever had, `at_peak` what each had when the sum of those here, `total`, was largest.
+    """
 
     largest: dict[str, int]
     at_peak: dict[str, int]
@@ -74,7 +94,9 @@ class Peak:
 # Of the shapes of the arguments. torch knows these formulas, but not this operator.
 _SDPA_CPU = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes: sdpa_flop_count(*shapes[:3]),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes: sdpa_backward_flop_count(*shapes[:4]),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes: sdpa_backward_flop_count(
+        *shapes[:4]
+    ),
 }
 
 
@@ -82,8 +104,8 @@ class StepTracker(TorchDispatchMode):
     """A dispatch mode around one step.
 
     axes: {process group's name: its axis}; collectives among one rank are left out.
-    bodies: {operator packet: Python function}: what these operators do inside is to be seen, so the function is run in their place.
-    `phase` labels what comes; the caller sets it. What is sent before is not counted.
+    bodies: {operator packet: Python function}: what these operators do inside is to be seen, so the function is run in
+    their place. `phase` labels what comes; the caller sets it. What is sent before is not counted.
     """
 
     def __init__(self, axes: dict[str, Axis], bodies: dict[object, Callable] | None = None):
@@ -232,11 +254,19 @@ class StepTracker(TorchDispatchMode):
         if axis.ranks == 1 or self.phase == "build":
             return
         payload = max(t.nbytes for t in tree_leaves((args, result)) if isinstance(t, Tensor))
-        splits = [a for a in args if isinstance(a, (list, tuple)) and len(a) == axis.ranks and all(isinstance(n, int) for n in a)]
+        splits = [
+            a
+            for a in args
+            if isinstance(a, (list, tuple)) and len(a) == axis.ranks and all(isinstance(n, int) for n in a)
+        ]
         phase = "" if kind == "send" else self.phase  # a pipeline sends when its schedule says so
         entry = self._collectives[phase, kind, axis.name, axis.ranks]
         entry[0] += 1
-        entry[1] += bytes_sent(kind, payload, axis, splits[-1] if kind == "all-to-all" and splits else None) if axis.ranks else payload
+        entry[1] += (
+            bytes_sent(kind, payload, axis, splits[-1] if kind == "all-to-all" and splits else None)
+            if axis.ranks
+            else payload
+        )
 
     def collectives(self) -> list[Collective]:
         return [Collective(*key, *numbers) for key, numbers in self._collectives.items()]

@@ -11,7 +11,8 @@ MP4_QUALITY = "12"  # x264's constant rate factor; visually lossless
 
 
 def write_mp4(path: str | os.PathLike, frames_FHWC: np.ndarray, fps: float) -> None:
-    """Write uint8 RGB frames [F, H, W, 3] as H.264 (yuv420p, playable everywhere). The file appears whole or not at all.
+    """Write uint8 RGB frames [F, H, W, 3] as H.264 (yuv420p, playable everywhere). The file appears whole or not at
+    all.
 
     Raises ValueError for another type or shape, an odd height or width, and a rate that is not positive.
     """
@@ -30,7 +31,9 @@ def write_mp4(path: str | os.PathLike, frames_FHWC: np.ndarray, fps: float) -> N
             stream.options = {"crf": MP4_QUALITY, "preset": "veryfast"}
             stream.codec_context.thread_count = 1  # short clips; the same bytes on every machine
             for frame_HWC in frames_FHWC:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")))
+                container.mux(
+                    stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24"))
+                )
             container.mux(stream.encode(None))
         os.replace(temporary, path)
     finally:
@@ -50,6 +53,8 @@ def write_gif_bytes(frames_FHWC: np.ndarray, fps: float) -> bytes:
 
 def _check(frames_FHWC: np.ndarray, fps: float) -> None:
     if frames_FHWC.dtype != np.uint8 or frames_FHWC.ndim != 4 or frames_FHWC.shape[-1] != 3 or len(frames_FHWC) == 0:
-        raise ValueError(f"frames must be uint8 [F, H, W, 3] with F >= 1, got {frames_FHWC.dtype} {list(frames_FHWC.shape)}")
+        raise ValueError(
+            f"frames must be uint8 [F, H, W, 3] with F >= 1, got {frames_FHWC.dtype} {list(frames_FHWC.shape)}"
+        )
     if not fps > 0:
         raise ValueError(f"fps must be positive, got {fps}")

@@ -1,11 +1,12 @@
-"""Context parallel: the tokens of a clip over several ranks. Only the attention cores know; the rest of a block works token by token.
+"""Context parallel: the tokens of a clip over several ranks. Only the attention cores know; the rest of a block works
+token by token.
 
     ulysses   tokens are exchanged for heads: each rank attends over the whole clip with its own heads
     ring      queries stay; chunks of keys and values go round, and what each chunk gives is merged
     unified   both: Ulysses among neighbours, the ring around them
 
-Ranks are counted ring first: rank (i, j) of ring x ulysses holds slice i * ulysses + j of the tokens, so the slices of a Ulysses
-group are one contiguous chunk, which is what the ring passes on. Bytes sent: traffic.py.
+Ranks are counted ring first: rank (i, j) of ring x ulysses holds slice i * ulysses + j of the tokens, so the slices of
+a Ulysses group are one contiguous chunk, which is what the ring passes on. Bytes sent: traffic.py.
 """
 
 from torch import nn
@@ -20,8 +21,13 @@ from titan_video.models.spec import ParallelPlan
 _REPLACEMENTS = {AttentionCore: (RingCore, UlyssesCore), JointAttentionCore: (JointRingCore, JointUlyssesCore)}
 
 
-def apply_context_parallel(model: nn.Module, plan: ParallelPlan, ring: DeviceMesh, ulysses: DeviceMesh, rotate: str) -> None:
-    """Replace the plan's attention cores in place. rotate: how the ring moves keys and values, "alltoall" or "allgather"."""
+def apply_context_parallel(
+    model: nn.Module, plan: ParallelPlan, ring: DeviceMesh, ulysses: DeviceMesh, rotate: str
+) -> None:
+    """Replace the plan's attention cores in place. rotate:
+
+    how the ring moves keys and values, "alltoall" or "allgather".
+    """
     for container, key in blocks_of(model, plan):
         for path in plan.cores:
             parent_path, _, name = path.rpartition(".")

@@ -1,10 +1,11 @@
-"""Ring attention (Liu et al. 2023): queries stay, chunks of keys and values pass every rank, and the attention to each chunk is merged.
+"""Ring attention (Liu et al. 2023): queries stay, chunks of keys and values pass every rank, and the attention to each
+chunk is merged.
 
     step 0: own chunk     step 1: the chunk of the rank before     ...     step n-1: the chunk of the rank after
     the next chunk travels while this one is worked on
 
-One `torch.library` op, forward and backward: to checkpointing and compile it is a single attention, of which output and lse can be kept.
-In backward the gradient of a chunk's keys and values is summed in float32 (float64 for float64).
+One `torch.library` op, forward and backward: to checkpointing and compile it is a single attention, of which output and
+lse can be kept. In backward the gradient of a chunk's keys and values is summed in float32 (float64 for float64).
 Letters as in models/layers.py; n ranks.
 """
 
@@ -29,33 +30,46 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 class RingCore(nn.Module):
     """An attention core over this rank's chunk of the tokens; rank i of the ring holds chunk i.
 
-    rotate: "alltoall": each chunk is passed from neighbour to neighbour, at any time two are held. "allgather": all are fetched at once;
-    one collective instead of n - 1, memory for n chunks.
+    rotate: "alltoall": each chunk is passed from neighbour to neighbour, at any time two are held. "allgather": all are
+    fetched at once; one collective instead of n - 1, memory for n chunks.
     """
 
     def __init__(self, mesh: DeviceMesh, rotate: str):
         super().__init__()
         if rotate not in ("alltoall", "allgather"):
-            raise ValueError(f'parallelism.context_parallel_rotate_method: given {rotate!r}; legal: "alltoall", "allgather"')
+            raise ValueError(
+                f'parallelism.context_parallel_rotate_method: given {rotate!r}; legal: "alltoall", "allgather"'
+            )
         self.group, self.size, self.rotate = mesh.get_group().group_name, mesh.size(), rotate
 
     def forward(self, q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, seq_len: int | None = None) -> Tensor:
         return self.attend(q_BLHK, k_BSHK, v_BSHK, seq_len)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, seq_len: int | None, *local: Tensor | None) -> Tensor:
-        return ring_attention(q, k, v, self.size * k.shape[1] if seq_len is None else seq_len, self.group, self.rotate, *local)[0]
+        return ring_attention(
+            q, k, v, self.size * k.shape[1] if seq_len is None else seq_len, self.group, self.rotate, *local
+        )[0]
 
 
 class JointRingCore(RingCore):
-    """The same for video and text. The text is whole on every rank: its queries go with this rank's, its keys are one more chunk that stays.
+    """The same for video and text. The text is whole on every rank: its queries go with this rank's, its keys are one
+    more chunk that stays.
 
-    Each rank then has all of the text's output and a part of its gradients, of which the sum over the ranks is the gradient.
+    Each rank then has all of the text's output and a part of its gradients, of which the sum over the ranks is the
+    gradient.
     """
 
     def forward(
-        self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, text_q_BSHK: Tensor, text_k_BSHK: Tensor, text_v_BSHK: Tensor,
-        text_mask_BS: Tensor | None = None, seq_len: int | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self,
+        q_BLHK: Tensor,
+        k_BLHK: Tensor,
+        v_BLHK: Tensor,
+        text_q_BSHK: Tensor,
+        text_k_BSHK: Tensor,
+        text_v_BSHK: Tensor,
+        text_mask_BS: Tensor | None = None,
+        seq_len: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
         q = torch.cat([q_BLHK, text_q_BSHK], dim=1)
         out = self.attend(q, k_BLHK, v_BLHK, seq_len, text_k_BSHK, text_v_BSHK, text_mask_BS)
         return out[:, : q_BLHK.shape[1]], out[:, q_BLHK.shape[1] :]
@@ -73,8 +87,9 @@ def ring_attention(
     local_v: Tensor | None = None,
     local_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of q [B, L, H, K] to the first seq_len keys of all ranks, whose chunks k and v [B, S, H, K] are equally long,
-    and to keys that only this rank's queries meet: local_k and local_v [B, T, H, K], of which those in local_mask [B, T] count (None: all).
+    """Attention of q [B, L, H, K] to the first seq_len keys of all ranks, whose chunks k and v [B, S, H, K] are equally
+    long, and to keys that only this rank's queries meet: local_k and local_v [B, T, H, K], of which those in local_mask
+    [B, T] count (None: all).
 
     group: name of the process group. Returns the output [B, L, H, K] and its lse [B, H, L].
     """
@@ -135,7 +150,11 @@ def ring_attention_backward(
 
 @ring_attention_backward.register_fake
 def _(grad_out, q, k, v, out, lse, seq_len, group, rotate, local_k=None, local_v=None, local_mask=None):
-    return q.new_empty(q.shape), k.new_empty(2, *k.shape), q.new_empty(0) if local_k is None else local_k.new_empty(2, *local_k.shape)
+    return (
+        q.new_empty(q.shape),
+        k.new_empty(2, *k.shape),
+        q.new_empty(0) if local_k is None else local_k.new_empty(2, *local_k.shape),
+    )
 
 
 def _setup_context(ctx, inputs, output):
@@ -181,7 +200,10 @@ def _num_valid(owner: int, chunk: int, seq_len: int) -> int:
 
 
 def _chunks(kv: Tensor, group: dist.ProcessGroup, rotate: str) -> Iterator[tuple[int, Tensor]]:
-    """(owner, its keys and values) for every rank of the ring: this one, the one before, ... The next transfer runs while a chunk is used."""
+    """(owner, its keys and values) for every rank of the ring: this one, the one before, ...
+
+    The next transfer runs while a chunk is used.
+    """
     rank, size = group.rank(), group.size()
     if rotate == "allgather":
         everyones = kv.new_empty(size, *kv.shape)
@@ -213,8 +235,8 @@ def _pass_on(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
 
 
 class _Travelling:
-    """Sums of gradients that go round one step behind their chunk, each rank adding its part, until they are back at the owner.
-    What a rank adds for its own chunk never travels."""
+    """Sums of gradients that go round one step behind their chunk, each rank adding its part, until they are back at
+    the owner. What a rank adds for its own chunk never travels."""
 
     def __init__(self, kv: Tensor, group: dist.ProcessGroup):
         self.group, self.home, self.receive = group, torch.zeros_like(wide(kv)), None

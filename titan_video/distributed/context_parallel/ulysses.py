@@ -1,6 +1,8 @@
-"""Ulysses (Jacobs et al. 2023): before attention the ranks of a group exchange tokens for heads, after it heads for tokens.
+"""Ulysses (Jacobs et al. 2023): before attention the ranks of a group exchange tokens for heads, after it heads for
+tokens.
 
-    q, k, v [B, L, H, K]  --one all-to-all-->  [B, uL, H/u, K]  -- inner core --  [B, uL, H/u, K]  --one all-to-all-->  [B, L, H, K]
+    q, k, v [B, L, H, K]  --one all-to-all-->  [B, uL, H/u, K]  -- inner core --  [B, uL, H/u, K]  --one all-to-all-->
+    [B, L, H, K]
 
 u is the group's size, which divides H. Backward is two all-to-alls again. Letters as in models/layers.py.
 """
@@ -13,7 +15,10 @@ from titan_video.distributed.collectives import all_gather, all_to_all
 
 
 class UlyssesCore(nn.Module):
-    """An attention core over this rank's slice of the tokens. inner: the core that then sees the group's tokens and this rank's heads."""
+    """An attention core over this rank's slice of the tokens. inner:
+
+    the core that then sees the group's tokens and this rank's heads.
+    """
 
     def __init__(self, mesh: DeviceMesh, inner: nn.Module):
         super().__init__()
@@ -25,7 +30,8 @@ class UlyssesCore(nn.Module):
 
 
 class JointUlyssesCore(nn.Module):
-    """The same for video and text. The text is whole on every rank: each takes its heads of it, and the output's are gathered.
+    """The same for video and text. The text is whole on every rank: each takes its heads of it, and the output's are
+    gathered.
 
     A rank has a part of the gradients of the text's q, k and v, of which the sum over the ranks is the gradient.
     """
@@ -35,9 +41,16 @@ class JointUlyssesCore(nn.Module):
         self.mesh, self.inner, self.size, self.rank = mesh, inner, mesh.size(), mesh.get_local_rank()
 
     def forward(
-        self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, text_q_BSHK: Tensor, text_k_BSHK: Tensor, text_v_BSHK: Tensor,
-        text_mask_BS: Tensor | None = None, seq_len: int | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self,
+        q_BLHK: Tensor,
+        k_BLHK: Tensor,
+        v_BLHK: Tensor,
+        text_q_BSHK: Tensor,
+        text_k_BSHK: Tensor,
+        text_v_BSHK: Tensor,
+        text_mask_BS: Tensor | None = None,
+        seq_len: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
         video = tokens_for_heads(q_BLHK, k_BLHK, v_BLHK, self.mesh)
         text = (x.chunk(self.size, dim=2)[self.rank] for x in (text_q_BSHK, text_k_BSHK, text_v_BSHK))
         out, text_out = self.inner(*video, *text, text_mask_BS, seq_len)
@@ -46,7 +59,10 @@ class JointUlyssesCore(nn.Module):
 
 
 def tokens_for_heads(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, mesh: DeviceMesh) -> tuple[Tensor, ...]:
-    """All tokens of the group, in order, with this rank's part of the heads: [B, uL, H/u, K] each. One all-to-all for the three."""
+    """All tokens of the group, in order, with this rank's part of the heads: [B, uL, H/u, K] each.
+
+    One all-to-all for the three.
+    """
     size = mesh.size()
     # The destination comes first, so that each rank's part is one contiguous piece.
     packed = torch.stack([x.unflatten(2, (size, -1)).permute(2, 0, 1, 3, 4) for x in (q_BLHK, k_BLHK, v_BLHK)], dim=1)

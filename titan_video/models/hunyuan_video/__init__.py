@@ -8,8 +8,18 @@ from titan_video.models.hunyuan_video.names import HF_NAMES
 from titan_video.models.spec import ModelSpec, ParallelPlan
 
 _13B = {"dim": 3072, "num_heads": 24, "num_double_layers": 20, "num_single_layers": 40, "ffn_dim": 12288}
-_DEBUG = {"dim": 128, "num_heads": 4, "num_double_layers": 2, "num_single_layers": 2, "ffn_dim": 512, "num_refiner_layers": 1, "text_dim": 64,
-          "text_len": 16, "pooled_dim": 64, "axes_dim": (8, 12, 12)}  # fmt: skip
+_DEBUG = {
+    "dim": 128,
+    "num_heads": 4,
+    "num_double_layers": 2,
+    "num_single_layers": 2,
+    "ffn_dim": 512,
+    "num_refiner_layers": 1,
+    "text_dim": 64,
+    "text_len": 16,
+    "pooled_dim": 64,
+    "axes_dim": (8, 12, 12),
+}
 _LATENT_CONCAT = {"image_condition": "latent_concat", "in_channels": 33, "guidance": False}
 _TOKEN_REPLACE = {"image_condition": "token_replace"}
 
@@ -49,26 +59,49 @@ def args_to_hf(args: HunyuanVideoArgs) -> dict:
 
 
 def args_from_hf(config: dict) -> HunyuanVideoArgs:
-    """Arguments from diffusers' `transformer/config.json`. ValueError for a class or a feature that this model does not have."""
+    """Arguments from diffusers' `transformer/config.json`.
+
+    ValueError for a class or a feature that this model does not have.
+    """
     name = config.get("_class_name", "HunyuanVideoTransformer3DModel")
     if name != "HunyuanVideoTransformer3DModel":
-        raise ValueError(f'transformer/config.json holds a {name}; model.name = "hunyuan_video" needs a HunyuanVideoTransformer3DModel')
+        raise ValueError(
+            f'transformer/config.json holds a {name}; model.name = "hunyuan_video" needs a '
+            f"HunyuanVideoTransformer3DModel"
+        )
     image_condition = config.get("image_condition_type")  # the first text-to-video folders do not have it
-    for key, value, legal in (("qk_norm", config.get("qk_norm", "rms_norm"), ["rms_norm"]),
-                              ("image_condition_type", image_condition, [None, "latent_concat", "token_replace"])):  # fmt: skip
+    for key, value, legal in (
+        ("qk_norm", config.get("qk_norm", "rms_norm"), ["rms_norm"]),
+        ("image_condition_type", image_condition, [None, "latent_concat", "token_replace"]),
+    ):
         if value not in legal:
             raise ValueError(f"transformer/config.json: {key} = {value!r} is not supported; it must be one of {legal}")
-    names = {"in_channels": "in_channels", "out_channels": "out_channels", "num_double_layers": "num_layers",
-             "num_single_layers": "num_single_layers", "num_refiner_layers": "num_refiner_layers", "guidance": "guidance_embeds",
-             "text_dim": "text_embed_dim", "pooled_dim": "pooled_projection_dim", "rope_theta": "rope_theta"}  # fmt: skip
+    names = {
+        "in_channels": "in_channels",
+        "out_channels": "out_channels",
+        "num_double_layers": "num_layers",
+        "num_single_layers": "num_single_layers",
+        "num_refiner_layers": "num_refiner_layers",
+        "guidance": "guidance_embeds",
+        "text_dim": "text_embed_dim",
+        "pooled_dim": "pooled_projection_dim",
+        "rope_theta": "rope_theta",
+    }
     try:
         sizes = {ours: config[theirs] for ours, theirs in names.items()}
         heads, dim = config["num_attention_heads"], config["num_attention_heads"] * config["attention_head_dim"]
-        patch, axes_dim = (config["patch_size_t"], config["patch_size"], config["patch_size"]), tuple(config["rope_axes_dim"])
+        patch, axes_dim = (
+            (config["patch_size_t"], config["patch_size"], config["patch_size"]),
+            tuple(config["rope_axes_dim"]),
+        )
         ffn_dim = int(dim * config["mlp_ratio"])
     except KeyError as e:
-        raise ValueError(f"transformer/config.json has no key {e}; it should be the file that diffusers' save_pretrained writes") from e
-    return HunyuanVideoArgs(dim, heads, ffn_dim=ffn_dim, patch=patch, axes_dim=axes_dim, image_condition=image_condition or "", **sizes)
+        raise ValueError(
+            f"transformer/config.json has no key {e}; it should be the file that diffusers' save_pretrained writes"
+        ) from e
+    return HunyuanVideoArgs(
+        dim, heads, ffn_dim=ffn_dim, patch=patch, axes_dim=axes_dim, image_condition=image_condition or "", **sizes
+    )
 
 
 SPEC = ModelSpec(
@@ -81,7 +114,8 @@ SPEC = ModelSpec(
         fp32=("condition", "text_condition", "head_modulation"),
         cores=("attn.core",),
         tensor={
-            # Video tokens are spread over the group and gathered; text is whole on each rank, so its sums are completed and not dealt out.
+            # Video tokens are spread over the group and gathered; text is whole on each rank, so its sums are completed
+            # and not dealt out.
             "attn": "gather",
             "ffn": "gather",
             **{f"attn.{name}": "column" for name in ("q", "k", "v", "up", "text_q", "text_k", "text_v")},

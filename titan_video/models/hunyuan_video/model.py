@@ -1,25 +1,28 @@
 """The HunyuanVideo diffusion transformer: tokens in, velocity tokens out.
 
-    t, guidance, pooled text -- condition ------------------------------------ a vector, which modulates every norm below
-    x_BLP -- patch_embedding --+
-    text -- text_refiner ------+- double blocks: own weights for video and text -- single blocks: shared weights -- proj_out -- v_BLP
-              |
+    t, guidance, pooled text -- condition ------------------------------------ a vector, which modulates every norm
+    below x_BLP -- patch_embedding --+
+    text -- text_refiner ------+- double blocks: own weights for video and text -- single blocks: shared weights --
+              proj_out -- v_BLP |
     t, mean text -- text_condition
 
-In each block video and text tokens attend to each other in one attention, which leaves out the text's padding. How a given frame comes
-in (image-to-video) depends on the variant:
+In each block video and text tokens attend to each other in one attention, which leaves out the text's padding. How a
+given frame comes in (image-to-video) depends on the variant:
     latent_concat   as channels of x beside the noise: C of the frame's latents, zero but in the first frame, and one that marks that frame
     token_replace   as tokens: the first latent frame of x is clean, and its tokens are modulated with time 0
 
-Architecture: Kong et al. 2024, "HunyuanVideo: a systematic framework for large video generative models", and its public code
-(Tencent-Hunyuan/HunyuanVideo, hyvideo/modules); `diffusers.HunyuanVideoTransformer3DModel` is the oracle of the tests.
+Architecture: Kong et al. 2024, "HunyuanVideo: a systematic framework for large video generative models", and its public
+code (Tencent-Hunyuan/HunyuanVideo, hyvideo/modules); `diffusers.HunyuanVideoTransformer3DModel` is the oracle of the
+tests.
 
-What is float32 here: the public code computes condition and modulation in the type of the weights. Here the small networks that make
-the condition, and the last modulation, keep float32 weights. A block's modulation is a third of its weights, so it has the block's type,
-and float32 only before and after the product.
+What is float32 here: the public code computes condition and modulation in the type of the weights. Here the small
+the condition, and the last modulation, keep float32 weights. A block's modulation is a third of its weights, so it has
+the block's type, and float32 only before and after the product.
 
-Letters: B batch, L video tokens, S text tokens, N both, D width, H heads, K head width, E feed-forward width, P patch width, C rotations
-of a head, T times of a clip: 1, or 2 where its first frame may be clean (then row 0 is the noisy tokens' time, row 1 that of the clean ones).
+Letters: B batch, L video tokens, S text tokens, N both, D width, H heads, K head width, E feed-forward width, P patch
+    width, C rotations
+of a head, T times of a clip: 1, or 2 where its first frame may be clean (then row 0 is the noisy tokens' time, row 1
+    that of the clean ones).
 """
 
 from dataclasses import dataclass
@@ -55,9 +58,11 @@ REFINER_RATIO = 4  # feed-forward width of the text refiner, in widths
 class HunyuanVideoArgs:
     """Architecture. The defaults that no flavor changes are those of every public HunyuanVideo.
 
-    in_channels: latent channels, and beyond `out_channels` those of the condition, which follow them in x. text_dim: width of the text
-    tokens; pooled_dim: of the vector of the whole text. guidance: whether the guidance scale is an input (a distilled model).
-    axes_dim: head channels that turn with the frame, the row and the column. image_condition: "", "latent_concat" or "token_replace".
+    in_channels: latent channels, and beyond `out_channels` those of the condition, which follow them in x. text_dim:
+    width of the text tokens; pooled_dim: of the vector of the whole text. guidance: whether the guidance scale is an
+    input (a distilled model).
+    axes_dim: head channels that turn with the frame, the row and the column. image_condition: "", "latent_concat" or
+        "token_replace".
     """
 
     dim: int
@@ -121,7 +126,10 @@ class HunyuanVideoArgs:
         return batch * (self.num_double_layers * double + self.num_single_layers * single) + attention
 
     def flops(self, num_tokens: int, batch: int = 1) -> int:
-        """FLOPs of a forward, 2 per multiply-add, for `batch` clips of `num_tokens` tokens. Backward takes twice as many."""
+        """FLOPs of a forward, 2 per multiply-add, for `batch` clips of `num_tokens` tokens.
+
+        Backward takes twice as many.
+        """
         S, D, T = self.text_len, self.dim, 1 + self.clean_first_frame
         ends = 2 * num_tokens * self.patch_volume * (self.in_channels + self.out_channels) * D + 2 * 2 * D * D
         time, pooled, mean = (2 * (width * D + D * D) for width in (TIME_DIM, self.pooled_dim, self.text_dim))
@@ -180,7 +188,9 @@ class HeadNorm(nn.Module):
         self.q, self.k = (nn.Parameter(torch.empty(args.head_dim)) for _ in range(2))
 
     def forward(self, q_BLD: Tensor, k_BLD: Tensor, rotations_BLC: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        parts = [(x.unflatten(-1, (-1, self.head_dim)), local(weight)) for x, weight in ((q_BLD, self.q), (k_BLD, self.k))]
+        parts = [
+            (x.unflatten(-1, (-1, self.head_dim)), local(weight)) for x, weight in ((q_BLD, self.q), (k_BLD, self.k))
+        ]
         if rotations_BLC is None:
             q, k = (kernels.rms_norm(x, weight, self.eps) for x, weight in parts)
         else:
@@ -199,7 +209,12 @@ class JointAttention(nn.Module):
         self.norm, self.text_norm, self.core = HeadNorm(args), HeadNorm(args), JointAttentionCore()
 
     def forward(
-        self, x_BLD: Tensor, text_BSD: Tensor, rotations_BLC: Tensor, text_mask_BS: Tensor | None = None, seq_len: int | None = None
+        self,
+        x_BLD: Tensor,
+        text_BSD: Tensor,
+        rotations_BLC: Tensor,
+        text_mask_BS: Tensor | None = None,
+        seq_len: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         q, k = self.norm(self.q(x_BLD), self.k(x_BLD), rotations_BLC)
         text_q, text_k = self.text_norm(self.text_q(text_BSD), self.text_k(text_BSD))
@@ -209,7 +224,9 @@ class JointAttention(nn.Module):
 
 
 class DoubleBlock(nn.Module):
-    """Joint attention and feed-forward, each with shift, scale and gate; nothing but the attention is shared by video and text."""
+    """Joint attention and feed-forward, each with shift, scale and gate; nothing but the attention is shared by video
+    and text.
+    """
 
     def __init__(self, args: HunyuanVideoArgs):
         super().__init__()
@@ -228,14 +245,20 @@ class DoubleBlock(nn.Module):
         seq_len: int | None = None,
         clean_BL: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        shift1, scale1, gate1, shift2, scale2, gate2 = (rows_in_use(rows_BTD, clean_BL) for rows_BTD in self.modulation(condition_BTD))
-        text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = self.text_modulation(condition_BTD[:, :1])
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            rows_in_use(rows_BTD, clean_BL) for rows_BTD in self.modulation(condition_BTD)
+        )
+        text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = self.text_modulation(
+            condition_BTD[:, :1]
+        )
 
         y = kernels.ada_layer_norm(x_BLD, scale1, shift1, self.eps, clean_BL)
         text_y = kernels.ada_layer_norm(text_BSD, text_scale1, text_shift1, self.eps)
         y, text_y = self.attn(y, text_y, rotations_BLC, text_mask_BS, seq_len)
         x_BLD, y = kernels.residual_ada_layer_norm(x_BLD, y, gate1, scale2, shift2, self.eps, clean_BL)
-        text_BSD, text_y = kernels.residual_ada_layer_norm(text_BSD, text_y, text_gate1, text_scale2, text_shift2, self.eps)
+        text_BSD, text_y = kernels.residual_ada_layer_norm(
+            text_BSD, text_y, text_gate1, text_scale2, text_shift2, self.eps
+        )
         text_BSD = kernels.gated_residual(text_BSD, self.text_ffn(text_y), text_gate2)
         return kernels.gated_residual(x_BLD, self.ffn(y), gate2, clean_BL), text_BSD
 
@@ -243,19 +266,26 @@ class DoubleBlock(nn.Module):
 class AttentionAndFeedForward(nn.Module):
     """Joint attention and feed-forward side by side, with one way in and one way out, the same for video and text.
 
-    The inputs of `out` are ordered by head: a head's K channels, then its E/H of the feed-forward. A part of the heads is
-    so a contiguous part of the inputs, with its share of the feed-forward.
+    The inputs of `out` are ordered by head: a head's K channels, then its E/H of the feed-forward. A part of the heads
+    is so a contiguous part of the inputs, with its share of the feed-forward.
     """
 
     def __init__(self, args: HunyuanVideoArgs):
         super().__init__()
         self.head_dim = args.head_dim
-        self.q, self.k, self.v, self.up = (Linear(args.dim, width) for width in (args.dim, args.dim, args.dim, args.ffn_dim))
+        self.q, self.k, self.v, self.up = (
+            Linear(args.dim, width) for width in (args.dim, args.dim, args.dim, args.ffn_dim)
+        )
         self.out = JointLinear(args.dim + args.ffn_dim, args.dim)
         self.norm, self.core = HeadNorm(args), JointAttentionCore()
 
     def forward(
-        self, x_BLD: Tensor, text_BSD: Tensor, rotations_BLC: Tensor, text_mask_BS: Tensor | None = None, seq_len: int | None = None
+        self,
+        x_BLD: Tensor,
+        text_BSD: Tensor,
+        rotations_BLC: Tensor,
+        text_mask_BS: Tensor | None = None,
+        seq_len: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         q, k = self.norm(self.q(x_BLD), self.k(x_BLD), rotations_BLC)
         text_q, text_k = self.norm(self.q(text_BSD), self.k(text_BSD))
@@ -305,14 +335,18 @@ class RefinerBlock(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(D, D) for _ in range(4))
         self.up, self.down = nn.Linear(D, REFINER_RATIO * D), nn.Linear(REFINER_RATIO * D, D)
         self.modulation = Modulation(D, 2)
-        self.norm1_weight, self.norm1_bias, self.norm2_weight, self.norm2_bias = (nn.Parameter(torch.empty(D)) for _ in range(4))
+        self.norm1_weight, self.norm1_bias, self.norm2_weight, self.norm2_bias = (
+            nn.Parameter(torch.empty(D)) for _ in range(4)
+        )
 
     def forward(self, text_BSD: Tensor, condition_B1D: Tensor, mask_B1SS: Tensor | None) -> Tensor:
         gate1, gate2 = self.modulation(condition_B1D)
         y = kernels.layer_norm(text_BSD, self.norm1_weight, self.norm1_bias, self.eps)
         q, k, v = (linear(y).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for linear in (self.q, self.k, self.v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1SS).transpose(1, 2).flatten(2)
-        text_BSD, y = kernels.residual_layer_norm(text_BSD, self.o(y), gate1, self.norm2_weight, self.norm2_bias, self.eps)
+        text_BSD, y = kernels.residual_layer_norm(
+            text_BSD, self.o(y), gate1, self.norm2_weight, self.norm2_bias, self.eps
+        )
         return kernels.gated_residual(text_BSD, self.down(F.silu(self.up(y))), gate2)
 
 
@@ -342,9 +376,14 @@ class HunyuanVideoModel(nn.Module):
     def __init__(self, args: HunyuanVideoArgs):
         super().__init__()
         if args.dim % args.num_heads or sum(args.axes_dim) != args.head_dim or any(n % 2 for n in args.axes_dim):
-            raise ValueError(f"HunyuanVideo: width {args.dim} in {args.num_heads} heads does not fit rotations of {args.axes_dim} channels")
+            raise ValueError(
+                f"HunyuanVideo: width {args.dim} in {args.num_heads} heads does not fit rotations of "
+                f"{args.axes_dim} channels"
+            )
         if args.ffn_dim % args.num_heads:
-            raise ValueError(f"HunyuanVideo: feed-forward width {args.ffn_dim} does not split over {args.num_heads} heads")
+            raise ValueError(
+                f"HunyuanVideo: feed-forward width {args.ffn_dim} does not split over {args.num_heads} heads"
+            )
         self.args = args
         self.patch_embedding = CastLinear(args.in_channels * args.patch_volume, args.dim)
         self.condition = Condition(args.pooled_dim, args.dim, args.guidance)
@@ -370,15 +409,18 @@ class HunyuanVideoModel(nn.Module):
         """Velocity [B, L, P_out] of the noisy tokens x.
 
         x: where the model has more input than output channels, the condition's channels follow the noisy ones.
-        pos: global token positions [B or 1, L, 3]; t: 1000 s, float32. text: [B, S, text_dim]; text_mask: bool, its tokens that count,
-        at least one of each clip; None: all. pooled_text: [B, pooled_dim]. guidance: 1000 times the guidance scale, float32.
+        pos: global token positions [B or 1, L, 3]; t: 1000 s, float32. text: [B, S, text_dim]; text_mask: bool, its
+        tokens that count, at least one of each clip; None: all. pooled_text: [B, pooled_dim]. guidance: 1000 times the
+        guidance scale, float32.
         seq_len: tokens of the whole clip, where x is one rank's slice of them or ends in padding; None: x is the clip.
-        clean: bool [B or 1, L], for models with a clean first frame: tokens of x that hold no noise, whose time is 0 instead of t. None: no token.
+        clean: bool [B or 1, L], for models with a clean first frame: tokens of x that hold no noise, whose time is 0
+            instead of t. None: no token.
         """
         state = self.embed(x_BLP, t_B, text_BSD, text_mask_BS, pooled_text_BD, guidance_B)
         return self.head(*self.trunk(*state, pos_BL3, seq_len, text_mask_BS, clean_BL))
 
-    # The three parts of a forward. A pipeline stage runs those whose modules it has, and sends what `embed` and `trunk` return to the next.
+    # The three parts of a forward. A pipeline stage runs those whose modules it has, and sends what `embed` and `trunk`
+    # return to the next.
 
     def embed(
         self,
@@ -391,9 +433,16 @@ class HunyuanVideoModel(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [B, L, D], condition [B, T, D], text [B, S, D]."""
         if pooled_text_BD is None:
-            raise ValueError("HunyuanVideo needs the pooled text of each clip (pooled_text_BD): choose encoder.name to fit model.name")
+            raise ValueError(
+                "HunyuanVideo needs the pooled text of each clip (pooled_text_BD): choose encoder.name to fit "
+                "model.name"
+            )
         if self.args.guidance != (guidance_B is not None):
-            needs = "takes the guidance scale of each clip" if self.args.guidance else "has no guidance input, but was given one"
+            needs = (
+                "takes the guidance scale of each clip"
+                if self.args.guidance
+                else "has no guidance input, but was given one"
+            )
             raise ValueError(f"this HunyuanVideo {needs} (guidance_B)")
         t_BT = torch.stack([t_B, torch.zeros_like(t_B)], dim=1) if self.args.clean_first_frame else t_B.unsqueeze(1)
         condition_BTD = self.condition(t_BT, pooled_text_BD, guidance_B)
@@ -434,12 +483,17 @@ def masked_mean(text_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
 
 
 def leading(mask_BS: Tensor) -> Tensor:
-    """The public code counts a text's tokens and lets the blocks see that many from the first on; in a mask without gaps it is the same."""
+    """The public code counts a text's tokens and lets the blocks see that many from the first on; in a mask without
+    gaps it is the same.
+    """
     return torch.arange(mask_BS.shape[1], device=mask_BS.device) < mask_BS.sum(1, keepdim=True)
 
 
 def init_parameter(name: str, tensor: Tensor, generator: torch.Generator) -> None:
-    """Fill one whole parameter in place, as the public code starts: all modulation, and so every block's effect, at zero."""
+    """Fill one whole parameter in place, as the public code starts:
+
+    all modulation, and so every block's effect, at zero.
+    """
     if "modulation" in name or name.startswith("proj_out.") or name.endswith("bias"):
         tensor.zero_()
     elif "norm" in name:

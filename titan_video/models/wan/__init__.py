@@ -1,4 +1,7 @@
-"""Wan 2.1 and 2.2, text-to-video and image-to-video: flavors, parallel plan, and the public configuration. Names of parameters: names.py."""
+"""Wan 2.1 and 2.2, text-to-video and image-to-video: flavors, parallel plan, and the public configuration.
+
+Names of parameters: names.py.
+"""
 
 from dataclasses import replace
 
@@ -10,7 +13,9 @@ CLIP_TOKENS, CLIP_WIDTH = 257, 1280  # of one image: 16 x 16 patches and the cla
 
 _DEBUG = WanArgs(dim=128, num_heads=4, num_layers=4, ffn_dim=512, text_dim=64, text_len=16, freq_dim=64)
 _14B = WanArgs(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824)
-_5B = WanArgs(dim=3072, num_heads=24, num_layers=30, ffn_dim=14336, in_channels=48, out_channels=48, clean_first_frame=True)
+_5B = WanArgs(
+    dim=3072, num_heads=24, num_layers=30, ffn_dim=14336, in_channels=48, out_channels=48, clean_first_frame=True
+)
 _CHANNELS = {"in_channels": 36}  # 16 noisy, 4 of the mask of given frames, 16 of these frames' latents
 _IMAGE = {**_CHANNELS, "image_dim": CLIP_WIDTH, "image_len": CLIP_TOKENS}
 _TWO_IMAGES = {**_IMAGE, "image_len": 2 * CLIP_TOKENS, "image_positions": True}
@@ -60,30 +65,47 @@ def args_to_hf(args: WanArgs) -> dict:
 
 
 def args_from_hf(config: dict) -> WanArgs:
-    """Arguments from diffusers' `transformer/config.json`. ValueError for a class or a feature that this model does not have.
+    """Arguments from diffusers' `transformer/config.json`. ValueError for a class or a feature that this model does not
+    have.
 
-    The file says nothing of the first frame: a model of 48 latent channels is taken for TI2V-5B, whose first frame may be clean.
+    The file says nothing of the first frame: a model of 48 latent channels is taken for TI2V-5B, whose first frame may
+        be clean.
     """
     if config.get("_class_name", "WanTransformer3DModel") != "WanTransformer3DModel":
-        raise ValueError(f"transformer/config.json holds a {config['_class_name']}; model.name = \"wan\" needs a WanTransformer3DModel")
+        raise ValueError(
+            f'transformer/config.json holds a {config["_class_name"]}; model.name = "wan" needs a WanTransformer3DModel'
+        )
     for key, value in {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads"}.items():
         if config.get(key, value) != value:
             raise ValueError(f"transformer/config.json: {key} = {config[key]!r} is not supported, only {value!r}")
-    names = {"num_layers": "num_layers", "ffn_dim": "ffn_dim", "in_channels": "in_channels", "out_channels": "out_channels", "text_dim": "text_dim",
-             "freq_dim": "freq_dim", "eps": "eps"}  # fmt: skip
+    names = {
+        "num_layers": "num_layers",
+        "ffn_dim": "ffn_dim",
+        "in_channels": "in_channels",
+        "out_channels": "out_channels",
+        "text_dim": "text_dim",
+        "freq_dim": "freq_dim",
+        "eps": "eps",
+    }
     try:
         sizes = {ours: config[theirs] for ours, theirs in names.items()}
         heads, width = config["num_attention_heads"], config["attention_head_dim"]
         args = WanArgs(dim=heads * width, num_heads=heads, patch=tuple(config["patch_size"]), **sizes)
     except KeyError as e:
-        raise ValueError(f"transformer/config.json has no key {e}; it should be the file that diffusers' save_pretrained writes") from e
+        raise ValueError(
+            f"transformer/config.json has no key {e}; it should be the file that diffusers' save_pretrained writes"
+        ) from e
     image_dim, positions = config.get("image_dim"), config.get("pos_embed_seq_len")
     if config.get("added_kv_proj_dim") != (args.dim if image_dim else None):
         added = config.get("added_kv_proj_dim")
-        raise ValueError(f"transformer/config.json: added_kv_proj_dim = {added!r} does not go with image_dim = {image_dim!r}; "
-                         f"image tokens need a projection from the model's width {args.dim}, other models none")
+        raise ValueError(
+            f"transformer/config.json: added_kv_proj_dim = {added!r} does not go with image_dim = {image_dim!r}; "
+            f"image tokens need a projection from the model's width {args.dim}, other models none"
+        )
     if positions and not image_dim:
-        raise ValueError(f"transformer/config.json: pos_embed_seq_len = {positions!r} needs image tokens, but there is no image_dim")
+        raise ValueError(
+            f"transformer/config.json: pos_embed_seq_len = {positions!r} needs image tokens, but there is no image_dim"
+        )
     if image_dim:
         args = replace(args, image_dim=image_dim, image_len=positions or CLIP_TOKENS, image_positions=bool(positions))
     return replace(args, clean_first_frame=args.in_channels == 48)
@@ -91,7 +113,15 @@ def args_from_hf(config: dict) -> WanArgs:
 
 def args_to_original(args: WanArgs) -> dict:
     """The public code's config.json for these arguments."""
-    kind = "flf2v" if args.image_positions else "ti2v" if args.in_channels == 48 else "i2v" if args.in_channels > args.out_channels else "t2v"
+    kind = (
+        "flf2v"
+        if args.image_positions
+        else "ti2v"
+        if args.in_channels == 48
+        else "i2v"
+        if args.in_channels > args.out_channels
+        else "t2v"
+    )
     return {
         "_class_name": "WanModel",
         "model_type": kind,
@@ -107,7 +137,15 @@ def args_to_original(args: WanArgs) -> dict:
     }
 
 
-_ATTENTION_STYLES = {"q": "column", "k": "column", "v": "column", "o": "row", "norm_q": "heads", "norm_k": "heads", "mean_squares": "mean_squares"}
+_ATTENTION_STYLES = {
+    "q": "column",
+    "k": "column",
+    "v": "column",
+    "o": "row",
+    "norm_q": "heads",
+    "norm_k": "heads",
+    "mean_squares": "mean_squares",
+}
 
 SPEC = ModelSpec(
     name="wan",
@@ -134,7 +172,9 @@ SPEC = ModelSpec(
         tables=("modulation",),
     ),
     hf_names=HF_NAMES,
-    hf_ignored=("blocks.{}.attn2.norm_added_q.weight",),  # left over in the published image-to-video folders; diffusers passes over it too
+    hf_ignored=(
+        "blocks.{}.attn2.norm_added_q.weight",
+    ),  # left over in the published image-to-video folders; diffusers passes over it too
     args_from_hf=args_from_hf,
     args_to_hf=args_to_hf,
     args_to_original=args_to_original,

@@ -13,8 +13,10 @@ How a given frame (image-to-video) comes in depends on the variant:
 Architecture: Wan Team 2025, "Wan: open and advanced large-scale video generative models", and its public code
 (Wan-Video/Wan2.1, wan/modules/model.py); `diffusers.WanTransformer3DModel` is the oracle of the tests.
 
-Letters: B batch, L video tokens, S context tokens (image, then text), D width, H heads, K head width, P patch width, C rotations of a head,
-T times of a clip: 1, or 2 where its first frame may be clean (then row 0 is the noisy tokens' time, row 1 that of the clean ones).
+Letters: B batch, L video tokens, S context tokens (image, then text), D width, H heads, K head width, P patch width, C
+    rotations of a head,
+T times of a clip: 1, or 2 where its first frame may be clean (then row 0 is the noisy tokens' time, row 1 that of the
+    clean ones).
 """
 
 from dataclasses import dataclass
@@ -48,7 +50,8 @@ class WanArgs:
     """Architecture. The defaults that no flavor changes are those of every public Wan.
 
     in_channels: latent channels, and beyond `out_channels` those of the condition, which follow them in x.
-    image_dim: width of the image tokens, 0 for none; image_len: their number; image_positions: whether a table of positions is added to them.
+    image_dim: width of the image tokens, 0 for none; image_len: their number; image_positions: whether a table of
+        positions is added to them.
     clean_first_frame: the first latent frame may be given clean.
     boundary: the noise level at and above which the high-noise expert of two is used; 0: one model for all levels.
     """
@@ -85,7 +88,9 @@ class WanArgs:
     def conditions(self) -> Conditions:
         """What the model is given beside noise, time and text."""
         if self.in_channels > self.out_channels:
-            return Conditions(num_given=2 if self.image_positions else 1, form="mask_first", image_tokens=self.image_len)
+            return Conditions(
+                num_given=2 if self.image_positions else 1, form="mask_first", image_tokens=self.image_len
+            )
         return Conditions(num_given=1, form="clean") if self.clean_first_frame else Conditions()
 
     @property
@@ -99,7 +104,10 @@ class WanArgs:
         return self.num_layers * (batch * linear + attention_flops(batch, L, L, D) + attention_flops(batch, L, S, D))
 
     def flops(self, num_tokens: int, batch: int = 1) -> int:
-        """FLOPs of a forward, 2 per multiply-add, for `batch` clips of `num_tokens` tokens. Backward takes twice as many."""
+        """FLOPs of a forward, 2 per multiply-add, for `batch` clips of `num_tokens` tokens.
+
+        Backward takes twice as many.
+        """
         D, patch = self.dim, self.patch_volume
         ends = 2 * num_tokens * patch * (self.in_channels + self.out_channels) * D
         text = 2 * self.text_len * (self.text_dim * D + D * D)
@@ -109,7 +117,9 @@ class WanArgs:
 
 
 class Attention(nn.Module):
-    """Projections of multi-head attention with RMSNorm of q and k over the whole width, all heads together, before the heads are split."""
+    """Projections of multi-head attention with RMSNorm of q and k over the whole width, all heads together, before the
+    heads are split.
+    """
 
     def __init__(self, args: WanArgs):
         super().__init__()
@@ -133,7 +143,9 @@ class SelfAttention(Attention):
 
 
 class CrossAttention(Attention):
-    """Attention to the text; where there are image tokens, the same queries attend to these too, by keys and values of their own."""
+    """Attention to the text; where there are image tokens, the same queries attend to these too, by keys and values of
+    their own.
+    """
 
     def __init__(self, args: WanArgs):
         super().__init__(args)
@@ -157,12 +169,18 @@ class CrossAttention(Attention):
 
 
 class Block(nn.Module):
-    """Self-attention and feed-forward, each with shift, scale and gate from the time; cross-attention to the text between them, without."""
+    """Self-attention and feed-forward, each with shift, scale and gate from the time; cross-attention to the text
+    between them, without.
+    """
 
     def __init__(self, args: WanArgs):
         super().__init__()
         self.eps = args.eps
-        self.self_attn, self.cross_attn, self.ffn = SelfAttention(args), CrossAttention(args), FeedForward(args.dim, args.ffn_dim)
+        self.self_attn, self.cross_attn, self.ffn = (
+            SelfAttention(args),
+            CrossAttention(args),
+            FeedForward(args.dim, args.ffn_dim),
+        )
         self.norm_weight, self.norm_bias = (nn.Parameter(torch.empty(args.dim)) for _ in range(2))
 
     def forward(
@@ -177,7 +195,9 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = rows_in_use(modulation_BT6D, clean_BL).unbind(2)
         y = kernels.ada_layer_norm(x_BLD, scale1, shift1, self.eps, clean_BL)
         y = self.self_attn(y, rotations_BLC, seq_len)
-        x_BLD, y = kernels.residual_layer_norm(x_BLD, y, gate1, local(self.norm_weight), local(self.norm_bias), self.eps, clean_BL)
+        x_BLD, y = kernels.residual_layer_norm(
+            x_BLD, y, gate1, local(self.norm_weight), local(self.norm_bias), self.eps, clean_BL
+        )
         y = self.cross_attn(y, context_BSD)
         x_BLD, y = kernels.residual_ada_layer_norm(x_BLD, y, None, scale2, shift2, self.eps, clean_BL)
         return kernels.gated_residual(x_BLD, self.ffn(y), gate2, clean_BL)
@@ -193,7 +213,10 @@ class TextEmbedder(nn.Module):
 
 
 class ImageEmbedder(nn.Module):
-    """Image tokens [B, I, image_dim] -> [B, I, D]. Its LayerNorms and its GELU are torch's own, unlike the rest of Wan."""
+    """Image tokens [B, I, image_dim] -> [B, I, D].
+
+    Its LayerNorms and its GELU are torch's own, unlike the rest of Wan.
+    """
 
     def __init__(self, args: WanArgs):
         super().__init__()
@@ -222,8 +245,8 @@ class TimeEmbedder(nn.Module):
 
 
 class WanModel(nn.Module):
-    """See the top of the file. Each block's modulation table lives here and not in the block: the root holds everything that
-    stays in float32, so one small FSDP unit keeps it so and the blocks' units have one type each.
+    """See the top of the file. Each block's modulation table lives here and not in the block: the root holds everything
+    that stays in float32, so one small FSDP unit keeps it so and the blocks' units have one type each.
     """
 
     def __init__(self, args: WanArgs):
@@ -236,7 +259,9 @@ class WanModel(nn.Module):
         self.image_embedder = ImageEmbedder(args) if args.image_dim else None
         self.time_embedder = TimeEmbedder(args)
         self.time_proj = nn.Linear(args.dim, 6 * args.dim)
-        self.modulation = nn.ParameterDict({str(i): nn.Parameter(torch.empty(6, args.dim)) for i in range(args.num_layers)})
+        self.modulation = nn.ParameterDict(
+            {str(i): nn.Parameter(torch.empty(6, args.dim)) for i in range(args.num_layers)}
+        )
         self.blocks = nn.ModuleDict({str(i): Block(args) for i in range(args.num_layers)})
         self.head_modulation = nn.Parameter(torch.empty(2, args.dim))
         self.proj_out = nn.Linear(args.dim, args.out_channels * args.patch_volume)
@@ -256,17 +281,22 @@ class WanModel(nn.Module):
 
         x: where the model has more input than output channels, the condition's channels follow the noisy ones.
         pos: global token positions [B or 1, L, 3]; t: 1000 s, float32. text: [B, text_len, text_dim], zero beyond
-        each prompt's length. Wan attends to those zeros too (as keys they are what the biases make of them), so the mask is not used.
+        each prompt's length. Wan attends to those zeros too (as keys they are what the biases make of them), so the
+        mask is not used.
         seq_len: tokens of the whole clip, where x is one rank's slice of them or ends in padding; None: x is the clip.
         image: [B, image_len, image_dim], for models with image tokens; first the first frame's, then the last's.
-        clean: bool [B or 1, L], for models with a clean first frame: tokens of x that hold no noise, whose time is 0 instead of t. None: no token.
+        clean: bool [B or 1, L], for models with a clean first frame: tokens of x that hold no noise, whose time is 0
+            instead of t. None: no token.
         """
         state = self.embed(x_BLP, t_B, text_BSD, image_BSD)
         return self.head(*self.trunk(*state, pos_BL3, seq_len, clean_BL), clean_BL)
 
-    # The three parts of a forward. A pipeline stage runs those whose modules it has, and sends what `embed` and `trunk` return to the next.
+    # The three parts of a forward. A pipeline stage runs those whose modules it has, and sends what `embed` and `trunk`
+    # return to the next.
 
-    def embed(self, x_BLP: Tensor, t_B: Tensor, text_BSD: Tensor, image_BSD: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def embed(
+        self, x_BLP: Tensor, t_B: Tensor, text_BSD: Tensor, image_BSD: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Tokens [B, L, D], time [B, T, D] and its projection [B, T, 6D], context [B, S, D]."""
         self._check(text_BSD, image_BSD)
         t_BT = torch.stack([t_B, torch.zeros_like(t_B)], dim=1) if self.args.clean_first_frame else t_B.unsqueeze(1)
@@ -293,16 +323,24 @@ class WanModel(nn.Module):
             x_BLD = block(x_BLD, context_BSD, time_BT6D + self.modulation[name], rotations_BLC, seq_len, clean_BL)
         return x_BLD, time_BTD, time_BTE, context_BSD
 
-    def head(self, x_BLD: Tensor, time_BTD: Tensor, time_BTE: Tensor, context_BSD: Tensor, clean_BL: Tensor | None = None) -> Tensor:
+    def head(
+        self, x_BLD: Tensor, time_BTD: Tensor, time_BTE: Tensor, context_BSD: Tensor, clean_BL: Tensor | None = None
+    ) -> Tensor:
         shift, scale = rows_in_use(time_BTD.unsqueeze(2) + self.head_modulation, clean_BL).unbind(2)
         return self.proj_out(kernels.ada_layer_norm(x_BLD, scale, shift, self.args.eps, clean_BL))
 
     def _check(self, text_BSD: Tensor, image_BSD: Tensor | None) -> None:
         if text_BSD.shape[1] != self.args.text_len:
-            raise ValueError(f"Wan was built for {self.args.text_len} text tokens, got {text_BSD.shape[1]}: set encoder.max_text_length to fit")
+            raise ValueError(
+                f"Wan was built for {self.args.text_len} text tokens, got {text_BSD.shape[1]}: set "
+                f"encoder.max_text_length to fit"
+            )
         given = 0 if image_BSD is None else image_BSD.shape[1]
         if given != self.args.image_len:
-            raise ValueError(f"Wan was built for {self.args.image_len} image tokens, got {given}: choose model.flavor to fit the images given")
+            raise ValueError(
+                f"Wan was built for {self.args.image_len} image tokens, got {given}: choose model.flavor to fit "
+                f"the images given"
+            )
 
 
 def init_parameter(name: str, tensor: Tensor, generator: torch.Generator) -> None:

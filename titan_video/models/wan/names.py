@@ -1,4 +1,6 @@
-"""The names of Wan's parameters in diffusers' layout and in that of the public code (Wan-Video/Wan2.1), and the change of form of some."""
+"""The names of Wan's parameters in diffusers' layout and in that of the public code (Wan-Video/Wan2.1), and the change
+of form of some.
+"""
 
 from titan_video.models.spec import NameRule
 from titan_video.models.wan.model import WanArgs
@@ -34,11 +36,17 @@ def _rule(ours: str, public: str, original: str, *forms, optional: bool = False)
 
 
 def _linear(ours: str, public: str, original: str, optional: bool = False) -> list[NameRule]:
-    return [_rule(f"{ours}.{part}", f"{public}.{part}", f"{original}.{part}", optional=optional) for part in ("weight", "bias")]
+    return [
+        _rule(f"{ours}.{part}", f"{public}.{part}", f"{original}.{part}", optional=optional)
+        for part in ("weight", "bias")
+    ]
 
 
 def _norm(ours: str, public: str, original: str, optional: bool = False) -> list[NameRule]:
-    return [_rule(f"{ours}_{part}", f"{public}.{part}", f"{original}.{part}", optional=optional) for part in ("weight", "bias")]
+    return [
+        _rule(f"{ours}_{part}", f"{public}.{part}", f"{original}.{part}", optional=optional)
+        for part in ("weight", "bias")
+    ]
 
 
 def _attention(ours: str, public: str) -> list[NameRule]:
@@ -51,7 +59,8 @@ def _attention(ours: str, public: str) -> list[NameRule]:
 
 _BLOCK, _EMBEDDER, _IMAGE = "blocks.{}", "condition_embedder", "condition_embedder.image_embedder"
 
-# The norm of cross-attention, the only one with weights, is the second here and in diffusers, and called the third in the public code.
+# The norm of cross-attention, the only one with weights, is the second here and in diffusers, and called the third in
+# the public code.
 HF_NAMES = (
     _rule("patch_embedding.weight", "patch_embedding.weight", "patch_embedding.weight", _conv_kernel, _flat_kernel),
     _rule("patch_embedding.bias", "patch_embedding.bias", "patch_embedding.bias"),
@@ -70,7 +79,12 @@ HF_NAMES = (
     *_attention("cross_attn", "attn2"),
     *_linear(f"{_BLOCK}.cross_attn.k_image", f"{_BLOCK}.attn2.add_k_proj", f"{_BLOCK}.cross_attn.k_img", optional=True),
     *_linear(f"{_BLOCK}.cross_attn.v_image", f"{_BLOCK}.attn2.add_v_proj", f"{_BLOCK}.cross_attn.v_img", optional=True),
-    _rule(f"{_BLOCK}.cross_attn.norm_k_image", f"{_BLOCK}.attn2.norm_added_k.weight", f"{_BLOCK}.cross_attn.norm_k_img.weight", optional=True),
+    _rule(
+        f"{_BLOCK}.cross_attn.norm_k_image",
+        f"{_BLOCK}.attn2.norm_added_k.weight",
+        f"{_BLOCK}.cross_attn.norm_k_img.weight",
+        optional=True,
+    ),
     *_norm(f"{_BLOCK}.norm", f"{_BLOCK}.norm2", f"{_BLOCK}.norm3"),
     *_linear(f"{_BLOCK}.ffn.up", f"{_BLOCK}.ffn.net.0.proj", f"{_BLOCK}.ffn.0"),
     *_linear(f"{_BLOCK}.ffn.down", f"{_BLOCK}.ffn.net.2", f"{_BLOCK}.ffn.2"),
