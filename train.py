@@ -23,26 +23,12 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from titan_video import kernels
-from titan_video.components.checkpoint import CheckpointManager, ModelState, OptimizerState
-from titan_video.components.ema import EmaWeights
-from titan_video.components.encoding import open_cache, prepare
-from titan_video.components.fault_tolerance import NonFiniteGuard, SignalFlag
-from titan_video.components.hf_storage import save_hf
-from titan_video.components.lora import MergedWeights, are_exported, lora_path, save_lora
-from titan_video.components.lr_scheduler import Scheduler
-from titan_video.components.metrics import MetricsLogger
-from titan_video.components.objective import ModelInputs, model_inputs, predict, velocity_loss
-from titan_video.components.optimizer import InBackward, build_optimizer
-from titan_video.components.pipeline_folder import complete_pipeline, export_path, is_exported
-from titan_video.components.placement import build_live, join, run_encoder_rank
-from titan_video.components.start import LoraState, load_start
-from titan_video.components.validate import Validator, with_frames, with_size
+from titan_video.checkpoint.manager import CheckpointManager, ModelState, OptimizerState
 from titan_video.config.check import check, gradient_accumulation, training_ranks
 from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import dump, main_guard, parse_args
 from titan_video.data.batch import Batch
-from titan_video.data.bucket import Batching, Bucket, Work
-from titan_video.data.dataset import Plan, plan_of
+from titan_video.data.batching import Batching, Bucket, Work
 from titan_video.data.loader import LatentLoader
 from titan_video.data.prefetch import Prefetch
 from titan_video.distributed.activation_checkpoint import check_save_min_kv, chosen_blocks, recomputed_flops
@@ -52,16 +38,30 @@ from titan_video.distributed.parallel_dims import ParallelDims, check_layout
 from titan_video.distributed.parallelize import parallelize
 from titan_video.distributed.pipeline_parallel import Pipeline, check_microbatches, keep_stages
 from titan_video.distributed.sequence import SequenceShard
-from titan_video.distributed.utils import broadcast_from_zero, clip_grad_norm, reduce_over, set_timeout
+from titan_video.distributed.utils import broadcast_from_rank0, clip_grad_norm, reduce_over, set_timeout
 from titan_video.encoders import build_encoders
-from titan_video.flow.matching import FlowMatching, expert_levels
+from titan_video.flow.matching import FlowMatching, expert_sigma_range
 from titan_video.flow.noise import draw_noise, draw_uniform
+from titan_video.ingest.plan import Plan, build_plan
+from titan_video.ingest.prepare import open_cache, prepare
 from titan_video.kernels import attention
+from titan_video.lora.adapters import add_adapters, is_adapter
+from titan_video.lora.files import MergedWeights, are_exported, lora_path, save_lora
 from titan_video.models import get_args, get_spec
-from titan_video.models.layers import hold_in, token_shape
-from titan_video.models.lora import add_adapters, is_adapter
+from titan_video.models.layers import cast_params, token_shape
+from titan_video.online.setup import build_online_encoder, join, run_encoder_rank
+from titan_video.optim.ema import EmaWeights
+from titan_video.optim.lr_scheduler import Scheduler
+from titan_video.optim.optimizer import InBackward, build_optimizer
+from titan_video.tasks.denoising import ModelInputs, model_inputs, predict, velocity_loss
+from titan_video.tasks.validation import Validator, with_frames, with_size
 from titan_video.tools.device import get_device, read, send
 from titan_video.tools.logging import init_logger, logger
+from titan_video.training.fault_tolerance import NonFiniteGuard, SignalFlag
+from titan_video.training.metrics import MetricsLogger
+from titan_video.weights.hf_storage import save_hf
+from titan_video.weights.initial_weights import LoraState, load_initial_weights
+from titan_video.weights.pipeline_folder import complete_pipeline, export_path, is_exported
 
 
 class Trainer:
@@ -71,7 +71,7 @@ class Trainer:
         self.config = config
         self.folder = Path(config.job.dump_folder)
         self.seed = config.debug.seed
-        self.closers = []
+        self.exit_stack = []
         self.graphs = 0  # compiled so far
 
         # --- architecture, and whether it can be laid out as asked ---
@@ -79,8 +79,8 @@ class Trainer:
         self.args = get_args(
             self.spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length
         )
-        self.conditions = self.args.conditions
-        levels = expert_levels(config.flow, config.model.expert, config.model.boundary or self.args.boundary)
+        self.conditioning = self.args.conditioning
+        sigmas = expert_sigma_range(config.flow, config.model.expert, config.model.boundary or self.args.boundary)
         self.hf_folder = f"{self.spec.hf_folder}_2" if config.model.expert == "low" else self.spec.hf_folder
         world_size = training_ranks(config.encoder, int(os.environ.get("WORLD_SIZE", 1)))
         check_layout(config.parallelism, self.args, world_size)
@@ -90,9 +90,9 @@ class Trainer:
 
         # --- ranks and device ---
         self.device = get_device(int(os.environ.get("LOCAL_RANK", 0)))
-        kernels.use(kernels.choose(config.model.kernels, self.device))
-        self.wire = join(config.encoder, config.comm, self.device, world_size)
-        self.closers.append(dist.destroy_process_group)
+        kernels.set_backend(kernels.resolve_backend(config.model.kernels, self.device))
+        self.channel = join(config.encoder, config.comm, self.device, world_size)
+        self.exit_stack.append(dist.destroy_process_group)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.meshes = self.dims.build_mesh(self.device.type)
         self.shard = SequenceShard(self.meshes.sequence, self.dims.tp)
@@ -113,7 +113,7 @@ class Trainer:
             clips = self.accumulation * self.batching.clips_of(work.tokens)
             check_microbatches(config.parallelism, clips // config.parallelism.pipeline_parallel_microbatch_size)
         check_save_min_kv(config.activation_checkpoint, longest)
-        self.flow = FlowMatching(levels)
+        self.flow = FlowMatching(sigmas)
         if config.job.description and self.rank == 0:
             logger.info(config.job.description)
         if config.job.print_config and self.rank == 0:
@@ -155,7 +155,7 @@ class Trainer:
             self.step,
             samples=self.loader.samples,
         )
-        self.closers.append(self.metrics.close)
+        self.exit_stack.append(self.metrics.close)
         self.metrics.log_scalars(self.step, self.clips.numbers, "data")
         self.guard = NonFiniteGuard(config.fault_tolerance.nonfinite, config.fault_tolerance.max_nonfinite_steps)
         self.validator = self.build_validator() if config.validation.enable else None
@@ -164,7 +164,7 @@ class Trainer:
 
     def check_encoders(self) -> None:
         """The model and the encoders do not know each other; here they meet."""
-        e, a, c = self.encoders, self.args, self.conditions
+        e, a, c = self.encoders, self.args, self.conditioning
         flavor, encoder = f"model.flavor = {self.config.model.flavor!r}", f"encoder.name = {self.config.encoder.name!r}"
         if e.text_dim != a.text_dim:
             raise ValueError(
@@ -184,7 +184,7 @@ class Trainer:
                 f"{flavor} takes image tokens of width {a.image_dim}, {encoder} gives {e.image_dim}: choose the "
                 f"two to fit"
             )
-        if c.num_given and self.config.validation.prompts_path:
+        if c.num_cond_frames and self.config.validation.prompts_path:
             raise ValueError(
                 f"validation.prompts_path: {flavor} starts from an image, which a prompt does not have; leave it empty"
             )
@@ -205,21 +205,21 @@ class Trainer:
         """
         config, c = self.config, self.config.data
         cache_folder = Path(c.cache_folder or self.folder / "cache")
-        self.cache = open_cache(cache_folder, self.encoders, self.conditions, self.host_group)
+        self.cache = open_cache(cache_folder, self.encoders, self.conditioning, self.host_group)
 
         def make(path: str) -> Plan:
-            plan = plan_of(c, cache_folder, path)
-            return plan.without_stills() if self.conditions.num_given else plan
+            plan = build_plan(c, cache_folder, path)
+            return plan.without_single_frames() if self.conditioning.num_cond_frames else plan
 
         is_ahead = config.encoder.placement == "cached"
         self.clips = prepare(
             make, is_ahead, config.validation, self.folder, self.encoders, self.cache, self.host_group, c.num_workers
         )
         self.encoders.free()
-        placed = self.dims, self.wire, self.latent_shape, self.args.text_len
-        live = build_live(config.encoder, c, config.comm, self.encoders, self.cache, *placed)
+        placed = self.dims, self.channel, self.latent_shape, self.args.text_len
+        live = build_online_encoder(config.encoder, c, config.comm, self.encoders, self.cache, *placed)
         if live:
-            self.closers.append(live.close)
+            self.exit_stack.append(live.close)
         self.loader = LatentLoader(
             self.clips.training,
             self.cache,
@@ -245,7 +245,7 @@ class Trainer:
         tokens of the largest bucket.
         """
         config, param_dtype = self.config, getattr(torch, self.config.training.mixed_precision_param)
-        words = attention.use(
+        words = attention.set_backend(
             config.model.attention, self.device, param_dtype, self.args.head_dim, self.spec.masks_text
         )
         logger.info(f"attention: {words}")
@@ -254,7 +254,7 @@ class Trainer:
         if config.lora.enable:
             add_adapters(self.model, self.spec, config.lora, param_dtype)
         else:
-            hold_in(self.model, self.spec.plan.fp32, getattr(torch, config.training.dtype))
+            cast_params(self.model, self.spec.plan.fp32, getattr(torch, config.training.dtype))
         stages, checkpointed = None, chosen_blocks(self.model, self.spec.plan, config.activation_checkpoint.layers)
         if self.dims.pp > 1:
             stages = keep_stages(self.model, self.spec.plan, self.meshes.pp, config.parallelism, self.args, longest)
@@ -292,7 +292,7 @@ class Trainer:
         return c.checkpoint.initial_load_path or (c.model.hf_assets_path if c.checkpoint.initial_load_in_hf else "")
 
     def load_initial_weights(self) -> None:
-        load_start(
+        load_initial_weights(
             self.model,
             self.initial_weights,
             self.spec,
@@ -308,7 +308,7 @@ class Trainer:
     def build_validator(self) -> Validator:
         reader, null_key, prompts = self.loader.reader, self.cache.text_key(""), None
         clips = self.clips
-        if clips.prompts and self.conditions.num_given:
+        if clips.prompts and self.conditioning.num_cond_frames:
             prompts = with_frames(reader, clips.of_prompts, null_key)
         elif clips.prompts:
             keys = [self.cache.text_key(p) for p in clips.prompts]
@@ -327,7 +327,7 @@ class Trainer:
             decode=self.encoders.decode_video,
             fps=self.config.data.fps,
             folder=self.folder / "samples",
-            conditions=self.conditions,
+            conditioning=self.conditioning,
             guidance_scale=self.config.training.guidance,
             interval=self.flow.interval,
         )
@@ -340,22 +340,24 @@ class Trainer:
         Losses are divided by the elements of all ranks, so gradients only need summing.
         """
         lr = self.scheduler.set_step(self.step)
-        counted = sum(self.conditions.counted(b.latents_BCFHW) for b in batches)
+        num_loss_elements = sum(self.conditioning.num_loss_elements(b.latents_BCFHW) for b in batches)
         pixel_sizes = [self.pixel_size(b) for b in batches]
         frames = sum(size[0] * len(b.sample_ids_B) for size, b in zip(pixel_sizes, batches, strict=True))
-        sizes = torch.tensor([counted, sum(self.num_tokens(b) * len(b.sample_ids_B) for b in batches), frames])
+        sizes = torch.tensor(
+            [num_loss_elements, sum(self.num_tokens(b) * len(b.sample_ids_B) for b in batches), frames]
+        )
         num_elements, num_tokens, num_frames = reduce_over(self.meshes.batch, sizes, "sum").tolist()
 
-        def loss_of(velocity: Tensor, inputs: ModelInputs) -> Tensor:
+        def loss_fn(velocity: Tensor, inputs: ModelInputs) -> Tensor:
             return velocity_loss(velocity, inputs).sum() / num_elements
 
         if self.pipeline:
             inputs = list(self.steps.micro_batches(batches))
-            loss = self.pipeline.step(inputs, lambda velocity, i: loss_of(velocity, inputs[i]))
+            loss = self.pipeline.step(inputs, lambda velocity, i: loss_fn(velocity, inputs[i]))
         else:
             loss = torch.zeros((), device=self.device)
             for inputs in self.steps.micro_batches(batches):
-                micro_loss = loss_of(predict(self.model, inputs), inputs)
+                micro_loss = loss_fn(predict(self.model, inputs), inputs)
                 micro_loss.backward()
                 loss += micro_loss.detach()
 
@@ -363,7 +365,7 @@ class Trainer:
             grad_norm = self.in_backward.grad_norm()
         else:
             grad_norm = clip_grad_norm(self.model, self.config.training.max_norm, self.meshes.pp)
-        share = counted / num_elements
+        share = num_loss_elements / num_elements
         loss = reduce_over(self.meshes.sequence, loss, "sum")
         losses = reduce_over(self.meshes.batch, loss, "sum"), reduce_over(self.meshes.batch, loss / share, "max")
         numbers = torch.stack([*(x.to(grad_norm.device) for x in losses), grad_norm])
@@ -411,12 +413,12 @@ class Trainer:
         what is drawn depends on nothing but the seed and the samples.
         """
         tokens = self.num_tokens(batch)
-        s_B = self.flow.levels(draw_uniform(self.seed, batch.sample_ids_B), tokens)
+        sigma_B = self.flow.sigmas(draw_uniform(self.seed, batch.sample_ids_B), tokens)
         noise = draw_noise(self.seed, batch.sample_ids_B, tuple(batch.latents_BCFHW.shape[1:]), self.device)
-        weight_B = send(self.flow.weights(s_B, tokens), self.device)
-        told = self.conditions, self.config.training.guidance
+        weight_B = send(self.flow.weights(sigma_B, tokens), self.device)
+        told = self.conditioning, self.config.training.guidance
         return model_inputs(
-            self.args.patch, batch.to(self.device), noise, send(s_B, self.device), weight_B, self.shard, *told
+            self.args.patch, batch.to(self.device), noise, send(sigma_B, self.device), weight_B, self.shard, *told
         )
 
     def num_parameters(self) -> int:
@@ -459,7 +461,7 @@ class Trainer:
                 f"{self.folder} is already at step {self.step} of {last_step}: raise training.steps to go on, or "
                 f"change job.dump_folder"
             )
-            if self.step == last_step and not broadcast_from_zero(self.is_exported, self.host_group):
+            if self.step == last_step and not broadcast_from_rank0(self.is_exported, self.host_group):
                 self.export()  # asked for later, or the run was killed between its last checkpoint and this
             return
         logger.info(
@@ -515,13 +517,13 @@ class Trainer:
         if lora.only_adapters:
             return
         if c.export_format == "diffusers" and assets:
-            broadcast_from_zero(lambda: complete_pipeline(Path(assets), path.parent, self.hf_folder), self.host_group)
+            broadcast_from_rank0(lambda: complete_pipeline(Path(assets), path.parent, self.hf_folder), self.host_group)
         weights = MergedWeights(self.model, weights) if lora.enable else weights
         save_hf(self.model, path, self.spec, self.args, dtype, weights=weights, format_name=c.export_format)
         logger.info(f"exported to {path}")
 
     def close(self) -> None:
-        for closer in reversed(self.closers):
+        for closer in reversed(self.exit_stack):
             closer()
 
 

@@ -21,7 +21,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common  # noqa: E402
 
 # noqa: E402
-from benchmarks.common import attention_tensors, device_of, failure, halves, interleaved, markdown, relative_error
+from benchmarks.common import (
+    attention_tensors,
+    failure,
+    get_tensor_device,
+    halves,
+    interleaved,
+    markdown,
+    relative_error,
+)
 from benchmarks.roof import BACKWARD_PRODUCTS  # noqa: E402
 from titan_video.kernels import attention  # noqa: E402
 from titan_video.models.layers import attention_flops  # noqa: E402
@@ -34,7 +42,7 @@ ERROR_TOKENS = 2048
 
 def backend(name: str, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Attention by this backend. ValueError where there is none."""
-    choose = partial(attention.use, name, device, torch.bfloat16, HEAD_DIM)
+    choose = partial(attention.set_backend, name, device, torch.bfloat16, HEAD_DIM)
     choose()
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -61,7 +69,7 @@ def errors(run: Callable, heads: int, device: torch.device, tokens: int) -> floa
     """The largest relative error of output and gradients."""
     *qkv, grad = attention_tensors(tokens, tokens, heads, HEAD_DIM, device)
     exact = [x.detach().double().requires_grad_() for x in qkv]
-    attention.use("math", device, torch.float64, HEAD_DIM)
+    attention.set_backend("math", device, torch.float64, HEAD_DIM)
     reference = attention.attention(*exact)
     reference = [reference, *torch.autograd.grad(reference, exact, grad.double())]
     out = run(*qkv)
@@ -70,7 +78,7 @@ def errors(run: Callable, heads: int, device: torch.device, tokens: int) -> floa
     )
 
 
-def kernels_of(run: Callable, heads: int, device: torch.device, tokens: int) -> list[str]:
+def get_kernels(run: Callable, heads: int, device: torch.device, tokens: int) -> list[str]:
     """Names of the longest-running kernels (of operators, on a CPU) of a forward and backward."""
     *qkv, grad = attention_tensors(tokens, tokens, heads, HEAD_DIM, device)
     torch.autograd.grad(run(*qkv), qkv, grad)
@@ -132,16 +140,16 @@ def main(argv: list[str]) -> None:
     parser = common.options(__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     given = parser.parse_args(argv)
-    device = device_of(given)
+    device = get_tensor_device(given)
     runs, missing = backends(device)
     tokens = 64 if given.toy else ERROR_TOKENS
     ran: dict[str, dict[str, Any]] = {name: {"failed": reason} for name, reason in missing.items()}
     for name, run in runs.items():
         try:
-            ran[name] = {"error": errors(run, 2, device, tokens), "kernels": kernels_of(run, 2, device, tokens)}
+            ran[name] = {"error": errors(run, 2, device, tokens), "kernels": get_kernels(run, 2, device, tokens)}
         except Exception as e:  # the others are to be measured all the same
             ran[name] = {"failed": failure(e)}
-    auto = attention.use("auto", device, torch.bfloat16, HEAD_DIM)
+    auto = attention.set_backend("auto", device, torch.bfloat16, HEAD_DIM)
     print(f"auto is {auto} here\n\n{kernels_table(ran)}\n", flush=True)
     working = {name: run for name, run in runs.items() if "failed" not in ran[name]}
     results = [run_shape(*shape, working, device, given.rounds) for shape in (((64, 2),) if given.toy else SHAPES)]

@@ -219,15 +219,15 @@ def diffusers_block(args: WanArgs, num_tokens: int) -> dict:
 @contextmanager
 def using(name: str) -> Iterator[None]:
     """With these kernels."""
-    before = kernels.in_use()
-    kernels.use(name)
+    before = kernels.current_backend()
+    kernels.set_backend(name)
     try:
         yield
     finally:
-        kernels.use(before)
+        kernels.set_backend(before)
 
 
-def counted(flavor: str, num_tokens: int) -> dict[str, dict]:
+def num_loss_elements(flavor: str, num_tokens: int) -> dict[str, dict]:
     """{who: counts} of one case."""
     args = SPEC.flavors[flavor]
     results = {"diffusers": diffusers_block(args, num_tokens)}
@@ -266,7 +266,7 @@ def main(argv: list[str]) -> None:
     parser = options(__doc__)
     given = parser.parse_args(argv)
     cases = {"toy": ("debug", 64)} if given.toy else CASES
-    counts = {case: counted(*which) for case, which in cases.items()}
+    counts = {case: num_loss_elements(*which) for case, which in cases.items()}
     sizes = {case: SPEC.flavors[flavor].dim * tokens for case, (flavor, tokens) in cases.items()}
     results = {case: {who: per_element(c, sizes[case]) for who, c in found.items()} for case, found in counts.items()}
     print(table(results))

@@ -53,7 +53,7 @@ def options(about: str) -> argparse.ArgumentParser:
     return parser
 
 
-def device_of(given: argparse.Namespace) -> torch.device:
+def get_tensor_device(given: argparse.Namespace) -> torch.device:
     return torch.device("cpu") if given.device == "cpu" else get_device(0)
 
 
@@ -183,7 +183,7 @@ class Times:
         return {"median": self.median, "iqr": self.iqr, "seconds": self.seconds}
 
 
-def seconds_of(function: Callable[[], Any], device: torch.device, repeats: int = 1, queued: bool = False) -> float:
+def get_seconds(function: Callable[[], Any], device: torch.device, repeats: int = 1, queued: bool = False) -> float:
     """Of one call, by the device's own clock where it has one. queued: the device waits until the calls are queued, so
     that a short kernel's time is not that of the host which launches it."""
     synchronize(device)
@@ -214,16 +214,16 @@ def interleaved(
     alike.
 
     budget: seconds that a function is repeated for in a round, 50 times at most. The caller has warmed them up. queued:
-        see `seconds_of`.
+        see `get_seconds`.
     """
     repeats = {
-        name: max(1, min(50, int(budget / max(seconds_of(f, device), 1e-6)))) if budget else 1
+        name: max(1, min(50, int(budget / max(get_seconds(f, device), 1e-6)))) if budget else 1
         for name, f in functions.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for i in range(rounds):
         for name in functions if i % 2 == 0 else reversed(functions):
-            seconds[name].append(seconds_of(functions[name], device, repeats[name], queued))
+            seconds[name].append(get_seconds(functions[name], device, repeats[name], queued))
     return {name: Times(tuple(s)) for name, s in seconds.items()}
 
 

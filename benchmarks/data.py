@@ -29,12 +29,12 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import ROOT, environment, interleaved, markdown, options, write_json  # noqa: E402
-from titan_video.data.dataset import Plan, PlanEntry, make_plan  # noqa: E402
-from titan_video.data.encode import Decoder, Job  # noqa: E402
 from titan_video.data.latent_cache import LatentCache  # noqa: E402
-from titan_video.data.video import interpolation  # noqa: E402
-from titan_video.data.worker import let_go  # noqa: E402
-from titan_video.flow.conditions import TEXT_ONLY  # noqa: E402
+from titan_video.data.worker import release  # noqa: E402
+from titan_video.ingest.encode import Decoder, Job  # noqa: E402
+from titan_video.ingest.plan import Plan, PlanEntry, make_plan  # noqa: E402
+from titan_video.ingest.video import interpolation  # noqa: E402
+from titan_video.models.conditioning import TEXT_ONLY  # noqa: E402
 from titan_video.tools.video import write_mp4  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -97,7 +97,7 @@ def decode_rates(plan: Plan, processes: int, rounds: int) -> dict[str, Any]:
     def ours() -> None:
         for (decoded,) in DataLoader(Decoder(TEXT_ONLY), sampler=jobs, **workers):
             assert not isinstance(decoded, str), decoded
-            let_go(*decoded)
+            release(*decoded)
 
     def bare() -> None:
         assert sum(DataLoader(Bare(plan.kept), **workers)) == frames
@@ -106,7 +106,7 @@ def decode_rates(plan: Plan, processes: int, rounds: int) -> dict[str, Any]:
     bare()
     cpu: dict[str, list[float]] = {"ours": [], "bare": []}
 
-    def counted(name: str, function: Callable[[], None]) -> Callable[[], None]:
+    def num_loss_elements(name: str, function: Callable[[], None]) -> Callable[[], None]:
         def run() -> None:
             before = cpu_seconds()
             function()
@@ -114,7 +114,9 @@ def decode_rates(plan: Plan, processes: int, rounds: int) -> dict[str, Any]:
 
         return run
 
-    times = interleaved({"ours": counted("ours", ours), "bare": counted("bare", bare)}, CPU, rounds, budget=0)
+    times = interleaved(
+        {"ours": num_loss_elements("ours", ours), "bare": num_loss_elements("bare", bare)}, CPU, rounds, budget=0
+    )
     seconds = {name: t.seconds for name, t in times.items()}
     ratios = [statistics.median(b / a for a, b in zip(s["ours"], s["bare"], strict=True)) for s in (seconds, cpu)]
     found = {"processes": processes, "frames": frames, "ratio": ratios[0], "CPU ratio": ratios[1], "CPU seconds": cpu}

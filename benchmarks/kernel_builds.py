@@ -23,7 +23,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from titan_video.kernels import fused_layer_norm, fused_rms_norm, launch  # noqa: E402
+from titan_video.kernels.triton import launch  # noqa: E402
+from titan_video.kernels.triton import layer_norm as fused_layer_norm
+from titan_video.kernels.triton import rms_norm as fused_rms_norm
 
 TOKENS = {1536: 32760, 3072: 118800, 5120: 75600, 8192: 75600}
 WIDTHS = (128, 1536, 3072, 5120)
@@ -92,7 +94,8 @@ def operators(D: int) -> dict[str, Callable[[str], Any]]:
 @contextmanager
 def launches() -> Iterator[list]:
     """Instead of being launched, kernels are noted, with their arguments."""
-    from titan_video.kernels import layer_norm_triton, rms_norm_triton
+    from titan_video.kernels.triton import layer_norm_kernels as layer_norm_triton
+    from titan_video.kernels.triton import rms_norm_kernels as rms_norm_triton
 
     noted = []
 

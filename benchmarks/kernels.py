@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common  # noqa: E402
 from benchmarks.common import (
     copy_bandwidth,
-    device_of,
     failure,
+    get_tensor_device,
     halves,
     interleaved,
     leaves,
@@ -34,7 +34,7 @@ from benchmarks.common import (
 )  # noqa: E402
 from titan_video import kernels  # noqa: E402
 from titan_video.kernels import reference  # noqa: E402
-from titan_video.models.layers import rope_rotations  # noqa: E402
+from titan_video.models.layers import rope_freqs_cis  # noqa: E402
 
 SHAPES = ((32760, 1536), (75600, 5120), (118800, 3072))
 EPS, HEAD_DIM = 1e-6, 128
@@ -69,11 +69,11 @@ def _vector(D: int, device: torch.device) -> Tensor:
     return rand(D, device=device, grad=True)
 
 
-def _rotations(rows: int, D: int, device: torch.device) -> Tensor:
+def _kept_freqs(rows: int, D: int, device: torch.device) -> Tensor:
     at = torch.arange(rows, device=device)
     head = min(HEAD_DIM, D)
     side = 2 * (head // 6)
-    return rope_rotations(
+    return rope_freqs_cis(
         torch.stack([at // 1560, at % 1560 // 52, at % 52], dim=-1).unsqueeze(0), (head - 2 * side, side, side), 10000.0
     )
 
@@ -99,7 +99,7 @@ OPS = {
     "RMSNorm": Op("rms_norm", lambda n, D, d: (_token(n, D, d), _vector(D, d), EPS), 4, 6, liger="LigerRMSNorm"),
     "RMSNorm, RoPE": Op(
         "rms_norm_rope",
-        lambda n, D, d: (_token(n, D, d), _vector(D, d), _rotations(n, D, d), EPS),
+        lambda n, D, d: (_token(n, D, d), _vector(D, d), _kept_freqs(n, D, d), EPS),
         4,
         6,
         row=4 * HEAD_DIM,
@@ -109,10 +109,10 @@ OPS = {
 
 def contestants(op: Op, arguments: tuple, device: torch.device, backend: str) -> dict[str, Callable[[], Any]]:
     """{whose: the operator on these arguments}."""
-    plain, best = getattr(reference, op.name), kernels.choose("auto", device)
+    plain, best = getattr(reference, op.name), kernels.resolve_backend("auto", device)
 
     def ours() -> Any:
-        kernels.use(best)
+        kernels.set_backend(best)
         return getattr(kernels, op.name)(*arguments)
 
     compiled = torch.compile(plain, fullgraph=True, dynamic=False, backend=backend)
@@ -129,7 +129,7 @@ def contestants(op: Op, arguments: tuple, device: torch.device, backend: str) ->
     return found
 
 
-def results_of(run: Callable[[], Any], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> list[Tensor]:
+def get_results(run: Callable[[], Any], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> list[Tensor]:
     """Results and gradients."""
     out = leaves(run())
     return [
@@ -144,14 +144,14 @@ def errors(op: Op, arguments: tuple, grads: tuple[Tensor, ...], runs: dict[str, 
     """
     inputs = leaves(arguments)
     exact = tuple(_wide(a) for a in arguments)
-    reference_results = results_of(lambda: getattr(reference, op.name)(*exact), leaves(exact), grads)
+    reference_results = get_results(lambda: getattr(reference, op.name)(*exact), leaves(exact), grads)
     found = {
         name: [
-            relative_error(a, b) for a, b in zip(results_of(runs[name], inputs, grads), reference_results, strict=True)
+            relative_error(a, b) for a, b in zip(get_results(runs[name], inputs, grads), reference_results, strict=True)
         ]
         for name in ("ours", "compiled")
     }
-    ours, again = results_of(runs["ours"], inputs, grads), results_of(runs["ours"], inputs, grads)
+    ours, again = get_results(runs["ours"], inputs, grads), get_results(runs["ours"], inputs, grads)
     found["ratio"] = max((a + 1e-12) / (b + 1e-12) for a, b in zip(found["ours"], found["compiled"], strict=True))
     return found | {"bitwise": all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))}
 
@@ -159,8 +159,8 @@ def errors(op: Op, arguments: tuple, grads: tuple[Tensor, ...], runs: dict[str, 
 def _wide(argument: Any) -> Any:
     if not isinstance(argument, Tensor):
         return argument
-    wide = argument.detach().to(torch.complex128 if argument.is_complex() else torch.float64)
-    return wide.requires_grad_(argument.requires_grad)
+    upcast = argument.detach().to(torch.complex128 if argument.is_complex() else torch.float64)
+    return upcast.requires_grad_(argument.requires_grad)
 
 
 def run_op(
@@ -232,9 +232,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--ops", nargs="+", choices=list(OPS), default=list(OPS))
     given = parser.parse_args(argv)
-    device, backend = device_of(given), "eager" if given.toy else "inductor"
+    device, backend = get_tensor_device(given), "eager" if given.toy else "inductor"
     copy = copy_bandwidth(device, 2**22 if given.toy else 2**30)
-    print(f"copy {copy / 1e12:.2f} TB/s; ours is {kernels.choose('auto', device)}\n", flush=True)
+    print(f"copy {copy / 1e12:.2f} TB/s; ours is {kernels.resolve_backend('auto', device)}\n", flush=True)
     results = []
     for shape in ((33, 96),) if given.toy else SHAPES:
         for name in given.ops:

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from titan_video.config.manager import parse_args  # noqa: E402
-from titan_video.data.shapes import COLORS, COMBINATIONS, SHAPES, caption, combination  # noqa: E402
+from titan_video.ingest.shapes import COLORS, COMBINATIONS, SHAPES, caption, combination  # noqa: E402
 from titan_video.sample import find_checkpoint  # noqa: E402
 
 MARKER = "<!-- learn_shapes -->"
@@ -122,11 +122,11 @@ def generate(dump_folder: Path, out: Path, per_prompt: int, seed: int) -> list[n
     """`per_prompt` clips for each of the 48 prompts from the newest checkpoint, with the run's own sampler settings;
     also written to `out` as mp4.
     """
-    from titan_video.components.checkpoint import load_weights
-    from titan_video.components.sampling import sample_latents
+    from titan_video.checkpoint.manager import load_weights
     from titan_video.encoders import build_encoders
     from titan_video.models import get_args, get_spec
     from titan_video.sample import pad
+    from titan_video.tasks.sampling import sample_latents
     from titan_video.tools.video import write_mp4
 
     folder, config = find_checkpoint(dump_folder)

@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import device_of, environment, failure, markdown, options, write_json  # noqa: E402
+from benchmarks.common import environment, failure, get_tensor_device, markdown, options, write_json  # noqa: E402
 from benchmarks.step import free  # noqa: E402
 from benchmarks.training import Ours, Step, make_data, our_step, process_group  # noqa: E402
 from titan_video.config.job_config import ActivationCheckpoint, JobConfig, Optimizer, Training  # noqa: E402
@@ -174,7 +174,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seconds", type=float, default=500, help="time for the search")
     parser.add_argument("--14b", action="store_true", dest="full_14b", help="the step of Wan 14B instead")
     given = parser.parse_args(argv)
-    device = device_of(given)
+    device = get_tensor_device(given)
     debug = SPEC.flavors["debug"]
     with process_group(device):
         if given.full_14b:

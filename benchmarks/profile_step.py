@@ -16,9 +16,9 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import device_of, environment, markdown, options, seconds_of, write_json  # noqa: E402
+from benchmarks.common import environment, get_seconds, get_tensor_device, markdown, options, write_json  # noqa: E402
 from benchmarks.roof import PARTS, measure, roof  # noqa: E402
-from benchmarks.step import CASES, VARIANTS, build, checkpoint_mode, data_of, fitted  # noqa: E402
+from benchmarks.step import CASES, VARIANTS, build, checkpoint_mode, fitted, get_data  # noqa: E402
 from benchmarks.training import process_group  # noqa: E402
 from titan_video.tools.device import synchronize  # noqa: E402
 
@@ -45,7 +45,7 @@ WORDS = {
 LONGEST = 20
 
 
-def part_of(kernel: str) -> str:
+def get_part(kernel: str) -> str:
     """One of PARTS; what has no known name is element-wise."""
     name = kernel.lower()
     return next(
@@ -88,7 +88,7 @@ def profiled(run, device: torch.device, trace: Path | None) -> dict[str, Any]:
 def by_part(found: dict[str, Any]) -> dict[str, float]:
     parts = dict.fromkeys(PARTS, 0.0)
     for name, seconds in found["kernels"].items():
-        parts[part_of(name)] += seconds
+        parts[get_part(name)] += seconds
     return parts | {"host gaps": found["host gaps"]}
 
 
@@ -107,7 +107,7 @@ def kernels_table(found: dict[str, Any]) -> str:
     longest = sorted(found["kernels"].items(), key=lambda item: -item[1])[:LONGEST]
     return markdown(
         ["kernel", "part", "times", "ms"],
-        [[f"`{k[:100]}`", part_of(k), found["counts"][k], f"{1000 * s:,.1f}"] for k, s in longest],
+        [[f"`{k[:100]}`", get_part(k), found["counts"][k], f"{1000 * s:,.1f}"] for k, s in longest],
     )
 
 
@@ -117,15 +117,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--variant", choices=list(VARIANTS), default="ours")
     parser.add_argument("--trace", type=Path, help="file for the whole trace, for a trace viewer")
     given = parser.parse_args(argv)
-    device = device_of(given)
+    device = get_tensor_device(given)
     case = CASES[given.case or ("toy" if given.toy else "1.3b" if device.type == "cuda" else "cpu-256")]
     variant = fitted(VARIANTS[given.variant], device, given.toy)
     with process_group(device):
         ceilings = measure(case.args, case.tokens, device, given.toy or device.type == "cpu")
-        step, data = build(variant, case, device), data_of(variant, case, device)
+        step, data = build(variant, case, device), get_data(variant, case, device)
         for _ in range(2):
             step.run(data)
-        seconds = seconds_of(lambda: step.run(data), device, repeats=1 if given.toy else 3)
+        seconds = get_seconds(lambda: step.run(data), device, repeats=1 if given.toy else 3)
         found = profiled(lambda: step.run(data), device, given.trace)
         floor = roof(
             case.args,

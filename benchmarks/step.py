@@ -27,14 +27,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import (
     cosine,
-    device_of,
     environment,
     failure,
+    get_seconds,
+    get_tensor_device,
     interleaved,
     markdown,
     options,
     relative_error,
-    seconds_of,
     write_json,
 )  # noqa: E402
 from benchmarks.roof import Ceilings, measure, roof  # noqa: E402
@@ -124,7 +124,7 @@ def build(variant: Ours | Diffusers, case: Case, device: torch.device) -> Step:
     return (our_step if isinstance(variant, Ours) else diffusers_step)(variant, case.args, device)
 
 
-def data_of(variant: Ours | Diffusers, case: Case, device: torch.device) -> Data:
+def get_data(variant: Ours | Diffusers, case: Case, device: torch.device) -> Data:
     dtype = (
         torch.float32
         if "float32" in (getattr(variant, "dtype", ""), getattr(variant, "weights", ""))
@@ -154,7 +154,7 @@ def compare(case: Case, variants: dict[str, Ours | Diffusers], device: torch.dev
 
     def results(variant: Ours | Diffusers) -> tuple[float, Tensor, dict[str, Tensor]]:
         step = build(variant, case, device)
-        loss, velocity = step.forward_backward(data_of(variant, case, device))
+        loss, velocity = step.forward_backward(get_data(variant, case, device))
         found = loss.item(), velocity, step.gradients()
         del step
         free()
@@ -206,7 +206,7 @@ def warm_up(step: Step, data: Data, device: torch.device, before: int) -> tuple[
 
     before: bytes that were on the device before the variant was built.
     """
-    first = seconds_of(lambda: step.run(data), device)
+    first = get_seconds(lambda: step.run(data), device)
     if device.type != "cuda":
         step.run(data)
         return first, None
@@ -226,7 +226,7 @@ def time_group(
     for name, variant in variants.items():
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         try:
-            step, data = build(variant, case, device), data_of(variant, case, device)
+            step, data = build(variant, case, device), get_data(variant, case, device)
             first, peak = warm_up(step, data, device, before)
         except Exception as e:
             step = data = None
@@ -341,7 +341,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--rounds", type=int, default=7)
     given = parser.parse_args(argv)
-    device = device_of(given)
+    device = get_tensor_device(given)
     with process_group(device):
         results = [
             run_case(name, given, device) for name in given.cases or (("toy",) if given.toy else DEFAULTS[device.type])

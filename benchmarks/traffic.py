@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from titan_video.config.job_config import ActivationCheckpoint  # noqa: E402
 from titan_video.distributed.activation_checkpoint import saved_bytes_per_token  # noqa: E402
-from titan_video.distributed.context_parallel.traffic import ring_traffic, ulysses_traffic  # noqa: E402
 from titan_video.distributed.tensor_parallel import bytes_per_collective  # noqa: E402
 from titan_video.models.wan import SPEC, WanModel  # noqa: E402
 from titan_video.models.wan.model import Block  # noqa: E402
+from titan_video.planner.traffic import ring_traffic, ulysses_traffic  # noqa: E402
 
 MARKER = "<!-- traffic -->"
 BF16, FP32 = 2, 4

@@ -17,18 +17,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.common import rand
 from titan_video import kernels
-from titan_video.components.formats import public_names
-from titan_video.components.objective import model_inputs, predict, velocity_loss
-from titan_video.components.optimizer import InBackward, build_optimizer
 from titan_video.config.job_config import JobConfig
 from titan_video.data.batch import Batch
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.parallelize import parallelize
-from titan_video.distributed.utils import clean_name, clip_grad_norm, init_distributed, seed_of
+from titan_video.distributed.utils import clean_name, clip_grad_norm, derive_seed, init_distributed
 from titan_video.flow.matching import NUM_TRAIN_TIMESTEPS, interpolate, velocity
 from titan_video.kernels import attention
-from titan_video.models.layers import hold_in, token_shape, unpatchify
+from titan_video.models.layers import cast_params, token_shape, unpatchify
 from titan_video.models.wan import SPEC, WanArgs, args_to_hf
+from titan_video.optim.optimizer import InBackward, build_optimizer
+from titan_video.tasks.denoising import model_inputs, predict, velocity_loss
+from titan_video.weights.formats import public_names
 
 MAX_NORM = JobConfig().training.max_norm
 
@@ -76,7 +76,7 @@ class Data:
 
     batch: Batch
     noise_BCFHW: Tensor
-    s_B: Tensor
+    sigma_B: Tensor
 
 
 @dataclass
@@ -132,7 +132,7 @@ def weight(name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
 
     None is zero, as a new model's output layer is, behind which no gradient flows.
     """
-    normal = torch.randn(shape, generator=torch.Generator(device).manual_seed(seed_of(name, 0)), device=device)
+    normal = torch.randn(shape, generator=torch.Generator(device).manual_seed(derive_seed(name, 0)), device=device)
     if "norm" in name and name.endswith(("weight", "norm_q", "norm_k")):
         return 1 + 0.1 * normal
     return normal * (0.02 if len(shape) == 1 else 0.5 * shape[-1] ** -0.5)
@@ -172,16 +172,16 @@ def names_in_diffusers(args: WanArgs) -> dict[str, tuple[str, Callable[[Tensor],
 def our_step(variant: Ours, args: WanArgs, device: torch.device) -> Step:
     """A process group must exist."""
     config = variant.job()
-    kernels_name, dtype = kernels.choose(config.model.kernels, device), getattr(torch, variant.dtype)
+    kernels_name, dtype = kernels.resolve_backend(config.model.kernels, device), getattr(torch, variant.dtype)
 
     def choose() -> None:  # for the whole process, in which other variants take turns
-        kernels.use(kernels_name)
-        attention.use(config.model.attention, device, dtype, args.head_dim)
+        kernels.set_backend(kernels_name)
+        attention.set_backend(config.model.attention, device, dtype, args.head_dim)
 
     choose()
     with torch.device("meta"):
         model = SPEC.build(args)
-    hold_in(model, SPEC.plan.fp32, getattr(torch, config.training.dtype))
+    cast_params(model, SPEC.plan.fp32, getattr(torch, config.training.dtype))
     meshes = ParallelDims.of(config.parallelism, 1).build_mesh(device.type)
     parallelize(
         model,
@@ -201,7 +201,7 @@ def our_step(variant: Ours, args: WanArgs, device: torch.device) -> Step:
     def forward_backward(data: Data) -> tuple[Tensor, Tensor]:
         choose()
         latents = data.batch.latents_BCFHW
-        inputs = model_inputs(args.patch, data.batch, data.noise_BCFHW, data.s_B, torch.ones_like(data.s_B))
+        inputs = model_inputs(args.patch, data.batch, data.noise_BCFHW, data.sigma_B, torch.ones_like(data.sigma_B))
         v_BLP = predict(model, inputs)
         loss = velocity_loss(v_BLP, inputs).sum() / latents.numel()
         loss.backward()
@@ -249,13 +249,13 @@ def diffusers_step(variant: Diffusers, args: WanArgs, device: torch.device) -> S
     )
 
     def forward_backward(data: Data) -> tuple[Tensor, Tensor]:
-        latents, noise, s_B = data.batch.latents_BCFHW, data.noise_BCFHW, data.s_B
+        latents, noise, sigma_B = data.batch.latents_BCFHW, data.noise_BCFHW, data.sigma_B
         autocast = torch.autocast(device.type, torch.bfloat16) if variant.weights == "autocast" else nullcontext()
         # Around backward too: it runs forwards again.
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if variant.cudnn else nullcontext():
             with autocast:
-                x = interpolate(latents, noise, s_B).to(model.patch_embedding.weight.dtype)
-                out = model(x, NUM_TRAIN_TIMESTEPS * s_B, data.batch.text_BLD, return_dict=False)[0]
+                x = interpolate(latents, noise, sigma_B).to(model.patch_embedding.weight.dtype)
+                out = model(x, NUM_TRAIN_TIMESTEPS * sigma_B, data.batch.text_BLD, return_dict=False)[0]
             loss = (out.float() - velocity(latents, noise)).square().mean()
             loss.backward()
         return loss.detach(), out.detach()

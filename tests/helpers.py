@@ -229,7 +229,7 @@ def signal_at(step, signum, rank=0):
 
 def kill_in_save(step):
     """A hook: rank 0 is killed when the files of checkpoint `step` are written, but not committed."""
-    from titan_video.components.checkpoint import CheckpointManager
+    from titan_video.checkpoint.manager import CheckpointManager
 
     commit = CheckpointManager._commit
 
@@ -262,7 +262,7 @@ def diffusers_wan(args):
 
 
 def _public_names(names, spec):
-    from titan_video.components.formats import public_names
+    from titan_video.weights.formats import public_names
 
     return public_names(spec.hf_names, list(names))
 

@@ -10,7 +10,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from titan_video.kernels import fused_layer_norm, fused_rms_norm, launch, reference  # noqa: E402
+from titan_video.kernels import reference  # noqa: E402
+from titan_video.kernels.triton import launch
+from titan_video.kernels.triton import layer_norm as fused_layer_norm
+from titan_video.kernels.triton import rms_norm as fused_rms_norm
 
 EPS = 1e-6
 MODULATION = ("one row", "one row for all samples", "a row each", "clean tokens")
@@ -80,17 +83,17 @@ def rms_norm_cases(B, L, D, dtype, device="cpu", K=32):
     heads = lambda x: x.unflatten(-1, (-1, K))
     for samples in sorted({1, B}):
         angles = rand(samples, L, K // 2, seed=6, device=device, grad=False) * 3
-        rotations = torch.polar(torch.ones_like(angles), angles)
+        freqs_cis = torch.polar(torch.ones_like(angles), angles)
         kind = f"rotations of {samples} samples"
-        yield f"rms_norm_rope, {kind}", lambda m, x, w, r=rotations: m.rms_norm_rope(x, w, r, EPS), (x, w)
+        yield f"rms_norm_rope, {kind}", lambda m, x, w, r=freqs_cis: m.rms_norm_rope(x, w, r, EPS), (x, w)
         yield (
             f"rms_norm_rope per head, {kind}",
-            lambda m, x, w, r=rotations: m.rms_norm_rope(heads(x), w, r, EPS),
+            lambda m, x, w, r=freqs_cis: m.rms_norm_rope(heads(x), w, r, EPS),
             (x, w_head),
         )
         yield (
             f"rms_norm_rope given its statistic, {kind}",
-            lambda m, x, w, s, r=rotations: m.rms_norm_rope(x, w, r, EPS, s),
+            lambda m, x, w, s, r=freqs_cis: m.rms_norm_rope(x, w, r, EPS, s),
             (x, w, square),
         )
     yield "rms_norm", lambda m, x, w: m.rms_norm(x, w, EPS), (x, w)

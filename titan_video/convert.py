@@ -15,15 +15,15 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from titan_video.components import checkpoint_io
-from titan_video.components.formats import FORMATS, StoredWeights, detect, read_part, some
-from titan_video.components.hf_storage import GIB, WritePlan, Writer, whole_shapes
-from titan_video.components.pipeline_folder import PIPELINE, complete_pipeline, is_checkpoint
-from titan_video.components.safetensors_io import opened
+from titan_video.checkpoint import files as checkpoint_io
 from titan_video.config.manager import load
 from titan_video.models import FAMILIES, get_args, get_spec
 from titan_video.models.spec import ModelSpec
 from titan_video.tools.logging import init_logger, logger
+from titan_video.weights.formats import FORMATS, StoredWeights, detect, read_part, some
+from titan_video.weights.hf_storage import GIB, WritePlan, Writer, global_shapes
+from titan_video.weights.pipeline_folder import PIPELINE, complete_pipeline, is_checkpoint
+from titan_video.weights.safetensors_io import opened
 
 
 class StepSource:
@@ -52,7 +52,7 @@ class StepSource:
         self.args = get_args(
             self.spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length
         )
-        self.shapes = whole_shapes(self.spec, self.args)
+        self.shapes = global_shapes(self.spec, self.args)
         self.folder, self.prefix = folder, f"{weights}."
         _, self.metadata = checkpoint_io.verify(folder)
         saved = {
@@ -96,7 +96,7 @@ class PublicSource:
         self.spec = max(specs, key=lambda spec: detect(stored.found, spec)[0])
         layout, _ = stored.layout(self.spec)
         self.args = _architecture(stored, self.spec, layout, options)
-        self.shapes = whole_shapes(self.spec, self.args)
+        self.shapes = global_shapes(self.spec, self.args)
         self.places = stored.places(self.spec, self.args, self.shapes)
         self.dtypes = {name: place.dtype for name, place in self.places.items()}
 
@@ -118,7 +118,7 @@ def _architecture(stored: StoredWeights, spec: ModelSpec, layout: str, options: 
     fits, first_error = {}, None
     for flavor, args in spec.flavors.items():
         try:
-            stored.places(spec, args, whole_shapes(spec, args))
+            stored.places(spec, args, global_shapes(spec, args))
             fits.setdefault(_identity(spec, args), (flavor, args))
         except ValueError as e:
             first_error = first_error or e

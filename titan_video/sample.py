@@ -16,26 +16,26 @@ import torch
 import torch.distributed as dist
 
 from titan_video import kernels
-from titan_video.components.checkpoint import load_weights
-from titan_video.components.checkpoint_io import list_steps, looks_valid, step_folder
-from titan_video.components.sampling import Experts, sample_latents
-from titan_video.components.start import load_start
+from titan_video.checkpoint.files import is_valid_fast, list_steps, step_folder
+from titan_video.checkpoint.manager import load_weights
 from titan_video.config.check import check_bucket
 from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import load
-from titan_video.data.video import read_image
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.parallelize import parallelize
 from titan_video.distributed.utils import init_distributed
 from titan_video.encoders import build_encoders
-from titan_video.encoders.given import encode_given, encode_images
 from titan_video.encoders.spec import Encoders
-from titan_video.flow.conditions import Conditions
+from titan_video.ingest.conditioning_frames import encode_cond_frames, encode_images
+from titan_video.ingest.video import read_image
+from titan_video.lora.adapters import add_adapters, is_adapter
 from titan_video.models import get_args, get_spec
-from titan_video.models.lora import add_adapters, is_adapter
+from titan_video.models.conditioning import ConditioningSpec
+from titan_video.tasks.sampling import Experts, sample_latents
 from titan_video.tools.device import get_device
 from titan_video.tools.logging import init_logger, logger
 from titan_video.tools.video import write_mp4
+from titan_video.weights.initial_weights import load_initial_weights
 
 
 def find_checkpoint(path: Path) -> tuple[Path, JobConfig]:
@@ -43,7 +43,7 @@ def find_checkpoint(path: Path) -> tuple[Path, JobConfig]:
     if (path / "config.toml").is_file():
         config = load(path / "config.toml")
         folder = path / config.checkpoint.folder
-        steps = [step for step in list_steps(folder) if looks_valid(step_folder(folder, step))]
+        steps = [step for step in list_steps(folder) if is_valid_fast(step_folder(folder, step))]
         if not steps:
             raise ValueError(f"{folder} holds no valid step-N folder")
         return step_folder(folder, steps[-1]), config
@@ -81,35 +81,35 @@ def load_model(
     if lora.enable:  # the checkpoint holds the adapters only
         subfolder = f"{spec.hf_folder}_2" if config.model.expert == "low" else spec.hf_folder
         start = c.initial_load_path or (config.model.hf_assets_path if c.initial_load_in_hf else "")
-        load_start(model, start, spec, args, subfolder, config.debug.seed, lora)
+        load_initial_weights(model, start, spec, args, subfolder, config.debug.seed, lora)
     step = load_weights(folder, model, source, which=is_adapter if lora.enable else None)
     logger.info(f"{source} weights of step {step} from {folder}")
     return model
 
 
 def prepare(
-    encoders: Encoders, conditions: Conditions, length: int, options: argparse.Namespace, device: torch.device
+    encoders: Encoders, conditioning: ConditioningSpec, length: int, options: argparse.Namespace, device: torch.device
 ) -> tuple[list, dict, dict]:
     """Text and mask of the prompt and of the empty one, and what else the model is given for each:
 
     see `sample_latents`.
     """
     cond, null_cond, text_options = {}, {}, {}
-    if conditions.num_given:
-        given_CNHW = torch.cat(
+    if conditioning.num_cond_frames:
+        cond_frames_CNHW = torch.cat(
             [read_image(str(path), options.size) for path in (options.image, options.last_image) if path], dim=1
         )
-        cond["given_BCFHW"] = encode_given(encoders, conditions, given_CNHW, options.size[0])[None]
-        if conditions.image_tokens:
-            cond["image_BSD"] = encode_images(encoders, given_CNHW)[None]
-        if conditions.text_image_tokens:
-            first_CHW = given_CNHW[:, 0]
+        cond["cond_latents_BCFHW"] = encode_cond_frames(encoders, conditioning, cond_frames_CNHW, options.size[0])[None]
+        if conditioning.image_tokens:
+            cond["image_BSD"] = encode_images(encoders, cond_frames_CNHW)[None]
+        if conditioning.text_image_tokens:
+            first_CHW = cond_frames_CNHW[:, 0]
             text_options = {
                 "images": [first_CHW, torch.zeros_like(first_CHW)],
-                "image_tokens": conditions.text_image_tokens,
+                "image_tokens": conditioning.text_image_tokens,
             }
     texts = encoders.encode_text([options.prompt, ""], **text_options)
-    if conditions.pooled_text:
+    if conditioning.pooled_text:
         cond["pooled_text_BD"], null_cond["pooled_text_BD"] = (
             pooled_D[None] for pooled_D in encoders.encode_pooled([options.prompt, ""])
         )
@@ -124,12 +124,12 @@ def generate(config: JobConfig, folder: Path, options: argparse.Namespace) -> to
     args = get_args(
         get_spec(config.model.name), config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length
     )
-    kernels.use(kernels.choose(config.model.kernels, device))
-    conditions = args.conditions
-    check_images(conditions, options)
+    kernels.set_backend(kernels.resolve_backend(config.model.kernels, device))
+    conditioning = args.conditioning
+    check_images(conditioning, options)
     low = find_low(config, options.low) if options.low else None
     encoders = build_encoders(config.encoder, config.model.hf_assets_path, device)
-    text, cond, null_cond = prepare(encoders, conditions, args.text_len, options, device)
+    text, cond, null_cond = prepare(encoders, conditioning, args.text_len, options, device)
     encoders.free()
 
     model = load_model(config, args, folder, options.weights, device)
@@ -146,7 +146,7 @@ def generate(config: JobConfig, folder: Path, options: argparse.Namespace) -> to
     )
     settings = options.seed, options.steps, options.guidance, options.shift
     told = {
-        "conditions": conditions,
+        "conditions": conditioning,
         "cond": cond,
         "null_cond": null_cond,
         "embedded_guidance": options.embedded_guidance,
@@ -155,10 +155,10 @@ def generate(config: JobConfig, folder: Path, options: argparse.Namespace) -> to
     return encoders.decode_video(latents)[0].permute(1, 2, 3, 0).cpu()
 
 
-def check_images(conditions: Conditions, options: argparse.Namespace) -> None:
+def check_images(conditioning: ConditioningSpec, options: argparse.Namespace) -> None:
     """ValueError unless the images given are those that the model needs."""
     for name, place in (("image", 1), ("last_image", 2)):
-        given, needed = getattr(options, name) is not None, conditions.num_given >= place
+        given, needed = getattr(options, name) is not None, conditioning.num_cond_frames >= place
         if given != needed:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(

@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import run_ranks
 from tests.unit_tests.test_activation_checkpoint import ARGS, FULL, MATMUL, NONE, SELECTIVE, perturbed
-from titan_video.components.objective import compute_loss
 from titan_video.config.job_config import Compile, Parallelism, Training
 from titan_video.data.batch import Batch
 from titan_video.distributed.parallel_dims import ParallelDims
@@ -20,6 +19,7 @@ from titan_video.distributed.sequence import SequenceShard
 from titan_video.distributed.utils import clean_name, initialise
 from titan_video.flow.noise import draw_noise
 from titan_video.models.wan import SPEC, WanModel
+from titan_video.tasks.denoising import compute_loss
 
 LOCAL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 

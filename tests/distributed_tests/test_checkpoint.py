@@ -13,8 +13,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from tests.helpers import run_ranks, start_ranks
-from titan_video.components import checkpoint_io as files
-from titan_video.components.checkpoint import CheckpointManager, ModelState, OptimizerState, load_weights
+from titan_video.checkpoint import files
+from titan_video.checkpoint.manager import CheckpointManager, ModelState, OptimizerState, load_weights
 from titan_video.config.job_config import Checkpoint
 
 

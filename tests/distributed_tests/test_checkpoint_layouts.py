@@ -12,12 +12,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tests.helpers import run_ranks
-from titan_video.components import checkpoint_io as files
-from titan_video.components.checkpoint import CheckpointManager, ModelState, OptimizerState, load_weights
-from titan_video.components.ema import EmaWeights
-from titan_video.components.hf_storage import load_hf, save_hf
-from titan_video.components.objective import compute_loss
-from titan_video.components.optimizer import build_optimizer
+from titan_video.checkpoint import files
+from titan_video.checkpoint.manager import CheckpointManager, ModelState, OptimizerState, load_weights
 from titan_video.config.job_config import (
     ActivationCheckpoint,
     Checkpoint,
@@ -35,6 +31,10 @@ from titan_video.distributed.sequence import SequenceShard
 from titan_video.distributed.utils import gather_objects, initialise, reduce_over
 from titan_video.flow.noise import draw_noise
 from titan_video.models.wan import SPEC, WanArgs, WanModel
+from titan_video.optim.ema import EmaWeights
+from titan_video.optim.optimizer import build_optimizer
+from titan_video.tasks.denoising import compute_loss
+from titan_video.weights.hf_storage import load_hf, save_hf
 
 SIZES = {"num_layers": 2, "text_dim": 20, "text_len": 9, "freq_dim": 32}
 # 25 rows of ffn.up on each of two tensor-parallel ranks: FSDP deals them out unevenly. Four such ranks need four heads.

@@ -11,15 +11,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers import run_ranks
 from titan_video.distributed.context_parallel import apply_context_parallel
-from titan_video.distributed.context_parallel.ring import RingCore, ring_attention
-from titan_video.distributed.context_parallel.traffic import Traffic, exchange_bytes, ring_traffic, ulysses_traffic
+from titan_video.distributed.context_parallel.ring import RingAttention, ring_attention
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.utils import reduce_over
-from titan_video.models.layers import AttentionCore, JointAttentionCore
+from titan_video.models.layers import InnerAttention, JointInnerAttention
 from titan_video.models.spec import ParallelPlan
+from titan_video.planner.traffic import Traffic, exchange_bytes, ring_traffic, ulysses_traffic
 
 HEADS, WIDTH = 12, 8
-PLAN = ParallelPlan(blocks=("blocks",), cores=("attn.core",))
+PLAN = ParallelPlan(blocks=("blocks",), inner_attention=("attn.core",))
 ROTATIONS = ("alltoall", "allgather")
 
 
@@ -33,7 +33,7 @@ class Block(nn.Module):
         return self.attn.core(*args)
 
 
-def parallel_block(ring, ulysses, rotate, core=AttentionCore):
+def parallel_block(ring, ulysses, rotate, core=InnerAttention):
     mesh = ParallelDims(ring=ring, ulysses=ulysses).build_mesh("cpu")
     model = nn.Module()
     model.blocks = nn.ModuleDict({"0": Block(core())})
@@ -49,7 +49,7 @@ def whole_tensors(batch, seq_len, dtype, heads=HEADS):
     ]
 
 
-def slice_of(x, mesh, fill):
+def get_slice_of(x, mesh, fill):
     """This rank's rows; those beyond the clip hold `fill`."""
     length = -(-x.shape[1] // mesh.size())
     padded = F.pad(x, (0, 0, 0, 0, 0, length * mesh.size() - x.shape[1]), value=fill)
@@ -58,9 +58,9 @@ def slice_of(x, mesh, fill):
 
 def run_slices(block, mesh, whole, seq_len):
     """(out, dq, dk, dv) of this rank's rows; what the padded rows hold must not matter."""
-    q, k, v = (slice_of(x, mesh, 3.0).requires_grad_() for x in whole[:3])
+    q, k, v = (get_slice_of(x, mesh, 3.0).requires_grad_() for x in whole[:3])
     out = block(q, k, v, seq_len)
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), slice_of(whole[3], mesh, 0.0))]
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), get_slice_of(whole[3], mesh, 0.0))]
 
 
 def reference(whole):
@@ -73,8 +73,8 @@ def reference(whole):
 
 
 def largest_error(results, whole, mesh):
-    rows = slice_of(torch.ones_like(whole[0]), mesh, 0.0)
-    expected = [slice_of(x, mesh, 0.0) for x in reference(whole)]
+    rows = get_slice_of(torch.ones_like(whole[0]), mesh, 0.0)
+    expected = [get_slice_of(x, mesh, 0.0) for x in reference(whole)]
     # Padded rows of the output are nobody's; their gradients must be zero.
     got = [results[0].double() * rows, *(x.double() for x in results[1:])]
     return max((a - b).abs().max().item() for a, b in zip(got, expected))
@@ -143,21 +143,21 @@ def joint_reference(whole, text, mask):
 
 def run_joint(block, mesh, whole, text, mask, seq_len):
     """This rank's results; the text's gradients summed over the ranks, of which each has a part."""
-    leaves = [slice_of(x, mesh, 3.0) for x in whole[:3]] + [x.clone() for x in text[:3]]
+    leaves = [get_slice_of(x, mesh, 3.0) for x in whole[:3]] + [x.clone() for x in text[:3]]
     for leaf in leaves:
         leaf.requires_grad_()
     out, text_out = block(*leaves, mask, seq_len)
     # The whole gradient of the text's output is a sum of parts, too, here very unequal ones.
     share = 2.0 * mesh.get_local_rank() + 1
     part = text[3] * (share / mesh.size() ** 2)
-    grads = torch.autograd.grad((out, text_out), leaves, (slice_of(whole[3], mesh, 0.0), part))
+    grads = torch.autograd.grad((out, text_out), leaves, (get_slice_of(whole[3], mesh, 0.0), part))
     return [out.detach(), text_out.detach(), *grads[:3], *(reduce_over(mesh, g, "sum") for g in grads[3:])]
 
 
 def check_joint(layouts, shapes, dtypes, heads=HEADS):
     errors = {}
     for ring, ulysses, rotate in layouts:
-        block, mesh = parallel_block(ring, ulysses, rotate, JointAttentionCore)
+        block, mesh = parallel_block(ring, ulysses, rotate, JointInnerAttention)
         for batch, seq_len in shapes:
             for dtype in dtypes:
                 whole, (text, mask) = whole_tensors(batch, seq_len, dtype, heads), whole_text(batch, dtype, heads)
@@ -166,10 +166,10 @@ def check_joint(layouts, shapes, dtypes, heads=HEADS):
                         run_joint(block, mesh, whole, text, given, seq_len),
                         joint_reference(whole, text, given),
                     )
-                    rows = slice_of(torch.ones_like(whole[0]), mesh, 0.0)
+                    rows = get_slice_of(torch.ones_like(whole[0]), mesh, 0.0)
                     got[0] = got[0] * rows
                     for i in (0, 2, 3, 4):  # those of the video
-                        expected[i] = slice_of(expected[i], mesh, 0.0)
+                        expected[i] = get_slice_of(expected[i], mesh, 0.0)
                     error = max((x.double() - y).abs().max().item() for x, y in zip(got, expected))
                     errors[ring, ulysses, rotate, batch, seq_len, given is None, dtype] = error
     return errors
@@ -234,8 +234,8 @@ def sent(recorded):
 def count_traffic(layouts, batch, seq_len, dtype, joint):
     counts = {}
     for ring, ulysses, rotate in layouts:
-        block, mesh = parallel_block(ring, ulysses, rotate, JointAttentionCore if joint else AttentionCore)
-        args = [slice_of(x, mesh, 0.0).requires_grad_() for x in whole_tensors(batch, seq_len, dtype)[:3]]
+        block, mesh = parallel_block(ring, ulysses, rotate, JointInnerAttention if joint else InnerAttention)
+        args = [get_slice_of(x, mesh, 0.0).requires_grad_() for x in whole_tensors(batch, seq_len, dtype)[:3]]
         if joint:
             text, mask = whole_text(batch, dtype)
             args += [*(x.requires_grad_() for x in text[:3]), mask]
@@ -266,8 +266,8 @@ def test_what_is_sent_equals_the_closed_forms(world, dtype, joint):
         for (ring, ulysses, rotate), directions in counts.items():
             exchange = ulysses_traffic(elements, ulysses, item, text) if ulysses > 1 else ([], [])
             rounds = ring_traffic(elements, ring, item, rotate) if ring > 1 else ([], [])
-            for counted, a, b in zip(directions, exchange, rounds):
-                assert counted == added(a, b), (ring, ulysses, rotate)
+            for num_loss_elements, a, b in zip(directions, exchange, rounds):
+                assert num_loss_elements == added(a, b), (ring, ulysses, rotate)
             assert tuple(sum(t.sent for t in d) for d in directions) == exchange_bytes(
                 elements, ring, ulysses, item, rotate, text
             )
@@ -285,7 +285,7 @@ class Cores(nn.Module):
         super().__init__()
         blocks = [parallel_block(*layout) for layout in layouts]
         self.blocks, self.mesh = nn.ModuleList(block for block, _ in blocks), blocks[0][1]
-        self.joint = nn.ModuleList(parallel_block(*layout, JointAttentionCore)[0] for layout in layouts if joint)
+        self.joint = nn.ModuleList(parallel_block(*layout, JointInnerAttention)[0] for layout in layouts if joint)
 
     def forward(self, q, k, v, seq_len):
         text, mask = q[:, :2], torch.ones_like(q[:, :2, 0, 0], dtype=torch.bool)
@@ -398,4 +398,4 @@ def test_ring_op_is_a_well_formed_operator_and_counts_its_flops():
 
 def test_unknown_rotation_is_refused():
     with pytest.raises(ValueError, match="context_parallel_rotate_method"):
-        RingCore(None, "sideways")
+        RingAttention(None, "sideways")

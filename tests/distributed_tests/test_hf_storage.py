@@ -8,9 +8,9 @@ import torch
 
 from tests.helpers import run_ranks
 from tests.unit_tests.test_hf_storage import ARGS, TOY, Toy, assert_holds, toy_model, toy_tensors, write_public
-from titan_video.components import safetensors_io
-from titan_video.components.formats import public_names
-from titan_video.components.hf_storage import load_hf, save_hf
+from titan_video.weights import safetensors_io
+from titan_video.weights.formats import public_names
+from titan_video.weights.hf_storage import load_hf, save_hf
 
 
 def sharded_model(layout):
@@ -200,7 +200,9 @@ def fused_rank(folder):
     table = public_names(SPEC.hf_names, owned, "original")
     by_file = {}
     for ours, (public, rule) in table.items():
-        entry = by_file.setdefault(public, [Recorder.reads.get(public, 0), 0, bool(rule.to_ours) or rule.swapped])
+        entry = by_file.setdefault(
+            public, [Recorder.reads.get(public, 0), 0, bool(rule.to_ours) or rule.scale_shift_swapped]
+        )
         entry[1] += owned[ours]
     return by_file
 

@@ -47,7 +47,7 @@ def gradients(model, clips, shard=None):
 
 
 def rank():
-    kernels.use("triton")
+    kernels.set_backend("triton")
     results = {}
     for name, (dims, options) in RUNS.items():
         model, meshes, shard = sharded(ONE, dims, **options)

@@ -12,7 +12,6 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from tests.helpers import run_ranks
-from titan_video.components.objective import compute_loss, model_inputs, predict, velocity_loss
 from titan_video.config.job_config import ActivationCheckpoint, Compile, Lora, Parallelism, Training
 from titan_video.data.batch import Batch
 from titan_video.distributed.parallel_dims import ParallelDims
@@ -21,12 +20,13 @@ from titan_video.distributed.pipeline_parallel import Pipeline, keep_stages
 from titan_video.distributed.sequence import SequenceShard
 from titan_video.distributed.utils import clean_name, clip_grad_norm, initialise, reduce_over
 from titan_video.flow.noise import draw_noise
+from titan_video.lora.adapters import add_adapters, is_adapter
 from titan_video.models.hunyuan_video import SPEC as HUNYUAN
 from titan_video.models.hunyuan_video import HunyuanVideoArgs
-from titan_video.models.lora import add_adapters, is_adapter
 from titan_video.models.spec import ModelSpec
 from titan_video.models.wan import SPEC as WAN
 from titan_video.models.wan import WanArgs, WanModel
+from titan_video.tasks.denoising import compute_loss, model_inputs, predict, velocity_loss
 
 ARGS = WanArgs(dim=72, num_heads=12, num_layers=4, ffn_dim=60, text_dim=20, text_len=9, freq_dim=32)
 HUNYUAN_ARGS = HunyuanVideoArgs(
@@ -125,7 +125,7 @@ LAYOUTS = {
 }
 FULL, SELECTIVE = ActivationCheckpoint(mode="full"), ActivationCheckpoint(mode="selective", save_min_kv=0)
 COMPILED = Compile(enable=True, backend="aot_eager")
-WAYS = {
+EXECUTION_MODES = {
     "plain": (ActivationCheckpoint(), Compile()),
     "full": (FULL, Compile()),
     "selective": (SELECTIVE, Compile()),
@@ -141,12 +141,16 @@ def micro_batch(args, i, dtype):
     even ones are two clips of 4 tokens, odd ones one of 15; texts of different lengths.
     """
     grid, B = ((2, 4, 2), 2) if i % 2 == 0 else ((3, 2, 10), 1)
-    ids, c = torch.arange(B) + 10 * i, args.conditions
+    ids, c = torch.arange(B) + 10 * i, args.conditioning
 
     def drawn(seed, *shape):
         return draw_noise(seed, ids, shape).to(dtype)
 
-    cond = {"given_BCFHW": drawn(3, 16, grid[0] if c.form == "mask_first" else 1, *grid[1:])} if c.num_given else {}
+    cond = (
+        {"cond_latents_BCFHW": drawn(3, 16, grid[0] if c.form == "mask_first" else 1, *grid[1:])}
+        if c.num_cond_frames
+        else {}
+    )
     cond |= {"image_BSD": drawn(4, args.image_len, args.image_dim)} if c.image_tokens else {}
     cond |= {"pooled_text_BD": drawn(5, args.pooled_dim)} if c.pooled_text else {}
     mask = torch.arange(args.text_len) < (3 + ids % 5).unsqueeze(1)
@@ -160,12 +164,15 @@ def arguments(args, i, dtype):
     """
     batch = micro_batch(args, i, dtype)
     noise = draw_noise(0, batch.sample_ids_B, tuple(batch.latents_BCFHW.shape[1:])).to(dtype)
-    told = {"conditions": args.conditions, "guidance_scale": 3.0}
+    told = {"conditions": args.conditioning, "guidance_scale": 3.0}
     return (args.patch, batch, noise, (batch.sample_ids_B + 1) / 130, 1 + batch.sample_ids_B / 50), told
 
 
 def num_elements(args, num_batches):
-    return sum(args.conditions.counted(micro_batch(args, i, torch.float32).latents_BCFHW) for i in range(num_batches))
+    return sum(
+        args.conditioning.num_loss_elements(micro_batch(args, i, torch.float32).latents_BCFHW)
+        for i in range(num_batches)
+    )
 
 
 def build(name, dtype):
@@ -241,7 +248,7 @@ def run_step(name, layout, way, dtype):
     torch._dynamo.config.automatic_dynamic_shapes = layout.world_size <= 2
     spec, args, plan = MODELS[name].spec, MODELS[name].args, MODELS[name].spec.plan
     meshes, kind = layout.dims.build_mesh("cpu"), str(dtype).removeprefix("torch.")
-    checkpointing, compilation = WAYS[way]
+    checkpointing, compilation = EXECUTION_MODES[way]
     section, training = Parallelism(**layout.options), Training(mixed_precision_param=kind, mixed_precision_reduce=kind)
     model, pipelined = build(name, dtype), layout.dims.pp > 1
     stages = keep_stages(model, plan, meshes.pp, section, args, 15) if pipelined else None
@@ -252,18 +259,18 @@ def run_step(name, layout, way, dtype):
     count, rank, dp = num_elements(args, num), meshes.batch.get_local_rank(), meshes.batch.size()
     shard, loss = SequenceShard(meshes.sequence, layout.dims.tp), torch.zeros((), dtype=dtype)
 
-    def inputs_of(i):
+    def build_inputs(i):
         positional, told = arguments(args, i, dtype)
         return model_inputs(*positional, shard, **told)
 
     if pipelined:
         pipeline = Pipeline(model, stages, plan, meshes.pp, section, dtype, torch.device("cpu"))
         for parity in (0, 1):  # a pipeline's micro-batches have one shape
-            inputs = [inputs_of(i) for i in range(parity, num, 2)][rank::dp]
+            inputs = [build_inputs(i) for i in range(parity, num, 2)][rank::dp]
             loss += pipeline.step(inputs, lambda v, i: velocity_loss(v, inputs[i]).sum() / count)
     else:
         for i in range(rank, num, dp):
-            inputs = inputs_of(i)
+            inputs = build_inputs(i)
             micro = velocity_loss(predict(model, inputs), inputs).sum() / count
             micro.backward()
             loss += micro.detach()
@@ -311,7 +318,7 @@ def check(name, layout, runs, one_process):
 
 
 EAGER = ("plain", "full", "selective")
-COMPILED_WAYS = tuple(way for way in WAYS if way not in EAGER)
+COMPILED_WAYS = tuple(way for way in EXECUTION_MODES if way not in EAGER)
 # Of the models beside the first, in the suite; `test_whole_table` has all of them.
 SOME_LAYOUTS = ("tp2", "ulysses2", "ring2", "pp2")
 LORA_LAYOUTS = ("fsdp2", "hsdp2x2", *SOME_LAYOUTS, "fsdp2 x tp2", "pp2 zero bubble")
@@ -322,13 +329,13 @@ def test_layout_equals_one_process(layout, one_process):
     check("wan", layout, [(way, torch.float64) for way in EAGER] + [("plain", torch.float32)], one_process)
 
 
-def ways_of(layout):
+def modes_for(layout):
     """Zero bubble is refused with compile."""
-    return EAGER if "zero bubble" in layout else tuple(WAYS)
+    return EAGER if "zero bubble" in layout else tuple(EXECUTION_MODES)
 
 
 @pytest.mark.parametrize(
-    "layout", [name for name in LAYOUTS if LAYOUTS[name].world_size == 2 and ways_of(name) == tuple(WAYS)]
+    "layout", [name for name in LAYOUTS if LAYOUTS[name].world_size == 2 and modes_for(name) == tuple(EXECUTION_MODES)]
 )
 def test_compiled_layout_equals_one_process(layout, one_process):
     check(
@@ -371,7 +378,7 @@ def test_every_model_in_every_layout(layout, one_process):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", MODELS)
 def test_whole_table(name, layout, dtype, one_process):
-    check(name, layout, [(way, dtype) for way in ways_of(layout)], one_process)
+    check(name, layout, [(way, dtype) for way in modes_for(layout)], one_process)
 
 
 @pytest.mark.parametrize("layout", ["fsdp2", "fsdp2 x tp2"])
@@ -448,5 +455,5 @@ def test_mixed_precision_keeps_time_and_modulation_in_float32():
         assert seen[name]["out"] == torch.float32 and seen[name]["weights"] == {torch.float32}
     assert seen["patch_embedding"]["out"] == torch.bfloat16
     assert seen["blocks.1"]["weights"] == {torch.bfloat16}
-    x, text, modulation, rotations = seen["blocks.1"]["args"]
-    assert (x, text, modulation, rotations) == (torch.bfloat16, torch.bfloat16, torch.float32, torch.complex64)
+    x, text, modulation, freqs_cis = seen["blocks.1"]["args"]
+    assert (x, text, modulation, freqs_cis) == (torch.bfloat16, torch.bfloat16, torch.float32, torch.complex64)

@@ -10,9 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tests.helpers import run_ranks
-from titan_video.components.checkpoint import CheckpointManager, ModelState, OptimizerState
-from titan_video.components.objective import model_inputs, predict, velocity_loss
-from titan_video.components.optimizer import InBackward, build_optimizer
+from titan_video.checkpoint.manager import CheckpointManager, ModelState, OptimizerState
 from titan_video.config.job_config import (
     ActivationCheckpoint,
     Checkpoint,
@@ -30,8 +28,10 @@ from titan_video.distributed.pipeline_parallel import Pipeline, keep_stages
 from titan_video.distributed.sequence import SequenceShard
 from titan_video.distributed.utils import clip_grad_norm, initialise
 from titan_video.flow.noise import draw_noise
-from titan_video.models.layers import hold_in
+from titan_video.models.layers import cast_params
 from titan_video.models.wan import SPEC, WanArgs, WanModel
+from titan_video.optim.optimizer import InBackward, build_optimizer
+from titan_video.tasks.denoising import model_inputs, predict, velocity_loss
 
 ARGS = WanArgs(dim=128, num_heads=2, num_layers=2, ffn_dim=256, text_dim=10, text_len=5, freq_dim=32)
 LAYOUTS = {
@@ -60,7 +60,7 @@ class Run:
             self.model = WanModel(ARGS)
         torch.set_default_dtype(default)
         self.pipeline = None
-        hold_in(self.model, SPEC.plan.fp32, getattr(torch, dtype))
+        cast_params(self.model, SPEC.plan.fp32, getattr(torch, dtype))
         if self.meshes:
             section, pp = Parallelism(pipeline_parallel_degree=dims.pp), self.meshes.pp
             stages = keep_stages(self.model, SPEC.plan, pp, section, ARGS, 15) if dims.pp > 1 else None

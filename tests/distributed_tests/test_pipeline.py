@@ -112,7 +112,7 @@ def sample(i, num_tokens, dtype):
     return Inputs(x, pos, torch.tensor([100.0 * i + 50]), text, torch.ones(1, ARGS.text_len, dtype=torch.bool), target)
 
 
-def loss_of(v, target):
+def loss_fn(v, target):
     return (v.to(target.dtype) - target).square().sum() / (NUM_SAMPLES * target.numel())
 
 
@@ -143,7 +143,7 @@ def reference(dtype, param_dtype=None):
         total = 0
         for i in range(dist.get_rank(), NUM_SAMPLES, dist.get_world_size()) if param_dtype else range(NUM_SAMPLES):
             n = sample(i, num_tokens, dtype)
-            loss = loss_of(model(n.x_BLP, n.pos_BL3, n.t_B, n.text_BSD), n.target_BLP)
+            loss = loss_fn(model(n.x_BLP, n.pos_BL3, n.t_B, n.text_BSD), n.target_BLP)
             loss.backward()
             total += loss.item()
         if param_dtype:
@@ -194,7 +194,7 @@ def run_one(case):
     steps, sent = [], []
     send_ops = PipelineStage.get_fwd_send_ops, PipelineStage.get_bwd_send_ops
 
-    def counted(get):
+    def num_loss_elements(get):
         def get_ops(stage, i):
             ops = get(stage, i)
             sent.append(sum(op.tensor.numel() * op.tensor.element_size() for op in ops))
@@ -202,11 +202,11 @@ def run_one(case):
 
         return get_ops
 
-    PipelineStage.get_fwd_send_ops, PipelineStage.get_bwd_send_ops = (counted(get) for get in send_ops)
+    PipelineStage.get_fwd_send_ops, PipelineStage.get_bwd_send_ops = (num_loss_elements(get) for get in send_ops)
     try:
         for num_tokens in LENGTHS:
             inputs = [sample(i, num_tokens, master) for i in mine]
-            loss = pipeline.step(inputs, lambda v, i: loss_of(v, inputs[i].target_BLP))
+            loss = pipeline.step(inputs, lambda v, i: loss_fn(v, inputs[i].target_BLP))
             loss = reduce_over(meshes.batch, loss, "sum").item()
             norm = clip_grad_norm(model, 0.5, meshes.pp).item()
             steps.append(
@@ -318,10 +318,10 @@ def test_bytes_between_stages(name, results):
     It goes on, its gradient back.
     """
     case, ranks = CASES[name], results[name]
-    low, wide = {"float64": (8, 8), "float32": (4, 4), "bfloat16": (2, 4)}[case["dtype"]]
+    low, upcast = {"float64": (8, 8), "float32": (4, 4), "bfloat16": (2, 4)}[case["dtype"]]
 
     def formula(num_tokens):
-        return low * ARGS.dim * (num_tokens + ARGS.text_len) + wide * 7 * ARGS.dim
+        return low * ARGS.dim * (num_tokens + ARGS.text_len) + upcast * 7 * ARGS.dim
 
     assert [rank.state_bytes for rank in ranks] == [formula(LENGTHS[0])] * len(ranks)
     boundaries = ranks[0].num_stages - 1

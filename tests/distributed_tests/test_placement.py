@@ -13,21 +13,21 @@ import torch.distributed as dist
 
 from tests.helpers import free_port, run_ranks
 from tests.unit_tests.data_clips import captioned, flat_frames
-from titan_video.components.encoding import open_cache, prepare
-from titan_video.components.placement import build_live, join, run_encoder_rank
 from titan_video.config.check import check, training_ranks
 from titan_video.config.job_config import Comm, Data, Encoder, JobConfig, Parallelism, Validation
 from titan_video.config.manager import ConfigError
-from titan_video.data import encode
-from titan_video.data.bucket import Batching, Work
-from titan_video.data.dataset import make_plan
+from titan_video.data.batching import Batching, Work
 from titan_video.data.loader import LatentLoader
-from titan_video.data.video import UnusableClip
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.encoders import build_encoders
-from titan_video.flow.conditions import Conditions
+from titan_video.ingest import encode
+from titan_video.ingest.plan import make_plan
+from titan_video.ingest.prepare import open_cache, prepare
+from titan_video.ingest.video import UnusableClip
+from titan_video.models.conditioning import ConditioningSpec
+from titan_video.online.setup import build_online_encoder, join, run_encoder_rank
 
-ALL = Conditions(num_given=1, form="mask_first", image_tokens=257, pooled_text=True)
+ALL = ConditioningSpec(num_cond_frames=1, form="mask_first", image_tokens=257, pooled_text=True)
 COMM = Comm(init_timeout_seconds=90, train_timeout_seconds=60)
 STEPS = 3
 
@@ -42,16 +42,16 @@ def folder(tmp_path_factory):
     return folder
 
 
-def loader_of(folder, section, data, conditions, dims, wire, cache_name):
+def build_loader(folder, section, data, conditioning, dims, channel, cache_name):
     """As train.py builds it, without a model."""
     encoders = build_encoders(section, "", "cpu")
-    cache = open_cache(folder / cache_name, encoders, conditions, None)
+    cache = open_cache(folder / cache_name, encoders, conditioning, None)
     make = lambda path: make_plan(folder / "clips", [(5, 32, 64), (5, 64, 32)], 8, 0, folder / "cache")
     clips = prepare(
         make, section.placement == "cached", Validation(), folder / cache_name, encoders, cache, None, data.num_workers
     )
     shape = lambda bucket: (16, (bucket[0] - 1) // 4 + 1, bucket[1] // 8, bucket[2] // 8)
-    live = build_live(section, data, COMM, encoders, cache, dims, wire, shape, 6)
+    live = build_online_encoder(section, data, COMM, encoders, cache, dims, channel, shape, 6)
     dp_rank = next(r for r, ranks in enumerate(dims.sample_groups()) if dist.get_rank() in ranks)
     return (
         live,
@@ -74,16 +74,16 @@ def loader_of(folder, section, data, conditions, dims, wire, cache_name):
     )
 
 
-def batches_of(folder, section, cp=1, num_workers=0, cache_name="cache", stop_after=STEPS):
+def get_batches(folder, section, cp=1, num_workers=0, cache_name="cache", stop_after=STEPS):
     """[[digest of each micro-batch] for each step] of this rank; None of an encoder rank."""
     world, data = int(os.environ["WORLD_SIZE"]), Data(num_workers=num_workers)
     num_training = training_ranks(section, world)
     if int(os.environ["RANK"]) >= num_training:
         run_encoder_rank(section, data, COMM, "", num_training)
         return None
-    wire = join(section, COMM, torch.device("cpu"), num_training)
-    live, cache, loader = loader_of(
-        folder, section, data, ALL, ParallelDims(dp_shard=num_training // cp, ulysses=cp), wire, cache_name
+    channel = join(section, COMM, torch.device("cpu"), num_training)
+    live, cache, loader = build_loader(
+        folder, section, data, ALL, ParallelDims(dp_shard=num_training // cp, ulysses=cp), channel, cache_name
     )
     steps = loader.steps(STEPS)
     found = [[digest(batch) for batch in next(steps)] for _ in range(stop_after)]
@@ -96,7 +96,7 @@ def batches_of(folder, section, cp=1, num_workers=0, cache_name="cache", stop_af
 
 def digest(batch):
     """Of all names, types, shapes and bytes, beside the sample ids."""
-    assert set(batch.cond) == {"given_BCFHW", "image_BSD", "pooled_text_BD"}
+    assert set(batch.cond) == {"cond_latents_BCFHW", "image_BSD", "pooled_text_BD"}
     tensors = {
         "latents": batch.latents_BCFHW,
         "text": batch.text_BLD,
@@ -114,7 +114,7 @@ def digest(batch):
 
 @dataclass(frozen=True)
 class Case:
-    """One program of several that the same processes run one after the other. kwargs: of `batches_of`."""
+    """One program of several that the same processes run one after the other. kwargs: of `get_batches`."""
 
     training: int
     section: Encoder
@@ -128,17 +128,17 @@ class Case:
 
 def run_cases(folder, cases):
     """[(batches, clips encoded during training)] of this rank; None where it has no part."""
-    rank, found, make, made = int(os.environ["RANK"]), [], encode.Maker.entries, []
+    rank, found, make, made = int(os.environ["RANK"]), [], encode.ClipEncoder.entries, []
 
     def entries(self, job, part, decoded):
         made.append("video" in part.kinds)
         return make(self, job, part, decoded)
 
-    encode.Maker.entries = entries
+    encode.ClipEncoder.entries = entries
     for case in cases:
         made.clear()
         os.environ.update(WORLD_SIZE=str(case.world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(case.port))
-        found.append((batches_of(folder, case.section, **case.kwargs), sum(made)) if rank < case.world else None)
+        found.append((get_batches(folder, case.section, **case.kwargs), sum(made)) if rank < case.world else None)
     return found
 
 
@@ -240,7 +240,7 @@ def batches_of_broken(folder, section, cp, name):
 
     read, encode.read_frames = encode.read_frames, read_frames
     try:
-        batches_of(folder, section, cp, cache_name=name)
+        get_batches(folder, section, cp, cache_name=name)
     except ValueError as e:
         return str(e)
 

@@ -13,8 +13,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import run_ranks
-from titan_video.components.objective import compute_loss
-from titan_video.components.optimizer import build_optimizer
 from titan_video.config.job_config import ActivationCheckpoint, Compile, Optimizer, Parallelism, Training
 from titan_video.data.batch import Batch
 from titan_video.distributed.fsdp import apply_fsdp
@@ -25,6 +23,8 @@ from titan_video.distributed.tensor_parallel import apply_tensor_parallel, bytes
 from titan_video.distributed.utils import clean_name, clip_grad_norm, initialise, reduce_over
 from titan_video.flow.noise import draw_noise
 from titan_video.models.wan import SPEC, WanArgs, WanModel
+from titan_video.optim.optimizer import build_optimizer
+from titan_video.tasks.denoising import compute_loss
 
 # On 2 x 2 ranks FSDP deals 25 rows of ffn.up to 2 ranks: 13 and 12.
 ARGS = WanArgs(dim=48, num_heads=4, num_layers=2, ffn_dim=50, text_dim=20, text_len=9, freq_dim=32)
@@ -139,7 +139,7 @@ def test_two_steps_equal_one_process(layout):
             assert {n: e for n, e in errors.items() if not e <= (1e-12 if dtype == torch.float64 else 2e-5)} == {}
 
 
-WAYS = {
+EXECUTION_MODES = {
     "plain": {},
     "full": {"checkpointing": ActivationCheckpoint(mode="full")},
     "compile": {"compilation": Compile(enable=True, backend="aot_eager")},
@@ -152,7 +152,7 @@ WAYS = {
 
 def ways_rank():
     results = {}
-    for way, options in WAYS.items():
+    for way, options in EXECUTION_MODES.items():
         torch._dynamo.reset()
         model, _, shard = sharded(ARGS, {"tp": 2}, **options)
         loss = forward_backward(model, ARGS, CASES[1], [0, 1], shard)

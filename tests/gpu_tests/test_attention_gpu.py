@@ -8,7 +8,7 @@ import torch
 
 from tests.unit_tests.test_attention import kernels_run
 from titan_video.kernels import attention
-from titan_video.models.layers import AttentionCore, JointAttentionCore
+from titan_video.models.layers import InnerAttention, JointInnerAttention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -30,9 +30,9 @@ def automatic():
 
 def use(backend, masked=False):
     """Choose, or skip where this GPU or this installation has no such backend."""
-    if reason := attention._missing(backend, CUDA):
+    if reason := attention._unavailable_reason(backend, CUDA):
         pytest.skip(reason)
-    return attention.use(backend, CUDA, torch.bfloat16, 64, masked)
+    return attention.set_backend(backend, CUDA, torch.bfloat16, 64, masked)
 
 
 def tensors(*lengths, dtype=torch.bfloat16):
@@ -40,17 +40,17 @@ def tensors(*lengths, dtype=torch.bfloat16):
     return [torch.randn(2, n, 3, 64, device="cuda", generator=g).to(dtype).requires_grad_() for n in lengths]
 
 
-def grads_of(outputs, inputs):
+def get_grads(outputs, inputs):
     return torch.autograd.grad(sum(x.float().square().sum() for x in outputs), inputs)
 
 
 def in_float64(core, inputs, *rest):
     """Outputs and gradients by plain arithmetic."""
     chosen, attention._in_use = attention._in_use, ("math",)
-    wide = [x.detach().double().requires_grad_() for x in inputs]
-    outputs = core(*wide, *rest)
+    upcast = [x.detach().double().requires_grad_() for x in inputs]
+    outputs = core(*upcast, *rest)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    grads = torch.autograd.grad(sum(x.square().sum() for x in outputs), wide)
+    grads = torch.autograd.grad(sum(x.square().sum() for x in outputs), upcast)
     attention._in_use = chosen
     return [*outputs, *grads]
 
@@ -64,7 +64,7 @@ def assert_close(ours, theirs):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_values_and_the_kernel_that_runs(backend, compiled):
     chosen = use(backend)
-    core = AttentionCore()
+    core = InnerAttention()
     if compiled:
         core.compile(fullgraph=True)
     inputs = tensors(150, 170, 170)
@@ -72,11 +72,11 @@ def test_values_and_the_kernel_that_runs(backend, compiled):
 
     def step():
         out = core(*inputs)
-        result[:] = [out, *grads_of([out], inputs)]
+        result[:] = [out, *get_grads([out], inputs)]
 
     try:
         runs = kernels_run(step)
-        assert_close(result, in_float64(AttentionCore(), inputs))
+        assert_close(result, in_float64(InnerAttention(), inputs))
     finally:
         if backend in ("flash3", "flash4"):
             from torch.nn.attention import restore_flash_attention_impl
@@ -93,7 +93,7 @@ def test_values_and_the_kernel_that_runs(backend, compiled):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_joint_attention_with_a_mask(backend, compiled):
     use(backend, masked=True)
-    core = JointAttentionCore()
+    core = JointInnerAttention()
     if compiled:
         core.compile(fullgraph=True)
     inputs, mask = (
@@ -104,10 +104,10 @@ def test_joint_attention_with_a_mask(backend, compiled):
 
     def step():
         out = core(*inputs, mask)
-        result[:] = [*out, *grads_of(out, inputs)]
+        result[:] = [*out, *get_grads(out, inputs)]
 
     runs = kernels_run(step)
-    assert_close(result, in_float64(JointAttentionCore(), inputs, mask))
+    assert_close(result, in_float64(JointInnerAttention(), inputs, mask))
     if backend == "auto" and torch.cuda.get_device_capability()[0] in (9, 10):
         assert runs[OPERATORS["cudnn"]] == runs[OPERATORS["efficient"]] == 1
 
@@ -116,10 +116,10 @@ def test_the_host_never_waits_for_a_mask():
     for backend in ("auto", "cudnn", "efficient"):
         use(backend, masked=True)
         inputs, mask = tensors(*[150] * 3, *[50] * 3), torch.arange(50, device="cuda").expand(2, -1) < 37
-        JointAttentionCore()(*inputs, mask)
+        JointInnerAttention()(*inputs, mask)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            grads_of(JointAttentionCore()(*inputs, mask), inputs)
+            get_grads(JointInnerAttention()(*inputs, mask), inputs)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -151,10 +151,10 @@ def test_kernel_equals_plain_arithmetic(kernel, dtype, masked):
     out, lse = attention._math(q.double(), k.double(), v.double(), whole_bias)
     for keys, chunk_bias in ((slice(0, 50), bias), (slice(50, 90), None)):
         chunk = k[:, :, keys], v[:, :, keys]
-        wide = [x.double() for x in (q, *chunk)]
+        upcast = [x.double() for x in (q, *chunk)]
         tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-3, "atol": 1e-3}
-        for got, expected in zip(forward(q, *chunk, chunk_bias), attention._math(*wide, chunk_bias)):
+        for got, expected in zip(forward(q, *chunk, chunk_bias), attention._math(*upcast, chunk_bias)):
             torch.testing.assert_close(got.double(), expected, **tolerance)
         grads = backward(grad, q, *chunk, out.to(dtype), lse.float(), chunk_bias)
-        for got, expected in zip(grads, attention._math_backward(grad.double(), *wide, out, lse, chunk_bias)):
+        for got, expected in zip(grads, attention._math_backward(grad.double(), *upcast, out, lse, chunk_bias)):
             torch.testing.assert_close(got.double(), expected, **tolerance)

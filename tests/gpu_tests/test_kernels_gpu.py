@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from tests.kernel_cases import EPS, cases, check, error, exact, rand, results
-from titan_video.kernels import fused_layer_norm, fused_rms_norm, reference
+from titan_video.kernels import reference
+from titan_video.kernels.triton import layer_norm as fused_layer_norm
+from titan_video.kernels.triton import rms_norm as fused_rms_norm
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available() or find_spec("triton") is None, reason="needs a GPU and triton")
 pytestmark = [pytest.mark.gpu, gpu]

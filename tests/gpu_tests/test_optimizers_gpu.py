@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from tests.gpu_tests.test_train_gpu import bf16, cache, losses  # noqa: F401
-from titan_video.components.low_bit import decode, encode, stochastic_round
-from titan_video.components.muon import orthogonal
 from titan_video.config.job_config import Float8
-from titan_video.distributed.float8 import product_of
+from titan_video.distributed.float8 import matmul_fn
+from titan_video.optim.low_bit import decode, encode, stochastic_round
+from titan_video.optim.muon import orthogonal
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 LOW = {"training__mixed_precision_param": "bfloat16", "debug__deterministic": "true"}
@@ -23,7 +23,7 @@ def test_float8_products_are_those_that_are_emulated(recipe, tokens):
     for emulate in (False, True):
         torch.manual_seed(0)
         x, w = (torch.randn(n, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for n in (tokens, 128))
-        y = product_of(Float8(enable=True, recipe_name=recipe, emulate=emulate))(x, w)
+        y = matmul_fn(Float8(enable=True, recipe_name=recipe, emulate=emulate))(x, w)
         y.mul(torch.randn_like(y)).sum().backward()
         results.append((y, x.grad, w.grad))
     for (

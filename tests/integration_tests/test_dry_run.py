@@ -14,12 +14,12 @@ import pytest
 from benchmarks.block_bytes import our_block, using
 from tests.helpers import ROOT
 from titan_video import kernels
-from titan_video.components.memory import estimate, state
 from titan_video.config.manager import parse_args
-from titan_video.distributed.context_parallel.traffic import exchange_bytes
 from titan_video.distributed.parallel_dims import ParallelDims
-from titan_video.dry_run import dry_run, main, tokens_of
 from titan_video.models import get_args, get_spec
+from titan_video.planner.dry_run import dry_run, main, num_clip_tokens
+from titan_video.planner.memory import estimate, state
+from titan_video.planner.traffic import exchange_bytes
 
 TOMLS = sorted((ROOT / "train_configs").glob("*.toml"))
 SMALL = {"data.buckets": "[[17,128,128]]", "training.local_batch_size": 2, "activation_checkpoint.save_min_kv": 100}
@@ -55,9 +55,9 @@ def closed_form(config, world_size):
     spec = get_spec(config.model.name)
     args = get_args(spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
     dims = ParallelDims.of(config.parallelism, world_size)
-    if config.model.name != "wan" or args.conditions.num_given:
+    if config.model.name != "wan" or args.conditioning.num_cond_frames:
         return state(config, spec, args, dims)
-    return estimate(config, spec, args, dims, max(tokens_of(b, args) for b in config.data.buckets))
+    return estimate(config, spec, args, dims, max(num_clip_tokens(b, args) for b in config.data.buckets))
 
 
 def blocks(monkeypatch, flavor, number, name="wan", single=1):
@@ -114,7 +114,7 @@ def test_fused_kernels_keep_what_is_counted_without_a_run(monkeypatch):
     with using("triton"):
         alone = our_block(get_spec("wan").flavors["debug"], 320)["saved"]
     assert kept[1] - kept[0] == alone + 24 * 128
-    assert kernels.in_use() == "torch"
+    assert kernels.current_backend() == "torch"
 
 
 def test_blocks_add_up_equally(monkeypatch):

@@ -5,7 +5,7 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from tests.integration_tests.test_resume import tensors_of
+from tests.integration_tests.test_resume import iter_tensors
 from titan_video import convert
 
 QUIET = {
@@ -31,7 +31,7 @@ def first(shared_front):
 def weights(run, source):
     return {
         name.partition(".")[2]: tensor
-        for name, tensor in tensors_of(run.checkpoint(1)).items()
+        for name, tensor in iter_tensors(run.checkpoint(1)).items()
         if name.startswith(f"{source}.")
     }
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.helpers import ROOT, hf_state_dict
-from tests.integration_tests.test_resume import tensors_of
+from tests.integration_tests.test_resume import iter_tensors
 from tests.unit_tests.data_clips import captioned, write_clip
 from titan_video.config.manager import dump, load
 
@@ -387,7 +387,7 @@ def test_export_is_what_diffusers_loads(exported, front):
 
     spec = get_spec("wan")
     args = get_args(spec, "debug", "", 16)
-    average = weights(tensors_of(exported.checkpoint(3)), "ema")
+    average = weights(iter_tensors(exported.checkpoint(3)), "ema")
     public = hf_state_dict(average, spec, args)
     assert_equal(
         WanTransformer3DModel.from_pretrained(
@@ -420,7 +420,7 @@ def test_start_from_the_weights_of_another_run(exported, front, source):
     )
     options = {"training.steps": 1, "optimizer.lr": 1e-30, "ema.enable": "true", "checkpoint.interval": 1, **form}
     run = front.run("run", options).ok()
-    expected, now = weights(tensors_of(exported.checkpoint(3)), source), tensors_of(run.checkpoint(1))
+    expected, now = weights(iter_tensors(exported.checkpoint(3)), source), iter_tensors(run.checkpoint(1))
     assert_equal(weights(now, "model"), expected)
     assert_equal(weights(now, "ema"), expected)
     assert run.records[0]["samples"] == 2 and run.records[0]["loss"] != exported.records[0]["loss"]

@@ -83,9 +83,9 @@ def test_a_signal_and_a_resumption(front, cached, tmp_path):
 
 def die_at(sample):
     """A hook: whoever is to make the `sample`-th clip is killed."""
-    from titan_video.data.encode import Maker
+    from titan_video.ingest.encode import ClipEncoder
 
-    make, count = Maker.entries, [0]
+    make, count = ClipEncoder.entries, [0]
 
     def entries(self, *args):
         count[0] += 1
@@ -93,7 +93,7 @@ def die_at(sample):
             os.kill(os.getpid(), signal.SIGKILL)
         return make(self, *args)
 
-    Maker.entries = entries
+    ClipEncoder.entries = entries
 
 
 def end_soon(pids):

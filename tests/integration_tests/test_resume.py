@@ -31,7 +31,7 @@ EVERYTHING = {
 }
 
 
-def tensors_of(folder):
+def iter_tensors(folder):
     """All tensors of a checkpoint, read with DCP alone."""
     metadata = dcp.FileSystemReader(folder).read_metadata()
     state = {
@@ -45,7 +45,7 @@ def tensors_of(folder):
 
 
 def assert_same_checkpoint(a, b):
-    ours, theirs = tensors_of(a), tensors_of(b)
+    ours, theirs = iter_tensors(a), iter_tensors(b)
     assert ours.keys() == theirs.keys() and {name.partition(".")[0] for name in ours} >= {"model", "optimizer"}
     different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
     assert not different, different

@@ -19,7 +19,9 @@ FLAVORS = [
     for flavor in get_spec(family).flavors
     if flavor.startswith("debug")
 ]
-IMAGES = [(family, flavor) for family, flavor in FLAVORS if get_spec(family).flavors[flavor].conditions.num_given]
+IMAGES = [
+    (family, flavor) for family, flavor in FLAVORS if get_spec(family).flavors[flavor].conditioning.num_cond_frames
+]
 SHORT = {
     "data.path": "embedded:shapes-6",
     "data.buckets": "[[9, 32, 32]]",
@@ -39,7 +41,7 @@ SHORT = {
 }
 
 
-def options_of(family, flavor, **more):
+def get_options(family, flavor, **more):
     return {**SHORT, "model.name": family, "model.flavor": flavor, **{k.replace("__", "."): v for k, v in more.items()}}
 
 
@@ -49,7 +51,7 @@ def losses(run):
 
 @pytest.mark.parametrize("family, flavor", FLAVORS)
 def test_a_variant_trains_validates_samples_and_resumes(front, family, flavor):
-    options = options_of(family, flavor)
+    options = get_options(family, flavor)
     whole = front.run("whole", options).ok()
     assert (
         np.isfinite(losses(whole)).all() and len(whole.records) == 3
@@ -96,7 +98,7 @@ def assert_alike(one, other):
 def test_ranks_have_the_losses_of_one(front, family, flavor, world, layout):
     """27 tokens a clip, of which 9 may be clean: slices of unequal length."""
     options = {
-        **options_of(family, flavor),
+        **get_options(family, flavor),
         "data.buckets": "[[9, 48, 48]]",
         "checkpoint.enable": "false",
         "training.global_batch_size": 2,
@@ -111,7 +113,7 @@ def test_ranks_have_the_losses_of_one(front, family, flavor, world, layout):
 @pytest.mark.parametrize("family, flavor", FLAVORS)
 def test_the_launcher_on_one_rank_and_on_four(front, family, flavor):
     """The latter stopped and gone on with."""
-    options = {**options_of(family, flavor), "training.global_batch_size": 4}
+    options = {**get_options(family, flavor), "training.global_batch_size": 4}
     one = front.command("one", {**options, "training.local_batch_size": 4}, NGPU="1").ok()
     options["training.local_batch_size"] = 1
     front.command("four", {**options, "training.steps": 2}, NGPU="4").ok()
@@ -127,7 +129,7 @@ def picture(path, seed):
 
 
 def test_sampling_starts_from_an_image(front, tmp_path):
-    run = front.run("run", {**options_of("wan", "debug-flf2v"), "validation.enable": "false"}).ok()
+    run = front.run("run", {**get_options("wan", "debug-flf2v"), "validation.enable": "false"}).ok()
     first, last = picture(tmp_path / "first.png", 1), picture(tmp_path / "last.png", 2)
     base = [run.folder, "--prompt", "a red circle moves left", "--out", tmp_path / "x.mp4"]
     seen = []
@@ -148,14 +150,14 @@ def test_sampling_starts_from_an_image(front, tmp_path):
 @pytest.mark.parametrize("flavor", ["debug-i2v-token-replace", "debug-i2v-latent-concat"])
 def test_a_hunyuan_clip_begins_with_its_image(front, tmp_path, flavor):
     """For token replacement the first frame is the image itself."""
-    run = front.run("run", {**options_of("hunyuan_video", flavor), "validation.enable": "false"}).ok()
+    run = front.run("run", {**get_options("hunyuan_video", flavor), "validation.enable": "false"}).ok()
     image = picture(tmp_path / "first.png", 1)
     base = [run.folder, "--prompt", "a red circle moves left", "--out", tmp_path / "x.mp4", "--image", image]
     seen = []
     for more in ([], ["--guidance", 1], ["--embedded-guidance", 900]):
         run_ranks(run_sample, 1, [*base, *more], init=False)
         seen.append(decode(tmp_path / "x.mp4"))
-    from titan_video.data.video import read_image
+    from titan_video.ingest.video import read_image
 
     expected = read_image(str(image), (9, 32, 32))[:, 0].permute(1, 2, 0).numpy()
     error = [np.abs(clip[k].astype(int) - expected).mean() for clip in seen[:1] for k in (0, -1)]
@@ -168,7 +170,7 @@ def test_a_hunyuan_clip_begins_with_its_image(front, tmp_path, flavor):
 
 
 def test_experts_train_their_levels_and_sample_together(front, tmp_path):
-    options = {**options_of("wan", "debug-i2v-A14B"), "model.boundary": 0.6}
+    options = {**get_options("wan", "debug-i2v-A14B"), "model.boundary": 0.6}
     started = {expert: front.start(expert, {**options, "model.expert": expert}) for expert in ("high", "low")}
     high, low = (front.finish(expert, program).ok() for expert, program in started.items())
     assert "loss_t0.8" in high.validations[3] and "loss_t0.3" in low.validations[3]
@@ -181,7 +183,7 @@ def test_experts_train_their_levels_and_sample_together(front, tmp_path):
     assert not any(np.array_equal(a, b) for a, b in ((seen[0], seen[2]), (seen[1], seen[2])))
     with pytest.raises(AssertionError, match="SystemExit: error: --low: .*model.expert are high and low"):
         run_ranks(run_sample, 1, [low.folder, "--low", high.folder, *base], init=False)
-    front.run("none", {**options_of("wan", "debug"), "model.expert": "low"}).fails_with(
+    front.run("none", {**get_options("wan", "debug"), "model.expert": "low"}).fails_with(
         "model.expert", "model.boundary"
     )
     front.run("both", {**options, "model.expert": "low", "flow.max_t": 0.5}).fails_with("model.expert", "flow.max_t")
@@ -202,7 +204,7 @@ def test_images_of_a_column_and_stills(front):
     ]
     (clips / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {
-        **options_of("wan", "debug-ti2v"),
+        **get_options("wan", "debug-ti2v"),
         "data.path": clips,
         "data.buckets": "[[9, 32, 32], [1, 32, 32]]",
         "data.fps": 8,

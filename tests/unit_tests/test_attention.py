@@ -11,7 +11,7 @@ from titan_video.config.job_config import ActivationCheckpoint
 from titan_video.distributed.activation_checkpoint import apply_activation_checkpoint
 from titan_video.kernels import attention
 from titan_video.kernels.attention import attend, attend_backward, key_blocks, merge, own_attention
-from titan_video.models.layers import AttentionCore, JointAttentionCore
+from titan_video.models.layers import InnerAttention, JointInnerAttention
 from titan_video.models.spec import ParallelPlan
 
 CPU = torch.device("cpu")
@@ -22,9 +22,9 @@ BATCH, LENGTH, TEXT, HEADS, WIDTH = 2, 9, 5, 3, 16
 @pytest.fixture(autouse=True)
 def automatic():
     torch._dynamo.reset()
-    attention.use("auto", CPU, torch.float32, WIDTH)
+    attention.set_backend("auto", CPU, torch.float32, WIDTH)
     yield
-    attention.use("auto", CPU, torch.float32, WIDTH)
+    attention.set_backend("auto", CPU, torch.float32, WIDTH)
 
 
 def tensors(*lengths, dtype=torch.float64, seed=0):
@@ -96,8 +96,8 @@ def loss(*outputs):
     "backend, compiled", [("auto", False), ("flash", False), ("math", False), ("auto", True), ("math", True)]
 )
 def test_backends_equal_attention_written_out(backend, compiled):
-    attention.use(backend, CPU, torch.float64, WIDTH)
-    core = AttentionCore()
+    attention.set_backend(backend, CPU, torch.float64, WIDTH)
+    core = InnerAttention()
     if compiled:
         core.compile(backend="aot_eager", fullgraph=True)
     for keys, seq_len in ((LENGTH, None), (TEXT, None), (LENGTH, 7)):
@@ -112,8 +112,8 @@ def test_backends_equal_attention_written_out(backend, compiled):
 @pytest.mark.parametrize("backend", ["auto", "math"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_joint_attention_leaves_out_what_the_mask_does(backend, compiled):
-    attention.use(backend, CPU, torch.float64, WIDTH)
-    core = JointAttentionCore()
+    attention.set_backend(backend, CPU, torch.float64, WIDTH)
+    core = JointInnerAttention()
     if compiled:
         core.compile(backend="aot_eager", fullgraph=True)
     for mask, seq_len in ((text_mask(), None), (text_mask(), 7), (torch.ones_like(text_mask()), None)):
@@ -130,7 +130,7 @@ def test_joint_attention_leaves_out_what_the_mask_does(backend, compiled):
 
 def test_bfloat16_is_rounded_once_after_the_parts_are_merged():
     inputs = joint_inputs(torch.bfloat16)
-    out = JointAttentionCore()(*inputs, text_mask())
+    out = JointInnerAttention()(*inputs, text_mask())
     expected = joint_written_out(*(x.double() for x in inputs), text_mask(), LENGTH)
     for ours, theirs in zip(out, expected, strict=True):
         assert ours.dtype == torch.bfloat16
@@ -207,8 +207,8 @@ def test_cuda_kernels_are_called_as_they_are_declared(kernel, masked):
 @pytest.mark.parametrize("backend, kernel", [("auto", FLASH), ("flash", FLASH), ("math", OWN)])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_kernel_that_runs_is_the_one_chosen(backend, kernel, compiled):
-    attention.use(backend, CPU, torch.float32, WIDTH)
-    core, joint = AttentionCore(), JointAttentionCore()
+    attention.set_backend(backend, CPU, torch.float32, WIDTH)
+    core, joint = InnerAttention(), JointInnerAttention()
     if compiled:
         core.compile(backend="aot_eager", fullgraph=True)
         joint.compile(backend="aot_eager", fullgraph=True)
@@ -222,12 +222,12 @@ def test_the_kernel_that_runs_is_the_one_chosen(backend, kernel, compiled):
 @pytest.mark.parametrize("backend", ["auto", "math"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_what_selective_checkpointing_keeps_is_not_run_again(backend, compiled):
-    attention.use(backend, CPU, torch.float32, WIDTH)
+    attention.set_backend(backend, CPU, torch.float32, WIDTH)
 
     class Block(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.core, self.joint = AttentionCore(), JointAttentionCore()
+            self.core, self.joint = InnerAttention(), JointInnerAttention()
 
         def forward(self, q, *rest):
             x = self.core(q * 2, *rest[:2])
@@ -262,7 +262,7 @@ def test_what_selective_checkpointing_keeps_is_not_run_again(backend, compiled):
 
 
 def test_compiled_once_for_all_lengths():
-    core = AttentionCore()
+    core = InnerAttention()
     core.compile(backend="eager", fullgraph=True)
     for length in (8, 11):
         core(*tensors(length, length, length))
@@ -278,7 +278,7 @@ def test_backends_of_gpus_are_refused_on_a_cpu(backend):
     with pytest.raises(
         ValueError, match=rf"model.attention: {backend}, but it runs on a GPU.*; legal here: auto, flash, math$"
     ):
-        attention.use(backend, CPU, torch.bfloat16, 128)
+        attention.set_backend(backend, CPU, torch.bfloat16, 128)
     assert attention._in_use == ("flash",)  # as before
 
 
@@ -332,12 +332,12 @@ class Gpu:
 def test_auto_goes_by_the_gpu(monkeypatch, capability, deterministic, expected):
     Gpu(monkeypatch, capability, deterministic)
     cuda = torch.device("cuda")
-    words = attention.use("auto", cuda, torch.bfloat16, 128, masked=True)
+    words = attention.set_backend("auto", cuda, torch.bfloat16, 128, masked=True)
     assert attention._in_use == expected
     assert words == f"{expected[0]}, for masked keys efficient"
-    assert attention.use("auto", cuda, torch.float32, 128) == "efficient"
-    assert attention.use("auto", cuda, torch.float64, 128, masked=True) == "math"
-    assert attention._pick(expected, cuda, torch.bfloat16, 128, True) == "efficient"
+    assert attention.set_backend("auto", cuda, torch.float32, 128) == "efficient"
+    assert attention.set_backend("auto", cuda, torch.float64, 128, masked=True) == "math"
+    assert attention._select_backend(expected, cuda, torch.bfloat16, 128, True) == "efficient"
 
 
 def test_a_gpu_that_a_backend_does_not_run_on_is_named(monkeypatch):
@@ -348,16 +348,16 @@ def test_a_gpu_that_a_backend_does_not_run_on_is_named(monkeypatch):
         match=r"flash3, but it does not run on this GPU \(a GPU\); legal here: auto, cudnn, flash, efficient, flex, "
         r"math$",
     ):
-        attention.use("flash3", cuda, torch.bfloat16, 128)
+        attention.set_backend("flash3", cuda, torch.bfloat16, 128)
     Gpu(monkeypatch, (9, 0))
     with pytest.raises(ValueError, match="flash3, but the package flash_attn_interface is not installed"):
-        attention.use("flash3", cuda, torch.bfloat16, 128)
+        attention.set_backend("flash3", cuda, torch.bfloat16, 128)
     monkeypatch.setattr(attention, "find_spec", lambda name: True)
     with pytest.raises(ValueError, match="flash4, but the package flash_attn does not work here .*No module"):
-        attention.use("flash4", cuda, torch.bfloat16, 128)
+        attention.set_backend("flash4", cuda, torch.bfloat16, 128)
     Gpu(monkeypatch, (9, 0), deterministic=True)
     with pytest.raises(ValueError, match="cudnn, but its backward is not deterministic"):
-        attention.use("cudnn", cuda, torch.bfloat16, 128)
+        attention.set_backend("cudnn", cuda, torch.bfloat16, 128)
 
 
 # ---- flex ----
@@ -381,8 +381,8 @@ def test_flex_leaves_out_what_the_mask_does(monkeypatch):
     with torch.no_grad():
         inputs = [x.detach() for x in joint_inputs(torch.float32)]
         for ours, theirs in zip(
-            JointAttentionCore()(*inputs, text_mask(), 7), joint_written_out(*inputs, text_mask(), 7), strict=True
+            JointInnerAttention()(*inputs, text_mask(), 7), joint_written_out(*inputs, text_mask(), 7), strict=True
         ):
             torch.testing.assert_close(ours, theirs)
         q, k, v = inputs[:3]
-        torch.testing.assert_close(AttentionCore()(q, k, v), written_out(q, k, v))
+        torch.testing.assert_close(InnerAttention()(q, k, v), written_out(q, k, v))

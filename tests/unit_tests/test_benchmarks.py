@@ -27,10 +27,10 @@ from benchmarks import (
     training,
 )
 from tests.helpers import ROOT, run_ranks
-from titan_video.data.shapes import COMBINATIONS, combination, render
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.tensor_parallel import apply_tensor_parallel, collectives_per_block
 from titan_video.encoders.debug import DebugEncoders
+from titan_video.ingest.shapes import COMBINATIONS, combination, render
 from titan_video.models.layers import attention_flops
 from titan_video.models.wan import SPEC, WanModel
 
@@ -146,12 +146,12 @@ def test_rounds_take_turns_and_ties_are_called():
         {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, torch.device("cpu"), rounds=4, budget=0
     )
     assert "".join(calls) == "abbaabba" and len(times["a"].seconds) == 4
-    fast, slow, wide = (
+    fast, slow, upcast = (
         common.Times((1.0, 1.1, 1.0, 1.1)),
         common.Times((2.0, 2.1, 2.0, 2.1)),
         common.Times((0.5, 3.0, 0.6, 2.9)),
     )
-    assert fast.speedup(over=slow) == "1.95" and fast.ties(wide) and fast.speedup(over=wide).endswith("(tie)")
+    assert fast.speedup(over=slow) == "1.95" and fast.ties(upcast) and fast.speedup(over=upcast).endswith("(tie)")
 
 
 def test_roof_is_the_sum_of_what_the_parts_take():
@@ -196,7 +196,7 @@ def test_kernels_are_sorted_by_name_and_gaps_are_what_is_left():
         "void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor<float>>": "optimizer",
         "void at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add>": "norms and element-wise",
     }
-    assert {name: profile_step.part_of(name) for name in names} == names
+    assert {name: profile_step.get_part(name) for name in names} == names
     assert profile_step.busy([(0.0, 1.0), (0.5, 2.0), (3.0, 4.0), (3.2, 3.4)]) == 3.0
 
 

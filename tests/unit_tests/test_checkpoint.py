@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from titan_video.components import checkpoint_io as files
-from titan_video.components.checkpoint import CheckpointManager, ModelState, OptimizerState, load_weights
-from titan_video.components.checkpoint_io import InvalidCheckpoint
+from titan_video.checkpoint import files
+from titan_video.checkpoint.files import InvalidCheckpoint
+from titan_video.checkpoint.manager import CheckpointManager, ModelState, OptimizerState, load_weights
 from titan_video.config.job_config import Checkpoint
 
 
@@ -190,7 +190,7 @@ def test_failing_save_surfaces(tmp_path, monkeypatch, mode):
         with pytest.raises(RuntimeError, match="step-2.partial.*disk full"):
             saver.save(2)
             saver.save(3)
-    assert files.list_steps(tmp_path) == [1] and files.looks_valid(tmp_path / "step-1")
+    assert files.list_steps(tmp_path) == [1] and files.is_valid_fast(tmp_path / "step-1")
     assert saver.save(2)
     saver.close()
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-1", "step-2"]
@@ -313,7 +313,7 @@ def test_retention(tmp_path):
     assert branch.load() == 3
     (tmp_path / "step-9").mkdir()
     branch.save(4)
-    assert files.list_steps(tmp_path) == [4, 5, 9] and files.looks_valid(tmp_path / "step-4")
+    assert files.list_steps(tmp_path) == [4, 5, 9] and files.is_valid_fast(tmp_path / "step-4")
 
 
 def test_retention_cut_short_leaves_no_half_checkpoint(tmp_path, monkeypatch, caplog):

@@ -15,8 +15,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from tests.unit_tests.test_checkpoint import Weights, manager, reseal, save_steps
-from titan_video.components import checkpoint_io as files
-from titan_video.components.checkpoint_io import InvalidCheckpoint
+from titan_video.checkpoint import files
+from titan_video.checkpoint.files import InvalidCheckpoint
 
 
 def damage(path, rng):

@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 
 from tests.unit_tests.test_encoder_wan import saved as wan_folder  # noqa: F401
-from titan_video.components.conditioning import GivenTokens, guidance
-from titan_video.components.objective import compute_loss, model_inputs
 from titan_video.config.job_config import Encoder
 from titan_video.data.batch import Batch
 from titan_video.encoders import build_encoders
-from titan_video.encoders.given import encode_given, encode_images
-from titan_video.flow.conditions import Conditions
+from titan_video.ingest.conditioning_frames import encode_cond_frames, encode_images
 from titan_video.models import get_spec
+from titan_video.models.conditioning import ConditioningSpec
 from titan_video.models.layers import patchify, token_shape, unpatchify
+from titan_video.tasks.conditioning import FrameConditioning, guidance
+from titan_video.tasks.denoising import compute_loss, model_inputs
 
 PATCH = (1, 2, 2)
 FRAMES, HEIGHT, WIDTH = 9, 32, 64
@@ -29,8 +29,8 @@ PROMPTS = ["a red circle moves left", "", "the blue square moves up " * 40]
 LENGTH = 24
 
 
-def conditions_of(family, flavor):
-    return get_spec(family).flavors[flavor].conditions
+def get_conditioning(family, flavor):
+    return get_spec(family).flavors[flavor].conditioning
 
 
 def frame(seed):
@@ -144,42 +144,42 @@ def prepared(pipeline, images, num_channels, latents):
 @pytest.mark.parametrize("flavor", ["i2v-14B", "flf2v-14B", "i2v-A14B"])
 @torch.no_grad()
 def test_wan_channels_and_image_tokens(wan21, flavor):
-    conditions, encoders, pipeline = conditions_of("wan", flavor), wan_encoders(wan21), wan_pipeline(wan21)
-    images = [frame(k) for k in range(conditions.num_given)]
+    conditioning, encoders, pipeline = get_conditioning("wan", flavor), wan_encoders(wan21), wan_pipeline(wan21)
+    images = [frame(k) for k in range(conditioning.num_cond_frames)]
     latents = torch.randn(1, 16, *LATENT)
     _, expected = prepared(pipeline, images, 16, latents)
-    given_CNHW = torch.stack(images, dim=1)
-    given = encode_given(encoders, conditions, given_CNHW, FRAMES)[None]
-    channels = conditions.channels(given, LATENT[0])
+    cond_frames_CNHW = torch.stack(images, dim=1)
+    given = encode_cond_frames(encoders, conditioning, cond_frames_CNHW, FRAMES)[None]
+    channels = conditioning.channels(given, LATENT[0])
     assert channels.shape == (1, 20, *LATENT)
     close(channels, expected)
     assert torch.equal(channels[:, :4], expected[:, :4])
-    x = GivenTokens(conditions, given, LATENT, PATCH).model_input(patchify(latents, PATCH))
+    x = FrameConditioning(conditioning, given, LATENT, PATCH).build_input(patchify(latents, PATCH))
     close(x, patchify(torch.cat([latents, expected], dim=1), PATCH))
-    if conditions.image_tokens:
-        tokens = encode_images(encoders, given_CNHW)
+    if conditioning.image_tokens:
+        tokens = encode_images(encoders, cond_frames_CNHW)
         theirs = pipeline.encode_image([picture(i) for i in images], "cpu")
-        assert len(tokens) == conditions.image_tokens
+        assert len(tokens) == conditioning.image_tokens
         close(tokens, theirs.flatten(0, 1))
     assert len(encoders.image_id()) == 64
 
 
 @torch.no_grad()
 def test_wan_clean_first_frame(wan22):
-    conditions, encoders, pipeline = (
-        conditions_of("wan", "ti2v-5B"),
+    conditioning, encoders, pipeline = (
+        get_conditioning("wan", "ti2v-5B"),
         wan_encoders(wan22),
         wan_pipeline(wan22, expand_timesteps=True),
     )
     assert (encoders.channels, encoders.stride_s) == (48, 16)
     grid = 3, 2, 4
     latents, expected, mask = prepared(pipeline, [frame(0)], 48, torch.randn(1, 48, *grid))
-    given = encode_given(encoders, conditions, frame(0)[:, None], FRAMES)[None]
+    given = encode_cond_frames(encoders, conditioning, frame(0)[:, None], FRAMES)[None]
     close(given, expected)
-    tokens = GivenTokens(conditions, given, grid, PATCH)
-    x = tokens.model_input(patchify(latents, PATCH))
+    tokens = FrameConditioning(conditioning, given, grid, PATCH)
+    x = tokens.build_input(patchify(latents, PATCH))
     close(unpatchify(x, token_shape(grid, PATCH), PATCH), (1 - mask) * expected + mask * latents)
-    times = torch.where(tokens.arguments["clean_BL"], 0, 700)
+    times = torch.where(tokens.arguments["cond_mask_BL"], 0, 700)
     assert torch.equal(times, (mask[0][0][:, ::2, ::2] * 700).flatten()[None].long())
 
     frames = torch.stack([frame(k) for k in range(FRAMES)], dim=1)[None]
@@ -329,9 +329,9 @@ def test_hunyuan_image(hunyuan_i2v, flavor):
     pipeline = hunyuan_pipeline(
         hunyuan_i2v, HunyuanVideoImageToVideoPipeline, LlavaForConditionalGeneration, **processor
     )
-    conditions, form = conditions_of("hunyuan_video", flavor), flavor.removeprefix("i2v-13B-").replace("-", "_")
+    conditioning, form = get_conditioning("hunyuan_video", flavor), flavor.removeprefix("i2v-13B-").replace("-", "_")
     images = [frame(k) for k in range(len(PROMPTS))]
-    texts = encoders.encode_text(PROMPTS, images, conditions.text_image_tokens)
+    texts = encoders.encode_text(PROMPTS, images, conditioning.text_image_tokens)
     for prompt, image, text in zip(PROMPTS, images, texts, strict=True):
         stride = {"latent_concat": 2, "token_replace": 4}[form]
         expected, _, mask = pipeline.encode_prompt(
@@ -339,7 +339,9 @@ def test_hunyuan_image(hunyuan_i2v, flavor):
         )
         assert mask.sum() == len(text) and mask[0, : len(text)].all()
         close(text, expected[0, : len(text)])
-    assert not torch.allclose(texts[0], encoders.encode_text(PROMPTS[:1], images[1:2], conditions.text_image_tokens)[0])
+    assert not torch.allclose(
+        texts[0], encoders.encode_text(PROMPTS[:1], images[1:2], conditioning.text_image_tokens)[0]
+    )
 
     pixels, latents = (
         pipeline.video_processor.preprocess(picture(images[0]), HEIGHT, WIDTH),
@@ -348,18 +350,18 @@ def test_hunyuan_image(hunyuan_i2v, flavor):
     start, expected = pipeline.prepare_latents(
         pixels, 1, 16, HEIGHT, WIDTH, FRAMES, torch.float32, "cpu", None, latents, form
     )
-    given = encode_given(encoders, conditions, images[0][:, None], FRAMES)[None]
+    given = encode_cond_frames(encoders, conditioning, images[0][:, None], FRAMES)[None]
     close(given, expected[:, :, :1])
-    close(conditions.start(latents, given) - latents, start - latents)
+    close(conditioning.start(latents, given) - latents, start - latents)
     if form == "latent_concat":  # as the pipeline's __call__ goes on
         mask = torch.zeros(1, 1, *LATENT)
         mask[:, :, 0], expected[:, :, 1:] = 1, 0
         expected = torch.cat([latents, expected, mask], dim=1)
     else:
         expected = torch.cat([expected, latents[:, :, 1:]], dim=2)
-    x = GivenTokens(conditions, given, LATENT, PATCH).model_input(patchify(latents, PATCH))
+    x = FrameConditioning(conditioning, given, LATENT, PATCH).build_input(patchify(latents, PATCH))
     close(unpatchify(x, token_shape(LATENT, PATCH), PATCH), expected)
-    assert guidance(conditions, 6.0, torch.zeros(2)) == {} or guidance(conditions, 6.0, torch.zeros(2))[
+    assert guidance(conditioning, 6.0, torch.zeros(2)) == {} or guidance(conditioning, 6.0, torch.zeros(2))[
         "guidance_B"
     ].tolist() == [6000.0, 6000.0]
 
@@ -415,30 +417,32 @@ def make_batch(given):
         torch.zeros(2, 5, 8),
         torch.ones(2, 5, dtype=torch.bool),
         torch.arange(2),
-        {"given_BCFHW": given},
+        {"cond_latents_BCFHW": given},
     )
 
 
 def test_given_tokens_hold_no_noise_and_no_loss():
-    conditions = Conditions(num_given=1, form="clean", guidance=True)
+    conditioning = ConditioningSpec(num_cond_frames=1, form="clean", guidance=True)
     batch, noise = make_batch(torch.randn(2, 16, 1, 4, 8)), torch.randn(2, 16, *LATENT)
     model, s = Recorder(), torch.tensor([0.25, 0.75])
-    loss = compute_loss(model, PATCH, batch, noise, s, torch.ones(2), None, conditions, 3.0)
+    loss = compute_loss(model, PATCH, batch, noise, s, torch.ones(2), None, conditioning, 3.0)
     torch.testing.assert_close(loss, (noise - batch.latents_BCFHW)[:, :, 1:].square().flatten(1).sum(1))
-    assert conditions.counted(batch.latents_BCFHW) == batch.latents_BCFHW[:, :, 1:].numel()
+    assert conditioning.num_loss_elements(batch.latents_BCFHW) == batch.latents_BCFHW[:, :, 1:].numel()
     assert model.cond["guidance_B"].tolist() == [3000.0, 3000.0]
-    first = model.cond["clean_BL"][0]
+    first = model.cond["cond_mask_BL"][0]
     assert first.sum() == 8 and first[:8].all()
     x = unpatchify(model.x, token_shape(LATENT, PATCH), PATCH)
-    assert torch.equal(x[:, :, :1], batch.cond["given_BCFHW"])
+    assert torch.equal(x[:, :, :1], batch.cond["cond_latents_BCFHW"])
     torch.testing.assert_close(x[0, :, 1:], (0.75 * batch.latents_BCFHW + 0.25 * noise)[0, :, 1:])
-    assert "given_BCFHW" in batch.cond  # the batch is not used up
+    assert "cond_latents_BCFHW" in batch.cond  # the batch is not used up
 
-    concat = Conditions(num_given=1, form="mask_last")
+    concat = ConditioningSpec(num_cond_frames=1, form="mask_last")
     inputs = model_inputs(PATCH, batch, noise, s, torch.ones(2), None, concat)
-    assert inputs.cond == {} and inputs.clean_BL is None and concat.counted(noise) == noise.numel()
+    assert inputs.cond == {} and inputs.cond_mask_BL is None and concat.num_loss_elements(noise) == noise.numel()
     tail = unpatchify(inputs.x_BLP[..., 64:], token_shape(LATENT, PATCH), PATCH)
-    expected = F.pad(torch.cat([batch.cond["given_BCFHW"], torch.ones(2, 1, 1, 4, 8)], dim=1), [0, 0, 0, 0, 0, 2])
+    expected = F.pad(
+        torch.cat([batch.cond["cond_latents_BCFHW"], torch.ones(2, 1, 1, 4, 8)], dim=1), [0, 0, 0, 0, 0, 2]
+    )
     assert torch.equal(tail, expected)
     with pytest.raises(ValueError, match="image-to-video"):
         model_inputs(
@@ -454,5 +458,5 @@ def test_given_tokens_hold_no_noise_and_no_loss():
 
 def test_batches_are_split_and_moved_with_their_conditions():
     batch = make_batch(torch.arange(2.0).view(2, 1, 1, 1, 1))
-    parts = [part.cond["given_BCFHW"].item() for part in batch.split(1)]
-    assert parts == [0.0, 1.0] and batch.to("meta").cond["given_BCFHW"].is_meta
+    parts = [part.cond["cond_latents_BCFHW"].item() for part in batch.split(1)]
+    assert parts == [0.0, 1.0] and batch.to("meta").cond["cond_latents_BCFHW"].is_meta

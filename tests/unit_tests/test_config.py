@@ -16,7 +16,7 @@ from tests.helpers import ROOT
 from titan_video.config import ConfigError, JobConfig, dump, from_dict, load, main_guard, parse, parse_args
 from titan_video.config.check import check, data_parallel_degrees, gradient_accumulation
 from titan_video.config.job_config import Data, Parallelism, Source, Training
-from titan_video.config.manager import _nearest, limits_of, options, sections
+from titan_video.config.manager import _nearest, get_limits, options, sections
 
 WORLD = 4
 BASE = {"data": {"path": "embedded:shapes-8", "buckets": [[17, 64, 64]]}, "encoder": {"name": "debug"}}
@@ -29,7 +29,7 @@ def draw(kind, limits, rng):
         return [draw(get_args(kind)[0], limits, rng) for _ in range(rng.randrange(4))]
     if is_dataclass(kind):
         kinds = get_type_hints(kind)
-        return {f.name: draw(kinds[f.name], limits_of(f), rng) for f in fields(kind) if rng.random() < 0.7}
+        return {f.name: draw(kinds[f.name], get_limits(f), rng) for f in fields(kind) if rng.random() < 0.7}
     if get_origin(kind) is Literal:
         return rng.choice(get_args(kind))
     if kind is bool:
@@ -51,7 +51,7 @@ def draw_config(rng):
     d = {section: {} for section in sections()}
     for full, (kind, f) in options().items():
         section, name = full.split(".")
-        d[section][name] = draw(kind, limits_of(f), rng)
+        d[section][name] = draw(kind, get_limits(f), rng)
     return from_dict(d)
 
 
@@ -75,7 +75,7 @@ def test_what_is_dumped_is_parsed_back():
 # ---- mutated files ----
 
 
-def message_of(text, world=WORLD):
+def get_message(text, world=WORLD):
     """The ConfigError of a TOML text. Anything else raised, or nothing, fails."""
     with pytest.raises(ConfigError) as caught:
         check(parse(text), world)
@@ -112,7 +112,7 @@ def wrong_types(kind):
             *(
                 {f.name: v}
                 for f in fields(kind)
-                for v in wrong_types(kinds[f.name]) + out_of_range(kinds[f.name], limits_of(f))
+                for v in wrong_types(kinds[f.name]) + out_of_range(kinds[f.name], get_limits(f))
             ),
         ]
     if get_origin(kind) is Literal:
@@ -386,25 +386,25 @@ def test_mutated_files_are_refused_by_name():
         legal = asdict(JobConfig())[section][name]
         legal = [list(v) if isinstance(v, tuple) else v for v in legal] if isinstance(legal, tuple) else legal
         wrong = typo(name, rng)
-        message = message_of(tomli_w.dumps(with_values({f"{section}.{wrong}": legal})))
+        message = get_message(tomli_w.dumps(with_values({f"{section}.{wrong}": legal})))
         assert f"{section}.{wrong}: unknown" in message and f"nearest known name: {full}" in message.splitlines()[0], (
             message
         )
         count += 1
-        for value in wrong_types(kind) + out_of_range(kind, limits_of(f)):
-            message = message_of(tomli_w.dumps(with_values({full: value})))
+        for value in wrong_types(kind) + out_of_range(kind, get_limits(f)):
+            message = get_message(tomli_w.dumps(with_values({full: value})))
             assert message.startswith(f"{full}: ") and "legal: " in message and len(message.splitlines()) == 1, message
             count += 1
     for section in sections():
         wrong = typo(section, rng)
         first = next(iter(asdict(JobConfig())[section]))
-        assert f"{wrong}.{first}: unknown section {wrong}; nearest known name: {section}." in message_of(
+        assert f"{wrong}.{first}: unknown section {wrong}; nearest known name: {section}." in get_message(
             f"[{wrong}]\n{first} = 1\n"
         )
-        assert message_of(f"{section} = 1").startswith(f"{section}: ")
+        assert get_message(f"{section} = 1").startswith(f"{section}: ")
         count += 2
     for values, name, fix in COMBINATIONS:
-        message = message_of(tomli_w.dumps(with_values(values)))
+        message = get_message(tomli_w.dumps(with_values(values)))
         assert f"{name}: " in message and fix in message, message
         count += 1
     assert count >= 300, count
@@ -427,7 +427,7 @@ def test_random_damage_to_a_file_is_an_error_or_a_legal_file():
 
 
 def test_all_mistakes_are_reported_at_once():
-    lines = message_of(
+    lines = get_message(
         "[training]\nsteps = 0\nlr = 1e-4\n[optimizer]\nlr = -1.0\n[emma]\nenable = true\n[[flow]]\nshift = 1\n"
     ).splitlines()
     assert [line.split(":")[0] for line in lines] == [
@@ -437,7 +437,7 @@ def test_all_mistakes_are_reported_at_once():
         "emma.enable",
         "flow",
     ]
-    lines = message_of('[data]\nbuckets = [[80, 470, 832]]\n[encoder]\nname = "wan"\n[flow]\nmin_t = 1\n').splitlines()
+    lines = get_message('[data]\nbuckets = [[80, 470, 832]]\n[encoder]\nname = "wan"\n[flow]\nmin_t = 1\n').splitlines()
     assert [line.split(":")[0] for line in lines] == [
         "data.buckets",
         "data.buckets",
@@ -462,7 +462,7 @@ def test_nearest_names():
         "metrics.tb_folder": "metrics.save_tb_folder",
     }
     assert {given: _nearest(given, options()) for given in wanted} == wanted
-    assert message_of("[trainig]").endswith("nearest known name: training")
+    assert get_message("[trainig]").endswith("nearest known name: training")
 
 
 def test_integers_become_floats():

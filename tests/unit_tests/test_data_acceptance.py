@@ -17,12 +17,13 @@ import pytest
 
 from tests.unit_tests.data_clips import colour, number_by_colour, write_clip, write_sound
 from titan_video.config.manager import parse_args
-from titan_video.data import __main__ as command
-from titan_video.data.bucket import Batching, Work
-from titan_video.data.dataset import plan_of
-from titan_video.data.latent_cache import LatentCache, cached_clips
+from titan_video.data.batching import Batching, Work
+from titan_video.data.latent_cache import LatentCache
 from titan_video.data.loader import LatentLoader
 from titan_video.encoders.debug import DebugEncoders
+from titan_video.ingest import __main__ as command
+from titan_video.ingest.cached_clips import cached_clips
+from titan_video.ingest.plan import build_plan
 
 SIZES = [
     (64, 48),
@@ -177,7 +178,7 @@ def test_plan_loader_and_export_agree(tmp_path, capsys, monkeypatch, num_files):
 
     # The plan: every file, and its reason.
     config = parse_args(["--job.config_file", str(file)])
-    plan = plan_of(config.data, tmp_path / "cache")
+    plan = build_plan(config.data, tmp_path / "cache")
     assert {e.path for e in plan.entries} == set(by_path)
     for entry in plan.entries:
         made = by_path[entry.path]
@@ -225,12 +226,12 @@ def test_plan_loader_and_export_agree(tmp_path, capsys, monkeypatch, num_files):
         assert all_numbers(path)[1] == said[clip], path
 
     # Encoding: the same files, for the same reasons; what the encoder was given is written down by what it gave.
-    numbers_of = {}
+    get_numbers = {}
     encode_video = DebugEncoders.encode_video
 
     def noted(self, frames_BCFHW):
         latents = encode_video(self, frames_BCFHW)
-        numbers_of[latents[0].numpy().tobytes()] = [
+        get_numbers[latents[0].numpy().tobytes()] = [
             number_by_colour(image) for image in frames_BCFHW[0].permute(1, 2, 3, 0).numpy()
         ]
         return latents
@@ -244,7 +245,7 @@ def test_plan_loader_and_export_agree(tmp_path, capsys, monkeypatch, num_files):
     cache = LatentCache(tmp_path / "cache", encoders.video_id(), encoders.text_id())
     dropped = plan.drop({r["path"]: r["reason"] for r in rows if not r["kept"]})
     clips = cached_clips(dropped, cache)
-    caption_of = {
+    get_caption = {
         encoders.encode_text([made.path.with_suffix(".txt").read_text()])[0].numpy().tobytes(): str(made.path)
         for made in files
         if made.fault != "wordless"
@@ -255,5 +256,5 @@ def test_plan_loader_and_export_agree(tmp_path, capsys, monkeypatch, num_files):
     trained = []
     for (batch,) in islice(loader, len(clips)):
         text = batch.text_BLD[0][batch.text_mask_BL[0]].numpy().tobytes()
-        trained.append((caption_of[text], numbers_of[batch.latents_BCFHW[0].numpy().tobytes()]))
+        trained.append((get_caption[text], get_numbers[batch.latents_BCFHW[0].numpy().tobytes()]))
     assert sorted(trained) == sorted((path, numbers) for (path, _), numbers in said.items())

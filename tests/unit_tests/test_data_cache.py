@@ -18,13 +18,14 @@ import torch
 from tests.helpers import ROOT, children, context, free_port
 from tests.unit_tests.data_clips import captioned
 from titan_video.data import latent_cache
-from titan_video.data.__main__ import main
-from titan_video.data.dataset import PlanEntry, make_plan, read_frames
-from titan_video.data.encode import encode_missing, encode_share, missing_jobs, share
-from titan_video.data.latent_cache import LatentCache, cached_clips, split_holdout
-from titan_video.data.shapes import resolve_path
+from titan_video.data.latent_cache import LatentCache
 from titan_video.data.worker import set_up_worker
 from titan_video.encoders.debug import DebugEncoders
+from titan_video.ingest.__main__ import main
+from titan_video.ingest.cached_clips import cached_clips, split_holdout
+from titan_video.ingest.encode import encode_missing, encode_share, missing_jobs, share
+from titan_video.ingest.plan import PlanEntry, make_plan, read_frames
+from titan_video.ingest.shapes import resolve_path
 
 BUCKETS = [[5, 32, 32]]
 
@@ -256,7 +257,8 @@ class Torchrun:
     def __init__(self, folder):
         script = folder.parent / "encode.py"
         script.write_text(
-            "import sys\nfrom titan_video.data import __main__, latent_cache\nlatent_cache.SHARD_ENTRIES = 2\n"
+            "import sys\nfrom titan_video.ingest import __main__\nfrom titan_video.data import latent_cache\n"
+            "latent_cache.SHARD_ENTRIES = 2\n"
             "if __name__ == '__main__':\n    __main__.main(sys.argv[1:])\n"
         )
         self.log = open(folder.parent / "log", "w+")

@@ -9,9 +9,9 @@ from tests.unit_tests.data_clips import captioned
 from titan_video.config.check import check
 from titan_video.config.job_config import Source
 from titan_video.config.manager import parse
-from titan_video.data import __main__ as command
-from titan_video.data.dataset import plan_of
-from titan_video.data.foreign import UNSUPPORTED, import_file
+from titan_video.ingest import __main__ as command
+from titan_video.ingest.importers import UNSUPPORTED, import_file
+from titan_video.ingest.plan import build_plan
 
 DIFFUSION_PIPE = """
 resolutions = [64, [128, 32]]
@@ -122,7 +122,7 @@ def test_diffusion_pipe(folder):
         Source(f"{folder}/b", caption_prefix="drawing, "),
     )
     assert (d.clip_choice, d.uniform_clips, config.training.local_batch_size) == ("uniform", 1, 4)
-    kept = plan_of(d, folder / "cache").kept
+    kept = build_plan(d, folder / "cache").kept
     assert [(e.caption, e.bucket[0], e.start, e.repeats) for e in kept] == [
         ("film, a clip", 9, 10, 2),
         ("drawing, a clip", 9, 10, 1),
@@ -163,7 +163,7 @@ def test_musubi_tuner(folder):
         Source(f"{folder}/rows.jsonl"),
     )
     assert (d.slide_stride, d.uniform_clips, config.training.local_batch_size) == (6, 4, 2)
-    kept = plan_of(d, folder / "cache").kept
+    kept = build_plan(d, folder / "cache").kept
     assert [(e.caption, e.bucket, e.start, e.repeats) for e in kept] == [
         *(("a clip", (9, 32, 64), start, 3) for start in (0, 6, 12, 18)),
         ("a still", (1, 128, 128), 0, 1),
@@ -217,7 +217,7 @@ def test_other_forms(folder):
     )
     config, lines = imported(folder, full)
     assert config.data.buckets == ((1, 544, 960), (37, 544, 960), (5, 544, 960)) and config.data.uniform_clips == 2
-    assert [e.bucket[0] for e in plan_of(config.data, folder / "cache").kept] == [29, 5, 5] and has_line(
+    assert [e.bucket[0] for e in build_plan(config.data, folder / "cache").kept] == [29, 5, 5] and has_line(
         lines, "every frame was taken"
     )
 

@@ -12,15 +12,16 @@ import pytest
 import torch
 
 from tests.unit_tests.data_clips import captioned, flat_frames
-from titan_video.data import __main__ as command
 from titan_video.data import loader as loader_module
-from titan_video.data.bucket import Batching, Work
-from titan_video.data.dataset import make_plan
-from titan_video.data.encode import encode_missing
-from titan_video.data.latent_cache import LatentCache, cached_clips
+from titan_video.data.batching import Batching, Work
+from titan_video.data.latent_cache import LatentCache
 from titan_video.data.loader import EntryReader, LatentLoader
 from titan_video.encoders.debug import DebugEncoders
 from titan_video.flow.noise import drop_caption
+from titan_video.ingest import __main__ as command
+from titan_video.ingest.cached_clips import cached_clips
+from titan_video.ingest.encode import encode_missing
+from titan_video.ingest.plan import make_plan
 
 NUM_CLIPS = 9
 

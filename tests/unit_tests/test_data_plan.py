@@ -7,10 +7,10 @@ import os
 import pytest
 
 from tests.unit_tests.data_clips import captioned, write_clip
-from titan_video.data import dataset
-from titan_video.data.bucket import choose, cover
-from titan_video.data.dataset import make_plan
-from titan_video.data.sources import CAPTION_COLUMNS, MEDIA_COLUMNS, scan
+from titan_video.ingest import plan as dataset
+from titan_video.ingest.bucketing import choose, cover
+from titan_video.ingest.plan import make_plan
+from titan_video.ingest.sources import CAPTION_COLUMNS, MEDIA_COLUMNS, scan
 
 
 def reasons(records):

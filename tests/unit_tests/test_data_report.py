@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from tests.unit_tests.data_clips import captioned, number, write_clip
-from titan_video.data import __main__ as command
-from titan_video.data.bucket import Batching, Work
-from titan_video.data.dataset import make_plan, read_frames
-from titan_video.data.report import decode_all, export, report
-from titan_video.data.video import decode, probe
+from titan_video.data.batching import Batching, Work
+from titan_video.ingest import __main__ as command
+from titan_video.ingest.plan import make_plan, read_frames
+from titan_video.ingest.report import decode_all, export, report
+from titan_video.ingest.video import decode, probe
 
 BUCKETS = [[1, 32, 32], [5, 32, 64], [5, 64, 32], [9, 64, 64]]
 
@@ -57,8 +57,8 @@ def test_table(plan):
     assert lines["5x64x32"][:5] == ["5x64x32", "2", "64x32", "and", "1"]
     assert "epoch: 6 samples, about 1.5 steps of 4 micro-batches" in text and "2 data-parallel ranks, 200 steps" in text
     assert "dealt by equal cost: cost differs by 0.0% on average, ranks idle 0.0%" in text
-    bytes_of = 4 * 16 * (3 * 64 + 3 * 2 * 4 * 8 + 2 * 16)
-    assert f"cache: {bytes_of / 1024:.3g} KiB of latents, at most 600 B of captions" in text
+    num_bytes = 4 * 16 * (3 * 64 + 3 * 2 * 4 * 8 + 2 * 16)
+    assert f"cache: {num_bytes / 1024:.3g} KiB of latents, at most 600 B of captions" in text
 
 
 def test_what_equal_cost_saves(plan):
@@ -130,7 +130,7 @@ def test_the_command(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "3 kept, 1 dropped" in out and "4 data-parallel ranks" in out and "9x32x64" in out
     rows = [json.loads(line) for line in (tmp_path / "out" / "data_plan.jsonl").read_text().splitlines()]
-    assert [(r["verdict"], r["start"]) for r in rows] == [("split", 0), ("split", 16), ("split", 31), ("dropped", 0)]
+    assert [(r["status"], r["start"]) for r in rows] == [("split", 0), ("split", 16), ("split", 31), ("dropped", 0)]
     assert rows[0]["resize"] == [64, 48] and rows[0]["crop"] == [0, 8, 64, 32] and rows[0]["num_frames"] == 40
     assert len(list((tmp_path / "out" / "plan_clips").glob("*.mp4"))) == 2
     with pytest.raises(SystemExit, match="data.global_micro_batches"):

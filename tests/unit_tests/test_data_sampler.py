@@ -10,18 +10,18 @@ from collections import Counter, deque
 
 import pytest
 
-from titan_video.data.bucket import Batching, Work
-from titan_video.data.dataset import Plan, PlanEntry
+from titan_video.data.batching import Batching, Work
 from titan_video.data.latent_cache import CachedClip
-from titan_video.data.loader import Order
-from titan_video.data.report import report
+from titan_video.data.loader import DrawPlan
 from titan_video.data.sampler import CostClass, GlobalSampler, fingerprint
+from titan_video.ingest.plan import Plan, PlanEntry
+from titan_video.ingest.report import report
 from titan_video.models.wan import SPEC
 
 DEBUG = SPEC.flavors["debug"]
 
 
-def sampler_of(sizes, clips, micro_batches=1, parts=1, seed=0, shuffle=True, mark="", classes=None):
+def build_sampler(sizes, clips, micro_batches=1, parts=1, seed=0, shuffle=True, mark="", classes=None):
     return GlobalSampler(
         sizes, classes or [CostClass((b,), clips) for b in range(len(sizes))], micro_batches, parts, seed, shuffle, mark
     )
@@ -38,7 +38,7 @@ def test_every_epoch_of_a_bucket_holds_every_clip_once(sizes, clips, shuffle, on
     stream = {b: [] for b in range(len(sizes))}
     ids = []
     classes = [CostClass(tuple(range(len(sizes))), clips)] if one_class else None
-    for micro_batch in draws(sampler_of(sizes, clips, 2, 3, shuffle=shuffle, classes=classes), 50):
+    for micro_batch in draws(build_sampler(sizes, clips, 2, 3, shuffle=shuffle, classes=classes), 50):
         assert len(micro_batch.positions) == clips
         stream[micro_batch.bucket] += micro_batch.positions
         ids += micro_batch.sample_ids
@@ -54,7 +54,7 @@ def test_every_epoch_of_a_bucket_holds_every_clip_once(sizes, clips, shuffle, on
 
 def test_buckets_take_turns_by_their_size():
     drawn = Counter()
-    for n, step in enumerate(draws(sampler_of([60, 30, 10], 5), 400), 1):
+    for n, step in enumerate(draws(build_sampler([60, 30, 10], 5), 400), 1):
         drawn[step.bucket] += 5
         for bucket, share in enumerate((0.6, 0.3, 0.1)):
             assert abs(drawn[bucket] - share * 5 * n) <= 5
@@ -64,20 +64,20 @@ def test_buckets_take_turns_by_their_size():
 def test_classes_of_unequal_micro_batches_have_their_share_too():
     classes = [CostClass((0, 2), 1), CostClass((1,), 20)]
     drawn = Counter()
-    for step in draws(sampler_of([30, 60, 10], 0, 4, classes=classes), 1000):
+    for step in draws(build_sampler([30, 60, 10], 0, 4, classes=classes), 1000):
         drawn[step.bucket] += len(step.positions)
     total = sum(drawn.values())
     assert [round(drawn[b] / total, 2) for b in range(3)] == [0.3, 0.6, 0.1]
 
 
 def test_seeds_buckets_and_epochs_have_their_own_order():
-    first = draws(sampler_of([50, 50], 50), 4)
+    first = draws(build_sampler([50, 50], 50), 4)
     orders = [tuple(s.positions) for s in first] + [
-        tuple(s.positions) for s in draws(sampler_of([50, 50], 50, seed=1), 4)
+        tuple(s.positions) for s in draws(build_sampler([50, 50], 50, seed=1), 4)
     ]
     assert len(set(orders)) == 8
-    assert draws(sampler_of([50, 50], 50), 4) == first
-    assert draws(sampler_of([8], 8, seed=2**63 - 1), 1)[0].positions == [
+    assert draws(build_sampler([50, 50], 50), 4) == first
+    assert draws(build_sampler([8], 8, seed=2**63 - 1), 1)[0].positions == [
         6,
         0,
         4,
@@ -91,36 +91,36 @@ def test_seeds_buckets_and_epochs_have_their_own_order():
 
 @pytest.mark.parametrize("done", [0, 1, 7, 23])
 def test_resume_in_the_middle(done):
-    whole = draws(sampler_of([11, 4], 6, seed=3, mark="x"), 40)
-    sampler = sampler_of([11, 4], 6, seed=3, mark="x")
+    whole = draws(build_sampler([11, 4], 6, seed=3, mark="x"), 40)
+    sampler = build_sampler([11, 4], 6, seed=3, mark="x")
     draws(sampler, done)
     state = json.loads(json.dumps(sampler.state_dict()))
     draws(sampler, 5)
-    resumed = sampler_of([11, 4], 6, seed=3, mark="x")
+    resumed = build_sampler([11, 4], 6, seed=3, mark="x")
     resumed.load_state_dict(state)
     assert draws(resumed, 40 - done) == whole[done:]
 
 
 def test_resume_with_another_batch_goes_on_with_the_next_clips():
-    sampler = sampler_of([12], 4)
+    sampler = build_sampler([12], 4)
     first = [p for s in draws(sampler, 2) for p in s.positions]
-    other = sampler_of([12], 2)
+    other = build_sampler([12], 2)
     other.load_state_dict(sampler.state_dict())
     rest = draws(other, 2)
     assert sorted(first + [p for s in rest for p in s.positions]) == list(range(12)) and rest[0].sample_ids == [8, 9]
 
 
 def test_other_clips_are_noticed():
-    state = sampler_of([3], 1, mark=fingerprint([["a", "b", "c"]])).state_dict()
+    state = build_sampler([3], 1, mark=fingerprint([["a", "b", "c"]])).state_dict()
     for keys in ([["a", "b", "d"]], [["a", "c", "b"]], [["a", "b"], ["c"]], [["a", "b"]]):
         with pytest.raises(ValueError, match="initial_load_path"):
-            sampler_of([len(k) for k in keys], 1, mark=fingerprint(keys)).load_state_dict(state)
+            build_sampler([len(k) for k in keys], 1, mark=fingerprint(keys)).load_state_dict(state)
 
 
 def test_an_empty_bucket_is_refused():
     for sizes in ([], [3, 0]):
         with pytest.raises(ValueError, match="needs a clip"):
-            sampler_of(sizes, 1)
+            build_sampler(sizes, 1)
 
 
 # ---- token budget and equal cost ----
@@ -167,7 +167,7 @@ def test_a_micro_batch_shrinks_rather_than_repeat_clips_in_a_part():
     assert {c.clips for c in Batching(64, token_budget=32760).classes(few, WORKS)} == {1}
     halves = {b: c.clips for c in Batching(8, token_budget=32760, parts=2).classes(few, WORKS) for b in c.buckets}
     assert halves[0] == 20 // 4
-    sampler = sampler_of(few, 0, 8, classes=Batching(8, token_budget=32760).classes(few, WORKS))
+    sampler = build_sampler(few, 0, 8, classes=Batching(8, token_budget=32760).classes(few, WORKS))
     for _ in range(50):
         step = sampler.next()
         for bucket in {m.bucket for m in step}:
@@ -184,7 +184,7 @@ def test_pipelines_have_one_size_and_whole_microbatches():
 def test_ranks_differ_by_a_tenth_at_most_at_each_micro_step(ranks):
     counts = [500, 40, 60, 33, 20, 11, 7, 90]
     classes = Batching(16, token_budget=32760, parts=2).classes(counts, WORKS)
-    sampler = sampler_of(counts, 0, 8, 2, classes=classes)
+    sampler = build_sampler(counts, 0, 8, 2, classes=classes)
     spreads, seen = [], set()
     for _ in range(200):
         step = sampler.next()
@@ -212,7 +212,7 @@ def test_the_plan_prints_this_balance(ranks, parts):
     (dealt, idle), (alone, idle_alone) = [[float(x) / 100 for x in row] for row in numbers]
 
     clips = [CachedClip(e.content, ("t",), e.bucket, e.captions, e.path, entry=e) for e in entries]
-    order = Order(clips, "", batching, work, 0, True, 0.0)
+    order = DrawPlan(clips, "", batching, work, 0, True, 0.0)
     rows, seen = [], []
     for step in order.steps(200, deque(maxlen=1)):
         costs = [len(m.positions) * work(order.sizes[m.bucket]).flops for m in step]
@@ -229,9 +229,9 @@ def test_the_plan_prints_this_balance(ranks, parts):
 
 
 def test_a_step_may_mix_buckets():
-    sampler = sampler_of([50, 50], 1, micro_batches=2, parts=3)
+    sampler = build_sampler([50, 50], 1, micro_batches=2, parts=3)
     assert any(len({m.bucket for m in sampler.next()}) == 2 for _ in range(3))
-    assert all(len({m.bucket for m in sampler_of([50, 50], 1, micro_batches=6).next()}) == 1 for _ in range(3))
+    assert all(len({m.bucket for m in build_sampler([50, 50], 1, micro_batches=6).next()}) == 1 for _ in range(3))
 
 
 # ---- any number of ranks ----
@@ -244,7 +244,7 @@ def test_the_sequence_is_the_same_for_all_pairs_of_degrees():
     counts = [31, 12, 7, 5, 3, 3, 2, 9]
 
     def build():
-        return sampler_of(
+        return build_sampler(
             counts, 0, 8, 2, seed=4, classes=Batching(16, token_budget=32760, parts=2).classes(counts, WORKS)
         )
 

@@ -17,11 +17,12 @@ from PIL import Image
 from tests.helpers import ROOT
 from tests.unit_tests.data_clips import captioned, level, number, write_clip
 from titan_video.config.job_config import Data, Source
-from titan_video.data import dataset, media
-from titan_video.data.bucket import ClipChoice, choose, starts
-from titan_video.data.dataset import make_plan, plan_of, read_frames
-from titan_video.data.sources import CAPTION_COLUMNS, MEDIA_COLUMNS, STATED_COLUMNS, scan
-from titan_video.data.video import decode, probe
+from titan_video.ingest import media
+from titan_video.ingest import plan as dataset
+from titan_video.ingest.bucketing import ClipChoice, choose, starts
+from titan_video.ingest.plan import build_plan, make_plan, read_frames
+from titan_video.ingest.sources import CAPTION_COLUMNS, MEDIA_COLUMNS, STATED_COLUMNS, scan
+from titan_video.ingest.video import decode, probe
 
 
 def numbers(entry):
@@ -100,7 +101,7 @@ def test_tars(shards, tmp_path, form):
         ((), "unreadable caption"),
         (("no",), ""),
     ]
-    assert records[1].stated == (48, 64, 12, 10)
+    assert records[1].declared == (48, 64, 12, 10)
     plan = make_plan([Source(path=path)], [[5, 32, 64], [5, 64, 48]], 10, 0, tmp_path / "cache")
     first, second = plan.kept
     assert (
@@ -203,7 +204,7 @@ def test_images_beside_clips(tmp_path):
     assert by_name["a.mp4"].bucket == (9, 32, 64) and by_name["broken.png"].reason.startswith("corrupt: ")
     assert [numbers(by_name[n]) for n in ("b.png", "c.jpg", "d.webp", "e.bmp")] == [[0], [1], [2], [3]]
     turned = by_name["turned.jpg"]
-    assert (turned.width, turned.height, turned.num_frames, turned.verdict) == (48, 64, 1, "kept")
+    assert (turned.width, turned.height, turned.num_frames, turned.status) == (48, 64, 1, "kept")
     short = make_plan(folder, [[9, 32, 64]], 60, 0, tmp_path / "cache")
     assert {e.reason for e in short.entries if e.path.endswith("b.png")} == {
         "too short: 1 frames at 60 fps, the shortest bucket takes 9"
@@ -312,7 +313,7 @@ def test_sources_with_their_own_rules(tmp_path, clip):
         Source(path=str(tmp_path / "rows.jsonl"), caption_column="style", clip_choice="chunk"),
     )
     data = Data(source=sources, buckets=((9, 32, 64),), fps=10.0, num_workers=0)
-    plan = plan_of(data, tmp_path / "cache")
+    plan = build_plan(data, tmp_path / "cache")
     a, *chunks = plan.kept
     assert (a.caption, a.repeats, a.fps, a.num_frames) == ("film, a clip", 3, 20.0, 40) and numbers(a) == list(range(9))
     assert [(c.caption, c.repeats, c.fps, c.start, c.num_clips) for c in chunks] == [
@@ -322,10 +323,8 @@ def test_sources_with_their_own_rules(tmp_path, clip):
     assert [numbers(c) for c in chunks] == [list(range(9)), list(range(9, 18))] and len(
         {e.content for e in plan.kept}
     ) == 3
-    assert (
-        {e.verdict for e in chunks} == {"split"} and a.verdict == "trimmed" and "1 trimmed, 1 split" in plan.summary()
-    )
-    other = plan_of(data, tmp_path / "cache", path=str(tmp_path / "one"))
+    assert {e.status for e in chunks} == {"split"} and a.status == "trimmed" and "1 trimmed, 1 split" in plan.summary()
+    other = build_plan(data, tmp_path / "cache", path=str(tmp_path / "one"))
     assert [(e.caption, e.repeats) for e in other.kept] == [("a clip", 1)]
 
 
@@ -361,7 +360,7 @@ def test_a_late_clip_is_sought_and_is_the_same(tmp_path, monkeypatch):
     plan = make_plan([Source(path=str(path), clip_choice="chunk")], [[9, 32, 64]], 10, 0, tmp_path / "cache")
     assert [numbers(e) for e in plan.kept] == [[k % 32 for k in range(s, s + 9)] for s in range(0, 72, 9)]
     sought = [read_frames(e) for e in plan.kept]
-    monkeypatch.setattr("titan_video.data.video.SEEK_FROM", 1e9)
+    monkeypatch.setattr("titan_video.ingest.video.SEEK_FROM", 1e9)
     assert all(torch.equal(a, read_frames(e)) for a, e in zip(sought, plan.kept, strict=True))
 
 

@@ -12,9 +12,9 @@ from PIL import Image
 
 from tests.unit_tests.data_clips import captioned, damaged, number, write_clip
 from tests.unit_tests.test_data_video import CONTAINERS
-from titan_video.data.dataset import make_plan, read_frames
-from titan_video.data.media import member
-from titan_video.data.video import UnusableClip, decode, frame_indices, probe, require
+from titan_video.ingest.media import member
+from titan_video.ingest.plan import make_plan, read_frames
+from titan_video.ingest.video import UnusableClip, decode, frame_indices, probe, require
 
 try:
     require("torchcodec")
@@ -37,7 +37,7 @@ def test_its_pixels_have_an_identity_of_their_own(tmp_path, monkeypatch):
     captioned(tmp_path / "a.mp4")
     Image.new("RGB", (64, 48)).save(tmp_path / "still.png")
     (tmp_path / "still.txt").write_text("a still")
-    monkeypatch.setattr("titan_video.data.dataset.require", lambda decoder: None)
+    monkeypatch.setattr("titan_video.ingest.plan.require", lambda decoder: None)
     one, other = (
         make_plan(tmp_path, [(5, 32, 32), (1, 32, 32)], 16, 0, tmp_path / "cache", decoder=name).kept
         for name in ("pyav", "torchcodec")

@@ -8,10 +8,10 @@ from torch.utils.data import DataLoader
 
 from tests.unit_tests.data_clips import captioned, number
 from titan_video.data import worker
-from titan_video.data.dataset import make_plan
-from titan_video.data.encode import Decoder, Job
-from titan_video.data.worker import ALIGNMENT, BUFFERS, buffer, let_go, pack, set_up_worker, unpack
-from titan_video.flow.conditions import TEXT_ONLY
+from titan_video.data.worker import ALIGNMENT, BUFFERS, buffer, pack, release, set_up_worker, unpack
+from titan_video.ingest.encode import Decoder, Job
+from titan_video.ingest.plan import make_plan
+from titan_video.models.conditioning import TEXT_ONLY
 
 
 class Filled:
@@ -43,7 +43,7 @@ def read(sizes, held):
         if len(waiting) > held:
             k, first = waiting.popleft()
             assert first.numel() == sizes[k] and (first == k).all()
-            let_go(first)
+            release(first)
     assert all((x == k).all() for k, x in waiting)
     return count
 
@@ -60,7 +60,7 @@ def test_what_is_not_let_go_is_not_overwritten(held):
 
 def test_in_the_main_process_nothing_is_shared():
     x = buffer(8).fill_(7)
-    let_go(x, None)
+    release(x, None)
     assert not x.is_shared() and (x == 7).all() and not worker._buffers
 
 
@@ -73,7 +73,7 @@ def test_clips_go_through_it(tmp_path):
     for ((frames_CFHW, _),), (job,) in zip(given, jobs, strict=True):
         assert [number(f) for f in frames_CFHW.permute(1, 2, 3, 0).numpy()] == list(range(job.entry.bucket[0]))
         assert frames_CFHW.is_shared()
-        let_go(frames_CFHW)
+        release(frames_CFHW)
 
 
 def test_pack_and_unpack():

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.helpers import ROOT, run_ranks
-from titan_video.components.fault_tolerance import NonFiniteGuard, SignalFlag
+from titan_video.training.fault_tolerance import NonFiniteGuard, SignalFlag
 
 
 def _one_rank_is_signalled(signum):
@@ -38,7 +38,7 @@ def test_handlers_are_restored():
 
 PROGRAM = """
 import os, sys, time
-from titan_video.components.fault_tolerance import SignalFlag
+from titan_video.training.fault_tolerance import SignalFlag
 flag = SignalFlag()
 child = os.fork() if sys.argv[1] == "fork" else None
 if child == 0:

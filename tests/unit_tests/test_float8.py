@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from titan_video.config.job_config import Float8, Lora
-from titan_video.distributed.float8 import apply_float8, product_of
+from titan_video.distributed.float8 import apply_float8, matmul_fn
 from titan_video.distributed.tensor_parallel import UnfusedLinear
+from titan_video.lora.adapters import add_adapters
 from titan_video.models import get_spec
 from titan_video.models.layers import Linear
-from titan_video.models.lora import add_adapters
 from titan_video.models.wan import SPEC, WanArgs, WanModel
 
 EMULATED = Float8(enable=True, emulate=True)
@@ -46,14 +46,14 @@ def test_product_is_that_of_torchaos_linear(recipe):
         return torch.func.functional_call(theirs, {"weight": w, "bias": b}, (x,))
 
     for ours, expected, exact in zip(
-        grads(product_of(replace(EMULATED, recipe_name=recipe))), grads(oracle), grads(F.linear), strict=True
+        grads(matmul_fn(replace(EMULATED, recipe_name=recipe))), grads(oracle), grads(F.linear), strict=True
     ):
         assert torch.equal(ours, expected)
         error = (ours - exact).norm() / exact.norm()
         assert error < 0.08
     assert error == 0  # the bias's gradient has no product in it
     x, w, b = torch.randn(4, 16), torch.randn(16, 16), torch.randn(16)
-    product = product_of(replace(EMULATED, recipe_name=recipe))
+    product = matmul_fn(replace(EMULATED, recipe_name=recipe))
     assert not torch.equal(product(x, w), F.linear(x, w)) and torch.equal(product(x, w, b), product(x, w) + b)
 
 
@@ -107,7 +107,7 @@ def test_adapters_and_split_linears_multiply_in_float8():
 
 def test_compiles_as_one_graph():
     linear = Linear(32, 48)
-    linear.product = product_of(EMULATED)
+    linear.product = matmul_fn(EMULATED)
     x = torch.randn(5, 32)
     torch.testing.assert_close(torch.compile(linear, backend="aot_eager", fullgraph=True)(x), linear(x))
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from titan_video.config.job_config import Flow
-from titan_video.flow.matching import FlowMatching, interpolate, shift_level, velocity
+from titan_video.flow.matching import FlowMatching, interpolate, time_shift, velocity
 from titan_video.flow.noise import draw_noise, draw_uniform, drop_caption
-from titan_video.flow.solver import euler, guided, sampling_levels
+from titan_video.flow.solver import euler, guided, sampling_sigmas
 
 GRID = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
 
 
-def empirical_cdf(levels, at):
-    return [(levels <= x).double().mean().item() for x in at]
+def empirical_cdf(sigmas, at):
+    return [(sigmas <= x).double().mean().item() for x in at]
 
 
 def test_interpolation_runs_from_data_to_noise_and_velocity_is_its_slope():
@@ -30,10 +30,10 @@ def test_interpolation_runs_from_data_to_noise_and_velocity_is_its_slope():
 
 def test_uniform_and_logit_normal_have_their_distributions():
     at = [0.1, 0.3, 0.5, 0.7, 0.9]
-    uniform = FlowMatching(Flow(timestep_density="uniform", shift="none")).levels(GRID, 100)
+    uniform = FlowMatching(Flow(timestep_density="uniform", shift="none")).sigmas(GRID, 100)
     assert empirical_cdf(uniform, at) == pytest.approx(at, abs=1e-3)
     mean, std = 0.4, 1.3
-    normal = FlowMatching(Flow(timestep_density="logit_normal", logit_mean=mean, logit_std=std, shift="none")).levels(
+    normal = FlowMatching(Flow(timestep_density="logit_normal", logit_mean=mean, logit_std=std, shift="none")).sigmas(
         GRID, 100
     )
     exact = [0.5 * (1 + math.erf((math.log(x / (1 - x)) - mean) / std / math.sqrt(2))) for x in at]
@@ -45,7 +45,7 @@ def test_mode_density_follows_the_paper():
     scale = 1.29
     u = np.random.default_rng(0).random(200_000)
     paper = np.sort(1 - u - scale * (np.cos(np.pi / 2 * u) ** 2 - 1 + u))
-    ours = FlowMatching(Flow(timestep_density="mode", mode_scale=scale, shift="none")).levels(GRID, 100)
+    ours = FlowMatching(Flow(timestep_density="mode", mode_scale=scale, shift="none")).sigmas(GRID, 100)
     assert np.quantile(paper, [0.05, 0.3, 0.5, 0.8]) == pytest.approx(
         ours.double().quantile(torch.tensor([0.05, 0.3, 0.5, 0.8]).double()).numpy(), abs=5e-3
     )
@@ -55,8 +55,8 @@ def test_mode_density_follows_the_paper():
 @pytest.mark.parametrize("density", ["uniform", "logit_normal", "mode"])
 def test_cut_levels_are_the_full_density_conditioned_on_the_interval(density):
     flow = dict(timestep_density=density, shift="constant", shift_value=5.0)
-    full = FlowMatching(Flow(**flow)).levels(GRID, 100)
-    cut = FlowMatching(Flow(**flow, min_t=0.6, max_t=0.9)).levels(GRID, 100)
+    full = FlowMatching(Flow(**flow)).sigmas(GRID, 100)
+    cut = FlowMatching(Flow(**flow, min_t=0.6, max_t=0.9)).sigmas(GRID, 100)
     inside = full[(full >= 0.6) & (full <= 0.9)]
     at = [0.65, 0.7, 0.8, 0.85]
     assert cut.min() >= 0.6 and cut.max() <= 0.9
@@ -67,9 +67,9 @@ def test_shift_by_resolution_follows_the_square_root_of_tokens():
     flow = FlowMatching(Flow(shift="resolution", shift_value=3.0, shift_base_tokens=1000))
     assert flow.alpha(1000) == 3.0 and flow.alpha(4000) == 6.0
     assert FlowMatching(Flow(shift="none")).alpha(4000) == 1.0
-    assert shift_level(0.5, 3.0) == 0.75
-    assert shift_level(shift_level(0.3, 3.0), 1 / 3.0) == pytest.approx(0.3)
-    uniform = FlowMatching(Flow(timestep_density="uniform", shift="constant", shift_value=3.0)).levels(
+    assert time_shift(0.5, 3.0) == 0.75
+    assert time_shift(time_shift(0.3, 3.0), 1 / 3.0) == pytest.approx(0.3)
+    uniform = FlowMatching(Flow(timestep_density="uniform", shift="constant", shift_value=3.0)).sigmas(
         torch.tensor([0.5]), 10
     )
     assert uniform.item() == pytest.approx(0.75)
@@ -77,8 +77,8 @@ def test_shift_by_resolution_follows_the_square_root_of_tokens():
 
 def test_bell_weight_has_mean_one_over_the_drawn_levels_and_favours_the_middle():
     flow = FlowMatching(Flow(loss_weighting="bell", shift_value=5.0))
-    levels = flow.levels(GRID, 100)
-    w = flow.weights(levels, 100)
+    sigmas = flow.sigmas(GRID, 100)
+    w = flow.weights(sigmas, 100)
     assert w.mean().item() == pytest.approx(1.0, abs=1e-3)
     assert (
         flow.weights(torch.tensor([0.5]), 100)
@@ -86,12 +86,12 @@ def test_bell_weight_has_mean_one_over_the_drawn_levels_and_favours_the_middle()
         > flow.weights(torch.tensor([0.999]), 100)
         >= 0
     )
-    assert torch.equal(FlowMatching(Flow()).weights(levels, 100), torch.ones_like(levels))
+    assert torch.equal(FlowMatching(Flow()).weights(sigmas, 100), torch.ones_like(sigmas))
 
 
 def test_levels_are_float32_and_distinct():
-    levels = FlowMatching(Flow()).levels(draw_uniform(0, torch.arange(2000)), 100)
-    assert levels.dtype == torch.float32 and levels.unique().numel() == 2000
+    sigmas = FlowMatching(Flow()).sigmas(draw_uniform(0, torch.arange(2000)), 100)
+    assert sigmas.dtype == torch.float32 and sigmas.unique().numel() == 2000
 
 
 def test_draws_depend_on_seed_and_sample_id_alone():
@@ -120,9 +120,9 @@ def test_euler_follows_an_exact_straight_flow():
     for steps, shift in ((1, 1.0), (7, 1.0), (7, 5.0)):
         out = euler(lambda x, s: (x - target) / s[:, None], noise, steps, shift)
         torch.testing.assert_close(out, target, atol=1e-5, rtol=1e-5)
-    levels = sampling_levels(10, 3.0)
-    assert levels[0] == 1 and levels[-1] == 0 and (levels[1:] < levels[:-1]).all()
-    assert levels[5] == pytest.approx(0.75)
+    sigmas = sampling_sigmas(10, 3.0)
+    assert sigmas[0] == 1 and sigmas[-1] == 0 and (sigmas[1:] < sigmas[:-1]).all()
+    assert sigmas[5] == pytest.approx(0.75)
 
 
 def test_guidance_extrapolates():

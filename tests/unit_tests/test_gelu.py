@@ -41,16 +41,16 @@ def saved_by(ffn, x):
 
 @pytest.fixture
 def fused():
-    kernels.use("triton")
+    kernels.set_backend("triton")
     yield
-    kernels.use("torch")
+    kernels.set_backend("torch")
 
 
 def test_feed_forward_keeps_its_widest_activation_once_where_kernels_are_fused(fused):
     torch.manual_seed(0)
     ffn, x = FeedForward(8, 32), draw(1, 6, 8, dtype=torch.float32)
     out, kept = saved_by(ffn, x)
-    kernels.use("torch")
+    kernels.set_backend("torch")
     plain, kept_by_plain = saved_by(ffn, x)
     assert torch.equal(out, plain) and kept_by_plain - kept == 6 * 32
 

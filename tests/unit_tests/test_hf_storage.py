@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.helpers import diffusers_wan, hf_state_dict
-from titan_video.components import safetensors_io
-from titan_video.components.formats import public_names
-from titan_video.components.hf_storage import load_hf, plan_shards, save_hf
 from titan_video.distributed.utils import clean_name
 from titan_video.models.spec import ModelSpec, NameRule, ParallelPlan
 from titan_video.models.wan import SPEC, WanArgs, WanModel
+from titan_video.weights import safetensors_io
+from titan_video.weights.formats import public_names
+from titan_video.weights.hf_storage import load_hf, plan_shards, save_hf
 
 
 @dataclass(frozen=True)
@@ -353,9 +353,9 @@ def test_damaged_folders_are_refused_by_file(tmp_path):
     )
     refused(lambda: (folder / index_name).write_text("{"), index_name)
     refused(lambda: (folder / index_name).write_text("[]"), index_name)
-    swapped = {"head.bias": "head.weight", "head.weight": "head.bias"}
+    scale_shift_swapped = {"head.bias": "head.weight", "head.weight": "head.bias"}
     refused(
-        lambda: change_index(lambda m: m.update({a: m[b] for a, b in swapped.items()})),
+        lambda: change_index(lambda m: m.update({a: m[b] for a, b in scale_shift_swapped.items()})),
         "disagree about its tensors: head",
     )
     refused(lambda: change_index(lambda m: m.update({"head.bias": f"../good/{second}"})), "outside its folder")

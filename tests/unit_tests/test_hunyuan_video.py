@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers import hf_state_dict, load_from_hf_state_dict, run_ranks
-from titan_video.components.hf_storage import load_hf, save_hf
-from titan_video.components.objective import compute_loss
 from titan_video.data.batch import Batch
 from titan_video.encoders.debug import DebugEncoders
 from titan_video.models import get_args, get_spec
 from titan_video.models.hunyuan_video import SPEC, HunyuanVideoArgs, HunyuanVideoModel, args_from_hf, args_to_hf
-from titan_video.models.layers import JointAttentionCore, attention_flops, patchify, positions, token_shape, unpatchify
+from titan_video.models.layers import JointInnerAttention, attention_flops, patchify, positions, token_shape, unpatchify
+from titan_video.tasks.denoising import compute_loss
+from titan_video.weights.hf_storage import load_hf, save_hf
 
 T2V = HunyuanVideoArgs(
     dim=48,
@@ -92,7 +92,7 @@ def make_inputs(args=T2V, seed=1):
 def run_ours(model, latents, t, text, mask, cond):
     args, shape = model.args, token_shape(latents.shape[2:], model.args.patch)
     pos = positions(shape)
-    clean = {"clean_BL": pos[..., 0] == 0} if args.clean_first_frame else {}
+    clean = {"cond_mask_BL": pos[..., 0] == 0} if args.clean_first_frame else {}
     return unpatchify(model(patchify(latents, args.patch), pos, t, text, mask, **cond, **clean), shape, args.patch)
 
 
@@ -156,7 +156,7 @@ def test_joint_attention_is_attention_to_the_keys_that_count():
     g = torch.Generator().manual_seed(0)
     video, text = torch.randn(3, 2, 6, 2, 4, generator=g).double(), torch.randn(3, 2, 5, 2, 4, generator=g).double()
     mask, seq_len = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]).bool(), 4
-    out, text_out = JointAttentionCore()(*video, *text, mask, seq_len)
+    out, text_out = JointInnerAttention()(*video, *text, mask, seq_len)
     for b, num_text in enumerate((5, 2)):
         q = torch.cat([video[0, b], text[0, b]])
         k, v = (torch.cat([video[i, b, :seq_len], text[i, b, :num_text]]) for i in (1, 2))
@@ -171,16 +171,16 @@ def test_clean_tokens_are_known_by_their_mark_alone():
     x, pos = patchify(latents, T2V.patch), positions(token_shape(GRID, T2V.patch))
     with torch.no_grad():
         with_none, unmarked = (
-            ours(x, pos, t, text, mask, **cond, clean_BL=clean)
+            ours(x, pos, t, text, mask, **cond, cond_mask_BL=clean)
             for clean in (None, torch.zeros(1, x.shape[1], dtype=torch.bool))
         )
         torch.testing.assert_close(with_none, unmarked)
         order = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(0))
         clean = pos[..., 0] == 0
         assert clean.sum() == FIRST
-        out = ours(x, pos, t, text, mask, **cond, clean_BL=clean)
+        out = ours(x, pos, t, text, mask, **cond, cond_mask_BL=clean)
         assert relative(out, with_none) > 1e-2
-        shuffled = ours(x[:, order], pos[:, order], t, text, mask, **cond, clean_BL=clean[:, order])
+        shuffled = ours(x[:, order], pos[:, order], t, text, mask, **cond, cond_mask_BL=clean[:, order])
         torch.testing.assert_close(shuffled, out[:, order], atol=1e-5, rtol=1e-5)
 
 
@@ -341,7 +341,7 @@ def test_inputs_that_do_not_fit_are_refused(pair):
     for change, name in (
         ({"pooled_text_BD": None}, "pooled_text_BD"),
         ({"guidance_B": None}, "takes the guidance"),
-        ({"clean_BL": mask}, "clean_BL"),
+        ({"cond_mask_BL": mask}, "cond_mask_BL"),
     ):
         with pytest.raises(ValueError, match=name):
             run_ours(pair[0], latents, t, text, mask, cond | change)
@@ -426,7 +426,7 @@ def squared_error(model, shard=None):
     if shard is not None:
         seq_len, num_valid = x.shape[1], shard.num_valid(x.shape[1])
         x, target, clean, pos = shard.slice(x), shard.slice(target), shard.slice(clean), shard.slice_for_attention(pos)
-    out = model(x, pos, t.float(), text, mask, seq_len, **cond, clean_BL=clean)
+    out = model(x, pos, t.float(), text, mask, seq_len, **cond, cond_mask_BL=clean)
     return out, (out - target)[:, :num_valid].square().sum()
 
 
@@ -441,8 +441,8 @@ def test_sharded_and_split_equal_one_process():
         loss.backward()
         assert out.dtype == model.proj_out.weight.dtype and torch.equal(out, expected)
         assert wrong(grads, whole_grads(model), limit) == {}
-    wide = make_pair(FORMS["token_replace"])[0].double()
-    _, loss = squared_error(wide)
+    upcast = make_pair(FORMS["token_replace"])[0].double()
+    _, loss = squared_error(upcast)
     loss.backward()
     assert sum(loss for loss, _ in split).item() == pytest.approx(loss.item(), rel=1e-10)
-    assert wrong(split[0][1], whole_grads(wide), 1e-10) == {}
+    assert wrong(split[0][1], whole_grads(upcast), 1e-10) == {}

@@ -164,10 +164,10 @@ GOOD = {
     "titan_video/distributed/fsdp.py": "from titan_video.models.spec import Plan\nfrom titan_video.models import "
     "spec\n",
     "titan_video/data/__init__.py": "",
-    "titan_video/data/dataset.py": "import av\nfrom PIL import Image\nimport titan_video.encoders.wan\n",
-    "titan_video/data/__main__.py": "from titan_video.components.saver import save\n",
+    "titan_video/ingest/plan.py": "import av\nfrom PIL import Image\nimport titan_video.encoders.wan\n",
+    "titan_video/ingest/__main__.py": "from titan_video.components.saver import save\n",
     "titan_video/components/__init__.py": "",
-    "titan_video/components/saver.py": "from titan_video.distributed.fsdp import x\nfrom titan_video.data.dataset import "
+    "titan_video/components/saver.py": "from titan_video.distributed.fsdp import x\nfrom titan_video.ingest.plan import "
     "y\n",
 }
 BAD = [  # (file, what is added to it, what is said of it)
@@ -194,7 +194,7 @@ BAD = [  # (file, what is added to it, what is said of it)
         "encoders and models do not know each other",
     ),
     (
-        "titan_video/data/dataset.py",
+        "titan_video/ingest/plan.py",
         "from titan_video.distributed.fsdp import x",
         "data and distributed do not know each other",
     ),
@@ -207,7 +207,7 @@ BAD = [  # (file, what is added to it, what is said of it)
     ("titan_video/distributed/fsdp.py", "from titan_video.models.wan import SPEC", "a concrete model"),
     ("titan_video/components/saver.py", "import train", "a command module"),
     ("titan_video/components/saver.py", "from titan_video.sample import x", "a command module"),
-    ("titan_video/components/saver.py", "from titan_video.data.__main__ import x", "a command module"),
+    ("titan_video/components/saver.py", "from titan_video.ingest.__main__ import x", "a command module"),
     ("titan_video/sample.py", "import train", "a command module"),
     ("titan_video/components/saver.py", "from titan_video.planner import x", "does not exist"),
     ("titan_video/planner/cost.py", "", "titan_video.planner.cost is in no folder"),
@@ -224,7 +224,7 @@ BAD = [  # (file, what is added to it, what is said of it)
         "optional package PIL",
     ),
     ("titan_video/components/saver.py", "class A:\n    import av", "optional package av"),
-    ("titan_video/data/dataset.py", "import ftfy", "optional package ftfy"),
+    ("titan_video/ingest/plan.py", "import ftfy", "optional package ftfy"),
     ("train.py", "from transformers import T5", "optional package transformers"),
 ]
 

@@ -31,7 +31,7 @@ def cases():
     x, y, w, b = (torch.randn(*s, generator=g) for s in ((B, L, D), (B, L, D), (D,), (D,)))
     per_sample, per_token = torch.randn(3, B, 1, D, generator=g), torch.randn(3, B, L, D, generator=g)
     angles = torch.randn(1, L, K // 2, generator=g) * 3
-    rotations = torch.polar(torch.ones_like(angles), angles)
+    freqs_cis = torch.polar(torch.ones_like(angles), angles)
     for name, (scale, shift, gate) in (("per sample", per_sample), ("per token", per_token)):
         yield (
             f"ada_layer_norm {name}",
@@ -47,20 +47,20 @@ def cases():
     yield (
         "rms_norm_rope given its statistic",
         rms_norm_rope,
-        (x, w, rotations, 1e-6, square),
+        (x, w, freqs_cis, 1e-6, square),
         rope64(rms64(x.double(), w.double()), angles.double()),
     )
     heads, w_head = x.unflatten(-1, (H, K)), w[:K]
     yield (
         "rms_norm_rope per head",
         rms_norm_rope,
-        (heads, w_head, rotations, 1e-6),
+        (heads, w_head, freqs_cis, 1e-6),
         rope64(rms64(heads.double(), w_head.double()).flatten(2), angles.double()),
     )
     yield (
         "rms_norm_rope",
         rms_norm_rope,
-        (x, w, rotations, 1e-6),
+        (x, w, freqs_cis, 1e-6),
         rope64(rms64(x.double(), w.double()), angles.double()),
     )
 
@@ -86,12 +86,12 @@ def test_operator_equals_its_definition(name, op, args, expected, traced):
 
 @pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])
 def test_gradient_of_norm_and_rotation(traced):
-    _, op, (x, w, rotations, eps), _ = list(cases())[-1]
+    _, op, (x, w, freqs_cis, eps), _ = list(cases())[-1]
     run = torch.compile(op, backend="aot_eager", fullgraph=True) if traced else op
     x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
     weight = torch.randn(B, L, H, K, generator=torch.Generator().manual_seed(1))
-    got = torch.autograd.grad((run(x, w, rotations, eps) * weight).sum(), (x, w))
+    got = torch.autograd.grad((run(x, w, freqs_cis, eps) * weight).sum(), (x, w))
     x64, w64 = x.detach().double().requires_grad_(), w.detach().double().requires_grad_()
-    expected = torch.autograd.grad((rope64(rms64(x64, w64), rotations.angle().double()) * weight).sum(), (x64, w64))
+    expected = torch.autograd.grad((rope64(rms64(x64, w64), freqs_cis.angle().double()) * weight).sum(), (x64, w64))
     for a, b in zip(got, expected):
         torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)

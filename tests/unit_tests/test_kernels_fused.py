@@ -17,7 +17,9 @@ import torch
 from tests.helpers import ROOT
 from tests.kernel_cases import EPS, cases, check, modulation, rand
 from titan_video import kernels
-from titan_video.kernels import fused_layer_norm, fused_rms_norm, reference
+from titan_video.kernels import reference
+from titan_video.kernels.triton import layer_norm as fused_layer_norm
+from titan_video.kernels.triton import rms_norm as fused_rms_norm
 from titan_video.models.hunyuan_video.model import HunyuanVideoArgs, HunyuanVideoModel
 from titan_video.models.layers import positions
 from titan_video.models.spec import TokenShape
@@ -36,9 +38,9 @@ OPS = torch.ops.titan_video
 
 @pytest.fixture
 def fused():
-    kernels.use("triton")
+    kernels.set_backend("triton")
     yield
-    kernels.use("torch")
+    kernels.set_backend("torch")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -99,12 +101,12 @@ def op_calls():
     yield OPS.gated_residual, (x, y, gate, clean)
     yield OPS.gated_residual_backward, (dout.detach(), y.detach(), gate.detach(), clean, True)
     heads, w, angles = rand(B, L, 3, 32, seed=8), rand(32, seed=9), rand(1, L, 16, seed=10, grad=False)
-    rotations = torch.polar(torch.ones_like(angles), angles)
-    yield OPS.rms_norm, (heads, w, rotations, None, EPS)
+    freqs_cis = torch.polar(torch.ones_like(angles), angles)
+    yield OPS.rms_norm, (heads, w, freqs_cis, None, EPS)
     yield OPS.rms_norm, (heads, rand(96, seed=9), None, rand(B, L, 1, seed=11).detach().abs().requires_grad_(), EPS)
     yield (
         OPS.rms_norm_backward,
-        (heads.detach(), heads.detach(), w.detach(), rotations, rand(B, L, 3, seed=12, grad=False), False, True),
+        (heads.detach(), heads.detach(), w.detach(), freqs_cis, rand(B, L, 3, seed=12, grad=False), False, True),
     )
     yield (
         OPS.rms_norm_backward,
@@ -144,7 +146,7 @@ def test_inputs_and_statistics_are_kept_and_nothing_else():
     row, weight = rand(B, 1, D, seed=3), rand(D, seed=4, dtype=torch.bfloat16)
     tokens, number = 2 * B * L * D, 4 * B * L
     angles = rand(1, L, 16, seed=6, grad=False)
-    rotations = torch.polar(torch.ones_like(angles), angles)
+    freqs_cis = torch.polar(torch.ones_like(angles), angles)
     r = 4 * B * D
     assert saved_bytes(lambda: fused_layer_norm.ada_layer_norm(x, row, row.detach(), EPS))[0] == tokens + r + 2 * number
     assert (
@@ -161,7 +163,7 @@ def test_inputs_and_statistics_are_kept_and_nothing_else():
     )
     assert saved_bytes(lambda: fused_layer_norm.gated_residual(x, y, row.detach()))[0] == r
     assert (
-        saved_bytes(lambda: fused_rms_norm.rms_norm_rope(x, weight, rotations, EPS))[0]
+        saved_bytes(lambda: fused_rms_norm.rms_norm_rope(x, weight, freqs_cis, EPS))[0]
         == tokens + 2 * D + 8 * L * 16 + number
     )
 
@@ -176,13 +178,18 @@ def test_modulation_of_a_wrong_number_of_rows_is_refused():
 
 def test_choice():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert kernels.choose("auto", cpu) == kernels.choose("torch", cpu) == kernels.choose("torch", gpu) == "torch"
-    assert kernels.choose("auto", gpu) == ("torch" if find_spec("triton") is None else "triton")
+    assert (
+        kernels.resolve_backend("auto", cpu)
+        == kernels.resolve_backend("torch", cpu)
+        == kernels.resolve_backend("torch", gpu)
+        == "torch"
+    )
+    assert kernels.resolve_backend("auto", gpu) == ("torch" if find_spec("triton") is None else "triton")
     with pytest.raises(ValueError, match="model.kernels: triton, but there is no GPU here; choose torch"):
-        kernels.choose("triton", cpu)
+        kernels.resolve_backend("triton", cpu)
     with pytest.raises(ValueError, match="legal: triton, torch"):
-        kernels.use("auto")
-    assert kernels.in_use() == "torch"
+        kernels.set_backend("auto")
+    assert kernels.current_backend() == "torch"
 
 
 def test_float64_stays_with_torch(fused):
@@ -193,7 +200,7 @@ def test_float64_stays_with_torch(fused):
 
 def wan_inputs(args):
     shape = TokenShape(2, 2, 3)
-    clean_BL = (torch.arange(shape.num_tokens) < 6).unsqueeze(0)
+    cond_mask_BL = (torch.arange(shape.num_tokens) < 6).unsqueeze(0)
     x, text = (
         rand(B, shape.num_tokens, 4 * args.in_channels, seed=1, grad=False),
         rand(B, args.text_len, args.text_dim, seed=2, grad=False),
@@ -203,7 +210,7 @@ def wan_inputs(args):
         "pos_BL3": positions(shape),
         "t_B": torch.tensor([900.0, 300.0]),
         "text_BSD": text,
-        "clean_BL": clean_BL,
+        "cond_mask_BL": cond_mask_BL,
     }
 
 
@@ -266,11 +273,11 @@ def test_models_compute_the_same_with_either_and_compiled(model_class, args, mak
         p.data = rand(*p.shape, seed=i, grad=False) * 0.2 + (p.ndim == 1)
     inputs = make_inputs(args)
     if not some_clean:
-        inputs["clean_BL"] = None
+        inputs["cond_mask_BL"] = None
     found = {}
     try:
         for name in ways:
-            kernels.use("torch" if name == "torch" else "triton")
+            kernels.set_backend("torch" if name == "torch" else "triton")
             if name == "compiled":
                 graphs = set()
                 backend = recording_backend(graphs)
@@ -280,7 +287,7 @@ def test_models_compute_the_same_with_either_and_compiled(model_class, args, mak
                     block.compile(backend=backend, fullgraph=True)
             found[name] = gradients(model, inputs)
     finally:
-        kernels.use("torch")
+        kernels.set_backend("torch")
     for name in ways[1:]:
         for a, b in zip(found[name], found["torch"], strict=True):
             assert (a is None) == (b is None) and (a is None or (a - b).norm() <= 2e-5 * b.norm() + 1e-4), name

@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 from tests.helpers import diffusers_wan, load_from_hf_state_dict
 from tests.unit_tests import test_hunyuan_video as hunyuan
 from tests.unit_tests import test_wan as wan
-from titan_video.components.checkpoint import ModelState, OptimizerState
-from titan_video.components.ema import EmaWeights
-from titan_video.components.hf_storage import load_hf, save_hf
-from titan_video.components.lora import FORMS, MergedWeights, load_lora, save_lora
-from titan_video.components.optimizer import build_optimizer
+from titan_video.checkpoint.manager import ModelState, OptimizerState
 from titan_video.config.job_config import Ema, Lora, Optimizer
 from titan_video.distributed.utils import initialise
+from titan_video.lora.adapters import add_adapters, init_adapter, is_adapter
+from titan_video.lora.files import FORMS, MergedWeights, load_lora, save_lora
 from titan_video.models import get_spec
-from titan_video.models.lora import add_adapters, init_adapter, is_adapter
+from titan_video.optim.ema import EmaWeights
+from titan_video.optim.optimizer import build_optimizer
+from titan_video.weights.hf_storage import load_hf, save_hf
 
 WAN_ARGS = replace(wan.ARGS, text_len=16, num_layers=2)
 ARGS = {"wan": WAN_ARGS, "hunyuan_video": hunyuan.T2V}

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from titan_video.components.lr_scheduler import Scheduler, lr_factor
 from titan_video.config.job_config import LrScheduler
+from titan_video.optim.lr_scheduler import Scheduler, lr_factor
 
 
 def test_warm_up_stable_decay():

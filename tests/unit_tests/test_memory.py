@@ -6,10 +6,10 @@ import math
 
 import pytest
 
-from titan_video.components.memory import estimate, shard_shape, state, unit_of, wan_activations
 from titan_video.config.job_config import ActivationCheckpoint, JobConfig, Optimizer, Training
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.models.wan import FLAVORS, SPEC
+from titan_video.planner.memory import estimate, get_unit, shard_shape, state, wan_activations
 
 ARGS = FLAVORS["t2v-14B"]
 
@@ -82,7 +82,14 @@ def test_units_of_fsdp():
         "modulation.3",
         "head_modulation",
     )
-    assert [unit_of(name, SPEC.plan) for name in names] == ["blocks.11", "patch_embedding", "text_embedder", "", "", ""]
+    assert [get_unit(name, SPEC.plan) for name in names] == [
+        "blocks.11",
+        "patch_embedding",
+        "text_embedder",
+        "",
+        "",
+        "",
+    ]
 
 
 def test_activations_follow_the_mode():

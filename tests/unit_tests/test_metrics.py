@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from titan_video.components import metrics
-from titan_video.components.metrics import MetricsLogger
 from titan_video.config.job_config import Metrics
 from titan_video.tools.logging import Progress, init_logger
+from titan_video.training import metrics
+from titan_video.training.metrics import MetricsLogger
 
 
 def make(folder, resume_step=0, rank=0, log_freq=2, samples=0, **section):

@@ -6,19 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from titan_video.components.checkpoint import OptimizerState
-from titan_video.components.low_bit import BLOCK, decode, encode, shares, stochastic_round
-from titan_video.components.muon import orthogonal
-from titan_video.components.optimizer import InBackward, MixedOptimizer, build_optimizer, state_bytes
+from titan_video.checkpoint.manager import OptimizerState
 from titan_video.config.job_config import Optimizer
 from titan_video.distributed.utils import clip_grad_norm, initialise
 from titan_video.models.wan import SPEC, WanArgs, WanModel
+from titan_video.optim.low_bit import BLOCK, decode, encode, shares, stochastic_round
+from titan_video.optim.muon import orthogonal
+from titan_video.optim.optimizer import InBackward, MixedOptimizer, build_optimizer, state_bytes
 
 ARGS = WanArgs(dim=96, num_heads=2, num_layers=2, ffn_dim=160, text_dim=8, text_len=5, freq_dim=16)
 NAMES = ("AdamW", "AdamW8bit", "Muon")
 
 
-def model_of(dtype=torch.float32):
+def build_model_for(dtype=torch.float32):
     model = WanModel(ARGS)
     initialise(model, SPEC.init_parameter, 0)
     return model.to(dtype)
@@ -92,7 +92,7 @@ def test_stochastic_rounding_is_unbiased_and_knows_no_layout():
 
 def test_adamw_of_the_mixed_optimizer_is_torchs():
     """In Muon's company; in slabs, too."""
-    model, twin = model_of(), model_of()
+    model, twin = build_model_for(), build_model_for()
     ours = build_optimizer(model, Optimizer(name="Muon", lr=0.01, weight_decay=0.1))
     assert isinstance(ours, MixedOptimizer) and {group["kind"] for group in ours.param_groups} == {"AdamW"}
     theirs = build_optimizer(twin, Optimizer(lr=0.01, weight_decay=0.1, implementation="for-loop"))
@@ -102,7 +102,7 @@ def test_adamw_of_the_mixed_optimizer_is_torchs():
 
 
 def test_eight_bits_follow_float32():
-    model, twin = model_of(), model_of()
+    model, twin = build_model_for(), build_model_for()
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     section = Optimizer(name="AdamW8bit", lr=0.01)
     a, b = train(model, build_optimizer(model, section), 8), train(twin, build_optimizer(twin, Optimizer(lr=0.01)), 8)
@@ -139,8 +139,8 @@ def test_eight_bits_beside_torchaos(power):
 def test_slabs_change_nothing(name, monkeypatch):
     results = []
     for size in (1 << 24, 1000):
-        monkeypatch.setattr("titan_video.components.optimizer.SLAB", size)
-        model = model_of(torch.bfloat16)
+        monkeypatch.setattr("titan_video.optim.optimizer.CHUNK_ELEMENTS", size)
+        model = build_model_for(torch.bfloat16)
         results.append(train(model, build_optimizer(model, Optimizer(name=name, lr=0.01), SPEC.plan.blocks), 1))
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
 
@@ -154,7 +154,7 @@ def test_orthogonal():
 
 @pytest.mark.parametrize("momentum", [0.95, 0.0])
 def test_muon_of_the_blocks_is_torchs(momentum):
-    model = model_of()
+    model = build_model_for()
     twin = copy.deepcopy(model)
     optimizer = build_optimizer(
         model, Optimizer(name="Muon", lr=0.02, weight_decay=0.1, momentum=momentum), SPEC.plan.blocks
@@ -204,7 +204,7 @@ def test_bfloat16_weights_go_where_float32_weights_go(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", NAMES)
 def test_bytes_of_the_state(name, dtype):
-    model = model_of(dtype)
+    model = build_model_for(dtype)
     optimizer = build_optimizer(model, Optimizer(name=name), SPEC.plan.blocks)
     train(model, optimizer, 1)
     for group in optimizer.param_groups:
@@ -222,7 +222,7 @@ class Meta:
 @pytest.mark.parametrize("name", NAMES)
 def test_state_goes_on_bitwise_and_only_with_the_optimizer_that_wrote_it(name):
     section = Optimizer(name=name, lr=0.01)
-    model = model_of(torch.bfloat16)
+    model = build_model_for(torch.bfloat16)
     optimizer = build_optimizer(model, section, SPEC.plan.blocks, seed=3)
     state = OptimizerState(model, optimizer)
     train(model, optimizer, 2)
@@ -252,7 +252,7 @@ def test_state_goes_on_bitwise_and_only_with_the_optimizer_that_wrote_it(name):
 @pytest.mark.parametrize("name", ["AdamW", "AdamW8bit"])
 def test_in_backward_equals_step_after_backward(name):
     def run(in_backward):
-        model = model_of()
+        model = build_model_for()
         optimizer = build_optimizer(model, Optimizer(name=name, lr=0.01))
         hooks = InBackward(optimizer) if in_backward else None
         norms = []

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from tests.unit_tests.test_data_loader import data, make, same, samples  # noqa: F401
-from titan_video.components.fault_tolerance import NonFiniteGuard
-from titan_video.data.prefetch import Prefetch, tensors_of
+from titan_video.data.prefetch import Prefetch, iter_tensors
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.sequence import MAX_KEPT, SequenceShard
 from titan_video.distributed.utils import init_distributed
-from titan_video.models.layers import positions, rope_rotations, token_shape
+from titan_video.models.layers import positions, rope_freqs_cis, token_shape
+from titan_video.training.fault_tolerance import NonFiniteGuard
 
 CPU = torch.device("cpu")
 
@@ -89,7 +89,7 @@ def test_tensors_are_found_wherever_they_are():
         more: dict
 
     a, b, c, d = torch.arange(4).unbind()
-    assert [int(t) for t in tensors_of([Inputs(a, 3, {"b": b, "none": None, "c": [c]}), (d,)])] == [0, 1, 2, 3]
+    assert [int(t) for t in iter_tensors([Inputs(a, 3, {"b": b, "none": None, "c": [c]}), (d,)])] == [0, 1, 2, 3]
 
 
 @pytest.fixture
@@ -103,10 +103,10 @@ def test_positions_and_rotations_are_made_once_for_each_size(one_rank):
     shapes = [token_shape((frames, 4, 4), (1, 2, 2)) for frames in range(1, MAX_KEPT + 2)]
     kept = one_rank.positions(shapes[0], CPU)
     assert torch.equal(kept, positions(shapes[0])) and one_rank.positions(shapes[0], CPU) is kept
-    table = rope_rotations(kept, (4, 2, 2), 1e4)
-    assert rope_rotations(kept, (4, 2, 2), 1e4) is table
-    assert rope_rotations(kept, (4, 2, 2), 256.0) is not table
-    assert torch.equal(rope_rotations(kept.clone(), (4, 2, 2), 1e4), table)
+    table = rope_freqs_cis(kept, (4, 2, 2), 1e4)
+    assert rope_freqs_cis(kept, (4, 2, 2), 1e4) is table
+    assert rope_freqs_cis(kept, (4, 2, 2), 256.0) is not table
+    assert torch.equal(rope_freqs_cis(kept.clone(), (4, 2, 2), 1e4), table)
     for shape in shapes[1:]:
         one_rank.positions(shape, CPU)
     assert one_rank.positions(shapes[0], CPU) is not kept  # the oldest went

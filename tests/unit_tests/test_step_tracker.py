@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from titan_video.tools.step_tracker import Axis, StepTracker, bytes_sent
+from titan_video.planner.step_tracker import Axis, StepTracker, bytes_sent
 
 
 def test_storages_are_followed_to_their_end():

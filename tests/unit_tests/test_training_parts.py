@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from titan_video.components.ema import EmaWeights
-from titan_video.components.objective import compute_loss
-from titan_video.components.optimizer import build_optimizer
-from titan_video.components.sampling import sample_latents
-from titan_video.components.validate import dealt_out, file_name
 from titan_video.config.job_config import Ema, Optimizer
 from titan_video.data.batch import Batch
 from titan_video.distributed.utils import clip_grad_norm, initialise
 from titan_video.models.layers import patchify, token_shape, unpatchify
 from titan_video.models.wan import SPEC, WanArgs, WanModel
+from titan_video.optim.ema import EmaWeights
+from titan_video.optim.optimizer import build_optimizer
+from titan_video.tasks.denoising import compute_loss
+from titan_video.tasks.sampling import sample_latents
+from titan_video.tasks.validation import file_name, shard_indices
 
 ARGS = WanArgs(dim=24, num_heads=2, num_layers=1, ffn_dim=32, text_dim=8, text_len=5, freq_dim=16)
 
@@ -126,9 +126,9 @@ def test_clip_returns_the_norm_and_scales():
 def test_work_is_dealt_out_once_and_evenly():
     for items in (1, 3, 4, 7):
         for world in (1, 2, 4):
-            shares = [dealt_out(items, rank, world) for rank in range(world)]
+            shares = [shard_indices(items, rank, world) for rank in range(world)]
             assert len({len(s) for s in shares}) == 1
-            assert sorted(i for s in shares for i, counted in s if counted) == list(range(items))
+            assert sorted(i for s in shares for i, num_loss_elements in s if num_loss_elements) == list(range(items))
 
 
 def test_file_names_of_prompts():

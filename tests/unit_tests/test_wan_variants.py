@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers import diffusers_wan, hf_state_dict, load_from_hf_state_dict
-from titan_video.components.hf_storage import load_hf, save_hf
 from titan_video.models.layers import attention_flops, patchify, positions, token_shape, unpatchify
 from titan_video.models.wan import SPEC, WanArgs, WanModel, args_from_hf
+from titan_video.weights.hf_storage import load_hf, save_hf
 
 GRID = (3, 6, 10)  # 3 x 3 x 5 tokens: odd
 SHAPE = token_shape(GRID, (1, 2, 2))
@@ -46,7 +46,7 @@ def make_inputs(args, batch=2, seed=1):
 
 
 def ours_forward(model, x, t, text, image, clean):
-    tokens = model(patchify(x, model.args.patch), positions(SHAPE), t, text, image_BSD=image, clean_BL=clean)
+    tokens = model(patchify(x, model.args.patch), positions(SHAPE), t, text, image_BSD=image, cond_mask_BL=clean)
     return unpatchify(tokens, SHAPE, model.args.patch)
 
 
@@ -175,7 +175,7 @@ def test_every_flavor_is_counted_or_for_debugging():
 
 def test_the_5B_is_one_model_for_both_tasks():
     both, text = SPEC.flavors["ti2v-5B"], SPEC.flavors["t2v-5B"]
-    assert both.conditions.num_given == 1 and text.conditions.num_given == 0
+    assert both.conditioning.num_cond_frames == 1 and text.conditioning.num_cond_frames == 0
     assert SPEC.args_to_hf(both) == SPEC.args_to_hf(text) and SPEC.args_to_original(both) == SPEC.args_to_original(text)
     assert SPEC.args_to_original(both)["model_type"] == "ti2v"
 

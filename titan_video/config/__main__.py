@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 
 from titan_video.config.check import check
-from titan_video.config.manager import default_text, describe, limits_of, main_guard, options, parse_args, sections
+from titan_video.config.manager import default_text, describe, get_limits, main_guard, options, parse_args, sections
 from titan_video.distributed.parallel_dims import check_layout
 from titan_video.models import get_args, get_spec
 
@@ -34,7 +34,7 @@ def markdown() -> str:
         tables: dict[str, type] = {}
         for full, (kind, f) in options().items():
             if full.startswith(f"{section}."):
-                cells = f.name, describe(kind, limits_of(f)), f"`{default_text(f)}`", f.metadata["help"]
+                cells = f.name, describe(kind, get_limits(f)), f"`{default_text(f)}`", f.metadata["help"]
                 parts.append(_row(cells))
                 if typing.get_args(kind) and is_dataclass(typing.get_args(kind)[0]):
                     tables[full] = typing.get_args(kind)[0]
@@ -42,7 +42,7 @@ def markdown() -> str:
             parts.append(f"\n### [[{full}]]\n\n| field | legal | default | meaning |\n|---|---|---|---|\n")
             kinds = typing.get_type_hints(item)
             parts += [
-                _row((f.name, describe(kinds[f.name], limits_of(f)), f"`{default_text(f)}`", f.metadata["help"]))
+                _row((f.name, describe(kinds[f.name], get_limits(f)), f"`{default_text(f)}`", f.metadata["help"]))
                 for f in fields(item)
             ]
     return "".join(parts)

@@ -75,7 +75,7 @@ def options() -> MappingProxyType:
     return MappingProxyType(found)
 
 
-def limits_of(f: Field) -> dict[str, float]:
+def get_limits(f: Field) -> dict[str, float]:
     return {name: f.metadata[name] for name in BOUNDS if name in f.metadata}
 
 
@@ -175,7 +175,7 @@ def _table(value: Any, kind: Any) -> Any:
                 f"{max(kinds, key=lambda known: SequenceMatcher(None, name, known).ratio())}"
             )
         try:
-            typed[name] = _convert(item, kinds[name], limits_of(kind.__dataclass_fields__[name]))
+            typed[name] = _convert(item, kinds[name], get_limits(kind.__dataclass_fields__[name]))
         except ValueError as e:
             raise ValueError(f"{name}: {e}") from None
     return kind(**typed)
@@ -209,7 +209,7 @@ def _read(
                 continue
             kind, f = options()[full]
             try:
-                typed.setdefault(section, {})[name] = convert(value, kind, limits_of(f))
+                typed.setdefault(section, {})[name] = convert(value, kind, get_limits(f))
             except ValueError as e:
                 errors.append(f"{full}: {e}")
     return typed
@@ -333,7 +333,7 @@ def _split(argv: list[str], errors: list[str]) -> tuple[list[str], dict[str, dic
             errors.append(f"{name}: unknown option; nearest known name: {_nearest(name, [CONFIG_FILE, *options()])}")
         elif not has_value and not (known and options()[name][0] is bool):
             legal = (
-                "a TOML file" if name == CONFIG_FILE else describe(options()[name][0], limits_of(options()[name][1]))
+                "a TOML file" if name == CONFIG_FILE else describe(options()[name][0], get_limits(options()[name][1]))
             )
             errors.append(
                 f"{name}: given no value; legal: {legal} (a value that starts with -- is written --{name}=VALUE)"
@@ -379,7 +379,7 @@ def help_text() -> str:
         if name == fields(sections()[section])[0].name:
             lines += ["", f"[{section}]"]
         lines += [
-            f"  --{full}  ({describe(kind, limits_of(f))}; default {default_text(f)})",
+            f"  --{full}  ({describe(kind, get_limits(f))}; default {default_text(f)})",
             f"      {f.metadata['help']}",
         ]
     return "\n".join(lines)

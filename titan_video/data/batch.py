@@ -16,7 +16,7 @@ class Batch:
     text_BLD: text embeddings, zero beyond each prompt's length.
     text_mask_BL: bool, true on a prompt's own tokens.
     sample_ids_B: int64, unique per draw over the whole run: keys all randomness of the objective.
-    cond: what else the model is given (flow/conditions.py), batch first: given_BCFHW, latents of given frames;
+    cond: what else the model is given (models/conditioning.py), batch first: cond_latents_BCFHW, latents of given frames;
         image_BSD, image tokens; pooled_text_BD. Empty for Wan text-to-video.
     """
 

@@ -5,10 +5,10 @@ another entry.
         video     latents_CFHW, float32
         text      text_LD, the encoder's type, unpadded
         pooled    the vector of the same text, under the same key
-        given     latents of a clip's given frames, image: their image tokens (encoders/given.py)
+        given     latents of a clip's given frames, image: their image tokens (ingest/conditioning_frames.py)
     <folder>/manifest.jsonl          a line for each shard with what it holds, so that a start need not open them all
 
-Which of the last three kinds there are depends on what the model is given (flow/conditions.py).
+Which of the last three kinds there are depends on what the model is given (models/conditioning.py).
 
 What is written waits in memory until a shard is full or a minute old. A shard is written under a temporary name,
 synced, renamed and never
@@ -19,22 +19,20 @@ that every read verifies.
 
 import hashlib
 import json
-import math
 import os
 import time
 import zlib
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from titan_video.data.bucket import Bucket
-from titan_video.data.dataset import Plan, PlanEntry
-from titan_video.flow.conditions import TEXT_ONLY, Conditions
+from titan_video.data.batching import Bucket
+from titan_video.models.conditioning import TEXT_ONLY, ConditioningSpec
 
 CODE_VERSION = 2  # raise it when decoding, resizing or cropping gives other pixels
 FORMAT = "titan-video cache 2"
@@ -52,8 +50,16 @@ DAMAGES = (
 )  # what a damaged file makes of its reader
 
 
-def _hash(*parts: object) -> str:
+def content_hash(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+class ClipContent(Protocol):
+    """What keys are made of: the identity of a clip's pixels and of its own first frame ("": none), and its captions."""
+
+    content: str
+    image_sha256: str
+    captions: tuple[str, ...]
 
 
 class LatentCache:
@@ -68,14 +74,14 @@ class LatentCache:
         video_id: str,
         text_id: str,
         image_id: str = "",
-        conditions: Conditions = TEXT_ONLY,
+        conditioning: ConditioningSpec = TEXT_ONLY,
     ):
-        self.folder, self.video_id, self.text_id, self.image_id, self.conditions = (
+        self.folder, self.video_id, self.text_id, self.image_id, self.conditioning = (
             Path(folder),
             video_id,
             text_id,
             image_id,
-            conditions,
+            conditioning,
         )
         self.shards: dict[str, int] = {}  # size in bytes
         self.where: dict[str, str] = {}  # entry -> shard
@@ -87,44 +93,44 @@ class LatentCache:
     @property
     def identity(self) -> tuple:
         """Arguments that make this cache."""
-        return self.folder, self.video_id, self.text_id, self.image_id, self.conditions
+        return self.folder, self.video_id, self.text_id, self.image_id, self.conditioning
 
     # ---- keys ----
 
     def video_key(self, content: str) -> str:
         """content: of a plan's entry."""
-        return _hash("video", content, self.video_id, CODE_VERSION)
+        return content_hash("video", content, self.video_id, CODE_VERSION)
 
     def text_key(self, caption: str, given: str = "") -> str:
         """given: identity of the given frames (`given_frames`), for models whose text begins with image tokens; "":
 
         a black image.
         """
-        if tokens := self.conditions.text_image_tokens:
-            return _hash("text", caption, given, tokens, self.text_id, CODE_VERSION)
-        return _hash("text", caption, self.text_id, CODE_VERSION)
+        if tokens := self.conditioning.text_image_tokens:
+            return content_hash("text", caption, given, tokens, self.text_id, CODE_VERSION)
+        return content_hash("text", caption, self.text_id, CODE_VERSION)
 
-    def given_frames(self, entry: PlanEntry) -> str:
+    def given_frames(self, entry: ClipContent) -> str:
         """Identity of a clip's given frames: what they are read from and their size."""
-        return _hash("frames", entry.content, entry.image_sha256, CODE_VERSION)
+        return content_hash("frames", entry.content, entry.image_sha256, CODE_VERSION)
 
-    def video_keys(self, entry: PlanEntry) -> dict[str, str]:
+    def video_keys(self, entry: ClipContent) -> dict[str, str]:
         """{kind: key} of the entries that are made of a clip's frames."""
-        keys, c = {"video": self.video_key(entry.content)}, self.conditions
-        if c.num_given:
-            keys["given"] = _hash("given", self.given_frames(entry), c.num_given, c.form, self.video_id)
+        keys, c = {"video": self.video_key(entry.content)}, self.conditioning
+        if c.num_cond_frames:
+            keys["given"] = content_hash("given", self.given_frames(entry), c.num_cond_frames, c.form, self.video_id)
         if c.image_tokens:
-            keys["image"] = _hash("image", self.given_frames(entry), c.num_given, self.image_id)
+            keys["image"] = content_hash("image", self.given_frames(entry), c.num_cond_frames, self.image_id)
         return keys
 
-    def clip_text_keys(self, entry: PlanEntry) -> tuple[str, ...]:
+    def clip_text_keys(self, entry: ClipContent) -> tuple[str, ...]:
         """Of each of a clip's captions."""
-        given = self.given_frames(entry) if self.conditions.text_image_tokens else ""
+        given = self.given_frames(entry) if self.conditioning.text_image_tokens else ""
         return tuple(self.text_key(caption, given) for caption in entry.captions)
 
     @property
     def text_kinds(self) -> tuple[str, ...]:
-        return ("text", "pooled") if self.conditions.pooled_text else ("text",)
+        return ("text", "pooled") if self.conditioning.pooled_text else ("text",)
 
     def encoder(self, kind: str) -> str:
         """Identity of the encoder that makes entries of a kind."""
@@ -181,7 +187,7 @@ class LatentCache:
         self.waiting = {}
         if not fresh:
             return
-        path = self.folder / "shards" / f"{_hash(list(fresh))[:32]}.safetensors"
+        path = self.folder / "shards" / f"{content_hash(list(fresh))[:32]}.safetensors"
         header = {name: json.dumps(made, ensure_ascii=False, sort_keys=True) for name, (_, made) in fresh.items()}
         _write_whole(
             path, save({name: tensor for name, (tensor, _) in fresh.items()}, metadata={"format": FORMAT, **header})
@@ -208,19 +214,19 @@ class LatentCache:
                 raw = f.read(last - first)
             tensor = torch.frombuffer(bytearray(raw), dtype=DTYPES[header[name]["dtype"]]).view(header[name]["shape"])
             made = json.loads(header["__metadata__"][name])
-            stated = {what: made[what] for what in ("encoder", "code version", "crc32")}
+            declared = {what: made[what] for what in ("encoder", "code version", "crc32")}
         except OSError as e:
             raise ValueError(
                 f"{path}: cannot be read ({e.strerror}); start again with the same [data] to encode what it held"
             ) from e
         except DAMAGES as e:
             raise ValueError(f"{path}: {name} is damaged ({type(e).__name__}); delete this file and start again") from e
-        if stated["crc32"] != _crc32(tensor):
+        if declared["crc32"] != _crc32(tensor):
             raise ValueError(f"{path}: {name} is damaged (its checksum differs); delete this file and start again")
         for what, now in (("encoder", self.encoder(kind)), ("code version", str(CODE_VERSION))):
-            if stated[what] != now:
+            if declared[what] != now:
                 raise ValueError(
-                    f"{path}: {name} is stale: its {what} was {stated[what]}, is {now}; delete this file and "
+                    f"{path}: {name} is stale: its {what} was {declared[what]}, is {now}; delete this file and "
                     f"start again"
                 )
         return tensor
@@ -342,7 +348,7 @@ class CachedClip:
     given_key: str = ""
     image_key: str = ""
     repeats: int = 1
-    entry: PlanEntry | None = field(default=None, compare=False, repr=False)
+    entry: Any = field(default=None, compare=False, repr=False)
 
     @property
     def text_key(self) -> str:
@@ -351,35 +357,3 @@ class CachedClip:
     @property
     def caption(self) -> str:
         return self.captions[0]
-
-
-def cached_clips(plan: Plan, cache: LatentCache, failures: Mapping[str, str] | None = None) -> list[CachedClip]:
-    """The kept clips without the failures {path: reason}, ordered by content: not by folder, file name or machine."""
-    clips = []
-    for e in plan.drop(failures or {}).kept:
-        keys, texts = cache.video_keys(e), cache.clip_text_keys(e)
-        clips.append(
-            CachedClip(
-                keys["video"],
-                texts,
-                e.bucket,
-                e.captions,
-                e.path,
-                keys.get("given", ""),
-                keys.get("image", ""),
-                e.repeats,
-                e,
-            )
-        )
-    return sorted(clips, key=lambda c: (c.video_key, c.text_keys, c.path))
-
-
-def split_holdout(clips: Sequence[CachedClip], share: float) -> tuple[list[CachedClip], list[CachedClip]]:
-    """(train, held out):
-
-    floor(share x clips) are held out, chosen by a hash of their content, both in the order given.
-    """
-    count = math.floor(share * len(clips) + 1e-9)
-    by_hash = sorted(range(len(clips)), key=lambda i: (_hash("holdout", clips[i].video_key), i))
-    held = set(by_hash[:count])
-    return [c for i, c in enumerate(clips) if i not in held], [c for i, c in enumerate(clips) if i in held]

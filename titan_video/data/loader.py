@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from titan_video.data.batch import Batch
-from titan_video.data.bucket import Batching, Bucket, Work
+from titan_video.data.batching import Batching, Bucket, Work
 from titan_video.data.latent_cache import CachedClip, LatentCache
 from titan_video.data.sampler import GlobalSampler, MicroBatch, fingerprint
 from titan_video.data.worker import Layout, pack, set_up_worker, unpack
@@ -56,9 +56,9 @@ class EntryReader:
         """
         text_BLD, mask_BL = self.text([text_key for _, text_key, _ in item])
         cond = self.pooled([text_key for _, text_key, _ in item])
-        if self.cache.conditions.num_given:
-            cond["given_BCFHW"] = torch.stack([self._read("given", clip.given_key) for clip, _, _ in item])
-        if self.cache.conditions.image_tokens:
+        if self.cache.conditioning.num_cond_frames:
+            cond["cond_latents_BCFHW"] = torch.stack([self._read("given", clip.given_key) for clip, _, _ in item])
+        if self.cache.conditioning.image_tokens:
             cond["image_BSD"] = torch.stack([self._read("image", clip.image_key) for clip, _, _ in item])
         return {
             "latents_BCFHW": torch.stack([self._read("video", clip.video_key) for clip, _, _ in item]),
@@ -90,7 +90,7 @@ class EntryReader:
         """{"pooled_text_BD": vectors of these texts}, or {} where the model has none."""
         return (
             {"pooled_text_BD": torch.stack([self._read("pooled", key) for key in keys])}
-            if self.cache.conditions.pooled_text
+            if self.cache.conditioning.pooled_text
             else {}
         )
 
@@ -107,7 +107,7 @@ class _Packed:
         return pack(self.reader[item])
 
 
-class Order:
+class DrawPlan:
     """Which clips and captions each micro-batch of all ranks holds. work: of one clip of a bucket.
 
     It can be sent to another process.
@@ -162,13 +162,13 @@ class Order:
         )
 
 
-class Live(Protocol):
+class OnlineEncoder(Protocol):
     """Where the entries of a micro-batch come from when they are not simply read from the cache."""
 
     cache: Any
     """The cache, in which the entries of the item last given out are to be found too."""
 
-    def items(self, order: Order, steps: Iterable[list[MicroBatch]], num_steps: int | None) -> Iterator[Item]:
+    def items(self, order: DrawPlan, steps: Iterable[list[MicroBatch]], num_steps: int | None) -> Iterator[Item]:
         """This rank's micro-batches, each as soon as its entries are there."""
 
     def stats(self) -> dict[str, float]:
@@ -201,7 +201,7 @@ class LatentLoader:
         num_workers: int = 0,
         prefetch_factor: int = 2,
         pin_memory: bool = False,
-        live: Live | None = None,
+        live: OnlineEncoder | None = None,
     ):
         b = batching
         if b.micro_batches % (b.parts * dp_size):
@@ -209,7 +209,7 @@ class LatentLoader:
                 f"{b.micro_batches} micro-batches a step are no multiple of data-parallel degree {dp_size} x "
                 f"{b.parts} buckets a step"
             )
-        self.order = Order(clips, null_text_key, batching, work, seed, shuffle, caption_dropout)
+        self.order = DrawPlan(clips, null_text_key, batching, work, seed, shuffle, caption_dropout)
         self.sampler, self.classes = self.order.sampler, self.order.classes
         self.dp_rank, self.dp_size, self.num_micro_batches = dp_rank, dp_size, b.micro_batches // dp_size
         self.live = live
@@ -226,15 +226,15 @@ class LatentLoader:
 
     def steps(self, num_steps: int | None) -> Iterator[list[Batch]]:
         """So many steps (None: for ever) after the last one given out; nothing beyond them is prepared."""
-        for position, step in self.read_ahead(num_steps):
-            self.given_out(position)
+        for position, step in self.iter_with_state(num_steps):
+            self.commit(position)
             yield step
 
-    def given_out(self, position: dict[str, Any]) -> None:
+    def commit(self, position: dict[str, Any]) -> None:
         """The step after which `position` is has been given to training."""
         self._state = position
 
-    def read_ahead(self, num_steps: int | None) -> Iterator[tuple[dict[str, Any], list[Batch]]]:
+    def iter_with_state(self, num_steps: int | None) -> Iterator[tuple[dict[str, Any], list[Batch]]]:
         """The same steps, each with the position after it, of which the caller says when they are given out."""
         self.sampler.load_state_dict(self._state)
         states: deque[dict[str, Any]] = deque()

@@ -35,7 +35,7 @@ class Prefetch:
         self.loader, self.prepare, self.size = loader, prepare, size
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.waited = 0.0
-        self._steps = loader.read_ahead(num_steps)
+        self._steps = loader.iter_with_state(num_steps)
         self._next: tuple[Any, list[Batch]] | None = None  # the following step, and its first micro-batch, prepared
         self._first: tuple[Any, Any] | None = None
 
@@ -43,7 +43,7 @@ class Prefetch:
         """The next step's batches, on the host; from now on the loader's position is after it."""
         position, batches = self._next or self._fetch()
         self._next = None
-        self.loader.given_out(position)
+        self.loader.commit(position)
         return batches
 
     def micro_batches(self, batches: list[Batch]) -> Iterator[Any]:
@@ -80,7 +80,7 @@ class Prefetch:
         if copied is not None:
             current = torch.cuda.current_stream()
             current.wait_event(copied)
-            for tensor in tensors_of(prepared):
+            for tensor in iter_tensors(prepared):
                 if tensor.is_cuda:
                     tensor.record_stream(
                         current
@@ -88,12 +88,12 @@ class Prefetch:
         return prepared
 
 
-def tensors_of(x: Any) -> Iterator[Tensor]:
+def iter_tensors(x: Any) -> Iterator[Tensor]:
     """The tensors in dataclasses, dicts, lists and tuples."""
     if isinstance(x, Tensor):
         yield x
     elif is_dataclass(x):
-        yield from tensors_of([getattr(x, f.name) for f in fields(x)])
+        yield from iter_tensors([getattr(x, f.name) for f in fields(x)])
     elif isinstance(x, (dict, list, tuple)):
         for part in x.values() if isinstance(x, dict) else x:
-            yield from tensors_of(part)
+            yield from iter_tensors(part)

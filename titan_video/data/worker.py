@@ -58,7 +58,7 @@ def buffer(size: int) -> Tensor:
     return whole[:size]
 
 
-def let_go(*tensors: Tensor | None) -> None:
+def release(*tensors: Tensor | None) -> None:
     """What lies in the memory of these is of no more use:
 
     if it is a worker's buffer, that is overwritten from now on.

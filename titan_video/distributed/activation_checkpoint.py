@@ -59,7 +59,7 @@ def apply_activation_checkpoint(
     if section.mode not in ("full", "selective"):
         return
     offload = HostOffload() if section.offload else None
-    selection = Selection(section.save, section.save_min_kv, offload) if section.mode == "selective" else None
+    selection = SACPolicy(section.save, section.save_min_kv, offload) if section.mode == "selective" else None
     for path in plan.blocks:
         container = model.get_submodule(path)
         for key in container:
@@ -101,7 +101,7 @@ class CheckpointedBlock(ActivationWrapper):
     selection None: full.
     """
 
-    def __init__(self, block: nn.Module, selection: "Selection | None", offload: HostOffload | None):
+    def __init__(self, block: nn.Module, selection: "SACPolicy | None", offload: HostOffload | None):
         super().__init__(block)
         self.selection, self.offload = selection, offload
         self.options = {} if selection is None else {"context_fn": selection.contexts}
@@ -135,7 +135,7 @@ class CheckpointedBlock(ActivationWrapper):
         )
 
 
-class Selection:
+class SACPolicy:
     """Which results are kept, and whether there were any. One for all blocks: equal blocks are compiled, and so asked
     about, once.
 
@@ -158,11 +158,11 @@ class Selection:
             # time, as zero-bubble
             # schedules do, and are the same in every torch.
             kept: list[Any] = []
-            return _Keep(self.picker, kept, offload), _Replay(self.picker, kept, offload)
+            return _CachingMode(self.policy_fn, kept, offload), _CachedMode(self.policy_fn, kept, offload)
 
         def traced_contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
             # Torch's own mark the graph. Up to 2.11 they ask in recomputation too.
-            pick = {is_recompute: self.picker() for is_recompute in (False, True)}
+            pick = {is_recompute: self.policy_fn() for is_recompute in (False, True)}
 
             def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
                 keep = (
@@ -177,7 +177,7 @@ class Selection:
 
         self.contexts, self.traced_contexts = contexts, traced_contexts
 
-    def picker(self) -> Callable[[Any, tuple], bool]:
+    def policy_fn(self) -> Callable[[Any, tuple], bool]:
         """(operator, arguments) -> whether its result is kept; for one run of one block, whose matrix products are
         counted.
         """
@@ -228,12 +228,12 @@ class Selection:
         return True
 
 
-class _Keep(TorchDispatchMode):
+class _CachingMode(TorchDispatchMode):
     """Notes the results that are picked."""
 
-    def __init__(self, picker: Callable, kept: list[Any], offload: HostOffload | None):
+    def __init__(self, policy_fn: Callable, kept: list[Any], offload: HostOffload | None):
         super().__init__()
-        self.pick, self.kept, self.offload = picker(), kept, offload
+        self.pick, self.kept, self.offload = policy_fn(), kept, offload
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -243,15 +243,15 @@ class _Keep(TorchDispatchMode):
         return out
 
 
-class _Replay(TorchDispatchMode):
+class _CachedMode(TorchDispatchMode):
     """Gives the noted results, in the same order, instead of computing them."""
 
-    def __init__(self, picker: Callable, kept: list[Any], offload: HostOffload | None):
+    def __init__(self, policy_fn: Callable, kept: list[Any], offload: HostOffload | None):
         super().__init__()
-        self.picker, self.kept, self.offload = picker, kept, offload
+        self.policy_fn, self.kept, self.offload = policy_fn, kept, offload
 
     def __enter__(self):
-        self.pick, self.next = self.picker(), iter(self.kept)
+        self.pick, self.next = self.policy_fn(), iter(self.kept)
         return super().__enter__()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -9,7 +9,7 @@ import torch._dynamo
 from torch import nn
 from torch._dynamo.utils import counters
 
-from titan_video.distributed.fsdp import blocks_of
+from titan_video.distributed.fsdp import get_blocks
 from titan_video.models.spec import ParallelPlan
 
 # Kinds of block x one or several clips x first and any length x with and without gradients, and as many again for
@@ -24,7 +24,7 @@ def apply_compile(model: nn.Module, plan: ParallelPlan, backend: str) -> None:
     Parameter names do not change.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
-    for container, key in blocks_of(model, plan):
+    for container, key in get_blocks(model, plan):
         container[key].compile(backend=backend, fullgraph=True)
 
 

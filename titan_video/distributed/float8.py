@@ -33,7 +33,7 @@ def apply_float8(model: nn.Module, plan: ParallelPlan, section: Float8, device: 
             f"compute capability 8.9 "
             "(Ada, Hopper) or more; set it to false, or float8.emulate to true for a test"
         )
-    product, kept = product_of(section), []
+    product, kept = matmul_fn(section), []
     for path in plan.blocks:
         for name, linear in model.get_submodule(path).named_modules(prefix=path):
             if not isinstance(linear, Linear):
@@ -59,7 +59,7 @@ def apply_float8(model: nn.Module, plan: ParallelPlan, section: Float8, device: 
             raise ValueError(f"float8.filter_fqns: {part!r} is in the name of no Linear of a block; take it out")
 
 
-def product_of(section: Float8) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+def matmul_fn(section: Float8) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """What F.linear does, in float8."""
     try:
         from torchao.float8 import Float8LinearConfig

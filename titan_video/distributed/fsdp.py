@@ -23,7 +23,7 @@ from titan_video.models.spec import ParallelPlan
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
-def blocks_of(model: nn.Module, plan: ParallelPlan) -> list[tuple[nn.ModuleDict, str]]:
+def get_blocks(model: nn.Module, plan: ParallelPlan) -> list[tuple[nn.ModuleDict, str]]:
     """(container, key) of every block, in forward order."""
     return [(model.get_submodule(path), key) for path in plan.blocks for key in model.get_submodule(path)]
 
@@ -59,7 +59,7 @@ def apply_fsdp(
     shard_degree = meshes.fsdp.shape[-1]
     reshard = reshard_after_forward == "always" or (reshard_after_forward == "default" and shard_degree > 1)
 
-    blocks = [container[key] for container, key in blocks_of(model, plan)]
+    blocks = [container[key] for container, key in get_blocks(model, plan)]
     for block in blocks:
         fully_shard(block, mesh=meshes.fsdp, mp_policy=low, offload_policy=offload, reshard_after_forward=reshard)
     for name, child in model.named_children():

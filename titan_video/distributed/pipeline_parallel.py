@@ -200,7 +200,7 @@ class Pipeline:
             pp_mesh.size(),
             pp_mesh.get_group(),
         )
-        self.wide = torch.promote_types(param_dtype, torch.float32)
+        self.upcast = torch.promote_types(param_dtype, torch.float32)
         self.blocks = {
             stage: {
                 path: nn.ModuleDict({key: model.get_submodule(path)[key] for p, key in names if p == path})
@@ -214,42 +214,42 @@ class Pipeline:
             setattr(
                 self.ends,
                 name,
-                nn.Parameter(part.to(self.wide)) if isinstance(part, nn.Parameter) else part.to(self.wide),
+                nn.Parameter(part.to(self.upcast)) if isinstance(part, nn.Parameter) else part.to(self.upcast),
             )
 
         self._shapes: dict[Any, tuple[tuple[Tensor, ...], Tensor]] = {}
         self._built: tuple[Any, list[PipelineStage], Any] = (None, [], None)
         self._state: tuple[Tensor, ...] = ()  # the state's shapes now, on the meta device
-        self._inputs, self._loss_of, self._loss = [], None, None
+        self._inputs, self._loss_fn, self._loss = [], None, None
         self._whole_forward = model.forward
         model.forward = self._run_stage
         self._end_prefetch_with_stage(plan)
 
-    def step(self, inputs: Sequence[Any], loss_of: Callable[[Tensor, int], Tensor]) -> Tensor:
+    def step(self, inputs: Sequence[Any], loss_fn: Callable[[Tensor, int], Tensor]) -> Tensor:
         """Forward and backward of a step's micro-batches, which have one shape. Gradients are summed into the
         parameters.
 
-        inputs: objects with the model's arguments (components/objective.ModelInputs). loss_of(v_BLP, i): a scalar, the
+        inputs: objects with the model's arguments (components/objective.ModelInputs). loss_fn(v_BLP, i): a scalar, the
         loss of micro-batch i divided by the global count; called where the last stage is. Returns the sum of the
         losses, detached, on every rank.
         """
         check_microbatches(self.section, len(inputs))
-        shapes = [self._shapes_of(*_arguments(i)) for i in inputs]
+        shapes = [self._infer_shapes(*_arguments(i)) for i in inputs]
         assert all(s is shapes[0] for s in shapes), "the micro-batches of a step have one shape"
         schedule = self._schedule(shapes[0], len(inputs))
-        self._inputs, self._loss_of = inputs, loss_of
-        self._loss = torch.zeros((), dtype=self.wide, device=self.device)
+        self._inputs, self._loss_fn = inputs, loss_fn
+        self._loss = torch.zeros((), dtype=self.upcast, device=self.device)
         # torch chunks what it is given: numbers of micro-batches, by which a stage finds its inputs and the last one
         # its loss.
         indices = torch.arange(len(inputs))
         schedule.step(i=indices, target=indices, return_outputs=False)
-        self._inputs, self._loss_of = [], None
+        self._inputs, self._loss_fn = [], None
         return reduce_over(self.mesh, self._loss, "sum")
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """The velocity, on every rank of the axis; arguments as the model's. No gradient."""
-        metas, velocity = self._shapes_of(args, kwargs)
+        metas, velocity = self._infer_shapes(args, kwargs)
         out: Any = ()
         for stage in range(self.num_stages):
             if stage % self.size != self.rank:
@@ -269,7 +269,7 @@ class Pipeline:
 
     def state(self, inputs: Any) -> tuple[Tensor, ...]:
         """What a stage sends to the next for a micro-batch, on the meta device: see `state_bytes`."""
-        return self._shapes_of(*_arguments(inputs))[0]
+        return self._infer_shapes(*_arguments(inputs))[0]
 
     def _global_rank(self, stage: int) -> int:
         return dist.get_global_rank(self.group, stage % self.size)
@@ -328,7 +328,7 @@ class Pipeline:
 
     # ---- shapes and schedules ----
 
-    def _shapes_of(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple[Tensor, ...], Tensor]:
+    def _infer_shapes(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple[Tensor, ...], Tensor]:
         """State and velocity for these arguments of the model, on the meta device:
 
         every rank knows them without asking.
@@ -382,7 +382,7 @@ class Pipeline:
         return schedule
 
     def _add_loss(self, v_BLP: Tensor, i: Tensor) -> Tensor:
-        loss = self._loss_of(v_BLP, i.item())
+        loss = self._loss_fn(v_BLP, i.item())
         self._loss += loss.detach()
         return loss
 

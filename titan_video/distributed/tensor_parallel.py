@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import Placement
 
 from titan_video.distributed.collectives import all_gather, all_reduce, reduce_scatter
-from titan_video.distributed.fsdp import blocks_of
+from titan_video.distributed.fsdp import get_blocks
 from titan_video.kernels import mean_square
 from titan_video.models.layers import Linear, local
 from titan_video.models.spec import ParallelPlan
@@ -40,7 +40,7 @@ def apply_tensor_parallel(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh
     if async_mode:
         enable_async(mesh)
     styles = ASYNC_STYLES if async_mode else STYLES
-    for container, key in blocks_of(model, plan):
+    for container, key in get_blocks(model, plan):
         block = container[key]
         for name, style in plan.tensor.items():
             parent, _, leaf = name.rpartition(".")
@@ -85,7 +85,7 @@ def collectives_per_block(plan: ParallelPlan, block: nn.Module) -> tuple[dict[st
     used = Counter(style for name, style in plan.tensor.items() if has(block, name))
     gathers = used["gather"] + used["column_gathered"]
     scatters = used["row"] + used["row_joint"]
-    sums = used["mean_squares"] + used["row_replicated"] + used["row_joint"]
+    sums = used["rms_stats"] + used["row_replicated"] + used["row_joint"]
     whole = sum(p.requires_grad and p.placements[-1].is_replicate() for p in block.parameters())
     return (
         {"all_gather": gathers, "reduce_scatter": scatters, "all_reduce": sums},
@@ -155,14 +155,14 @@ def heads(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
     distribute(parent, name, mesh, Shard(0))
 
 
-def mean_squares(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
-    """Statistics of norms over all heads: see `GroupMeanSquares`."""
-    parent.register_module(name, GroupMeanSquares(mesh))
+def rms_stats(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
+    """Statistics of norms over all heads: see `AllReduceRMS`."""
+    parent.register_module(name, AllReduceRMS(mesh))
 
 
 STYLES: dict[str, Callable[[nn.Module, str, DeviceMesh], None]] = {
     style.__name__: style
-    for style in (gather, column, column_gathered, row, row_replicated, row_joint, heads, mean_squares)
+    for style in (gather, column, column_gathered, row, row_replicated, row_joint, heads, rms_stats)
 }
 
 
@@ -228,7 +228,7 @@ class UnfusedLinear(nn.Module):
         return outputs if len(outputs) > 1 else outputs[0]
 
 
-class GroupMeanSquares(nn.Module):
+class AllReduceRMS(nn.Module):
     """Mean squares of q and the keys over the whole width, of which each rank has an equal part:
 
     one all-reduce of a number per row for all.

@@ -62,7 +62,7 @@ def gather_objects(value, group=None) -> list:
     return values
 
 
-def broadcast_from_zero(function: Callable[[], Any], group=None) -> Any:
+def broadcast_from_rank0(function: Callable[[], Any], group=None) -> Any:
     """What `function` returns on rank 0, on all ranks; what it raises there is raised on all ranks, so that none waits
     for another.
     """
@@ -83,7 +83,7 @@ def clean_name(name: str) -> str:
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
-def seed_of(name: str, seed: int) -> int:
+def derive_seed(name: str, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1
 
 
@@ -105,7 +105,7 @@ def initialise(
         if which is not None and not which(name):
             continue
         full = torch.empty(p.shape, dtype=torch.float32)
-        init_parameter(name, full, torch.Generator().manual_seed(seed_of(name, seed)))
+        init_parameter(name, full, torch.Generator().manual_seed(derive_seed(name, seed)))
         if isinstance(p, DTensor):
             full = distribute_tensor(full.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
         p.copy_(full)
@@ -122,7 +122,7 @@ def clip_grad_norm(model: nn.Module, max_norm: float, pp_mesh: DeviceMesh | None
     by_mesh = defaultdict(list)  # torch sums over the ranks of one mesh at a time
     for p in model.parameters():
         if p.grad is not None:
-            by_mesh[mesh_of(p)].append(p)
+            by_mesh[get_mesh(p)].append(p)
     norms = [nn.utils.get_total_norm([p.grad for p in parameters]) for parameters in by_mesh.values()]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
@@ -134,18 +134,18 @@ def clip_grad_norm(model: nn.Module, max_norm: float, pp_mesh: DeviceMesh | None
     return norm
 
 
-def local_part(t: Tensor) -> Tensor:
+def to_local(t: Tensor) -> Tensor:
     """This rank's part of a tensor, in the same memory. Without gradient: `models.layers.local` has one."""
     return t.to_local() if isinstance(t, DTensor) else t
 
 
 @torch.no_grad()
-def zeros_beside(parameter: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+def zeros_like_sharded(parameter: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """A tensor with the rows of a parameter and so many columns in place of its last dim, sharded like it.
 
     A split of columns must be even.
     """
-    own = local_part(parameter)
+    own = to_local(parameter)
     size = *own.shape[:-1], columns * own.shape[-1] // parameter.shape[-1]
     zeros = torch.zeros(size, dtype=dtype, device=parameter.device)
     if not isinstance(parameter, DTensor):
@@ -157,6 +157,6 @@ def zeros_beside(parameter: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     )
 
 
-def mesh_of(parameter: Tensor) -> DeviceMesh | None:
+def get_mesh(parameter: Tensor) -> DeviceMesh | None:
     """The mesh that a parameter is spread over."""
     return parameter.device_mesh if isinstance(parameter, DTensor) else None

@@ -151,7 +151,7 @@ class DebugEncoders:
         x_BLK = torch.cat([x_BLK.mean(1, keepdim=True), x_BLK], dim=1)
         return F.linear(x_BLK, self.projection_DK.to(x_BLK.device))
 
-    def park(self) -> None:
+    def offload_to_cpu(self) -> None:
         """Nothing is held."""
 
     def free(self) -> None:

@@ -287,7 +287,7 @@ class HunyuanVideoEncoders:
         self._pooled[0].to(self.device)
         return self._pooled
 
-    def park(self) -> None:
+    def offload_to_cpu(self) -> None:
         """Move the weights to host memory; the next use brings them back."""
         move_to_host([self._vae, *(self._text or ())[:1], *(self._pooled or ())[:1]], self.device)
 

@@ -51,7 +51,7 @@ class Encoders(Protocol):
     def encode_images(self, frames_BCHW: Tensor) -> Tensor:
         """Image tokens [B, tokens, image_dim] of uint8 RGB images [B, 3, H, W], for families that have them."""
 
-    def park(self) -> None:
+    def offload_to_cpu(self) -> None:
         """Move the weights to host memory; the next use brings them back."""
 
     def free(self) -> None:

@@ -247,7 +247,7 @@ class WanEncoders:
         self._image_encoder[0].to(self.device)
         return self._image_encoder
 
-    def park(self) -> None:
+    def offload_to_cpu(self) -> None:
         """Move the weights to host memory; the next use brings them back."""
         move_to_host([self._vae, self._text_encoder, *(self._image_encoder or ())[:1]], self.device)
 

@@ -21,14 +21,14 @@ from titan_video.config.job_config import Flow
 NUM_TRAIN_TIMESTEPS = 1000
 
 
-def shift_level(s: Tensor | float, alpha: float):
+def time_shift(s: Tensor | float, alpha: float):
     """Move levels towards noise for alpha > 1: s <- alpha s / (1 + (alpha - 1) s) (Esser et al. 2024, eq. 23)."""
     return alpha * s / (1 + (alpha - 1) * s)
 
 
-def interpolate(x0: Tensor, noise: Tensor, s_B: Tensor) -> Tensor:
+def interpolate(x0: Tensor, noise: Tensor, sigma_B: Tensor) -> Tensor:
     """x_s = (1 - s) x_0 + s eps, in float32, s broadcast over all but the first dim."""
-    s = s_B.view(-1, *[1] * (x0.ndim - 1))
+    s = sigma_B.view(-1, *[1] * (x0.ndim - 1))
     return torch.lerp(x0.float(), noise.float(), s)
 
 
@@ -37,7 +37,7 @@ def velocity(x0: Tensor, noise: Tensor) -> Tensor:
     return noise.float() - x0.float()
 
 
-def expert_levels(section: Flow, expert: str, boundary: float) -> Flow:
+def expert_sigma_range(section: Flow, expert: str, boundary: float) -> Flow:
     """The section with the noise levels of one of two experts:
 
     "high" trains those from the boundary on, "low" those below it; "all": as it is.
@@ -97,21 +97,21 @@ class FlowMatching:
             low, high = (mid, high) if below else (low, mid)
         return (low + high) / 2
 
-    def levels(self, u_B: Tensor, num_tokens: int) -> Tensor:
-        """Map uniform numbers in (0, 1) to noise levels s_B, float32, within [min_t, max_t]."""
+    def sigmas(self, u_B: Tensor, num_tokens: int) -> Tensor:
+        """Map uniform numbers in (0, 1) to noise levels sigma_B, float32, within [min_t, max_t]."""
         c, alpha = self.section, self.alpha(num_tokens)
-        low, high = (self._cdf(shift_level(t, 1 / alpha)) for t in (c.min_t, c.max_t))
-        s = shift_level(self._quantile(low + (high - low) * u_B.double()), alpha)
+        low, high = (self._cdf(time_shift(t, 1 / alpha)) for t in (c.min_t, c.max_t))
+        s = time_shift(self._quantile(low + (high - low) * u_B.double()), alpha)
         return s.clamp(c.min_t, c.max_t).float()
 
-    def weights(self, s_B: Tensor, num_tokens: int) -> Tensor:
+    def weights(self, sigma_B: Tensor, num_tokens: int) -> Tensor:
         """Loss weight of each level, float32, with mean 1 over the levels that this run draws."""
         if self.section.loss_weighting == "none":
-            return torch.ones_like(s_B)
+            return torch.ones_like(sigma_B)
         if num_tokens not in self._weight_means:
-            grid = self.levels((torch.arange(4096, dtype=torch.float64) + 0.5) / 4096, num_tokens)
+            grid = self.sigmas((torch.arange(4096, dtype=torch.float64) + 0.5) / 4096, num_tokens)
             self._weight_means[num_tokens] = float(_bell(grid).mean())
-        return _bell(s_B) / self._weight_means[num_tokens]
+        return _bell(sigma_B) / self._weight_means[num_tokens]
 
 
 def _bell(s: Tensor) -> Tensor:

@@ -5,12 +5,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from titan_video.flow.matching import shift_level
+from titan_video.flow.matching import time_shift
 
 
-def sampling_levels(num_steps: int, shift: float) -> Tensor:
+def sampling_sigmas(num_steps: int, shift: float) -> Tensor:
     """num_steps + 1 falling levels from 1 to 0, float32: a uniform grid, shifted as in training."""
-    return shift_level(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift).float()
+    return time_shift(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift).float()
 
 
 def guided(v_cond: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
@@ -19,10 +19,10 @@ def guided(v_cond: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
 
 
 def euler(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, num_steps: int, shift: float) -> Tensor:
-    """Integrate dx/ds = velocity(x, s_B) from `noise` (level 1) to level 0 in float32; s_B is one level per row of x."""
+    """Integrate dx/ds = velocity(x, sigma_B) from `noise` (level 1) to level 0 in float32; sigma_B is one level per row of x."""
     x = noise.float()
-    levels = sampling_levels(num_steps, shift)
-    for s, s_next in zip(levels[:-1], levels[1:], strict=True):
-        s_B = torch.full((x.shape[0],), float(s), device=x.device)
-        x = x + (s_next - s).item() * velocity(x, s_B).float()
+    sigmas = sampling_sigmas(num_steps, shift)
+    for s, s_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+        sigma_B = torch.full((x.shape[0],), float(s), device=x.device)
+        x = x + (s_next - s).item() * velocity(x, sigma_B).float()
     return x

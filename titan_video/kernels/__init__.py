@@ -1,4 +1,4 @@
-"""Memory-bound operators of the transformer block. `use` chooses, for the whole process, how they are computed.
+"""Memory-bound operators of the transformer block. `set_backend` chooses, for the whole process, how they are computed.
 
 torch     plain torch operators, one after another (reference.py)
 triton    one fused kernel each, forward and backward (fused_layer_norm.py, fused_rms_norm.py); float64 stays with torch
@@ -11,28 +11,30 @@ from typing import Any
 
 import torch
 
-from titan_video.kernels import fused_layer_norm, fused_rms_norm, reference
-from titan_video.kernels.reference import mean_square, wide
+from titan_video.kernels import reference
+from titan_video.kernels.reference import mean_square, upcast
+from titan_video.kernels.triton import layer_norm as fused_layer_norm
+from titan_video.kernels.triton import rms_norm as fused_rms_norm
 
 __all__ = [
     "ada_layer_norm",
-    "choose",
+    "resolve_backend",
     "gated_residual",
-    "in_use",
+    "current_backend",
     "layer_norm",
     "mean_square",
     "residual_ada_layer_norm",
     "residual_layer_norm",
     "rms_norm",
     "rms_norm_rope",
-    "use",
-    "wide",
+    "set_backend",
+    "upcast",
 ]
 
 _in_use = "torch"
 
 
-def choose(name: str, device: torch.device) -> str:
+def resolve_backend(name: str, device: torch.device) -> str:
     """ "triton" or "torch" for `model.kernels`, of which "auto" is triton where it can run.
 
     ValueError where what is asked for cannot.
@@ -46,7 +48,7 @@ def choose(name: str, device: torch.device) -> str:
     return ("torch" if missing else "triton") if name == "auto" else name
 
 
-def use(name: str) -> None:
+def set_backend(name: str) -> None:
     """From here on compute with "triton" or "torch"."""
     global _in_use
     if name not in ("triton", "torch"):
@@ -54,7 +56,7 @@ def use(name: str) -> None:
     _in_use = name
 
 
-def in_use() -> str:
+def current_backend() -> str:
     """What is computed with: "torch" until `use` is called."""
     return _in_use
 

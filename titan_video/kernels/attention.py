@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn.attention import activate_flash_attention_impl
 from torch.utils.flop_counter import register_flop_formula
 
-from titan_video.kernels.reference import wide
+from titan_video.kernels.reference import upcast
 
 aten = torch.ops.aten
 
@@ -58,12 +58,12 @@ _in_use: tuple[str, ...] = ()  # kernels in order of preference; empty until `us
 
 def check(name: str, dtype: torch.dtype, head_dim: int, masked: bool) -> None:
     """ValueError if the backend can serve such a model on no GPU. masked: whether the model masks keys."""
-    if reason := _refusal(name, dtype, head_dim, masked):
-        legal = ", ".join(n for n in NAMES if not _refusal(n, dtype, head_dim, masked))
+    if reason := _unsupported_reason(name, dtype, head_dim, masked):
+        legal = ", ".join(n for n in NAMES if not _unsupported_reason(n, dtype, head_dim, masked))
         raise ValueError(f"model.attention: {name}, but {reason}; legal for this model: {legal}")
 
 
-def use(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, masked: bool = False) -> str:
+def set_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, masked: bool = False) -> str:
     """From here on compute attention with the backend `name` of model.attention. Returns what that means on this
     device, in words.
 
@@ -72,11 +72,15 @@ def use(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, mask
     global _in_use
 
     def unfit(n: str) -> str:
-        return _refusal(n, dtype, head_dim, masked) if device.type == "cuda" and n != "auto" else _missing(n, device)
+        return (
+            _unsupported_reason(n, dtype, head_dim, masked)
+            if device.type == "cuda" and n != "auto"
+            else _unavailable_reason(n, device)
+        )
 
-    reason = unfit(name) or _missing(name, device)
+    reason = unfit(name) or _unavailable_reason(name, device)
     if reason:
-        legal = ", ".join(n for n in NAMES if not unfit(n) and not _missing(n, device))
+        legal = ", ".join(n for n in NAMES if not unfit(n) and not _unavailable_reason(n, device))
         raise ValueError(f"model.attention: {name}, but {reason}; legal here: {legal}")
     if name in _PACKAGES:
         implementation, package = _PACKAGES[name]
@@ -87,7 +91,7 @@ def use(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, mask
                 f"model.attention: {name}, but the package {package} does not work here ({e}); mend it, or choose auto"
             ) from e
     _in_use = _automatic(device) if name == "auto" else ("flash",) if name in _PACKAGES else (name,)
-    whole, part = (_pick(_in_use, device, dtype, head_dim, m) for m in (False, True))
+    whole, part = (_select_backend(_in_use, device, dtype, head_dim, m) for m in (False, True))
     chosen = name if name in _PACKAGES else whole
     return f"{chosen}, for masked keys {part}" if masked and part != whole else chosen
 
@@ -98,13 +102,15 @@ def _automatic(device: torch.device) -> tuple[str, ...]:
     """
     if device.type != "cuda":
         return ("flash",)
-    if torch.version.hip or _missing("cudnn", device):
+    if torch.version.hip or _unavailable_reason("cudnn", device):
         return ("flash", "efficient", "math")
     major, _ = torch.cuda.get_device_capability(device)
     return ("cudnn", "flash", "efficient", "math") if major in (9, 10) else ("flash", "efficient", "cudnn", "math")
 
 
-def _pick(order: tuple[str, ...], device: torch.device, dtype: torch.dtype, head_dim: int, masked: bool) -> str:
+def _select_backend(
+    order: tuple[str, ...], device: torch.device, dtype: torch.dtype, head_dim: int, masked: bool
+) -> str:
     """The first of `order` that serves such a call. It depends on no length, so that a compiled graph holds for all."""
     if device.type != "cuda":  # the meta device, where only shapes count, too
         return order[0]
@@ -114,12 +120,14 @@ def _pick(order: tuple[str, ...], device: torch.device, dtype: torch.dtype, head
             *order,
         )  # it alone reads a mask that is the same for all queries without having it written out for each
     for name in order:
-        if not _refusal(name, dtype, head_dim, masked):
+        if not _unsupported_reason(name, dtype, head_dim, masked):
             return name
-    raise ValueError(f"model.attention: {order[0]}, but {_refusal(order[0], dtype, head_dim, masked)}; choose auto")
+    raise ValueError(
+        f"model.attention: {order[0]}, but {_unsupported_reason(order[0], dtype, head_dim, masked)}; choose auto"
+    )
 
 
-def _refusal(name: str, dtype: torch.dtype, head_dim: int, masked: bool) -> str:
+def _unsupported_reason(name: str, dtype: torch.dtype, head_dim: int, masked: bool) -> str:
     """Why a kernel cannot serve such calls on any GPU; empty if it can."""
     if name not in _LIMITS:
         return ""
@@ -131,7 +139,7 @@ def _refusal(name: str, dtype: torch.dtype, head_dim: int, masked: bool) -> str:
     return "it takes no mask, and this model masks the padding of its text" if masked and not masks else ""
 
 
-def _missing(name: str, device: torch.device) -> str:
+def _unavailable_reason(name: str, device: torch.device) -> str:
     """Why a backend is not there on this device, whatever the model; empty if it is."""
     if name not in NAMES:
         return "there is no such backend"
@@ -151,7 +159,7 @@ def _missing(name: str, device: torch.device) -> str:
 
 def _chosen(q: Tensor, masked: bool = False) -> str:
     """The kernel for queries [..., K]."""
-    return _pick(_in_use or _automatic(q.device), q.device, q.dtype, q.shape[-1], masked)
+    return _select_backend(_in_use or _automatic(q.device), q.device, q.dtype, q.shape[-1], masked)
 
 
 # ---- differentiable attention ----
@@ -198,7 +206,7 @@ def own_attention(
     """
     out, lse = attend(q, k, v)
     if more_k is not None:
-        out, lse = merge(wide(out), lse, *attend(q, more_k, more_v, mask))
+        out, lse = merge(upcast(out), lse, *attend(q, more_k, more_v, mask))
     return out.to(q.dtype).contiguous(), lse.contiguous()
 
 
@@ -296,7 +304,7 @@ def merge(out_BLHK: Tensor, lse_BHL: Tensor, part_BLHK: Tensor, part_lse_BHL: Te
     share_BLH1 = (
         torch.sigmoid(part_lse_BHL - lse_BHL).transpose(1, 2).unsqueeze(-1)
     )  # the part's, of the sum of exponentials
-    return out_BLHK.lerp_(wide(part_BLHK), share_BLH1), torch.logaddexp(lse_BHL, part_lse_BHL)
+    return out_BLHK.lerp_(upcast(part_BLHK), share_BLH1), torch.logaddexp(lse_BHL, part_lse_BHL)
 
 
 def _bias(mask_BS: Tensor | None, q: Tensor) -> Tensor | None:
@@ -382,19 +390,19 @@ def _efficient_backward(grad, q, k, v, out, lse, bias):
 def _math(q, k, v, bias):
     scores = _scores(q, k, bias)
     lse = scores.logsumexp(-1)
-    return ((scores - lse.unsqueeze(-1)).exp() @ wide(v)).to(q.dtype), lse
+    return ((scores - lse.unsqueeze(-1)).exp() @ upcast(v)).to(q.dtype), lse
 
 
 def _math_backward(grad, q, k, v, out, lse, bias):
     p = (_scores(q, k, bias) - lse.unsqueeze(-1)).exp()
-    grad = wide(grad)
-    row_sum = (grad * wide(out)).sum(-1, keepdim=True)
-    grad_scores = p * (grad @ wide(v).mT - row_sum) * q.shape[-1] ** -0.5
-    return (grad_scores @ wide(k)).to(q.dtype), (grad_scores.mT @ wide(q)).to(k.dtype), (p.mT @ grad).to(v.dtype)
+    grad = upcast(grad)
+    row_sum = (grad * upcast(out)).sum(-1, keepdim=True)
+    grad_scores = p * (grad @ upcast(v).mT - row_sum) * q.shape[-1] ** -0.5
+    return (grad_scores @ upcast(k)).to(q.dtype), (grad_scores.mT @ upcast(q)).to(k.dtype), (p.mT @ grad).to(v.dtype)
 
 
 def _scores(q, k, bias):
-    scores = wide(q) @ wide(k).mT * q.shape[-1] ** -0.5
+    scores = upcast(q) @ upcast(k).mT * q.shape[-1] ** -0.5
     return scores if bias is None else scores + bias
 
 

@@ -4,7 +4,7 @@ Statistics and rotations are computed in float32 (float64 for a float64 input); 
 Letters: B batch, L tokens, D width, H heads, K head width, T rows of modulation.
 
 Modulation (scale, shift, gate), float32, [B or 1, T, D]: T = 1, one row for all tokens of a sample; T = L, one for each
-token; or, with clean_BL, bool [B or 1, L], T = 2: row 1 for the clean tokens, row 0 for the others.
+token; or, with cond_mask_BL, bool [B or 1, L], T = 2: row 1 for the clean tokens, row 0 for the others.
 """
 
 import torch
@@ -12,35 +12,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def wide(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """x in the type in which statistics are computed."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _each(rows_BTD: Tensor, clean_BL: Tensor | None) -> Tensor:
+def _each(rows_BTD: Tensor, cond_mask_BL: Tensor | None) -> Tensor:
     """Each token's row, [B, L, D], or what broadcasts to that. A selection and no gather:
 
     its gradient is a masked sum, in a fixed order.
     """
-    return rows_BTD if clean_BL is None else torch.where(clean_BL.unsqueeze(-1), rows_BTD[:, 1:2], rows_BTD[:, :1])
+    return (
+        rows_BTD if cond_mask_BL is None else torch.where(cond_mask_BL.unsqueeze(-1), rows_BTD[:, 1:2], rows_BTD[:, :1])
+    )
 
 
 def ada_layer_norm(
-    x_BLD: Tensor, scale_BTD: Tensor, shift_BTD: Tensor, eps: float, clean_BL: Tensor | None = None
+    x_BLD: Tensor, scale_BTD: Tensor, shift_BTD: Tensor, eps: float, cond_mask_BL: Tensor | None = None
 ) -> Tensor:
     """LayerNorm without affine, then x (1 + scale) + shift (DiT, Peebles and Xie 2023)."""
-    normed = F.layer_norm(wide(x_BLD), x_BLD.shape[-1:], eps=eps)
-    return torch.addcmul(_each(shift_BTD, clean_BL), normed, 1 + _each(scale_BTD, clean_BL)).to(x_BLD.dtype)
+    normed = F.layer_norm(upcast(x_BLD), x_BLD.shape[-1:], eps=eps)
+    return torch.addcmul(_each(shift_BTD, cond_mask_BL), normed, 1 + _each(scale_BTD, cond_mask_BL)).to(x_BLD.dtype)
 
 
-def gated_residual(x_BLD: Tensor, y_BLD: Tensor, gate_BTD: Tensor, clean_BL: Tensor | None = None) -> Tensor:
+def gated_residual(x_BLD: Tensor, y_BLD: Tensor, gate_BTD: Tensor, cond_mask_BL: Tensor | None = None) -> Tensor:
     """x + gate y, added in float32 and rounded once."""
-    return torch.addcmul(wide(x_BLD), wide(y_BLD), _each(gate_BTD, clean_BL)).to(x_BLD.dtype)
+    return torch.addcmul(upcast(x_BLD), upcast(y_BLD), _each(gate_BTD, cond_mask_BL)).to(x_BLD.dtype)
 
 
 def layer_norm(x_BLD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
     """LayerNorm with affine; statistics and affine in float32."""
-    return F.layer_norm(wide(x_BLD), x_BLD.shape[-1:], wide(weight_D), wide(bias_D), eps).to(x_BLD.dtype)
+    return F.layer_norm(upcast(x_BLD), x_BLD.shape[-1:], upcast(weight_D), upcast(bias_D), eps).to(x_BLD.dtype)
 
 
 def residual_layer_norm(
@@ -50,10 +52,10 @@ def residual_layer_norm(
     weight_D: Tensor,
     bias_D: Tensor,
     eps: float,
-    clean_BL: Tensor | None = None,
+    cond_mask_BL: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x' = x + gate y, or x + y without a gate, and LayerNorm of x' with affine."""
-    x_BLD = x_BLD + y_BLD if gate_BTD is None else gated_residual(x_BLD, y_BLD, gate_BTD, clean_BL)
+    x_BLD = x_BLD + y_BLD if gate_BTD is None else gated_residual(x_BLD, y_BLD, gate_BTD, cond_mask_BL)
     return x_BLD, layer_norm(x_BLD, weight_D, bias_D, eps)
 
 
@@ -64,22 +66,22 @@ def residual_ada_layer_norm(
     scale_BTD: Tensor,
     shift_BTD: Tensor,
     eps: float,
-    clean_BL: Tensor | None = None,
+    cond_mask_BL: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x' = x + gate y, or x + y without a gate, and the modulated LayerNorm of x'."""
-    x_BLD = x_BLD + y_BLD if gate_BTD is None else gated_residual(x_BLD, y_BLD, gate_BTD, clean_BL)
-    return x_BLD, ada_layer_norm(x_BLD, scale_BTD, shift_BTD, eps, clean_BL)
+    x_BLD = x_BLD + y_BLD if gate_BTD is None else gated_residual(x_BLD, y_BLD, gate_BTD, cond_mask_BL)
+    return x_BLD, ada_layer_norm(x_BLD, scale_BTD, shift_BTD, eps, cond_mask_BL)
 
 
 def mean_square(x: Tensor) -> Tensor:
     """Mean over the last dim of x^2, [..., 1]: the statistic of an RMSNorm."""
-    return wide(x).square().mean(-1, keepdim=True)
+    return upcast(x).square().mean(-1, keepdim=True)
 
 
 def _rms_normed(x: Tensor, weight: Tensor, eps: float, mean_square: Tensor | None) -> Tensor:
     if mean_square is None:
-        return F.rms_norm(wide(x), x.shape[-1:], wide(weight), eps)
-    return wide(x) * torch.rsqrt(mean_square + eps) * wide(weight)
+        return F.rms_norm(upcast(x), x.shape[-1:], upcast(weight), eps)
+    return upcast(x) * torch.rsqrt(mean_square + eps) * upcast(weight)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, mean_square: Tensor | None = None) -> Tensor:
@@ -91,7 +93,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, mean_square: Tensor | None =
 
 
 def rms_norm_rope(
-    x: Tensor, weight: Tensor, rotations_BLC: Tensor, eps: float, mean_square: Tensor | None = None
+    x: Tensor, weight: Tensor, freqs_cis_BLC: Tensor, eps: float, mean_square: Tensor | None = None
 ) -> Tensor:
     """RMSNorm over the last dim, then rotation of each head's neighbouring pairs by complex numbers of modulus 1 (RoPE,
     Su et al. 2021).
@@ -100,12 +102,12 @@ def rms_norm_rope(
     complex64 [B or 1, L, C], C = K/2, the same for all heads. mean_square: as in `rms_norm`. Returns [B, L, H, K],
     rounded once, after both.
     """
-    normed = _rms_normed(x, weight, eps, mean_square).reshape(*x.shape[:2], -1, rotations_BLC.shape[-1], 2)
-    rotations = rotations_BLC.unsqueeze(2)
+    normed = _rms_normed(x, weight, eps, mean_square).reshape(*x.shape[:2], -1, freqs_cis_BLC.shape[-1], 2)
+    freqs_cis = freqs_cis_BLC.unsqueeze(2)
     if torch.compiler.is_compiling():
         # The compiler generates no code for complex numbers: in real ones the whole function becomes one kernel.
-        (a, b), (cos, sin) = normed.unbind(-1), torch.view_as_real(rotations).unbind(-1)
+        (a, b), (cos, sin) = normed.unbind(-1), torch.view_as_real(freqs_cis).unbind(-1)
         rotated = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
     else:
-        rotated = torch.view_as_real(torch.view_as_complex(normed) * rotations)
+        rotated = torch.view_as_real(torch.view_as_complex(normed) * freqs_cis)
     return rotated.flatten(-2).to(x.dtype)

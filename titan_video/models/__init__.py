@@ -45,4 +45,4 @@ def get_args(spec: ModelSpec, flavor: str, hf_assets_path: str, max_text_length:
         raise ValueError(
             f'model.flavor = "{flavor}" is unknown for {spec.name}; use one of: hf, {", ".join(spec.flavors)}'
         )
-    return replace(args, text_len=args.conditions.text_image_tokens + max_text_length)
+    return replace(args, text_len=args.conditioning.text_image_tokens + max_text_length)

@@ -46,7 +46,7 @@ def latent_shape(bucket: tuple[int, ...], args: Any) -> tuple[int, ...]:
     return args.out_channels, (frames - 1) // TEMPORAL_STRIDE + 1, height // stride, width // stride
 
 
-def tokens_of(bucket: tuple[int, ...], args: Any) -> int:
+def num_clip_tokens(bucket: tuple[int, ...], args: Any) -> int:
     """Tokens of such a clip."""
     return token_shape(latent_shape(bucket, args)[1:], args.patch).num_tokens
 
@@ -73,23 +73,23 @@ def positions(shape: TokenShape, device: torch.device | str = "cpu") -> Tensor:
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(1, -1, 3)
 
 
-def rope_rotations(pos_BL3: Tensor, axes_dim: tuple[int, int, int], theta: float) -> Tensor:
+def rope_freqs_cis(pos_BL3: Tensor, axes_dim: tuple[int, int, int], theta: float) -> Tensor:
     """Unit complex numbers [B, L, K/2] for `kernels.rms_norm_rope`: each axis of the position turns its own part of the
     head.
 
     axes_dim: head channels of frame, row and column; their sum is K. Angles are computed in float64: at float32 a far
     token's would be off by 1e-4. They are kept for as long as the tensor of positions is.
     """
-    kept = _rotations.setdefault(pos_BL3, {})
+    kept = _kept_freqs.setdefault(pos_BL3, {})
     if (axes_dim, theta) not in kept:
-        kept[axes_dim, theta] = _rotations_of(pos_BL3, axes_dim, theta)
+        kept[axes_dim, theta] = _freqs_cis(pos_BL3, axes_dim, theta)
     return kept[axes_dim, theta]
 
 
-_rotations = WeakTensorKeyDictionary()
+_kept_freqs = WeakTensorKeyDictionary()
 
 
-def _rotations_of(pos_BL3: Tensor, axes_dim: tuple[int, int, int], theta: float) -> Tensor:
+def _freqs_cis(pos_BL3: Tensor, axes_dim: tuple[int, int, int], theta: float) -> Tensor:
     angles = []
     for axis, dim in enumerate(axes_dim):
         rates = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=pos_BL3.device) / dim)
@@ -107,12 +107,12 @@ def time_features(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
 
 
-def rows_in_use(modulation_BT: Tensor, clean_BL: Tensor | None) -> Tensor:
+def select_modulation(modulation_BT: Tensor, cond_mask_BL: Tensor | None) -> Tensor:
     """The rows of modulation that the kernels choose from:
 
     both for noisy and clean tokens, or the first alone where no token is clean.
     """
-    return modulation_BT[:, :1] if clean_BL is None else modulation_BT
+    return modulation_BT[:, :1] if cond_mask_BL is None else modulation_BT
 
 
 def local(weight: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def local(weight: Tensor) -> Tensor:
 
 class Linear(nn.Linear):
     """A Linear of a block: plain tensors in and out, under tensor parallel too. adapter: what is added to it
-    (models/lora.py), or None.
+    (lora/adapters.py), or None.
 
     product: what multiplies, F.linear or the same in float8 (distributed/float8.py).
     """
@@ -153,12 +153,12 @@ class FeedForward(nn.Module):
         # A compiler does not compute again what a product reads, and other products (adapters, float8, tensor parallel)
         # keep their inputs themselves.
         is_plain = type(down) is Linear and down.adapter is None and down.product is F.linear
-        if is_plain and kernels.in_use() == "triton" and not torch.compiler.is_compiling():
+        if is_plain and kernels.current_backend() == "triton" and not torch.compiler.is_compiling():
             return gelu_linear(up, local(down.weight), local(down.bias))
         return down(F.gelu(up, approximate="tanh"))
 
 
-def hold_in(model: nn.Module, fp32: tuple[str, ...], dtype: torch.dtype) -> None:
+def cast_params(model: nn.Module, fp32: tuple[str, ...], dtype: torch.dtype) -> None:
     """Make the weights of a model `dtype`, in place, but for those of the root modules and parameters `fp32` (see
     ParallelPlan).
     """
@@ -174,7 +174,7 @@ class CastLinear(nn.Linear):
         return super().forward(x.to(self.weight.dtype))
 
 
-class AttentionCore(nn.Module):
+class InnerAttention(nn.Module):
     """softmax(q k^T / sqrt(K)) v, [B, L, H, K] in and out. Context parallel replaces this module.
 
     seq_len: keys that count, where those at the end are padding; None: all.
@@ -186,7 +186,7 @@ class AttentionCore(nn.Module):
         return attention(q_BLHK, k_BSHK, v_BSHK)
 
 
-class JointAttentionCore(nn.Module):
+class JointInnerAttention(nn.Module):
     """One attention in which video and text tokens both ask and answer. Context parallel replaces this module.
 
     text_mask: the text keys that count; None: all. It is applied whatever it holds: looking inside would make the host
@@ -224,7 +224,7 @@ class JointLinear(Linear):
         return super().forward(x_BLD), super().forward(text_BSD)
 
 
-class MeanSquares(nn.Module):
+class RMSStats(nn.Module):
     """Statistics of the RMSNorms of q and the keys, [B, L, 1] each, or None where a norm sees its whole vector and
     takes its own.
 

@@ -31,7 +31,7 @@ class ParallelPlan:
     cores: in each block, the attention cores over the video tokens, which context parallel replaces.
     tensor: in each block, what tensor parallel does with a module or parameter, by name
         (distributed/tensor_parallel.py): "gather" a module that needs all tokens of its group, "column" and "row" a
-        input, "heads" a vector split like the heads, "mean_squares" a module that is replaced. All other parameters are
+        input, "heads" a vector split like the heads, "rms_stats" a module that is replaced. All other parameters are
         whole on each rank.
     first, last: root modules and parameters of the first and the last pipeline stage. `tables`: containers keyed like
         the blocks.
@@ -39,7 +39,7 @@ class ParallelPlan:
 
     blocks: tuple[str, ...]
     fp32: tuple[str, ...] = ()
-    cores: tuple[str, ...] = ()
+    inner_attention: tuple[str, ...] = ()
     tensor: dict[str, str] = field(default_factory=dict)
     first: tuple[str, ...] = ()
     last: tuple[str, ...] = ()
@@ -64,7 +64,7 @@ class NameRule:
     to_ours: Callable[[Any, Any], Any] | None = None
     optional: bool = False
     original: str = ""
-    swapped: bool = False
+    scale_shift_swapped: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class ModelSpec:
     """A model family.
 
     flavors: architecture arguments by name: a frozen dataclass with `in_channels`, `out_channels`, `patch`, `text_dim`,
-        `text_len`, `num_heads`, `head_dim`, `ffn_dim`, `num_layers`, `conditions` (flow/conditions.py), `boundary`
+        `text_len`, `num_heads`, `head_dim`, `ffn_dim`, `num_layers`, `conditions` (models/conditioning.py), `boundary`
         between two experts or 0, `flops(num_tokens, batch)` of a `flops(num_tokens, batch)` of a forward and
         `block_flops(num_tokens, batch)`, the part of it that full activation checkpointing runs again.
     build: arguments -> module (built on the meta device by the trainer).

@@ -28,12 +28,12 @@ def write_mp4(path: str | os.PathLike, frames_FHWC: np.ndarray, fps: float) -> N
         with av.open(str(temporary), "w", format="mp4") as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            stream.options = {"crf": MP4_QUALITY, "preset": "veryfast"}
+            # Without mbtree: x264's gives other bits for the same frames from one process to the next.
+            stream.options = {"crf": MP4_QUALITY, "preset": "veryfast", "x264-params": "mbtree=0"}
             stream.codec_context.thread_count = 1  # short clips; the same bytes on every machine
             for frame_HWC in frames_FHWC:
-                container.mux(
-                    stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24"))
-                )
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
+                container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
         os.replace(temporary, path)
     finally:

@@ -12,13 +12,16 @@ a Ulysses group are one contiguous chunk, which is what the ring passes on. Byte
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from titan_video.distributed.context_parallel.ring import JointRingCore, RingCore
-from titan_video.distributed.context_parallel.ulysses import JointUlyssesCore, UlyssesCore
-from titan_video.distributed.fsdp import blocks_of
-from titan_video.models.layers import AttentionCore, JointAttentionCore
+from titan_video.distributed.context_parallel.ring import JointRingAttention, RingAttention
+from titan_video.distributed.context_parallel.ulysses import JointUlyssesAttention, UlyssesAttention
+from titan_video.distributed.fsdp import get_blocks
+from titan_video.models.layers import InnerAttention, JointInnerAttention
 from titan_video.models.spec import ParallelPlan
 
-_REPLACEMENTS = {AttentionCore: (RingCore, UlyssesCore), JointAttentionCore: (JointRingCore, JointUlyssesCore)}
+_REPLACEMENTS = {
+    InnerAttention: (RingAttention, UlyssesAttention),
+    JointInnerAttention: (JointRingAttention, JointUlyssesAttention),
+}
 
 
 def apply_context_parallel(
@@ -28,14 +31,14 @@ def apply_context_parallel(
 
     how the ring moves keys and values, "alltoall" or "allgather".
     """
-    for container, key in blocks_of(model, plan):
-        for path in plan.cores:
+    for container, key in get_blocks(model, plan):
+        for path in plan.inner_attention:
             parent_path, _, name = path.rpartition(".")
             parent = container[key].get_submodule(parent_path)
-            setattr(parent, name, parallel_core(getattr(parent, name), ring, ulysses, rotate))
+            setattr(parent, name, parallel_attention(getattr(parent, name), ring, ulysses, rotate))
 
 
-def parallel_core(core: nn.Module, ring: DeviceMesh, ulysses: DeviceMesh, rotate: str) -> nn.Module:
+def parallel_attention(core: nn.Module, ring: DeviceMesh, ulysses: DeviceMesh, rotate: str) -> nn.Module:
     """What takes the place of `core` on these two axes; an axis of one rank adds nothing."""
     in_ring, in_ulysses = _REPLACEMENTS[type(core)]
     if ring.size() > 1:

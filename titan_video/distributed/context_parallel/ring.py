@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils.flop_counter import register_flop_formula
 
-from titan_video.kernels import wide
+from titan_video.kernels import upcast
 from titan_video.kernels.attention import attend, attend_backward, merge
 
 # Renamed in torch 2.13, where the old names warn.
@@ -27,7 +27,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-class RingCore(nn.Module):
+class RingAttention(nn.Module):
     """An attention core over this rank's chunk of the tokens; rank i of the ring holds chunk i.
 
     rotate: "alltoall": each chunk is passed from neighbour to neighbour, at any time two are held. "allgather": all are
@@ -51,7 +51,7 @@ class RingCore(nn.Module):
         )[0]
 
 
-class JointRingCore(RingCore):
+class JointRingAttention(RingAttention):
     """The same for video and text. The text is whole on every rank: its queries go with this rank's, its keys are one
     more chunk that stays.
 
@@ -102,7 +102,7 @@ def ring_attention(
         if owner == process_group.rank() and local_k is not None:
             parts.append(attend(q, local_k, local_v, local_mask))
         for part_out, part_lse in parts:
-            out, lse = (wide(part_out), part_lse) if out is None else merge(out, lse, part_out, part_lse)
+            out, lse = (upcast(part_out), part_lse) if out is None else merge(out, lse, part_out, part_lse)
     return out.to(q.dtype).contiguous(), lse.contiguous()
 
 
@@ -130,7 +130,7 @@ def ring_attention_backward(
     """Gradients of q, of k and v stacked, and of local_k and local_v stacked (empty without these)."""
     process_group = _resolve_process_group(group)
     kv, grad_out = torch.stack([k, v]), grad_out.contiguous()
-    grad_q = torch.zeros_like(wide(q), memory_format=torch.contiguous_format)
+    grad_q = torch.zeros_like(upcast(q), memory_format=torch.contiguous_format)
     grad_local = q.new_empty(0)
     sums = (_Gathered if rotate == "allgather" else _Travelling)(kv, process_group)
     for owner, (k_chunk, v_chunk) in _chunks(kv, process_group, rotate):
@@ -239,7 +239,7 @@ class _Travelling:
     the owner. What a rank adds for its own chunk never travels."""
 
     def __init__(self, kv: Tensor, group: dist.ProcessGroup):
-        self.group, self.home, self.receive = group, torch.zeros_like(wide(kv)), None
+        self.group, self.home, self.receive = group, torch.zeros_like(upcast(kv)), None
 
     def of(self, owner: int) -> Tensor:
         if owner == self.group.rank():
@@ -259,7 +259,7 @@ class _Gathered:
     """Sums of gradients for all chunks, kept until all are complete and then added over the ranks."""
 
     def __init__(self, kv: Tensor, group: dist.ProcessGroup):
-        self.group, self.sums = group, wide(kv).new_zeros(group.size(), *kv.shape)
+        self.group, self.sums = group, upcast(kv).new_zeros(group.size(), *kv.shape)
 
     def of(self, owner: int) -> Tensor:
         return self.sums[owner]

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from titan_video.distributed.collectives import all_gather, all_to_all
 
 
-class UlyssesCore(nn.Module):
+class UlyssesAttention(nn.Module):
     """An attention core over this rank's slice of the tokens. inner:
 
     the core that then sees the group's tokens and this rank's heads.
@@ -29,7 +29,7 @@ class UlyssesCore(nn.Module):
         return heads_for_tokens(self.inner(q, k, v, seq_len), self.mesh)
 
 
-class JointUlyssesCore(nn.Module):
+class JointUlyssesAttention(nn.Module):
     """The same for video and text. The text is whole on every rank: each takes its heads of it, and the output's are
     gathered.
 

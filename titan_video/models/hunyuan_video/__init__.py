@@ -112,7 +112,7 @@ SPEC = ModelSpec(
     plan=ParallelPlan(
         blocks=("double_blocks", "single_blocks"),
         fp32=("condition", "text_condition", "head_modulation"),
-        cores=("attn.core",),
+        inner_attention=("attn.core",),
         tensor={
             # Video tokens are spread over the group and gathered; text is whole on each rank, so its sums are completed
             # and not dealt out.

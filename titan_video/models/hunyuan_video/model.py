@@ -32,18 +32,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan_video import kernels
-from titan_video.flow.conditions import Conditions
+from titan_video.models.conditioning import ConditioningSpec
 from titan_video.models.layers import (
     CastLinear,
     FeedForward,
-    JointAttentionCore,
+    JointInnerAttention,
     JointLinear,
     Linear,
     Patch,
     attention_flops,
     local,
-    rope_rotations,
-    rows_in_use,
+    rope_freqs_cis,
+    select_modulation,
     time_features,
     xavier_uniform_,
 )
@@ -93,14 +93,18 @@ class HunyuanVideoArgs:
         return self.dim // self.num_heads
 
     @property
-    def conditions(self) -> Conditions:
+    def conditioning(self) -> ConditioningSpec:
         """What the model is given beside noise, time and text."""
         common = {"pooled_text": True, "guidance": self.guidance}
         if self.image_condition == "latent_concat":
-            return Conditions(num_given=1, form="mask_last", text_image_tokens=IMAGE_TOKENS // 2, still=STILL, **common)
+            return ConditioningSpec(
+                num_cond_frames=1, form="mask_last", text_image_tokens=IMAGE_TOKENS // 2, still=STILL, **common
+            )
         if self.image_condition == "token_replace":
-            return Conditions(num_given=1, form="clean", text_image_tokens=IMAGE_TOKENS // 4, still=STILL, **common)
-        return Conditions(**common)
+            return ConditioningSpec(
+                num_cond_frames=1, form="clean", text_image_tokens=IMAGE_TOKENS // 4, still=STILL, **common
+            )
+        return ConditioningSpec(**common)
 
     @property
     def boundary(self) -> float:
@@ -176,7 +180,7 @@ class Modulation(nn.Module):
 
     def forward(self, condition_BTD: Tensor) -> tuple[Tensor, ...]:
         rows = self.linear(F.silu(condition_BTD).to(self.linear.weight.dtype))
-        return kernels.wide(rows).chunk(self.parts, dim=-1)
+        return kernels.upcast(rows).chunk(self.parts, dim=-1)
 
 
 class HeadNorm(nn.Module):
@@ -187,14 +191,14 @@ class HeadNorm(nn.Module):
         self.head_dim, self.eps = args.head_dim, args.eps
         self.q, self.k = (nn.Parameter(torch.empty(args.head_dim)) for _ in range(2))
 
-    def forward(self, q_BLD: Tensor, k_BLD: Tensor, rotations_BLC: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, q_BLD: Tensor, k_BLD: Tensor, freqs_cis_BLC: Tensor | None = None) -> tuple[Tensor, Tensor]:
         parts = [
             (x.unflatten(-1, (-1, self.head_dim)), local(weight)) for x, weight in ((q_BLD, self.q), (k_BLD, self.k))
         ]
-        if rotations_BLC is None:
+        if freqs_cis_BLC is None:
             q, k = (kernels.rms_norm(x, weight, self.eps) for x, weight in parts)
         else:
-            q, k = (kernels.rms_norm_rope(x, weight, rotations_BLC, self.eps) for x, weight in parts)
+            q, k = (kernels.rms_norm_rope(x, weight, freqs_cis_BLC, self.eps) for x, weight in parts)
         return q, k
 
 
@@ -206,17 +210,17 @@ class JointAttention(nn.Module):
         self.head_dim = args.head_dim
         self.q, self.k, self.v, self.o = (Linear(args.dim, args.dim) for _ in range(4))
         self.text_q, self.text_k, self.text_v, self.text_o = (Linear(args.dim, args.dim) for _ in range(4))
-        self.norm, self.text_norm, self.core = HeadNorm(args), HeadNorm(args), JointAttentionCore()
+        self.norm, self.text_norm, self.core = HeadNorm(args), HeadNorm(args), JointInnerAttention()
 
     def forward(
         self,
         x_BLD: Tensor,
         text_BSD: Tensor,
-        rotations_BLC: Tensor,
+        freqs_cis_BLC: Tensor,
         text_mask_BS: Tensor | None = None,
         seq_len: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        q, k = self.norm(self.q(x_BLD), self.k(x_BLD), rotations_BLC)
+        q, k = self.norm(self.q(x_BLD), self.k(x_BLD), freqs_cis_BLC)
         text_q, text_k = self.text_norm(self.text_q(text_BSD), self.text_k(text_BSD))
         v, text_v = (y.unflatten(-1, (-1, self.head_dim)) for y in (self.v(x_BLD), self.text_v(text_BSD)))
         out, text_out = self.core(q, k, v, text_q, text_k, text_v, text_mask_BS, seq_len)
@@ -240,27 +244,27 @@ class DoubleBlock(nn.Module):
         x_BLD: Tensor,
         text_BSD: Tensor,
         condition_BTD: Tensor,
-        rotations_BLC: Tensor,
+        freqs_cis_BLC: Tensor,
         text_mask_BS: Tensor | None = None,
         seq_len: int | None = None,
-        clean_BL: Tensor | None = None,
+        cond_mask_BL: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         shift1, scale1, gate1, shift2, scale2, gate2 = (
-            rows_in_use(rows_BTD, clean_BL) for rows_BTD in self.modulation(condition_BTD)
+            select_modulation(rows_BTD, cond_mask_BL) for rows_BTD in self.modulation(condition_BTD)
         )
         text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = self.text_modulation(
             condition_BTD[:, :1]
         )
 
-        y = kernels.ada_layer_norm(x_BLD, scale1, shift1, self.eps, clean_BL)
+        y = kernels.ada_layer_norm(x_BLD, scale1, shift1, self.eps, cond_mask_BL)
         text_y = kernels.ada_layer_norm(text_BSD, text_scale1, text_shift1, self.eps)
-        y, text_y = self.attn(y, text_y, rotations_BLC, text_mask_BS, seq_len)
-        x_BLD, y = kernels.residual_ada_layer_norm(x_BLD, y, gate1, scale2, shift2, self.eps, clean_BL)
+        y, text_y = self.attn(y, text_y, freqs_cis_BLC, text_mask_BS, seq_len)
+        x_BLD, y = kernels.residual_ada_layer_norm(x_BLD, y, gate1, scale2, shift2, self.eps, cond_mask_BL)
         text_BSD, text_y = kernels.residual_ada_layer_norm(
             text_BSD, text_y, text_gate1, text_scale2, text_shift2, self.eps
         )
         text_BSD = kernels.gated_residual(text_BSD, self.text_ffn(text_y), text_gate2)
-        return kernels.gated_residual(x_BLD, self.ffn(y), gate2, clean_BL), text_BSD
+        return kernels.gated_residual(x_BLD, self.ffn(y), gate2, cond_mask_BL), text_BSD
 
 
 class AttentionAndFeedForward(nn.Module):
@@ -277,17 +281,17 @@ class AttentionAndFeedForward(nn.Module):
             Linear(args.dim, width) for width in (args.dim, args.dim, args.dim, args.ffn_dim)
         )
         self.out = JointLinear(args.dim + args.ffn_dim, args.dim)
-        self.norm, self.core = HeadNorm(args), JointAttentionCore()
+        self.norm, self.core = HeadNorm(args), JointInnerAttention()
 
     def forward(
         self,
         x_BLD: Tensor,
         text_BSD: Tensor,
-        rotations_BLC: Tensor,
+        freqs_cis_BLC: Tensor,
         text_mask_BS: Tensor | None = None,
         seq_len: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        q, k = self.norm(self.q(x_BLD), self.k(x_BLD), rotations_BLC)
+        q, k = self.norm(self.q(x_BLD), self.k(x_BLD), freqs_cis_BLC)
         text_q, text_k = self.norm(self.q(text_BSD), self.k(text_BSD))
         v, text_v = (self.v(y).unflatten(-1, (-1, self.head_dim)) for y in (x_BLD, text_BSD))
         out, text_out = self.core(q, k, v, text_q, text_k, text_v, text_mask_BS, seq_len)
@@ -311,18 +315,18 @@ class SingleBlock(nn.Module):
         x_BLD: Tensor,
         text_BSD: Tensor,
         condition_BTD: Tensor,
-        rotations_BLC: Tensor,
+        freqs_cis_BLC: Tensor,
         text_mask_BS: Tensor | None = None,
         seq_len: int | None = None,
-        clean_BL: Tensor | None = None,
+        cond_mask_BL: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         parts = self.modulation(condition_BTD)
-        shift, scale, gate = (rows_in_use(rows_BTD, clean_BL) for rows_BTD in parts)
-        text_shift, text_scale, text_gate = (rows_in_use(rows_BTD, None) for rows_BTD in parts)
-        y = kernels.ada_layer_norm(x_BLD, scale, shift, self.eps, clean_BL)
+        shift, scale, gate = (select_modulation(rows_BTD, cond_mask_BL) for rows_BTD in parts)
+        text_shift, text_scale, text_gate = (select_modulation(rows_BTD, None) for rows_BTD in parts)
+        y = kernels.ada_layer_norm(x_BLD, scale, shift, self.eps, cond_mask_BL)
         text_y = kernels.ada_layer_norm(text_BSD, text_scale, text_shift, self.eps)
-        y, text_y = self.attn(y, text_y, rotations_BLC, text_mask_BS, seq_len)
-        return kernels.gated_residual(x_BLD, y, gate, clean_BL), kernels.gated_residual(text_BSD, text_y, text_gate)
+        y, text_y = self.attn(y, text_y, freqs_cis_BLC, text_mask_BS, seq_len)
+        return kernels.gated_residual(x_BLD, y, gate, cond_mask_BL), kernels.gated_residual(text_BSD, text_y, text_gate)
 
 
 class RefinerBlock(nn.Module):
@@ -404,7 +408,7 @@ class HunyuanVideoModel(nn.Module):
         seq_len: int | None = None,
         pooled_text_BD: Tensor | None = None,
         guidance_B: Tensor | None = None,
-        clean_BL: Tensor | None = None,
+        cond_mask_BL: Tensor | None = None,
     ) -> Tensor:
         """Velocity [B, L, P_out] of the noisy tokens x.
 
@@ -417,7 +421,7 @@ class HunyuanVideoModel(nn.Module):
             instead of t. None: no token.
         """
         state = self.embed(x_BLP, t_B, text_BSD, text_mask_BS, pooled_text_BD, guidance_B)
-        return self.head(*self.trunk(*state, pos_BL3, seq_len, text_mask_BS, clean_BL))
+        return self.head(*self.trunk(*state, pos_BL3, seq_len, text_mask_BS, cond_mask_BL))
 
     # The three parts of a forward. A pipeline stage runs those whose modules it has, and sends what `embed` and `trunk`
     # return to the next.
@@ -457,15 +461,17 @@ class HunyuanVideoModel(nn.Module):
         pos_BL3: Tensor,
         seq_len: int | None = None,
         text_mask_BS: Tensor | None = None,
-        clean_BL: Tensor | None = None,
+        cond_mask_BL: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if clean_BL is not None and not self.args.clean_first_frame:
-            raise ValueError("this HunyuanVideo knows no clean tokens (clean_BL): choose a token_replace model.flavor")
-        rotations_BLC = rope_rotations(pos_BL3, self.args.axes_dim, self.args.rope_theta)
+        if cond_mask_BL is not None and not self.args.clean_first_frame:
+            raise ValueError(
+                "this HunyuanVideo knows no clean tokens (cond_mask_BL): choose a token_replace model.flavor"
+            )
+        freqs_cis_BLC = rope_freqs_cis(pos_BL3, self.args.axes_dim, self.args.rope_theta)
         kept_BS = None if text_mask_BS is None else leading(text_mask_BS)
         for blocks in (self.double_blocks, self.single_blocks):
             for block in blocks.values():
-                x_BLD, text_BSD = block(x_BLD, text_BSD, condition_BTD, rotations_BLC, kept_BS, seq_len, clean_BL)
+                x_BLD, text_BSD = block(x_BLD, text_BSD, condition_BTD, freqs_cis_BLC, kept_BS, seq_len, cond_mask_BL)
         return x_BLD, condition_BTD, text_BSD
 
     def head(self, x_BLD: Tensor, condition_BTD: Tensor, text_BSD: Tensor) -> Tensor:
@@ -477,9 +483,9 @@ class HunyuanVideoModel(nn.Module):
 def masked_mean(text_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
     """Mean of each text's own tokens, [B, D]."""
     if mask_BS is None:
-        return kernels.wide(text_BSD).mean(1)
-    weights_BS1 = mask_BS.unsqueeze(-1).to(kernels.wide(text_BSD).dtype)
-    return (kernels.wide(text_BSD) * weights_BS1).sum(1) / weights_BS1.sum(1)
+        return kernels.upcast(text_BSD).mean(1)
+    weights_BS1 = mask_BS.unsqueeze(-1).to(kernels.upcast(text_BSD).dtype)
+    return (kernels.upcast(text_BSD) * weights_BS1).sum(1) / weights_BS1.sum(1)
 
 
 def leading(mask_BS: Tensor) -> Tensor:

@@ -125,6 +125,6 @@ HF_NAMES = (
     *_double("double_blocks.{}", "transformer_blocks.{}", "double_blocks.{}"),
     *_single("single_blocks.{}", "single_transformer_blocks.{}", "single_blocks.{}"),
     # Scale, then shift, here and in diffusers; shift, then scale, in the public code.
-    *_linear("head_modulation", "norm_out.linear", "final_layer.adaLN_modulation.1", swapped=True),
+    *_linear("head_modulation", "norm_out.linear", "final_layer.adaLN_modulation.1", scale_shift_swapped=True),
     *_linear("proj_out", "proj_out", "final_layer.linear"),
 )

@@ -144,7 +144,7 @@ _ATTENTION_STYLES = {
     "o": "row",
     "norm_q": "heads",
     "norm_k": "heads",
-    "mean_squares": "mean_squares",
+    "rms_stats": "rms_stats",
 }
 
 SPEC = ModelSpec(
@@ -155,7 +155,7 @@ SPEC = ModelSpec(
     plan=ParallelPlan(
         blocks=("blocks",),
         fp32=("time_embedder", "time_proj", "modulation", "head_modulation"),
-        cores=("self_attn.core",),
+        inner_attention=("self_attn.core",),
         tensor={
             "self_attn": "gather",
             "cross_attn": "gather",

@@ -26,18 +26,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan_video import kernels
-from titan_video.flow.conditions import Conditions
+from titan_video.models.conditioning import ConditioningSpec
 from titan_video.models.layers import (
-    AttentionCore,
     CastLinear,
     FeedForward,
+    InnerAttention,
     Linear,
-    MeanSquares,
     Patch,
+    RMSStats,
     attention_flops,
     local,
-    rope_rotations,
-    rows_in_use,
+    rope_freqs_cis,
+    select_modulation,
     time_features,
     xavier_uniform_,
 )
@@ -85,13 +85,13 @@ class WanArgs:
         return self.head_dim - 2 * side, side, side
 
     @property
-    def conditions(self) -> Conditions:
+    def conditioning(self) -> ConditioningSpec:
         """What the model is given beside noise, time and text."""
         if self.in_channels > self.out_channels:
-            return Conditions(
-                num_given=2 if self.image_positions else 1, form="mask_first", image_tokens=self.image_len
+            return ConditioningSpec(
+                num_cond_frames=2 if self.image_positions else 1, form="mask_first", image_tokens=self.image_len
             )
-        return Conditions(num_given=1, form="clean") if self.clean_first_frame else Conditions()
+        return ConditioningSpec(num_cond_frames=1, form="clean") if self.clean_first_frame else ConditioningSpec()
 
     @property
     def patch_volume(self) -> int:
@@ -126,19 +126,19 @@ class Attention(nn.Module):
         self.head_dim, self.eps = args.head_dim, args.eps
         self.q, self.k, self.v, self.o = (Linear(args.dim, args.dim) for _ in range(4))
         self.norm_q, self.norm_k = (nn.Parameter(torch.empty(args.dim)) for _ in range(2))
-        self.mean_squares, self.core = MeanSquares(), AttentionCore()
+        self.rms_stats, self.core = RMSStats(), InnerAttention()
 
     def heads(self, x_BLD: Tensor) -> Tensor:
         return x_BLD.unflatten(-1, (-1, self.head_dim))
 
 
 class SelfAttention(Attention):
-    def forward(self, x_BLD: Tensor, rotations_BLC: Tensor, seq_len: int | None = None) -> Tensor:
+    def forward(self, x_BLD: Tensor, freqs_cis_BLC: Tensor, seq_len: int | None = None) -> Tensor:
         """Attention of the tokens to each other, turned by the rotations; seq_len of them count."""
         q, k, v = self.q(x_BLD), self.k(x_BLD), self.heads(self.v(x_BLD))
-        square_q, square_k = self.mean_squares(q, k)
-        q = kernels.rms_norm_rope(q, local(self.norm_q), rotations_BLC, self.eps, square_q)
-        k = kernels.rms_norm_rope(k, local(self.norm_k), rotations_BLC, self.eps, square_k)
+        square_q, square_k = self.rms_stats(q, k)
+        q = kernels.rms_norm_rope(q, local(self.norm_q), freqs_cis_BLC, self.eps, square_q)
+        k = kernels.rms_norm_rope(k, local(self.norm_k), freqs_cis_BLC, self.eps, square_k)
         return self.o(self.core(q, k, v, seq_len).flatten(2))
 
 
@@ -159,7 +159,7 @@ class CrossAttention(Attention):
         if self.k_image is not None:
             sources.append((self.k_image(image_BSD), self.norm_k_image, self.v_image(image_BSD)))
         q = self.q(x_BLD)
-        square_q, *squares = self.mean_squares(q, *(k for k, _, _ in sources))
+        square_q, *squares = self.rms_stats(q, *(k for k, _, _ in sources))
         q = self.heads(kernels.rms_norm(q, local(self.norm_q), self.eps, square_q))
         outputs = [
             self.core(q, self.heads(kernels.rms_norm(k, local(weight), self.eps, square)), self.heads(v))
@@ -188,19 +188,19 @@ class Block(nn.Module):
         x_BLD: Tensor,
         context_BSD: Tensor,
         modulation_BT6D: Tensor,
-        rotations_BLC: Tensor,
+        freqs_cis_BLC: Tensor,
         seq_len: int | None = None,
-        clean_BL: Tensor | None = None,
+        cond_mask_BL: Tensor | None = None,
     ) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = rows_in_use(modulation_BT6D, clean_BL).unbind(2)
-        y = kernels.ada_layer_norm(x_BLD, scale1, shift1, self.eps, clean_BL)
-        y = self.self_attn(y, rotations_BLC, seq_len)
+        shift1, scale1, gate1, shift2, scale2, gate2 = select_modulation(modulation_BT6D, cond_mask_BL).unbind(2)
+        y = kernels.ada_layer_norm(x_BLD, scale1, shift1, self.eps, cond_mask_BL)
+        y = self.self_attn(y, freqs_cis_BLC, seq_len)
         x_BLD, y = kernels.residual_layer_norm(
-            x_BLD, y, gate1, local(self.norm_weight), local(self.norm_bias), self.eps, clean_BL
+            x_BLD, y, gate1, local(self.norm_weight), local(self.norm_bias), self.eps, cond_mask_BL
         )
         y = self.cross_attn(y, context_BSD)
-        x_BLD, y = kernels.residual_ada_layer_norm(x_BLD, y, None, scale2, shift2, self.eps, clean_BL)
-        return kernels.gated_residual(x_BLD, self.ffn(y), gate2, clean_BL)
+        x_BLD, y = kernels.residual_ada_layer_norm(x_BLD, y, None, scale2, shift2, self.eps, cond_mask_BL)
+        return kernels.gated_residual(x_BLD, self.ffn(y), gate2, cond_mask_BL)
 
 
 class TextEmbedder(nn.Module):
@@ -275,7 +275,7 @@ class WanModel(nn.Module):
         text_mask_BS: Tensor | None = None,
         seq_len: int | None = None,
         image_BSD: Tensor | None = None,
-        clean_BL: Tensor | None = None,
+        cond_mask_BL: Tensor | None = None,
     ) -> Tensor:
         """Velocity [B, L, P_out] of the noisy tokens x.
 
@@ -289,7 +289,7 @@ class WanModel(nn.Module):
             instead of t. None: no token.
         """
         state = self.embed(x_BLP, t_B, text_BSD, image_BSD)
-        return self.head(*self.trunk(*state, pos_BL3, seq_len, clean_BL), clean_BL)
+        return self.head(*self.trunk(*state, pos_BL3, seq_len, cond_mask_BL), cond_mask_BL)
 
     # The three parts of a forward. A pipeline stage runs those whose modules it has, and sends what `embed` and `trunk`
     # return to the next.
@@ -314,20 +314,20 @@ class WanModel(nn.Module):
         context_BSD: Tensor,
         pos_BL3: Tensor,
         seq_len: int | None = None,
-        clean_BL: Tensor | None = None,
+        cond_mask_BL: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        assert clean_BL is None or self.args.clean_first_frame
-        rotations_BLC = rope_rotations(pos_BL3, self.args.axes_dim, self.args.rope_theta)
+        assert cond_mask_BL is None or self.args.clean_first_frame
+        freqs_cis_BLC = rope_freqs_cis(pos_BL3, self.args.axes_dim, self.args.rope_theta)
         time_BT6D = time_BTE.unflatten(-1, (6, -1))
         for name, block in self.blocks.items():
-            x_BLD = block(x_BLD, context_BSD, time_BT6D + self.modulation[name], rotations_BLC, seq_len, clean_BL)
+            x_BLD = block(x_BLD, context_BSD, time_BT6D + self.modulation[name], freqs_cis_BLC, seq_len, cond_mask_BL)
         return x_BLD, time_BTD, time_BTE, context_BSD
 
     def head(
-        self, x_BLD: Tensor, time_BTD: Tensor, time_BTE: Tensor, context_BSD: Tensor, clean_BL: Tensor | None = None
+        self, x_BLD: Tensor, time_BTD: Tensor, time_BTE: Tensor, context_BSD: Tensor, cond_mask_BL: Tensor | None = None
     ) -> Tensor:
-        shift, scale = rows_in_use(time_BTD.unsqueeze(2) + self.head_modulation, clean_BL).unbind(2)
-        return self.proj_out(kernels.ada_layer_norm(x_BLD, scale, shift, self.args.eps, clean_BL))
+        shift, scale = select_modulation(time_BTD.unsqueeze(2) + self.head_modulation, cond_mask_BL).unbind(2)
+        return self.proj_out(kernels.ada_layer_norm(x_BLD, scale, shift, self.args.eps, cond_mask_BL))
 
     def _check(self, text_BSD: Tensor, image_BSD: Tensor | None) -> None:
         if text_BSD.shape[1] != self.args.text_len:

@@ -1,0 +1,39 @@
+"""From a plan to the clips that training takes from the cache, and which of them are held out."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from titan_video.data.latent_cache import CachedClip, LatentCache, content_hash
+from titan_video.ingest.plan import Plan
+
+
+def cached_clips(plan: Plan, cache: LatentCache, failures: Mapping[str, str] | None = None) -> list[CachedClip]:
+    """The kept clips without the failures {path: reason}, ordered by content: not by folder, file name or machine."""
+    clips = []
+    for e in plan.drop(failures or {}).kept:
+        keys, texts = cache.video_keys(e), cache.clip_text_keys(e)
+        clips.append(
+            CachedClip(
+                keys["video"],
+                texts,
+                e.bucket,
+                e.captions,
+                e.path,
+                keys.get("given", ""),
+                keys.get("image", ""),
+                e.repeats,
+                e,
+            )
+        )
+    return sorted(clips, key=lambda c: (c.video_key, c.text_keys, c.path))
+
+
+def split_holdout(clips: Sequence[CachedClip], share: float) -> tuple[list[CachedClip], list[CachedClip]]:
+    """(train, held out):
+
+    floor(share x clips) are held out, chosen by a hash of their content, both in the order given.
+    """
+    count = math.floor(share * len(clips) + 1e-9)
+    by_hash = sorted(range(len(clips)), key=lambda i: (content_hash("holdout", clips[i].video_key), i))
+    held = set(by_hash[:count])
+    return [c for i, c in enumerate(clips) if i not in held], [c for i, c in enumerate(clips) if i in held]

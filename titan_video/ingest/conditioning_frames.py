@@ -1,0 +1,28 @@
+"""Given frames (image-to-video) as a model takes them: the one way for the cache, for validation and for sampling."""
+
+import torch
+from torch import Tensor
+
+from titan_video.encoders.spec import Encoders
+from titan_video.models.conditioning import ConditioningSpec, grey_video
+
+
+@torch.no_grad()
+def encode_cond_frames(
+    encoders: Encoders, conditioning: ConditioningSpec, cond_frames_CNHW: Tensor, num_frames: int
+) -> Tensor:
+    """Normalised latents, float32: of the first frame alone [C, 1, h, w], or, for mask_first, of a clip of `num_frames`
+    with these frames only.
+
+    given: uint8 RGB [3, N, H, W], N = conditions.num_cond_frames.
+    """
+    assert cond_frames_CNHW.shape[1] == conditioning.num_cond_frames and num_frames > 1
+    if conditioning.form == "mask_first":
+        return encoders.encode_video(grey_video(cond_frames_CNHW, num_frames)[None])[0].float()
+    return encoders.encode_video(cond_frames_CNHW[None, :, :1])[0].float()
+
+
+@torch.no_grad()
+def encode_images(encoders: Encoders, cond_frames_CNHW: Tensor) -> Tensor:
+    """Image tokens of the given frames, one frame after the other, [tokens, image_dim]."""
+    return encoders.encode_images(cond_frames_CNHW.transpose(0, 1)).flatten(0, 1)

@@ -1,0 +1,400 @@
+"""The data plan: what becomes of every clip, decided and printed before anything is encoded.
+
+scan (sources.py) -- probe (video.py, worker processes) -- frame_indices -- bucket.choose -- bucket.starts -- PlanEntry
+per training clip
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from titan_video.config.job_config import Data, Source
+from titan_video.data.batching import Bucket
+from titan_video.data.worker import set_up_worker
+from titan_video.ingest import bucketing, media
+from titan_video.ingest.bucketing import ClipChoice
+from titan_video.ingest.shapes import resolve_path
+from titan_video.ingest.sources import ClipRecord, scan
+from titan_video.ingest.video import DecoderName, Probe, decode, frame_indices, probe, require
+
+NAMES_SHOWN = 20
+PROBE_VERSION = 2
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """One training clip. Dropped with a `reason` (`category: detail`), or kept with its bucket and the source times of
+    its frames.
+
+    num_frames counts the whole source after resampling to `fps`, of which the clip takes the bucket's frames from
+    number `start`; the source gives `num_clips` such clips. pts: in ticks, or with by_index numbers of frames. repeats:
+    how often an epoch holds it.
+    captions: all that it has. declared_fps: the rate that metadata state of a file that was not opened, to be compared by
+        the decoder.
+    image: a first frame to be given instead of the clip's own. decoder: what decodes it, if it is a video.
+    """
+
+    path: str
+    captions: tuple[str, ...] = ()
+    reason: str = ""
+    fps: float = 0.0
+    repeats: int = 1
+    start: int = 0
+    num_clips: int = 1
+    by_index: bool = False
+    declared_fps: float = 0.0
+    width: int = 0
+    height: int = 0
+    source_fps: float = 0.0
+    source_frames: int = 0
+    num_frames: int = 0
+    bucket: Bucket | None = None
+    sha256: str = ""
+    pts: tuple[int, ...] = ()
+    image: str = ""
+    image_sha256: str = ""
+    decoder: DecoderName = "pyav"
+
+    @property
+    def caption(self) -> str:
+        return self.captions[0] if self.captions else ""
+
+    @property
+    def kept(self) -> bool:
+        return not self.reason
+
+    @property
+    def status(self) -> str:
+        """What became of the source: kept whole, trimmed to one clip, split into several, or dropped."""
+        if self.reason:
+            return "dropped"
+        return "split" if self.num_clips > 1 else "trimmed" if self.num_frames > self.bucket[0] else "kept"
+
+    @property
+    def content(self) -> str:
+        """Identity of the pixels that `read_frames` gives:
+
+        the file's content, the frames taken, their size and, but for PyAV, what decodes them.
+        """
+        source_key = [self.sha256, self.by_index, list(self.pts), list(self.bucket or ())] + [self.decoder] * (
+            self.decoder != "pyav"
+        )
+        return hashlib.sha256(json.dumps(source_key).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every clip of `source`, kept and dropped, in scan order."""
+
+    source: str
+    fps: float
+    buckets: tuple[Bucket, ...]
+    entries: tuple[PlanEntry, ...]
+
+    @property
+    def kept(self) -> list[PlanEntry]:
+        return [e for e in self.entries if e.kept]
+
+    def counts(self) -> dict[str, int]:
+        """Clips that are kept, and those dropped by reason, for the log."""
+        dropped = Counter(e.reason.partition(":")[0] for e in self.entries if not e.kept)
+        return {
+            "clips": len(self.kept),
+            "dropped": dropped.total(),
+            **{f"dropped/{reason}": count for reason, count in dropped.items()},
+        }
+
+    def drop(self, failures: Mapping[str, str]) -> "Plan":
+        """The plan without the clips that turned out to be unusable: {path: reason}."""
+        failed = (
+            replace(e, reason=failures[e.path], bucket=None) if e.kept and e.path in failures else e
+            for e in self.entries
+        )
+        return replace(self, entries=tuple(failed))
+
+    def without_single_frames(self) -> "Plan":
+        """The plan for image-to-video, which has nothing to learn from a clip that is no longer than the frame it is
+        given.
+        """
+        stills = {
+            e.path: "a still: image-to-video needs more than the given frame; use a longer clip, or buckets of 5 frames "
+            "or more"
+            for e in self.kept
+            if e.bucket[0] == 1
+        }
+        return self.drop(stills)
+
+    def require_clips(self) -> None:
+        """Raises ValueError, with the summary and what to do, when no clip is left."""
+        if not self.kept:
+            raise ValueError(f"no usable clip\n{self.summary()}\n  {self._fix()}")
+
+    def _fix(self) -> str:
+        too_short = [e for e in self.entries if e.reason.startswith("too short")]
+        if too_short:
+            longest = max(e.num_frames for e in too_short)
+            fits = (longest - 1) // 4 * 4 + 1
+            return (
+                f"The longest clip has {longest} frames at data.fps = {self.fps:g}: add a bucket of {fits} frames or "
+                f"fewer, or change data.fps"
+            )
+        return (
+            "Give clips (.mp4 and the like) with same-name .txt captions, or a metadata file that names both, as "
+            "data.path or in [[data.source]]"
+        )
+
+    def write_jsonl(self, path: str | os.PathLike) -> None:
+        """One line per clip, with all that was decided; the file appears whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with open(temporary, "w", encoding="utf-8") as f:
+            for entry in self.entries:
+                row = {"kept": entry.kept, "status": entry.status, **asdict(entry), **self._geometry(entry)}
+                f.write(json.dumps(row, ensure_ascii=False) + "\n")
+        os.replace(temporary, path)
+
+    @staticmethod
+    def _geometry(e: PlanEntry) -> dict[str, Any]:
+        """The frames taken, as (first, last) time or number, and how they are resized and cropped:
+
+        [left, top, width, height].
+        """
+        if not e.kept:
+            return {"pts": []}
+        width, height, left, top = bucketing.cover(e.width, e.height, e.bucket)
+        return {"pts": [e.pts[0], e.pts[-1]], "resize": [width, height], "crop": [left, top, e.bucket[2], e.bucket[1]]}
+
+    def summary(self) -> str:
+        """Counts by bucket, and by reason with names, for people."""
+        kept = self.kept
+        found, num_dropped = len(self.entries), len(self.entries) - len(kept)
+        verdicts = Counter({e.path: e.status for e in kept}.values())
+        cut = ", ".join(f"{count} {status}" for status in ("trimmed", "split") if (count := verdicts[status]))
+        lines = [
+            f"data plan of {self.source} at {self.fps:g} fps: {found} found, {len(kept)} kept, {num_dropped} dropped"
+        ]
+        if cut:
+            lines.append(f"  of {len({e.path for e in kept})} files that are kept: {cut}")
+        counts = Counter(e.bucket for e in kept)
+        upscaled = Counter(e.bucket for e in kept if bucketing.is_upscaled(e.width, e.height, e.bucket))
+        for b in sorted(counts):
+            note = f", {upscaled[b]} of them smaller than that and upscaled" if upscaled[b] else ""
+            lines.append(f"  bucket {b[0]} x {b[1]} x {b[2]} (frames, height, width): {counts[b]} clips{note}")
+        if unused := [b for b in self.buckets if b not in counts]:
+            more = f" and {len(unused) - NAMES_SHOWN} more" if len(unused) > NAMES_SHOWN else ""
+            lines.append(f"  without a clip: {', '.join('x'.join(map(str, b)) for b in unused[:NAMES_SHOWN])}{more}")
+        dropped: dict[str, list[PlanEntry]] = {}
+        for e in self.entries:
+            if not e.kept:
+                dropped.setdefault(e.reason.partition(":")[0], []).append(e)
+        for category, entries in dropped.items():
+            lines.append(f"  dropped, {category}: {len(entries)}")
+            lines += [
+                f"    {e.path}:{e.reason.removeprefix(category).removeprefix(':')}" for e in entries[:NAMES_SHOWN]
+            ]
+            if len(entries) > NAMES_SHOWN:
+                lines.append(f"    and {len(entries) - NAMES_SHOWN} more")
+        return "\n".join(lines)
+
+
+def read_frames(entry: PlanEntry, first_only: bool = False) -> Tensor:
+    """The training clip of a kept entry, or its first frame alone: uint8 RGB [3, F, H, W]. Raises UnusableClip."""
+    pts = entry.pts[:1] if first_only else entry.pts
+    return decode(
+        entry.path, pts, entry.width, entry.height, entry.bucket, entry.by_index, entry.declared_fps, entry.decoder
+    )
+
+
+def build_plan(section: Data, cache_folder: str | os.PathLike, path: str = "") -> Plan:
+    """The plan of [data], or of another path (validation.path) by the same rules, its own source alone."""
+    sources = [Source(path=path)] if path else section.sources
+    choice = ClipChoice(section.clip_choice, section.uniform_clips, section.slide_stride)
+    return make_plan(sources, section.sizes, section.fps, section.num_workers, cache_folder, choice, section.decoder)
+
+
+def make_plan(
+    sources: str | os.PathLike | Sequence[Source],
+    buckets: Sequence[Sequence[int]],
+    fps: float,
+    num_workers: int,
+    cache_folder: str | os.PathLike,
+    choice: ClipChoice = ClipChoice(),
+    decoder: DecoderName = "pyav",
+) -> Plan:
+    """Scan the sources (or one path), probe each file in worker processes (0: in this one) and decide about each clip.
+
+    Probes are kept in cache_folder, so a second plan does not read the files again unless their size or time of change
+    differ. Raises ValueError for a path or metadata of no known layout, a decoder that is not installed, and when no
+    clip is usable.
+    """
+    require(decoder)
+    sources = [Source(path=str(sources))] if isinstance(sources, (str, os.PathLike)) else list(sources)
+    sizes = tuple(tuple(b) for b in buckets)
+    scanned = [(source, record) for source in sources for record in _scan(source, Path(cache_folder))]
+    unread = [s.trust_metadata and bool(r.declared) for s, r in scanned]
+    paths = list(
+        dict.fromkeys(r.path for (_, r), trusted in zip(scanned, unread, strict=True) if not r.reason and not trusted)
+    )
+    probes = dict(zip(paths, probe_all(paths, num_workers, Path(cache_folder) / "probes"), strict=True))
+    entries = []
+    for (source, record), trusted in zip(scanned, unread, strict=True):
+        mode = choice.mode if source.clip_choice == "default" else source.clip_choice
+        entries += _decide(
+            source,
+            record,
+            None if trusted else probes.get(record.path),
+            sizes,
+            source.fps or fps,
+            replace(choice, mode=mode),
+        )
+    entries = [replace(e, decoder=decoder) if media.kind(e.path) == "video" else e for e in entries]
+    plan = Plan(", ".join(str(s.path) for s in sources), fps, sizes, tuple(entries))
+    plan.require_clips()
+    return plan
+
+
+def _scan(source: Source, cache_folder: Path) -> list[ClipRecord]:
+    path = source.path if media.is_url(source.path) else str(resolve_path(source.path, cache_folder))
+    return scan(path, source.caption_column)
+
+
+def _decide(
+    source: Source, record: ClipRecord, found: Probe | None, buckets: Sequence[Bucket], fps: float, choice: ClipChoice
+) -> list[PlanEntry]:
+    """The training clips of a source's file, or the one entry that says why there are none."""
+    captions = tuple(source.caption_prefix + caption for caption in record.captions)
+    entry = PlanEntry(record.path, captions, record.reason, fps=fps, repeats=source.num_repeats, image=record.image)
+    if record.reason:
+        return [entry]
+    kind = media.kind(record.path)
+    if found is None:
+        found, entry = _declared(record), replace(entry, by_index=True, declared_fps=record.declared[3])
+        rate = record.declared[3]
+    else:
+        rate = source.source_fps if kind == "frames" else 0.0
+    if found.reason:
+        return [replace(entry, reason=found.reason)]
+    if kind == "frames" and not rate:
+        return [
+            replace(
+                entry,
+                reason="no rate: a folder of frames does not tell its rate; set source_fps in its [[data.source]]",
+            )
+        ]
+    times, end = found.seconds()
+    if rate:
+        times, end = [i / rate for i in range(len(found.pts))], len(found.pts) / rate
+    indices = [0] if kind == "image" else frame_indices(times, end, fps)
+    entry = replace(
+        entry,
+        width=found.width,
+        height=found.height,
+        source_fps=round(rate or found.fps, 3) if kind != "image" else 0.0,
+        source_frames=len(found.pts),
+        num_frames=len(indices),
+        sha256=found.sha256,
+    )
+    chosen = bucketing.choose(len(indices), found.width, found.height, buckets, whole=choice.mode == "full")
+    if chosen is None:
+        return [
+            replace(
+                entry,
+                reason=f"too short: {len(indices)} frames at {fps:g} fps, the shortest bucket takes "
+                f"{min(b[0] for b in buckets)}",
+            )
+        ]
+    if entry.image:
+        entry = replace(entry, image_sha256=media.sha256(entry.image)[0])
+    starts = bucketing.starts(len(indices), chosen[0], choice)
+    return [
+        replace(
+            entry,
+            bucket=chosen,
+            start=start,
+            num_clips=len(starts),
+            pts=tuple(found.pts[i] for i in indices[start : start + chosen[0]]),
+        )
+        for start in starts
+    ]
+
+
+def _declared(record: ClipRecord) -> Probe:
+    """What metadata say of a file, in place of a probe; it is known by name, size and time, not by its content."""
+    width, height, count, rate = record.declared
+    try:
+        identity = media.version(record.path)
+    except OSError as e:
+        return Probe(reason=f"unreadable: {e.strerror or e}")
+    name = hashlib.sha256(json.dumps([identity, rate]).encode()).hexdigest()
+    return Probe(name, int(width), int(height), "1", tuple(range(int(count))), int(count))
+
+
+# ---- probes, in worker processes, kept between runs ----
+
+
+def probe_all(paths: Sequence[str], num_workers: int, folder: Path) -> list[Probe]:
+    """The probe of each path, in order."""
+    files = _Probes(list(paths), folder)
+    missing = [i for i in range(len(paths)) if files.read(i) is None]
+    fresh = DataLoader(
+        files,
+        batch_size=None,
+        sampler=missing,
+        num_workers=min(num_workers, len(missing)),
+        worker_init_fn=set_up_worker,
+    )
+    found = dict(zip(missing, fresh, strict=True))
+    return [found[i] if i in found else files.read(i) or probe(p) for i, p in enumerate(paths)]
+
+
+class _Probes:
+    """Probes by index of path; each is written to one small file named by the path and holding the size and time of
+    change it is for.
+    """
+
+    def __init__(self, paths: list[str], folder: Path):
+        self.paths, self.folder = paths, folder
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def _identity(self, path: str) -> dict[str, Any]:
+        return {"probe": PROBE_VERSION, **media.version(path)}
+
+    def _file(self, path: str) -> Path:
+        name = hashlib.sha256(
+            (path if media.is_url(path) else os.path.abspath(path)).encode("utf-8", "surrogateescape")
+        ).hexdigest()
+        return self.folder / name[:2] / f"{name}.json"
+
+    def read(self, index: int) -> Probe | None:
+        path = self.paths[index]
+        try:
+            saved = json.loads(self._file(path).read_text(encoding="utf-8"))
+            found = Probe(**saved["found"])
+            return replace(found, pts=tuple(found.pts)) if saved["of"] == self._identity(path) else None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):  # not there, or not whole: probe again
+            return None
+
+    def __getitem__(self, index: int) -> Probe:
+        path = self.paths[index]
+        try:
+            identity = self._identity(path)
+        except OSError as e:
+            return Probe(reason=f"unreadable: {e.strerror or e}")
+        found = probe(path)
+        file = self._file(path)
+        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps({"of": identity, "found": asdict(found)}), encoding="utf-8")
+        os.replace(temporary, file)
+        return found

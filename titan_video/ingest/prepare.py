@@ -1,0 +1,163 @@
+"""Planning the clips of a run and filling the latent cache with all ranks:
+
+for train.py and `python -m titan_video.data encode`.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from titan_video.config.job_config import Validation
+from titan_video.data.latent_cache import CachedClip, LatentCache
+from titan_video.distributed.utils import broadcast_from_rank0, gather_objects
+from titan_video.encoders.spec import Encoders
+from titan_video.ingest.cached_clips import cached_clips, split_holdout
+from titan_video.ingest.encode import encode_share, failed_clips, missing_jobs
+from titan_video.ingest.plan import Plan
+from titan_video.models.conditioning import ConditioningSpec
+from titan_video.tools.logging import logger
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Of a run: to train on, to measure the held-out loss on, and what validation samples: prompts, and where these are
+    captions, of which clips.
+
+    numbers: for the log: clips of the plan, those dropped by reason, and how fast they were encoded.
+    """
+
+    training: list[CachedClip]
+    held_out: list[CachedClip]
+    prompts: list[str]
+    of_prompts: list[CachedClip]
+    numbers: dict[str, float]
+
+
+def open_cache(
+    folder: Path, encoders: Encoders, conditioning: ConditioningSpec, group: dist.ProcessGroup | None
+) -> LatentCache:
+    """The cache for these encoders. Their identities are hashes of the weights: gigabytes, which one rank reads."""
+
+    def identities() -> tuple[str, str, str]:
+        return encoders.video_id(), encoders.text_id(), encoders.image_id() if conditioning.image_tokens else ""
+
+    return LatentCache(folder, *broadcast_from_rank0(identities, group), conditioning)
+
+
+def prepare(
+    make: Callable[[str], Plan],
+    is_ahead: bool,
+    validation: Validation,
+    folder: Path,
+    encoders: Encoders,
+    cache: LatentCache,
+    group: dist.ProcessGroup | None,
+    num_workers: int,
+) -> Clips:
+    """Plan the clips and hold some out; with `is_ahead` encode all of them, else what validation looks at. Plans are
+    logged and written to `folder`.
+
+    make: the plan of a path, "" for that of the training clips. ValueError on all ranks when no clip is left.
+    """
+    v, given = validation, []
+    if v.enable and v.prompts_path:
+        given = [line.strip() for line in Path(v.prompts_path).read_text(encoding="utf-8").splitlines() if line.strip()]
+
+    def clips_of(path: str, report: Path) -> tuple[list[CachedClip], dict[str, float]]:
+        def run_on_rank0() -> Plan:
+            plan = make(path)
+            _report(plan, report)
+            plan.require_clips()
+            return plan
+
+        plan = broadcast_from_rank0(run_on_rank0, group)
+        if is_ahead:
+            return encode_plan(plan, report, encoders, cache, group, num_workers, given)
+        return cached_clips(plan, cache), plan.counts()
+
+    (clips, numbers), held_out = clips_of("", folder / "data_plan.jsonl"), []
+    if v.enable and v.path:
+        held_out, _ = clips_of(v.path, folder / "validation_plan.jsonl")
+    elif v.enable:
+        clips, held_out = split_holdout(clips, v.holdout)
+        logger.info(f"{len(held_out)} of {len(clips) + len(held_out)} clips are held out for validation")
+    held_out, captions = held_out[: v.max_clips], {}
+    for clip in held_out or clips:
+        captions.setdefault(clip.caption, clip)
+    shown = list(captions.values())[: v.num_videos]
+    failed, _ = encode_clips(held_out + shown if v.enable else [], encoders, cache, group, num_workers, given)
+    if failed:
+        raise ValueError(
+            "\n".join(f"{path}: {reason}; validation needs this clip: remove it" for path, reason in failed.items())
+        )
+    return Clips(clips, held_out, given[: v.num_videos] or [clip.caption for clip in shown], shown, numbers)
+
+
+def _report(plan: Plan, report: Path) -> None:
+    plan.write_jsonl(report)
+    logger.info(plan.summary())
+
+
+def encode_clips(
+    clips: Sequence[CachedClip],
+    encoders: Encoders,
+    cache: LatentCache,
+    group: dist.ProcessGroup | None,
+    num_workers: int,
+    prompts: Sequence[str] = (),
+) -> tuple[dict[str, str], dict[str, float]]:
+    """Encode what the cache lacks of these clips, prompts and the empty prompt, each rank its share.
+
+    Returns all ranks' failures, {path: reason}, and for the log what was encoded and how fast; {} where nothing was
+    missing.
+    """
+
+    def find():
+        cache.remove_leftovers()
+        return missing_jobs(clips, cache, prompts, logger.info)
+
+    jobs = broadcast_from_rank0(find, group)
+    spent: dict[str, float] = {}
+    start = time.perf_counter()
+    mine = encode_share(jobs, encoders, cache, dist.get_rank(), dist.get_world_size(), num_workers, logger.info, spent)
+    gathered = gather_objects((mine, spent), group)
+    failed = {keys: reason for part, _ in gathered for keys, reason in part.items()}
+    cache.refresh()
+    if not any(jobs):
+        return {}, {}
+    counts = broadcast_from_rank0(cache.write_manifest, group)
+    logger.info(f"{cache.folder} holds " + ", ".join(f"{counts[kind]} of {kind}" for kind in sorted(counts)))
+    numbers = {
+        "encode_seconds": time.perf_counter() - start,
+        "decode_wait_seconds": max(s["decode_wait"] for _, s in gathered),
+    }
+    done = [job for job in jobs[1] if job.keys not in failed]
+    numbers |= {"encoded_clips": len(done), "encoded_frames": sum(job.entry.bucket[0] for job in done)}
+    numbers["encoded_frames_per_second"] = numbers["encoded_frames"] / max(1e-9, *(s["clips"] for _, s in gathered))
+    return failed_clips(clips, cache, failed), numbers
+
+
+def encode_plan(
+    plan: Plan,
+    report: Path,
+    encoders: Encoders,
+    cache: LatentCache,
+    group: dist.ProcessGroup | None,
+    num_workers: int,
+    prompts: Sequence[str] = (),
+) -> tuple[list[CachedClip], dict[str, float]]:
+    """The clips of a plan, in the cache, and for the log the plan's and the encoding's numbers.
+
+    Clips that turn out to be unusable are dropped, and the report is written anew; ValueError if all are.
+    """
+    clips = cached_clips(plan, cache)
+    failures, numbers = encode_clips(clips, encoders, cache, group, num_workers, prompts)
+    if failures:
+        plan = plan.drop(failures)
+        broadcast_from_rank0(lambda: _report(plan, report), group)
+        plan.require_clips()
+        clips = cached_clips(plan, cache)
+    return clips, plan.counts() | numbers

@@ -1,0 +1,180 @@
+"""What a plan means for training:
+
+sizes, micro-batches, the balance between ranks, the cache on disk; and training clips to look at.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import DataLoader
+
+from titan_video.data.batching import Batching, Bucket, Work
+from titan_video.data.sampler import CostClass, GlobalSampler
+from titan_video.data.worker import set_up_worker
+from titan_video.ingest.bucketing import cover
+from titan_video.ingest.plan import Plan, PlanEntry, read_frames
+from titan_video.ingest.video import UnusableClip
+from titan_video.tools.video import write_mp4
+
+STEPS_SEEN = 200
+COLUMNS = (
+    "bucket",
+    "clips",
+    "from",
+    "pixels kept",
+    "latent",
+    "tokens",
+    "clips/micro-batch",
+    "tokens/micro-batch",
+    "TFLOPs/micro-batch",
+    "of budget",
+)
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def report(
+    plan: Plan,
+    batching: Batching,
+    ranks: int,
+    work: Callable[[Bucket], Work],
+    latent: Callable[[Bucket], tuple[int, ...]],
+    text_bytes: int,
+    seed: int = 0,
+) -> str:
+    """For people. ranks: data-parallel ranks; work, latent: of one clip; text_bytes: of the longest caption's
+    embedding.
+
+    FLOPs are of forward and backward. `of budget`: tokens of a micro-batch as a share of data.tokens_per_microbatch.
+    """
+    clips: dict[Bucket, list[PlanEntry]] = {}
+    for e in plan.kept:
+        clips.setdefault(e.bucket, []).append(e)
+    sizes = sorted(clips)
+    draws, works = [sum(e.repeats for e in clips[b]) for b in sizes], [work(b) for b in sizes]
+    classes = batching.classes(draws, works)
+    clips_of = {b: c.clips for c in classes for b in c.buckets}
+    rows = [COLUMNS]
+    for i, b in enumerate(sizes):
+        count, tokens = clips_of[i], works[i].tokens
+        share = f"{count * tokens / batching.token_budget:.0%}" if batching.token_budget else "-"
+        rows.append(
+            (
+                "x".join(map(str, b)),
+                str(draws[i]),
+                *_origin(clips[b], b),
+                "x".join(map(str, latent(b)[1:])),
+                str(tokens),
+                str(count),
+                str(count * tokens),
+                f"{3 * count * works[i].flops / 1e12:.3g}",
+                share,
+            )
+        )
+    per_step = batching.micro_batches
+    epoch = sum(draws[i] / clips_of[i] for i in range(len(sizes)))
+    lines = table(rows)
+    lines.append(
+        f"  epoch: {sum(draws)} samples, about {epoch / per_step:.1f} steps of {per_step} micro-batches; what is "
+        f"left over begins the next"
+    )
+    lines += _balance(draws, works, classes, batching, ranks, seed)
+    keys = {e.content: int(np.prod(latent(e.bucket))) * 4 for e in plan.kept}
+    captions = {caption for e in plan.kept for caption in e.captions}
+    lines.append(
+        f"  cache: {_size(sum(keys.values()))} of latents, at most {_size(len(captions) * text_bytes)} of captions"
+    )
+    return "\n".join(lines)
+
+
+def _origin(entries: Sequence[PlanEntry], bucket: Bucket) -> tuple[str, str]:
+    """(the most frequent source size, share of the pixels that is left after the crop)."""
+    (width, height), count = Counter((e.width, e.height) for e in entries).most_common(1)[0]
+    others = f" and {len({(e.width, e.height) for e in entries}) - 1} more" if count < len(entries) else ""
+    kept = sum(
+        bucket[1] * bucket[2] / (w * h) for w, h, _, _ in (cover(e.width, e.height, bucket) for e in entries)
+    ) / len(entries)
+    return f"{height}x{width}{others}", f"{kept:.0%}"
+
+
+def _balance(
+    draws: Sequence[int], works: Sequence[Work], classes: Sequence[CostClass], batching: Batching, ranks: int, seed: int
+) -> list[str]:
+    """How long ranks wait for the slowest: as they are dealt micro-batches, and if each drew its buckets by itself."""
+    sampler = GlobalSampler(
+        draws, classes, batching.micro_batches // batching.parts, batching.parts, seed, shuffle=False
+    )
+    dealt, each = [], [0.0] * len(draws)
+    for _ in range(STEPS_SEEN):
+        step = sampler.next()
+        costs = [len(m.positions) * works[m.bucket].flops for m in step]
+        dealt += [costs[i : i + ranks] for i in range(0, len(costs), ranks)]
+        for m in step:
+            each[m.bucket] += 1
+    rng = np.random.Generator(np.random.Philox(key=[seed, 0]))
+    clips_of = {b: c.clips for c in classes for b in c.buckets}
+    chosen = rng.choice(len(draws), size=(len(dealt), ranks), p=np.array(each) / sum(each))
+    alone = [[clips_of[int(b)] * works[int(b)].flops for b in row] for row in chosen]
+    lines = [f"  {ranks} data-parallel ranks, {STEPS_SEEN} steps:"]
+    for name, costs in (("dealt by equal cost", dealt), ("if each rank drew its own", alone)):
+        spread = sum(max(c) / min(c) - 1 for c in costs) / len(costs)
+        idle = 1 - sum(sum(c) for c in costs) / sum(ranks * max(c) for c in costs)
+        lines.append(f"    {name}: cost differs by {spread:.1%} on average, ranks idle {idle:.1%} of the time")
+    return lines
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.3g} TiB"
+
+
+def export(plan: Plan, count: int, folder: Path) -> list[Path]:
+    """Write `count` training clips as mp4, as decoding gives them to the encoder, from all buckets in turn.
+
+    Raises UnusableClip.
+    """
+    by_bucket: dict[Bucket, list[PlanEntry]] = {}
+    for e in plan.kept:
+        by_bucket.setdefault(e.bucket, []).append(e)
+    turns = [e for i in range(count) for b in sorted(by_bucket) for e in by_bucket[b][i : i + 1]][:count]
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for number, e in enumerate(turns):
+        name = re.sub(r"[^A-Za-z0-9]+", "_", Path(e.path.partition("@")[0]).stem).strip("_")[-40:]
+        path = folder / f"{number:03d}_{'x'.join(map(str, e.bucket))}_{name}_{e.start}.mp4"
+        write_mp4(path, read_frames(e).permute(1, 2, 3, 0).numpy(), e.fps)
+        written.append(path)
+    return written
+
+
+class _Decoded:
+    """The reason why each entry does not decode, or ""."""
+
+    def __init__(self, entries: Sequence[PlanEntry]):
+        self.entries = entries
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> str:
+        try:
+            read_frames(self.entries[index])
+        except UnusableClip as e:
+            return str(e)
+        return ""
+
+
+def decode_all(plan: Plan, num_workers: int) -> Plan:
+    """The plan without the clips that decoding every frame finds to be damaged, as encoding will find them."""
+    workers = {"num_workers": min(num_workers, len(plan.kept)), "worker_init_fn": set_up_worker}
+    reasons = DataLoader(_Decoded(plan.kept), batch_size=None, **workers)
+    return plan.drop({e.path: reason for e, reason in zip(plan.kept, reasons, strict=True) if reason})

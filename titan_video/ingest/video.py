@@ -1,0 +1,361 @@
+"""Reading video: what is in a file (`probe`), which of its frames a clip takes (`frame_indices`), and those frames
+(`decode`).
+
+Frames are named by their presentation time in ticks of the stream's time base. So the plan, which only reads packets,
+loader, which decodes, mean the same frames, whatever the codec's order or delay. Images, folders of them, and videos
+whose metadata was believed unread go by the number of the frame. Files come from anywhere (media.py): every way in
+which one can be broken becomes an becomes an `UnusableClip` with its reason.
+"""
+
+import bisect
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+import numpy as np
+from torch import Tensor
+
+from titan_video.data.batching import Bucket
+from titan_video.data.worker import buffer
+from titan_video.ingest import media
+from titan_video.ingest.bucketing import cover
+
+TOLERANCE = 0.0005  # seconds; containers round times to as coarse as a millisecond
+MISSING_TAIL = 0.1  # seconds that the packets may end before the declared end
+MAX_SIDE = 16384
+SEEK_FROM = 2.0  # seconds into a file from which a clip is sought instead of decoded up to
+FRAMES_AT_ONCE = 8  # that torchcodec is asked for
+
+DecoderName = Literal["pyav", "torchcodec"]
+
+
+class UnusableClip(ValueError):
+    """A file that gives no clip. The message is `category: detail`."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Content of a video file. width, height: as shown, after rotation and for square pixels. pts: presentation times
+    of the frames in ticks of `time_base` seconds, ascending; `end`: when the last one ends. With a `reason` the rest
+    means nothing."""
+
+    sha256: str = ""
+    width: int = 0
+    height: int = 0
+    time_base: str = "1"
+    pts: tuple[int, ...] = ()
+    end: int = 0
+    reason: str = ""
+
+    def seconds(self) -> tuple[list[float], float]:
+        """Times of the frames and the end of the last."""
+        tick = Fraction(self.time_base)
+        return [float(t * tick) for t in self.pts], float(self.end * tick)
+
+    @property
+    def fps(self) -> float:
+        duration = (self.end - self.pts[0]) * Fraction(self.time_base) if self.pts else 0
+        return float(len(self.pts) / duration) if duration else 0.0
+
+
+def frame_indices(times: Sequence[float], end: float, fps: float) -> list[int]:
+    """Source frames of a clip resampled to `fps`; every frame count in the program comes from here.
+
+    times: presentation times in seconds, ascending, at any spacing; end: when the last frame ends. The resampled frame
+    at k / fps after the first shows the last source frame that has begun by then.
+    """
+    if not times:
+        return []
+    indices, k = [], 0
+    while (t := times[0] + k / fps) < end - TOLERANCE or k == 0:
+        indices.append(bisect.bisect_right(times, t + TOLERANCE) - 1)
+        k += 1
+    return indices
+
+
+@contextmanager
+def _open(path: str) -> Iterator:
+    """(container, first video stream); whatever libav raises inside is an UnusableClip."""
+    import av
+
+    try:
+        source = path if os.path.isfile(path) else media.open_binary(path)
+        with av.open(source, metadata_errors="replace") as container:
+            if not container.streams.video:
+                raise UnusableClip("not a video: no video stream")
+            stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise UnusableClip("corrupt: no decoder for this stream")
+            stream.codec_context.thread_count = 1  # the workers are the parallelism
+            yield container, stream
+    except UnusableClip:
+        raise
+    except (av.FFmpegError, OSError, EOFError, ValueError, ArithmeticError, MemoryError) as e:
+        raise UnusableClip(f"corrupt: {getattr(e, 'strerror', None) or e or type(e).__name__}") from e
+
+
+def probe(path: str) -> Probe:
+    """Read a file's packets and first frame; the other frames are not decoded. Never raises for what is in the file.
+
+    The frames of an image and of a folder of images last one tick of a second each.
+    """
+    try:
+        sha256, size = media.sha256(path)
+        if not size:
+            raise UnusableClip("corrupt: the file is empty")
+        if media.kind(path) != "video":
+            return _probe_images(path, sha256)
+        with _open(path) as (container, stream):
+            time_base = stream.time_base
+            frames = _packet_times(container, stream)
+        pts, end = frames or _decoded_times(path)
+        with _open(path) as (container, stream):
+            width, height = _shown_size(stream, next(container.decode(stream), None))
+    except UnusableClip as e:
+        return Probe(reason=str(e))
+    except OSError as e:
+        return Probe(reason=f"unreadable: {e.strerror or e}")
+    return Probe(sha256, width, height, str(time_base), pts, end)
+
+
+def _probe_images(path: str, sha256: str) -> Probe:
+    sizes = {(frame.width, frame.height) for _, frame in _images(path)}
+    if len(sizes) > 1:
+        raise UnusableClip(
+            f"corrupt: the frames differ in size: {', '.join(f'{w} x {h}' for w, h in sorted(sizes)[:4])}"
+        )
+    (width, height), count = sizes.pop(), 1 if media.kind(path) == "image" else len(media.frame_files(path))
+    if max(width, height) > MAX_SIDE:
+        raise UnusableClip(f"too large: {width} x {height}, more than {MAX_SIDE} a side")
+    return Probe(sha256, width, height, "1", tuple(range(count)), count)
+
+
+def _images(path: str) -> Iterator:
+    """(number, frame) of an image, or of a folder of images."""
+    import av
+    from PIL import Image, ImageOps
+
+    files = [path] if media.kind(path) == "image" else media.frame_files(path)
+    for number, file in enumerate(files):
+        try:
+            with media.open_binary(str(file)) as f, Image.open(f) as image:
+                pixels_HWC = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+            raise UnusableClip(f"corrupt: {'' if len(files) == 1 else f'{file.name}: '}{e or type(e).__name__}") from e
+        yield number, av.VideoFrame.from_ndarray(pixels_HWC, format="rgb24")
+
+
+def read_image(path: str, bucket: Bucket) -> Tensor:
+    """An image, or the first frame of a clip, resized and cropped like a clip of the bucket: uint8 RGB [3, 1, H, W].
+
+    Raises UnusableClip.
+    """
+    found = probe(path)
+    if found.reason:
+        raise UnusableClip(f"unusable image: {path}: {found.reason}")
+    return decode(path, found.pts[:1], found.width, found.height, bucket)
+
+
+def _packet_times(container, stream) -> tuple[tuple[int, ...], int] | None:
+    """(pts, end) from packets; None where packets do not tell:
+
+    times missing, or a codec with packets that are never shown.
+    """
+    declared_end = ((container.start_time or 0) + container.duration) / 1_000_000 if container.duration else 0.0
+    if not stream.time_base:
+        raise UnusableClip("corrupt: no time base")
+    durations, last_end = {}, 0.0
+    told = stream.codec_context.name != "vp8" and not _is_avi(container)
+    for packet in container.demux():
+        if not packet.size:  # the end of a stream
+            continue
+        start = packet.pts if packet.pts is not None else packet.dts
+        if start is not None:
+            last_end = max(last_end, float((start + (packet.duration or 0)) * packet.time_base))
+        if packet.stream_index != stream.index:
+            continue
+        if packet.is_corrupt:
+            raise UnusableClip(f"corrupt: broken off after {last_end:.2f} s")
+        told &= packet.pts is not None
+        if packet.pts is not None and not packet.is_discard:
+            durations[packet.pts] = packet.duration or 0
+    if last_end < declared_end - MISSING_TAIL:
+        raise UnusableClip(f"corrupt: broken off at {last_end:.2f} s of {declared_end:.2f} s")
+    return _finish(durations) if told and durations else None
+
+
+def _decoded_times(path: str) -> tuple[tuple[int, ...], int]:
+    with _open(path) as (container, stream):
+        durations = {pts: frame.duration or 0 for pts, frame in _frames(container, stream)}
+    if not durations:
+        raise UnusableClip("corrupt: no frame has a presentation time")
+    return _finish(durations)
+
+
+def _is_avi(container) -> bool:
+    """AVI stores the order of decoding and no presentation times; its frames are evenly spaced, one tick each."""
+    return container.format.name == "avi"
+
+
+def _frames(container, stream, by_index: bool = False) -> Iterator:
+    """(presentation time in ticks, or number, decoded frame), in order."""
+    by_index |= _is_avi(container)
+    for count, frame in enumerate(container.decode(stream)):
+        if by_index or frame.pts is not None:
+            yield count if by_index else frame.pts, frame
+
+
+def _finish(durations: dict[int, int]) -> tuple[tuple[int, ...], int]:
+    pts = tuple(sorted(durations))
+    gaps = sorted(b - a for a, b in zip(pts, pts[1:], strict=False))
+    last = durations[pts[-1]] or (gaps[len(gaps) // 2] if gaps else 1)
+    return pts, pts[-1] + last
+
+
+def _shown_size(stream, frame) -> tuple[int, int]:
+    if frame is None:
+        raise UnusableClip("corrupt: no frame can be decoded")
+    aspect = stream.sample_aspect_ratio or 1  # of one pixel
+    width, height = max(1, round(frame.width * aspect)), frame.height
+    if max(width, height) > MAX_SIDE:
+        raise UnusableClip(f"too large: {width} x {height}, more than {MAX_SIDE} a side")
+    return (height, width) if frame.rotation % 180 else (width, height)
+
+
+def decode(
+    path: str,
+    pts: Sequence[int],
+    width: int,
+    height: int,
+    bucket: Bucket,
+    by_index: bool = False,
+    rate: float = 0.0,
+    decoder: DecoderName = "pyav",
+) -> Tensor:
+    """The frames shown at `pts` (ticks, or numbers with by_index; ascending, may repeat), resized to cover the bucket
+    and cropped to its centre.
+
+    width, height: of the probe. rate: what metadata say of a file that was not probed; they are compared with what is
+    found. Returns uint8 RGB [3, F, H, W], in memory as decoded: colours innermost. Raises UnusableClip when the file
+    does not give every frame whole.
+    """
+    places: dict[int, list[int]] = {}
+    for i, time in enumerate(pts):
+        places.setdefault(time, []).append(i)
+    shape = len(pts), *bucket[1:], 3
+    frames_FHWC = buffer(math.prod(shape)).view(shape)
+    taking = frames_FHWC.numpy(), places, width, height, bucket
+    if media.kind(path) != "video":
+        missing = _take(_images(path), *taking)
+    else:
+        with _open(path) as (container, stream):
+            if rate:
+                _compare(stream, width, height, rate)
+            tick = stream.time_base or Fraction(0)
+            if _is_avi(container):  # has no times, which torchcodec needs
+                by_index, decoder = True, "pyav"
+            seek = decoder == "pyav" and not by_index and (pts[0] - (stream.start_time or 0)) * tick > SEEK_FROM
+            if seek:
+                container.seek(pts[0], stream=stream)
+            if decoder == "pyav":
+                missing = _take(_frames(container, stream, by_index), *taking)
+        if decoder == "torchcodec":
+            missing = _take(_torchcodec_frames(path, list(places), tick, by_index), *taking)
+        elif seek and missing:  # an index that leads astray
+            with _open(path) as (container, stream):
+                missing = _take(_frames(container, stream), *taking)
+    if missing:
+        raise UnusableClip(f"corrupt: {missing} of {len(places)} frames do not decode")
+    return frames_FHWC.permute(3, 0, 1, 2)
+
+
+def require(decoder: DecoderName) -> None:
+    """Raises ValueError, with what to do, when this decoder cannot be used here."""
+    if decoder == "torchcodec":
+        try:
+            import torchcodec.decoders  # noqa: F401
+        except (ImportError, OSError, RuntimeError) as e:
+            why = f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"
+            raise ValueError(
+                "data.decoder is torchcodec, which cannot be imported here: install the torchcodec that goes "
+                "with this torch, and "
+                f"FFmpeg's shared libraries, or set pyav\n{why}"
+            ) from e
+
+
+def _torchcodec_frames(path: str, times: Sequence[int], tick: Fraction, by_index: bool) -> Iterator:
+    """(time, frame) of those of these times that the file has, decoded by torchcodec, which turns rotated frames
+    upright.
+    """
+    import av
+    from torchcodec.decoders import VideoDecoder
+
+    try:
+        source = path if os.path.isfile(path) else media.open_binary(path)
+        decoder = VideoDecoder(source, dimension_order="NHWC", num_ffmpeg_threads=1)  # the workers are the parallelism
+        for some in (times[i : i + FRAMES_AT_ONCE] for i in range(0, len(times), FRAMES_AT_ONCE)):
+            if by_index:
+                batch = decoder.get_frames_at(indices=list(some))
+            else:
+                batch = decoder.get_frames_played_at(seconds=[float((time + Fraction(1, 2)) * tick) for time in some])
+            for time, pixels_HWC, seconds in zip(some, batch.data.numpy(), batch.pts_seconds.tolist(), strict=True):
+                if by_index or abs(seconds - float(time * tick)) < float(tick) / 2:
+                    yield time, av.VideoFrame.from_ndarray(pixels_HWC, format="rgb24")
+    except (RuntimeError, ValueError, IndexError, OSError, EOFError) as e:
+        raise UnusableClip(f"corrupt: {str(e).strip() or type(e).__name__}") from e
+
+
+def _compare(stream, width: int, height: int, rate: float) -> None:
+    context, found = stream.codec_context, float(stream.average_rate or 0)
+    if {context.width, context.height} != {width, height} or abs(found - rate) > 0.01 * rate:
+        raise UnusableClip(
+            f"wrong metadata: {width} x {height} at {rate:g} fps are stated, the file has "
+            f"{context.width} x {context.height} at {found:g} fps"
+        )
+
+
+def interpolation(width: int, new_width: int) -> str:
+    """The filter of a resize, as PyAV names it: areas are averaged when a frame shrinks, which does not alias."""
+    return "AREA" if new_width < width else "BICUBIC"
+
+
+def _take(
+    frames: Iterator,
+    frames_FHWC: np.ndarray,
+    places: Mapping[int, Sequence[int]],
+    width: int,
+    height: int,
+    bucket: Bucket,
+) -> int:
+    """Put the frames at these times in their places, at the bucket's size; return how many are not found."""
+    from av.video.reformatter import VideoReformatter
+
+    _, bucket_height, bucket_width = bucket
+    new_width, new_height, left, top = cover(width, height, bucket)
+    method = interpolation(width, new_width)
+    found: set[int] = set()
+    last = max(places)
+    scaler = VideoReformatter()  # one for all frames: it keeps its tables
+    for time, frame in frames:
+        if time in places:
+            if frame.is_corrupt:
+                raise UnusableClip(f"corrupt: the frame at {float(time * (frame.time_base or 1)):.2f} s is damaged")
+            turns = round(frame.rotation / 90) % 4  # counter-clockwise, as np.rot90
+            size = (
+                {"width": new_height, "height": new_width} if turns % 2 else {"width": new_width, "height": new_height}
+            )
+            image_HWC = np.rot90(
+                scaler.reformat(frame, format="rgb24", interpolation=method, **size).to_ndarray(), turns
+            )
+            first, *others = places[time]
+            frames_FHWC[first] = image_HWC[top : top + bucket_height, left : left + bucket_width]
+            for i in others:
+                frames_FHWC[i] = frames_FHWC[first]
+            found.add(time)
+        if len(found) == len(places) or time > last:
+            break
+    return len(places) - len(found)

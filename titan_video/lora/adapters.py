@@ -1,0 +1,90 @@
+"""Low-rank adapters (Hu et al. 2021, "LoRA"): a Linear of frozen weight W also adds scale * up(down(x)), and only
+`down` and `up` are trained.
+
+    x --+-- W, bias -----------------+-- y        down [r, in], up [out, r], scale = alpha / r
+        +-- down -- * scale -- up ---+
+
+Where `up` is zero, as at the start, the model is the frozen one. An adapter is a submodule of its Linear, so the names
+of all frozen
+parameters stay what they are: `blocks.0.self_attn.q.weight`, beside it `blocks.0.self_attn.q.adapter.down` and `.up`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titan_video.config.job_config import Lora
+from titan_video.models.layers import Linear, cast_params, local
+from titan_video.models.spec import ModelSpec
+
+NAME = "adapter"
+
+
+class Adapter(nn.Module):
+    """The change to one Linear. Tensor parallel splits its parts with the Linear's weight:
+
+    `up` over the outputs, or `down` over the inputs.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int, scale: float, dtype: torch.dtype):
+        super().__init__()
+        like = {"device": linear.weight.device, "dtype": dtype}
+        self.scale = scale
+        self.down = nn.Parameter(torch.empty(rank, linear.in_features, **like))
+        self.up = nn.Parameter(torch.empty(linear.out_features, rank, **like))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, local(self.down)) * self.scale, local(self.up))
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter, by its clean name, is an adapter's."""
+    return name.rsplit(".", 2)[-2:-1] == [NAME]
+
+
+def is_frozen(name: str) -> bool:
+    return not is_adapter(name)
+
+
+def add_adapters(model: nn.Module, spec: ModelSpec, section: Lora, dtype: torch.dtype) -> None:
+    """Freeze the whole model and give the Linears of its blocks that `section.target_modules` names an adapter each, in
+    place.
+
+    dtype: that of the arithmetic, in which frozen weights are held; the plan's float32 parts keep their own. Adapters
+    are float32 at least. ValueError for a target that no Linear of a block fits. Before anything else is done to the
+    model, which may be on the meta device.
+    """
+    cast_params(model, spec.plan.fp32, dtype)
+    model.requires_grad_(False)
+    linears = {
+        f"{path}.{name}": module
+        for path in spec.plan.blocks
+        for name, module in model.get_submodule(path).named_modules()
+        if isinstance(module, Linear)
+    }
+    targets = section.target_modules or spec.lora_targets
+    for target in targets:
+        if not any(_fits(name, target) for name in linears):
+            known = dict.fromkeys(name.split(".", 2)[2] for name in linears)
+            raise ValueError(
+                f"lora.target_modules: {target!r} is the end of no name of a Linear in a block of {spec.name}; "
+                f"there are {', '.join(known)}"
+            )
+    for name, linear in linears.items():
+        if any(_fits(name, target) for target in targets):
+            linear.adapter = Adapter(
+                linear, section.rank, section.alpha / section.rank, torch.promote_types(dtype, torch.float32)
+            )
+
+
+def _fits(name: str, target: str) -> bool:
+    return f".{name}".endswith(f".{target}")
+
+
+def init_adapter(name: str, tensor: Tensor, generator: torch.Generator) -> None:
+    """Fill one whole parameter of an adapter in place: `down` as torch starts a Linear, `up` with zeros."""
+    if name.endswith(".up"):
+        tensor.zero_()
+    else:
+        bound = tensor.shape[1] ** -0.5
+        tensor.uniform_(-bound, bound, generator=generator)
