@@ -340,7 +340,7 @@ class Trainer:
         Losses are divided by the elements of all ranks, so gradients only need summing.
         """
         lr = self.scheduler.set_step(self.step)
-        num_loss_elements = sum(self.conditioning.num_loss_elements(b.latents_BCFHW) for b in batches)
+        num_loss_elements = sum(self.conditioning.num_loss_elements(b.streams["video"]) for b in batches)
         pixel_sizes = [self.pixel_size(b) for b in batches]
         frames = sum(size[0] * len(b.sample_ids_B) for size, b in zip(pixel_sizes, batches, strict=True))
         sizes = torch.tensor(
@@ -414,7 +414,7 @@ class Trainer:
         """
         tokens = self.num_tokens(batch)
         sigma_B = self.flow.sigmas(draw_uniform(self.seed, batch.sample_ids_B), tokens)
-        noise = draw_noise(self.seed, batch.sample_ids_B, tuple(batch.latents_BCFHW.shape[1:]), self.device)
+        noise = draw_noise(self.seed, batch.sample_ids_B, tuple(batch.streams["video"].shape[1:]), self.device)
         weight_B = send(self.flow.weights(sigma_B, tokens), self.device)
         told = self.conditioning, self.config.training.guidance
         return model_inputs(
@@ -427,10 +427,10 @@ class Trainer:
 
     def num_tokens(self, batch: Batch) -> int:
         """Tokens of one clip of the batch."""
-        return token_shape(batch.latents_BCFHW.shape[2:], self.args.patch).num_tokens
+        return token_shape(batch.streams["video"].shape[2:], self.args.patch).num_tokens
 
     def pixel_size(self, batch: Batch) -> Bucket:
-        _, F, H, W = batch.latents_BCFHW.shape[1:]
+        _, F, H, W = batch.streams["video"].shape[1:]
         e = self.encoders
         return (F - 1) * e.stride_t + 1, H * e.stride_s, W * e.stride_s
 

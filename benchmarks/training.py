@@ -122,7 +122,10 @@ def make_data(
     text = rand(size, args.text_len, args.text_dim, device=device, dtype=dtype)
     latents, noise = (rand(size, args.out_channels, *grid, device=device, dtype=torch.float32) for _ in range(2))
     batch = Batch(
-        latents, text, torch.ones(text.shape[:2], dtype=torch.bool, device=device), torch.arange(size, device=device)
+        {"video": latents},
+        text,
+        torch.ones(text.shape[:2], dtype=torch.bool, device=device),
+        torch.arange(size, device=device),
     )
     return Data(batch, noise, torch.linspace(0.2, 0.8, size, device=device))
 
@@ -200,7 +203,7 @@ def our_step(variant: Ours, args: WanArgs, device: torch.device) -> Step:
 
     def forward_backward(data: Data) -> tuple[Tensor, Tensor]:
         choose()
-        latents = data.batch.latents_BCFHW
+        latents = data.batch.streams["video"]
         inputs = model_inputs(args.patch, data.batch, data.noise_BCFHW, data.sigma_B, torch.ones_like(data.sigma_B))
         v_BLP = predict(model, inputs)
         loss = velocity_loss(v_BLP, inputs).sum() / latents.numel()
@@ -249,7 +252,7 @@ def diffusers_step(variant: Diffusers, args: WanArgs, device: torch.device) -> S
     )
 
     def forward_backward(data: Data) -> tuple[Tensor, Tensor]:
-        latents, noise, sigma_B = data.batch.latents_BCFHW, data.noise_BCFHW, data.sigma_B
+        latents, noise, sigma_B = data.batch.streams["video"], data.noise_BCFHW, data.sigma_B
         autocast = torch.autocast(device.type, torch.bfloat16) if variant.weights == "autocast" else nullcontext()
         # Around backward too: it runs forwards again.
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if variant.cudnn else nullcontext():

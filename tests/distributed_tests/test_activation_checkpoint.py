@@ -51,7 +51,7 @@ def step(section, compiled, dims, args=replace(ARGS, num_layers=2)):
     initialise(model, perturbed, 0)
     ids = torch.tensor([0, 1])
     batch = Batch(
-        draw_noise(2, ids, (16, 1, 8, 8)),
+        {"video": draw_noise(2, ids, (16, 1, 8, 8))},
         draw_noise(1, ids, (args.text_len, args.text_dim)),
         torch.ones(2, args.text_len, dtype=torch.bool),
         ids,

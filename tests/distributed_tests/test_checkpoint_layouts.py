@@ -101,10 +101,13 @@ class Run:
         ids = torch.tensor([3, 4])
         text = draw_noise(1, ids, (self.args.text_len, self.args.text_dim))
         batch = Batch(
-            draw_noise(2, ids, (16, 1, 6, 10)), text, torch.ones(2, self.args.text_len, dtype=torch.bool), ids
+            {"video": draw_noise(2, ids, (16, 1, 6, 10))},
+            text,
+            torch.ones(2, self.args.text_len, dtype=torch.bool),
+            ids,
         )
         shard = SequenceShard(self.meshes.sequence, self.meshes.tp.size()) if self.meshes else None
-        noise = draw_noise(0, ids, tuple(batch.latents_BCFHW.shape[1:]))
+        noise = draw_noise(0, ids, tuple(batch.streams["video"].shape[1:]))
         loss = compute_loss(
             self.forward, self.args.patch, batch, noise, torch.tensor([0.3, 0.8]), torch.ones(2), shard
         ).sum()

@@ -154,7 +154,9 @@ def micro_batch(args, i, dtype):
     cond |= {"image_BSD": drawn(4, args.image_len, args.image_dim)} if c.image_tokens else {}
     cond |= {"pooled_text_BD": drawn(5, args.pooled_dim)} if c.pooled_text else {}
     mask = torch.arange(args.text_len) < (3 + ids % 5).unsqueeze(1)
-    return Batch(drawn(2, 16, *grid), drawn(1, args.text_len, args.text_dim) * mask.unsqueeze(-1), mask, ids, cond)
+    return Batch(
+        {"video": drawn(2, 16, *grid)}, drawn(1, args.text_len, args.text_dim) * mask.unsqueeze(-1), mask, ids, cond
+    )
 
 
 def arguments(args, i, dtype):
@@ -163,14 +165,14 @@ def arguments(args, i, dtype):
     (patch, batch, noise, levels, weights) and the model's conditions.
     """
     batch = micro_batch(args, i, dtype)
-    noise = draw_noise(0, batch.sample_ids_B, tuple(batch.latents_BCFHW.shape[1:])).to(dtype)
+    noise = draw_noise(0, batch.sample_ids_B, tuple(batch.streams["video"].shape[1:])).to(dtype)
     told = {"conditions": args.conditioning, "guidance_scale": 3.0}
     return (args.patch, batch, noise, (batch.sample_ids_B + 1) / 130, 1 + batch.sample_ids_B / 50), told
 
 
 def num_elements(args, num_batches):
     return sum(
-        args.conditioning.num_loss_elements(micro_batch(args, i, torch.float32).latents_BCFHW)
+        args.conditioning.num_loss_elements(micro_batch(args, i, torch.float32).streams["video"])
         for i in range(num_batches)
     )
 

@@ -117,7 +117,9 @@ class Run:
             torch.ones(1, ARGS.text_len, dtype=torch.bool),
         )
         shard = SequenceShard(self.meshes.sequence, self.meshes.tp.size()) if self.meshes else None
-        return model_inputs(ARGS.patch, Batch(latents, text, mask, ids), noise, (ids + 1) / 6, torch.ones(1), shard)
+        return model_inputs(
+            ARGS.patch, Batch({"video": latents}, text, mask, ids), noise, (ids + 1) / 6, torch.ones(1), shard
+        )
 
     def tensors(self):
         """Whole tensors of weights and state."""

@@ -98,7 +98,7 @@ def digest(batch):
     """Of all names, types, shapes and bytes, beside the sample ids."""
     assert set(batch.cond) == {"cond_latents_BCFHW", "image_BSD", "pooled_text_BD"}
     tensors = {
-        "latents": batch.latents_BCFHW,
+        "latents": batch.streams["video"],
         "text": batch.text_BLD,
         "mask": batch.text_mask_BL,
         "ids": batch.sample_ids_B,

@@ -55,7 +55,9 @@ def forward_backward(model, args, case, clips, shard=None):
     for i in range(0, len(clips), batch_size):
         ids = torch.tensor(clips[i : i + batch_size])
         text = draw_noise(1, ids, (args.text_len, args.text_dim)).to(dtype)
-        batch = Batch(draw_noise(2, ids, (16, *grid)), text, torch.ones(len(ids), args.text_len, dtype=torch.bool), ids)
+        batch = Batch(
+            {"video": draw_noise(2, ids, (16, *grid))}, text, torch.ones(len(ids), args.text_len, dtype=torch.bool), ids
+        )
         noise = draw_noise(0, ids, (16, *grid))
         loss = compute_loss(model, args.patch, batch, noise, (ids + 1) / 9, 1 + ids / 10, shard).sum() / 1000
         loss.backward()
@@ -212,8 +214,8 @@ def sent_rank(checkpointing, dtype):
     batch_size, grid = CASES[2]
     ids = torch.tensor([0, 1])
     text = draw_noise(1, ids, (ARGS.text_len, ARGS.text_dim))
-    batch = Batch(draw_noise(2, ids, (16, *grid)), text, torch.ones(2, ARGS.text_len, dtype=torch.bool), ids)
-    loss = compute_loss(model, ARGS.patch, batch, batch.latents_BCFHW, ids / 9, ids + 1.0, shard).sum()
+    batch = Batch({"video": draw_noise(2, ids, (16, *grid))}, text, torch.ones(2, ARGS.text_len, dtype=torch.bool), ids)
+    loss = compute_loss(model, ARGS.patch, batch, batch.streams["video"], ids / 9, ids + 1.0, shard).sum()
     with backward:
         loss.backward()
     return expected, [(mode.count, mode.bytes, mode.dtypes) for mode in (forward, backward)]

@@ -184,7 +184,7 @@ def drawn_recorded(stop_at, signum):
 
     def train_step(self, batches, *args):
         rows = [
-            (i, hashlib.sha256(b.latents_BCFHW[k].numpy().tobytes() + b.text_BLD[k].numpy().tobytes()).hexdigest())
+            (i, hashlib.sha256(b.streams["video"][k].numpy().tobytes() + b.text_BLD[k].numpy().tobytes()).hexdigest())
             for b in batches
             for k, i in enumerate(b.sample_ids_B.tolist())
         ]

@@ -413,7 +413,7 @@ class Recorder(torch.nn.Module):
 
 def make_batch(given):
     return Batch(
-        torch.randn(2, 16, *LATENT),
+        {"video": torch.randn(2, 16, *LATENT)},
         torch.zeros(2, 5, 8),
         torch.ones(2, 5, dtype=torch.bool),
         torch.arange(2),
@@ -426,14 +426,14 @@ def test_given_tokens_hold_no_noise_and_no_loss():
     batch, noise = make_batch(torch.randn(2, 16, 1, 4, 8)), torch.randn(2, 16, *LATENT)
     model, s = Recorder(), torch.tensor([0.25, 0.75])
     loss = compute_loss(model, PATCH, batch, noise, s, torch.ones(2), None, conditioning, 3.0)
-    torch.testing.assert_close(loss, (noise - batch.latents_BCFHW)[:, :, 1:].square().flatten(1).sum(1))
-    assert conditioning.num_loss_elements(batch.latents_BCFHW) == batch.latents_BCFHW[:, :, 1:].numel()
+    torch.testing.assert_close(loss, (noise - batch.streams["video"])[:, :, 1:].square().flatten(1).sum(1))
+    assert conditioning.num_loss_elements(batch.streams["video"]) == batch.streams["video"][:, :, 1:].numel()
     assert model.cond["guidance_B"].tolist() == [3000.0, 3000.0]
     first = model.cond["cond_mask_BL"][0]
     assert first.sum() == 8 and first[:8].all()
     x = unpatchify(model.x, token_shape(LATENT, PATCH), PATCH)
     assert torch.equal(x[:, :, :1], batch.cond["cond_latents_BCFHW"])
-    torch.testing.assert_close(x[0, :, 1:], (0.75 * batch.latents_BCFHW + 0.25 * noise)[0, :, 1:])
+    torch.testing.assert_close(x[0, :, 1:], (0.75 * batch.streams["video"] + 0.25 * noise)[0, :, 1:])
     assert "cond_latents_BCFHW" in batch.cond  # the batch is not used up
 
     concat = ConditioningSpec(num_cond_frames=1, form="mask_last")
@@ -447,7 +447,7 @@ def test_given_tokens_hold_no_noise_and_no_loss():
     with pytest.raises(ValueError, match="image-to-video"):
         model_inputs(
             PATCH,
-            Batch(batch.latents_BCFHW, batch.text_BLD, batch.text_mask_BL, batch.sample_ids_B),
+            Batch(batch.streams, batch.text_BLD, batch.text_mask_BL, batch.sample_ids_B),
             noise,
             s,
             s,

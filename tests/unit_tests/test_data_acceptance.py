@@ -256,5 +256,5 @@ def test_plan_loader_and_export_agree(tmp_path, capsys, monkeypatch, num_files):
     trained = []
     for (batch,) in islice(loader, len(clips)):
         text = batch.text_BLD[0][batch.text_mask_BL[0]].numpy().tobytes()
-        trained.append((get_caption[text], get_numbers[batch.latents_BCFHW[0].numpy().tobytes()]))
+        trained.append((get_caption[text], get_numbers[batch.streams["video"][0].numpy().tobytes()]))
     assert sorted(trained) == sorted((path, numbers) for (path, _), numbers in said.items())

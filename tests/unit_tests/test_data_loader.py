@@ -54,7 +54,7 @@ def make(data, **kwargs):
 def samples(step):
     """{sample id: (latents, text, mask)} of a step's micro-batches."""
     return {
-        int(i): (b.latents_BCFHW[n], b.text_BLD[n], b.text_mask_BL[n])
+        int(i): (b.streams["video"][n], b.text_BLD[n], b.text_mask_BL[n])
         for b in step
         for n, i in enumerate(b.sample_ids_B)
     }
@@ -96,7 +96,7 @@ def test_contents(data):
     for step in islice(make(data), 40):
         for batch in step:
             assert (
-                batch.latents_BCFHW.dtype == torch.float32
+                batch.streams["video"].dtype == torch.float32
                 and batch.text_mask_BL.dtype == torch.bool
                 and batch.cond == {}
             )
@@ -113,11 +113,11 @@ def test_contents(data):
 
 def test_a_micro_batch_has_one_bucket_and_a_reader_serves_chosen_clips(data):
     clips, cache = data
-    shapes = {tuple(b.latents_BCFHW.shape[1:]) for step in islice(make(data), 10) for b in step}
+    shapes = {tuple(b.streams["video"].shape[1:]) for step in islice(make(data), 10) for b in step}
     assert shapes == {(16, 2, 4, 8), (16, 2, 8, 4)}
     tall = [c for c in clips if c.bucket == (5, 64, 32)]
     batch = EntryReader(cache, 6, 64).batch(tall, [7, 8, 9])
-    assert batch.latents_BCFHW.shape == (3, 16, 2, 8, 4) and batch.sample_ids_B.tolist() == [7, 8, 9]
+    assert batch.streams["video"].shape == (3, 16, 2, 8, 4) and batch.sample_ids_B.tolist() == [7, 8, 9]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -174,8 +174,8 @@ def uninterrupted(data):
     for step in plain.steps(6):
         assert any(drawn % size for drawn, size in zip(plain.state_dict()["draws"], plain.sampler.sizes))
         for batch in step:
-            bucket = 5, *(8 * size for size in batch.latents_BCFHW.shape[3:])
-            of_bucket[bucket] += [latents.numpy().tobytes() for latents in batch.latents_BCFHW]
+            bucket = 5, *(8 * size for size in batch.streams["video"].shape[3:])
+            of_bucket[bucket] += [latents.numpy().tobytes() for latents in batch.streams["video"]]
     for bucket, size in clips.items():
         epochs = [of_bucket[bucket][i : i + size] for i in range(0, len(of_bucket[bucket]), size)]
         assert len(epochs) > 1 and all(len(set(epoch)) == len(epoch) for epoch in epochs)
@@ -211,7 +211,7 @@ def test_repeated_clips_come_as_often_in_an_epoch(data):
     clips = [replace(c, repeats=3) if c.bucket == (5, 64, 32) else c for c in clips]
     loader = make((clips, cache), local=1, total=1)
     count = sum(c.repeats for c in clips)
-    shapes = [b.latents_BCFHW.shape[3] for step in islice(loader, count) for b in step]
+    shapes = [b.streams["video"].shape[3] for step in islice(loader, count) for b in step]
     assert count == 6 + 3 * 3 and shapes.count(8) == 9
 
 

@@ -357,7 +357,7 @@ def debug_batch():
     mask = torch.arange(16) < torch.tensor([[len(text)] for text in texts])
     text = torch.stack([F.pad(text, (0, 0, 0, 16 - len(text))) for text in texts])
     cond = {"pooled_text_BD": text.sum(1), "guidance_B": torch.full((2,), 1000.0)}
-    return Batch(encoders.encode_video(frames), text, mask, torch.arange(2), cond)
+    return Batch({"video": encoders.encode_video(frames)}, text, mask, torch.arange(2), cond)
 
 
 def initialised(args):
@@ -373,7 +373,7 @@ def test_the_debug_flavor_learns_two_clips():
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     losses = []
     for _ in range(40):
-        noise, s = torch.randn(batch.latents_BCFHW.shape, generator=g), torch.rand(2, generator=g)
+        noise, s = torch.randn(batch.streams["video"].shape, generator=g), torch.rand(2, generator=g)
         loss = compute_loss(model, (1, 2, 2), batch, noise, s, torch.ones(2)).sum() / noise.numel()
         losses.append(loss.item())
         optimizer.zero_grad()

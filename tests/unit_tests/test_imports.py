@@ -1,7 +1,8 @@
-"""The floors of the program: who may import whom, read from the syntax trees of all its files. Nothing is executed.
+"""The house: which file may import which, read from the syntax trees of all files. Nothing is executed.
 
-A file imports its own floor, without cycles, and lower floors; see FLOORS, STRANGERS and `is_roof`. Imports inside
-functions count like all others, but for optional packages, which must be imported there.
+A file imports its own floor, without cycles, and lower floors. A file of the core imports neither the ingest ring nor an
+optional part: it names an optional part in a table of strings (tools/parts.py). Imports inside functions count like all
+others, but for optional packages, which must be imported there.
 """
 
 import ast
@@ -12,20 +13,43 @@ import pytest
 from tests.helpers import ROOT
 
 PACKAGE = "titan_video"
-FLOORS = {
-    "config": 0,
-    "tools": 0,
-    "flow": 1,
-    "kernels": 1,
-    "models": 2,
-    "encoders": 2,
-    "distributed": 3,
-    "data": 3,
-    "components": 4,
-}
+LEVELS = (  # lowest first
+    ("tools",),
+    ("config",),
+    ("kernels", "flow"),
+    ("models",),
+    ("distributed", "data", "encoders"),
+    ("optim", "training", "tasks"),
+    ("checkpoint",),
+    ("weights",),
+    ("ingest",),
+    ("lora", "online"),
+    ("planner",),
+)
+FLOORS = {name: floor for floor, names in enumerate(LEVELS) for name in names}
+INGEST = {"ingest", "encoders"}
+OPTIONAL_PARTS = (  # each can be deleted; modules and packages, without `titan_video.`
+    "models.hunyuan_video",
+    "encoders.hunyuan_video",
+    "kernels.triton",
+    "kernels.attention_backends",
+    "distributed.float8",
+    "distributed.offload",
+    "optim.low_bit",
+    "optim.muon",
+    "optim.mixed",
+    "optim.in_backward",
+    "weights.original",
+    "ingest.importers",
+    "lora",
+    "online",
+    "planner",
+    "convert",
+    "sample",
+)
 STRANGERS = {frozenset(pair) for pair in (("models", "encoders"), ("distributed", "data"))}
-OPTIONAL = {"diffusers", "transformers", "sentencepiece", "av", "ftfy", "PIL", "torchao"}
-OPTIONAL_ON_TOP = {"data": {"av", "PIL"}}
+PACKAGES = {"diffusers", "transformers", "sentencepiece", "av", "ftfy", "PIL", "torchao"}
+PACKAGES_ON_TOP = {"ingest": {"av", "PIL"}}
 
 
 def sources(root):
@@ -37,17 +61,20 @@ def sources(root):
     return found
 
 
-def is_roof(module):
-    """train.py and the command modules, which may import anything and which nothing imports:
-
-    titan_video/NAME.py and every __main__.py.
-    """
+def is_program(module):
+    """train.py, every titan_video/NAME.py and every __main__.py: they may import anything."""
     parts = module.split(".")
     return parts == ["train"] or parts[-1] == "__main__" or (len(parts) == 2 and parts[1] not in FLOORS)
 
 
 def folder(module):
     return module.split(".")[1] if "." in module else ""
+
+
+def optional_part(module):
+    """The optional part that a module belongs to, or None."""
+    name = module.removeprefix(f"{PACKAGE}.")
+    return next((part for part in OPTIONAL_PARTS if name == part or name.startswith(f"{part}.")), None)
 
 
 def nodes(tree):
@@ -62,20 +89,17 @@ def nodes(tree):
 
 
 def imports(module, path, modules):
-    """(what is imported, whether inside a function) of a file.
-
-    Our own modules by full name; of others, the top-level package.
-    """
+    """(what is imported, whether inside a function). Our own modules by full name; of others, the top-level package."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node, inside in nodes(ast.parse(path.read_text(), str(path))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            parents = package.split(".")
+            base = parents[: len(parents) - node.level + 1] if node.level else []
             source = ".".join([*base, *([node.module] if node.module else [])])
-            names = [
-                f"{source}.{alias.name}" if f"{source}.{alias.name}" in modules else source for alias in node.names
-            ]
+            full = [f"{source}.{alias.name}" for alias in node.names]
+            names = [name if name in modules else source for name in full]
         else:
             continue
         for name in names:
@@ -85,24 +109,34 @@ def imports(module, path, modules):
 
 def broken_rules(module, imported, modules):
     """What is wrong with one of our files importing another."""
-    here, there = folder(module), folder(imported)
+    here, there, part = folder(module), folder(imported), optional_part(imported)
+    forwards = module.endswith(".__main__") and imported.endswith(".__main__")
     if imported not in modules:
         yield "which does not exist"
-    elif is_roof(imported):
-        yield "a command module, which nothing may import"
-    elif is_roof(module) or there == "":
+    elif imported == "train" or (imported.endswith(".__main__") and not forwards):
+        yield "a program, which nothing may import"
+    elif part and part != optional_part(module) and (module == "train" or not is_program(module)):
+        if optional_part(module) is None:
+            yield f"of the optional part {part}: name it in a lazy table"
+        elif FLOORS.get(here, -1) < FLOORS.get(there, -1):
+            yield "which is on a higher floor"
+    elif is_program(module) or there == "":
         return
+    elif is_program(imported):
+        yield "a program, which nothing may import"
     elif FLOORS.get(here, -1) < FLOORS[there]:
         yield f"which is on a higher floor ({here} is on {FLOORS.get(here, 'no floor')}, {there} on {FLOORS[there]})"
     elif frozenset((here, there)) in STRANGERS:
         yield f"but {here} and {there} do not know each other"
-    elif (
-        here == "distributed"
-        and there == "models"
-        and modules[".".join(imported.split(".")[:3])].name == "__init__.py"
-        and imported.count(".") > 1
-    ):
+    elif there in INGEST and here not in INGEST and optional_part(module) is None:
+        yield "of the ingest ring, which the core does not know"
+    elif here == "distributed" and there == "models" and is_family(imported, modules):
         yield "a concrete model"
+
+
+def is_family(module, modules):
+    """Whether a module belongs to a model family: a package of its own in models/."""
+    return module.count(".") > 1 and modules[".".join(module.split(".")[:3])].name == "__init__.py"
 
 
 def find_cycle(graph):
@@ -127,11 +161,11 @@ def find_cycle(graph):
 def violations(root):
     modules, found, graph = sources(root), [], {}
     for module, path in modules.items():
-        if not is_roof(module) and module != PACKAGE and folder(module) not in FLOORS:
-            found.append(f"{module} is in no folder of FLOORS")
+        if not is_program(module) and module != PACKAGE and folder(module) not in FLOORS:
+            found.append(f"{module} is in no folder of LEVELS")
             continue
         for imported, inside in imports(module, path, modules):
-            if imported in OPTIONAL - OPTIONAL_ON_TOP.get(folder(module), set()) and not inside:
+            if imported in PACKAGES - PACKAGES_ON_TOP.get(folder(module), set()) and not inside:
                 found.append(f"{module} imports the optional package {imported} outside a function")
             if imported == "train" or imported.split(".")[0] == PACKAGE:
                 broken = [
@@ -149,11 +183,15 @@ def test_the_floors_hold():
     assert violations(ROOT) == []
 
 
+def test_every_optional_part_is_there():
+    missing = [part for part in OPTIONAL_PARTS if f"{PACKAGE}.{part}" not in sources(ROOT)]
+    assert missing == []
+
+
 GOOD = {
-    "train.py": "from titan_video.components.saver import save\nimport titan_video.models.wan\nfrom titan_video.config "
-    "import load\n",
+    "train.py": "from titan_video.checkpoint.saver import save\nimport titan_video.models.wan\nimport titan_video.ingest.scan\n",
     "titan_video/__init__.py": "",
-    "titan_video/sample.py": "from titan_video.components import saver\n",
+    "titan_video/sample.py": "from titan_video.checkpoint import saver\nfrom titan_video.lora import adapters\n",
     "titan_video/config/__init__.py": "from titan_video.config.manager import load\n",
     "titan_video/config/manager.py": "def load(): ...\n",
     "titan_video/models/__init__.py": "def spec():\n    from .wan import SPEC\n    return SPEC\n",
@@ -161,70 +199,64 @@ GOOD = {
     "titan_video/models/wan/__init__.py": "from titan_video.models.spec import *\nfrom .model import Wan\n",
     "titan_video/models/wan/model.py": "from .. import spec\nfrom titan_video.config import load\n",
     "titan_video/encoders/wan.py": "def load():\n    import diffusers.models\n    from transformers import T5\n",
-    "titan_video/distributed/fsdp.py": "from titan_video.models.spec import Plan\nfrom titan_video.models import "
-    "spec\n",
+    "titan_video/distributed/fsdp.py": "from titan_video.models.spec import Plan\nfrom titan_video.models import spec\n",
     "titan_video/data/__init__.py": "",
-    "titan_video/ingest/plan.py": "import av\nfrom PIL import Image\nimport titan_video.encoders.wan\n",
-    "titan_video/ingest/__main__.py": "from titan_video.components.saver import save\n",
-    "titan_video/components/__init__.py": "",
-    "titan_video/components/saver.py": "from titan_video.distributed.fsdp import x\nfrom titan_video.ingest.plan import "
-    "y\n",
+    "titan_video/data/batch.py": "",
+    "titan_video/data/__main__.py": "from titan_video.ingest.__main__ import main\n",
+    "titan_video/ingest/scan.py": "import av\nfrom PIL import Image\nimport titan_video.encoders.wan\n",
+    "titan_video/ingest/__main__.py": "from titan_video.checkpoint.saver import save\n",
+    "titan_video/lora/adapters.py": "from titan_video.checkpoint import saver\n",
+    "titan_video/checkpoint/__init__.py": "",
+    "titan_video/checkpoint/saver.py": "from titan_video.distributed.fsdp import x\nfrom titan_video.data.batch import y\n",
 }
 BAD = [  # (file, what is added to it, what is said of it)
     (
         "titan_video/models/spec.py",
         "from titan_video.distributed.fsdp import x",
-        "models.spec imports titan_video.distributed.fsdp, which is on",
+        "titan_video.distributed.fsdp, which is on",
     ),
-    (
-        "titan_video/models/wan/model.py",
-        "def f():\n    from ...distributed import fsdp",
-        "titan_video.distributed.fsdp, which is on a higher",
-    ),
+    ("titan_video/models/wan/model.py", "def f():\n    from ...distributed import fsdp", "fsdp, which is on a higher"),
     ("titan_video/config/manager.py", "import titan_video.models.spec", "higher floor"),
     ("titan_video/__init__.py", "import titan_video.config.manager", "higher floor"),
+    ("titan_video/models/spec.py", "from titan_video.encoders import wan", "higher floor"),
+    ("titan_video/encoders/wan.py", "if True:\n    from titan_video.models.spec import x", "do not know each other"),
     (
-        "titan_video/models/spec.py",
-        "from titan_video.encoders import wan",
-        "models and encoders do not know each other",
-    ),
-    (
-        "titan_video/encoders/wan.py",
-        "if True:\n    from titan_video.models.spec import x",
-        "encoders and models do not know each other",
-    ),
-    (
-        "titan_video/ingest/plan.py",
+        "titan_video/data/batch.py",
         "from titan_video.distributed.fsdp import x",
         "data and distributed do not know each other",
     ),
     (
         "titan_video/distributed/fsdp.py",
-        "from titan_video.data import dataset",
+        "from titan_video.data import batch",
         "distributed and data do not know each other",
     ),
     ("titan_video/distributed/fsdp.py", "import titan_video.models.wan.model", "a concrete model"),
     ("titan_video/distributed/fsdp.py", "from titan_video.models.wan import SPEC", "a concrete model"),
-    ("titan_video/components/saver.py", "import train", "a command module"),
-    ("titan_video/components/saver.py", "from titan_video.sample import x", "a command module"),
-    ("titan_video/components/saver.py", "from titan_video.ingest.__main__ import x", "a command module"),
-    ("titan_video/sample.py", "import train", "a command module"),
-    ("titan_video/components/saver.py", "from titan_video.planner import x", "does not exist"),
-    ("titan_video/planner/cost.py", "", "titan_video.planner.cost is in no folder"),
+    ("titan_video/checkpoint/saver.py", "from titan_video.ingest import scan", "higher floor"),
+    ("titan_video/checkpoint/saver.py", "from titan_video.encoders import wan", "of the ingest ring"),
+    ("titan_video/checkpoint/saver.py", "from titan_video.lora.adapters import x", "the optional part lora"),
+    ("titan_video/checkpoint/saver.py", "def f():\n    import titan_video.lora.adapters", "the optional part lora"),
+    ("train.py", "from titan_video.lora import adapters", "the optional part lora"),
+    ("titan_video/checkpoint/saver.py", "import train", "a program"),
+    ("titan_video/checkpoint/saver.py", "from titan_video.sample import x", "the optional part sample"),
+    ("titan_video/checkpoint/saver.py", "from titan_video.ingest.__main__ import x", "a program"),
+    ("titan_video/sample.py", "import train", "a program"),
+    ("titan_video/checkpoint/saver.py", "from titan_video.planner import x", "does not exist"),
+    ("titan_video/scheduler/cost.py", "", "titan_video.scheduler.cost is in no folder"),
     (
         "titan_video/config/manager.py",
         "from titan_video.config import load",
-        "cycle: titan_video.config -> titan_video.config.manager",
+        "cycle: titan_video.config -> titan_video.config",
     ),
     ("titan_video/models/spec.py", "def f():\n    from titan_video.models.wan.model import x", "cycle: "),
     ("titan_video/encoders/wan.py", "import diffusers", "optional package diffusers"),
     (
-        "titan_video/components/saver.py",
+        "titan_video/checkpoint/saver.py",
         "try:\n    from PIL.Image import open\nexcept ImportError:\n    pass",
-        "optional package PIL",
+        "package PIL",
     ),
-    ("titan_video/components/saver.py", "class A:\n    import av", "optional package av"),
-    ("titan_video/ingest/plan.py", "import ftfy", "optional package ftfy"),
+    ("titan_video/checkpoint/saver.py", "class A:\n    import av", "optional package av"),
+    ("titan_video/ingest/scan.py", "import ftfy", "optional package ftfy"),
     ("train.py", "from transformers import T5", "optional package transformers"),
 ]
 

@@ -74,7 +74,7 @@ class Oracle(torch.nn.Module):
 
 def test_loss_is_the_weighted_squared_error_per_sample():
     x0, noise = torch.randn(2, 16, 3, 4, 6), torch.randn(2, 16, 3, 4, 6)
-    batch = Batch(x0, torch.zeros(2, 5, 8), torch.ones(2, 5, dtype=torch.bool), torch.arange(2))
+    batch = Batch({"video": x0}, torch.zeros(2, 5, 8), torch.ones(2, 5, dtype=torch.bool), torch.arange(2))
     s, w = torch.tensor([0.25, 0.75]), torch.tensor([1.0, 3.0])
     assert compute_loss(Oracle(x0, noise), ARGS.patch, batch, noise, s, w).tolist() == pytest.approx(
         [0.0, 0.0], abs=1e-6

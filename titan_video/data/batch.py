@@ -12,7 +12,7 @@ from titan_video.tools.device import send
 class Batch:
     """One micro-batch of one bucket. It holds no frames and no strings, and needs no encoder.
 
-    latents_BCFHW: clean, normalised VAE latents, float32.
+    streams: clean, normalised latents by modality, float32: "video" [B, C, F, H, W].
     text_BLD: text embeddings, zero beyond each prompt's length.
     text_mask_BL: bool, true on a prompt's own tokens.
     sample_ids_B: int64, unique per draw over the whole run: keys all randomness of the objective.
@@ -20,7 +20,7 @@ class Batch:
         image_BSD, image tokens; pooled_text_BD. Empty for Wan text-to-video.
     """
 
-    latents_BCFHW: Tensor
+    streams: dict[str, Tensor]
     text_BLD: Tensor
     text_mask_BL: Tensor
     sample_ids_B: Tensor

@@ -61,7 +61,7 @@ class EntryReader:
         if self.cache.conditioning.image_tokens:
             cond["image_BSD"] = torch.stack([self._read("image", clip.image_key) for clip, _, _ in item])
         return {
-            "latents_BCFHW": torch.stack([self._read("video", clip.video_key) for clip, _, _ in item]),
+            "streams": {"video": torch.stack([self._read("video", clip.video_key) for clip, _, _ in item])},
             "text_BLD": text_BLD,
             "text_mask_BL": mask_BL,
             "sample_ids_B": torch.tensor([sample_id for _, _, sample_id in item], dtype=torch.int64),

@@ -284,13 +284,13 @@ def run_step(
     watch_recomputation(model, spec, tracker)
 
     for batch in batches:
-        for t in (batch.latents_BCFHW, batch.text_BLD, batch.text_mask_BL, batch.sample_ids_B, *batch.cond.values()):
+        for t in (batch.streams["video"], batch.text_BLD, batch.text_mask_BL, batch.sample_ids_B, *batch.cond.values()):
             tracker.set_kind(t, "inputs")
     inputs = [noisy(batch) for batch in batches]
     tracker.keep("inputs")
 
     def loss_fn(velocity: Tensor, i: int) -> Tensor:
-        loss = velocity_loss(velocity, inputs[i]).sum() / batches[i].latents_BCFHW.numel()
+        loss = velocity_loss(velocity, inputs[i]).sum() / batches[i].streams["video"].numel()
         tracker.keep("activations")
         tracker.phase = "backward"
         return loss
@@ -305,7 +305,7 @@ def run_step(
 
 
 def noisy_inputs(args: Any, shard: SequenceShard, guidance: float, batch: Batch) -> ModelInputs:
-    noise, (sigma_B, weight_B) = torch.empty_like(batch.latents_BCFHW), torch.empty(2, len(batch.sample_ids_B))
+    noise, (sigma_B, weight_B) = torch.empty_like(batch.streams["video"]), torch.empty(2, len(batch.sample_ids_B))
     return model_inputs(args.patch, batch, noise, sigma_B, weight_B, shard, args.conditioning, guidance)
 
 
@@ -402,7 +402,7 @@ def make_batch(config: JobConfig, args: Any, bucket: tuple[int, ...], size: int)
     if c.pooled_text:
         cond["pooled_text_BD"] = torch.empty(size, args.pooled_dim, dtype=text_dtype)
     return Batch(
-        latents_BCFHW=torch.empty(size, channels, frames, height, width),
+        streams={"video": torch.empty(size, channels, frames, height, width)},
         text_BLD=torch.empty(size, args.text_len, args.text_dim, dtype=text_dtype),
         text_mask_BL=torch.empty(size, args.text_len, dtype=torch.bool),
         sample_ids_B=torch.empty(size, dtype=torch.int64),

@@ -53,7 +53,7 @@ def model_inputs(
     conditions: what the model is given beside these, from batch.cond; guidance_scale: what models that take it are
         told.
     """
-    latents = batch.latents_BCFHW
+    latents = batch.streams["video"]
     shape = token_shape(latents.shape[2:], patch)
     x_BLP = patchify(interpolate(latents, noise_BCFHW, sigma_B), patch)
     target_BLP = patchify(velocity(latents, noise_BCFHW), patch)
@@ -116,7 +116,7 @@ def compute_loss(
     """`velocity_loss` of the model: [B], float32; over all ranks of the `sequence` axis these are to be summed.
 
     The caller divides by the number of elements that count over all ranks and micro-batches of the step.
-    noise: standard normal, like batch.latents_BCFHW; sigma_B: noise levels in [0, 1], float32; weight_B: loss weights,
+    noise: standard normal, like batch.streams["video"]; sigma_B: noise levels in [0, 1], float32; weight_B: loss weights,
         float32.
     """
     inputs = model_inputs(patch, batch, noise_BCFHW, sigma_B, weight_B, shard, conditioning, guidance_scale)

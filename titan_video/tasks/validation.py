@@ -53,7 +53,7 @@ def with_frames(reader: EntryReader, clips: Sequence[CachedClip], null_key: str)
     """
     batches = [reader.batch([clip], [0]) for clip in clips]
     text, mask = (torch.cat([getattr(b, name) for b in batches]) for name in ("text_BLD", "text_mask_BL"))
-    sizes, cond = [tuple(b.latents_BCFHW.shape[1:]) for b in batches], [b.cond for b in batches]
+    sizes, cond = [tuple(b.streams["video"].shape[1:]) for b in batches], [b.cond for b in batches]
     return Prompts(
         [clip.caption for clip in clips], text, mask, *reader.text([null_key]), sizes, cond, reader.pooled([null_key])
     )
@@ -135,7 +135,7 @@ class Validator:
             for k, level in enumerate(sigmas):
                 ids = torch.tensor([index * len(sigmas) + k])
                 noise = draw_noise(
-                    self.seed, ids, tuple(batch.latents_BCFHW.shape[1:]), self.device, stream="validation"
+                    self.seed, ids, tuple(batch.streams["video"].shape[1:]), self.device, stream="validation"
                 )
                 one = torch.ones(1, device=self.device)
                 told = self.conditioning, self.guidance_scale
@@ -144,7 +144,7 @@ class Validator:
                 )
                 if num_loss_elements:
                     sums[k] += loss
-                    counts[k] += self.conditioning.num_loss_elements(batch.latents_BCFHW)
+                    counts[k] += self.conditioning.num_loss_elements(batch.streams["video"])
         sums = reduce_over(self.mesh, reduce_over(self.sequence_mesh, sums, "sum"), "sum")
         counts = reduce_over(self.mesh, counts, "sum")
         losses = {f"loss_t{level:g}": (s / c).item() for level, s, c in zip(sigmas, sums, counts, strict=True)}
