@@ -290,9 +290,9 @@ def test_a_clip_that_cannot_be_encoded_is_named_on_all_ranks(folder, placed, wor
             "encoder.queue_depth: given 9, but encoder.placement is cached; set that to separate, or leave this at 4",
         ),
         (
-            {"idle": "free"},
+            {"offload_policy": "free"},
             4,
-            "encoder.idle: given free, but encoder.placement is cached; set that to colocated, or leave this at "
+            "encoder.offload_policy: given free, but encoder.placement is cached; set that to colocated, or leave this at "
             "offload",
         ),
         ({"write_cache": True}, 4, "encoder.write_cache: true, but encoder.placement is cached"),

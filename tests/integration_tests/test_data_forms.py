@@ -11,7 +11,7 @@ from tests.unit_tests.data_clips import captioned
 OPTIONS = {
     "data.fps": 8,
     "data.buckets": "[[5, 64, 64], [17, 64, 96]]",
-    "data.clip_choice": "chunk",
+    "data.frame_extraction": "chunk",
     "training.steps": 3,
 }
 KINDS = [(64, 64, 8, 17), (96, 64, 25, 110), (120, 90, 12, 40), (64, 112, 30, 31)]

@@ -16,7 +16,7 @@ from tests.helpers import ROOT
 from titan_video.config import ConfigError, JobConfig, dump, from_dict, load, main_guard, parse, parse_args
 from titan_video.config.check import check, data_parallel_degrees, gradient_accumulation
 from titan_video.config.job_config import Data, Parallelism, Source, Training
-from titan_video.config.manager import _nearest, get_limits, options, sections
+from titan_video.config.values import get_limits, nearest, options, sections
 
 WORLD = 4
 BASE = {"data": {"path": "embedded:shapes-8", "buckets": [[17, 64, 64]]}, "encoder": {"name": "debug"}}
@@ -34,6 +34,8 @@ def draw(kind, limits, rng):
         return rng.choice(get_args(kind))
     if kind is bool:
         return rng.random() < 0.5
+    if "names" in limits:
+        return rng.choice(limits["names"])
     if kind is str:
         return "".join(rng.choice(LETTERS) for _ in range(rng.randrange(12)))
     low, high = limits.get("ge", limits.get("gt", -(2**63))), limits.get("le", limits.get("lt", 2**63 - 1))
@@ -131,6 +133,8 @@ def out_of_range(kind, limits):
         return [[v] for v in out_of_range(get_args(kind)[0], limits)]
     if is_dataclass(kind):
         return []
+    if "names" in limits:
+        return ["none of these", limits["names"][0].swapcase()]
     step = {int: 1, float: 1e-6}.get(kind)
     beyond = {
         "ge": lambda x: [x - step, x - 999],
@@ -281,11 +285,11 @@ COMBINATIONS = [  # (what is set, fields the message names, a piece of the fix)
     ),
     ({"data.tokens_per_microbatch": 99, "data.global_micro_batches": 6}, "data.global_micro_batches", "4 or 8"),
     ({"data.global_micro_batches": 4}, "data.global_micro_batches", "data.tokens_per_microbatch"),
-    ({"data.buckets_per_step": 2}, "data.buckets_per_step", "legal: 1"),
-    ({"data.buckets_per_step": 2, "training.global_batch_size": 12}, "data.buckets_per_step", "legal: 1, 3"),
+    ({"data.groups_per_step": 2}, "data.groups_per_step", "legal: 1"),
+    ({"data.groups_per_step": 2, "training.global_batch_size": 12}, "data.groups_per_step", "legal: 1, 3"),
     (
-        {"data.buckets_per_step": 2, "training.global_batch_size": 4, "parallelism.pipeline_parallel_degree": 2},
-        "data.buckets_per_step",
+        {"data.groups_per_step": 2, "training.global_batch_size": 4, "parallelism.pipeline_parallel_degree": 2},
+        "data.groups_per_step",
         "pipeline",
     ),
     ({"lr_scheduler.warmup_steps": 10001}, "lr_scheduler.warmup_steps", "at most 10000"),
@@ -461,7 +465,7 @@ def test_nearest_names():
         "ema.enabled": "ema.enable",
         "metrics.tb_folder": "metrics.save_tb_folder",
     }
-    assert {given: _nearest(given, options()) for given in wanted} == wanted
+    assert {given: nearest(given, options()) for given in wanted} == wanted
     assert get_message("[trainig]").endswith("nearest known name: training")
 
 
@@ -712,7 +716,7 @@ def test_legal_combinations_pass(tmp_path):
             "compile.enable": True,
         },
         {"activation_checkpoint.mode": "memory_budget", "compile.enable": True},
-        {"data.tokens_per_microbatch": 99, "data.global_micro_batches": 24, "data.buckets_per_step": 3},
+        {"data.tokens_per_microbatch": 99, "data.global_micro_batches": 24, "data.groups_per_step": 3},
         {
             "data.tokens_per_microbatch": 99,
             "parallelism.pipeline_parallel_degree": 2,
@@ -743,7 +747,7 @@ def test_degrees_and_accumulation():
     ) == (1, 2)
     assert gradient_accumulation(JobConfig(), 5) == 1
     assert gradient_accumulation(JobConfig(training=Training(local_batch_size=2, global_batch_size=24)), 4) == 3
-    budget = Data(tokens_per_microbatch=1000, global_micro_batches=24, buckets_per_step=3)
+    budget = Data(tokens_per_microbatch=1000, global_micro_batches=24, groups_per_step=3)
     assert (
         gradient_accumulation(JobConfig(data=budget), 4) == 6
         and gradient_accumulation(JobConfig(data=Data(tokens_per_microbatch=9)), 4) == 1
@@ -754,7 +758,7 @@ def test_degrees_and_accumulation():
         gradient_accumulation(JobConfig(training=Training(local_batch_size=2, global_batch_size=20)), 4)
     for data, words in (
         (replace(budget, global_micro_batches=6), "data.global_micro_batches: given 6; legal: a multiple of 4"),
-        (replace(budget, buckets_per_step=4), "data.buckets_per_step: given 4; a rank has 6 .* legal: 1, 2, 3, 6"),
+        (replace(budget, groups_per_step=4), "data.groups_per_step: given 4; a rank has 6 .* legal: 1, 2, 3, 6"),
     ):
         with pytest.raises(ConfigError, match=words):
             gradient_accumulation(JobConfig(data=data), 4)

@@ -172,7 +172,7 @@ def test_plan_loader_and_export_agree(tmp_path, capsys, monkeypatch, num_files):
     file.write_text(
         f'[job]\ndump_folder = "{tmp_path}/planned"\n[encoder]\nname = "debug"\nmax_text_length = '
         f'4\n[data]\npath = "{tmp_path}/clips"\n'
-        f'buckets = {BUCKETS}\nfps = {FPS}.0\nclip_choice = "chunk"\nnum_workers = 0\ncache_folder = '
+        f'buckets = {BUCKETS}\nfps = {FPS}.0\nframe_extraction = "chunk"\nnum_workers = 0\ncache_folder = '
         f'"{tmp_path}/cache"\n'
     )
 

@@ -121,7 +121,7 @@ def test_diffusion_pipe(folder):
         Source(f"{folder}/a", num_repeats=2, caption_prefix="film, "),
         Source(f"{folder}/b", caption_prefix="drawing, "),
     )
-    assert (d.clip_choice, d.uniform_clips, config.training.local_batch_size) == ("uniform", 1, 4)
+    assert (d.frame_extraction, d.uniform_clips, config.training.local_batch_size) == ("uniform", 1, 4)
     kept = build_plan(d, folder / "cache").kept
     assert [(e.caption, e.bucket[0], e.start, e.repeats) for e in kept] == [
         ("film, a clip", 9, 10, 2),
@@ -159,7 +159,7 @@ def test_musubi_tuner(folder):
         and (1, 128, 128) in d.buckets
     )
     assert d.source == (
-        Source(f"{folder}/a", num_repeats=3, clip_choice="slide", source_fps=24.0),
+        Source(f"{folder}/a", num_repeats=3, frame_extraction="slide", source_fps=24.0),
         Source(f"{folder}/rows.jsonl"),
     )
     assert (d.slide_stride, d.uniform_clips, config.training.local_batch_size) == (6, 4, 2)

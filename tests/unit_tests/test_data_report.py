@@ -110,7 +110,7 @@ def test_the_command(tmp_path, capsys):
     file.write_text(
         f'[job]\ndump_folder = "{tmp_path}/out"\n[encoder]\nname = "debug"\n[data]\npath = "{tmp_path}"\nbuckets '
         f"= [[9, 32, 64]]\nfps = 10\n"
-        'num_workers = 0\nclip_choice = "chunk"\ntokens_per_microbatch = 100\n'
+        'num_workers = 0\nframe_extraction = "chunk"\ntokens_per_microbatch = 100\n'
     )
     command.main(
         [
@@ -121,7 +121,7 @@ def test_the_command(tmp_path, capsys):
             "--ranks",
             "4",
             "--decode",
-            "--data.clip_choice",
+            "--data.frame_extraction",
             "uniform",
             "--data.uniform_clips",
             "3",

@@ -294,7 +294,7 @@ def test_stated_metadata(tmp_path, clip, monkeypatch):
     distrusting = make_plan(file, [[5, 32, 64]], 5, 0, tmp_path / "cache2")
     assert [e.num_frames for e in distrusting.kept] == [10, 20, 10, 10, 10]
     late = make_plan(
-        [Source(path=file, trust_metadata=True, clip_choice="chunk")], [[5, 32, 64]], 5, 0, tmp_path / "cache"
+        [Source(path=file, trust_metadata=True, frame_extraction="chunk")], [[5, 32, 64]], 5, 0, tmp_path / "cache"
     )
     beyond = [e for e in late.kept if e.caption == "too many"][-1]
     with pytest.raises(ValueError, match="frames do not decode"):
@@ -310,7 +310,7 @@ def test_sources_with_their_own_rules(tmp_path, clip):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"video": str(clip), "text": "x", "style": "painted"}))
     sources = (
         Source(path=str(tmp_path / "one"), num_repeats=3, caption_prefix="film, ", fps=20.0),
-        Source(path=str(tmp_path / "rows.jsonl"), caption_column="style", clip_choice="chunk"),
+        Source(path=str(tmp_path / "rows.jsonl"), caption_column="style", frame_extraction="chunk"),
     )
     data = Data(source=sources, buckets=((9, 32, 64),), fps=10.0, num_workers=0)
     plan = build_plan(data, tmp_path / "cache")
@@ -357,7 +357,7 @@ def test_full_length(tmp_path):
 
 def test_a_late_clip_is_sought_and_is_the_same(tmp_path, monkeypatch):
     path = captioned(tmp_path / "long.mp4", count=80, fps=10).parent
-    plan = make_plan([Source(path=str(path), clip_choice="chunk")], [[9, 32, 64]], 10, 0, tmp_path / "cache")
+    plan = make_plan([Source(path=str(path), frame_extraction="chunk")], [[9, 32, 64]], 10, 0, tmp_path / "cache")
     assert [numbers(e) for e in plan.kept] == [[k % 32 for k in range(s, s + 9)] for s in range(0, 72, 9)]
     sought = [read_frames(e) for e in plan.kept]
     monkeypatch.setattr("titan_video.ingest.video.SEEK_FROM", 1e9)

@@ -1,7 +1,9 @@
 """Two small programs.
 
-python -m titan_video.config > docs/config.md                       print the reference page, made of nothing but the dataclasses
-python -m titan_video.config check WORLD_SIZE [arguments of train.py]    end with 1 and a message if a run on so many ranks would be refused
+python -m titan_video.config > docs/config.md
+    Print the reference page. It is made from the dataclasses alone.
+python -m titan_video.config check WORLD_SIZE [arguments of train.py]
+    Exit with 1 and a message if a run on this number of ranks would be refused.
 """
 
 import sys
@@ -10,17 +12,18 @@ from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 
 from titan_video.config.check import check
-from titan_video.config.manager import default_text, describe, get_limits, main_guard, options, parse_args, sections
+from titan_video.config.manager import main_guard, parse_args
+from titan_video.config.values import default_text, describe, get_limits, options, sections
 from titan_video.distributed.parallel_dims import check_layout
 from titan_video.models import get_args, get_spec
 
 HEAD = """# Configuration
 
-One TOML file describes a run; `--section.field value` on the command line wins over it. Every field has a default, an
-unknown name, a wrong type or an illegal combination stops the run before it starts, and the resolved file lies beside the
-checkpoints. `./run_train.sh --help` prints this list.
+One TOML file describes a run; `--section.field value` on the command line overrides it. Every field has a default. An
+unknown name, a wrong type or an illegal combination stops the run before it starts. The resolved TOML is written beside
+the checkpoints. `./run_train.sh --help` prints this list.
 
-    python train.py --job.config_file train_configs/debug.toml --training.steps 100 --compile.enable --data.buckets "[[17, 64, 64]]"
+    python train.py --job.config_file train_configs/debug.toml --training.steps 100 --data.buckets "[[17, 64, 64]]"
 
 Generated from `titan_video/config/job_config.py` by `python -m titan_video.config > docs/config.md`; do not edit.
 """

@@ -287,8 +287,11 @@ def _encoder(encoder: Encoder, world_size: int) -> Iterator[str]:
             f"encoder.queue_depth: given {e.queue_depth}, {where}; set that to separate, or leave this at "
             f"{Encoder.queue_depth}"
         )
-    if e.placement != "colocated" and e.idle != Encoder.idle:
-        yield f"encoder.idle: given {e.idle}, {where}; set that to colocated, or leave this at {Encoder.idle}"
+    if e.placement != "colocated" and e.offload_policy != Encoder.offload_policy:
+        yield (
+            f"encoder.offload_policy: given {e.offload_policy}, {where}; set that to colocated, or leave this at "
+            f"{Encoder.offload_policy}"
+        )
     if e.placement == "cached" and e.write_cache:
         yield (
             f"encoder.write_cache: true, {where}, which writes all before training; leave it false, or choose "
@@ -421,15 +424,15 @@ def check_batch_size(config: JobConfig, dp: int) -> Iterator[str]:
             f"{name}: given {given}; legal: a multiple of {unit} ({of}), nearest {_nearest_multiples(given, unit)}, "
             f"or -1 for {unit}"
         )
-    elif (max(given, unit) // unit) % d.buckets_per_step:
+    elif (max(given, unit) // unit) % d.groups_per_step:
         accumulation = max(given, unit) // unit
         yield (
-            f"data.buckets_per_step: given {d.buckets_per_step}; a rank has {accumulation} micro-batches in a step; "
+            f"data.groups_per_step: given {d.groups_per_step}; a rank has {accumulation} micro-batches in a step; "
             f"legal: {_divisors(accumulation)}"
         )
-    if d.buckets_per_step > 1 and config.parallelism.pipeline_parallel_degree > 1:
+    if d.groups_per_step > 1 and config.parallelism.pipeline_parallel_degree > 1:
         yield (
-            f"data.buckets_per_step: given {d.buckets_per_step}, but the micro-batches that pass a pipeline have one "
+            f"data.groups_per_step: given {d.groups_per_step}, but the micro-batches that pass a pipeline have one "
             f"size; leave it at 1"
         )
 

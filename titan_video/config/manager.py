@@ -1,50 +1,47 @@
 """From TOML and command line to a `JobConfig`, and back to TOML.
 
     file.toml --load--+
-                      +--> {section: {field: raw value}} --convert--> JobConfig --dump--> resolved TOML
+                      +--> {section: {field: raw value}} --> JobConfig --dump--> resolved TOML
     sys.argv ---------+
 
-Types, limits and help texts all come from the dataclasses of `job_config.py`: a new field needs nothing here.
-Mistakes are collected, so that a user sees all of them in one run, and raised as one `ConfigError`.
+Types, limits and help texts come from the dataclasses of `job_config.py`: a new field needs no change here.
+All mistakes are collected and raised as one `ConfigError`, so that a user sees them in one run.
 """
 
-import json
-import math
-import operator
-import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import Field, asdict, fields, is_dataclass
-from difflib import SequenceMatcher
-from functools import cache
+from dataclasses import asdict, fields
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import tomli_w
 
 from titan_video.config.job_config import JobConfig
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from titan_video.config.parts import missing_sections
+from titan_video.config.renames import current_name, with_current_names
+from titan_video.config.values import (
+    convert,
+    convert_text,
+    default_text,
+    describe,
+    get_limits,
+    nearest,
+    nearest_word,
+    options,
+    sections,
+    show,
+    tomllib,
+)
 
 CONFIG_FILE = "job.config_file"  # only on the command line
 USAGE = (
     "usage: train.py [--job.config_file FILE.toml] [--section.field VALUE | --section.field=VALUE | --section.flag] ..."
 )
-BOUNDS = MappingProxyType(
-    {"ge": (">=", operator.ge), "gt": (">", operator.gt), "le": ("<=", operator.le), "lt": ("<", operator.lt)}
-)
-INT64 = range(-(2**63), 2**63)  # what a TOML integer is
 
 
 class ConfigError(ValueError):
-    """One or more mistakes in a configuration, one line each; every line names the field, what was given and what is
-    legal.
-    """
+    """One or more mistakes in a configuration, one line each: the field, its value, and what is legal."""
 
 
 @contextmanager
@@ -56,143 +53,10 @@ def main_guard() -> Iterator[None]:
         sys.exit(f"config error: {e}")
 
 
-# ---- the dataclasses, seen as sections and fields ----
-
-
-@cache
-def sections() -> MappingProxyType:
-    """{section: its dataclass}, in order."""
-    return MappingProxyType(get_type_hints(JobConfig))
-
-
-@cache
-def options() -> MappingProxyType:
-    """{"section.field": (type, dataclass field)}, in order."""
-    found: dict[str, tuple[Any, Field]] = {}
-    for section, cls in sections().items():
-        kinds = get_type_hints(cls)
-        found |= {f"{section}.{f.name}": (kinds[f.name], f) for f in fields(cls)}
-    return MappingProxyType(found)
-
-
-def get_limits(f: Field) -> dict[str, float]:
-    return {name: f.metadata[name] for name in BOUNDS if name in f.metadata}
-
-
-def describe(kind: Any, limits: dict[str, float], plural: bool = False) -> str:
-    """What is legal, in words: `an integer >= 1`, `one of uniform, mode`, `a list of numbers > 0 and <= 1`."""
-    if get_origin(kind) is Literal:
-        choices = get_args(kind)
-        return f"one of {', '.join(choices)}" if len(choices) > 1 else f"only {choices[0]}"
-    if is_dataclass(kind):
-        return ("tables" if plural else "a table") + " of " + ", ".join(f.name for f in fields(kind))
-    if get_origin(kind) is tuple:
-        return ("lists" if plural else "a list") + " of " + describe(get_args(kind)[0], limits, plural=True)
-    words = {
-        bool: ("true or false", "booleans"),
-        int: ("an integer", "integers"),
-        float: ("a number", "numbers"),
-        str: ("a string", "strings"),
-    }
-    bounds = " and ".join(f"{BOUNDS[name][0]} {bound}" for name, bound in limits.items())
-    return f"{words[kind][plural]} {bounds}".rstrip()
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    """The known full name closest to `name`: the same field of another section if there is one (`training.lr` is
-    `optimizer.lr`), else by letters, the field's counting twice."""
-    section, _, last = name.rpartition(".")
-
-    def closeness(candidate: str) -> float:
-        its_section, _, its_field = candidate.partition(".")
-        same_field = 1 if last == its_field else 0
-        return (
-            same_field
-            + 2 * SequenceMatcher(None, last, its_field).ratio()
-            + SequenceMatcher(None, section, its_section).ratio()
-        )
-
-    return max(known, key=closeness)
-
-
-# ---- raw values to typed ones ----
-
-
-def _show(value: Any) -> str:
-    """A value about as the user wrote it: strings are quoted, floats have a point."""
-    try:
-        text = json.dumps(value, ensure_ascii=True, default=str)
-    except ValueError:  # Python does not print integers of thousands of digits
-        text = "a value too long to print"
-    return text if len(text) <= 80 else f"{text[:80]}..."
-
-
-def _convert(value: Any, kind: Any, limits: dict[str, float]) -> Any:
-    """`value` as `kind`; raises ValueError with what is wrong. Strict:
-
-    a boolean is no integer, a float is no integer, an integer is a float.
-    """
-    legal = describe(kind, limits)
-    wrong = ValueError(f"given {_show(value)}; legal: {legal}")
-    if get_origin(kind) is tuple:
-        if not isinstance(value, list):
-            raise wrong
-        return tuple(_element(v, get_args(kind)[0], limits, i) for i, v in enumerate(value))
-    if is_dataclass(kind):
-        return _table(value, kind)
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise wrong
-        return value
-    if kind is float and type(value) is int and value in INT64:
-        value = float(value)
-    if type(value) is not kind or (kind is int and value not in INT64) or (kind is float and not math.isfinite(value)):
-        raise wrong
-    if kind is str and not _storable(value):
-        raise ValueError(f"given {_show(value)}; legal: text in UTF-8 without NUL characters")
-    if not all(BOUNDS[name][1](value, bound) for name, bound in limits.items()):
-        raise wrong
-    return value
-
-
-def _element(value: Any, kind: Any, limits: dict[str, float], index: int) -> Any:
-    try:
-        return _convert(value, kind, limits)
-    except ValueError as e:
-        raise ValueError(f"item {index}: {e}") from None
-
-
-def _table(value: Any, kind: Any) -> Any:
-    """A table inside a section, such as one [[data.source]]."""
-    kinds = get_type_hints(kind)
-    if not isinstance(value, dict):
-        raise ValueError(f"given {_show(value)}; legal: {describe(kind, {})}")
-    typed = {}
-    for name, item in value.items():
-        if name not in kinds:
-            raise ValueError(
-                f"{name}: unknown field; nearest known name: "
-                f"{max(kinds, key=lambda known: SequenceMatcher(None, name, known).ratio())}"
-            )
-        try:
-            typed[name] = _convert(item, kinds[name], get_limits(kind.__dataclass_fields__[name]))
-        except ValueError as e:
-            raise ValueError(f"{name}: {e}") from None
-    return kind(**typed)
-
-
-def _storable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # bytes of the command line that are no UTF-8
-        return False
-    return "\0" not in text
-
-
 def _read(
-    raw: dict, errors: list[str], convert: Callable[[Any, Any, dict], Any] = _convert
+    raw: dict, errors: list[str], convert: Callable[[Any, Any, dict, str], Any] = convert
 ) -> dict[str, dict[str, Any]]:
-    """{section: {field: typed value}} of what is right in `raw`; the rest goes to `errors`."""
+    """{section: {field: typed value}} of the legal values in `raw`. A message for each other one goes to `errors`."""
     typed: dict[str, dict[str, Any]] = {}
     for section, table in raw.items():
         if section not in sections():
@@ -200,16 +64,18 @@ def _read(
             continue
         if not isinstance(table, dict):
             names = ", ".join(f.name for f in fields(sections()[section]))
-            errors.append(f"{section}: given {_show(table)}; legal: a table, [{section}], of {names}")
+            errors.append(f"{section}: given {show(table)}; legal: a table, [{section}], of {names}")
             continue
+        table, conflicts = with_current_names(table, sections()[section], section)
+        errors += conflicts
         for name, value in table.items():
             full = f"{section}.{name}"
             if full not in options():
-                errors.append(f"{full}: unknown field; nearest known name: {_nearest(full, options())}")
+                errors.append(f"{full}: unknown field; nearest known name: {nearest(full, options())}")
                 continue
             kind, f = options()[full]
             try:
-                typed.setdefault(section, {})[name] = convert(value, kind, get_limits(f))
+                typed.setdefault(section, {})[name] = convert(value, kind, get_limits(f), full)
             except ValueError as e:
                 errors.append(f"{full}: {e}")
     return typed
@@ -217,27 +83,28 @@ def _read(
 
 def _unknown_section(name: str, value: Any) -> str:
     if not isinstance(value, dict):
-        return f"{name}: outside every section; nearest known name: {_nearest(name, options())}"
+        return f"{name}: outside every section; nearest known name: {nearest(name, options())}"
     if not value:
-        return (
-            f"{name}: unknown section; nearest known name: "
-            f"{max(sections(), key=lambda section: SequenceMatcher(None, name, section).ratio())}"
-        )
+        return f"{name}: unknown section; nearest known name: {nearest_word(name, sections())}"
     full = f"{name}.{next(iter(value))}"
-    return f"{full}: unknown section {name}; nearest known name: {_nearest(full, options())}"
+    return f"{full}: unknown section {name}; nearest known name: {nearest(full, options())}"
 
 
 def _build(typed: dict[str, dict[str, Any]], errors: list[str]) -> JobConfig:
+    config = None
+    if not errors:
+        config = JobConfig(**{section: sections()[section](**values) for section, values in typed.items()})
+        errors = list(missing_sections(config))
     if errors:
         raise ConfigError("\n".join(errors))
-    return JobConfig(**{section: sections()[section](**values) for section, values in typed.items()})
+    return config
 
 
 # ---- TOML ----
 
 
 def from_dict(d: dict[str, Any]) -> JobConfig:
-    """The configuration of {section: {field: value}} as TOML gives it; what is missing has its default.
+    """The configuration of {section: {field: value}} as TOML gives it. Missing fields have their defaults.
 
     Raises ConfigError.
     """
@@ -294,9 +161,8 @@ def _plain(value: Any) -> Any:
 def parse_args(argv: list[str]) -> JobConfig:
     """The configuration of a command line (without the program's name).
 
-    `--job.config_file X.toml`, if given, is read first; `--section.field value` or `--section.field=value` wins over
-    it, the last one of several. A bare `--section.flag` is true. `--help` prints every option and exits 0. Raises
-    ConfigError.
+    `--job.config_file X.toml` is read first. `--section.field value` or `--section.field=value` overrides it; the last
+    of several applies. A bare `--section.flag` is true. `--help` prints every option and exits 0. Raises ConfigError.
     """
     if "--help" in argv or "-h" in argv:
         print(help_text())
@@ -308,7 +174,7 @@ def parse_args(argv: list[str]) -> JobConfig:
         typed = _read(read_file(files[-1]), errors) if files else {}
     except ConfigError as e:
         errors.append(str(e))
-    for section, values in _read(raw, errors, _convert_text).items():
+    for section, values in _read(raw, errors, convert_text).items():
         typed[section] = typed.get(section, {}) | values
     return _build(typed, errors)
 
@@ -328,13 +194,11 @@ def _split(argv: list[str], errors: list[str]) -> tuple[list[str], dict[str, dic
         if not equals:
             value = rest.pop(0) if has_value else "true"
         section, _, last = name.partition(".")
-        known = name in options()
-        if name != CONFIG_FILE and not known:
-            errors.append(f"{name}: unknown option; nearest known name: {_nearest(name, [CONFIG_FILE, *options()])}")
-        elif not has_value and not (known and options()[name][0] is bool):
-            legal = (
-                "a TOML file" if name == CONFIG_FILE else describe(options()[name][0], get_limits(options()[name][1]))
-            )
+        option = options().get(f"{section}.{current_name(last, sections().get(section))}")
+        if name != CONFIG_FILE and not option:
+            errors.append(f"{name}: unknown option; nearest known name: {nearest(name, [CONFIG_FILE, *options()])}")
+        elif not has_value and not (option and option[0] is bool):
+            legal = "a TOML file" if name == CONFIG_FILE else describe(option[0], get_limits(option[1]))
             errors.append(
                 f"{name}: given no value; legal: {legal} (a value that starts with -- is written --{name}=VALUE)"
             )
@@ -343,32 +207,6 @@ def _split(argv: list[str], errors: list[str]) -> tuple[list[str], dict[str, dic
         else:
             raw.setdefault(section, {})[last] = value
     return files, raw
-
-
-def _convert_text(text: str, kind: Any, limits: dict[str, float]) -> Any:
-    """As `_convert`, of a text from the command line."""
-    value: Any = text
-    if kind is bool:
-        value = {"true": True, "false": False}.get(text, text)
-    elif kind is int and re.fullmatch(r"[+-]?[0-9]{1,20}", text):
-        value = int(text)
-    elif kind is float and re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text):
-        value = float(text)
-    elif get_origin(kind) is tuple and text.lstrip().startswith("["):
-        value = _toml_list(text)
-    elif (
-        get_origin(kind) is tuple and get_origin(get_args(kind)[0]) is not tuple and not is_dataclass(get_args(kind)[0])
-    ):
-        return tuple(_convert_text(item.strip(), get_args(kind)[0], limits) for item in text.split(",")) if text else ()
-    return _convert(value, kind, limits)
-
-
-def _toml_list(text: str) -> Any:
-    try:
-        (value,) = tomllib.loads(f"x = {text}").values()
-    except (ValueError, RecursionError):
-        return text
-    return value
 
 
 def help_text() -> str:
@@ -383,8 +221,3 @@ def help_text() -> str:
             f"      {f.metadata['help']}",
         ]
     return "\n".join(lines)
-
-
-def default_text(f: Field) -> str:
-    """A field's default, as TOML writes it."""
-    return json.dumps(f.default)

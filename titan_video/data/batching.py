@@ -36,9 +36,7 @@ class Batching:
     @classmethod
     def of(cls, data: Data, training: Training, parallelism: Parallelism, micro_batches: int) -> "Batching":
         multiple = parallelism.pipeline_parallel_microbatch_size if parallelism.pipeline_parallel_degree > 1 else 0
-        return cls(
-            micro_batches, training.local_batch_size, data.tokens_per_microbatch, data.buckets_per_step, multiple
-        )
+        return cls(micro_batches, training.local_batch_size, data.tokens_per_microbatch, data.groups_per_step, multiple)
 
     def clips_of(self, tokens: int) -> int:
         """Clips of so many tokens in a micro-batch, where there are enough of them."""

@@ -225,8 +225,8 @@ def _clip_mode(top: _Table, made: _Import) -> None:
     mode = top.get("video_clip_mode", "", (str,))
     if mode not in CHOICES:
         raise ValueError(f"video_clip_mode: given {mode!r}; it must be {' or '.join(CHOICES)}")
-    made.data["clip_choice"], clips = CHOICES[mode]
-    if made.data["clip_choice"] == "uniform":
+    made.data["frame_extraction"], clips = CHOICES[mode]
+    if made.data["frame_extraction"] == "uniform":
         made.data["uniform_clips"] = clips
     if mode == "multiple_overlapping":
         made.note(top.name, "video_clip_mode: chunks do not overlap, and what is left at the end is not used")
@@ -336,7 +336,7 @@ def _frames(table: _Table, made: _Import, source: dict[str, Any]) -> tuple[int, 
         raise ValueError(
             f"{table.name}: frame_extraction: given {choice!r}; it must be head, chunk, slide, uniform or full"
         )
-    source["clip_choice"] = choice
+    source["frame_extraction"] = choice
     if rate:
         source["source_fps"] = float(rate)
         made.note(table.name, "source_fps: video files tell their own rate; this one is for folders of frames")

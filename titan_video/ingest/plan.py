@@ -217,7 +217,7 @@ def read_frames(entry: PlanEntry, first_only: bool = False) -> Tensor:
 def build_plan(section: Data, cache_folder: str | os.PathLike, path: str = "") -> Plan:
     """The plan of [data], or of another path (validation.path) by the same rules, its own source alone."""
     sources = [Source(path=path)] if path else section.sources
-    choice = ClipChoice(section.clip_choice, section.uniform_clips, section.slide_stride)
+    choice = ClipChoice(section.frame_extraction, section.uniform_clips, section.slide_stride)
     return make_plan(sources, section.sizes, section.fps, section.num_workers, cache_folder, choice, section.decoder)
 
 
@@ -247,7 +247,7 @@ def make_plan(
     probes = dict(zip(paths, probe_all(paths, num_workers, Path(cache_folder) / "probes"), strict=True))
     entries = []
     for (source, record), trusted in zip(scanned, unread, strict=True):
-        mode = choice.mode if source.clip_choice == "default" else source.clip_choice
+        mode = choice.mode if source.frame_extraction == "default" else source.frame_extraction
         entries += _decide(
             source,
             record,

@@ -60,7 +60,7 @@ def build_online_encoder(
     dp_rank = next(r for r, ranks in enumerate(groups) if dist.get_rank() in ranks)
     if section.placement == "colocated":
         maker = ClipEncoder(encoders, cache, section.write_cache, data.num_workers, data.prefetch_factor)
-        return Colocated(maker, dp_rank, len(groups), group, section.idle)
+        return Colocated(maker, dp_rank, len(groups), group, section.offload_policy)
     c, e = cache.conditioning, encoders
     others = 4 * (
         max_text_length * e.text_dim + c.pooled_text * e.pooled_dim + c.image_tokens * e.image_dim

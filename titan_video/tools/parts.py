@@ -3,7 +3,9 @@
 A folder or file of an optional part can be deleted. What asks for it then ends with an error that names both.
 """
 
+import sys
 from importlib import import_module
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 
@@ -25,3 +27,28 @@ def resolve(target: str, asked_by: str) -> Any:
             f"{asked_by}: needs the optional part {path}, which is not installed here; restore it, or leave the option "
             f"at its default"
         ) from None
+
+
+def find_module(name: str) -> ModuleSpec | None:
+    """The spec of a module, or None if it cannot be imported.
+
+    Nothing is imported, while `importlib.util.find_spec` imports the packages above the module, and with them torch.
+    """
+    spec, search_path, parent = None, None, ""
+    for part in name.split("."):
+        full_name = f"{parent}.{part}" if parent else part
+        spec = _find(full_name, search_path)
+        if spec is None:
+            return None
+        search_path, parent = spec.submodule_search_locations, full_name
+    return spec
+
+
+def _find(full_name: str, search_path: Any) -> ModuleSpec | None:
+    if sys.modules.get(full_name, True) is None:  # importing it raises ModuleNotFoundError
+        return None
+    try:
+        specs = (finder.find_spec(full_name, search_path) for finder in sys.meta_path)
+        return next((spec for spec in specs if spec), None)
+    except ModuleNotFoundError:
+        return None

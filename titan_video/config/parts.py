@@ -1,0 +1,60 @@
+"""Which values of the configuration ask for an optional part of the program (tools/parts.py).
+
+A section whose part is not installed parses as long as it equals its defaults, so that any resolved TOML can be read
+again. A value that asks for a missing part is refused before the run starts.
+"""
+
+from collections.abc import Iterator
+
+from titan_video.config.job_config import JobConfig
+from titan_video.tools.parts import find_module
+
+CHANGED = ()  # any value but the default
+PARTS = (  # (section or option, the values that ask for a part, the part)
+    ("lora", CHANGED, "titan_video.lora"),
+    ("float8", CHANGED, "titan_video.distributed.float8"),
+    ("optimizer.name", ("Muon",), "titan_video.optim.muon"),
+    ("optimizer.name", ("AdamW8bit",), "titan_video.optim.low_bit"),
+    ("activation_checkpoint.offload", (True,), "titan_video.distributed.offload"),
+    ("encoder.placement", ("colocated", "separate"), "titan_video.online"),
+    ("model.kernels", ("triton",), "titan_video.kernels.triton"),
+)
+
+
+def missing_sections(config: JobConfig) -> Iterator[str]:
+    """One line for each section that is not at its defaults and has a part that is not installed."""
+    for option, part in _asked(config):
+        if "." not in option and not find_module(part):
+            yield f"{option}: {_missing(part)}, or remove the section"
+
+
+def missing_parts(config: JobConfig) -> Iterator[str]:
+    """One line for each section or value that asks for a part that is not installed."""
+    yield from missing_sections(config)
+    for option, part in _asked(config):
+        if "." in option and not find_module(part):
+            value = str(_value(config, option)).replace("True", "true")
+            yield f"{option}: given {value}, which {_missing(part)}, or choose another value"
+
+
+def installed_parts(config: JobConfig) -> set[str]:
+    """The installed optional parts that the configuration asks for."""
+    return {part for _, part in _asked(config) if find_module(part)}
+
+
+def _asked(config: JobConfig) -> Iterator[tuple[str, str]]:
+    """(section or option, part) for each one that asks for a part."""
+    defaults = JobConfig()
+    for option, values, part in PARTS:
+        value = _value(config, option)
+        if value in values or (values is CHANGED and value != _value(defaults, option)):
+            yield option, part
+
+
+def _value(config: JobConfig, option: str):
+    section, _, name = option.partition(".")
+    return getattr(getattr(config, section), name) if name else getattr(config, section)
+
+
+def _missing(part: str) -> str:
+    return f"needs the optional part {part.replace('.', '/')}, which is not installed; restore it"
