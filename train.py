@@ -24,11 +24,11 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from titan_video import kernels
 from titan_video.checkpoint.manager import CheckpointManager, ModelState, OptimizerState
-from titan_video.config.check import check, gradient_accumulation, training_ranks
+from titan_video.config.check import check
 from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import dump, main_guard, parse_args
 from titan_video.data.batch import Batch
-from titan_video.data.batching import Batching, Bucket, Work
+from titan_video.data.batching import Batching, Bucket, Work, gradient_accumulation
 from titan_video.data.loader import LatentLoader
 from titan_video.data.prefetch import Prefetch
 from titan_video.distributed.activation_checkpoint import check_save_min_kv, chosen_blocks, recomputed_flops
@@ -82,7 +82,7 @@ class Trainer:
         self.conditioning = self.args.conditioning
         sigmas = expert_sigma_range(config.flow, config.model.expert, config.model.boundary or self.args.boundary)
         self.hf_folder = f"{self.spec.hf_folder}_2" if config.model.expert == "low" else self.spec.hf_folder
-        world_size = training_ranks(config.encoder, int(os.environ.get("WORLD_SIZE", 1)))
+        world_size = config.encoder.num_training_ranks(int(os.environ.get("WORLD_SIZE", 1)))
         check_layout(config.parallelism, self.args, world_size)
         self.dims = ParallelDims.of(config.parallelism, world_size)
         self.accumulation = gradient_accumulation(config, self.dims.dp)
@@ -535,7 +535,7 @@ def main(argv: list[str]) -> None:
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         check(config, world_size)
     try:
-        num_training = training_ranks(config.encoder, world_size)
+        num_training = config.encoder.num_training_ranks(world_size)
         if int(os.environ.get("RANK", 0)) >= num_training:
             return run_encoder_rank(config.encoder, config.data, config.comm, config.model.hf_assets_path, num_training)
         trainer = Trainer(config)

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from titan_video import kernels
 from titan_video.checkpoint.files import is_valid_fast, list_steps, step_folder
 from titan_video.checkpoint.manager import load_weights
-from titan_video.config.check import check_bucket
 from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import load
+from titan_video.data.batching import bucket_errors
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.parallelize import parallelize
 from titan_video.distributed.utils import init_distributed
@@ -246,7 +246,7 @@ def main(argv: list[str]) -> None:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    problems = [f"--size {'x'.join(map(str, options.size))}: {p}" for p in check_bucket(options.size)]
+    problems = [f"--size {'x'.join(map(str, options.size))}: {p}" for p in bucket_errors(options.size)]
     problems += [f"--{name} must be above 0" for name in ("steps", "shift", "fps") if not getattr(options, name) > 0]
     problems += ["--embedded-guidance must be above 0"] * (not options.embedded_guidance > 0)
     problems += ["--guidance must be at least 1"] * (not options.guidance >= 1)

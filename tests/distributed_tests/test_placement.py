@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from tests.helpers import free_port, run_ranks
 from tests.unit_tests.data_clips import captioned, flat_frames
-from titan_video.config.check import check, training_ranks
+from titan_video.config.check import check
 from titan_video.config.job_config import Comm, Data, Encoder, JobConfig, Parallelism, Validation
 from titan_video.config.manager import ConfigError
 from titan_video.data.batching import Batching, Work
@@ -77,7 +77,7 @@ def build_loader(folder, section, data, conditioning, dims, channel, cache_name)
 def get_batches(folder, section, cp=1, num_workers=0, cache_name="cache", stop_after=STEPS):
     """[[digest of each micro-batch] for each step] of this rank; None of an encoder rank."""
     world, data = int(os.environ["WORLD_SIZE"]), Data(num_workers=num_workers)
-    num_training = training_ranks(section, world)
+    num_training = section.num_training_ranks(world)
     if int(os.environ["RANK"]) >= num_training:
         run_encoder_rank(section, data, COMM, "", num_training)
         return None
@@ -307,7 +307,7 @@ def test_what_does_not_fit_is_refused(options, world, words):
 def test_degrees_are_of_the_training_ranks():
     config = JobConfig(encoder=section("separate", num_ranks=2), parallelism=Parallelism(context_parallel_degree=3))
     check(config, 5, files=False)
-    assert training_ranks(config.encoder, 5) == 3
+    assert config.encoder.num_training_ranks(5) == 3
     with pytest.raises(ConfigError, match="context_parallel_degree: given 3, which does not divide the 4 ranks"):
         check(config, 6, files=False)
 

@@ -120,7 +120,7 @@ RUNS = {
 def test_runs_of_each_operator_and_equal_gradients(way, offload, plain):
     section, *expected = RUNS[way]
     if offload and section.mode == "none":
-        pytest.skip("refused by config/check.py")
+        pytest.skip("refused by the rules of the configuration")
     model = build(replace(section, offload=offload))
     with Executed() as executed:
         grads = gradients(model)

@@ -14,9 +14,11 @@ import tomli_w
 
 from tests.helpers import ROOT
 from titan_video.config import ConfigError, JobConfig, dump, from_dict, load, main_guard, parse, parse_args
-from titan_video.config.check import check, data_parallel_degrees, gradient_accumulation
+from titan_video.config.check import check
 from titan_video.config.job_config import Data, Parallelism, Source, Training
 from titan_video.config.values import get_limits, nearest, options, sections
+from titan_video.data.batching import gradient_accumulation
+from titan_video.distributed.parallel_dims import data_parallel_degrees
 
 WORLD = 4
 BASE = {"data": {"path": "embedded:shapes-8", "buckets": [[17, 64, 64]]}, "encoder": {"name": "debug"}}

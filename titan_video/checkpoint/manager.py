@@ -23,7 +23,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,7 +37,7 @@ from torch.distributed.tensor import DTensor
 
 from titan_video.checkpoint import files
 from titan_video.checkpoint.files import InvalidCheckpoint
-from titan_video.config.job_config import Checkpoint
+from titan_video.config.job_config import Checkpoint, JobConfig
 from titan_video.distributed.utils import clean_name, zeros_like_sharded
 from titan_video.optim.optimizer import SLOTS
 from titan_video.tools.logging import logger
@@ -518,3 +518,13 @@ def _exact_json(name: str, state: dict[str, Any]) -> str:
             f"the state of `{name}` would come back changed from JSON (a tuple, or a key that is not a string): {state}"
         )
     return text
+
+
+def rules(config: JobConfig, world_size: int) -> Iterator[str]:
+    """Rules of the configuration about checkpoints, one line per mistake."""
+    c = config.checkpoint
+    if c.load_step >= 0 and not c.enable:
+        yield (
+            f"checkpoint.load_step: given {c.load_step}, but checkpoint.enable is false; enable it, or set load_step "
+            f"to -1"
+        )

@@ -28,7 +28,7 @@ def missing_sections(config: JobConfig) -> Iterator[str]:
             yield f"{option}: {_missing(part)}, or remove the section"
 
 
-def missing_parts(config: JobConfig) -> Iterator[str]:
+def rules(config: JobConfig, world_size: int) -> Iterator[str]:
     """One line for each section or value that asks for a part that is not installed."""
     yield from missing_sections(config)
     for option, part in _asked(config):

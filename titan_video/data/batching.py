@@ -1,12 +1,16 @@
 """How many clips of a size make a micro-batch, and which micro-batches cost the same."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from titan_video.config.job_config import Data, Parallelism, Training
+from titan_video.config.job_config import Data, JobConfig, Parallelism, Training
+from titan_video.config.manager import ConfigError
+from titan_video.config.values import divisors, nearest_multiples
 from titan_video.data.sampler import CostClass
 
 Bucket = tuple[int, int, int]  # frames (4k+1), height, width
+TEMPORAL_STRIDE = 4
+SPATIAL_MULTIPLE = 16  # VAE stride 8 x patch 2
 SAME_COST = 1.05  # micro-batches of one class differ by at most this factor
 
 
@@ -71,3 +75,114 @@ class Batching:
             CostClass(tuple(group), min(self.clips_of(works[group[0]].tokens), most))
             for group, most in zip(groups, enough, strict=True)
         ]
+
+
+def gradient_accumulation(config: JobConfig, dp: int) -> int:
+    """Micro-batches per optimizer step on each of `dp` data-parallel ranks.
+
+    ConfigError: it is not a whole number.
+    """
+    errors = list(batch_size_errors(config, dp))
+    if errors:
+        raise ConfigError("\n".join(errors))
+    t, d = config.training, config.data
+    if d.tokens_per_microbatch:
+        return max(1, d.global_micro_batches // dp)
+    return max(1, t.global_batch_size // (t.local_batch_size * dp))
+
+
+def num_data_ranks(config: JobConfig, world_size: int) -> int:
+    """The data-parallel degree on `world_size` ranks, at least 1 where the degrees do not fit."""
+    return max(config.encoder.num_training_ranks(world_size) // config.parallelism.model_parallel_degree, 1)
+
+
+# ---- rules of the configuration: each yields one line per mistake ----
+
+
+def rules(config: JobConfig, world_size: int) -> Iterator[str]:
+    yield from _bucket_rules(config.data)
+    yield from batch_size_errors(config, num_data_ranks(config, world_size))
+
+
+def _bucket_rules(data: Data) -> Iterator[str]:
+    if not data.buckets and not data.resolutions:
+        yield (
+            "data.buckets: empty; give at least one [frames, height, width], such as [[81, 480, 832]], or derive "
+            "them with data.resolutions"
+        )
+    if data.buckets and data.resolutions:
+        yield (
+            f"data.resolutions: given {list(data.resolutions)}, which derives the buckets, but data.buckets lists "
+            f"them; set buckets to [], or leave this []"
+        )
+    if data.min_ar > data.max_ar:
+        yield f"data.min_ar: given {data.min_ar}; legal: at most data.max_ar, which is {data.max_ar}"
+    if data.resolutions and not data.frame_buckets:
+        yield "data.frame_buckets: empty; give at least one number of frames, such as [81]"
+    for frames in data.frame_buckets:
+        if frames % TEMPORAL_STRIDE != 1:
+            yield (
+                f"data.frame_buckets: given {frames}; legal: {TEMPORAL_STRIDE}k+1; nearest: "
+                f"{nearest_multiples(frames, TEMPORAL_STRIDE, 1)}"
+            )
+    for i, bucket in enumerate(data.buckets):
+        where = f"data.buckets: item {i}, {list(bucket)}"
+        if bucket in data.buckets[:i]:
+            yield f"{where}, appears twice; remove one"
+        yield from (f"{where}: {problem}" for problem in bucket_errors(bucket))
+
+
+def bucket_errors(bucket: tuple[int, ...]) -> Iterator[str]:
+    """What is wrong with a size [frames, height, width]."""
+    if len(bucket) != 3:
+        yield f"it has {len(bucket)} numbers; legal: [frames, height, width]"
+        return
+    if bucket[0] % TEMPORAL_STRIDE != 1:
+        yield f"frames must be {TEMPORAL_STRIDE}k+1; nearest: {nearest_multiples(bucket[0], TEMPORAL_STRIDE, 1)}"
+    for side, size in zip(("height", "width"), bucket[1:], strict=True):
+        if size % SPATIAL_MULTIPLE:
+            nearest = nearest_multiples(size, SPATIAL_MULTIPLE)
+            yield f"{side} must be a multiple of {SPATIAL_MULTIPLE}; nearest: {nearest}"
+
+
+def batch_size_errors(config: JobConfig, dp: int) -> Iterator[str]:
+    """What is wrong with the batch size of a step on `dp` data-parallel ranks."""
+    data, local = config.data, config.training.local_batch_size
+    if data.tokens_per_microbatch:
+        yield from _unused_batch_sizes(config)
+        name, value, unit = "data.global_micro_batches", data.global_micro_batches, dp
+        explained = f"{dp} data-parallel ranks"
+    else:
+        name, value, unit = "training.global_batch_size", config.training.global_batch_size, local * dp
+        explained = f"training.local_batch_size {local} x {dp} ranks"
+        if data.global_micro_batches != -1:
+            yield (
+                f"data.global_micro_batches: given {data.global_micro_batches}, but data.tokens_per_microbatch is 0; "
+                f"set that, or use training.global_batch_size"
+            )
+    accumulation = max(value, unit) // unit
+    if value != -1 and (value <= 0 or value % unit):
+        yield (
+            f"{name}: given {value}; legal: a multiple of {unit} ({explained}), nearest "
+            f"{nearest_multiples(value, unit)}, or -1 for {unit}"
+        )
+    elif accumulation % data.groups_per_step:
+        yield (
+            f"data.groups_per_step: given {data.groups_per_step}; a rank has {accumulation} micro-batches in a step; "
+            f"legal: {divisors(accumulation)}"
+        )
+    if data.groups_per_step > 1 and config.parallelism.pipeline_parallel_degree > 1:
+        yield (
+            f"data.groups_per_step: given {data.groups_per_step}, but all micro-batches of a pipeline step have one "
+            f"size; leave it at 1"
+        )
+
+
+def _unused_batch_sizes(config: JobConfig) -> Iterator[str]:
+    for name, default in (("local_batch_size", 1), ("global_batch_size", -1)):
+        value = getattr(config.training, name)
+        if value != default:
+            yield (
+                f"training.{name}: given {value}, but data.tokens_per_microbatch sets the clips of a micro-batch and "
+                f"data.global_micro_batches the micro-batches of a step; leave it at {default}"
+            )

@@ -10,7 +10,7 @@ In full the checkpoint is outside: torch 2.13 does not compile one around tensor
 inside, since the operators that it picks are not seen from outside a compiled block.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from titan_video.config.job_config import ActivationCheckpoint
+from titan_video.config.job_config import ActivationCheckpoint, JobConfig
 from titan_video.distributed.offload import HostOffload, OffloadedTensor
 from titan_video.models.layers import attention_flops
 from titan_video.models.spec import ParallelPlan
@@ -302,3 +302,32 @@ def recomputed_flops(section: ActivationCheckpoint, args: Any, num_tokens: int, 
         products = again - attention
         again = attention * ("attention" not in section.save) + products * (0.5 if "matmul" in section.save else 1)
     return again * (len(section.layers) or args.num_layers) / args.num_layers
+
+
+def rules(config: JobConfig, world_size: int) -> Iterator[str]:
+    """Rules of the configuration about activation checkpointing, one line per mistake."""
+    a = config.activation_checkpoint
+    if a.mode == "memory_budget" and not config.compile.enable:
+        yield (
+            "activation_checkpoint.mode: memory_budget, but it is the compiler that keeps to the budget; set "
+            "compile.enable, or choose another mode"
+        )
+    if a.mode == "memory_budget" and a.layers:
+        yield (
+            f"activation_checkpoint.layers: given {list(a.layers)}, but a memory budget applies to all blocks; leave "
+            f"it empty"
+        )
+    if a.mode == "selective" and not a.save:
+        yield (
+            "activation_checkpoint.save: empty, which is mode full; give at least one of attention, matmul, or choose "
+            "full"
+        )
+    for name in ("save", "layers"):
+        values = getattr(a, name)
+        if len(set(values)) < len(values):
+            yield f"activation_checkpoint.{name}: given {list(values)}; remove what appears twice"
+    if a.offload and a.mode in ("none", "memory_budget"):
+        yield (
+            f"activation_checkpoint.offload: true, but mode is {a.mode}; choose full or selective, which define what "
+            f"is saved"
+        )

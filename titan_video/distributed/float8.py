@@ -7,13 +7,13 @@ A scale is that of what a rank multiplies: of its micro-batch, its tokens and, u
     weight.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from titan_video.config.job_config import Float8
+from titan_video.config.job_config import Float8, JobConfig
 from titan_video.models.layers import Linear
 from titan_video.models.spec import ParallelPlan
 
@@ -82,3 +82,25 @@ def matmul_fn(section: Float8) -> Callable[[Tensor, Tensor, Tensor | None], Tens
         return y if bias is None else y + bias
 
     return product
+
+
+def rules(config: JobConfig, world_size: int) -> Iterator[str]:
+    """Rules of the configuration about float8, one line per mistake."""
+    param, p = config.training.mixed_precision_param, config.parallelism
+    if not config.float8.enable:
+        return
+    if not config.float8.emulate and param != "bfloat16":
+        yield (
+            f"float8.enable: true, but training.mixed_precision_param is {param}; set that to bfloat16, or "
+            f"float8.emulate"
+        )
+    if p.enable_async_tensor_parallel:
+        yield (
+            "float8.enable: true, but the compiler does not overlap float8 matmuls; leave "
+            "parallelism.enable_async_tensor_parallel false"
+        )
+    if p.pipeline_parallel_degree > 1 and p.pipeline_parallel_schedule == "InterleavedZeroBubble":
+        yield (
+            "parallelism.pipeline_parallel_schedule: InterleavedZeroBubble, but a float8 matmul computes both of its "
+            "gradients at once; leave float8.enable false, or choose another schedule, such as Interleaved1F1B"
+        )

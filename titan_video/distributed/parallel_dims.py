@@ -9,7 +9,7 @@ Axes, outermost first, so that those that talk most sit on neighbouring ranks:
     ulysses      context parallel: heads are exchanged for tokens
     tp           tensor parallel: a rank has a part of each block's matrices
 
-The degrees are checked before start-up (config/check.py, and `check_layout` below for what depends on the model).
+The degrees are checked before start-up (`rules`, and `check_layout` for what depends on the model).
 """
 
 from collections.abc import Iterator
@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from titan_video.config.check import data_parallel_degrees
-from titan_video.config.job_config import Parallelism
+from titan_video.config.job_config import JobConfig, Parallelism
+from titan_video.config.manager import ConfigError
+from titan_video.config.values import divisors
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,61 @@ def context_parallel_degrees(section: Parallelism) -> tuple[int, int]:
     return cp // ulysses, ulysses
 
 
+def data_parallel_degrees(section: Parallelism, world_size: int) -> tuple[int, int]:
+    """(replicate, shard) degrees on `world_size` ranks, with a shard degree of -1 resolved.
+
+    ConfigError: the degrees do not multiply to world_size.
+    """
+    errors = list(_degree_errors(section, world_size))
+    if errors:
+        raise ConfigError("\n".join(errors))
+    replicate = section.data_parallel_replicate_degree
+    return replicate, world_size // section.model_parallel_degree // replicate
+
+
+def rules(config: JobConfig, world_size: int) -> Iterator[str]:
+    """Rules of the configuration about the degrees, one line per mistake."""
+    p = config.parallelism
+    yield from _degree_errors(p, max(config.encoder.num_training_ranks(world_size), 1))
+    cp, ulysses = p.context_parallel_degree, p.context_parallel_ulysses_degree
+    if p.context_parallel_method == "unified" and cp % ulysses:
+        yield (
+            f"parallelism.context_parallel_ulysses_degree: given {ulysses}, which does not divide "
+            f"parallelism.context_parallel_degree {cp}; legal: {divisors(cp)}"
+        )
+    if p.context_parallel_method != "unified" and ulysses != 1:
+        yield (
+            f"parallelism.context_parallel_ulysses_degree: given {ulysses}, but parallelism.context_parallel_method is "
+            f"{p.context_parallel_method}; set that to unified, or leave this at 1"
+        )
+
+
+def _degree_errors(section: Parallelism, world_size: int) -> Iterator[str]:
+    left, larger = world_size, []
+    for name in (
+        "pipeline_parallel_degree",
+        "tensor_parallel_degree",
+        "context_parallel_degree",
+        "data_parallel_replicate_degree",
+    ):
+        degree = getattr(section, name)
+        if left % degree:
+            rest = f" that {' and '.join(larger)} leave{'s' * (len(larger) == 1)}" if larger else ""
+            yield (
+                f"parallelism.{name}: given {degree}, which does not divide the {left} ranks{rest}; legal: "
+                f"{divisors(left)}"
+            )
+            return
+        left //= degree
+        larger += [f"{name} {degree}"] * (degree > 1)
+    if section.data_parallel_shard_degree not in (-1, left):
+        rest = f" with {' and '.join(larger)}" if larger else ""
+        yield (
+            f"parallelism.data_parallel_shard_degree: given {section.data_parallel_shard_degree};{rest} on "
+            f"{world_size} ranks legal: {left}, or -1 for the same"
+        )
+
+
 def check_layout(section: Parallelism, args: Any, world_size: int) -> None:
     """What a model's architecture asks of a layout. ValueError with one line per rule broken, naming the field and the
     legal values.
@@ -114,17 +170,13 @@ def check_layout(section: Parallelism, args: Any, world_size: int) -> None:
         raise ValueError("\n".join(errors))
 
 
-def _divisors(*numbers: int) -> str:
-    return ", ".join(str(d) for d in range(1, min(numbers) + 1) if all(n % d == 0 for n in numbers))
-
-
 def _layout_errors(dims: ParallelDims, section: Parallelism, args: Any) -> Iterator[str]:
     heads, hidden = args.num_heads, args.ffn_dim
     if heads % dims.tp or hidden % dims.tp:
         yield (
             f"parallelism.tensor_parallel_degree: given {dims.tp}, which does not divide the model's {heads} "
             f"heads and feed-forward width "
-            f"{hidden}; legal: {_divisors(heads, hidden)}"
+            f"{hidden}; legal: {divisors(heads, hidden)}"
         )
         return
     if (heads // dims.tp) % dims.ulysses:
@@ -136,7 +188,7 @@ def _layout_errors(dims: ParallelDims, section: Parallelism, args: Any) -> Itera
         per_rank = f"{heads} heads" if dims.tp == 1 else f"{heads // dims.tp} heads of each tensor-parallel rank"
         yield (
             f"parallelism.{field}: given {dims.ulysses}, but Ulysses divides the {per_rank}; legal: "
-            f"{_divisors(heads // dims.tp)}; "
+            f"{divisors(heads // dims.tp)}; "
             "context_parallel_method ring or unified takes other degrees"
         )
     stages = dims.pp * stages_per_rank(section)

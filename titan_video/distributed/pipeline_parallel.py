@@ -36,7 +36,8 @@ from torch.distributed.pipelining import (
 )
 from torch.utils._pytree import tree_flatten, tree_map
 
-from titan_video.config.job_config import Parallelism
+from titan_video.config.job_config import JobConfig, Parallelism
+from titan_video.config.values import divisors
 from titan_video.distributed.parallel_dims import stages_per_rank
 from titan_video.distributed.utils import reduce_over
 from titan_video.models.spec import ParallelPlan
@@ -443,3 +444,20 @@ def _arguments(inputs: Any) -> tuple[tuple, dict[str, Any]]:
     """The model's arguments."""
     i = inputs
     return (i.x_BLP, i.pos_BL3, i.t_B, i.text_BSD, i.text_mask_BS, i.seq_len), i.cond
+
+
+def rules(config: JobConfig, world_size: int) -> Iterator[str]:
+    """Rules of the configuration about pipelines, one line per mistake."""
+    p, local = config.parallelism, config.training.local_batch_size
+    if p.pipeline_parallel_degree == 1:
+        return
+    if p.pipeline_parallel_schedule == "InterleavedZeroBubble" and config.compile.enable:
+        yield (
+            "parallelism.pipeline_parallel_schedule: InterleavedZeroBubble, but the backward of a compiled block "
+            "cannot be split; leave compile.enable false, or choose another schedule, such as Interleaved1F1B"
+        )
+    if not config.data.tokens_per_microbatch and local % p.pipeline_parallel_microbatch_size:
+        yield (
+            f"parallelism.pipeline_parallel_microbatch_size: given {p.pipeline_parallel_microbatch_size}; it must "
+            f"divide training.local_batch_size {local}; legal: {divisors(local)}"
+        )

@@ -17,7 +17,7 @@ know what each rank has.
 import operator
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
+from titan_video.config.job_config import JobConfig
 from titan_video.distributed.collectives import all_gather, all_reduce, reduce_scatter
 from titan_video.distributed.fsdp import get_blocks
 from titan_video.kernels import mean_square
@@ -241,3 +242,18 @@ class AllReduceRMS(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         means = all_reduce(torch.cat([mean_square(x) for x in tensors], dim=1), self.mesh) / self.mesh.size()
         return means.split([x.shape[1] for x in tensors], dim=1)
+
+
+def rules(config: JobConfig, world_size: int) -> Iterator[str]:
+    """Rules of the configuration about asynchronous tensor parallel, one line per mistake."""
+    p = config.parallelism
+    if p.enable_async_tensor_parallel and not config.compile.enable:
+        yield (
+            "parallelism.enable_async_tensor_parallel: true, but the compiler does the overlap; set compile.enable, or "
+            "leave it false"
+        )
+    if p.enable_async_tensor_parallel and p.tensor_parallel_degree == 1:
+        yield (
+            "parallelism.enable_async_tensor_parallel: true, but parallelism.tensor_parallel_degree is 1; raise that, "
+            "or leave it false"
+        )

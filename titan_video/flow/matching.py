@@ -11,12 +11,13 @@ flow-match scheduler).
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from titan_video.config.job_config import Flow
+from titan_video.config.job_config import Flow, JobConfig
 
 NUM_TRAIN_TIMESTEPS = 1000
 
@@ -117,3 +118,19 @@ class FlowMatching:
 def _bell(s: Tensor) -> Tensor:
     """exp(-2 (s - 1/2)^2), lowered to 0 at both ends."""
     return torch.exp(-2 * (s - 0.5) ** 2) - math.exp(-0.5)
+
+
+def rules(config: JobConfig, world_size: int) -> Iterator[str]:
+    """Rules of the configuration about the trained sigmas, one line per mistake."""
+    m, f = config.model, config.flow
+    if f.min_t >= f.max_t:
+        yield f"flow.min_t: given {f.min_t}; must be below flow.max_t, which is {f.max_t}"
+    if m.expert != "all" and (f.min_t, f.max_t) != (0, 1):
+        yield (
+            f"model.expert: given {m.expert}, which sets the range of sigmas; leave flow.min_t at 0 and flow.max_t at "
+            f"1, or model.expert at all"
+        )
+    if m.expert == "all" and m.boundary:
+        yield (
+            f"model.boundary: given {m.boundary}, but model.expert is all; set that to high or low, or leave this at 0"
+        )

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from titan_video.config.check import check_batch_size, gradient_accumulation
 from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import main_guard, parse_args
-from titan_video.data.batching import Batching, Bucket, Work
+from titan_video.data.batching import Batching, Bucket, Work, batch_size_errors, gradient_accumulation
 from titan_video.distributed.utils import broadcast_from_rank0, init_distributed
 from titan_video.encoders import build_encoders
 from titan_video.ingest.importers import import_file
@@ -70,7 +69,7 @@ def show(config: JobConfig, ranks: int, num_exported: int, decode: bool) -> None
         )
         made.require_clips()
     args = model_args(config)
-    ranks = ranks or next((n for n in (8, 4, 2) if not any(check_batch_size(config, n))), 1)
+    ranks = ranks or next((n for n in (8, 4, 2) if not any(batch_size_errors(config, n))), 1)
     batching = Batching.of(
         config.data, config.training, config.parallelism, gradient_accumulation(config, ranks) * ranks
     )

@@ -13,12 +13,14 @@ import csv
 import json
 import logging
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from titan_video.config.job_config import JobConfig
 from titan_video.ingest import media
 from titan_video.ingest.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
@@ -27,6 +29,8 @@ logger = logging.getLogger(__name__)
 MEDIA_SUFFIXES = VIDEO_SUFFIXES + IMAGE_SUFFIXES
 METADATA_SUFFIXES = (".jsonl", ".csv", ".json")
 TABLE_SUFFIXES = (".parquet", ".arrow")
+FILE_SUFFIXES = (".csv", ".json", ".jsonl", ".tar", *TABLE_SUFFIXES)
+MAX_EMBEDDED_CLIPS = 100_000
 METADATA_NAMES = tuple("metadata" + suffix for suffix in METADATA_SUFFIXES)
 MEDIA_COLUMNS = ("file_name", "file", "video", "video_path", "path", "media_path", "file_path", "image_path")
 CAPTION_COLUMNS = ("text", "caption", "prompt", "cap")
@@ -353,3 +357,40 @@ def _scan_table(file: Path, captions: tuple[str, ...]) -> list[ClipRecord]:
                 records.append(ClipRecord(path, texts, declared=_declared(values)))
             number += 1
     return records
+
+
+# ---- rules of the configuration: each yields one line per mistake ----
+
+
+def rules(config: JobConfig, world_size: int) -> Iterator[str]:
+    """Rules about the paths of clips, which must exist."""
+    data = config.data
+    if data.path and data.source:
+        yield (
+            f"data.path: given {data.path}, but there is data.source too; make the path one of the sources, or remove "
+            f"them"
+        )
+    elif not data.source:
+        yield from _path_errors("data.path", data.path)
+    for i, source in enumerate(data.source):
+        yield from _path_errors(f"data.source: item {i}: path", source.path)
+    if config.validation.path:
+        yield from _path_errors("validation.path", config.validation.path)
+
+
+def _path_errors(name: str, path: str) -> Iterator[str]:
+    embedded = f"`embedded:shapes-N`, N from 1 to {MAX_EMBEDDED_CLIPS}, generates clips"
+    suffixes = " ".join(FILE_SUFFIXES)
+    if not path:
+        yield f"{name}: empty; give a folder of clips, a file ({suffixes}), or {embedded}"
+    elif path.startswith("embedded:"):
+        match = re.fullmatch(r"embedded:shapes-([0-9]{1,9})", path)
+        if not match or not 1 <= int(match[1]) <= MAX_EMBEDDED_CLIPS:
+            yield f"{name}: given {path}; legal: {embedded}"
+    elif "://" in path or set("*?[{") & set(path):
+        if not path.lower().endswith(FILE_SUFFIXES):
+            yield f"{name}: given {path}; a path with wildcards, braces or a URL must end in one of {suffixes}"
+    elif not os.path.exists(path):
+        yield f"{name}: {path} does not exist; give a folder of clips, a file ({suffixes}), or {embedded}"
+    elif not os.path.isdir(path) and not path.lower().endswith(FILE_SUFFIXES):
+        yield f"{name}: {path} is a file; legal: one that ends in {suffixes}, or a folder of clips"

@@ -24,7 +24,7 @@ Letters as in models/layers.py; the kernels take [B, H, L, K].
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
 import torch
@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.nn.attention import activate_flash_attention_impl
 from torch.utils.flop_counter import register_flop_formula
 
+from titan_video.config.job_config import JobConfig
 from titan_video.kernels.reference import upcast
 
 aten = torch.ops.aten
@@ -456,3 +457,20 @@ def key_blocks(mask_BS: Tensor, num_queries: int):
     return BlockMask.from_kv_blocks(
         *listed(some & ~whole), *listed(whole), BLOCK_SIZE=_BLOCK, mask_mod=counts, seq_lengths=lengths
     )
+
+
+def rules(config: JobConfig, world_size: int) -> Iterator[str]:
+    """Rules of the configuration about the attention backend, one line per mistake."""
+    p, c = config.parallelism, config.activation_checkpoint
+    if config.model.attention != "flex":
+        return
+    if p.context_parallel_degree > 1 and p.context_parallel_method != "ulysses":
+        yield (
+            "model.attention: flex, but a ring merges partial results of attention, which flex does not return; "
+            "choose another backend, or parallelism.context_parallel_method ulysses"
+        )
+    if c.mode == "selective" and "attention" in c.save and not config.compile.enable:
+        yield (
+            "model.attention: flex, but outside a compiled block its output cannot be saved "
+            "(activation_checkpoint.save); set compile.enable, or choose another backend"
+        )

@@ -9,11 +9,13 @@ of all frozen
 parameters stay what they are: `blocks.0.self_attn.q.weight`, beside it `blocks.0.self_attn.q.adapter.down` and `.up`.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titan_video.config.job_config import Lora
+from titan_video.config.job_config import JobConfig, Lora
 from titan_video.models.layers import Linear, cast_params, local
 from titan_video.models.spec import ModelSpec
 
@@ -88,3 +90,22 @@ def init_adapter(name: str, tensor: Tensor, generator: torch.Generator) -> None:
     else:
         bound = tensor.shape[1] ** -0.5
         tensor.uniform_(-bound, bound, generator=generator)
+
+
+def rules(config: JobConfig, world_size: int) -> Iterator[str]:
+    """Rules of the configuration about adapters, one line per mistake."""
+    lora = config.lora
+    for name in ("target_modules", "export"):
+        values = getattr(lora, name)
+        if len(set(values)) < len(values):
+            yield f"lora.{name}: given {list(values)}; remove what appears twice"
+    if lora.enable and config.checkpoint.last_save_in_hf and not lora.export:
+        yield (
+            "lora.export: empty, but checkpoint.last_save_in_hf is true; give at least one of diffusers, comfyui, "
+            "merged, or set that to false"
+        )
+    if lora.initial_load_path and not lora.enable:
+        yield (
+            f"lora.initial_load_path: given {lora.initial_load_path}, but lora.enable is false; enable it, or leave "
+            f"this empty"
+        )

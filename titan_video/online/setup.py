@@ -2,13 +2,13 @@
 from, what an encoder rank does."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from titan_video.config.job_config import Comm, Data, Encoder
+from titan_video.config.job_config import Comm, Data, Encoder, JobConfig
 from titan_video.data.batching import Bucket
 from titan_video.data.latent_cache import LatentCache
 from titan_video.distributed.parallel_dims import ParallelDims
@@ -92,3 +92,18 @@ def run_encoder_rank(section: Encoder, data: Data, comm: Comm, hf_assets_path: s
         )
         logger.info(f"{channel.name(channel.rank)} encodes for {num_training} training ranks")
         serve(channel, maker, *rest)
+
+
+def rules(config: JobConfig, world_size: int) -> Iterator[str]:
+    """Rules of the configuration about encoder ranks, one line per mistake."""
+    e = config.encoder
+    if e.placement == "separate" and not 1 <= e.num_ranks < world_size:
+        fix = (
+            f"legal: 1 to {world_size - 1}"
+            if world_size > 1
+            else "start more (NGPU), or set encoder.placement to cached or colocated"
+        )
+        yield (
+            f"encoder.num_ranks: given {e.num_ranks} of {world_size} ranks, but encoder.placement separate needs at "
+            f"least one rank that encodes and one that trains; {fix}"
+        )

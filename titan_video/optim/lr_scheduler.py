@@ -1,10 +1,11 @@
 """Warm-up, stable, decay: the learning rate as a function of the step alone."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 
-from titan_video.config.job_config import LrScheduler
+from titan_video.config.job_config import JobConfig, LrScheduler
 
 
 def lr_factor(step: int, total_steps: int, section: LrScheduler) -> float:
@@ -40,3 +41,14 @@ class Scheduler:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         return lr
+
+
+def rules(config: JobConfig, world_size: int) -> Iterator[str]:
+    """Rules of the configuration about the schedule, one line per mistake."""
+    steps, warmup, ratio = config.training.steps, config.lr_scheduler.warmup_steps, config.lr_scheduler.decay_ratio
+    decay = round(ratio * steps)
+    if warmup + decay > steps:
+        yield (
+            f"lr_scheduler.warmup_steps: given {warmup}, which with {decay} steps of decay (lr_scheduler.decay_ratio "
+            f"{ratio}) is more than training.steps {steps}; legal: at most {steps - decay}"
+        )

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from titan_video.config.job_config import Optimizer
+from titan_video.config.job_config import JobConfig, Optimizer
+from titan_video.data.batching import batch_size_errors, gradient_accumulation, num_data_ranks
 from titan_video.distributed.utils import clean_name, derive_seed, get_mesh, to_local, zeros_like_sharded
 from titan_video.kernels import upcast
 from titan_video.optim.low_bit import BLOCK, decode, encode, stochastic_round
@@ -225,3 +226,58 @@ class InBackward:
         if dist.is_initialized():
             dist.all_reduce(square)
         return square.sqrt()
+
+
+def rules(config: JobConfig, world_size: int) -> Iterator[str]:
+    """Rules of the configuration about the optimizer and the dtype of the weights, one line per mistake."""
+    t = config.training
+    if config.optimizer.name == "Muon" and config.lora.enable:
+        yield (
+            "optimizer.name: Muon orthogonalizes the updates of full weights, but lora.enable trains adapters only; "
+            "choose AdamW or AdamW8bit"
+        )
+    if t.dtype == "bfloat16" and t.mixed_precision_param != "bfloat16":
+        yield (
+            f"training.dtype: bfloat16, but training.mixed_precision_param is {t.mixed_precision_param}; set that to "
+            f"bfloat16 too"
+        )
+    if t.dtype == "bfloat16" and config.lora.enable:
+        yield (
+            "training.dtype: bfloat16, but with lora.enable frozen weights are stored in "
+            "training.mixed_precision_param anyway; leave it float32"
+        )
+
+
+def in_backward_rules(config: JobConfig, world_size: int) -> Iterator[str]:
+    """Rules of the configuration about updates in backward, one line per mistake."""
+    t, dp = config.training, num_data_ranks(config, world_size)
+    if not config.optimizer.in_backward:
+        return
+    where = "optimizer.in_backward: true, but"
+    if config.optimizer.name == "Muon":
+        yield (
+            f"{where} optimizer.name is Muon, which distributes the matrices over the ranks after backward; choose "
+            f"AdamW or AdamW8bit"
+        )
+    if t.max_norm > 0:
+        yield (
+            f"{where} training.max_norm is {t.max_norm}, and the norm is only known after all weights are updated; set "
+            f"it to 0"
+        )
+    if not list(batch_size_errors(config, dp)) and gradient_accumulation(config, dp) > 1:
+        name = "data.global_micro_batches" if config.data.tokens_per_microbatch else "training.global_batch_size"
+        yield f"{where} {name} needs several backwards for one update; set it to -1"
+    if config.parallelism.pipeline_parallel_degree > 1:
+        yield (
+            f"{where} a pipeline accumulates gradients over several backwards; set "
+            f"parallelism.pipeline_parallel_degree to 1"
+        )
+    if config.parallelism.data_parallel_replicate_degree > 1:
+        yield (
+            f"{where} replicas hold all gradients until the end of backward; set "
+            f"parallelism.data_parallel_replicate_degree to 1"
+        )
+    if t.enable_cpu_offload:
+        yield f"{where} with training.enable_cpu_offload gradients are on the host anyway; set one of them to false"
+    if config.fault_tolerance.nonfinite == "skip":
+        yield f"{where} a finished update cannot be skipped; set fault_tolerance.nonfinite to stop"

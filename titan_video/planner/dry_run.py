@@ -33,11 +33,11 @@ from torch._subclasses import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
 from titan_video import kernels
-from titan_video.config.check import check, gradient_accumulation, training_ranks
+from titan_video.config.check import check
 from titan_video.config.job_config import Compile, JobConfig
 from titan_video.config.manager import ConfigError, main_guard, parse_args
 from titan_video.data.batch import Batch
-from titan_video.data.batching import Batching
+from titan_video.data.batching import Batching, gradient_accumulation
 from titan_video.distributed.activation_checkpoint import chosen_blocks
 from titan_video.distributed.context_parallel import ring
 from titan_video.distributed.fsdp import get_blocks
@@ -164,7 +164,7 @@ def dry_run(config: JobConfig, world_size: int, rank: int = 0) -> Report:
     """
     start = time.perf_counter()
     check(config, world_size, files=False)
-    world_size = training_ranks(config.encoder, world_size)
+    world_size = config.encoder.num_training_ranks(world_size)
     if not 0 <= rank < world_size:
         raise ValueError(f"--rank: given {rank}; legal: 0 to {world_size - 1}")
     if config.activation_checkpoint.mode == "memory_budget":

@@ -5,14 +5,14 @@ prompts are dealt out over the `batch` axis; a rank that has run out repeats one
 axes share each clip's work.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from titan_video.config.job_config import Validation
+from titan_video.config.job_config import JobConfig, Validation
 from titan_video.data.batch import Batch
 from titan_video.data.latent_cache import CachedClip
 from titan_video.data.loader import EntryReader
@@ -194,3 +194,17 @@ def file_name(prompt: str) -> str:
     """A short file name made of a prompt's letters and digits."""
     words = "".join(ch if ch.isalnum() else " " for ch in prompt).split()
     return "_".join(words)[:60] or "empty"
+
+
+def rules(config: JobConfig, world_size: int) -> Iterator[str]:
+    """Rules of the configuration about validation, one line per mistake."""
+    v = config.validation
+    if not v.timesteps:
+        yield "validation.timesteps: empty; give at least one sigma, such as [0.5]"
+    if len(set(v.timesteps)) < len(v.timesteps):
+        yield f"validation.timesteps: given {list(v.timesteps)}; remove what appears twice"
+    if v.enable and not v.path and v.holdout == 0 and v.num_videos == 0:
+        yield (
+            "validation.enable: there is nothing to validate; set validation.path, validation.holdout above 0 or "
+            "validation.num_videos above 0"
+        )
