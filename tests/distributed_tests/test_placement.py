@@ -268,9 +268,8 @@ def test_a_clip_that_cannot_be_encoded_is_named_on_all_ranks(folder, placed, wor
         (
             {"placement": "separate"},
             4,
-            "encoder.num_ranks: given 0 of 4 ranks, but encoder.placement separate needs some that encode and "
-            "some that train; "
-            "legal: 1 to 3",
+            "encoder.num_ranks: given 0 of 4 ranks, but encoder.placement separate needs at least one rank that "
+            "encodes and one that trains; legal: 1 to 3",
         ),
         ({"placement": "separate", "num_ranks": 4}, 4, "legal: 1 to 3"),
         (

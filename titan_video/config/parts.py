@@ -25,7 +25,7 @@ def missing_sections(config: JobConfig) -> Iterator[str]:
     """One line for each section that is not at its defaults and has a part that is not installed."""
     for option, part in _asked(config):
         if "." not in option and not find_module(part):
-            yield f"{option}: {_missing(part)}, or remove the section"
+            yield f"{option}: {_not_installed(part)}, or remove the section"
 
 
 def rules(config: JobConfig, world_size: int) -> Iterator[str]:
@@ -34,7 +34,7 @@ def rules(config: JobConfig, world_size: int) -> Iterator[str]:
     for option, part in _asked(config):
         if "." in option and not find_module(part):
             value = str(_value(config, option)).replace("True", "true")
-            yield f"{option}: given {value}, which {_missing(part)}, or choose another value"
+            yield f"{option}: given {value}, which {_not_installed(part)}, or choose another value"
 
 
 def installed_parts(config: JobConfig) -> set[str]:
@@ -56,5 +56,5 @@ def _value(config: JobConfig, option: str):
     return getattr(getattr(config, section), name) if name else getattr(config, section)
 
 
-def _missing(part: str) -> str:
+def _not_installed(part: str) -> str:
     return f"needs the optional part {part.replace('.', '/')}, which is not installed; restore it"
