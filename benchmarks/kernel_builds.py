@@ -2,8 +2,8 @@
 
     python benchmarks/kernel_builds.py [--widths 1536 5120] [--names "gated residual" ...] [--write docs/kernels.md]
 
-Compiled is what the operators would launch, constants and alignments included, on bfloat16 activations, float32
-modulation and bfloat16 weights. An SM has 65,536 registers and 227 KB of shared memory; spilled registers, bytes a
+It compiles what the operators would launch, with the same constants and alignments, for bfloat16 activations, float32
+modulation and bfloat16 weights. An SM has 65,536 registers and 227 KB of shared memory. Spilled registers, in bytes per
 thread, cost time.
 """
 
@@ -23,9 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from titan_video.kernels.triton import launch  # noqa: E402
-from titan_video.kernels.triton import layer_norm as fused_layer_norm
-from titan_video.kernels.triton import rms_norm as fused_rms_norm
+from titan_video.kernels.triton import launch, layer_norm_launch, rms_norm  # noqa: E402
 
 TOKENS = {1536: 32760, 3072: 118800, 5120: 75600, 8192: 75600}
 WIDTHS = (128, 1536, 3072, 5120)
@@ -35,7 +33,7 @@ MARKER = "<!-- builds -->"
 
 @dataclass(frozen=True)
 class Build:
-    """shared: bytes of a program. spilled: bytes of a thread."""
+    """One compiled kernel. registers, spilled (bytes): per thread. shared: bytes per program."""
 
     name: str
     direction: str
@@ -48,82 +46,81 @@ class Build:
 
 
 def operators(D: int) -> dict[str, Callable[[str], Any]]:
-    """{name: what launches its kernel on meta tensors, given "forward" or "backward"}."""
+    """{name: a function of "forward" or "backward" that launches the kernel on meta tensors}."""
     L = TOKENS.get(D, 32760)
     empty = lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, dtype=dtype, device="meta")
     x, w, mean, K = empty(1, L, D), empty(1, 1, D), empty(1, L, dtype=torch.float32), min(128, D)
     row, pair = (empty(1, n, 6, D, dtype=torch.float32)[:, :, 0] for n in (1, 2))
-    clean = empty(1, L, dtype=torch.bool)
-    heads, turns = x.unflatten(-1, (-1, K)), empty(1, L, K // 2, dtype=torch.complex64)
+    cond_mask = empty(1, L, dtype=torch.bool)
+    heads, freqs_cis = x.unflatten(-1, (-1, K)), empty(1, L, K // 2, dtype=torch.complex64)
 
-    def layer_norm(y: Any, gate: Any, scale: Any, affine: bool, clean: Any = None) -> Callable[[str], Any]:
+    def layer_norm(y: Any, gate: Any, scale: Any, affine: bool, cond_mask: Any = None) -> Callable[[str], Any]:
         total, normed = None if y is None else x, None if scale is None else x
         return lambda direction: (
-            fused_layer_norm._forward(x, y, gate, scale, scale, clean, affine, 1e-6)
+            layer_norm_launch.forward(x, y, gate, scale, scale, cond_mask, affine, 1e-6)
             if direction == "forward"
-            else fused_layer_norm._backward(
-                total, normed, normed, y, gate, scale, clean, mean, mean, affine, gate is not None, True
+            else layer_norm_launch.backward(
+                total, normed, normed, y, gate, scale, cond_mask, mean, mean, affine, gate is not None, True
             )
         )
 
-    def rms_norm(x: Any, weight: Any, turns: Any) -> Callable[[str], Any]:
-        roots = fused_rms_norm._roots(x, weight)
+    def rms_norm_rope(x: Any, weight: Any, freqs_cis: Any) -> Callable[[str], Any]:
+        rstd = rms_norm.empty_rstd(x, weight)
         return lambda direction: (
-            fused_rms_norm._forward(x, weight, turns, None, 1e-6)
+            rms_norm.launch_forward(x, weight, freqs_cis, None, 1e-6)
             if direction == "forward"
-            else fused_rms_norm._backward(x, x, weight, turns, roots, False, True)
+            else rms_norm.launch_backward(x, x, weight, freqs_cis, rstd, False, True)
         )
 
     return {
         "AdaLN": layer_norm(None, None, row, False),
-        "AdaLN, clean tokens": layer_norm(None, None, pair, False, clean),
+        "AdaLN, mask": layer_norm(None, None, pair, False, cond_mask),
         "LayerNorm": layer_norm(None, None, w, True),
         "gated residual": layer_norm(x, row, None, False),
         "gated residual, LayerNorm": layer_norm(x, row, w, True),
-        "gated residual, LayerNorm, clean tokens": layer_norm(x, pair, w, True, clean),
+        "gated residual, LayerNorm, mask": layer_norm(x, pair, w, True, cond_mask),
         "residual, AdaLN": layer_norm(x, None, row, False),
         "gated residual, AdaLN": layer_norm(x, row, row, False),
-        "gated residual, AdaLN, clean tokens": layer_norm(x, pair, pair, False, clean),
-        "RMSNorm": rms_norm(x.unsqueeze(2), empty(D), None),
-        "RMSNorm, RoPE": rms_norm(heads, empty(D), turns),
-        "RMSNorm per head": rms_norm(heads, empty(K), None),
-        "RMSNorm per head, RoPE": rms_norm(heads, empty(K), turns),
+        "gated residual, AdaLN, mask": layer_norm(x, pair, pair, False, cond_mask),
+        "RMSNorm": rms_norm_rope(x.unsqueeze(2), empty(D), None),
+        "RMSNorm, RoPE": rms_norm_rope(heads, empty(D), freqs_cis),
+        "RMSNorm per head": rms_norm_rope(heads, empty(K), None),
+        "RMSNorm per head, RoPE": rms_norm_rope(heads, empty(K), freqs_cis),
     }
 
 
 @contextmanager
-def launches() -> Iterator[list]:
-    """Instead of being launched, kernels are noted, with their arguments."""
-    from titan_video.kernels.triton import layer_norm_kernels as layer_norm_triton
-    from titan_video.kernels.triton import rms_norm_kernels as rms_norm_triton
+def recorded_launches() -> Iterator[list]:
+    """Record (kernel, arguments, constants) of each launch instead of launching it."""
+    from titan_video.kernels.triton import layer_norm_kernels, rms_norm_kernels
 
-    noted = []
+    recorded = []
 
     class Recorder:
         def __init__(self, kernel):
             self.kernel = kernel
 
         def __getitem__(self, grid):
-            return lambda *args, **constants: noted.append((self.kernel, args, constants))
+            return lambda *args, **constants: recorded.append((self.kernel, args, constants))
 
     with mock.patch.object(launch, "interpreted", lambda: True):
         patches = [
             mock.patch.object(module, name, Recorder(getattr(module, name)))
-            for module in (layer_norm_triton, rms_norm_triton)
+            for module in (layer_norm_kernels, rms_norm_kernels)
             for name in vars(module)
             if name.endswith(("_forward", "_backward"))
         ]
         for patch in patches:
             patch.start()
         try:
-            yield noted
+            yield recorded
         finally:
             for patch in patches:
                 patch.stop()
 
 
 def compile_kernel(kernel: Any, args: tuple, constants: dict[str, Any]) -> Any:
-    """As Triton would on the first launch with these arguments, for a GPU that is not there."""
+    """Compile as Triton does at the first launch with these arguments, for Hopper."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -150,7 +147,7 @@ def compile_kernel(kernel: Any, args: tuple, constants: dict[str, Any]) -> Any:
 
 
 def resources(compiled: Any) -> tuple[int, int]:
-    """Registers and bytes of stack of a thread, as the assembler's own tool reads them from the machine code."""
+    """Registers and stack bytes per thread, which cuobjdump reads from the machine code."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -164,9 +161,9 @@ def resources(compiled: Any) -> tuple[int, int]:
 
 
 def build(name: str, direction: str, D: int) -> Build:
-    with launches() as noted:
+    with recorded_launches() as recorded:
         operators(D)[name](direction)
-    [(kernel, args, constants)] = noted
+    [(kernel, args, constants)] = recorded
     warps = constants["num_warps"]
     compiled = compile_kernel(kernel, args, dict(constants))
     return Build(name, direction, D, warps, constants["STAGES"], *resources(compiled), compiled.metadata.shared)

@@ -1,7 +1,4 @@
-"""The fused operators under each kind of sharding, checkpointed selectively and compiled:
-
-gradients as of plain torch in one process.
-"""
+"""The fused operators with sharding, selective checkpointing and compile: gradients equal plain torch in one process."""
 
 from collections import Counter
 from contextlib import nullcontext
@@ -29,7 +26,7 @@ CASE, CLIPS = (2, (1, 6, 6)), [0, 1]  # 9 tokens of each clip: one rank of two h
 
 
 class Operators(TorchDispatchMode):
-    """How often each of ours runs."""
+    """Counts how often each of our operators runs."""
 
     def __init__(self):
         super().__init__()
@@ -52,7 +49,9 @@ def rank():
     for name, (dims, options) in RUNS.items():
         model, meshes, shard = sharded(ONE, dims, **options)
         clips = [CLIPS[meshes.batch.get_local_rank()]] if name == "fsdp" else CLIPS
-        with nullcontext() if options is COMPILED else Operators() as operators:  # a compiler knows no such modes
+        with (
+            nullcontext() if options is COMPILED else Operators() as operators
+        ):  # dispatch modes do not work with compile
             grads = gradients(model, clips, shard)
         results[name] = grads, dict(operators.count) if operators else None
     return results

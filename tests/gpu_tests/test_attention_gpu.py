@@ -1,13 +1,13 @@
-"""The CUDA backends of attention: each against plain arithmetic, and that the one chosen is the one that runs.
+"""The CUDA backends of attention: each equals plain matmuls in float64, and the chosen one runs.
 
-Never run on a GPU yet.
+These tests have not been run on a GPU yet.
 """
 
 import pytest
 import torch
 
-from tests.unit_tests.test_attention import kernels_run
-from titan_video.kernels import attention
+from tests.attention_cases import count_attention_ops
+from titan_video.kernels import attention, sdpa
 from titan_video.models.layers import InnerAttention, JointInnerAttention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -22,14 +22,14 @@ OPERATORS = {
 
 
 @pytest.fixture(autouse=True)
-def automatic():
+def auto_backend():
     torch._dynamo.reset()
     yield
-    attention._in_use = ()
+    attention._order = ()
 
 
-def use(backend, masked=False):
-    """Choose, or skip where this GPU or this installation has no such backend."""
+def choose(backend, masked=False):
+    """Set the backend, or skip the test where this GPU or installation does not have it."""
     if reason := attention._unavailable_reason(backend, CUDA):
         pytest.skip(reason)
     return attention.set_backend(backend, CUDA, torch.bfloat16, 64, masked)
@@ -44,14 +44,15 @@ def get_grads(outputs, inputs):
     return torch.autograd.grad(sum(x.float().square().sum() for x in outputs), inputs)
 
 
-def in_float64(core, inputs, *rest):
-    """Outputs and gradients by plain arithmetic."""
-    chosen, attention._in_use = attention._in_use, ("math",)
-    upcast = [x.detach().double().requires_grad_() for x in inputs]
-    outputs = core(*upcast, *rest)
+def in_float64(attention_module, inputs, *rest):
+    """Outputs and gradients by plain matmuls in float64."""
+    order = attention._order
+    attention._order = ("math",)
+    inputs64 = [x.detach().double().requires_grad_() for x in inputs]
+    outputs = attention_module(*inputs64, *rest)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    grads = torch.autograd.grad(sum(x.square().sum() for x in outputs), upcast)
-    attention._in_use = chosen
+    grads = torch.autograd.grad(sum(x.square().sum() for x in outputs), inputs64)
+    attention._order = order
     return [*outputs, *grads]
 
 
@@ -62,20 +63,20 @@ def assert_close(ours, theirs):
 
 @pytest.mark.parametrize("backend", ["auto", "cudnn", "flash", "efficient", "flash3", "flash4", "flex", "math"])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_values_and_the_kernel_that_runs(backend, compiled):
-    chosen = use(backend)
-    core = InnerAttention()
+def test_values_and_the_chosen_kernel(backend, compiled):
+    chosen = choose(backend)
+    inner = InnerAttention()
     if compiled:
-        core.compile(fullgraph=True)
+        inner.compile(fullgraph=True)
     inputs = tensors(150, 170, 170)
     result = []
 
     def step():
-        out = core(*inputs)
+        out = inner(*inputs)
         result[:] = [out, *get_grads([out], inputs)]
 
     try:
-        runs = kernels_run(step)
+        runs = count_attention_ops(step)
         assert_close(result, in_float64(InnerAttention(), inputs))
     finally:
         if backend in ("flash3", "flash4"):
@@ -84,7 +85,7 @@ def test_values_and_the_kernel_that_runs(backend, compiled):
             restore_flash_attention_impl()
     operator = OPERATORS.get("flash" if backend in ("flash3", "flash4") else chosen)
     kinds = {name for name in runs if name in OPERATORS.values()}
-    assert kinds == ({operator} if operator else set())  # flex is no operator
+    assert kinds == ({operator} if operator else set())  # flex has no operator
     if operator:
         assert runs[operator] == runs[f"{operator}_backward"] == 1
 
@@ -92,10 +93,10 @@ def test_values_and_the_kernel_that_runs(backend, compiled):
 @pytest.mark.parametrize("backend", ["auto", "cudnn", "efficient", "flex", "math"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_joint_attention_with_a_mask(backend, compiled):
-    use(backend, masked=True)
-    core = JointInnerAttention()
+    choose(backend, masked=True)
+    inner = JointInnerAttention()
     if compiled:
-        core.compile(fullgraph=True)
+        inner.compile(fullgraph=True)
     inputs, mask = (
         tensors(*[150] * 3, *[50] * 3),
         torch.arange(50, device="cuda").expand(2, -1) < torch.tensor([[37], [50]], device="cuda"),
@@ -103,18 +104,18 @@ def test_joint_attention_with_a_mask(backend, compiled):
     result = []
 
     def step():
-        out = core(*inputs, mask)
+        out = inner(*inputs, mask)
         result[:] = [*out, *get_grads(out, inputs)]
 
-    runs = kernels_run(step)
+    runs = count_attention_ops(step)
     assert_close(result, in_float64(JointInnerAttention(), inputs, mask))
     if backend == "auto" and torch.cuda.get_device_capability()[0] in (9, 10):
         assert runs[OPERATORS["cudnn"]] == runs[OPERATORS["efficient"]] == 1
 
 
-def test_the_host_never_waits_for_a_mask():
+def test_a_mask_causes_no_host_device_synchronisation():
     for backend in ("auto", "cudnn", "efficient"):
-        use(backend, masked=True)
+        choose(backend, masked=True)
         inputs, mask = tensors(*[150] * 3, *[50] * 3), torch.arange(50, device="cuda").expand(2, -1) < 37
         JointInnerAttention()(*inputs, mask)
         torch.cuda.set_sync_debug_mode("error")
@@ -134,11 +135,8 @@ def test_the_host_never_waits_for_a_mask():
         ("efficient", torch.float32, False),
     ],
 )
-def test_kernel_equals_plain_arithmetic(kernel, dtype, masked):
-    """On two chunks of keys:
-
-    outputs and lse of each, and the gradients that come from output and lse of both together.
-    """
+def test_kernel_equals_plain_matmuls(kernel, dtype, masked):
+    """On two chunks of keys: output and lse of each, and gradients from output and lse of both together."""
     q, k, v, grad = (
         torch.randn(2, 3, n, 64, device="cuda", dtype=dtype, generator=torch.Generator("cuda").manual_seed(n + i))
         for i, n in enumerate((70, 90, 90, 70))
@@ -146,15 +144,17 @@ def test_kernel_equals_plain_arithmetic(kernel, dtype, masked):
     bias = None
     if masked:
         bias = attention._bias(torch.arange(50, device="cuda").expand(2, -1) < 37, q)
-    forward, backward = attention._KERNELS[kernel]
-    whole_bias = None if bias is None else torch.cat([bias, torch.zeros_like(bias[..., :40])], dim=-1)
-    out, lse = attention._math(q.double(), k.double(), v.double(), whole_bias)
+    backend = sdpa.BACKENDS[kernel]
+    full_bias = None if bias is None else torch.cat([bias, torch.zeros_like(bias[..., :40])], dim=-1)
+    out, lse = sdpa.math(q.double(), k.double(), v.double(), full_bias)
     for keys, chunk_bias in ((slice(0, 50), bias), (slice(50, 90), None)):
         chunk = k[:, :, keys], v[:, :, keys]
-        upcast = [x.double() for x in (q, *chunk)]
+        inputs64 = [x.double() for x in (q, *chunk)]
         tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-3, "atol": 1e-3}
-        for got, expected in zip(forward(q, *chunk, chunk_bias), attention._math(*upcast, chunk_bias)):
+        for got, expected in zip(backend.forward(q, *chunk, chunk_bias), sdpa.math(*inputs64, chunk_bias), strict=True):
             torch.testing.assert_close(got.double(), expected, **tolerance)
-        grads = backward(grad, q, *chunk, out.to(dtype), lse.float(), chunk_bias)
-        for got, expected in zip(grads, attention._math_backward(grad.double(), *upcast, out, lse, chunk_bias)):
+        grads = backend.backward(grad, q, *chunk, out.to(dtype), lse.float(), chunk_bias)
+        for got, expected in zip(
+            grads, sdpa.math_backward(grad.double(), *inputs64, out, lse, chunk_bias), strict=True
+        ):
             torch.testing.assert_close(got.double(), expected, **tolerance)

@@ -29,9 +29,9 @@ def test_error_is_not_above_that_of_the_compiled_reference(number):
     torch._dynamo.reset()
     compiled = torch.compile(lambda *inputs: function(reference, *inputs), fullgraph=True)
     ours, theirs = results(module, function, inputs), results(None, lambda _, *inputs: compiled(*inputs), inputs)
-    for i, (a, b, right) in enumerate(zip(ours, theirs, exact(function, inputs), strict=True)):
-        assert error(a, right) <= 1.1 * error(b, right) + 1e-7, (
-            f"{name}, result {i}: {error(a, right)}, compiled reference {error(b, right)}"
+    for i, (a, b, expected) in enumerate(zip(ours, theirs, exact(function, inputs), strict=True)):
+        assert error(a, expected) <= 1.1 * error(b, expected) + 1e-7, (
+            f"{name}, result {i}: {error(a, expected)}, compiled reference {error(b, expected)}"
         )
 
 

@@ -1,7 +1,4 @@
-"""linear(gelu(u)) that keeps u alone:
-
-equal to the two apart, with every combination of frozen inputs, and without the widest activation.
-"""
+"""gelu_linear equals gelu and linear, with every combination of frozen inputs, and saves one wide activation less."""
 
 import pytest
 import torch
@@ -46,19 +43,19 @@ def fused():
     kernels.set_backend("torch")
 
 
-def test_feed_forward_keeps_its_widest_activation_once_where_kernels_are_fused(fused):
+def test_feed_forward_saves_its_widest_activation_once_with_fused_kernels(fused):
     torch.manual_seed(0)
     ffn, x = FeedForward(8, 32), draw(1, 6, 8, dtype=torch.float32)
-    out, kept = saved_by(ffn, x)
+    out, saved = saved_by(ffn, x)
     kernels.set_backend("torch")
-    plain, kept_by_plain = saved_by(ffn, x)
-    assert torch.equal(out, plain) and kept_by_plain - kept == 6 * 32
+    plain, saved_by_plain = saved_by(ffn, x)
+    assert torch.equal(out, plain) and saved_by_plain - saved == 6 * 32
 
 
 @pytest.mark.parametrize(
     "change", [{"adapter": torch.nn.Linear(32, 8)}, {"product": lambda x, weight, bias: 2 * F.linear(x, weight, bias)}]
 )
-def test_feed_forward_with_an_adapter_or_another_product_goes_through_it(fused, change):
+def test_feed_forward_with_an_adapter_or_another_matmul_uses_it(fused, change):
     ffn, x = FeedForward(8, 32), draw(1, 6, 8, dtype=torch.float32)
     before = ffn(x)
     for name, value in change.items():

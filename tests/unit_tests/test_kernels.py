@@ -1,8 +1,11 @@
-"""The reference operators against their definitions in float64, eager and traced."""
+"""The reference operators against their definitions in float64, eager and traced, and the choice of a backend."""
+
+import sys
 
 import pytest
 import torch
 
+from titan_video import kernels
 from titan_video.kernels import ada_layer_norm, gated_residual, layer_norm, rms_norm, rms_norm_rope
 
 B, L, H, K = 2, 7, 3, 8
@@ -18,7 +21,7 @@ def rms64(x, w):
 
 
 def rope64(x, angles):
-    """Definition: pair (2i, 2i + 1) of every head is turned by angle i."""
+    """Definition: the pair (2i, 2i + 1) of every head is rotated by angle i."""
     x, out = x.unflatten(-1, (H, K)), torch.empty(*x.shape[:2], H, K, dtype=torch.float64)
     for i in range(K // 2):
         a, b, t = x[..., 2 * i], x[..., 2 * i + 1], angles[..., i, None]
@@ -43,9 +46,9 @@ def cases():
     yield "layer_norm", layer_norm, (x, w, b, 1e-6), norm64(x.double()) * w.double() + b.double()
     yield "rms_norm", rms_norm, (x, w, 1e-6), rms64(x.double(), w.double())
     square = (x.double() ** 2).mean(-1, keepdim=True).float()
-    yield "rms_norm given its statistic", rms_norm, (x, w, 1e-6, square), rms64(x.double(), w.double())
+    yield "rms_norm with its statistic as input", rms_norm, (x, w, 1e-6, square), rms64(x.double(), w.double())
     yield (
-        "rms_norm_rope given its statistic",
+        "rms_norm_rope with its statistic as input",
         rms_norm_rope,
         (x, w, freqs_cis, 1e-6, square),
         rope64(rms64(x.double(), w.double()), angles.double()),
@@ -66,8 +69,8 @@ def cases():
 
 
 @pytest.fixture(autouse=True)
-def no_graphs():
-    """All operators go through one function, of which only so many graphs are made."""
+def reset_compiler():
+    """All operators share one wrapper function, and dynamo compiles one function only a limited number of times."""
     torch._dynamo.reset()
 
 
@@ -85,7 +88,7 @@ def test_operator_equals_its_definition(name, op, args, expected, traced):
 
 
 @pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])
-def test_gradient_of_norm_and_rotation(traced):
+def test_gradient_of_norm_and_rope(traced):
     _, op, (x, w, freqs_cis, eps), _ = list(cases())[-1]
     run = torch.compile(op, backend="aot_eager", fullgraph=True) if traced else op
     x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
@@ -95,3 +98,15 @@ def test_gradient_of_norm_and_rotation(traced):
     expected = torch.autograd.grad((rope64(rms64(x64, w64), freqs_cis.angle().double()) * weight).sum(), (x64, w64))
     for a, b in zip(got, expected):
         torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
+
+
+def test_without_the_optional_part_auto_is_torch_and_triton_is_refused(monkeypatch):
+    monkeypatch.setattr(kernels, "_fused", {})
+    for module in [kernels.TRITON_PART, *(name for name in sys.modules if name.startswith(f"{kernels.TRITON_PART}."))]:
+        monkeypatch.setitem(sys.modules, module, None)  # import fails
+    assert kernels.resolve_backend("auto", torch.device("cuda")) == "torch"
+    with pytest.raises(
+        ValueError, match='model.kernels = "triton": needs the optional part titan_video/kernels/triton'
+    ):
+        kernels.set_backend("triton")
+    assert kernels.current_backend() == "torch"

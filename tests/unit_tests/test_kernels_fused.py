@@ -1,7 +1,4 @@
-"""The fused operators without a GPU:
-
-their plain form on this CPU, their kernels in Triton's interpreter, and the models that call them.
-"""
+"""The fused operators without a GPU: in closed form, in Triton's interpreter, and in the models that call them."""
 
 import os
 import shlex
@@ -19,6 +16,7 @@ from tests.kernel_cases import EPS, cases, check, modulation, rand
 from titan_video import kernels
 from titan_video.kernels import reference
 from titan_video.kernels.triton import layer_norm as fused_layer_norm
+from titan_video.kernels.triton import layer_norm_launch
 from titan_video.kernels.triton import rms_norm as fused_rms_norm
 from titan_video.models.hunyuan_video.model import HunyuanVideoArgs, HunyuanVideoModel
 from titan_video.models.layers import positions
@@ -45,7 +43,7 @@ def fused():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("number", range(len(list(cases(B, L, D, torch.float32)))))
-def test_plain_form_equals_the_definition(number, dtype):
+def test_closed_form_equals_the_definition(number, dtype):
     check(*list(cases(B, L, D, dtype))[number], dtype)
 
 
@@ -65,17 +63,17 @@ def test_kernels_equal_the_definition_in_the_interpreter():
 
 
 def op_calls():
-    """(operator, arguments) for each operator that autograd or a caller runs."""
+    """(operator, arguments) of each forward and backward operator."""
     x, y, dout = (rand(B, L, D, seed=i, dtype=torch.bfloat16) for i in range(3))
-    rows, clean = modulation("clean tokens", B, L, D, "cpu")
+    rows, cond_mask = modulation("two rows and a mask", B, L, D, "cpu")
     shift, scale, gate = (r.detach().requires_grad_() for r in rows.unbind(2))
     weight, bias = (rand(1, 1, D, seed=i) for i in (3, 4))
     mean, rstd = rand(B, L, seed=5, grad=False), rand(B, L, seed=6, grad=False).abs()
-    yield OPS.norm, (x, scale, shift, clean, False, EPS)
+    yield OPS.norm, (x, scale, shift, cond_mask, False, EPS)
     yield OPS.norm, (x, weight, bias, None, True, EPS)
-    yield OPS.norm_backward, (dout.detach(), x.detach(), scale.detach(), clean, mean, rstd, False, True)
+    yield OPS.norm_backward, (dout.detach(), x.detach(), scale.detach(), cond_mask, mean, rstd, False, True)
     yield OPS.norm_backward, (dout.detach(), x.detach(), weight.detach(), None, mean, rstd, True, False)
-    yield OPS.residual_norm, (x, y, gate, scale, shift, clean, False, EPS)
+    yield OPS.residual_norm, (x, y, gate, scale, shift, cond_mask, False, EPS)
     yield OPS.residual_norm, (x, y, None, weight, bias, None, True, EPS)
     yield (
         OPS.residual_norm_backward,
@@ -86,7 +84,7 @@ def op_calls():
             y.detach(),
             gate.detach(),
             scale.detach(),
-            clean,
+            cond_mask,
             mean,
             rstd,
             False,
@@ -98,8 +96,8 @@ def op_calls():
         OPS.residual_norm_backward,
         (dout.detach(), dout.detach(), x.detach(), None, None, weight.detach(), None, mean, rstd, True, False, False),
     )
-    yield OPS.gated_residual, (x, y, gate, clean)
-    yield OPS.gated_residual_backward, (dout.detach(), y.detach(), gate.detach(), clean, True)
+    yield OPS.gated_residual, (x, y, gate, cond_mask)
+    yield OPS.gated_residual_backward, (dout.detach(), y.detach(), gate.detach(), cond_mask, True)
     heads, w, angles = rand(B, L, 3, 32, seed=8), rand(32, seed=9), rand(1, L, 16, seed=10, grad=False)
     freqs_cis = torch.polar(torch.ones_like(angles), angles)
     yield OPS.rms_norm, (heads, w, freqs_cis, None, EPS)
@@ -129,19 +127,19 @@ def test_operators_are_declared_as_they_behave(op, args):
 
 
 def saved_bytes(run):
-    """Bytes that autograd keeps, each tensor once."""
-    kept = {}
+    """(bytes that autograd saves, each tensor once; result of run())"""
+    saved = {}
 
     def pack(t):
-        kept[t.untyped_storage().data_ptr()] = t.numel() * t.element_size()
+        saved[t.untyped_storage().data_ptr()] = t.numel() * t.element_size()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = run()
-    return sum(kept.values()), out
+    return sum(saved.values()), out
 
 
-def test_inputs_and_statistics_are_kept_and_nothing_else():
+def test_only_inputs_and_statistics_are_saved():
     x, y = (rand(B, L, D, seed=i, dtype=torch.bfloat16) for i in range(2))
     row, weight = rand(B, 1, D, seed=3), rand(D, seed=4, dtype=torch.bfloat16)
     tokens, number = 2 * B * L * D, 4 * B * L
@@ -171,12 +169,12 @@ def test_inputs_and_statistics_are_kept_and_nothing_else():
 def test_modulation_of_a_wrong_number_of_rows_is_refused():
     x, row = rand(B, L, D, seed=0), rand(B, 3, D, seed=1)
     with pytest.raises(ValueError, match="modulation of 3 rows for 5 tokens"):
-        fused_layer_norm._kind(row, None, L)
+        layer_norm_launch.modulation_kind(row, None, L)
     with pytest.raises(RuntimeError):
         fused_layer_norm.ada_layer_norm(x, row, row, EPS)
 
 
-def test_choice():
+def test_resolve_and_set_backend():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert (
         kernels.resolve_backend("auto", cpu)
@@ -192,7 +190,7 @@ def test_choice():
     assert kernels.current_backend() == "torch"
 
 
-def test_float64_stays_with_torch(fused):
+def test_float64_runs_in_plain_torch(fused):
     x, row = rand(B, L, D, seed=0).detach().double(), rand(B, 1, D, seed=1).detach().double()
     assert torch.equal(kernels.ada_layer_norm(x, row, row, EPS), reference.ada_layer_norm(x, row, row, EPS))
     assert kernels.ada_layer_norm(x, row, row, EPS).dtype == torch.float64
@@ -259,24 +257,24 @@ def gradients(model, inputs):
     ]
 
 
-@pytest.mark.parametrize("some_clean", [True, False], ids=["clean first frame", "no clean token"])
+@pytest.mark.parametrize("with_cond", [True, False], ids=["conditioning frame", "no conditioning"])
 @pytest.mark.parametrize(
     "model_class, args, make_inputs", [(WanModel, WAN, wan_inputs), (HunyuanVideoModel, HUNYUAN, hunyuan_inputs)]
 )
-def test_models_compute_the_same_with_either_and_compiled(model_class, args, make_inputs, some_clean):
-    """Every output and gradient; compiled, each block is one graph, with the kernels in it."""
-    ways = ("torch", "triton", "compiled")[
-        : 3 if some_clean or model_class is WanModel else 2
+def test_models_compute_the_same_with_both_backends_and_compiled(model_class, args, make_inputs, with_cond):
+    """Every output and gradient is equal. Compiled, each block is one graph that contains the operators."""
+    modes = ("torch", "triton", "compiled")[
+        : 3 if with_cond or model_class is WanModel else 2
     ]  # HunyuanVideo's blocks are long to compile
     model = model_class(args)
     for i, p in enumerate(model.parameters()):
         p.data = rand(*p.shape, seed=i, grad=False) * 0.2 + (p.ndim == 1)
     inputs = make_inputs(args)
-    if not some_clean:
+    if not with_cond:
         inputs["cond_mask_BL"] = None
     found = {}
     try:
-        for name in ways:
+        for name in modes:
             kernels.set_backend("torch" if name == "torch" else "triton")
             if name == "compiled":
                 graphs = set()
@@ -288,14 +286,14 @@ def test_models_compute_the_same_with_either_and_compiled(model_class, args, mak
             found[name] = gradients(model, inputs)
     finally:
         kernels.set_backend("torch")
-    for name in ways[1:]:
+    for name in modes[1:]:
         for a, b in zip(found[name], found["torch"], strict=True):
             assert (a is None) == (b is None) and (a is None or (a - b).norm() <= 2e-5 * b.norm() + 1e-4), name
-    assert "compiled" not in ways or {"residual_norm", "rms_norm", "gated_residual", "norm"} <= graphs
+    assert "compiled" not in modes or {"residual_norm", "rms_norm", "gated_residual", "norm"} <= graphs
 
 
 def recording_backend(operators):
-    """aot_eager, and the names of our operators that it is given."""
+    """aot_eager; the names of our operators in its graphs are added to `operators`."""
     from torch._dynamo.backends.debugging import aot_eager
 
     def backend(graph, example_inputs):
@@ -311,14 +309,14 @@ def recording_backend(operators):
     [
         "--widths 128",
         '--widths 5120 --names "gated residual, LayerNorm" "RMSNorm, RoPE"',
-        '--widths 3072 --names "gated residual, AdaLN, clean tokens" "RMSNorm per head, RoPE"',
+        '--widths 3072 --names "gated residual, AdaLN, mask" "RMSNorm per head, RoPE"',
     ],
     ids=["all", "5120", "3072"],
 )
 def test_kernels_compile_for_hopper_as_the_page_says(options, capsys):
-    """Every kernel, and those with most to hold at the widths of real models:
+    """Every kernel at width 128, and the largest ones at the widths of real models.
 
-    no spills, and, from the version that wrote the page, what it has.
+    No registers spill. With the Triton version that wrote the page, each row equals the page's.
     """
     from benchmarks.kernel_builds import main
 

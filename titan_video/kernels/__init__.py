@@ -1,7 +1,7 @@
-"""Memory-bound operators of the transformer block. `set_backend` chooses, for the whole process, how they are computed.
+"""The memory-bound operators of a transformer block. `set_backend` chooses for the whole process how they are computed:
 
 torch     plain torch operators, one after another (reference.py)
-triton    one fused kernel each, forward and backward (fused_layer_norm.py, fused_rms_norm.py); float64 stays with torch
+triton    one fused kernel each, forward and backward: the optional part triton/; float64 still runs in plain torch
 """
 
 from collections.abc import Callable
@@ -13,31 +13,42 @@ import torch
 
 from titan_video.kernels import reference
 from titan_video.kernels.reference import mean_square, upcast
-from titan_video.kernels.triton import layer_norm as fused_layer_norm
-from titan_video.kernels.triton import rms_norm as fused_rms_norm
+from titan_video.tools.parts import resolve
 
 __all__ = [
     "ada_layer_norm",
-    "resolve_backend",
-    "gated_residual",
     "current_backend",
+    "gated_residual",
     "layer_norm",
     "mean_square",
     "residual_ada_layer_norm",
     "residual_layer_norm",
+    "resolve_backend",
     "rms_norm",
     "rms_norm_rope",
     "set_backend",
     "upcast",
 ]
 
-_in_use = "torch"
+TRITON_PART = "titan_video.kernels.triton"
+FUSED = {
+    "ada_layer_norm": f"{TRITON_PART}.layer_norm:ada_layer_norm",
+    "gated_residual": f"{TRITON_PART}.layer_norm:gated_residual",
+    "layer_norm": f"{TRITON_PART}.layer_norm:layer_norm",
+    "residual_ada_layer_norm": f"{TRITON_PART}.layer_norm:residual_ada_layer_norm",
+    "residual_layer_norm": f"{TRITON_PART}.layer_norm:residual_layer_norm",
+    "rms_norm": f"{TRITON_PART}.rms_norm:rms_norm",
+    "rms_norm_rope": f"{TRITON_PART}.rms_norm:rms_norm_rope",
+}
+
+_backend = "torch"
+_fused: dict[str, Callable] = {}  # the operators of FUSED, loaded by the first set_backend("triton")
 
 
 def resolve_backend(name: str, device: torch.device) -> str:
-    """ "triton" or "torch" for `model.kernels`, of which "auto" is triton where it can run.
+    """The backend, "triton" or "torch", that `model.kernels = name` means on this device.
 
-    ValueError where what is asked for cannot.
+    "auto" is triton where it can run and torch elsewhere. ValueError: "triton" is asked for where it cannot run.
     """
     missing = "GPU" if device.type != "cuda" else "triton package" if find_spec("triton") is None else ""
     if name == "triton" and missing:
@@ -45,36 +56,41 @@ def resolve_backend(name: str, device: torch.device) -> str:
             f"model.kernels: triton, but there is no {missing} here; choose torch, or auto, which is torch where "
             f"triton cannot run"
         )
-    return ("torch" if missing else "triton") if name == "auto" else name
+    if name == "auto":
+        return "torch" if missing or find_spec(TRITON_PART) is None else "triton"
+    return name
 
 
 def set_backend(name: str) -> None:
-    """From here on compute with "triton" or "torch"."""
-    global _in_use
+    """Compute with "triton" or "torch" from now on. ValueError: another name, or the optional part is not there."""
+    global _backend
     if name not in ("triton", "torch"):
         raise ValueError(f"kernels: {name!r}; legal: triton, torch")
-    _in_use = name
+    if name == "triton" and not _fused:
+        _fused.update({op: resolve(target, asked_by='model.kernels = "triton"') for op, target in FUSED.items()})
+    _backend = name
 
 
 def current_backend() -> str:
-    """What is computed with: "torch" until `use` is called."""
-    return _in_use
+    """The backend in use: "torch" until `set_backend` is called."""
+    return _backend
 
 
-def _either(plain: Callable, fused: Callable) -> Callable:
-    """The one or the other, by what is in use and by the type of the first argument."""
+def _dispatched(plain: Callable) -> Callable:
+    """`plain`, an operator of reference.py, or the fused one of its name, by the backend and by x's type."""
 
     @wraps(plain)
     def run(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (fused if _in_use == "triton" and x.dtype != torch.float64 else plain)(x, *args, **kwargs)
+        use_fused = _backend == "triton" and x.dtype != torch.float64
+        return (_fused[plain.__name__] if use_fused else plain)(x, *args, **kwargs)
 
     return run
 
 
-ada_layer_norm = _either(reference.ada_layer_norm, fused_layer_norm.ada_layer_norm)
-gated_residual = _either(reference.gated_residual, fused_layer_norm.gated_residual)
-layer_norm = _either(reference.layer_norm, fused_layer_norm.layer_norm)
-residual_ada_layer_norm = _either(reference.residual_ada_layer_norm, fused_layer_norm.residual_ada_layer_norm)
-residual_layer_norm = _either(reference.residual_layer_norm, fused_layer_norm.residual_layer_norm)
-rms_norm = _either(reference.rms_norm, fused_rms_norm.rms_norm)
-rms_norm_rope = _either(reference.rms_norm_rope, fused_rms_norm.rms_norm_rope)
+ada_layer_norm = _dispatched(reference.ada_layer_norm)
+gated_residual = _dispatched(reference.gated_residual)
+layer_norm = _dispatched(reference.layer_norm)
+residual_ada_layer_norm = _dispatched(reference.residual_ada_layer_norm)
+residual_layer_norm = _dispatched(reference.residual_layer_norm)
+rms_norm = _dispatched(reference.rms_norm)
+rms_norm_rope = _dispatched(reference.rms_norm_rope)

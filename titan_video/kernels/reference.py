@@ -1,10 +1,13 @@
-"""The memory-bound operators of a video DiT block in plain torch: what every faster form must equal.
+"""The memory-bound operators of a video DiT block in plain torch: the definition that every faster form must equal.
 
-Statistics and rotations are computed in float32 (float64 for a float64 input); the result has the input's type.
-Letters: B batch, L tokens, D width, H heads, K head width, T rows of modulation.
+Statistics, modulation and RoPE are computed in float32 (float64 for a float64 input); the result has the input's type.
+Letters: B batch, L tokens, D width, H heads, K head width, C complex numbers per head (K/2), T rows of modulation.
 
-Modulation (scale, shift, gate), float32, [B or 1, T, D]: T = 1, one row for all tokens of a sample; T = L, one for each
-token; or, with cond_mask_BL, bool [B or 1, L], T = 2: row 1 for the clean tokens, row 0 for the others.
+Modulation (scale, shift, gate) is float32, [B or 1, T, D], with one of these T:
+
+    T = 1    one row for all tokens of a sample
+    T = L    one row for each token
+    T = 2    with cond_mask_BL, bool [B or 1, L]: row 1 for tokens of conditioning frames (mask true), row 0 for others
 """
 
 import torch
@@ -13,31 +16,33 @@ from torch import Tensor
 
 
 def upcast(x: Tensor) -> Tensor:
-    """x in the type in which statistics are computed."""
+    """x in the type that statistics are computed in: float32, or float64 for float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _each(rows_BTD: Tensor, cond_mask_BL: Tensor | None) -> Tensor:
-    """Each token's row, [B, L, D], or what broadcasts to that. A selection and no gather:
+def _select_modulation(rows_BTD: Tensor, cond_mask_BL: Tensor | None) -> Tensor:
+    """Each token's row of modulation, [B, L, D], or a shape that broadcasts to it.
 
-    its gradient is a masked sum, in a fixed order.
+    `where`, not a gather: its gradient is a masked sum, which is added in a fixed order.
     """
-    return (
-        rows_BTD if cond_mask_BL is None else torch.where(cond_mask_BL.unsqueeze(-1), rows_BTD[:, 1:2], rows_BTD[:, :1])
-    )
+    if cond_mask_BL is None:
+        return rows_BTD
+    return torch.where(cond_mask_BL.unsqueeze(-1), rows_BTD[:, 1:2], rows_BTD[:, :1])
 
 
 def ada_layer_norm(
     x_BLD: Tensor, scale_BTD: Tensor, shift_BTD: Tensor, eps: float, cond_mask_BL: Tensor | None = None
 ) -> Tensor:
-    """LayerNorm without affine, then x (1 + scale) + shift (DiT, Peebles and Xie 2023)."""
+    """AdaLN: LayerNorm without affine, then x (1 + scale) + shift (DiT, Peebles and Xie 2023)."""
     normed = F.layer_norm(upcast(x_BLD), x_BLD.shape[-1:], eps=eps)
-    return torch.addcmul(_each(shift_BTD, cond_mask_BL), normed, 1 + _each(scale_BTD, cond_mask_BL)).to(x_BLD.dtype)
+    scale, shift = (_select_modulation(rows, cond_mask_BL) for rows in (scale_BTD, shift_BTD))
+    return torch.addcmul(shift, normed, 1 + scale).to(x_BLD.dtype)
 
 
 def gated_residual(x_BLD: Tensor, y_BLD: Tensor, gate_BTD: Tensor, cond_mask_BL: Tensor | None = None) -> Tensor:
     """x + gate y, added in float32 and rounded once."""
-    return torch.addcmul(upcast(x_BLD), upcast(y_BLD), _each(gate_BTD, cond_mask_BL)).to(x_BLD.dtype)
+    gate = _select_modulation(gate_BTD, cond_mask_BL)
+    return torch.addcmul(upcast(x_BLD), upcast(y_BLD), gate).to(x_BLD.dtype)
 
 
 def layer_norm(x_BLD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
@@ -54,7 +59,7 @@ def residual_layer_norm(
     eps: float,
     cond_mask_BL: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x' = x + gate y, or x + y without a gate, and LayerNorm of x' with affine."""
+    """(x', LayerNorm of x' with affine), where x' = x + gate y, or x + y without a gate."""
     x_BLD = x_BLD + y_BLD if gate_BTD is None else gated_residual(x_BLD, y_BLD, gate_BTD, cond_mask_BL)
     return x_BLD, layer_norm(x_BLD, weight_D, bias_D, eps)
 
@@ -68,13 +73,13 @@ def residual_ada_layer_norm(
     eps: float,
     cond_mask_BL: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x' = x + gate y, or x + y without a gate, and the modulated LayerNorm of x'."""
+    """(x', `ada_layer_norm` of x'), where x' = x + gate y, or x + y without a gate."""
     x_BLD = x_BLD + y_BLD if gate_BTD is None else gated_residual(x_BLD, y_BLD, gate_BTD, cond_mask_BL)
     return x_BLD, ada_layer_norm(x_BLD, scale_BTD, shift_BTD, eps, cond_mask_BL)
 
 
 def mean_square(x: Tensor) -> Tensor:
-    """Mean over the last dim of x^2, [..., 1]: the statistic of an RMSNorm."""
+    """Mean of x^2 over the last dim, [..., 1]: the statistic of an RMSNorm."""
     return upcast(x).square().mean(-1, keepdim=True)
 
 
@@ -87,7 +92,7 @@ def _rms_normed(x: Tensor, weight: Tensor, eps: float, mean_square: Tensor | Non
 def rms_norm(x: Tensor, weight: Tensor, eps: float, mean_square: Tensor | None = None) -> Tensor:
     """RMSNorm over the last dim (Zhang and Sennrich 2019).
 
-    mean_square: the statistic [..., 1], where x is only a part of the vector that is normalised (tensor parallel).
+    mean_square: the statistic [..., 1] of the full vector, where x is only a shard of it (tensor parallel).
     """
     return _rms_normed(x, weight, eps, mean_square).to(x.dtype)
 
@@ -95,12 +100,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, mean_square: Tensor | None =
 def rms_norm_rope(
     x: Tensor, weight: Tensor, freqs_cis_BLC: Tensor, eps: float, mean_square: Tensor | None = None
 ) -> Tensor:
-    """RMSNorm over the last dim, then rotation of each head's neighbouring pairs by complex numbers of modulus 1 (RoPE,
-    Su et al. 2021).
+    """RMSNorm over the last dim, then RoPE on neighbouring pairs of each head's channels (RoFormer, Su et al. 2021).
 
-    x: [B, L, D] for one norm over all heads, or [B, L, H, K] for one per head; weight: of the last dim. rotations:
-    complex64 [B or 1, L, C], C = K/2, the same for all heads. mean_square: as in `rms_norm`. Returns [B, L, H, K],
-    rounded once, after both.
+    x: [B, L, D] for one norm over all heads, or [B, L, H, K] for one norm per head. weight: of x's last dim.
+    freqs_cis: complex64 [B or 1, L, C] of modulus 1, the same for all heads. mean_square: as in `rms_norm`.
+    Returns [B, L, H, K], rounded once, after both.
     """
     normed = _rms_normed(x, weight, eps, mean_square).reshape(*x.shape[:2], -1, freqs_cis_BLC.shape[-1], 2)
     freqs_cis = freqs_cis_BLC.unsqueeze(2)

@@ -1,120 +1,140 @@
-"""What the fused operators compute, forward and backward in closed form, in plain torch: their form on a CPU.
+"""The fused operators in plain torch: forward, and backward as explicit formulas instead of autograd.
 
-The arguments are those of `_forward` and `_backward` in fused_layer_norm.py and fused_rms_norm.py. What has no use is
-an empty tensor.
+The operators run this on a CPU in place of the Triton kernels, which need a GPU. The kernels compute the same formulas.
+Arguments are those of layer_norm_launch.py and of the launches in rms_norm.py. A tensor that is not needed is None as
+an argument and empty as a result.
 """
 
 import torch
 from torch import Tensor
 
-Rows = Tensor | None
+OptionalTensor = Tensor | None
 
 
 def layer_norm_forward(
-    x: Tensor, y: Rows, gate: Rows, scale: Rows, shift: Rows, clean: Rows, affine: bool, eps: float
+    x: Tensor,
+    y: OptionalTensor,
+    gate: OptionalTensor,
+    scale: OptionalTensor,
+    shift: OptionalTensor,
+    cond_mask: OptionalTensor,
+    affine: bool,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     total = out = x.new_empty(0)
     mean, rstd = (x.new_empty(0, dtype=torch.float32) for _ in range(2))
     if y is not None:
-        step = y.float() if gate is None else y.float() * each(gate, clean)
-        x = total = (x.float() + step).to(x.dtype)
+        update = y.float() if gate is None else y.float() * select_modulation(gate, cond_mask)
+        x = total = (x.float() + update).to(x.dtype)
     if scale is not None:
         variance, mean = torch.var_mean(x.float(), -1, correction=0)
         rstd = torch.rsqrt(variance + eps)
         normed = (x.float() - mean[..., None]) * rstd[..., None]
-        out = (normed * (each(scale, clean) + (not affine)) + each(shift, clean)).to(x.dtype)
-    return total, x.new_empty(0) if scale is None else out, mean, rstd
+        factor = select_modulation(scale, cond_mask) + (not affine)
+        out = (normed * factor + select_modulation(shift, cond_mask)).to(x.dtype)
+    return total, out, mean, rstd
 
 
 def layer_norm_backward(
-    dsum: Rows,
-    dout: Rows,
-    x: Rows,
-    y: Rows,
-    gate: Rows,
-    scale: Rows,
-    clean: Rows,
-    mean: Rows,
-    rstd: Rows,
+    dsum: OptionalTensor,
+    dout: OptionalTensor,
+    x: OptionalTensor,
+    y: OptionalTensor,
+    gate: OptionalTensor,
+    scale: OptionalTensor,
+    cond_mask: OptionalTensor,
+    mean: OptionalTensor,
+    rstd: OptionalTensor,
     affine: bool,
     gate_grad: bool,
     modulation_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     like = dsum if dout is None else dout
-    dx, dy, dgate, dscale, dshift = (like.new_empty(0, dtype=like.dtype if i < 2 else torch.float32) for i in range(5))
+    dx, dy = (like.new_empty(0) for _ in range(2))
+    dgate, dscale, dshift = (like.new_empty(0, dtype=torch.float32) for _ in range(3))
     total = 0 if dsum is None else dsum.float()
     if scale is not None:
         normed = (x.float() - mean[..., None]) * rstd[..., None]
-        dnormed = dout.float() * (each(scale, clean) + (not affine))
-        total = (
-            total
-            + (dnormed - dnormed.mean(-1, keepdim=True) - normed * (dnormed * normed).mean(-1, keepdim=True))
-            * rstd[..., None]
-        )
+        dnormed = dout.float() * (select_modulation(scale, cond_mask) + (not affine))
+        projection = normed * (dnormed * normed).mean(-1, keepdim=True)
+        total = total + (dnormed - dnormed.mean(-1, keepdim=True) - projection) * rstd[..., None]
         dx = total.to(x.dtype)
         if modulation_grad:
-            dscale, dshift = (summed(grad, scale, clean) for grad in (dout.float() * normed, dout.float().clone()))
+            dscale = sum_modulation_grad(dout.float() * normed, scale, cond_mask)
+            dshift = sum_modulation_grad(dout.float().clone(), scale, cond_mask)
     if gate is not None:
-        dy = (total * each(gate, clean)).to(like.dtype)
+        dy = (total * select_modulation(gate, cond_mask)).to(like.dtype)
         if gate_grad:
-            dgate = summed(total * y.float(), gate, clean)
+            dgate = sum_modulation_grad(total * y.float(), gate, cond_mask)
     return dx, dy, dgate, dscale, dshift
 
 
-def each(rows: Tensor, clean: Rows) -> Tensor:
+def select_modulation(rows: Tensor, cond_mask: OptionalTensor) -> Tensor:
     """Each token's row of modulation, float32."""
-    if clean is not None and rows.shape[1] == 2:
-        rows = torch.where(clean[..., None], rows[:, 1:], rows[:, :1])
+    if cond_mask is not None and rows.shape[1] == 2:
+        rows = torch.where(cond_mask[..., None], rows[:, 1:], rows[:, :1])
     return rows.float()
 
 
-def summed(grad: Tensor, rows: Tensor, clean: Rows) -> Tensor:
-    """Gradient of rows [B or 1, T, D] from that of each token [B, L, D]."""
-    if clean is not None and rows.shape[1] == 2:
-        mask = clean[..., None]
+def sum_modulation_grad(grad: Tensor, rows: Tensor, cond_mask: OptionalTensor) -> Tensor:
+    """Gradient of the rows [B or 1, T, D] from the gradients of each token's row [B, L, D]."""
+    if cond_mask is not None and rows.shape[1] == 2:
+        mask = cond_mask[..., None]
         grad = torch.stack([torch.where(mask, 0, grad).sum(1), torch.where(mask, grad, 0).sum(1)], dim=1)
     return grad.sum_to_size(rows.shape).to(rows.dtype)
 
 
-def rms_norm_forward(x: Tensor, weight: Tensor, turns: Rows, square: Rows, eps: float) -> tuple[Tensor, Tensor]:
-    """x: [B, L, H, K], with a weight of K, or of H K for one norm over all heads. turns:
-
-    [B or 1, L, K], pairs (cos, sin).
-    """
-    dims = _dims(x, weight)
-    square = x.float().square().mean(dims, keepdim=True) if square is None else square.view(*x.shape[:2], -1, 1)
-    rstd = torch.rsqrt(square + eps)
-    out = x.float() * rstd * _heads(weight, x)
-    return (out if turns is None else _turn(out, turns, 1)).to(x.dtype), rstd.squeeze(-1)
+def rms_norm_forward(
+    x: Tensor, weight: Tensor, cos_sin: OptionalTensor, mean_square: OptionalTensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x: [B, L, H, K]; weight: [K] for one norm per head, [H K] for one over all. cos_sin: [B or 1, L, K], pairs."""
+    dims = _normalised_dims(x, weight)
+    if mean_square is None:
+        mean_square = x.float().square().mean(dims, keepdim=True)
+    else:
+        mean_square = mean_square.view(*x.shape[:2], -1, 1)
+    rstd = torch.rsqrt(mean_square + eps)
+    out = x.float() * rstd * _weight_by_head(weight, x)
+    return (out if cos_sin is None else _rotate(out, cos_sin, 1)).to(x.dtype), rstd.squeeze(-1)
 
 
 def rms_norm_backward(
-    dout: Tensor, x: Tensor, weight: Tensor, turns: Rows, rstd: Tensor, given: bool, weight_grad: bool
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    cos_sin: OptionalTensor,
+    rstd: Tensor,
+    has_mean_square: bool,
+    weight_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dims = _dims(x, weight)
-    rstd, dout = rstd.view(*x.shape[:2], -1, 1), dout.float()
-    dout = dout if turns is None else _turn(dout, turns, -1)
-    normed, dnormed = x.float() * rstd, dout * _heads(weight, x)
-    along = (dnormed * normed).sum(dims, keepdim=True)
-    dsquare = (-0.5 * rstd.square() * along).squeeze(-1) if given else rstd.new_empty(0)
-    dx = dnormed * rstd if given else (dnormed - normed * along / weight.numel()) * rstd
-    dweight = (
-        (dout * normed).sum((0, 1) if len(dims) == 2 else (0, 1, 2)).view_as(weight).to(weight.dtype)
-        if weight_grad
-        else rstd.new_empty(0)
-    )
+    dims = _normalised_dims(x, weight)
+    rstd = rstd.view(*x.shape[:2], -1, 1)
+    dout = dout.float() if cos_sin is None else _rotate(dout.float(), cos_sin, -1)
+    normed, dnormed = x.float() * rstd, dout * _weight_by_head(weight, x)
+    projection = (dnormed * normed).sum(dims, keepdim=True)
+    if has_mean_square:
+        dsquare = (-0.5 * rstd.square() * projection).squeeze(-1)
+        dx = dnormed * rstd
+    else:
+        dsquare = rstd.new_empty(0)
+        dx = (dnormed - normed * projection / weight.numel()) * rstd
+    dweight = rstd.new_empty(0)
+    if weight_grad:
+        summed_dims = (0, 1) if len(dims) == 2 else (0, 1, 2)
+        dweight = (dout * normed).sum(summed_dims).view_as(weight).to(weight.dtype)
     return dx.to(x.dtype), dweight, dsquare
 
 
-def _dims(x: Tensor, weight: Tensor) -> tuple[int, ...]:
-    """Those of x [B, L, H, K] that one norm covers."""
+def _normalised_dims(x: Tensor, weight: Tensor) -> tuple[int, ...]:
+    """The dims of x [B, L, H, K] that one norm covers."""
     return (-1,) if weight.numel() == x.shape[-1] else (-2, -1)
 
 
-def _heads(weight: Tensor, x: Tensor) -> Tensor:
+def _weight_by_head(weight: Tensor, x: Tensor) -> Tensor:
     return weight.float().view(-1, x.shape[-1])
 
 
-def _turn(x: Tensor, turns: Tensor, sign: int) -> Tensor:
-    (a, b), (cos, sin) = (t.unflatten(-1, (-1, 2)).unbind(-1) for t in (x, turns.unsqueeze(2)))
+def _rotate(x: Tensor, cos_sin: Tensor, sign: int) -> Tensor:
+    """RoPE, or with sign -1 its inverse: neighbouring pairs times cos + i sign sin."""
+    (a, b), (cos, sin) = (t.unflatten(-1, (-1, 2)).unbind(-1) for t in (x, cos_sin.unsqueeze(2)))
     return torch.stack([a * cos - sign * b * sin, sign * a * sin + b * cos], dim=-1).flatten(-2)
