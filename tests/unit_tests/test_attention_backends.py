@@ -19,6 +19,7 @@ def test_block_mask_has_the_blocks_with_visible_keys():
     assert blocks.seq_lengths == (200, 300)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_ignores_masked_keys(monkeypatch):
     """Forward only, because flex has no backward on a CPU; not compiled, from the same mask."""
     from torch.nn.attention.flex_attention import flex_attention
