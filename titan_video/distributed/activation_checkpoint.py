@@ -1,13 +1,13 @@
-"""Activation checkpointing, block by block: what a forward keeps for backward, and what backward computes again.
+"""Activation checkpointing, block by block: what a forward saves for backward, and what backward recomputes.
 
-    mode           kept, beside a block's inputs                         order of the wraps around a block
-    none           everything that backward reads                        compile(block)
-    full           nothing                                               offload(checkpoint(compile(block)))
-    selective      attention and its lse; every second matrix product    offload(compile(checkpoint(block)))
-    memory_budget  what the compiler chooses for a share of `none`       compile(block)
+    mode           saved, beside a block's inputs                 order of the wrappers around a block
+    none           everything that backward reads                 compile(block)
+    full           nothing                                        offload(checkpoint(compile(block)))
+    selective      attention and its lse; every second matmul     offload(compile(checkpoint(block)))
+    memory_budget  what the compiler chooses for a share of all   compile(block)
 
 In full the checkpoint is outside: torch 2.13 does not compile one around tensor-parallel weights. In selective it is
-inside, since the operators that it picks are not seen from outside a compiled block.
+inside: the operators that it selects are not visible from outside a compiled block.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,23 +20,24 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from titan_video.config.job_config import ActivationCheckpoint, JobConfig
-from titan_video.distributed.offload import HostOffload, OffloadedTensor
 from titan_video.models.layers import attention_flops
 from titan_video.models.spec import ParallelPlan
+from titan_video.tools.parts import resolve
 
-# Attention operators by name (kernels/attention.py), so that none need be there: the dim of argument 1, the keys, along
-# which they are counted.
+OFFLOAD = "titan_video.distributed.offload:HostOffload"  # optional
+
+# Attention operators by name, so that none of them need exist, and the dim of argument 1 that counts the keys.
 _KEY_DIM = {
     "titan_video::attention": -3,
     "aten::_scaled_dot_product_flash_attention": -2,
     "aten::_scaled_dot_product_flash_attention_for_cpu": -2,
     "aten::_scaled_dot_product_efficient_attention": -2,
     "aten::_scaled_dot_product_cudnn_attention": -2,
-    "flex_attention": -2,  # seen in a compiled block only
+    "flex_attention": -2,  # visible in a compiled block only
 }
 _RING = "titan_video::ring_attention"  # its argument 3 is the number of keys on all ranks
 _MATMULS = ("aten::mm", "aten::addmm")
@@ -46,42 +47,40 @@ def apply_activation_checkpoint(
     model: nn.Module,
     plan: ParallelPlan,
     section: ActivationCheckpoint,
-    chosen: frozenset[tuple[str, str]] | None = None,
+    selected: frozenset[tuple[str, str]] | None = None,
 ) -> None:
-    """Wrap the blocks in place. chosen: `chosen_blocks` of the whole model, where `model` is only a pipeline stage of
-    it.
+    """Wrap the blocks in place. selected: `select_blocks` of the full model, where `model` is one pipeline stage of it.
 
-    Later, after the first forward that keeps activations: ValueError if a kind of `section.save` met no operator that
-        it could keep.
+    ValueError later, after the first forward with gradients, if a kind of `section.save` met no operator to save.
     """
-    chosen = chosen_blocks(model, plan, section.layers) if chosen is None else chosen
+    selected = select_blocks(model, plan, section.layers) if selected is None else selected
     _set_memory_budget(section.memory_budget if section.mode == "memory_budget" else 1.0)
     if section.mode not in ("full", "selective"):
         return
-    offload = HostOffload() if section.offload else None
-    selection = SACPolicy(section.save, section.save_min_kv, offload) if section.mode == "selective" else None
+    offload = resolve(OFFLOAD, asked_by="activation_checkpoint.offload = true")() if section.offload else None
+    policy = SACPolicy(section.save, section.save_min_kv, offload) if section.mode == "selective" else None
     for path in plan.blocks:
         container = model.get_submodule(path)
         for key in container:
-            if (path, key) in chosen:
-                container[key] = CheckpointedBlock(container[key], selection, offload)
+            if (path, key) in selected:
+                container[key] = CheckpointedBlock(container[key], policy, offload)
 
 
 def check_save_min_kv(section: ActivationCheckpoint, longest: int) -> None:
-    """ValueError if even the longest clip, of so many tokens, has too few keys for its attention to be kept:
+    """ValueError if even the longest clip, of so many tokens, has too few keys for its attention to be saved.
 
-    selective would be full, unsaid.
+    Selective would then silently be full.
     """
     if section.mode == "selective" and "attention" in section.save and longest < section.save_min_kv:
         raise ValueError(
-            f"activation_checkpoint.save_min_kv: given {section.save_min_kv}, but the longest clip of "
-            f"data.buckets has {longest} "
-            f"tokens, so no attention would be kept; set it to at most {longest}, or activation_checkpoint.mode to full"
+            f"activation_checkpoint.save_min_kv: given {section.save_min_kv}, but the longest clip of data.buckets has "
+            f"{longest} tokens, so no attention would be saved; set it to at most {longest}, or "
+            f"activation_checkpoint.mode to full"
         )
 
 
-def chosen_blocks(model: nn.Module, plan: ParallelPlan, layers: tuple[int, ...]) -> frozenset[tuple[str, str]]:
-    """(container, key) of the blocks numbered `layers`, counted in forward order; empty: of all.
+def select_blocks(model: nn.Module, plan: ParallelPlan, layers: tuple[int, ...]) -> frozenset[tuple[str, str]]:
+    """(container, key) of the blocks numbered `layers` in forward order; all blocks if it is empty.
 
     ValueError for a number that no block has.
     """
@@ -89,42 +88,42 @@ def chosen_blocks(model: nn.Module, plan: ParallelPlan, layers: tuple[int, ...])
     unknown = [number for number in layers if number >= len(names)]
     if unknown:
         raise ValueError(
-            f"activation_checkpoint.layers: given {list(layers)}, but there is no block {unknown[0]}; legal: 0 "
-            f"to {len(names) - 1}"
+            f"activation_checkpoint.layers: given {list(layers)}, but there is no block {unknown[0]}; legal: 0 to "
+            f"{len(names) - 1}"
         )
     return frozenset(names[number] for number in layers or range(len(names)))
 
 
 class CheckpointedBlock(ActivationWrapper):
-    """A block that keeps its inputs, and what `selection` picks, and is otherwise run again in backward.
+    """A block that saves its inputs and what `policy` selects, and is otherwise recomputed in backward.
 
-    selection None: full.
+    policy None: full. offload: moves what is saved to host memory, or None.
     """
 
-    def __init__(self, block: nn.Module, selection: "SACPolicy | None", offload: HostOffload | None):
+    def __init__(self, block: nn.Module, policy: "SACPolicy | None", offload: Any):
         super().__init__(block)
-        self.selection, self.offload = selection, offload
-        self.options = {} if selection is None else {"context_fn": selection.contexts}
-        self.run = self._recomputed
+        self.policy, self.offload = policy, offload
+        self.options = {} if policy is None else {"context_fn": policy.contexts}
+        self.run = self._checkpointed
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with self.offload.of_block(self.parameters(), args[0]) if self.offload else nullcontext():
+        with self.offload.block_context(self.parameters(), args[0]) if self.offload else nullcontext():
             out = self.run(*args, **kwargs)
-        if self.selection is not None:
-            self.selection.check()
+        if self.policy is not None:
+            self.policy.check()
         return out
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile what can be of the forward: see the top of the file."""
-        if self.selection is None:
+        """Compile the forward as far as possible: see the top of the file."""
+        if self.policy is None:
             self._checkpoint_wrapped_module.compile(*args, **kwargs)
         else:
-            self.options = {"context_fn": self.selection.traced_contexts}
-            self.selection.beside_mesh = any(isinstance(p, DTensor) for p in self.parameters())
-            self.run = torch.compile(self._recomputed, *args, **kwargs)
+            self.options = {"context_fn": self.policy.traced_contexts}
+            self.policy.has_mesh = any(isinstance(p, DTensor) for p in self.parameters())
+            self.run = torch.compile(self._checkpointed, *args, **kwargs)
 
-    def _recomputed(self, *args: Any, **kwargs: Any) -> Any:
-        # The blocks draw no random numbers, so there is no generator state to keep.
+    def _checkpointed(self, *args: Any, **kwargs: Any) -> Any:
+        # The blocks draw no random numbers, so there is no generator state to preserve.
         return checkpoint(
             self._checkpoint_wrapped_module,
             *args,
@@ -136,136 +135,131 @@ class CheckpointedBlock(ActivationWrapper):
 
 
 class SACPolicy:
-    """Which results are kept, and whether there were any. One for all blocks: equal blocks are compiled, and so asked
-    about, once.
+    """Selective activation checkpointing: which results are saved, and whether there were any.
 
-    contexts, traced_contexts: for `checkpoint`, the modes under which a block is run and run again; plain functions, as
-        compile needs them.
+    One for all blocks: equal blocks are compiled, and so traced, once.
+    contexts, traced_contexts: `context_fn` of `checkpoint`, eager and compiled; plain functions, as compile needs them.
     """
 
-    def __init__(self, save: tuple[str, ...], save_min_kv: int, offload: HostOffload | None = None):
+    def __init__(self, save: tuple[str, ...], save_min_kv: int, offload: Any = None):
         self.save, self.save_min_kv = save, save_min_kv
-        self.kept: set[str] = set()
-        self.num_operators, self.longest, self.checked = 0, 0, False
-        # Attention that is computed again makes the compiler keep a generator state, on a CPU as one more result of the
-        # graph. torch 2.13 does
-        # not find it if the graph holds a mesh too, as that of tensor-parallel weights does. There and on a CPU short
-        # attention is kept as well.
-        self.beside_mesh = False
+        self.saved_kinds: set[str] = set()
+        self.num_operators = 0
+        self.longest = 0
+        self.checked = False
+        # Recomputed attention makes the compiler save a generator state, on a CPU as one more output of the graph,
+        # which
+        # torch 2.13 does not find if the graph also holds a mesh (that of tensor-parallel weights). In that case short
+        # attention is saved too.
+        self.has_mesh = False
 
         def contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
-            # Ours rather than torch's: they send what is kept to the host, allow backward to run a block again a second
-            # time, as zero-bubble
-            # schedules do, and are the same in every torch.
-            kept: list[Any] = []
-            return _CachingMode(self.policy_fn, kept, offload), _CachedMode(self.policy_fn, kept, offload)
+            # Ours rather than torch's: they offload what is saved, allow backward to recompute a block twice, as
+            # zero-bubble schedules do, and are the same in every torch.
+            saved: list[Any] = []
+            return _CachingMode(self.policy_fn(), saved, offload), _CachedMode(self.policy_fn, saved, offload)
 
         def traced_contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
-            # Torch's own mark the graph. Up to 2.11 they ask in recomputation too.
-            pick = {is_recompute: self.policy_fn() for is_recompute in (False, True)}
+            # Torch's own modes mark the graph. Up to 2.11 they ask during recomputation too.
+            must_save = {is_recompute: self.policy_fn() for is_recompute in (False, True)}
 
             def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-                keep = (
-                    pick[context.is_recompute](operator, args)
-                    or self.beside_mesh
-                    and operator.name() in _KEY_DIM
-                    and args[0].device.type == "cpu"
-                )
-                return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+                save = must_save[context.is_recompute](operator, args)
+                if self.has_mesh and operator.name() in _KEY_DIM and args[0].device.type == "cpu":
+                    save = True
+                return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
 
             return create_selective_checkpoint_contexts(policy)
 
         self.contexts, self.traced_contexts = contexts, traced_contexts
 
     def policy_fn(self) -> Callable[[Any, tuple], bool]:
-        """(operator, arguments) -> whether its result is kept; for one run of one block, whose matrix products are
-        counted.
-        """
+        """(operator, arguments) -> whether its result is saved; for one run of one block, whose matmuls it counts."""
         num_matmuls = 0
 
-        def pick(operator: Any, args: tuple) -> bool:
+        def must_save(operator: Any, args: tuple) -> bool:
             nonlocal num_matmuls
             name = operator.name()
             self.num_operators += 1
             if name in _MATMULS and "matmul" in self.save:
                 num_matmuls += 1
-                # The second of each two, not the first: of a feed-forward that is the narrow one.
-                return num_matmuls % 2 == 0 and self._keep("matmul")
+                # The second of each two, not the first: in a feed-forward its result is the narrow one.
+                return num_matmuls % 2 == 0 and self._note("matmul")
             if (name in _KEY_DIM or name == _RING) and "attention" in self.save:
                 num_keys = args[3] if name == _RING else args[1].shape[_KEY_DIM[name]]
                 if num_keys >= self.save_min_kv:
-                    return self._keep("attention")
+                    return self._note("attention")
                 self.longest = max(self.longest, int(num_keys))
             return False
 
-        return pick
+        return must_save
 
     def check(self) -> None:
-        """After a forward. ValueError if a kind was asked for of which there is no operator:
-
-        that would silently be mode full.
-        """
+        """After a forward. ValueError if a requested kind met no operator: the mode would silently be full."""
         if self.checked or not self.num_operators:
-            # without gradients nothing is kept, and a graph from the compiler's cache was checked when it was made
-            return
+            return  # without gradients nothing is saved; a graph from the compiler's cache was checked when it was made
         self.checked = True
-        if "attention" in self.save and "attention" not in self.kept:
+        if "attention" in self.save and "attention" not in self.saved_kinds:
             if self.longest:  # a short clip; longer ones will come, see `check_save_min_kv`
                 self.checked = False
                 return
             raise ValueError(
                 "activation_checkpoint.save: attention, but a block ran no attention operator that has a result "
-                "to keep; take it out"
+                "to save; "
+                "take it out"
             )
-        if "matmul" in self.save and "matmul" not in self.kept:
+        if "matmul" in self.save and "matmul" not in self.saved_kinds:
             raise ValueError(
-                "activation_checkpoint.save: matmul, but a block ran fewer than two matrix products (aten.mm, "
-                "aten.addmm); take it out"
+                "activation_checkpoint.save: matmul, but a block ran fewer than two matmuls (aten.mm, "
+                "aten.addmm); take "
+                "it out"
             )
 
-    def _keep(self, kind: str) -> bool:
-        self.kept.add(kind)
+    def _note(self, kind: str) -> bool:
+        self.saved_kinds.add(kind)
         return True
 
 
 class _CachingMode(TorchDispatchMode):
-    """Notes the results that are picked."""
+    """Saves the results that the policy selects."""
 
-    def __init__(self, policy_fn: Callable, kept: list[Any], offload: HostOffload | None):
+    def __init__(self, must_save: Callable[[Any, tuple], bool], saved: list[Any], offload: Any):
         super().__init__()
-        self.pick, self.kept, self.offload = policy_fn(), kept, offload
+        self.must_save, self.saved = must_save, saved
+        # Detached: the result itself will hold the graph, which holds this list.
+        self.pack = offload.pack if offload else Tensor.detach
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if self.pick(func, args):
-            # Detached: the result itself will hold the graph, which holds this list.
-            self.kept.append(tree_map_only(Tensor, self.offload.pack if self.offload else Tensor.detach, out))
+        if self.must_save(func, args):
+            self.saved.append(tree_map_only(Tensor, self.pack, out))
         return out
 
 
 class _CachedMode(TorchDispatchMode):
-    """Gives the noted results, in the same order, instead of computing them."""
+    """Returns the saved results, in the same order, instead of recomputing them."""
 
-    def __init__(self, policy_fn: Callable, kept: list[Any], offload: HostOffload | None):
+    def __init__(self, policy_fn: Callable[[], Callable[[Any, tuple], bool]], saved: list[Any], offload: Any):
         super().__init__()
-        self.policy_fn, self.kept, self.offload = policy_fn, kept, offload
+        self.policy_fn, self.saved, self.offload = policy_fn, saved, offload
 
     def __enter__(self):
-        self.pick, self.next = self.policy_fn(), iter(self.kept)
+        self.must_save, self.next = self.policy_fn(), iter(self.saved)
         return super().__enter__()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not self.pick(func, args):
+        if not self.must_save(func, args):
             return func(*args, **(kwargs or {}))
-        return tree_map_only(
-            (Tensor, OffloadedTensor),
-            lambda x: x.detach() if isinstance(x, Tensor) else self.offload.fetch(x),
-            next(self.next),
-        )
+        return tree_map(self._unpack, next(self.next))
+
+    def _unpack(self, x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return x.detach()
+        return self.offload.unpack(x) if self.offload else x
 
 
 def _set_memory_budget(budget: float) -> None:
-    """For all that is compiled from here on."""
+    """For everything that is compiled from here on."""
     config = torch._functorch.config
     config.activation_memory_budget = budget
     if hasattr(config, "unsafe_treat_script_objects_as_zero_size"):
@@ -273,35 +267,20 @@ def _set_memory_budget(budget: float) -> None:
         config.unsafe_treat_script_objects_as_zero_size = True
 
 
-def saved_bytes_per_token(dim: int, num_heads: int, section: ActivationCheckpoint, itemsize: int) -> int:
-    """Bytes of device memory that a checkpointed block keeps for each video token.
-
-    Its input, [D], and for selective attention its output, [D], and its lse, one float32 a head. With offload only the
-    lse stays.
-    """
-    if section.mode not in ("full", "selective") or "matmul" in section.save and section.mode == "selective":
-        raise ValueError(
-            "saved_bytes_per_token: in mode none or memory_budget, and for matmul, it depends on the model's "
-            "operators; run a dry run"
-        )
-    attention = section.mode == "selective"
-    on_device = 0 if section.offload else dim * itemsize * (1 + attention)
-    return on_device + 4 * num_heads * attention
-
-
 def recomputed_flops(section: ActivationCheckpoint, args: Any, num_tokens: int, batch: int) -> float:
-    """FLOPs of blocks' forward that backward runs again; args: the model's (see ModelSpec).
+    """FLOPs of the blocks' forward that backward recomputes. args: the model's (see ModelSpec).
 
-    What a memory budget makes of it is not known: 0.
+    0 for a memory budget: what the compiler recomputes is not known.
     """
     if section.mode not in ("full", "selective"):
         return 0.0
-    again = args.block_flops(num_tokens, batch)
+    recomputed = args.block_flops(num_tokens, batch)
     if section.mode == "selective":
         attention = args.num_layers * attention_flops(batch, num_tokens, num_tokens, args.dim)
-        products = again - attention
-        again = attention * ("attention" not in section.save) + products * (0.5 if "matmul" in section.save else 1)
-    return again * (len(section.layers) or args.num_layers) / args.num_layers
+        matmuls = recomputed - attention
+        matmul_share = 0.5 if "matmul" in section.save else 1
+        recomputed = attention * ("attention" not in section.save) + matmuls * matmul_share
+    return recomputed * (len(section.layers) or args.num_layers) / args.num_layers
 
 
 def rules(config: JobConfig, world_size: int) -> Iterator[str]:

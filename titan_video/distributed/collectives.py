@@ -1,6 +1,6 @@
 """Collectives that autograd and torch.compile see through, under one name in every supported torch.
 
-What they send is made contiguous, as torch 2.11 asks.
+What they send is made contiguous, as torch 2.11 requires.
 """
 
 import math
@@ -10,6 +10,8 @@ import torch.distributed._functional_collectives as functional
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from titan_video.models.spec import RankGroup
+
 # Renamed in torch 2.13, where the old names warn.
 _all_gather = getattr(functional, "all_gather_single_autograd", None) or functional.all_gather_tensor_autograd
 _reduce_scatter = (
@@ -17,39 +19,42 @@ _reduce_scatter = (
 )
 
 
-def all_gather(x: Tensor, dim: int, mesh: DeviceMesh) -> Tensor:
+def rank_group(mesh: DeviceMesh) -> RankGroup:
+    """The process group of a 1-D mesh, as data."""
+    return RankGroup(name=mesh.get_group().group_name, rank=mesh.get_local_rank(), size=mesh.size())
+
+
+def all_gather(x: Tensor, dim: int, group: RankGroup) -> Tensor:
     """The ranks' tensors, concatenated along `dim`. Backward is a reduce-scatter."""
-    # Always sent along dim 0 and arranged here. torch 2.13, asked for dim 1 of one clip, gives a view that loses its
-    # gradient when waited for.
+    # Always sent along dim 0 and rearranged here: torch 2.13, asked for dim 1 of one clip, returns a view that loses
+    # its
+    # gradient when it is waited for.
     if _is_outermost(x, dim):
-        rows = _ready(_all_gather(x.flatten(0, dim).contiguous(), 0, mesh.get_group()))
+        rows = _ready(_all_gather(x.flatten(0, dim).contiguous(), 0, group.name))
         return rows.view(*x.shape[:dim], -1, *x.shape[dim + 1 :])
-    return torch.cat(_ready(_all_gather(x.contiguous(), 0, mesh.get_group())).chunk(mesh.size()), dim)
+    return torch.cat(_ready(_all_gather(x.contiguous(), 0, group.name)).chunk(group.size), dim)
 
 
-def reduce_scatter(x: Tensor, dim: int, mesh: DeviceMesh) -> Tensor:
+def reduce_scatter(x: Tensor, dim: int, group: RankGroup) -> Tensor:
     """The sum of the ranks' tensors, of which each rank keeps its chunk of `dim`. Backward is an all-gather."""
     if _is_outermost(x, dim):
-        rows = _ready(_reduce_scatter(x.flatten(0, dim).contiguous(), "sum", 0, mesh.get_group()))
+        rows = _ready(_reduce_scatter(x.flatten(0, dim).contiguous(), "sum", 0, group.name))
         return rows.view(*x.shape[:dim], -1, *x.shape[dim + 1 :])
-    return _ready(_reduce_scatter(torch.cat(x.chunk(mesh.size(), dim)), "sum", 0, mesh.get_group()))
+    return _ready(_reduce_scatter(torch.cat(x.chunk(group.size, dim)), "sum", 0, group.name))
 
 
-def all_reduce(x: Tensor, mesh: DeviceMesh) -> Tensor:
+def all_reduce(x: Tensor, group: RankGroup) -> Tensor:
     """The sum of the ranks' tensors. Backward is an all-reduce."""
-    return _ready(functional.all_reduce(x.contiguous(), "sum", mesh.get_group()))
+    return _ready(functional.all_reduce(x.contiguous(), "sum", group.name))
 
 
-def all_to_all(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Chunk i of dim 0 goes to rank i; the result holds the chunks received, in rank order.
-
-    Backward is an all-to-all.
-    """
-    return _ready(functional.all_to_all_single_autograd(x.contiguous(), None, None, mesh.get_group()))
+def all_to_all(x: Tensor, group: RankGroup) -> Tensor:
+    """Chunk i of dim 0 goes to rank i; the result holds the received chunks, in rank order. Backward is the same."""
+    return _ready(functional.all_to_all_single_autograd(x.contiguous(), None, None, group.name))
 
 
 def _is_outermost(x: Tensor, dim: int) -> bool:
-    """Whether `dim` is the slowest one in memory, as the tokens of a single clip are: nothing is then copied."""
+    """Whether `dim` is the slowest one in memory, as the tokens of a single clip are: then nothing is copied."""
     return math.prod(x.shape[:dim]) == 1
 
 

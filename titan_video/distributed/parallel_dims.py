@@ -1,15 +1,15 @@
 """The device mesh: which ranks do what.
 
-Axes, outermost first, so that those that talk most sit on neighbouring ranks:
+Axes, outermost first; those that communicate most are on neighbouring ranks:
 
     pp           pipeline stages
     dp_replicate copies of the model
-    dp_shard     a copy's parameters are sharded over it
-    ring         context parallel: keys and values travel round
-    ulysses      context parallel: heads are exchanged for tokens
-    tp           tensor parallel: a rank has a part of each block's matrices
+    dp_shard     the parameters of a copy are sharded over it
+    ring         context parallel: keys and values pass every rank
+    ulysses      context parallel: tokens are exchanged for heads
+    tp           tensor parallel: each block's matrices are split
 
-The degrees are checked before start-up (`rules`, and `check_layout` for what depends on the model).
+The degrees are checked before start-up; `check_layout` checks what depends on the model.
 """
 
 from collections.abc import Iterator
@@ -80,10 +80,10 @@ class Meshes:
     """Named views of the mesh.
 
     batch: 1-D; its ranks have different samples. sequence: 1-D; its ranks have different tokens of the same samples. A
-    loss is summed over both. fsdp: 1-D (dp_shard x cp) or 2-D (dp_replicate, dp_shard x cp), over which the blocks are
-    sharded; fsdp_root: the same with tp,
-    for what is outside the blocks: tensor parallel does not split it, and its gradients too are sums over the tokens of
-        all these ranks.
+    loss is summed over both.
+    fsdp: 1-D (dp_shard x cp) or 2-D (dp_replicate, dp_shard x cp); the blocks are sharded over it. fsdp_root: the same
+    with tp, for what is outside the blocks: tensor parallel does not split it, and its gradients too are sums over the
+    tokens of all these ranks.
     """
 
     world: DeviceMesh
@@ -102,6 +102,52 @@ def context_parallel_degrees(section: Parallelism) -> tuple[int, int]:
     cp, method = section.context_parallel_degree, section.context_parallel_method
     ulysses = {"ulysses": cp, "ring": 1, "unified": section.context_parallel_ulysses_degree}[method]
     return cp // ulysses, ulysses
+
+
+def check_layout(section: Parallelism, args: Any, world_size: int) -> None:
+    """Check a layout against a model's architecture. ValueError: one line per broken rule, with field and legal values.
+
+    args: the model's arguments (see ModelSpec).
+    """
+    errors = list(_layout_errors(ParallelDims.of(section, world_size), section, args))
+    if errors:
+        raise ValueError("\n".join(errors))
+
+
+def _layout_errors(dims: ParallelDims, section: Parallelism, args: Any) -> Iterator[str]:
+    heads, hidden = args.num_heads, args.ffn_dim
+    if heads % dims.tp or hidden % dims.tp:
+        yield (
+            f"parallelism.tensor_parallel_degree: given {dims.tp}, which does not divide the model's {heads} "
+            f"heads and feed-forward width "
+            f"{hidden}; legal: {divisors(heads, hidden)}"
+        )
+        return
+    if (heads // dims.tp) % dims.ulysses:
+        field = (
+            "context_parallel_ulysses_degree"
+            if section.context_parallel_method == "unified"
+            else "context_parallel_degree"
+        )
+        per_rank = f"{heads} heads" if dims.tp == 1 else f"{heads // dims.tp} heads of each tensor-parallel rank"
+        yield (
+            f"parallelism.{field}: given {dims.ulysses}, but Ulysses divides the {per_rank}; legal: "
+            f"{divisors(heads // dims.tp)}; "
+            "context_parallel_method ring or unified takes other degrees"
+        )
+    stages = dims.pp * stages_per_rank(section)
+    if stages > args.num_layers:
+        most = args.num_layers // stages_per_rank(section)
+        yield (
+            f"parallelism.pipeline_parallel_degree: given {dims.pp}, which makes {stages} stages of "
+            f"{args.num_layers} blocks with "
+            f"pipeline_parallel_schedule {section.pipeline_parallel_schedule}; legal: at most {most}"
+        )
+
+
+def stages_per_rank(section: Parallelism) -> int:
+    """Pipeline stages on each rank: two for the schedules that interleave them."""
+    return 1 if section.pipeline_parallel_degree == 1 or section.pipeline_parallel_schedule in ("GPipe", "1F1B") else 2
 
 
 def data_parallel_degrees(section: Parallelism, world_size: int) -> tuple[int, int]:
@@ -157,50 +203,3 @@ def _degree_errors(section: Parallelism, world_size: int) -> Iterator[str]:
             f"parallelism.data_parallel_shard_degree: given {section.data_parallel_shard_degree};{rest} on "
             f"{world_size} ranks legal: {left}, or -1 for the same"
         )
-
-
-def check_layout(section: Parallelism, args: Any, world_size: int) -> None:
-    """What a model's architecture asks of a layout. ValueError with one line per rule broken, naming the field and the
-    legal values.
-
-    args: the model's arguments (see ModelSpec).
-    """
-    errors = list(_layout_errors(ParallelDims.of(section, world_size), section, args))
-    if errors:
-        raise ValueError("\n".join(errors))
-
-
-def _layout_errors(dims: ParallelDims, section: Parallelism, args: Any) -> Iterator[str]:
-    heads, hidden = args.num_heads, args.ffn_dim
-    if heads % dims.tp or hidden % dims.tp:
-        yield (
-            f"parallelism.tensor_parallel_degree: given {dims.tp}, which does not divide the model's {heads} "
-            f"heads and feed-forward width "
-            f"{hidden}; legal: {divisors(heads, hidden)}"
-        )
-        return
-    if (heads // dims.tp) % dims.ulysses:
-        field = (
-            "context_parallel_ulysses_degree"
-            if section.context_parallel_method == "unified"
-            else "context_parallel_degree"
-        )
-        per_rank = f"{heads} heads" if dims.tp == 1 else f"{heads // dims.tp} heads of each tensor-parallel rank"
-        yield (
-            f"parallelism.{field}: given {dims.ulysses}, but Ulysses divides the {per_rank}; legal: "
-            f"{divisors(heads // dims.tp)}; "
-            "context_parallel_method ring or unified takes other degrees"
-        )
-    stages = dims.pp * stages_per_rank(section)
-    if stages > args.num_layers:
-        most = args.num_layers // stages_per_rank(section)
-        yield (
-            f"parallelism.pipeline_parallel_degree: given {dims.pp}, which makes {stages} stages of "
-            f"{args.num_layers} blocks with "
-            f"pipeline_parallel_schedule {section.pipeline_parallel_schedule}; legal: at most {most}"
-        )
-
-
-def stages_per_rank(section: Parallelism) -> int:
-    """Pipeline stages on each rank: two for the schedules that interleave them."""
-    return 1 if section.pipeline_parallel_degree == 1 or section.pipeline_parallel_schedule in ("GPipe", "1F1B") else 2

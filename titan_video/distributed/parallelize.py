@@ -1,4 +1,4 @@
-"""The order in which a model is made ready for training; each step takes values, not the configuration."""
+"""The order in which a model is prepared for training; each step takes values, not the configuration."""
 
 import torch
 from torch import nn
@@ -7,11 +7,13 @@ from titan_video.config.job_config import ActivationCheckpoint, Compile, Float8,
 from titan_video.distributed.activation_checkpoint import apply_activation_checkpoint
 from titan_video.distributed.compile import apply_compile
 from titan_video.distributed.context_parallel import apply_context_parallel
-from titan_video.distributed.float8 import apply_float8
 from titan_video.distributed.fsdp import apply_fsdp
 from titan_video.distributed.parallel_dims import Meshes
 from titan_video.distributed.tensor_parallel import apply_tensor_parallel
 from titan_video.models.spec import ParallelPlan
+from titan_video.tools.parts import resolve
+
+FLOAT8 = "titan_video.distributed.float8:apply_float8"  # optional
 
 
 def parallelize(
@@ -22,16 +24,18 @@ def parallelize(
     training: Training,
     checkpointing: ActivationCheckpoint,
     compilation: Compile,
+    *,
     checkpointed: frozenset[tuple[str, str]] | None = None,
     float8: Float8 = Float8(),
 ) -> None:
-    """Float8, tensor parallel, context parallel, checkpointing, compile, FSDP2: in place, on a model whose parameters
-    may be on the meta device.
+    """Apply float8, tensor parallel, context parallel, checkpointing, compile and FSDP2, in this order and in place.
 
-    checkpointed: `chosen_blocks` of the whole model, where `model` is a pipeline stage. ValueError: see
-    `apply_activation_checkpoint` and `apply_float8`.
+    The parameters may be on the meta device. One section a step, hence nine parameters.
+    checkpointed: `select_blocks` of the full model, where `model` is one pipeline stage of it.
+    ValueError: see `apply_activation_checkpoint` and `apply_float8`.
     """
     if float8.enable:
+        apply_float8 = resolve(FLOAT8, asked_by="float8.enable = true")
         apply_float8(model, plan, float8, meshes.world.device_type, meshes.tp.size())
     if meshes.tp.size() > 1:
         apply_tensor_parallel(model, plan, meshes.tp, parallelism.enable_async_tensor_parallel)

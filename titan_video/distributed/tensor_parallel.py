@@ -1,17 +1,17 @@
-"""Tensor parallel with sequence-parallel norms: the ranks of a group share the matrices of each block, and between
-these matrices the tokens.
+"""Tensor parallel with sequence-parallel norms: the ranks of a group share the matrices of each block, and, between
+these matrices, the tokens.
 
-    tokens/t -- norm, modulate --[all-gather]-- tokens -- column -- heads/t -- attention -- row --[reduce-scatter]--
-    tokens/t -- + residual
+    tokens/t -- norm, modulate --[all-gather]-- tokens -- colwise -- heads/t -- attention -- rowwise
+             --[reduce-scatter]-- tokens/t -- + residual
 
-t ranks each hold 1/t of the rows of a block's entering matrices (q, k, v, up) and 1/t of the columns of its leaving
-ones (o, down), so attention runs on 1/t of the heads. Outside these pairs a rank computes with its own tokens only.
-(Shoeybi et al. 2019, "Megatron-LM"; "Megatron-LM"; Korthikanti et al. 2022, "Reducing activation recomputation in large
-transformer models".)
+Each of t ranks holds 1/t of the rows of a block's input matrices (q, k, v, up) and 1/t of the columns of its output
+matrices (o, down), so attention runs on 1/t of the heads. Outside these pairs a rank computes with its own tokens only.
+(Shoeybi et al. 2019, "Megatron-LM"; Korthikanti et al. 2022, "Reducing activation recomputation in large transformer
+models".)
 
-Which module takes which part is data, `ParallelPlan.tensor`; `STYLES` says what each part means. Activations are plain
-tensors and collectives are written out; parameters become DTensors, so that FSDP, checkpoints and the gradient norm
-know what each rank has.
+Which module is split how is data, `ParallelPlan.tensor`; `STYLES` implements each style. Activations are plain tensors
+and collectives are written out; parameters become DTensors, so that FSDP, checkpoints and the gradient norm know what
+each rank has.
 """
 
 import operator
@@ -26,10 +26,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import Placement
 
 from titan_video.config.job_config import JobConfig
-from titan_video.distributed.collectives import all_gather, all_reduce, reduce_scatter
+from titan_video.distributed.collectives import all_gather, all_reduce, rank_group, reduce_scatter
 from titan_video.distributed.fsdp import get_blocks
 from titan_video.kernels import mean_square
-from titan_video.models.layers import Linear, local
+from titan_video.models.layers import Linear, local_shard
 from titan_video.models.spec import ParallelPlan
 
 
@@ -54,50 +54,49 @@ def apply_tensor_parallel(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh
 
 
 def enable_async(mesh: DeviceMesh) -> None:
-    """Let the compiler break each gather and scatter into parts that are sent while the product with another part is
-    computed.
+    """Let the compiler split each gather and scatter into parts, sent while the matmul of another part is computed.
 
-    ValueError where that cannot work. Not yet run on GPUs. What torch 2.13's pass
-    (torch/_inductor/fx_passes/micro_pipeline_tp.py) takes, and
-    finds in a compiled Wan block: an all-gather along any dim whose result is multiplied, by one matrix or, for q, k
-    product whose result is reduce-scattered. A bias within the product (`addmm`) hides the first, hence
-    gathers and 3 scatters of a block are taken; backward all 3 gathers and 2 scatters: what q, k and v send back is a
-    sum of products.
+    ValueError where that cannot work. Not yet run on GPUs. torch 2.13's pass
+    (torch/_inductor/fx_passes/micro_pipeline_tp.py) takes an all-gather along any dim whose result goes into one or,
+    for q, k and v, several matmuls, and a matmul whose result is reduce-scattered. A bias inside the matmul (`addmm`)
+    hides the first, hence `colwise_unfused`. In a compiled Wan block it finds, forward, all 3 gathers and 3 scatters;
+    backward, all 3 gathers and 2 of the scatters: the gradient that q, k and v send back is a sum of matmuls.
     """
     if mesh.device_type != "cuda":
         raise ValueError(
-            f"parallelism.enable_async_tensor_parallel: true, but it needs GPUs that see each other's memory, "
-            f"and this run is on "
-            f"{mesh.device_type}; leave it false"
+            f"parallelism.enable_async_tensor_parallel: true, but it needs GPUs that see each other's memory, and this "
+            f"run is on {mesh.device_type}; leave it false"
         )
     import torch._inductor.config
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
     torch._inductor.config._micro_pipeline_tp = True
-    with warnings.catch_warnings():  # torch 2.13 calls it needless, yet its pass skips groups without it
+    with warnings.catch_warnings():  # deprecated in 2.13, yet its pass skips groups without it
         warnings.simplefilter("ignore", FutureWarning)
         enable_symm_mem_for_group(mesh.get_group().group_name)
 
 
 def collectives_per_block(plan: ParallelPlan, block: nn.Module) -> tuple[dict[str, int], dict[str, int]]:
-    """How often each collective is called for tensor parallel in the forward of a split block, which a checkpointed
-    its backward, where the gradient of each whole parameter (norms and biases that follow a scatter) is added up over
-    the ranks."""
+    """({collective: calls} in the forward, in the backward) of a tensor-parallel block.
+
+    A checkpointed block runs its forward again. The backward also all-reduces the gradient of each replicated parameter
+    (norms, and biases that follow a scatter).
+    """
     used = Counter(style for name, style in plan.tensor.items() if has(block, name))
-    gathers = used["gather"] + used["column_gathered"]
-    scatters = used["row"] + used["row_joint"]
-    sums = used["rms_stats"] + used["row_replicated"] + used["row_joint"]
-    whole = sum(p.requires_grad and p.placements[-1].is_replicate() for p in block.parameters())
+    gathers = used["all_gather_input"] + used["colwise_gathered"]
+    scatters = used["rowwise"] + used["rowwise_joint"]
+    sums = used["rms_stats"] + used["rowwise_replicated"] + used["rowwise_joint"]
+    replicated = sum(p.requires_grad and p.placements[-1].is_replicate() for p in block.parameters())
     return (
         {"all_gather": gathers, "reduce_scatter": scatters, "all_reduce": sums},
-        {"all_gather": scatters, "reduce_scatter": gathers, "all_reduce": sums + whole},
+        {"all_gather": scatters, "reduce_scatter": gathers, "all_reduce": sums + replicated},
     )
 
 
 def bytes_per_collective(batch: int, tokens: int, width: int, tp: int, itemsize: int) -> int:
-    """Bytes that each rank sends in one gather or scatter of activations: all parts but its own. tokens:
+    """Bytes that each rank sends in one gather or scatter of activations: all parts but its own.
 
-    of the whole group.
+    tokens: of the whole group.
     """
     return (tp - 1) * batch * (tokens // tp) * width * itemsize
 
@@ -113,12 +112,15 @@ def has(block: nn.Module, name: str) -> bool:
 # ---- styles: what becomes of attribute `name` of `parent` ----
 
 
-def gather(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
-    """A module whose first argument [B, L, D], this rank's tokens, is to hold those of the whole group."""
-    parent.get_submodule(name).register_forward_pre_hook(lambda module, args: (all_gather(args[0], 1, mesh), *args[1:]))
+def all_gather_input(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
+    """A module whose first argument, this rank's tokens [B, L, D], is gathered to those of the group."""
+    group = rank_group(mesh)
+    parent.get_submodule(name).register_forward_pre_hook(
+        lambda module, args: (all_gather(args[0], 1, group), *args[1:])
+    )
 
 
-def column(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
+def colwise(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
     """A Linear of which each rank computes some of the outputs."""
     linear = parent.get_submodule(name)
     distribute(linear, "weight", mesh, Shard(0))
@@ -127,32 +129,30 @@ def column(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
         distribute(linear.adapter, "up", mesh, Shard(0))
 
 
-def column_gathered(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
-    """A Linear of few rows, of which each rank computes some of the outputs and then has all."""
-    column(parent, name, mesh)
-    parent.get_submodule(name).register_forward_hook(lambda module, args, out: all_gather(out, out.ndim - 1, mesh))
+def colwise_gathered(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
+    """A Linear of few rows: each rank computes some of the outputs, then all ranks gather all of them."""
+    colwise(parent, name, mesh)
+    group = rank_group(mesh)
+    parent.get_submodule(name).register_forward_hook(lambda module, args, out: all_gather(out, out.ndim - 1, group))
 
 
-def row(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
-    """A Linear of which each rank has some of the inputs, and gets the outputs of its own tokens."""
-    _row(parent, name, mesh, _own_tokens(mesh))
+def rowwise(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
+    """A Linear of which each rank has some of the inputs; it gets the outputs of its own tokens."""
+    _rowwise(parent, name, mesh, (_reduce_scatter_tokens(mesh),))
 
 
-def row_replicated(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
-    """A Linear of which each rank has some of the inputs, and gets all outputs:
-
-    for text, which is whole on each rank.
-    """
-    _row(parent, name, mesh, _all_tokens(mesh))
+def rowwise_replicated(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
+    """A Linear of which each rank has some of the inputs; it gets all outputs. For text, which is replicated."""
+    _rowwise(parent, name, mesh, (_all_reduce_sums(mesh),))
 
 
-def row_joint(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
-    """A Linear of video and of text tokens: `row` for the former, `row_replicated` for the latter."""
-    _row(parent, name, mesh, _own_tokens(mesh), _all_tokens(mesh))
+def rowwise_joint(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
+    """A Linear of video and of text tokens: `rowwise` for the former, `rowwise_replicated` for the latter."""
+    _rowwise(parent, name, mesh, (_reduce_scatter_tokens(mesh), _all_reduce_sums(mesh)))
 
 
-def heads(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
-    """A vector over all heads, of which each rank needs that of its own."""
+def shard_vector(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
+    """A vector over all heads, of which each rank has the part of its own heads."""
     distribute(parent, name, mesh, Shard(0))
 
 
@@ -162,38 +162,47 @@ def rms_stats(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
 
 
 STYLES: dict[str, Callable[[nn.Module, str, DeviceMesh], None]] = {
-    style.__name__: style
-    for style in (gather, column, column_gathered, row, row_replicated, row_joint, heads, rms_stats)
+    "all_gather_input": all_gather_input,
+    "colwise": colwise,
+    "colwise_gathered": colwise_gathered,
+    "rowwise": rowwise,
+    "rowwise_replicated": rowwise_replicated,
+    "rowwise_joint": rowwise_joint,
+    "shard_vector": shard_vector,
+    "rms_stats": rms_stats,
 }
 
 
-def gather_in_chunks(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
-    """`gather`, always with the concatenation that the compiler's pass looks for."""
+def all_gather_input_in_chunks(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
+    """`all_gather_input`, always with the concatenation that the compiler's pass looks for."""
+    group = rank_group(mesh)
 
     def hook(module: nn.Module, args: tuple) -> tuple:
-        return torch.cat(all_gather(args[0], 0, mesh).chunk(mesh.size()), dim=1), *args[1:]
+        return torch.cat(all_gather(args[0], 0, group).chunk(group.size), dim=1), *args[1:]
 
     parent.get_submodule(name).register_forward_pre_hook(hook)
 
 
-def column_unfused(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
-    """`column`, with a product that the compiler's pass sees: the bias is added after it."""
-    column(parent, name, mesh)
+def colwise_unfused(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
+    """`colwise` with a matmul that the compiler's pass sees: the bias is added after it."""
+    colwise(parent, name, mesh)
     parent.register_module(name, UnfusedLinear(parent.get_submodule(name), (lambda x: x,)))
 
 
-ASYNC_STYLES = {**STYLES, "gather": gather_in_chunks, "column": column_unfused}
+ASYNC_STYLES = {**STYLES, "all_gather_input": all_gather_input_in_chunks, "colwise": colwise_unfused}
 
 
-def _own_tokens(mesh: DeviceMesh) -> Callable[[Tensor], Tensor]:
-    return lambda sums_BLD: reduce_scatter(sums_BLD, 1, mesh)
+def _reduce_scatter_tokens(mesh: DeviceMesh) -> Callable[[Tensor], Tensor]:
+    group = rank_group(mesh)
+    return lambda sums_BLD: reduce_scatter(sums_BLD, 1, group)
 
 
-def _all_tokens(mesh: DeviceMesh) -> Callable[[Tensor], Tensor]:
-    return lambda sums_BLD: all_reduce(sums_BLD, mesh)
+def _all_reduce_sums(mesh: DeviceMesh) -> Callable[[Tensor], Tensor]:
+    group = rank_group(mesh)
+    return lambda sums_BLD: all_reduce(sums_BLD, group)
 
 
-def _row(parent: nn.Module, name: str, mesh: DeviceMesh, *complete: Callable[[Tensor], Tensor]) -> None:
+def _rowwise(parent: nn.Module, name: str, mesh: DeviceMesh, complete: tuple[Callable[[Tensor], Tensor], ...]) -> None:
     linear = parent.get_submodule(name)
     distribute(linear, "weight", mesh, Shard(1))
     distribute(linear, "bias", mesh, Replicate())
@@ -203,44 +212,44 @@ def _row(parent: nn.Module, name: str, mesh: DeviceMesh, *complete: Callable[[Te
 
 
 def distribute(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:
-    """Make a parameter a DTensor, each rank taking its part of the tensor that it has."""
-    whole = module.get_parameter(name)
-    part = distribute_tensor(whole.detach(), mesh, [placement], src_data_rank=None)
-    module.register_parameter(name, nn.Parameter(part, requires_grad=whole.requires_grad))
+    """Make a parameter a DTensor; each rank takes its shard of the tensor that it has. Nothing is sent."""
+    full = module.get_parameter(name)
+    shard = distribute_tensor(full.detach(), mesh, [placement], src_data_rank=None)
+    module.register_parameter(name, nn.Parameter(shard, requires_grad=full.requires_grad))
 
 
 class UnfusedLinear(nn.Module):
-    """A Linear of one or more inputs, whose products with the weight are completed, each by its function, before the
-    bias is added.
-    """
+    """A Linear of one or more inputs; each matmul's result is completed by its own function before the bias is added."""
 
     def __init__(self, linear: Linear, complete: tuple[Callable[[Tensor], Tensor], ...]):
         super().__init__()
-        self.weight, self.bias, self.adapter, self.product = linear.weight, linear.bias, linear.adapter, linear.product
+        self.weight, self.bias = linear.weight, linear.bias
+        self.adapter, self.linear_fn = linear.adapter, linear.linear_fn
         self.complete = complete
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        weight, bias = local(self.weight), local(self.bias)
-        products = (
-            self.product(x, weight) if self.adapter is None else self.product(x, weight) + self.adapter(x)
-            for x in inputs
-        )
-        outputs = tuple(complete(y) + bias for complete, y in zip(self.complete, products, strict=True))
-        return outputs if len(outputs) > 1 else outputs[0]
+        weight, bias = local_shard(self.weight), local_shard(self.bias)
+        outputs = []
+        for complete, x in zip(self.complete, inputs, strict=True):
+            y = self.linear_fn(x, weight)
+            if self.adapter is not None:
+                y = y + self.adapter(x)
+            outputs.append(complete(y) + bias)
+        return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
 
 class AllReduceRMS(nn.Module):
-    """Mean squares of q and the keys over the whole width, of which each rank has an equal part:
+    """Mean squares of q and the keys over the full width, of which each rank has an equal part.
 
-    one all-reduce of a number per row for all.
+    One all-reduce of a number per row serves all of them.
     """
 
     def __init__(self, mesh: DeviceMesh):
         super().__init__()
-        self.mesh = mesh
+        self.group = rank_group(mesh)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        means = all_reduce(torch.cat([mean_square(x) for x in tensors], dim=1), self.mesh) / self.mesh.size()
+        means = all_reduce(torch.cat([mean_square(x) for x in tensors], dim=1), self.group) / self.group.size
         return means.split([x.shape[1] for x in tensors], dim=1)
 
 

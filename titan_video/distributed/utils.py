@@ -1,4 +1,4 @@
-"""Process groups, reductions over named axes, and layout-free initial weights."""
+"""Process groups, reductions over named axes, sharded tensors, and initial weights that do not depend on the layout."""
 
 import hashlib
 import os
@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def meet(timeout_seconds: int) -> dist.Store:
+def rendezvous(timeout_seconds: int) -> dist.Store:
     """The store of all ranks that torchrun started."""
     return next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))[0]
 
@@ -24,23 +24,21 @@ def init_distributed(
 ) -> None:
     """Join the process group that torchrun set up, or make a group of one. On a GPU, host tensors go through gloo.
 
-    store: that of all ranks, when only the first `num_ranks` of them are to be in the group: the others take no part in
-        anything.
+    store: that of all ranks, when only the first `num_ranks` of them join; the others take part in no collective.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
     if store is not None:
         store = dist.PrefixStore("training", store)
-        dist.init_process_group(
-            backend, timeout=timeout, store=store, rank=int(os.environ["RANK"]), world_size=num_ranks
-        )
+        rank = int(os.environ["RANK"])
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=num_ranks)
     elif "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def set_timeout(timeout_seconds: int, *meshes: DeviceMesh) -> None:
+def set_timeout(timeout_seconds: int, meshes: list[DeviceMesh]) -> None:
     """From here on a collective of the default group or of any axis of `meshes` fails after this time."""
     groups = [None, *(group for mesh in meshes for group in mesh.get_all_groups())]
     for group in groups:
@@ -55,17 +53,15 @@ def reduce_over(mesh: DeviceMesh, value: Tensor, op: str) -> Tensor:
     return result
 
 
-def gather_objects(value, group=None) -> list:
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list:
     """`value` of every rank, in rank order, on all ranks."""
     values = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
 
 
-def broadcast_from_rank0(function: Callable[[], Any], group=None) -> Any:
-    """What `function` returns on rank 0, on all ranks; what it raises there is raised on all ranks, so that none waits
-    for another.
-    """
+def broadcast_from_rank0(function: Callable[[], Any], group: dist.ProcessGroup | None = None) -> Any:
+    """The result of `function`, called on rank 0, on all ranks; its exception is raised on all, so that none waits."""
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -79,11 +75,12 @@ def broadcast_from_rank0(function: Callable[[], Any], group=None) -> Any:
 
 
 def clean_name(name: str) -> str:
-    """A parameter's name without what checkpointing and compile wrappers put in."""
+    """A parameter's name without what checkpointing and compile wrappers insert."""
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
 def derive_seed(name: str, seed: int) -> int:
+    """A seed for one purpose, from its name and the run's seed."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1
 
 
@@ -94,11 +91,11 @@ def initialise(
     seed: int,
     which: Callable[[str], bool] | None = None,
 ) -> None:
-    """Fill every parameter, or those of which `which` says so by name, from a generator keyed by (seed, name), so that
-    all layouts start from the same weights.
+    """Fill every parameter, or those whose name `which` accepts, so that all layouts start from the same weights.
 
-    Each rank makes each whole tensor on the host, one at a time, and keeps its shard; nothing is sent. (torch's own
-    initialisers give the shards of a CPU mesh equal values, and on GPUs values that depend on the layout.)
+    Each rank draws each full tensor on the host, from a generator keyed by (seed, name), one at a time, and keeps its
+    shard; nothing is sent. (torch's own initialisers give the shards of a CPU mesh equal values, and on GPUs values that
+    depend on the layout.)
     """
     for name, p in model.named_parameters():
         name = clean_name(name)
@@ -113,11 +110,10 @@ def initialise(
 
 @torch.no_grad()
 def clip_grad_norm(model: nn.Module, max_norm: float, pp_mesh: DeviceMesh | None = None) -> Tensor:
-    """The 2-norm of all gradients over all ranks, a plain scalar; gradients are scaled down to `max_norm` if that is
-    above 0.
+    """The 2-norm of all gradients over all ranks, a plain scalar; gradients are scaled down to `max_norm` if it is > 0.
 
-    pp_mesh: the axis over whose ranks the parameters are dealt out. A norm that is not finite is returned as it is, for
-        the caller to judge.
+    pp_mesh: the axis over whose ranks the parameters are partitioned. A norm that is not finite is returned as it is; the
+    caller decides what follows.
     """
     by_mesh = defaultdict(list)  # torch sums over the ranks of one mesh at a time
     for p in model.parameters():
@@ -135,28 +131,25 @@ def clip_grad_norm(model: nn.Module, max_norm: float, pp_mesh: DeviceMesh | None
 
 
 def to_local(t: Tensor) -> Tensor:
-    """This rank's part of a tensor, in the same memory. Without gradient: `models.layers.local` has one."""
+    """This rank's shard of a tensor, in the same memory, without gradient; `models.layers.local_shard` has one."""
     return t.to_local() if isinstance(t, DTensor) else t
 
 
 @torch.no_grad()
 def zeros_like_sharded(parameter: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """A tensor with the rows of a parameter and so many columns in place of its last dim, sharded like it.
-
-    A split of columns must be even.
-    """
-    own = to_local(parameter)
-    size = *own.shape[:-1], columns * own.shape[-1] // parameter.shape[-1]
+    """Zeros with a parameter's rows and `columns` in place of its last dim, sharded like it. Columns split evenly."""
+    local = to_local(parameter)
+    size = *local.shape[:-1], columns * local.shape[-1] // parameter.shape[-1]
     zeros = torch.zeros(size, dtype=dtype, device=parameter.device)
     if not isinstance(parameter, DTensor):
         return zeros
-    whole = torch.Size((*parameter.shape[:-1], columns))
-    stride = (columns, 1)[2 - len(whole) :]
+    shape = torch.Size((*parameter.shape[:-1], columns))
+    stride = (columns, 1)[2 - len(shape) :]
     return DTensor.from_local(
-        zeros, parameter.device_mesh, parameter.placements, run_check=False, shape=whole, stride=stride
+        zeros, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
     )
 
 
 def get_mesh(parameter: Tensor) -> DeviceMesh | None:
-    """The mesh that a parameter is spread over."""
+    """The mesh that a parameter is sharded over."""
     return parameter.device_mesh if isinstance(parameter, DTensor) else None

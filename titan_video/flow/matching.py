@@ -1,13 +1,12 @@
-"""Rectified flow: which noise levels are trained, how noise is mixed in, what the model is asked for, and with what
-weight.
+"""Rectified flow: which noise levels are trained, how noise is mixed in, the target, and its weight.
 
-    u ~ U(0,1)  ->  density's inverse CDF  ->  shift  ->  s in [min_t, max_t]
-    x_s = (1 - s) x_0 + s eps,   target v = eps - x_0,   loss = w(s) |v_pred - v|^2,   the model is told t = 1000 s
+    u ~ U(0,1)  ->  density's inverse CDF  ->  time shift  ->  sigma in [min_t, max_t]
+    x_sigma = (1 - sigma) x_0 + sigma eps,   target v = eps - x_0,   loss = w(sigma) |v_pred - v|^2,   t = 1000 sigma
 
-s = 1 is pure noise. Levels and times are float32 throughout: bfloat16 has 8 bits, and steps of 1000 s would collapse.
+sigma = 1 is pure noise. Sigmas and times are float32 throughout: bfloat16 has 8 bits, and steps of 1000 sigma would
+collapse.
 Sources: Liu et al. 2022 (rectified flow); Esser et al. 2024, "Scaling rectified flow transformers", eq. 19
-(logit-normal), eq. 20 (mode), eq. 23 (shift); the bell weight is that of public Wan trainers (DiffSynth-Studio's
-flow-match scheduler).
+(logit-normal), eq. 20 (mode), eq. 23 (shift); the bell weight is that of public Wan trainers (DiffSynth-Studio's flow-match scheduler).
 """
 
 import math
@@ -22,55 +21,55 @@ from titan_video.config.job_config import Flow, JobConfig
 NUM_TRAIN_TIMESTEPS = 1000
 
 
-def time_shift(s: Tensor | float, alpha: float):
-    """Move levels towards noise for alpha > 1: s <- alpha s / (1 + (alpha - 1) s) (Esser et al. 2024, eq. 23)."""
-    return alpha * s / (1 + (alpha - 1) * s)
+def time_shift(sigma: Tensor | float, alpha: float) -> Tensor | float:
+    """Move sigmas towards noise for alpha > 1: sigma <- alpha sigma / (1 + (alpha - 1) sigma) (Esser et al. eq. 23)."""
+    return alpha * sigma / (1 + (alpha - 1) * sigma)
 
 
 def interpolate(x0: Tensor, noise: Tensor, sigma_B: Tensor) -> Tensor:
-    """x_s = (1 - s) x_0 + s eps, in float32, s broadcast over all but the first dim."""
-    s = sigma_B.view(-1, *[1] * (x0.ndim - 1))
-    return torch.lerp(x0.float(), noise.float(), s)
+    """x_sigma = (1 - sigma) x_0 + sigma eps, in float32, sigma broadcast over all but the first dim."""
+    sigma = sigma_B.view(-1, *[1] * (x0.ndim - 1))
+    return torch.lerp(x0.float(), noise.float(), sigma)
 
 
-def velocity(x0: Tensor, noise: Tensor) -> Tensor:
-    """The target v = dx_s/ds = eps - x_0, float32."""
+def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:
+    """The target v = dx_sigma/dsigma = eps - x_0, float32."""
     return noise.float() - x0.float()
 
 
 def expert_sigma_range(section: Flow, expert: str, boundary: float) -> Flow:
-    """The section with the noise levels of one of two experts:
+    """The section with the range of sigmas of one of two experts.
 
-    "high" trains those from the boundary on, "low" those below it; "all": as it is.
+    "high" trains sigmas from the boundary on, "low" those below it, "all" is the section as it is.
     """
     if expert == "all":
         return section
     if not boundary:
         raise ValueError(
-            f'model.expert = "{expert}", but this model.flavor knows no boundary between experts; set '
-            f"model.boundary, such as 0.875"
+            f'model.expert = "{expert}", but this model.flavor knows no boundary between experts; set model.boundary, '
+            f"such as 0.875"
         )
     return replace(section, min_t=boundary) if expert == "high" else replace(section, max_t=boundary)
 
 
 class FlowMatching:
-    """Noise levels and loss weights of one run.
+    """Sigmas and loss weights of one run.
 
-    The density is cut to [min_t, max_t] by drawing u between the values of the CDF there, so an expert trained on part
-    of the levels sees the full density's own shape over its part.
+    The density is truncated to [min_t, max_t] by drawing u between the values of its CDF there, so an expert trained on
+    part of the range sees the shape of the full density over its part.
     """
 
     def __init__(self, section: Flow):
         self.section = section
-        self._weight_means: dict[int, float] = {}
+        self._mean_weights: dict[int, float] = {}
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The noise levels that are trained."""
+        """The range of sigmas that is trained."""
         return self.section.min_t, self.section.max_t
 
     def alpha(self, num_tokens: int) -> float:
-        """The shift for clips of this many tokens."""
+        """The time shift for clips of this many tokens."""
         c = self.section
         if c.shift == "none":
             return 1.0
@@ -83,41 +82,41 @@ class FlowMatching:
             return u
         if c.timestep_density == "logit_normal":
             return torch.sigmoid(c.logit_mean + c.logit_std * torch.special.ndtri(u))
-        # The paper's map falls from 1 to 0 as u rises; it is fed 1 - u so that quantiles rise.
+        # The paper's map decreases from 1 to 0 in u; 1 - u makes the quantile increase.
         w = 1 - u
         return 1 - w - c.mode_scale * (torch.cos(math.pi / 2 * w) ** 2 - 1 + w)
 
-    def _cdf(self, s: float) -> float:
-        """Bisection of the quantile: exact enough for interval ends, and one code path for all densities."""
-        if s <= 0 or s >= 1:
-            return min(max(s, 0.0), 1.0)
+    def _cdf(self, sigma: float) -> float:
+        """By bisection of the quantile: exact enough for the ends of a range, and one code path for all densities."""
+        if sigma <= 0 or sigma >= 1:
+            return min(max(sigma, 0.0), 1.0)
         low, high = 0.0, 1.0
         for _ in range(60):
             mid = (low + high) / 2
-            below = float(self._quantile(torch.tensor(mid, dtype=torch.float64))) < s
+            below = float(self._quantile(torch.tensor(mid, dtype=torch.float64))) < sigma
             low, high = (mid, high) if below else (low, mid)
         return (low + high) / 2
 
     def sigmas(self, u_B: Tensor, num_tokens: int) -> Tensor:
-        """Map uniform numbers in (0, 1) to noise levels sigma_B, float32, within [min_t, max_t]."""
+        """Map uniform numbers in (0, 1) to sigmas, float32, within [min_t, max_t]."""
         c, alpha = self.section, self.alpha(num_tokens)
         low, high = (self._cdf(time_shift(t, 1 / alpha)) for t in (c.min_t, c.max_t))
-        s = time_shift(self._quantile(low + (high - low) * u_B.double()), alpha)
-        return s.clamp(c.min_t, c.max_t).float()
+        sigma_B = time_shift(self._quantile(low + (high - low) * u_B.double()), alpha)
+        return sigma_B.clamp(c.min_t, c.max_t).float()
 
     def weights(self, sigma_B: Tensor, num_tokens: int) -> Tensor:
-        """Loss weight of each level, float32, with mean 1 over the levels that this run draws."""
+        """Loss weight of each sigma, float32, with mean 1 over the sigmas that this run draws."""
         if self.section.loss_weighting == "none":
             return torch.ones_like(sigma_B)
-        if num_tokens not in self._weight_means:
+        if num_tokens not in self._mean_weights:
             grid = self.sigmas((torch.arange(4096, dtype=torch.float64) + 0.5) / 4096, num_tokens)
-            self._weight_means[num_tokens] = float(_bell(grid).mean())
-        return _bell(sigma_B) / self._weight_means[num_tokens]
+            self._mean_weights[num_tokens] = float(_bell(grid).mean())
+        return _bell(sigma_B) / self._mean_weights[num_tokens]
 
 
-def _bell(s: Tensor) -> Tensor:
-    """exp(-2 (s - 1/2)^2), lowered to 0 at both ends."""
-    return torch.exp(-2 * (s - 0.5) ** 2) - math.exp(-0.5)
+def _bell(sigma: Tensor) -> Tensor:
+    """exp(-2 (sigma - 1/2)^2), lowered to 0 at both ends."""
+    return torch.exp(-2 * (sigma - 0.5) ** 2) - math.exp(-0.5)
 
 
 def rules(config: JobConfig, world_size: int) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """All randomness of the objective, as a function of (seed, sample id).
 
-A rank's own generator would tie what a sample sees to the layout and to what was drawn before it. Here each draw is
-keyed by what it is for, so two layouts, or a run and its resumption, train on the same noise. The generator is Philox
+The state of a rank's generator would make a sample's noise depend on the layout and on earlier draws. Here each draw is
+keyed by its purpose, so two layouts, or a run and its resumption, train on the same noise. The generator is Philox
 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): key = (seed, sample id), and the counter's top word
 names the stream. It runs on the host, so CPU and GPU runs agree as well.
 """

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan_video.config.job_config import JobConfig, Lora
-from titan_video.models.layers import Linear, cast_params, local
+from titan_video.models.layers import Linear, cast_params, local_shard
 from titan_video.models.spec import ModelSpec
 
 NAME = "adapter"
@@ -36,16 +36,7 @@ class Adapter(nn.Module):
         self.up = nn.Parameter(torch.empty(linear.out_features, rank, **like))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, local(self.down)) * self.scale, local(self.up))
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a parameter, by its clean name, is an adapter's."""
-    return name.rsplit(".", 2)[-2:-1] == [NAME]
-
-
-def is_frozen(name: str) -> bool:
-    return not is_adapter(name)
+        return F.linear(F.linear(x, local_shard(self.down)) * self.scale, local_shard(self.up))
 
 
 def add_adapters(model: nn.Module, spec: ModelSpec, section: Lora, dtype: torch.dtype) -> None:

@@ -29,7 +29,8 @@ from titan_video.config.job_config import Lora
 from titan_video.distributed.fsdp import reshard
 from titan_video.distributed.utils import broadcast_from_rank0, clean_name
 from titan_video.kernels import upcast
-from titan_video.lora.adapters import NAME, Adapter, add_adapters, is_adapter
+from titan_video.lora.adapters import NAME, Adapter, add_adapters
+from titan_video.models.layers import is_adapter
 from titan_video.models.spec import ModelSpec
 from titan_video.tools.logging import logger
 from titan_video.weights.formats import Part, public_tensors, some

@@ -1,12 +1,13 @@
-"""What a model is given beside noise, time and text: declared by its architecture arguments, prepared from data, joined
-to its tokens.
+"""What a model takes beside noise, time and text: declared by its arguments, prepared from data, joined to its tokens.
 
-    form            how the given frames of image-to-video come in                                        models
-    mask_first      4 channels mark their pixel frames, then latents of the clip with all others grey     Wan 2.1, Wan 2.2 A14B
-    mask_last       latents of the first frame, zero beyond it, then 1 channel marks it                   HunyuanVideo latent_concat
-    clean           the first latent frame is no noise but theirs; its tokens' time is 0                  Wan 2.2 TI2V-5B, HunyuanVideo token_replace
+    form         how the conditioning frames of image-to-video reach the model              models
+    mask_first   4 mask channels, then the latents of a clip that is grey elsewhere         Wan 2.1, Wan 2.2 A14B
+    mask_last    latents of the first frame, zero elsewhere, then 1 mask channel            HunyuanVideo latent_concat
+    clean        the first latent frame holds no noise, and its tokens' time is 0           Wan 2.2 TI2V-5B,
+                                                                                            HunyuanVideo token_replace
 
-Channels follow the noisy ones. Letters: B batch, C latent channels, F H W latent frames, height, width, N given frames.
+The channels follow the noised ones. Letters: B batch, C latent channels, F H W latent frames, height, width,
+N conditioning frames.
 """
 
 from dataclasses import dataclass
@@ -21,14 +22,12 @@ MASK_CHANNELS = 4  # pixel frames of a latent frame
 
 @dataclass(frozen=True)
 class ConditioningSpec:
-    """All empty: text-to-video.
+    """The conditioning of a model's weights; the defaults are text-to-video.
 
-    num_cond_frames: frames of the clip that the model is given: 0, 1 (the first), 2 (the first and the last). form: see
-        above.
-    image_tokens: tokens of the given frames from an image encoder, of all frames together. text_image_tokens: tokens of
-    the first frame with which the text begins. pooled_text: a vector of the whole text. guidance: the guidance scale is
-    an input.
-    still: share of the first frame, in all frames, in what sampling starts from; the rest is noise.
+    num_cond_frames: conditioning frames of a clip: 0, 1 (the first) or 2 (the first and the last). form: see above.
+    image_tokens: image-encoder tokens of all conditioning frames together. text_image_tokens: tokens of the first frame
+    that precede the text's. pooled_text: one vector of the whole text. guidance: the guidance scale is an input.
+    first_frame_weight: weight of the first frame, in all frames, in what sampling starts from; the rest is noise.
     """
 
     num_cond_frames: Literal[0, 1, 2] = 0
@@ -37,31 +36,30 @@ class ConditioningSpec:
     text_image_tokens: int = 0
     pooled_text: bool = False
     guidance: bool = False
-    still: float = 0.0
+    first_frame_weight: float = 0.0
 
     @property
-    def is_clean(self) -> bool:
-        """Whether the first latent frame is given, so nothing is to be learned there."""
+    def frames_are_optional(self) -> bool:
+        """Whether the weights also take a clip without conditioning frames:
+
+        nothing of the input's shape depends on them.
+        """
         return self.form == "clean"
 
-    def num_loss_elements(self, latents_BCFHW: Tensor) -> int:
-        """Elements of clips that count in the loss."""
-        frames = latents_BCFHW.shape[2]
-        return latents_BCFHW.numel() // frames * (frames - self.is_clean)
-
-    def start(self, noise_BCFHW: Tensor, cond_latents_BCFHW: Tensor | None) -> Tensor:
-        """What sampling starts from. given: as in `channels`."""
-        return noise_BCFHW * (1 - self.still) + cond_latents_BCFHW * self.still if self.still else noise_BCFHW
+    def initial_latents(self, noise_BCFHW: Tensor, cond_latents_BCFHW: Tensor | None) -> Tensor:
+        """What sampling starts from. cond_latents: as in `channels`."""
+        if not self.first_frame_weight or cond_latents_BCFHW is None:
+            return noise_BCFHW
+        return noise_BCFHW * (1 - self.first_frame_weight) + cond_latents_BCFHW * self.first_frame_weight
 
     def channels(self, cond_latents_BCFHW: Tensor, num_frames: int) -> Tensor | None:
-        """What follows the noisy channels of a clip of `num_frames` latent frames, [B, C', F, H, W]; None for other
-        forms.
+        """What follows the noised channels of a clip of `num_frames` latent frames, [B, C', F, H, W]; None for "clean".
 
-        given: for mask_first the latents of the whole grey clip, else of the first frame alone.
+        cond_latents: for mask_first the latents of the whole grey clip, else of the first frame alone.
         """
         B, _, _, H, W = cond_latents_BCFHW.shape
         if self.form == "mask_first":
-            # A latent frame stands for 4 pixel frames, the first one for a single frame, which is marked 4 times.
+            # The first latent frame stands for a single pixel frame, which is marked 4 times.
             mask = cond_latents_BCFHW.new_zeros(B, MASK_CHANNELS, num_frames, H, W)
             mask[:, :, 0] = 1
             if self.num_cond_frames == 2:
@@ -77,10 +75,9 @@ TEXT_ONLY = ConditioningSpec()
 
 
 def grey_video(cond_frames_CNHW: Tensor, num_frames: int) -> Tensor:
-    """A clip of which only the first frame, or the first and the last, is known: float32 [3, num_frames, H, W], from -1
-    to 1, grey between.
+    """A clip of which only the conditioning frames are known: float32 [3, num_frames, H, W], -1 to 1, grey elsewhere.
 
-    given: uint8, N = 1 or 2.
+    cond_frames: uint8, N = 1 (the first frame) or 2 (the first and the last).
     """
     known = cond_frames_CNHW.float() / 127.5 - 1
     video = known.new_zeros(known.shape[0], num_frames, *known.shape[2:])

@@ -1,4 +1,4 @@
-"""What a model family declares about itself; everything here is data, the appliers are elsewhere."""
+"""What a model family declares about itself. Everything here is data; the code that applies it is elsewhere."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class TokenShape:
-    """The grid of tokens of one clip: latent frames, height and width, each divided by the patch."""
+    """The token grid of one clip: latent frames, height and width, each divided by the patch."""
 
     frames: int
     height: int
@@ -21,41 +21,90 @@ class TokenShape:
 
 
 @dataclass(frozen=True)
-class ParallelPlan:
-    """How a model is taken apart. Names are dotted module paths; `*` stands for one path element.
+class LatentGeometry:
+    """The latent space of a model's causal video VAE: channels, and pixels per latent in time and in space.
 
-    blocks: containers (ModuleDict) of transformer blocks, in forward order. Each block is one FSDP, checkpointing and
-        compile unit.
-    fp32: root modules or parameters whose arithmetic stays in float32 under mixed precision. They form the root's own
-        FSDP unit.
-    cores: in each block, the attention cores over the video tokens, which context parallel replaces.
-    tensor: in each block, what tensor parallel does with a module or parameter, by name
-        (distributed/tensor_parallel.py): "gather" a module that needs all tokens of its group, "column" and "row" a
-        input, "heads" a vector split like the heads, "rms_stats" a module that is replaced. All other parameters are
-        whole on each rank.
-    first, last: root modules and parameters of the first and the last pipeline stage. `tables`: containers keyed like
-        the blocks.
+    The first latent frame stands for one pixel frame, each later one for `temporal_stride` of them.
+    """
+
+    channels: int
+    temporal_stride: int
+    spatial_stride: int
+
+    def latent_shape(self, bucket: tuple[int, ...]) -> tuple[int, int, int, int]:
+        """[C, F, H, W] of the latents of a clip of [frames, height, width] pixels."""
+        frames, height, width = bucket
+        latent_frames = (frames - 1) // self.temporal_stride + 1
+        return self.channels, latent_frames, height // self.spatial_stride, width // self.spatial_stride
+
+    def pixel_shape(self, latent_FHW: tuple[int, ...]) -> tuple[int, int, int]:
+        """[frames, height, width] in pixels; the inverse of `latent_shape`."""
+        frames, height, width = latent_FHW
+        return (frames - 1) * self.temporal_stride + 1, height * self.spatial_stride, width * self.spatial_stride
+
+
+@dataclass(frozen=True)
+class RankGroup:
+    """A process group as plain data, so that it can be an argument of a compiled or recomputed block."""
+
+    name: str
+    rank: int
+    size: int
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """How the tokens of one micro-batch are spread over ranks. It travels with the micro-batch's inputs into the
+    blocks.
+
+    A block that is recomputed, or run later in a pipeline, so has its own layout and not the last one that was set.
+    seq_len: tokens of the whole clip; a rank has a slice of them, which may end in padding.
+    ring, ulysses: groups of context parallel; None: those with which the model was built.
+    """
+
+    seq_len: int
+    ring: RankGroup | None = None
+    ulysses: RankGroup | None = None
+
+
+@dataclass(frozen=True)
+class ParallelPlan:
+    """How a model is split over ranks. Names are dotted module paths; `*` stands for one path element.
+
+    blocks: containers (ModuleDict) of transformer blocks, in forward order. Each block is one checkpointing and compile
+        unit.
+    fp32: root modules or parameters that stay in float32 under mixed precision. They belong to the root's FSDP unit.
+    units: FSDP units and the mesh over which each is sharded (a field of distributed.parallel_dims.Meshes), inner units
+        first; "" is the root and comes last.
+    inner_attention: in each block, the attention over the video tokens, which context parallel replaces.
+    tensor: in each block, the tensor-parallel style of a module or parameter (distributed/tensor_parallel.py):
+        "colwise" and "rowwise" split a Linear over its outputs or inputs, "all_gather_input" gathers a module's tokens,
+        "shard_vector" splits a vector with the heads, "rms_stats" replaces a module. All other parameters are
+        replicated.
+    first, last: root modules and parameters of the first and the last pipeline stage.
+    per_block_params: root containers keyed like the blocks; an entry goes with its block's stage.
     """
 
     blocks: tuple[str, ...]
     fp32: tuple[str, ...] = ()
+    units: dict[str, str] = field(default_factory=dict)
     inner_attention: tuple[str, ...] = ()
     tensor: dict[str, str] = field(default_factory=dict)
     first: tuple[str, ...] = ()
     last: tuple[str, ...] = ()
-    tables: tuple[str, ...] = ()
+    per_block_params: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class NameRule:
-    """One line of a state-dict table: our parameter name, its name in diffusers' layout, and the change of form, if
-    any.
+    """One line of a state-dict table: our parameter's name, its name in diffusers' layout and the transform, if any.
 
-    `{}` stands for a block index, the same on both sides. `to_public(t, args)` and `to_ours(t, args)` are inverse, and
+    `{}` stands for a block index, the same on both sides. `to_public(t, args)` and `to_ours(t, args)` are inverse and
     only permute or reshape.
-    optional: only some flavors have such a parameter.
-    original: the name in the layout of the model's own public code, in the same form. Lines with one original name are
-    the rows of one tensor, in the order of the table. swapped: its rows are there with the second half first.
+    optional: only some flavors have the parameter.
+    original: the name in the layout of the model's own public code, with the same transform. Lines that share an
+    original name are the rows of one tensor, in the order of the table.
+    scale_shift_swapped: in the original layout the second half of the rows comes first.
     """
 
     ours: str
@@ -72,17 +121,17 @@ class ModelSpec:
     """A model family.
 
     flavors: architecture arguments by name: a frozen dataclass with `in_channels`, `out_channels`, `patch`, `text_dim`,
-        `text_len`, `num_heads`, `head_dim`, `ffn_dim`, `num_layers`, `conditions` (models/conditioning.py), `boundary`
-        between two experts or 0, `flops(num_tokens, batch)` of a `flops(num_tokens, batch)` of a forward and
-        `block_flops(num_tokens, batch)`, the part of it that full activation checkpointing runs again.
-    build: arguments -> module (built on the meta device by the trainer).
-    init_parameter: (name, whole tensor, generator) fills one parameter in place, so every layout starts from the same
-        weights.
-    hf_names: names of the parameters in diffusers' layout, and in the original one where all lines say it.
+        `text_len`, `num_heads`, `head_dim`, `ffn_dim`, `num_layers`, `conditioning` (models/conditioning.py),
+        `boundary` between two experts or 0, `flops(num_tokens, batch)` of a forward and `block_flops(num_tokens,
+        batch)` of its blocks, which full activation checkpointing runs again.
+    build: arguments -> module; the trainer builds it on the meta device.
+    init_parameter: (name, full tensor, generator) fills one parameter in place, so every layout has the same weights.
+    geometry: arguments -> the latent space of the family's VAE. ValueError for arguments that no known VAE fits.
+    hf_names: names of the parameters in diffusers' layout, and in the original one where every line says it.
     hf_ignored: diffusers' names of tensors that some published files hold and no model uses.
-    args_from_hf / args_to_hf: diffusers `transformer/config.json` <-> arguments.
+    args_from_hf, args_to_hf: diffusers `transformer/config.json` <-> arguments.
     args_to_original: arguments -> config.json of the original layout; None where it has no such file.
-    lora_targets: ends of the names of those Linears of blocks that get an adapter where the run does not say which.
+    lora_targets: suffixes of the names of those Linears in blocks that get an adapter by default.
     masks_text: whether the blocks' attention leaves out the padding of the text.
     """
 
@@ -90,6 +139,7 @@ class ModelSpec:
     flavors: dict[str, Any]
     build: Callable[[Any], nn.Module]
     init_parameter: Callable[[str, Any, Any], None]
+    geometry: Callable[[Any], LatentGeometry]
     plan: ParallelPlan
     hf_names: tuple[NameRule, ...]
     args_from_hf: Callable[[dict], Any]

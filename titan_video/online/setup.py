@@ -12,7 +12,7 @@ from titan_video.config.job_config import Comm, Data, Encoder, JobConfig
 from titan_video.data.batching import Bucket
 from titan_video.data.latent_cache import LatentCache
 from titan_video.distributed.parallel_dims import ParallelDims
-from titan_video.distributed.utils import init_distributed, meet
+from titan_video.distributed.utils import init_distributed, rendezvous
 from titan_video.encoders import build_encoders
 from titan_video.encoders.spec import Encoders
 from titan_video.ingest.encode import ClipEncoder
@@ -30,7 +30,7 @@ def join(section: Encoder, comm: Comm, device: torch.device, num_training: int) 
     if section.placement != "separate":
         init_distributed(device, comm.init_timeout_seconds)
         return None
-    store = meet(comm.init_timeout_seconds)
+    store = rendezvous(comm.init_timeout_seconds)
     init_distributed(device, comm.init_timeout_seconds, store, num_training)
     return EncoderChannel(store, dist.get_rank(), num_training, section.num_ranks, comm.init_timeout_seconds)
 
@@ -75,7 +75,7 @@ def run_encoder_rank(section: Encoder, data: Data, comm: Comm, hf_assets_path: s
     """All that an encoder rank does, from start to end."""
     encoders = build_encoders(section, hf_assets_path, get_device(int(os.environ["LOCAL_RANK"])))
     channel = EncoderChannel(
-        meet(comm.init_timeout_seconds),
+        rendezvous(comm.init_timeout_seconds),
         int(os.environ["RANK"]),
         num_training,
         section.num_ranks,

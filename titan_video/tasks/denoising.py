@@ -1,123 +1,135 @@
-"""What is minimised, in training, gradient accumulation and validation alike.
+"""The default task: predict the velocity of rectified flow (flow/matching.py).
 
-A forward is taken apart into what goes in, the model, and the loss, because the ends of a pipeline are on different
-ranks.
+batch -- draw noise and sigma --> x_sigma = (1 - sigma) x_0 + sigma eps --> tokens of this rank --> model --> velocity
+loss = w(sigma) |velocity - (eps - x_0)|^2, summed over this rank's elements
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from titan_video.data.batch import Batch
 from titan_video.distributed.sequence import SequenceShard
-from titan_video.flow.matching import NUM_TRAIN_TIMESTEPS, interpolate, velocity
+from titan_video.flow.matching import NUM_TRAIN_TIMESTEPS, FlowMatching, interpolate, velocity_target
+from titan_video.flow.noise import draw_noise, draw_uniform
 from titan_video.kernels import upcast
-from titan_video.models.conditioning import TEXT_ONLY, ConditioningSpec
-from titan_video.models.layers import Patch, patchify, positions, token_shape
-from titan_video.tasks.conditioning import FrameConditioning, guidance
+from titan_video.models.layers import patchify, token_shape
+from titan_video.models.spec import ModelSpec
+from titan_video.tasks.conditioning import COND_LATENTS, FrameConditioning, guidance_kwargs
+from titan_video.tasks.task import BatchInfo, Evaluation, ModelInputs
+from titan_video.tools.device import send
 
 
 @dataclass(frozen=True)
-class ModelInputs:
-    """One forward's arguments on one rank, and what it should give. x, target: this rank's tokens, [B, L, P]; clean:
+class DenoisingInputs(ModelInputs):
+    """target: velocity of this rank's tokens, [B, L, P]. weight: loss weights. num_valid: tokens that are not padding.
+    cond_mask: tokens of a conditioning frame, in which nothing is to be learned; None: there are none."""
 
-    those that are given.
-    """
-
-    x_BLP: Tensor
-    pos_BL3: Tensor
-    t_B: Tensor
-    text_BSD: Tensor
-    text_mask_BS: Tensor
-    seq_len: int | None
-    cond: dict[str, Any]
     target_BLP: Tensor
     weight_B: Tensor
     num_valid: int
-    cond_mask_BL: Tensor | None = None
+    cond_mask_BL: Tensor | None
 
 
-def model_inputs(
-    patch: Patch,
-    batch: Batch,
-    noise_BCFHW: Tensor,
-    sigma_B: Tensor,
-    weight_B: Tensor,
-    shard: SequenceShard | None = None,
-    conditioning: ConditioningSpec = TEXT_ONLY,
-    guidance_scale: float = 1.0,
-) -> ModelInputs:
-    """Noisy tokens at the levels s and their velocity; `shard`: only this rank's tokens of them (None: all).
+class Denoising:
+    """Velocity prediction for one model on one rank.
 
-    conditions: what the model is given beside these, from batch.cond; guidance_scale: what models that take it are
-        told.
+    args: the model's (see ModelSpec). guidance_scale: input of models that take one, in training.
+    evaluator: step -> Evaluation (validation.py); None: `evaluate` finds nothing.
     """
-    latents = batch.streams["video"]
-    shape = token_shape(latents.shape[2:], patch)
-    x_BLP = patchify(interpolate(latents, noise_BCFHW, sigma_B), patch)
-    target_BLP = patchify(velocity(latents, noise_BCFHW), patch)
-    pos_BL3 = shard.positions(shape, latents.device) if shard is not None else positions(shape, latents.device)
-    seq_len, num_valid = None, shape.num_tokens
-    if shard is not None and shard.size > 1:
-        seq_len, num_valid = shape.num_tokens, shard.num_valid(shape.num_tokens)
-        x_BLP, target_BLP = shard.slice(x_BLP), shard.slice(target_BLP)
-    t_B = NUM_TRAIN_TIMESTEPS * sigma_B
-    cond = dict(batch.cond)
-    given = FrameConditioning(
-        conditioning, cond.pop("cond_latents_BCFHW", None), tuple(latents.shape[2:]), patch, shard
-    )
-    cond |= given.arguments | guidance(conditioning, guidance_scale, t_B)
-    text = batch.text_BLD, batch.text_mask_BL
-    return ModelInputs(
-        given.build_input(x_BLP),
-        pos_BL3,
-        t_B,
-        *text,
-        seq_len,
-        cond,
-        target_BLP,
-        weight_B,
-        num_valid,
-        given.cond_mask_BL,
-    )
 
+    def __init__(
+        self,
+        spec: ModelSpec,
+        args: Any,
+        flow: FlowMatching,
+        shard: SequenceShard,
+        device: torch.device,
+        seed: int = 0,
+        guidance_scale: float = 1.0,
+    ):
+        self.spec, self.args, self.flow, self.shard = spec, args, flow, shard
+        self.device, self.seed, self.guidance_scale = device, seed, guidance_scale
+        self.evaluator: Callable[[int], Evaluation] | None = None
 
-def predict(model: nn.Module, inputs: ModelInputs) -> Tensor:
-    """The model's velocity [B, L, P]."""
-    i = inputs
-    return model(i.x_BLP, i.pos_BL3, i.t_B, i.text_BSD, i.text_mask_BS, i.seq_len, **i.cond)
+    def prepare(self, batch: Batch) -> DenoisingInputs:
+        """A micro-batch at its noise levels: what is drawn depends on nothing but the seed and the sample ids."""
+        latents_BCFHW = batch.streams["video"]
+        num_tokens = token_shape(latents_BCFHW.shape[2:], self.args.patch).num_tokens
+        sigma_B = self.flow.sigmas(draw_uniform(self.seed, batch.sample_ids_B), num_tokens)
+        weight_B = self.flow.weights(sigma_B, num_tokens)
+        noise = draw_noise(self.seed, batch.sample_ids_B, tuple(latents_BCFHW.shape[1:]), self.device)
+        return self.add_noise(
+            batch.to(self.device), noise, sigma_B=send(sigma_B, self.device), weight_B=send(weight_B, self.device)
+        )
 
+    def add_noise(
+        self, batch: Batch, noise_BCFHW: Tensor, sigma_B: Tensor, weight_B: Tensor | None = None
+    ) -> DenoisingInputs:
+        """A micro-batch on the device at given noise levels.
 
-def velocity_loss(v_BLP: Tensor, inputs: ModelInputs) -> Tensor:
-    """Weighted squared error of the velocity, summed over the elements that this rank has of each sample, but given
-    ones: [B], float32.
+        noise: standard normal, like batch.streams["video"]; sigma: in [0, 1], float32; weight: loss weights, float32
+        (None: 1).
+        """
+        latents, patch, shard = batch.streams["video"], self.args.patch, self.shard
+        shape = token_shape(latents.shape[2:], patch)
+        t_B = NUM_TRAIN_TIMESTEPS * sigma_B
+        cond = dict(batch.cond)
+        frames = FrameConditioning(
+            self.args.conditioning, cond.pop(COND_LATENTS, None), tuple(latents.shape[2:]), patch, shard
+        )
+        x_BLP = shard.slice(patchify(interpolate(latents, noise_BCFHW, sigma_B), patch))
+        kwargs = {
+            "x_BLP": frames.build_input(x_BLP),
+            "pos_BL3": shard.positions(shape, latents.device),
+            "t_B": t_B,
+            "text_BSD": batch.text_BLD,
+            "text_mask_BS": batch.text_mask_BL,
+            "layout": shard.layout(shape.num_tokens),
+            **cond,
+            **frames.kwargs,
+            **guidance_kwargs(self.args.conditioning, self.guidance_scale, t_B),
+        }
+        return DenoisingInputs(
+            kwargs=kwargs,
+            target_BLP=shard.slice(patchify(velocity_target(latents, noise_BCFHW), patch)),
+            weight_B=torch.ones_like(sigma_B) if weight_B is None else weight_B,
+            num_valid=shard.num_valid(shape.num_tokens),
+            cond_mask_BL=frames.mask_BL,
+        )
 
-    How many of a whole batch count: `ConditioningSpec.counted`.
-    """
-    error = upcast(v_BLP) - inputs.target_BLP
-    if inputs.cond_mask_BL is not None:
-        error = error.masked_fill(inputs.cond_mask_BL.unsqueeze(-1), 0)
-    error = error[:, : inputs.num_valid]
-    return inputs.weight_B * error.square().flatten(1).sum(1)
-
-
-def compute_loss(
-    model: nn.Module,
-    patch: Patch,
-    batch: Batch,
-    noise_BCFHW: Tensor,
-    sigma_B: Tensor,
-    weight_B: Tensor,
-    shard: SequenceShard | None = None,
-    conditioning: ConditioningSpec = TEXT_ONLY,
-    guidance_scale: float = 1.0,
-) -> Tensor:
-    """`velocity_loss` of the model: [B], float32; over all ranks of the `sequence` axis these are to be summed.
-
-    The caller divides by the number of elements that count over all ranks and micro-batches of the step.
-    noise: standard normal, like batch.streams["video"]; sigma_B: noise levels in [0, 1], float32; weight_B: loss weights,
+    def loss(self, prediction: Tensor, inputs: DenoisingInputs) -> Tensor:
+        """Weighted squared error of the velocity [B, L, P], summed over this rank's elements of each sample: [B],
         float32.
-    """
-    inputs = model_inputs(patch, batch, noise_BCFHW, sigma_B, weight_B, shard, conditioning, guidance_scale)
-    return velocity_loss(predict(model, inputs), inputs)
+
+        Padding and the tokens of conditioning frames do not count; `num_loss_elements` says how many do.
+        """
+        error = upcast(prediction) - inputs.target_BLP
+        if inputs.cond_mask_BL is not None:
+            error = error.masked_fill(inputs.cond_mask_BL.unsqueeze(-1), 0)
+        error = error[:, : inputs.num_valid]
+        return inputs.weight_B * error.square().flatten(1).sum(1)
+
+    def num_loss_elements(self, batch: Batch) -> int:
+        latents = batch.streams["video"]
+        num_frames = latents.shape[2]
+        has_cond_frame = self.args.conditioning.form == "clean" and COND_LATENTS in batch.cond
+        return latents.numel() // num_frames * (num_frames - has_cond_frame)
+
+    def describe(self, batch: Batch) -> BatchInfo:
+        latents = batch.streams["video"]
+        num_tokens = token_shape(latents.shape[2:], self.args.patch).num_tokens
+        size = self.spec.geometry(self.args).pixel_shape(latents.shape[2:])
+        return BatchInfo(
+            num_clips=len(latents),
+            num_tokens=num_tokens,
+            num_frames=size[0],
+            flops=self.args.flops(num_tokens, len(latents)),
+            label="x".join(map(str, size)),
+        )
+
+    def evaluate(self, step: int) -> Evaluation:
+        return self.evaluator(step) if self.evaluator else Evaluation()

@@ -1,97 +1,111 @@
-"""Generating clips with the training model itself: noise -> Euler steps with guidance -> clean latents."""
+"""Generating clips with the training model itself: noise -> Euler steps with guidance -> latents."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from titan_video.distributed.sequence import SequenceShard
+from titan_video.distributed.sequence import SequenceShard, whole_sequence
 from titan_video.flow.matching import NUM_TRAIN_TIMESTEPS
 from titan_video.flow.noise import draw_noise
 from titan_video.flow.solver import euler, guided
-from titan_video.models.conditioning import TEXT_ONLY, ConditioningSpec
-from titan_video.models.layers import Patch, patchify, positions, token_shape, unpatchify
-from titan_video.tasks.conditioning import FrameConditioning, guidance
+from titan_video.models.layers import patchify, token_shape, unpatchify
+from titan_video.tasks.conditioning import COND_LATENTS, FrameConditioning, guidance_kwargs
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Embedded prompts of a batch of clips.
+
+    text: [B, L, D], zero beyond each text's length; mask: bool [B, L]. cond: what else the model takes (`Batch.cond`).
+    """
+
+    text_BLD: Tensor
+    mask_BL: Tensor
+    cond: dict[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> "Prompt":
+        cond = {name: x.to(device) for name, x in self.cond.items()}
+        return Prompt(self.text_BLD.to(device), self.mask_BL.to(device), cond)
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """guidance_scale: classifier-free guidance; 1 runs the model once a step, any other with twice the batch.
+
+    shift: of the schedule of sigmas. embedded_guidance: input of models that take a guidance scale. seed: with the
+    clips' ids it keys their first noise.
+    """
+
+    num_steps: int
+    guidance_scale: float
+    shift: float
+    embedded_guidance: float = 1.0
+    seed: int = 0
 
 
 class Experts:
-    """Two models that share the noise levels (Wan 2.2 A14B), called like one:
+    """Two models that share the noise levels (Wan 2.2 A14B), called like one; a call has one noise level.
 
-    `high` at and above the boundary, `low` below. One level a call.
+    high: used at and above the sigma `boundary`; low: below it.
     """
 
     def __init__(self, high: Callable[..., Tensor], low: Callable[..., Tensor], boundary: float):
         self.high, self.low, self.boundary = high, low, boundary
 
-    def __call__(self, x_BLP: Tensor, pos_BL3: Tensor, t_B: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, *, t_B: Tensor, **kwargs: Any) -> Tensor:
         model = self.high if t_B[0].item() >= NUM_TRAIN_TIMESTEPS * self.boundary else self.low
-        return model(x_BLP, pos_BL3, t_B, *args, **kwargs)
+        return model(t_B=t_B, **kwargs)
 
 
 @torch.no_grad()
 def sample_latents(
-    model: nn.Module | Experts,
-    patch: Patch,
-    text_BLD: Tensor,
-    mask_BL: Tensor,
-    null_BLD: Tensor,
-    null_mask_BL: Tensor,
+    model: nn.Module | Callable[..., Tensor],
+    args: Any,
+    prompt: Prompt,
+    null: Prompt,
     latent_CFHW: tuple[int, ...],
-    ids: list[int],
-    seed: int,
-    num_steps: int,
-    guidance_scale: float,
-    shift: float,
+    ids: Sequence[int],
+    settings: SamplerSettings,
     shard: SequenceShard | None = None,
-    conditioning: ConditioningSpec = TEXT_ONLY,
-    cond: dict[str, Tensor] | None = None,
-    null_cond: dict[str, Tensor] | None = None,
-    embedded_guidance: float = 1.0,
 ) -> Tensor:
-    """Normalised latents [B, C, F, H, W], float32, on the device of `text_BLD`.
+    """Normalised latents [B, C, F, H, W], float32, on the device of the prompt.
 
-    text, null: embeddings of the prompts and of the empty prompt, [B or 1, L, D], with their masks. ids: one number per
-    clip, which with the seed keys its first noise. A guidance scale of 1 runs the model once per step, any other twice
-    as large a batch.
-    shard: each rank integrates its own tokens, and all get the whole clip at the end.
-    conditions, cond: what the model is given beside the text, as in `Batch.cond`; null_cond: what of it the empty
-        prompt has instead.
-    embedded_guidance: the scale told to models that take it.
+    args: the model's (see ModelSpec). null: the empty prompt, [B or 1, ...]; its cond holds only what differs.
+    ids: one number per clip. shard: each rank integrates its own tokens, and all return the whole clips.
     """
-    device, B = text_BLD.device, text_BLD.shape[0]
+    shard = shard or whole_sequence()
+    spec, patch, device = args.conditioning, args.patch, prompt.text_BLD.device
     shape = token_shape(latent_CFHW[1:], patch)
-    pos_BL3 = positions(shape, device)
-    use_guidance = guidance_scale != 1
-    cond = dict(cond or {})
-    cond_latents_BCFHW = cond.pop("cond_latents_BCFHW", None)
-    given = FrameConditioning(conditioning, cond_latents_BCFHW, latent_CFHW[1:], patch, shard)
+    cond = dict(prompt.cond)
+    cond_latents = cond.pop(COND_LATENTS, None)
+    frames = FrameConditioning(spec, cond_latents, latent_CFHW[1:], patch, shard)
+    use_guidance = settings.guidance_scale != 1
+    copies = 2 if use_guidance else 1
+    text_BLD, mask_BL = prompt.text_BLD, prompt.mask_BL
     if use_guidance:
-        null = {name: (null_cond or {}).get(name, x).expand_as(x) for name, x in cond.items()}
-        cond = {name: torch.cat([x, null[name]]) for name, x in cond.items()}
-        text_BLD, mask_BL = (
-            torch.cat([text_BLD, null_BLD.expand(B, -1, -1)]),
-            torch.cat([mask_BL, null_mask_BL.expand(B, -1)]),
-        )
-
-    seq_len = None
-    if shard is not None and shard.size > 1:
-        seq_len, pos_BL3 = shape.num_tokens, shard.slice_for_attention(pos_BL3)
+        text_BLD = torch.cat([text_BLD, null.text_BLD.expand_as(text_BLD)])
+        mask_BL = torch.cat([mask_BL, null.mask_BL.expand_as(mask_BL)])
+        cond = {name: torch.cat([x, null.cond.get(name, x).expand_as(x)]) for name, x in cond.items()}
+    fixed = {
+        "pos_BL3": shard.positions(shape, device),
+        "text_BSD": text_BLD,
+        "text_mask_BS": mask_BL,
+        "layout": shard.layout(shape.num_tokens),
+        **cond,
+        **frames.kwargs,
+    }
 
     def velocity(x_BLP: Tensor, sigma_B: Tensor) -> Tensor:
-        copies = 2 if use_guidance else 1
-        x_BLP, t_B = given.build_input(x_BLP).repeat(copies, 1, 1), NUM_TRAIN_TIMESTEPS * sigma_B.repeat(copies)
-        told = guidance(conditioning, embedded_guidance, t_B)
-        v = model(x_BLP, pos_BL3, t_B, text_BLD, mask_BL, seq_len, **cond, **given.arguments, **told).float()
-        return guided(*v.chunk(2), guidance_scale) if use_guidance else v
+        x_BLP = frames.build_input(x_BLP).repeat(copies, 1, 1)
+        t_B = NUM_TRAIN_TIMESTEPS * sigma_B.repeat(copies)
+        guidance = guidance_kwargs(spec, settings.embedded_guidance, t_B)
+        v = model(x_BLP=x_BLP, t_B=t_B, **fixed, **guidance).float()
+        return guided(*v.chunk(2), settings.guidance_scale) if use_guidance else v
 
-    x_BLP = patchify(
-        conditioning.start(
-            draw_noise(seed, torch.tensor(ids), latent_CFHW, device, stream="sampling"), cond_latents_BCFHW
-        ),
-        patch,
-    )
-    if seq_len is None:
-        return unpatchify(given.apply(euler(velocity, x_BLP, num_steps, shift)), shape, patch)
-    x_BLP = given.apply(euler(velocity, shard.slice(x_BLP), num_steps, shift))
-    return unpatchify(shard.gather(x_BLP, seq_len), shape, patch)
+    noise = draw_noise(settings.seed, torch.tensor(ids), latent_CFHW, device, stream="sampling")
+    x_BLP = shard.slice(patchify(spec.initial_latents(noise, cond_latents), patch))
+    x_BLP = frames.apply(euler(velocity, x_BLP, settings.num_steps, settings.shift))
+    return unpatchify(shard.gather(x_BLP, shape.num_tokens), shape, patch)

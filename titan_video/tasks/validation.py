@@ -1,193 +1,173 @@
-"""Seeing what the model has learned: held-out loss by noise level, and clips sampled from prompts.
+"""Validation: held-out loss by noise level, and clips sampled from prompts.
 
-Every rank takes part and runs the model equally often, as sharded weights are gathered by all ranks together. Clips and
-prompts are dealt out over the `batch` axis; a rank that has run out repeats one whose result is not counted. The other
+Every rank takes part and runs the model equally often, as all ranks gather sharded weights together. Clips and prompts
+are distributed over the `batch` axis; a rank without one left repeats another, whose result is not counted. The other
 axes share each clip's work.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from titan_video.config.job_config import JobConfig, Validation
 from titan_video.data.batch import Batch
 from titan_video.data.latent_cache import CachedClip
 from titan_video.data.loader import EntryReader
 from titan_video.distributed.parallel_dims import Meshes
-from titan_video.distributed.sequence import SequenceShard
 from titan_video.distributed.utils import gather_objects, reduce_over
 from titan_video.flow.noise import draw_noise
-from titan_video.models.conditioning import ConditioningSpec
-from titan_video.models.layers import Patch
-from titan_video.tasks.denoising import compute_loss
-from titan_video.tasks.sampling import sample_latents
+from titan_video.tasks.denoising import Denoising
+from titan_video.tasks.sampling import Prompt, SamplerSettings, sample_latents
+from titan_video.tasks.task import Evaluation
 from titan_video.tools.video import write_mp4
 
 
 @dataclass(frozen=True)
-class Prompts:
-    """Prompts and their embeddings, row by row; null: the empty prompt's, one row. On the host.
+class PromptSet:
+    """Prompts to sample, on the host, with the size of each clip; null: the empty prompt."""
 
-    cond, null_cond: what else the model is given (`Batch.cond`), one batch of one for each prompt, and what the empty
-        prompt has instead.
-    latent_CFHW: size of each clip to sample.
-    """
-
-    prompts: list[str]
-    text_BLD: Tensor
-    mask_BL: Tensor
-    null_BLD: Tensor
-    null_mask_BL: Tensor
+    texts: list[str]
+    prompts: list[Prompt]
+    null: Prompt
     latent_CFHW: list[tuple[int, ...]]
-    cond: list[dict[str, Tensor]]
-    null_cond: dict[str, Tensor] = field(default_factory=dict)
 
 
-def with_frames(reader: EntryReader, clips: Sequence[CachedClip], null_key: str) -> Prompts:
-    """For image-to-video: the captions of clips, with these clips' frames and sizes. null_key:
-
-    of the empty prompt's text.
-    """
+def prompts_of_clips(reader: EntryReader, clips: Sequence[CachedClip], null_key: str) -> PromptSet:
+    """For image-to-video: captions of clips, with their conditioning frames and sizes. null_key: of the empty text."""
     batches = [reader.batch([clip], [0]) for clip in clips]
-    text, mask = (torch.cat([getattr(b, name) for b in batches]) for name in ("text_BLD", "text_mask_BL"))
-    sizes, cond = [tuple(b.streams["video"].shape[1:]) for b in batches], [b.cond for b in batches]
-    return Prompts(
-        [clip.caption for clip in clips], text, mask, *reader.text([null_key]), sizes, cond, reader.pooled([null_key])
+    return PromptSet(
+        texts=[clip.caption for clip in clips],
+        prompts=[Prompt(b.text_BLD, b.text_mask_BL, b.cond) for b in batches],
+        null=_read_prompt(reader, null_key),
+        latent_CFHW=[tuple(b.streams["video"].shape[1:]) for b in batches],
     )
 
 
-def with_size(
-    reader: EntryReader, prompts: Sequence[str], keys: Sequence[str], null_key: str, latent_CFHW: tuple[int, ...]
-) -> Prompts:
-    """For text-to-video: prompts, by the keys of their texts, all of one size."""
-    cond, sizes = [reader.pooled([key]) for key in keys], [latent_CFHW] * len(keys)
-    return Prompts(list(prompts), *reader.text(keys), *reader.text([null_key]), sizes, cond, reader.pooled([null_key]))
+def prompts_of_texts(
+    reader: EntryReader, texts: Sequence[str], keys: Sequence[str], null_key: str, latent_CFHW: tuple[int, ...]
+) -> PromptSet:
+    """For text-to-video: texts by their cache keys, all sampled at one size."""
+    prompts = [_read_prompt(reader, key) for key in keys]
+    return PromptSet(list(texts), prompts, _read_prompt(reader, null_key), [latent_CFHW] * len(keys))
+
+
+def _read_prompt(reader: EntryReader, key: str) -> Prompt:
+    text_BLD, mask_BL = reader.text([key])
+    return Prompt(text_BLD, mask_BL, reader.pooled([key]))
 
 
 def shard_indices(num_items: int, rank: int, world_size: int) -> list[tuple[int, bool]]:
-    """(item, whether it counts) for one rank; lists of all ranks are equally long and together count every item once."""
+    """(item, whether it counts) for one rank; the lists of all ranks are equally long and count every item once."""
     rounds = -(-num_items // world_size)
     return [(min(i * world_size + rank, num_items - 1), i * world_size + rank < num_items) for i in range(rounds)]
 
 
 class Validator:
-    """Runs validation on the training model.
+    """Evaluates a denoising task with the training model; `Denoising.evaluator`.
 
-    num_clips, get_clip: the held-out clips as batches of one, on the host. decode: normalised latents [B, C, F, H, W]
-    [B, 3, F, H, W]. conditions: what the model is given; guidance_scale: what models that take it were told in
-    training.
-    interval: the noise levels that are trained.
+    model: the model or its pipeline. held_out: clips, each read as a batch of one by get_clip. prompts: to sample, or
+        None.
+    decode: normalised latents [B, C, F, H, W] -> uint8 frames [B, 3, F, H, W]. folder, fps: of the mp4 files.
     """
 
     def __init__(
         self,
         section: Validation,
-        model: nn.Module,
-        patch: Patch,
+        task: Denoising,
+        model: Callable[..., Tensor],
         meshes: Meshes,
-        shard: SequenceShard,
-        device: torch.device,
-        seed: int,
-        num_clips: int,
-        get_clip: Callable[[int], Batch],
-        prompts: Prompts | None,
-        decode: Callable[[Tensor], Tensor],
-        fps: float,
-        folder: Path,
-        conditioning: ConditioningSpec,
-        guidance_scale: float,
-        interval: tuple[float, float],
+        clips: Sequence[CachedClip],
+        prompts: PromptSet | None,
+        get_clip: Callable[[CachedClip, int], Batch],
+        output: "ClipWriter",
     ):
-        self.section, self.model, self.patch, self.mesh, self.device, self.seed = (
-            section,
-            model,
-            patch,
-            meshes.batch,
-            device,
-            seed,
-        )
-        self.shard, self.sequence_mesh = shard, meshes.sequence
-        self.is_first = (
-            meshes.sequence.get_local_rank() == 0 and meshes.pp.get_local_rank() == 0
-        )  # of the ranks that share a clip
-        self.num_clips, self.get_clip, self.prompts = num_clips, get_clip, prompts
-        self.conditioning, self.guidance_scale, self.interval = conditioning, guidance_scale, interval
-        self.decode, self.fps, self.folder = decode, fps, folder
+        self.section, self.task, self.model = section, task, model
+        self.batch_mesh, self.sequence_mesh = meshes.batch, meshes.sequence
+        self.writes = meshes.sequence.get_local_rank() == 0 and meshes.pp.get_local_rank() == 0  # once for each clip
+        self.clips, self.get_clip, self.prompts, self.output = clips, get_clip, prompts, output
+
+    def __call__(self, step: int) -> Evaluation:
+        return Evaluation(self.losses(), self.sample(step))
 
     @torch.no_grad()
     def losses(self) -> dict[str, float]:
-        """Mean squared error of the velocity on the held-out clips at each noise level, and their mean; {} if no clip
-        is held out.
+        """Mean squared error of the velocity on the held-out clips at each noise level, and their mean; {} without
+        clips.
 
-        The noise of (clip, level) is the same at every call and in every layout, so the numbers of one run can be
-        compared.
+        The noise of (clip, level) is the same at every call and in every layout, so the numbers of a run are
+        comparable.
         """
-        if not self.num_clips:
+        if not self.clips:
             return {}
-        low, high = self.interval
+        task = self.task
+        low, high = task.flow.interval
         sigmas = [low + (high - low) * share for share in self.section.timesteps]
-        sums, counts = torch.zeros(len(sigmas), dtype=torch.float64), torch.zeros(len(sigmas), dtype=torch.float64)
-        for index, num_loss_elements in shard_indices(self.num_clips, self.mesh.get_local_rank(), self.mesh.size()):
-            batch = self.get_clip(index).to(self.device)
-            for k, level in enumerate(sigmas):
+        sums = torch.zeros(len(sigmas), dtype=torch.float64)
+        counts = torch.zeros(len(sigmas), dtype=torch.float64)
+        for index, is_counted in self._own_items(len(self.clips)):
+            batch = self.get_clip(self.clips[index], index).to(task.device)
+            shape = tuple(batch.streams["video"].shape[1:])
+            for k, sigma in enumerate(sigmas):
                 ids = torch.tensor([index * len(sigmas) + k])
-                noise = draw_noise(
-                    self.seed, ids, tuple(batch.streams["video"].shape[1:]), self.device, stream="validation"
-                )
-                one = torch.ones(1, device=self.device)
-                told = self.conditioning, self.guidance_scale
-                loss = (
-                    compute_loss(self.model, self.patch, batch, noise, level * one, one, self.shard, *told).sum().item()
-                )
-                if num_loss_elements:
+                noise = draw_noise(task.seed, ids, shape, task.device, stream="validation")
+                inputs = task.add_noise(batch, noise, sigma_B=sigma * torch.ones(1, device=task.device))
+                loss = task.loss(self.model(**inputs.kwargs), inputs).sum().item()
+                if is_counted:
                     sums[k] += loss
-                    counts[k] += self.conditioning.num_loss_elements(batch.streams["video"])
-        sums = reduce_over(self.mesh, reduce_over(self.sequence_mesh, sums, "sum"), "sum")
-        counts = reduce_over(self.mesh, counts, "sum")
-        losses = {f"loss_t{level:g}": (s / c).item() for level, s, c in zip(sigmas, sums, counts, strict=True)}
+                    counts[k] += task.num_loss_elements(batch)
+        sums = reduce_over(self.batch_mesh, reduce_over(self.sequence_mesh, sums, "sum"), "sum")
+        counts = reduce_over(self.batch_mesh, counts, "sum")
+        losses = {f"loss_t{sigma:g}": (s / c).item() for sigma, s, c in zip(sigmas, sums, counts, strict=True)}
         return losses | {"loss": sum(losses.values()) / len(losses)}
 
     def sample(self, step: int) -> list[tuple[str, Tensor]]:
-        """Sample every prompt, write `step-N/K_prompt.mp4`, and return (prompt, uint8 frames [F, H, W, 3]) in order, on
-        rank 0 at least.
-        """
-        if self.prompts is None:
+        """Sample every prompt and write its clip; return (prompt, frames [F, H, W, 3]) in order, on rank 0."""
+        p, c, task = self.prompts, self.section, self.task
+        if p is None:
             return []
-        p, c, mine = self.prompts, self.section, []
+        settings = SamplerSettings(
+            num_steps=c.sample_steps,
+            guidance_scale=c.guidance_scale,
+            shift=c.sample_shift,
+            embedded_guidance=c.embedded_guidance,
+            seed=task.seed,
+        )
+        sampled = []
+        for index, is_counted in self._own_items(len(p.prompts)):
+            prompt, null = p.prompts[index].to(task.device), p.null.to(task.device)
+            latents = sample_latents(
+                self.model, task.args, prompt, null, p.latent_CFHW[index], [index], settings, task.shard
+            )
+            if is_counted and self.writes:
+                sampled.append((index, self.output.write(step, index, p.texts[index], latents)))
+        gathered = [clip for clips in gather_objects(sampled, self.batch_mesh.get_group()) for clip in clips]
+        return [(p.texts[index], frames) for index, frames in sorted(gathered, key=lambda clip: clip[0])]
+
+    def _own_items(self, num_items: int) -> list[tuple[int, bool]]:
+        return shard_indices(num_items, self.batch_mesh.get_local_rank(), self.batch_mesh.size())
+
+
+@dataclass(frozen=True)
+class ClipWriter:
+    """Decodes sampled latents and writes them as mp4 files.
+
+    decode: normalised latents [B, C, F, H, W] -> uint8 frames [B, 3, F, H, W].
+    """
+
+    decode: Callable[[Tensor], Tensor]
+    folder: Path
+    fps: float
+
+    def write(self, step: int, index: int, prompt: str, latents_BCFHW: Tensor) -> Tensor:
+        """Write `step-N/K_prompt.mp4` of a batch of one; return its frames, uint8 [F, H, W, 3], on the host."""
         folder = self.folder / f"step-{step}"
         folder.mkdir(parents=True, exist_ok=True)
-        for index, num_loss_elements in shard_indices(len(p.prompts), self.mesh.get_local_rank(), self.mesh.size()):
-            text, mask, null, null_mask = (
-                x.to(self.device) for x in (p.text_BLD[index, None], p.mask_BL[index, None], p.null_BLD, p.null_mask_BL)
-            )
-            cond, null_cond = ({name: x.to(self.device) for name, x in d.items()} for d in (p.cond[index], p.null_cond))
-            settings = c.sample_steps, c.guidance_scale, c.sample_shift
-            latents = sample_latents(
-                self.model,
-                self.patch,
-                text,
-                mask,
-                null,
-                null_mask,
-                p.latent_CFHW[index],
-                [index],
-                self.seed,
-                *settings,
-                shard=self.shard,
-                conditioning=self.conditioning,
-                cond=cond,
-                null_cond=null_cond,
-                embedded_guidance=c.embedded_guidance,
-            )
-            if num_loss_elements and self.is_first:
-                frames = self.decode(latents)[0].permute(1, 2, 3, 0).cpu()
-                write_mp4(folder / f"{index}_{file_name(p.prompts[index])}.mp4", frames.numpy(), self.fps)
-                mine.append((index, frames))
-        clips = sorted((x for clips in gather_objects(mine, self.mesh.get_group()) for x in clips), key=lambda x: x[0])
-        return [(p.prompts[index], frames) for index, frames in clips]
+        frames = self.decode(latents_BCFHW)[0].permute(1, 2, 3, 0).cpu()
+        write_mp4(folder / f"{index}_{file_name(prompt)}.mp4", frames.numpy(), self.fps)
+        return frames
 
 
 def file_name(prompt: str) -> str:

@@ -26,7 +26,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from titan_video.checkpoint.files import fsync_path, write_text
 from titan_video.distributed.fsdp import reshard
 from titan_video.distributed.utils import clean_name, gather_objects
-from titan_video.lora.adapters import is_adapter
+from titan_video.models.layers import is_adapter
 from titan_video.models.spec import ModelSpec
 from titan_video.weights.formats import (
     CONFIG,

@@ -1,17 +1,17 @@
-"""Context parallel: the tokens of a clip over several ranks. Only the attention cores know; the rest of a block works
-token by token.
+"""Context parallel: the tokens of a clip over several ranks. Only attention communicates; all else is per token.
 
-    ulysses   tokens are exchanged for heads: each rank attends over the whole clip with its own heads
-    ring      queries stay; chunks of keys and values go round, and what each chunk gives is merged
-    unified   both: Ulysses among neighbours, the ring around them
+    ulysses   ranks exchange tokens for heads: each attends over the whole clip with its own heads
+    ring      queries stay; chunks of keys and values pass every rank, and the partial results are merged
+    unified   both: Ulysses among neighbouring ranks, the ring around them
 
 Ranks are counted ring first: rank (i, j) of ring x ulysses holds slice i * ulysses + j of the tokens, so the slices of
-a Ulysses group are one contiguous chunk, which is what the ring passes on. Bytes sent: traffic.py.
+a Ulysses group are one contiguous chunk, which the ring passes on.
 """
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from titan_video.distributed.collectives import rank_group
 from titan_video.distributed.context_parallel.ring import JointRingAttention, RingAttention
 from titan_video.distributed.context_parallel.ulysses import JointUlyssesAttention, UlyssesAttention
 from titan_video.distributed.fsdp import get_blocks
@@ -27,9 +27,9 @@ _REPLACEMENTS = {
 def apply_context_parallel(
     model: nn.Module, plan: ParallelPlan, ring: DeviceMesh, ulysses: DeviceMesh, rotate: str
 ) -> None:
-    """Replace the plan's attention cores in place. rotate:
+    """Replace the plan's inner attentions in place. rotate:
 
-    how the ring moves keys and values, "alltoall" or "allgather".
+    how the ring moves keys and values (see `RingAttention`).
     """
     for container, key in get_blocks(model, plan):
         for path in plan.inner_attention:
@@ -38,9 +38,9 @@ def apply_context_parallel(
             setattr(parent, name, parallel_attention(getattr(parent, name), ring, ulysses, rotate))
 
 
-def parallel_attention(core: nn.Module, ring: DeviceMesh, ulysses: DeviceMesh, rotate: str) -> nn.Module:
-    """What takes the place of `core` on these two axes; an axis of one rank adds nothing."""
-    in_ring, in_ulysses = _REPLACEMENTS[type(core)]
+def parallel_attention(attention: nn.Module, ring: DeviceMesh, ulysses: DeviceMesh, rotate: str) -> nn.Module:
+    """The replacement of an inner attention on these two axes; an axis of one rank adds nothing."""
+    ring_class, ulysses_class = _REPLACEMENTS[type(attention)]
     if ring.size() > 1:
-        core = in_ring(ring, rotate)
-    return in_ulysses(ulysses, core) if ulysses.size() > 1 else core
+        attention = ring_class(rank_group(ring), rotate)
+    return ulysses_class(rank_group(ulysses), attention) if ulysses.size() > 1 else attention

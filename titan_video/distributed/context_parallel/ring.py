@@ -1,11 +1,10 @@
-"""Ring attention (Liu et al. 2023): queries stay, chunks of keys and values pass every rank, and the attention to each
-chunk is merged.
+"""Ring attention (Liu et al. 2023): chunks of keys and values pass every rank, and partial results are merged.
 
-    step 0: own chunk     step 1: the chunk of the rank before     ...     step n-1: the chunk of the rank after
-    the next chunk travels while this one is worked on
+    step 0: own chunk     step 1: chunk of the previous rank     ...     step n-1: chunk of the next rank
+    the next chunk is sent while this one is computed
 
-One `torch.library` op, forward and backward: to checkpointing and compile it is a single attention, of which output and
-lse can be kept. In backward the gradient of a chunk's keys and values is summed in float32 (float64 for float64).
+One `torch.library` op, forward and backward: checkpointing and compile see a single attention, whose output and lse can
+be saved. In backward the gradient of a chunk's keys and values is summed in float32 (float64 for float64).
 Letters as in models/layers.py; n ranks.
 """
 
@@ -15,12 +14,12 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils.flop_counter import register_flop_formula
 
 from titan_video.kernels import upcast
 from titan_video.kernels.attention import attend, attend_backward, merge
+from titan_video.models.spec import RankGroup, StepLayout
 
 # Renamed in torch 2.13, where the old names warn.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -28,51 +27,51 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 class RingAttention(nn.Module):
-    """An attention core over this rank's chunk of the tokens; rank i of the ring holds chunk i.
+    """Attention over this rank's chunk of the tokens; rank i of the ring holds chunk i.
 
-    rotate: "alltoall": each chunk is passed from neighbour to neighbour, at any time two are held. "allgather": all are
-    fetched at once; one collective instead of n - 1, memory for n chunks.
+    group: used where a micro-batch's layout has none. rotate: "alltoall" passes each chunk from neighbour to neighbour;
+    two are held at any time; "allgather" fetches all at once: one collective instead of n - 1, memory for n
+    chunks.
     """
 
-    def __init__(self, mesh: DeviceMesh, rotate: str):
+    def __init__(self, group: RankGroup, rotate: str):
         super().__init__()
         if rotate not in ("alltoall", "allgather"):
             raise ValueError(
                 f'parallelism.context_parallel_rotate_method: given {rotate!r}; legal: "alltoall", "allgather"'
             )
-        self.group, self.size, self.rotate = mesh.get_group().group_name, mesh.size(), rotate
+        self.group, self.rotate = group, rotate
 
-    def forward(self, q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, seq_len: int | None = None) -> Tensor:
-        return self.attend(q_BLHK, k_BSHK, v_BSHK, seq_len)
+    def forward(self, q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, layout: StepLayout | None = None) -> Tensor:
+        return self.attend(q_BLHK, k_BSHK, v_BSHK, layout)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, seq_len: int | None, *local: Tensor | None) -> Tensor:
-        return ring_attention(
-            q, k, v, self.size * k.shape[1] if seq_len is None else seq_len, self.group, self.rotate, *local
-        )[0]
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: StepLayout | None, **local: Tensor | None) -> Tensor:
+        """local: keys and values that only this rank's queries attend to; see `ring_attention`."""
+        group = self.group if layout is None or layout.ring is None else layout.ring
+        seq_len = group.size * k.shape[1] if layout is None else layout.seq_len
+        return ring_attention(q, k, v, seq_len, group.name, self.rotate, **local)[0]
 
 
 class JointRingAttention(RingAttention):
-    """The same for video and text. The text is whole on every rank: its queries go with this rank's, its keys are one
-    more chunk that stays.
+    """The same for video and text. Text is replicated: its queries join this rank's, its keys are a chunk that stays.
 
-    Each rank then has all of the text's output and a part of its gradients, of which the sum over the ranks is the
-    gradient.
+    Each rank has the text's full output and partial gradients, whose sum over the ranks is the gradient.
     """
 
     def forward(
         self,
-        q_BLHK: Tensor,
-        k_BLHK: Tensor,
-        v_BLHK: Tensor,
-        text_q_BSHK: Tensor,
-        text_k_BSHK: Tensor,
-        text_v_BSHK: Tensor,
-        text_mask_BS: Tensor | None = None,
-        seq_len: int | None = None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        text_q: Tensor,
+        text_k: Tensor,
+        text_v: Tensor,
+        text_mask: Tensor | None = None,
+        layout: StepLayout | None = None,
     ) -> tuple[Tensor, Tensor]:
-        q = torch.cat([q_BLHK, text_q_BSHK], dim=1)
-        out = self.attend(q, k_BLHK, v_BLHK, seq_len, text_k_BSHK, text_v_BSHK, text_mask_BS)
-        return out[:, : q_BLHK.shape[1]], out[:, q_BLHK.shape[1] :]
+        queries = torch.cat([q, text_q], dim=1)
+        out = self.attend(queries, k, v, layout, local_k=text_k, local_v=text_v, local_mask=text_mask)
+        return out[:, : q.shape[1]], out[:, q.shape[1] :]
 
 
 @torch.library.custom_op("titan_video::ring_attention", mutates_args=())
@@ -87,11 +86,11 @@ def ring_attention(
     local_v: Tensor | None = None,
     local_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of q [B, L, H, K] to the first seq_len keys of all ranks, whose chunks k and v [B, S, H, K] are equally
-    long, and to keys that only this rank's queries meet: local_k and local_v [B, T, H, K], of which those in local_mask
-    [B, T] count (None: all).
+    """Attention of q [B, L, H, K] to the first seq_len keys of all ranks and to keys of this rank alone.
 
-    group: name of the process group. Returns the output [B, L, H, K] and its lse [B, H, L].
+    k, v: this rank's chunk [B, S, H, K]; all ranks' are equally long. local_k, local_v: [B, T, H, K], keys that only
+    this rank's queries attend to; local_mask [B, T] says which of them count (None: all). group: name of the process
+    group. Returns the output [B, L, H, K] and its lse [B, H, L].
     """
     out = lse = None
     process_group = _resolve_process_group(group)
@@ -132,7 +131,7 @@ def ring_attention_backward(
     kv, grad_out = torch.stack([k, v]), grad_out.contiguous()
     grad_q = torch.zeros_like(upcast(q), memory_format=torch.contiguous_format)
     grad_local = q.new_empty(0)
-    sums = (_Gathered if rotate == "allgather" else _Travelling)(kv, process_group)
+    sums = (_GatheredSums if rotate == "allgather" else _PassedSums)(kv, process_group)
     for owner, (k_chunk, v_chunk) in _chunks(kv, process_group, rotate):
         parts = ()
         if valid := _num_valid(owner, k.shape[1], seq_len):
@@ -142,10 +141,10 @@ def ring_attention_backward(
             part_q, *local = attend_backward(grad_out, q, local_k, local_v, out, lse, local_mask)
             grad_q += part_q
             grad_local = torch.stack(local)
-        for total, part in zip(sums.of(owner), parts):
+        for total, part in zip(sums.sum_for(owner), parts):
             total[:, :valid] += part
-        sums.done(owner)
-    return grad_q.to(q.dtype), sums.own().to(k.dtype), grad_local
+        sums.sent(owner)
+    return grad_q.to(q.dtype), sums.local_sum().to(k.dtype), grad_local
 
 
 @ring_attention_backward.register_fake
@@ -175,22 +174,22 @@ def _backward(ctx, grad_out, grad_lse):
 ring_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-# What the memory-budget mode of activation checkpointing weighs the op by: FLOPs on this rank, 2 per multiply-add.
+# FLOPs on this rank, 2 per multiply-add: the memory-budget mode of activation checkpointing weighs the op by them.
 
 
 @register_flop_formula(torch.ops.titan_video.ring_attention)
 def _flops(q, k, v, seq_len, group, rotate, local_k=None, *args, **kwargs) -> int:
-    return 2 * _product_flops(q, seq_len, local_k)
+    return 2 * _matmul_flops(q, seq_len, local_k)
 
 
 @register_flop_formula(torch.ops.titan_video.ring_attention_backward)
 def _backward_flops(grad_out, q, k, v, out, lse, seq_len, group, rotate, local_k=None, *args, **kwargs) -> int:
-    """Five products: the scores again, and the gradients of probabilities, q, k and v."""
-    return 5 * _product_flops(q, seq_len, local_k)
+    """Five matmuls: the scores again, and the gradients of probabilities, q, k and v."""
+    return 5 * _matmul_flops(q, seq_len, local_k)
 
 
-def _product_flops(q_shape: tuple[int, ...], seq_len: int, local_k_shape: tuple[int, ...] | None) -> int:
-    """Of one product of queries x keys x head width."""
+def _matmul_flops(q_shape: tuple[int, ...], seq_len: int, local_k_shape: tuple[int, ...] | None) -> int:
+    """Of one matmul of queries x keys x head width."""
     return 2 * math.prod(q_shape) * (seq_len + (local_k_shape[1] if local_k_shape else 0))
 
 
@@ -206,12 +205,12 @@ def _chunks(kv: Tensor, group: dist.ProcessGroup, rotate: str) -> Iterator[tuple
     """
     rank, size = group.rank(), group.size()
     if rotate == "allgather":
-        everyones = kv.new_empty(size, *kv.shape)
-        work = _all_gather(everyones.flatten(0, 1), kv, group=group, async_op=True)
+        gathered = kv.new_empty(size, *kv.shape)
+        work = _all_gather(gathered.flatten(0, 1), kv, group=group, async_op=True)
         yield rank, kv
         work.wait()
         for i in range(1, size):
-            yield (rank - i) % size, everyones[(rank - i) % size]
+            yield (rank - i) % size, gathered[(rank - i) % size]
     else:
         for i in range(size):
             receive = _pass_on(kv, group) if i < size - 1 else None
@@ -221,11 +220,14 @@ def _chunks(kv: Tensor, group: dist.ProcessGroup, rotate: str) -> Iterator[tuple
 
 
 def _pass_on(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
-    """Start sending x to the next rank of the ring. The function returned waits for what the rank before has sent."""
+    """Start sending x to the next rank of the ring; return a function that waits for what the previous rank sent."""
     rank, size = group.rank(), group.size()
     received, flat = torch.empty_like(x), x.view(-1)
-    to, of = ([flat.numel() * (i == peer % size) for i in range(size)] for peer in (rank + 1, rank - 1))
-    work = dist.all_to_all_single(received.view(-1), flat, of, to, group=group, async_op=True)
+    # An all-to-all of one chunk to one rank: gloo and NCCL order it with the other collectives of the group.
+    send_splits, receive_splits = (
+        [flat.numel() * (i == peer % size) for i in range(size)] for peer in (rank + 1, rank - 1)
+    )
+    work = dist.all_to_all_single(received.view(-1), flat, receive_splits, send_splits, group=group, async_op=True)
 
     def receive() -> Tensor:
         work.wait()
@@ -234,40 +236,42 @@ def _pass_on(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
     return receive
 
 
-class _Travelling:
-    """Sums of gradients that go round one step behind their chunk, each rank adding its part, until they are back at
-    the owner. What a rank adds for its own chunk never travels."""
+class _PassedSums:
+    """Gradient sums that follow their chunk around the ring; each rank adds its part, and the owner gets the total.
+
+    What a rank adds for its own chunk is never sent.
+    """
 
     def __init__(self, kv: Tensor, group: dist.ProcessGroup):
-        self.group, self.home, self.receive = group, torch.zeros_like(upcast(kv)), None
+        self.group, self.local, self.receive = group, torch.zeros_like(upcast(kv)), None
 
-    def of(self, owner: int) -> Tensor:
+    def sum_for(self, owner: int) -> Tensor:
         if owner == self.group.rank():
-            return self.home
-        self.sum = self.receive() if self.receive else torch.zeros_like(self.home)
+            return self.local
+        self.sum = self.receive() if self.receive else torch.zeros_like(self.local)
         return self.sum
 
-    def done(self, owner: int) -> None:
+    def sent(self, owner: int) -> None:
         if owner != self.group.rank():
             self.receive = _pass_on(self.sum, self.group)
 
-    def own(self) -> Tensor:
-        return self.home.add_(self.receive()) if self.receive else self.home
+    def local_sum(self) -> Tensor:
+        return self.local.add_(self.receive()) if self.receive else self.local
 
 
-class _Gathered:
-    """Sums of gradients for all chunks, kept until all are complete and then added over the ranks."""
+class _GatheredSums:
+    """Gradient sums of all chunks, held until all are complete and then reduce-scattered."""
 
     def __init__(self, kv: Tensor, group: dist.ProcessGroup):
         self.group, self.sums = group, upcast(kv).new_zeros(group.size(), *kv.shape)
 
-    def of(self, owner: int) -> Tensor:
+    def sum_for(self, owner: int) -> Tensor:
         return self.sums[owner]
 
-    def done(self, owner: int) -> None:
+    def sent(self, owner: int) -> None:
         pass
 
-    def own(self) -> Tensor:
+    def local_sum(self) -> Tensor:
         total = torch.empty_like(self.sums[0])
         _reduce_scatter(total, self.sums.flatten(0, 1), group=self.group)
         return total

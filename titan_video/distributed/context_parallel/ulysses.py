@@ -1,77 +1,76 @@
-"""Ulysses (Jacobs et al. 2023): before attention the ranks of a group exchange tokens for heads, after it heads for
-tokens.
+"""Ulysses (Jacobs et al. 2023): ranks exchange tokens for heads before attention, and heads for tokens after it.
 
-    q, k, v [B, L, H, K]  --one all-to-all-->  [B, uL, H/u, K]  -- inner core --  [B, uL, H/u, K]  --one all-to-all-->
-    [B, L, H, K]
+    q, k, v [B, L, H, K] --all-to-all--> [B, uL, H/u, K] -- attention -- [B, uL, H/u, K] --all-to-all--> [B, L, H, K]
 
 u is the group's size, which divides H. Backward is two all-to-alls again. Letters as in models/layers.py.
 """
 
-import torch
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from einops import rearrange
+from torch import Tensor, nn, stack
 
 from titan_video.distributed.collectives import all_gather, all_to_all
+from titan_video.models.spec import RankGroup, StepLayout
 
 
 class UlyssesAttention(nn.Module):
-    """An attention core over this rank's slice of the tokens. inner:
+    """Attention over this rank's slice of the tokens.
 
-    the core that then sees the group's tokens and this rank's heads.
+    inner: the attention over the group's tokens and this rank's heads. group: used where a micro-batch's layout has
+        none.
     """
 
-    def __init__(self, mesh: DeviceMesh, inner: nn.Module):
+    def __init__(self, group: RankGroup, inner: nn.Module):
         super().__init__()
-        self.mesh, self.inner = mesh, inner
+        self.group, self.inner = group, inner
 
-    def forward(self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, seq_len: int | None = None) -> Tensor:
-        q, k, v = tokens_for_heads(q_BLHK, k_BLHK, v_BLHK, self.mesh)
-        return heads_for_tokens(self.inner(q, k, v, seq_len), self.mesh)
+    def select_group(self, layout: StepLayout | None) -> RankGroup:
+        return self.group if layout is None or layout.ulysses is None else layout.ulysses
+
+    def forward(self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, layout: StepLayout | None = None) -> Tensor:
+        group = self.select_group(layout)
+        q, k, v = tokens_for_heads(q_BLHK, k_BLHK, v_BLHK, group)
+        return heads_for_tokens(self.inner(q, k, v, layout), group)
 
 
-class JointUlyssesAttention(nn.Module):
-    """The same for video and text. The text is whole on every rank: each takes its heads of it, and the output's are
-    gathered.
+class JointUlyssesAttention(UlyssesAttention):
+    """The same for video and text. Text is replicated: each rank takes its heads of it, and the output's are gathered.
 
-    A rank has a part of the gradients of the text's q, k and v, of which the sum over the ranks is the gradient.
+    A rank has partial gradients of the text's q, k and v; their sum over the ranks is the gradient.
     """
-
-    def __init__(self, mesh: DeviceMesh, inner: nn.Module):
-        super().__init__()
-        self.mesh, self.inner, self.size, self.rank = mesh, inner, mesh.size(), mesh.get_local_rank()
 
     def forward(
         self,
-        q_BLHK: Tensor,
-        k_BLHK: Tensor,
-        v_BLHK: Tensor,
-        text_q_BSHK: Tensor,
-        text_k_BSHK: Tensor,
-        text_v_BSHK: Tensor,
-        text_mask_BS: Tensor | None = None,
-        seq_len: int | None = None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        text_q: Tensor,
+        text_k: Tensor,
+        text_v: Tensor,
+        text_mask: Tensor | None = None,
+        layout: StepLayout | None = None,
     ) -> tuple[Tensor, Tensor]:
-        video = tokens_for_heads(q_BLHK, k_BLHK, v_BLHK, self.mesh)
-        text = (x.chunk(self.size, dim=2)[self.rank] for x in (text_q_BSHK, text_k_BSHK, text_v_BSHK))
-        out, text_out = self.inner(*video, *text, text_mask_BS, seq_len)
-        # Backward is a reduce-scatter: the ranks' parts of the gradient meet in the rank that computed these heads.
-        return heads_for_tokens(out, self.mesh), all_gather(text_out, 2, self.mesh)
+        group = self.select_group(layout)
+        q, k, v = tokens_for_heads(q, k, v, group)
+        text_q, text_k, text_v = (x.chunk(group.size, dim=2)[group.rank] for x in (text_q, text_k, text_v))
+        out, text_out = self.inner(q, k, v, text_q, text_k, text_v, text_mask, layout)
+        # Backward is a reduce-scatter: the ranks' partial gradients are summed where these heads were computed.
+        text_out = text_out if group.size == 1 else all_gather(text_out, 2, group)
+        return heads_for_tokens(out, group), text_out
 
 
-def tokens_for_heads(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, mesh: DeviceMesh) -> tuple[Tensor, ...]:
-    """All tokens of the group, in order, with this rank's part of the heads: [B, uL, H/u, K] each.
-
-    One all-to-all for the three.
-    """
-    size = mesh.size()
-    # The destination comes first, so that each rank's part is one contiguous piece.
-    packed = torch.stack([x.unflatten(2, (size, -1)).permute(2, 0, 1, 3, 4) for x in (q_BLHK, k_BLHK, v_BLHK)], dim=1)
-    received = all_to_all(packed, mesh)  # [source, 3, B, L, H/u, K]
-    return received.permute(1, 2, 0, 3, 4, 5).flatten(2, 3).unbind(0)
+def tokens_for_heads(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, group: RankGroup) -> tuple[Tensor, ...]:
+    """All tokens of the group, in order, with this rank's heads: [B, uL, H/u, K] each. One all-to-all for the three."""
+    if group.size == 1:
+        return q_BLHK, k_BLHK, v_BLHK
+    # The destination rank comes first, so that what each rank receives is one contiguous piece.
+    heads_first = [rearrange(x, "B L (u h) K -> u B L h K", u=group.size) for x in (q_BLHK, k_BLHK, v_BLHK)]
+    received = all_to_all(stack(heads_first, dim=1), group)
+    return rearrange(received, "source qkv B L h K -> qkv B (source L) h K").unbind(0)
 
 
-def heads_for_tokens(x_BLHK: Tensor, mesh: DeviceMesh) -> Tensor:
+def heads_for_tokens(x_BLHK: Tensor, group: RankGroup) -> Tensor:
     """The inverse, for one tensor."""
-    packed = x_BLHK.unflatten(1, (mesh.size(), -1)).transpose(0, 1).contiguous()
-    received = all_to_all(packed, mesh)  # [source, B, L, H/u, K]
-    return received.permute(1, 2, 0, 3, 4).flatten(2, 3)
+    if group.size == 1:
+        return x_BLHK
+    received = all_to_all(rearrange(x_BLHK, "B (u L) h K -> u B L h K", u=group.size), group)
+    return rearrange(received, "source B L h K -> B L (source h) K")

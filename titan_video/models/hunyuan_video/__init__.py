@@ -3,9 +3,10 @@
 Names of parameters: names.py.
 """
 
-from titan_video.models.hunyuan_video.model import HunyuanVideoArgs, HunyuanVideoModel, init_parameter
+from titan_video.models.hunyuan_video.args import HunyuanVideoArgs
+from titan_video.models.hunyuan_video.model import HunyuanVideoModel, init_parameter
 from titan_video.models.hunyuan_video.names import HF_NAMES
-from titan_video.models.spec import ModelSpec, ParallelPlan
+from titan_video.models.spec import LatentGeometry, ModelSpec, ParallelPlan
 
 _13B = {"dim": 3072, "num_heads": 24, "num_double_layers": 20, "num_single_layers": 40, "ffn_dim": 12288}
 _DEBUG = {
@@ -90,10 +91,8 @@ def args_from_hf(config: dict) -> HunyuanVideoArgs:
     try:
         sizes = {ours: config[theirs] for ours, theirs in names.items()}
         heads, dim = config["num_attention_heads"], config["num_attention_heads"] * config["attention_head_dim"]
-        patch, axes_dim = (
-            (config["patch_size_t"], config["patch_size"], config["patch_size"]),
-            tuple(config["rope_axes_dim"]),
-        )
+        patch = config["patch_size_t"], config["patch_size"], config["patch_size"]
+        axes_dim = tuple(config["rope_axes_dim"])
         ffn_dim = int(dim * config["mlp_ratio"])
     except KeyError as e:
         raise ValueError(
@@ -109,25 +108,34 @@ SPEC = ModelSpec(
     flavors=FLAVORS,
     build=HunyuanVideoModel,
     init_parameter=init_parameter,
+    geometry=lambda args: LatentGeometry(args.out_channels, temporal_stride=4, spatial_stride=8),
     plan=ParallelPlan(
         blocks=("double_blocks", "single_blocks"),
         fp32=("condition", "text_condition", "head_modulation"),
-        inner_attention=("attn.core",),
+        units={
+            "double_blocks.*": "fsdp",
+            "single_blocks.*": "fsdp",
+            "patch_embedding": "fsdp_root",
+            "text_refiner": "fsdp_root",
+            "proj_out": "fsdp_root",
+            "": "fsdp_root",
+        },
+        inner_attention=("attn.inner_attention",),
         tensor={
-            # Video tokens are spread over the group and gathered; text is whole on each rank, so its sums are completed
-            # and not dealt out.
-            "attn": "gather",
-            "ffn": "gather",
-            **{f"attn.{name}": "column" for name in ("q", "k", "v", "up", "text_q", "text_k", "text_v")},
-            "attn.o": "row",
-            "attn.text_o": "row_replicated",
-            "attn.out": "row_joint",
-            "ffn.up": "column",
-            "ffn.down": "row",
-            "text_ffn.up": "column",
-            "text_ffn.down": "row_replicated",
-            "modulation.linear": "column_gathered",
-            "text_modulation.linear": "column_gathered",
+            # Video tokens are sharded over the group and gathered. Text is replicated, so its partial sums are
+            # all-reduced.
+            "attn": "all_gather_input",
+            "ffn": "all_gather_input",
+            **{f"attn.{name}": "colwise" for name in ("q", "k", "v", "up", "text_q", "text_k", "text_v")},
+            "attn.o": "rowwise",
+            "attn.text_o": "rowwise_replicated",
+            "attn.out": "rowwise_joint",
+            "ffn.up": "colwise",
+            "ffn.down": "rowwise",
+            "text_ffn.up": "colwise",
+            "text_ffn.down": "rowwise_replicated",
+            "modulation.linear": "colwise_gathered",
+            "text_modulation.linear": "colwise_gathered",
         },
         first=("patch_embedding", "condition", "text_condition", "text_refiner"),
         last=("head_modulation", "proj_out"),

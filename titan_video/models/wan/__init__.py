@@ -5,7 +5,7 @@ Names of parameters: names.py.
 
 from dataclasses import replace
 
-from titan_video.models.spec import ModelSpec, ParallelPlan
+from titan_video.models.spec import LatentGeometry, ModelSpec, ParallelPlan
 from titan_video.models.wan.model import WanArgs, WanModel, init_parameter
 from titan_video.models.wan.names import HF_NAMES
 
@@ -137,13 +137,23 @@ def args_to_original(args: WanArgs) -> dict:
     }
 
 
+def geometry(args: WanArgs) -> LatentGeometry:
+    """Of the Wan 2.1 VAE, 16 channels, or the Wan 2.2 VAE, 48 channels."""
+    spatial_strides = {16: 8, 48: 16}
+    if args.out_channels not in spatial_strides:
+        raise ValueError(
+            f"model.flavor: the model has {args.out_channels} latent channels; Wan VAEs have {sorted(spatial_strides)}"
+        )
+    return LatentGeometry(args.out_channels, temporal_stride=4, spatial_stride=spatial_strides[args.out_channels])
+
+
 _ATTENTION_STYLES = {
-    "q": "column",
-    "k": "column",
-    "v": "column",
-    "o": "row",
-    "norm_q": "heads",
-    "norm_k": "heads",
+    "q": "colwise",
+    "k": "colwise",
+    "v": "colwise",
+    "o": "rowwise",
+    "norm_q": "shard_vector",
+    "norm_k": "shard_vector",
     "rms_stats": "rms_stats",
 }
 
@@ -152,29 +162,37 @@ SPEC = ModelSpec(
     flavors=FLAVORS,
     build=WanModel,
     init_parameter=init_parameter,
+    geometry=geometry,
     plan=ParallelPlan(
         blocks=("blocks",),
         fp32=("time_embedder", "time_proj", "modulation", "head_modulation"),
-        inner_attention=("self_attn.core",),
+        units={
+            "blocks.*": "fsdp",
+            "patch_embedding": "fsdp_root",
+            "text_embedder": "fsdp_root",
+            "image_embedder": "fsdp_root",
+            "proj_out": "fsdp_root",
+            "": "fsdp_root",
+        },
+        inner_attention=("self_attn.inner_attention",),
         tensor={
-            "self_attn": "gather",
-            "cross_attn": "gather",
-            "ffn": "gather",
+            "self_attn": "all_gather_input",
+            "cross_attn": "all_gather_input",
+            "ffn": "all_gather_input",
             **{f"{a}.{part}": style for a in ("self_attn", "cross_attn") for part, style in _ATTENTION_STYLES.items()},
-            "cross_attn.k_image": "column",
-            "cross_attn.v_image": "column",
-            "cross_attn.norm_k_image": "heads",
-            "ffn.up": "column",
-            "ffn.down": "row",
+            "cross_attn.k_image": "colwise",
+            "cross_attn.v_image": "colwise",
+            "cross_attn.norm_k_image": "shard_vector",
+            "ffn.up": "colwise",
+            "ffn.down": "rowwise",
         },
         first=("patch_embedding", "text_embedder", "image_embedder", "time_embedder", "time_proj"),
         last=("head_modulation", "proj_out"),
-        tables=("modulation",),
+        per_block_params=("modulation",),
     ),
     hf_names=HF_NAMES,
-    hf_ignored=(
-        "blocks.{}.attn2.norm_added_q.weight",
-    ),  # left over in the published image-to-video folders; diffusers passes over it too
+    # In the published image-to-video folders, and unused; diffusers ignores it too.
+    hf_ignored=("blocks.{}.attn2.norm_added_q.weight",),
     args_from_hf=args_from_hf,
     args_to_hf=args_to_hf,
     args_to_original=args_to_original,

@@ -1,22 +1,22 @@
 """The Wan video diffusion transformer: tokens in, velocity tokens out.
 
-    x_BLP -- patch_embedding --------------------+                     +-- norm, modulate -- proj_out -- v_BLP
-    image -- image_embedder --+                  |                     |
-    text -- text_embedder ----+- context --+     |                     |
+    x_BLP -- patch_embedding ---------------------+                      +-- norm, modulate -- proj_out -- v_BLP
+    image -- image_embedder --+                   |                      |
+    text -- text_embedder ----+-- context --+     |                      |
     t -- time_embedder -- time_proj -- (+ table of each block) -- blocks: self-attention, cross-attention, feed-forward
 
-How a given frame (image-to-video) comes in depends on the variant:
-    Wan 2.1          as channels of x beside the noise, and as image tokens: CLIP's features of the frame, or of the first and last
-    Wan 2.2 A14B     as channels of x only; two models of one architecture share the noise levels, which is not this file's business
-    Wan 2.2 TI2V-5B  as tokens: the first latent frame of x is clean, and its tokens' time is 0
+How the conditioning frame of image-to-video reaches the model depends on the variant:
+    Wan 2.1          as channels of x beside the noised ones, and as image tokens: CLIP features of the first frame, or
+                     of the first and the last
+    Wan 2.2 A14B     as channels of x only; two models of one architecture share the noise levels (see `boundary`)
+    Wan 2.2 TI2V-5B  as tokens: the first latent frame of x holds no noise, and its tokens' time is 0
 
 Architecture: Wan Team 2025, "Wan: open and advanced large-scale video generative models", and its public code
-(Wan-Video/Wan2.1, wan/modules/model.py); `diffusers.WanTransformer3DModel` is the oracle of the tests.
+(Wan-Video/Wan2.1, wan/modules/model.py); the tests compare with `diffusers.WanTransformer3DModel`.
 
-Letters: B batch, L video tokens, S context tokens (image, then text), D width, H heads, K head width, P patch width, C
-    rotations of a head,
-T times of a clip: 1, or 2 where its first frame may be clean (then row 0 is the noisy tokens' time, row 1 that of the
-    clean ones).
+Letters: B batch, L video tokens, S context tokens (image, then text), D width, H heads, K head width, P patch width,
+C = K / 2 RoPE frequencies, T times of a clip: 1, or 2 where the first frame may be a conditioning frame (row 0 is the
+time of the noised tokens, row 1 that of the conditioning tokens, 0).
 """
 
 from dataclasses import dataclass
@@ -35,12 +35,13 @@ from titan_video.models.layers import (
     Patch,
     RMSStats,
     attention_flops,
-    local,
+    local_shard,
     rope_freqs_cis,
     select_modulation,
     time_features,
     xavier_uniform_,
 )
+from titan_video.models.spec import StepLayout
 
 IMAGE_EPS = 1e-5  # torch's default
 
@@ -49,11 +50,10 @@ IMAGE_EPS = 1e-5  # torch's default
 class WanArgs:
     """Architecture. The defaults that no flavor changes are those of every public Wan.
 
-    in_channels: latent channels, and beyond `out_channels` those of the condition, which follow them in x.
-    image_dim: width of the image tokens, 0 for none; image_len: their number; image_positions: whether a table of
-        positions is added to them.
-    clean_first_frame: the first latent frame may be given clean.
-    boundary: the noise level at and above which the high-noise expert of two is used; 0: one model for all levels.
+    in_channels: latent channels, then, beyond `out_channels`, conditioning channels.
+    image_dim, image_len: width and number of the image tokens, 0 for none. image_positions: a table of positions is
+    added to them. clean_first_frame: the first latent frame may be a conditioning frame.
+    boundary: sigma at and above which the high-noise expert of two is used; 0: one model for all noise levels.
     """
 
     dim: int
@@ -80,13 +80,13 @@ class WanArgs:
 
     @property
     def axes_dim(self) -> tuple[int, int, int]:
-        """Head channels that turn with the frame, the row and the column: 44, 42, 42 of 128."""
+        """Head channels whose RoPE angle follows the frame, the row and the column: 44, 42, 42 of 128."""
         side = 2 * (self.head_dim // 6)
         return self.head_dim - 2 * side, side, side
 
     @property
     def conditioning(self) -> ConditioningSpec:
-        """What the model is given beside noise, time and text."""
+        """What the model takes beside noise, time and text."""
         if self.in_channels > self.out_channels:
             return ConditioningSpec(
                 num_cond_frames=2 if self.image_positions else 1, form="mask_first", image_tokens=self.image_len
@@ -117,35 +117,33 @@ class WanArgs:
 
 
 class Attention(nn.Module):
-    """Projections of multi-head attention with RMSNorm of q and k over the whole width, all heads together, before the
-    heads are split.
-    """
+    """Projections of multi-head attention; RMSNorm of q and k runs over the full width, before heads are split."""
 
     def __init__(self, args: WanArgs):
         super().__init__()
         self.head_dim, self.eps = args.head_dim, args.eps
         self.q, self.k, self.v, self.o = (Linear(args.dim, args.dim) for _ in range(4))
         self.norm_q, self.norm_k = (nn.Parameter(torch.empty(args.dim)) for _ in range(2))
-        self.rms_stats, self.core = RMSStats(), InnerAttention()
+        self.rms_stats = RMSStats()
+        self.inner_attention = InnerAttention()
 
     def heads(self, x_BLD: Tensor) -> Tensor:
         return x_BLD.unflatten(-1, (-1, self.head_dim))
 
 
 class SelfAttention(Attention):
-    def forward(self, x_BLD: Tensor, freqs_cis_BLC: Tensor, seq_len: int | None = None) -> Tensor:
-        """Attention of the tokens to each other, turned by the rotations; seq_len of them count."""
+    """Attention among the video tokens, with RoPE."""
+
+    def forward(self, x_BLD: Tensor, freqs_cis_BLC: Tensor, layout: StepLayout | None = None) -> Tensor:
         q, k, v = self.q(x_BLD), self.k(x_BLD), self.heads(self.v(x_BLD))
         square_q, square_k = self.rms_stats(q, k)
-        q = kernels.rms_norm_rope(q, local(self.norm_q), freqs_cis_BLC, self.eps, square_q)
-        k = kernels.rms_norm_rope(k, local(self.norm_k), freqs_cis_BLC, self.eps, square_k)
-        return self.o(self.core(q, k, v, seq_len).flatten(2))
+        q = kernels.rms_norm_rope(q, local_shard(self.norm_q), freqs_cis_BLC, self.eps, square_q)
+        k = kernels.rms_norm_rope(k, local_shard(self.norm_k), freqs_cis_BLC, self.eps, square_k)
+        return self.o(self.inner_attention(q, k, v, layout).flatten(2))
 
 
 class CrossAttention(Attention):
-    """Attention to the text; where there are image tokens, the same queries attend to these too, by keys and values of
-    their own.
-    """
+    """Attention to the text. The same queries attend to the image tokens, if any, with keys and values of their own."""
 
     def __init__(self, args: WanArgs):
         super().__init__(args)
@@ -160,27 +158,23 @@ class CrossAttention(Attention):
             sources.append((self.k_image(image_BSD), self.norm_k_image, self.v_image(image_BSD)))
         q = self.q(x_BLD)
         square_q, *squares = self.rms_stats(q, *(k for k, _, _ in sources))
-        q = self.heads(kernels.rms_norm(q, local(self.norm_q), self.eps, square_q))
-        outputs = [
-            self.core(q, self.heads(kernels.rms_norm(k, local(weight), self.eps, square)), self.heads(v))
-            for (k, weight, v), square in zip(sources, squares, strict=True)
-        ]
+        q = self.heads(kernels.rms_norm(q, local_shard(self.norm_q), self.eps, square_q))
+        outputs = []
+        for (k, weight, v), square in zip(sources, squares, strict=True):
+            k = self.heads(kernels.rms_norm(k, local_shard(weight), self.eps, square))
+            outputs.append(self.inner_attention(q, k, self.heads(v)))
         return self.o(sum(outputs[1:], outputs[0]).flatten(2))
 
 
 class Block(nn.Module):
-    """Self-attention and feed-forward, each with shift, scale and gate from the time; cross-attention to the text
-    between them, without.
-    """
+    """Self-attention and feed-forward, each with shift, scale and gate from the time; between them cross-attention."""
 
     def __init__(self, args: WanArgs):
         super().__init__()
         self.eps = args.eps
-        self.self_attn, self.cross_attn, self.ffn = (
-            SelfAttention(args),
-            CrossAttention(args),
-            FeedForward(args.dim, args.ffn_dim),
-        )
+        self.self_attn = SelfAttention(args)
+        self.cross_attn = CrossAttention(args)
+        self.ffn = FeedForward(args.dim, args.ffn_dim)
         self.norm_weight, self.norm_bias = (nn.Parameter(torch.empty(args.dim)) for _ in range(2))
 
     def forward(
@@ -189,15 +183,14 @@ class Block(nn.Module):
         context_BSD: Tensor,
         modulation_BT6D: Tensor,
         freqs_cis_BLC: Tensor,
-        seq_len: int | None = None,
+        layout: StepLayout | None = None,
         cond_mask_BL: Tensor | None = None,
     ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = select_modulation(modulation_BT6D, cond_mask_BL).unbind(2)
+        norm_weight, norm_bias = local_shard(self.norm_weight), local_shard(self.norm_bias)
         y = kernels.ada_layer_norm(x_BLD, scale1, shift1, self.eps, cond_mask_BL)
-        y = self.self_attn(y, freqs_cis_BLC, seq_len)
-        x_BLD, y = kernels.residual_layer_norm(
-            x_BLD, y, gate1, local(self.norm_weight), local(self.norm_bias), self.eps, cond_mask_BL
-        )
+        y = self.self_attn(y, freqs_cis_BLC, layout)
+        x_BLD, y = kernels.residual_layer_norm(x_BLD, y, gate1, norm_weight, norm_bias, self.eps, cond_mask_BL)
         y = self.cross_attn(y, context_BSD)
         x_BLD, y = kernels.residual_ada_layer_norm(x_BLD, y, None, scale2, shift2, self.eps, cond_mask_BL)
         return kernels.gated_residual(x_BLD, self.ffn(y), gate2, cond_mask_BL)
@@ -215,7 +208,7 @@ class TextEmbedder(nn.Module):
 class ImageEmbedder(nn.Module):
     """Image tokens [B, I, image_dim] -> [B, I, D].
 
-    Its LayerNorms and its GELU are torch's own, unlike the rest of Wan.
+    Its LayerNorm and GELU follow torch's defaults, unlike the rest of Wan's.
     """
 
     def __init__(self, args: WanArgs):
@@ -245,8 +238,10 @@ class TimeEmbedder(nn.Module):
 
 
 class WanModel(nn.Module):
-    """See the top of the file. Each block's modulation table lives here and not in the block: the root holds everything
-    that stays in float32, so one small FSDP unit keeps it so and the blocks' units have one type each.
+    """See the top of the file.
+
+    Each block's modulation table belongs to the root, not to the block: the root holds all float32 parameters, so one
+    small FSDP unit keeps them and each block's unit has a single type.
     """
 
     def __init__(self, args: WanArgs):
@@ -273,26 +268,24 @@ class WanModel(nn.Module):
         t_B: Tensor,
         text_BSD: Tensor,
         text_mask_BS: Tensor | None = None,
-        seq_len: int | None = None,
+        layout: StepLayout | None = None,
         image_BSD: Tensor | None = None,
         cond_mask_BL: Tensor | None = None,
     ) -> Tensor:
-        """Velocity [B, L, P_out] of the noisy tokens x.
+        """Velocity [B, L, P_out] of the noised tokens x.
 
-        x: where the model has more input than output channels, the condition's channels follow the noisy ones.
-        pos: global token positions [B or 1, L, 3]; t: 1000 s, float32. text: [B, text_len, text_dim], zero beyond
-        each prompt's length. Wan attends to those zeros too (as keys they are what the biases make of them), so the
-        mask is not used.
-        seq_len: tokens of the whole clip, where x is one rank's slice of them or ends in padding; None: x is the clip.
-        image: [B, image_len, image_dim], for models with image tokens; first the first frame's, then the last's.
-        clean: bool [B or 1, L], for models with a clean first frame: tokens of x that hold no noise, whose time is 0
-            instead of t. None: no token.
+        x: conditioning channels, if any, follow the noised ones. pos: global token positions [B or 1, L, 3]. t: 1000
+        sigma, float32. text: [B, text_len, text_dim], zero beyond each prompt's length; Wan attends to that padding
+        too, so text_mask is not used. layout: where x is one rank's slice of the clip; None: x is the clip.
+        image: [B, image_len, image_dim], tokens of the first, then of the last conditioning frame.
+        cond_mask: bool [B or 1, L], the tokens of a conditioning first frame; None: there is none.
         """
         state = self.embed(x_BLP, t_B, text_BSD, image_BSD)
-        return self.head(*self.trunk(*state, pos_BL3, seq_len, cond_mask_BL), cond_mask_BL)
+        state = self.trunk(*state, pos_BL3=pos_BL3, layout=layout, cond_mask_BL=cond_mask_BL)
+        return self.head(*state, cond_mask_BL=cond_mask_BL)
 
     # The three parts of a forward. A pipeline stage runs those whose modules it has, and sends what `embed` and `trunk`
-    # return to the next.
+    # return to the next stage.
 
     def embed(
         self, x_BLP: Tensor, t_B: Tensor, text_BSD: Tensor, image_BSD: Tensor | None = None
@@ -313,19 +306,26 @@ class WanModel(nn.Module):
         time_BTE: Tensor,
         context_BSD: Tensor,
         pos_BL3: Tensor,
-        seq_len: int | None = None,
+        layout: StepLayout | None = None,
         cond_mask_BL: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The state after the blocks, in the shapes of `embed`."""
         assert cond_mask_BL is None or self.args.clean_first_frame
         freqs_cis_BLC = rope_freqs_cis(pos_BL3, self.args.axes_dim, self.args.rope_theta)
         time_BT6D = time_BTE.unflatten(-1, (6, -1))
         for name, block in self.blocks.items():
-            x_BLD = block(x_BLD, context_BSD, time_BT6D + self.modulation[name], freqs_cis_BLC, seq_len, cond_mask_BL)
+            x_BLD = block(x_BLD, context_BSD, time_BT6D + self.modulation[name], freqs_cis_BLC, layout, cond_mask_BL)
         return x_BLD, time_BTD, time_BTE, context_BSD
 
     def head(
-        self, x_BLD: Tensor, time_BTD: Tensor, time_BTE: Tensor, context_BSD: Tensor, cond_mask_BL: Tensor | None = None
+        self,
+        x_BLD: Tensor,
+        time_BTD: Tensor,
+        time_BTE: Tensor,
+        context_BSD: Tensor,
+        cond_mask_BL: Tensor | None = None,
     ) -> Tensor:
+        """Velocity tokens from the trunk's state."""
         shift, scale = select_modulation(time_BTD.unsqueeze(2) + self.head_modulation, cond_mask_BL).unbind(2)
         return self.proj_out(kernels.ada_layer_norm(x_BLD, scale, shift, self.args.eps, cond_mask_BL))
 
@@ -335,16 +335,17 @@ class WanModel(nn.Module):
                 f"Wan was built for {self.args.text_len} text tokens, got {text_BSD.shape[1]}: set "
                 f"encoder.max_text_length to fit"
             )
-        given = 0 if image_BSD is None else image_BSD.shape[1]
-        if given != self.args.image_len:
+        num_image_tokens = 0 if image_BSD is None else image_BSD.shape[1]
+        if num_image_tokens != self.args.image_len:
             raise ValueError(
-                f"Wan was built for {self.args.image_len} image tokens, got {given}: choose model.flavor to fit "
-                f"the images given"
+                f"Wan was built for {self.args.image_len} image tokens, got {num_image_tokens}: choose "
+                f"model.flavor to fit "
+                f"the conditioning frames"
             )
 
 
 def init_parameter(name: str, tensor: Tensor, generator: torch.Generator) -> None:
-    """Fill one whole parameter in place, as the public code starts its training runs."""
+    """Fill one full parameter in place, as the public code initialises its training runs."""
     if name.endswith("modulation") or name.startswith("modulation."):
         tensor.normal_(0, tensor.shape[-1] ** -0.5, generator=generator)
     elif name.startswith("proj_out.") or name.endswith(("bias", ".positions")):
