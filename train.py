@@ -54,7 +54,7 @@ from titan_video.models import get_args, get_spec
 from titan_video.models.layers import token_shape
 from titan_video.optim.ema import EmaWeights
 from titan_video.optim.lr_scheduler import Scheduler
-from titan_video.optim.optimizer import build_optimizer, step_in_backward
+from titan_video.optim.optimizer import InBackward, build_optimizer
 from titan_video.tasks.denoising import Denoising
 from titan_video.tasks.validation import ClipWriter, Validator, build_prompts
 from titan_video.tools.device import get_device, read
@@ -106,8 +106,8 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
         self.encoder_channel = None
         if config.encoder.placement == "separate":
-            init_process_groups = resolve(f"{ONLINE}:init_process_groups", asked_by="encoder.placement = separate")
-            self.encoder_channel = init_process_groups(config.encoder, config.comm, self.device, world_size)
+            join = resolve(f"{ONLINE}:join", asked_by="encoder.placement = separate")
+            self.encoder_channel = join(config.encoder, config.comm, self.device, world_size)
         else:
             init_distributed(self.device, config.comm.init_timeout_seconds)
         self.exit_stack.callback(dist.destroy_process_group)
@@ -154,27 +154,43 @@ class Trainer:
         check_encoders(self.encoders, self.args, self.geometry, config)
         cache_folder = Path(c.cache_folder or self.folder / "cache")
         self.cache = open_cache(cache_folder, self.encoders, conditioning, self.host_group)
-        self.clips = prepare_clips(config, self.folder, self.encoders, self.cache, self.host_group)
+        is_ahead = config.encoder.placement == "cached"
+        self.clips = prepare_clips(
+            c, is_ahead, config.validation, self.folder, self.encoders, self.cache, self.host_group
+        )
         self.encoders.free()
         online = None
         if config.encoder.placement != "cached":
             build_online_encoder = resolve(f"{ONLINE}:build_online_encoder", asked_by="encoder.placement")
             online = build_online_encoder(
-                config, self.encoders, self.cache, self.dims, self.encoder_channel, self.geometry, self.args.text_len
+                config.encoder,
+                c,
+                config.comm,
+                self.encoders,
+                self.cache,
+                self.dims,
+                self.encoder_channel,
+                self.geometry.latent_shape,
+                self.args.text_len,
             )
             self.exit_stack.callback(online.close)
         self.loader = LatentLoader(
             self.clips.training,
             self.cache,
+            self.cache.text_key(""),
             self.batching,
             self.work,
-            section=c,
-            text_shape=(self.args.text_len, self.args.text_dim),
             dp_rank=self.meshes.batch.get_local_rank(),
             dp_size=self.dims.dp,
             seed=config.debug.seed,
+            shuffle=c.shuffle,
+            caption_dropout=c.caption_dropout,
+            max_text_length=self.args.text_len,
+            text_dim=self.args.text_dim,
+            num_workers=c.num_workers,
+            prefetch_factor=c.prefetch_factor,
             pin_memory=self.device.type == "cuda",
-            online=online,
+            live=online,
         )
 
     def build_model(self) -> None:
@@ -214,7 +230,7 @@ class Trainer:
                 self.model, stages, plan, self.meshes.pp, config.parallelism, param_dtype, self.device
             )
         self.optimizer = build_optimizer(self.model, config.optimizer, plan.blocks, config.debug.seed)
-        self.in_backward = step_in_backward(self.optimizer) if config.optimizer.in_backward else None
+        self.in_backward = InBackward(self.optimizer) if config.optimizer.in_backward else None
         self.scheduler = Scheduler(self.optimizer, config.lr_scheduler, config.optimizer.lr, config.training.steps)
         self.ema = EmaWeights(self.model, config.ema) if config.ema.enable else None
 
@@ -297,7 +313,7 @@ class Trainer:
         numbers = torch.stack([*(x.to(grad_norm.device) for x in losses), grad_norm])
         self.guard.update(self.optimizer, numbers[::2])
         self.optimizer.zero_grad()
-        self.steps.prefetch_next()
+        self.steps.ahead()
         global_loss, max_loss, norm = read(numbers)  # the first host-device synchronisation of the step
         if self.guard.check(global_loss, norm, self.step) and self.ema:
             self.ema.update(self.step)
@@ -319,11 +335,11 @@ class Trainer:
             model_flops=model_flops,
             hardware_flops=model_flops + recomputed / ranks_per_sample,
             step_seconds=time.perf_counter() - start,
-            data_seconds=self.steps.data_wait_seconds,
+            data_seconds=self.steps.waited,
             bucket=label,
             extra=self.loader.stats(),
         )
-        self.steps.data_wait_seconds = 0.0
+        self.steps.waited = 0.0
         if num_graphs() > self.num_graphs:  # the first steps of each bucket may compile; later ones should not
             new = num_graphs() - self.num_graphs
             logger.info(f"step {self.step} compiled {new} graphs for {label}, {num_graphs()} so far")
@@ -428,7 +444,9 @@ def main(argv: list[str]) -> None:
         check(config, world_size)
     try:
         if int(os.environ.get("RANK", 0)) >= config.encoder.num_training_ranks(world_size):
-            return resolve(f"{ONLINE}:run_encoder_rank", asked_by="encoder.placement = separate")(config, world_size)
+            run_encoder_rank = resolve(f"{ONLINE}:run_encoder_rank", asked_by="encoder.placement = separate")
+            num_training = config.encoder.num_training_ranks(world_size)
+            return run_encoder_rank(config.encoder, config.data, config.comm, config.model.hf_assets_path, num_training)
         trainer = Trainer(config)
         try:
             trainer.train()

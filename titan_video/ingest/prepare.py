@@ -4,20 +4,22 @@ for train.py and `python -m titan_video.data encode`.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
-from titan_video.config.job_config import Validation
+from titan_video.config.job_config import Data, JobConfig, Validation
 from titan_video.data.latent_cache import CachedClip, LatentCache
 from titan_video.distributed.utils import broadcast_from_rank0, gather_objects
 from titan_video.encoders.spec import Encoders
 from titan_video.ingest.cached_clips import cached_clips, split_holdout
 from titan_video.ingest.encode import encode_share, failed_clips, missing_jobs
-from titan_video.ingest.plan import Plan
+from titan_video.ingest.plan import Plan, build_plan
 from titan_video.models.conditioning import ConditioningSpec
+from titan_video.models.spec import LatentGeometry
 from titan_video.tools.logging import logger
 
 
@@ -47,33 +49,65 @@ def open_cache(
     return LatentCache(folder, *broadcast_from_rank0(identities, group), conditioning)
 
 
-def prepare(
-    make: Callable[[str], Plan],
+def check_encoders(encoders: Encoders, args: Any, geometry: LatentGeometry, config: JobConfig) -> None:
+    """ValueError unless the encoders give what the model takes; the two do not know each other.
+
+    args, geometry: the model's (see ModelSpec).
+    """
+    flavor, encoder = f"model.flavor = {config.model.flavor!r}", f"encoder.name = {config.encoder.name!r}"
+    conditioning = args.conditioning
+    pairs = [("text", args.text_dim, encoders.text_dim)]
+    if conditioning.pooled_text:
+        pairs.append(("pooled text", args.pooled_dim, encoders.pooled_dim))
+    if conditioning.image_tokens:
+        pairs.append(("image tokens", args.image_dim, encoders.image_dim))
+    for what, needed, found in pairs:
+        if needed != found:
+            raise ValueError(f"{flavor} takes {what} of width {needed}, {encoder} gives {found}: choose the two to fit")
+    if encoders.channels != geometry.channels:
+        raise ValueError(
+            f"{flavor} takes {geometry.channels} latent channels, {encoder} gives {encoders.channels}: choose the two "
+            f"to fit"
+        )
+    strides = encoders.stride_t, encoders.stride_s
+    if strides != (geometry.temporal_stride, geometry.spatial_stride):
+        raise ValueError(
+            f"{flavor} takes latents of strides {geometry.temporal_stride} in time and {geometry.spatial_stride} in space, "
+            f"{encoder} gives {strides[0]} and {strides[1]}: choose the two to fit"
+        )
+    if conditioning.num_cond_frames and config.validation.prompts_path:
+        raise ValueError(
+            f"validation.prompts_path: {flavor} starts from an image, which a prompt does not have; leave it empty"
+        )
+
+
+def prepare_clips(
+    data: Data,
     is_ahead: bool,
     validation: Validation,
     folder: Path,
     encoders: Encoders,
     cache: LatentCache,
     group: dist.ProcessGroup | None,
-    num_workers: int,
 ) -> Clips:
-    """Plan the clips and hold some out; with `is_ahead` encode all of them, else what validation looks at. Plans are
-    logged and written to `folder`.
+    """Plan the clips and hold some out; encode all of them with `is_ahead`, else those that validation needs.
 
-    make: the plan of a path, "" for that of the training clips. ValueError on all ranks when no clip is left.
+    Plans are logged and written to `folder`. ValueError on all ranks when no clip is left.
     """
-    v, given = validation, []
+    v, given, num_workers = validation, [], data.num_workers
     if v.enable and v.prompts_path:
         given = [line.strip() for line in Path(v.prompts_path).read_text(encoding="utf-8").splitlines() if line.strip()]
 
     def clips_of(path: str, report: Path) -> tuple[list[CachedClip], dict[str, float]]:
-        def run_on_rank0() -> Plan:
-            plan = make(path)
+        def make() -> Plan:
+            plan = build_plan(data, cache.folder, path)
+            if cache.conditioning.num_cond_frames:
+                plan = plan.without_single_frames()
             _report(plan, report)
             plan.require_clips()
             return plan
 
-        plan = broadcast_from_rank0(run_on_rank0, group)
+        plan = broadcast_from_rank0(make, group)
         if is_ahead:
             return encode_plan(plan, report, encoders, cache, group, num_workers, given)
         return cached_clips(plan, cache), plan.counts()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from titan_video.config.job_config import JobConfig, Validation
 from titan_video.data.batch import Batch
-from titan_video.data.latent_cache import CachedClip
+from titan_video.data.latent_cache import CachedClip, LatentCache
 from titan_video.data.loader import EntryReader
 from titan_video.distributed.parallel_dims import Meshes
 from titan_video.distributed.utils import gather_objects, reduce_over
@@ -33,6 +33,21 @@ class PromptSet:
     prompts: list[Prompt]
     null: Prompt
     latent_CFHW: list[tuple[int, ...]]
+
+
+def build_prompts(
+    reader: EntryReader,
+    cache: LatentCache,
+    texts: Sequence[str],
+    clips: Sequence[CachedClip],
+    latent_CFHW: tuple[int, ...],
+) -> PromptSet | None:
+    """What validation samples: with conditioning frames those of `clips`, else `texts` at the size latent_CFHW."""
+    if not texts:
+        return None
+    if cache.conditioning.num_cond_frames:
+        return prompts_of_clips(reader, clips, cache.text_key(""))
+    return prompts_of_texts(reader, texts, [cache.text_key(text) for text in texts], cache.text_key(""), latent_CFHW)
 
 
 def prompts_of_clips(reader: EntryReader, clips: Sequence[CachedClip], null_key: str) -> PromptSet:
