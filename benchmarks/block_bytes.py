@@ -227,7 +227,7 @@ def using(name: str) -> Iterator[None]:
         kernels.set_backend(before)
 
 
-def num_loss_elements(flavor: str, num_tokens: int) -> dict[str, dict]:
+def counted(flavor: str, num_tokens: int) -> dict[str, dict]:
     """{who: counts} of one case."""
     args = SPEC.flavors[flavor]
     results = {"diffusers": diffusers_block(args, num_tokens)}
@@ -266,7 +266,7 @@ def main(argv: list[str]) -> None:
     parser = options(__doc__)
     given = parser.parse_args(argv)
     cases = {"toy": ("debug", 64)} if given.toy else CASES
-    counts = {case: num_loss_elements(*which) for case, which in cases.items()}
+    counts = {case: counted(*which) for case, which in cases.items()}
     sizes = {case: SPEC.flavors[flavor].dim * tokens for case, (flavor, tokens) in cases.items()}
     results = {case: {who: per_element(c, sizes[case]) for who, c in found.items()} for case, found in counts.items()}
     print(table(results))

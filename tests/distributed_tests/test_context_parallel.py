@@ -266,8 +266,8 @@ def test_what_is_sent_equals_the_closed_forms(world, dtype, joint):
         for (ring, ulysses, rotate), directions in counts.items():
             exchange = ulysses_traffic(elements, ulysses, item, text) if ulysses > 1 else ([], [])
             rounds = ring_traffic(elements, ring, item, rotate) if ring > 1 else ([], [])
-            for num_loss_elements, a, b in zip(directions, exchange, rounds):
-                assert num_loss_elements == added(a, b), (ring, ulysses, rotate)
+            for counted, a, b in zip(directions, exchange, rounds):
+                assert counted == added(a, b), (ring, ulysses, rotate)
             assert tuple(sum(t.sent for t in d) for d in directions) == exchange_bytes(
                 elements, ring, ulysses, item, rotate, text
             )

@@ -194,7 +194,7 @@ def run_one(case):
     steps, sent = [], []
     send_ops = PipelineStage.get_fwd_send_ops, PipelineStage.get_bwd_send_ops
 
-    def num_loss_elements(get):
+    def counted(get):
         def get_ops(stage, i):
             ops = get(stage, i)
             sent.append(sum(op.tensor.numel() * op.tensor.element_size() for op in ops))
@@ -202,7 +202,7 @@ def run_one(case):
 
         return get_ops
 
-    PipelineStage.get_fwd_send_ops, PipelineStage.get_bwd_send_ops = (num_loss_elements(get) for get in send_ops)
+    PipelineStage.get_fwd_send_ops, PipelineStage.get_bwd_send_ops = (counted(get) for get in send_ops)
     try:
         for num_tokens in LENGTHS:
             inputs = [sample(i, num_tokens, master) for i in mine]

@@ -125,8 +125,8 @@ def test_runs_of_each_operator_and_equal_gradients(way, offload, plain):
     with Executed() as executed:
         grads = gradients(model)
     # patch embedding and head are one product each
-    num_loss_elements = executed.count[TOKENS], executed.count[TEXT], executed.count["addmm"] - 2
-    assert num_loss_elements == tuple(n * ARGS.num_layers for n in expected)
+    counted = executed.count[TOKENS], executed.count[TEXT], executed.count["addmm"] - 2
+    assert counted == tuple(n * ARGS.num_layers for n in expected)
     assert_equal(grads, plain)
 
 

@@ -56,15 +56,15 @@ def test_what_is_saved_is_each_storage_once_without_weights():
 
 
 @pytest.fixture(scope="module")
-def num_loss_elements():
-    return {case: block_bytes.num_loss_elements(*which) for case, which in block_bytes.CASES.items()}
+def counted():
+    return {case: block_bytes.counted(*which) for case, which in block_bytes.CASES.items()}
 
 
-def test_fused_path_keeps_and_moves_far_less_than_diffusers(num_loss_elements):
+def test_fused_path_keeps_and_moves_far_less_than_diffusers(counted):
     for case, (flavor, tokens) in block_bytes.CASES.items():
         found = {
             who: block_bytes.per_element(c, SPEC.flavors[flavor].dim * tokens)
-            for who, c in num_loss_elements[case].items()
+            for who, c in counted[case].items()
         }
         ours, theirs = found["ours, triton kernels"], found["diffusers"]
         for what, bar in block_bytes.BARS.items():
@@ -73,12 +73,12 @@ def test_fused_path_keeps_and_moves_far_less_than_diffusers(num_loss_elements):
         assert theirs["saved"] == pytest.approx({1536: 74.2, 5120: 61.1}[SPEC.flavors[flavor].dim], rel=0.02)
 
 
-def test_counts_are_the_committed_ones(num_loss_elements):
+def test_counts_are_the_committed_ones(counted):
     """Exact, so that a byte more is seen. If it is meant:
 
     python benchmarks/block_bytes.py --json benchmarks/results/block_bytes.json.
     """
-    for case, found in num_loss_elements.items():
+    for case, found in counted.items():
         for who, counts in found.items():
             if who != "diffusers":
                 assert counts == COMMITTED["results"]["by operator"][case][who], f"{case}, {who}"

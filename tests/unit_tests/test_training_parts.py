@@ -128,7 +128,7 @@ def test_work_is_dealt_out_once_and_evenly():
         for world in (1, 2, 4):
             shares = [shard_indices(items, rank, world) for rank in range(world)]
             assert len({len(s) for s in shares}) == 1
-            assert sorted(i for s in shares for i, num_loss_elements in s if num_loss_elements) == list(range(items))
+            assert sorted(i for s in shares for i, counted in s if counted) == list(range(items))
 
 
 def test_file_names_of_prompts():

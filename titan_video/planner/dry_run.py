@@ -447,10 +447,10 @@ def describe(report: Report, host: bool) -> str:
         if r.accumulation == 1
         else f"{r.accumulation} micro-batches a step (memory: from the second on)"
     )
-    num_loss_elements = "a micro-batch"
+    what = "a micro-batch"
     if r.stages:
         stages = ", ".join(f"stage {stage} of {n} blocks" for stage, n in r.stages.items())
-        micro, num_loss_elements = f"{stages}, through which {r.microbatches} micro-batches pass in a step", "a step"
+        micro, what = f"{stages}, through which {r.microbatches} micro-batches pass in a step", "a step"
     lines = [
         f"rank {r.rank} of {r.world_size}: {degrees}",
         f"bucket {'x'.join(map(str, r.bucket))}: {r.tokens:,} tokens on this rank, {micro}",
@@ -462,7 +462,7 @@ def describe(report: Report, host: bool) -> str:
             place = "  on the host" if kind == OFFLOADED or host and kind in STATE else ""
             lines.append(f"{kind:<20}{r.at_peak.get(kind, 0) / gib:>12.2f}{r.largest[kind] / gib:>10.2f}{place}")
     lines += [f"{'total':<20}{r.total / gib:>12.2f}", UNCOUNTED, ""]
-    lines += [f"{num_loss_elements + ' sends':<28}{'axis':<14}{'ranks':>6}{'calls':>7}{'MiB':>11}"]
+    lines += [f"{what + ' sends':<28}{'axis':<14}{'ranks':>6}{'calls':>7}{'MiB':>11}"]
     for c in r.collectives:
         lines.append(
             f"{(c.phase + ' ' + c.kind).strip():<28}{c.axis:<14}{c.ranks:>6}{c.count:>7}{c.sent / 2**20:>11.1f}"
