@@ -62,10 +62,7 @@ def counted():
 
 def test_fused_path_keeps_and_moves_far_less_than_diffusers(counted):
     for case, (flavor, tokens) in block_bytes.CASES.items():
-        found = {
-            who: block_bytes.per_element(c, SPEC.flavors[flavor].dim * tokens)
-            for who, c in counted[case].items()
-        }
+        found = {who: block_bytes.per_element(c, SPEC.flavors[flavor].dim * tokens) for who, c in counted[case].items()}
         ours, theirs = found["ours, triton kernels"], found["diffusers"]
         for what, bar in block_bytes.BARS.items():
             assert ours[what] <= bar * theirs[what], f"{case}: {what}"

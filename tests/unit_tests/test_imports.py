@@ -10,55 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.house import INGEST, LEVELS, OPTIONAL_PARTS, PACKAGE, core_lines, optional_part, sources
 from tests.helpers import ROOT
 
-PACKAGE = "titan_video"
-LEVELS = (  # lowest first
-    ("tools",),
-    ("config",),
-    ("kernels", "flow"),
-    ("models",),
-    ("distributed", "data", "encoders"),
-    ("optim", "training", "tasks"),
-    ("checkpoint",),
-    ("weights",),
-    ("ingest",),
-    ("lora", "online"),
-    ("planner",),
-)
 FLOORS = {name: floor for floor, names in enumerate(LEVELS) for name in names}
-INGEST = {"ingest", "encoders"}
-OPTIONAL_PARTS = (  # each can be deleted; modules and packages, without `titan_video.`
-    "models.hunyuan_video",
-    "encoders.hunyuan_video",
-    "kernels.triton",
-    "kernels.attention_backends",
-    "distributed.float8",
-    "distributed.offload",
-    "optim.low_bit",
-    "optim.muon",
-    "optim.mixed",
-    "optim.in_backward",
-    "weights.original",
-    "ingest.importers",
-    "lora",
-    "online",
-    "planner",
-    "convert",
-    "sample",
-)
 STRANGERS = {frozenset(pair) for pair in (("models", "encoders"), ("distributed", "data"))}
 PACKAGES = {"diffusers", "transformers", "sentencepiece", "av", "ftfy", "PIL", "torchao"}
 PACKAGES_ON_TOP = {"ingest": {"av", "PIL"}}
-
-
-def sources(root):
-    """{dotted module name: path} of train.py and the package; a package goes by its own name."""
-    found = {"train": root / "train.py"} if (root / "train.py").exists() else {}
-    for path in sorted((root / PACKAGE).rglob("*.py")):
-        parts = path.relative_to(root).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
 
 
 def is_program(module):
@@ -69,12 +27,6 @@ def is_program(module):
 
 def folder(module):
     return module.split(".")[1] if "." in module else ""
-
-
-def optional_part(module):
-    """The optional part that a module belongs to, or None."""
-    name = module.removeprefix(f"{PACKAGE}.")
-    return next((part for part in OPTIONAL_PARTS if name == part or name.startswith(f"{part}.")), None)
 
 
 def nodes(tree):
@@ -181,6 +133,12 @@ def violations(root):
 def test_the_floors_hold():
     assert len(sources(ROOT)) > 20
     assert violations(ROOT) == []
+
+
+def test_the_core_is_read_in_an_afternoon():
+    """The bound of the house plan. `python benchmarks/house.py` prints the table."""
+    assert core_lines(ROOT) <= 10_000
+    assert len((ROOT / "train.py").read_text().splitlines()) <= 350
 
 
 def test_every_optional_part_is_there():
