@@ -1,0 +1,86 @@
+"""Optional parts can be deleted: without any one of them the debug run trains, and what asks for it is refused by name."""
+
+import atexit
+import json
+import sys
+from functools import partial
+
+import pytest
+
+from benchmarks.house import OPTIONAL_PARTS, PACKAGE, optional_part
+
+PROGRAMS = {"planner", "convert", "sample", "ingest.importers"}  # started by hand, not by an option
+ASKING = {
+    "models.hunyuan_video": {"model.name": "hunyuan_video"},
+    "encoders.hunyuan_video": {"encoder.name": "hunyuan_video"},
+    "kernels.triton": {"model.kernels": "triton"},
+    "kernels.attention_backends": {"model.attention": "flex"},
+    "distributed.float8": {"float8.enable": "true", "float8.emulate": "true"},
+    "distributed.offload": {"activation_checkpoint.mode": "full", "activation_checkpoint.offload": "true"},
+    "optim.low_bit": {"optimizer.name": "AdamW8bit"},
+    "optim.muon": {"optimizer.name": "Muon"},
+    "optim.mixed": {"optimizer.name": "AdamW8bit"},
+    "optim.in_backward": {"optimizer.in_backward": "true", "training.max_norm": 0},
+    "weights.original": {"checkpoint.last_save_in_hf": "true", "checkpoint.export_format": "original"},
+    "lora": {"lora.enable": "true"},
+    "online": {"encoder.placement": "colocated"},
+}
+
+
+class Hidden:
+    """A finder for sys.meta_path: a part's modules do not exist."""
+
+    def __init__(self, part):
+        self.name = f"{PACKAGE}.{part}"
+
+    def find_spec(self, name, path=None, target=None):
+        if name == self.name or name.startswith(f"{self.name}."):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def hide(part):
+    """A hook: from here on this process has no such part."""
+    finder = Hidden(part)
+    for name in [name for name in sys.modules if name == finder.name or name.startswith(f"{finder.name}.")]:
+        del sys.modules[name]
+    parent, _, last = finder.name.rpartition(".")
+    if hasattr(sys.modules.get(parent), last):
+        delattr(sys.modules[parent], last)
+    sys.meta_path.insert(0, finder)
+
+
+def note_modules(path):
+    """A hook: at its end the program writes the names of the modules that it has loaded."""
+    atexit.register(lambda: path.write_text(json.dumps(sorted(sys.modules))))
+
+
+def test_every_part_is_tried():
+    assert set(ASKING) | PROGRAMS == set(OPTIONAL_PARTS)
+
+
+@pytest.mark.parametrize("part", OPTIONAL_PARTS)
+def test_the_debug_run_trains_without(part, front):
+    run = front.run("run", {"training.steps": 2}, hook=partial(hide, part)).ok()
+    assert len(run.records) == 2
+
+
+@pytest.mark.parametrize("part", ASKING)
+def test_what_asks_for_a_missing_part_is_refused(part, front):
+    path = f"{PACKAGE}.{part}".replace(".", "/")
+    named = part.rpartition(".")[2] if part.endswith("hunyuan_video") else path
+    front.run("run", ASKING[part], hook=partial(hide, part)).fails_with("config error", named)
+
+
+@pytest.mark.parametrize("part", OPTIONAL_PARTS)
+def test_a_resolved_toml_is_read_without(part, front):
+    first = front.run("first", {"training.steps": 1}).ok()
+    options = {"job.config_file": first.folder / "config.toml", "training.steps": 1}
+    front.run("second", options, hook=partial(hide, part)).ok()
+
+
+def test_the_debug_run_loads_no_optional_part(front, tmp_path):
+    front.run("run", {"training.steps": 1}, hook=partial(note_modules, tmp_path / "modules.json")).ok()
+    loaded = json.loads((tmp_path / "modules.json").read_text())
+    ours = [name for name in loaded if name.startswith(f"{PACKAGE}.")]
+    assert len(ours) > 40
+    assert [name for name in ours if optional_part(name)] == []
