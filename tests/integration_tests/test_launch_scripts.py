@@ -15,11 +15,18 @@ import pytest
 
 from tests.helpers import ROOT
 
-SCRIPTS = ("run_train.sh", "run_tests.sh", "ensure_env.sh", "multinode_trainer.slurm", ".ci/run")
+SCRIPTS = (
+    "run_train.sh",
+    "run_tests.sh",
+    "ensure_env.sh",
+    "multinode_trainer.slurm",
+    ".ci/run",
+    "titan_video/launch.py",
+)
 
 PIPES = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
-# Each rank says what it was given, then waits for a signal, "saves" for a moment, and ends.
+# Each rank writes down its arguments and environment, then waits for a signal, "saves" for a moment, and ends.
 TRAIN = """
 import json, os, pathlib, signal, sys, time
 here, signals = pathlib.Path(__file__).parent, []
@@ -44,11 +51,26 @@ time.sleep(float(os.environ.get("SAVE_SECONDS", "0.3")))
 (here / f"saved{rank}").write_text(signal.Signals(signals[0]).name)
 """
 
-CHECK = """
+# What titan_video/launch.py imports. The configuration is the list of arguments.
+CHECKS = {
+    "titan_video/config/manager.py": """
+import contextlib, sys
+main_guard = contextlib.nullcontext
+class parse_args(list):
+    def __getattr__(self, name):
+        return self
+    def num_training_ranks(self, world_size):
+        return world_size
+""",
+    "titan_video/config/check.py": """
 import sys
-assert sys.argv[1] == "check"
-sys.exit(f"refused for {sys.argv[2]} ranks: {sys.argv[3:]}" if "--refuse" in sys.argv else 0)
-"""
+def check(argv, world_size):
+    if "--refuse" in argv:
+        sys.exit(f"refused for {world_size} ranks: {argv}")
+""",
+    "titan_video/distributed/parallel_dims.py": "def check_layout(*args): pass\n",
+    "titan_video/models/__init__.py": "def get_spec(*args): pass\n\nget_args = get_spec\n",
+}
 
 
 @pytest.fixture
@@ -61,8 +83,10 @@ def repo(tmp_path):
     (root / "train_configs" / "debug.toml").touch()
     (root / "train.py").write_text(TRAIN)
     (root / "requirements.txt").write_text("pip\n")
-    (root / "titan_video" / "config").mkdir(parents=True)
-    (root / "titan_video" / "config" / "__main__.py").write_text(CHECK)
+    (root / "constraints.txt").write_text("")
+    for name, text in CHECKS.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
     return root
 
 
@@ -107,7 +131,7 @@ def running(pid):
 
 
 def test_scripts_parse_and_are_executable():
-    for name in SCRIPTS:
+    for name in (name for name in SCRIPTS if not name.endswith(".py")):
         subprocess.run(["bash", "-n", str(ROOT / name)], check=True)
     assert all(os.access(ROOT / name, os.X_OK) for name in ("run_train.sh", "run_tests.sh", ".ci/run"))
 
@@ -125,7 +149,7 @@ def test_one_process_saves_on_a_signal(repo, tmp_path, signum):
     assert p.returncode == 0 and (repo / "saved0").read_text() == signum.name
 
 
-def test_what_a_rank_that_is_not_shown_ended_with_is_told(repo, tmp_path):
+def test_the_error_of_a_hidden_rank_is_shown(repo, tmp_path):
     p = start(repo, "--fail", NGPU="2", TMPDIR=str(tmp_path))
     output = p.communicate(timeout=60)[0]
     assert p.returncode != 0 and "[rank1]: error: clip 3 is broken\n[rank1]:   give another\n" in output, output
@@ -138,10 +162,7 @@ def test_what_a_rank_that_is_not_shown_ended_with_is_told(repo, tmp_path):
 
 @pytest.mark.parametrize("signum, whole_group", [(signal.SIGTERM, True), (signal.SIGUSR2, False)])
 def test_all_ranks_save_on_a_signal(repo, signum, whole_group):
-    """Slurm signals the process group, `kill` one process. Each rank must get the signal once:
-
-    a second one would stop it.
-    """
+    """Slurm signals the process group, `kill` one process. Each rank must get the signal once; a second would stop it."""
     p = start(repo, NGPU="2", LOG_RANK="1", SAVE_SECONDS="1")
     assert facts(repo, 0)["omp"] == facts(repo, 1)["omp"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
     (os.killpg if whole_group else os.kill)(p.pid, signum)
@@ -210,6 +231,8 @@ def train_once(repo, wheels):
 def test_first_use_makes_a_venv(repo, tmp_path):
     wheels, venv = tmp_path / "wheels", repo / ".venv"
     wheel(wheels, "1.0")
+    wheel(wheels, "1.5")
+    (repo / "constraints.txt").write_text("titan-video-stand-in<1.5\n")
     (repo / "requirements.txt").write_text(
         '# comment\ntitan-video-stand-in>=1.0\nnothing-of-this-name>=1; python_version < "3.0"\n'
     )
@@ -226,7 +249,7 @@ def test_first_use_makes_a_venv(repo, tmp_path):
     os.close(lock)
     outputs = [p.communicate(timeout=120)[0] for p in both]
     assert [p.returncode for p in both] == [0, 0], outputs
-    assert sum("Successfully installed" in o for o in outputs) == 1
+    assert sum("Successfully installed titan-video-stand-in-1.0" in o for o in outputs) == 1
     assert all("lacks titan-video-stand-in>=1.0" in o and f"{venv}/bin/python" in o for o in outputs)
     assert facts(repo)["python"] == f"{venv}/bin/python" and not (venv / "debris").exists()
 
@@ -238,6 +261,7 @@ def test_first_use_makes_a_venv(repo, tmp_path):
     # The requirements change: brought up to date in place.
     wheel(wheels, "2.0")
     (repo / "requirements.txt").write_text("titan-video-stand-in==2.0\n")
+    (repo / "constraints.txt").write_text("")
     (venv / "kept").touch()
     p = train_once(repo, wheels)
     assert (
@@ -253,7 +277,7 @@ def test_first_use_makes_a_venv(repo, tmp_path):
     assert subprocess.run(complete).returncode != 0
 
 
-def test_a_foreign_venv_is_left_alone(repo, tmp_path):
+def test_the_venv_of_another_tool_is_left_alone(repo, tmp_path):
     (repo / ".venv").mkdir()
     (repo / ".venv" / "pyvenv.cfg").touch()
     (repo / "requirements.txt").write_text("titan-video-stand-in\n")
@@ -262,7 +286,7 @@ def test_a_foreign_venv_is_left_alone(repo, tmp_path):
     assert p.returncode == 1 and "was not made by this script" in output and not (repo / "started0").exists()
 
 
-def test_the_active_python_is_used_where_it_will_do(repo):
+def test_an_active_python_with_the_requirements_is_used(repo):
     p = train_once(repo, repo)
     output, _ = p.communicate(timeout=30)
     assert p.returncode == 0 and not (repo / ".venv").exists() and "Python:" not in output
@@ -274,6 +298,7 @@ def test_the_active_python_is_used_where_it_will_do(repo):
     [
         ("2.13.0+cpu", "==2.13.0", True),
         ("2.11.0", "==2.13.0", False),
+        ("2.11.0a0+4f8e2b.nv26.02", ">=2.11", True),
         ("2.0", ">=2.0.0", True),
         ("1.10", ">=1.9", True),
         ("1.9", ">=1.10", False),
@@ -302,20 +327,57 @@ def test_requirements_check(repo, tmp_path, have, requirement, fits):
     assert fits or p.stdout.startswith("some-thing")
 
 
+def test_a_package_can_have_the_name_of_a_container(repo, tmp_path):
+    info = tmp_path / "site" / "pytorch_triton-3.6.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: pytorch-triton\nVersion: 3.6.0\n")
+    # -S: without the packages of this environment
+    script = f"""
+        bare_python() {{ "{sys.executable}" -S "$@"; }}
+        ROOT="{repo}"; source "$ROOT/ensure_env.sh"; missing_requirements bare_python
+    """
+    for requirement, fits in (("triton>=3.6", True), ("triton>=3.7", False)):
+        (repo / "requirements.txt").write_text(requirement)
+        p = subprocess.run(
+            ["bash", "-c", script], env=environment(PYTHONPATH=str(tmp_path / "site")), capture_output=True
+        )
+        assert (p.returncode == 0) == fits, p
+
+
 def test_run_tests_passes_arguments_and_exit_code(repo):
     (repo / "test_it.py").write_text(
         "import os\n\ndef test_good():\n    assert os.environ['HF_HUB_OFFLINE'] == '1'\n\n"
         "def test_bad():\n    assert False\n"
     )
-    for script, chosen, code in (("run_tests.sh", "good", 0), (".ci/run", "bad", 1)):
+    for chosen, code in (("good", 0), ("bad", 1)):
         p = subprocess.run(
-            [str(repo / script), "-k", chosen, "-p", "no:cacheprovider"],
+            [str(repo / "run_tests.sh"), "-k", chosen, "-p", "no:cacheprovider"],
             cwd="/",
             env=environment(PYTHON=sys.executable),
             capture_output=True,
             text=True,
         )
         assert p.returncode == code and "1 deselected" in p.stdout, p
+
+
+COMMANDS = ["-m ruff format --check .", "-m ruff check .", "-m pytest -k name"]
+
+
+@pytest.mark.parametrize("failing, num_started", [("none", 3), ("format", 1), ("ruff check", 2), ("pytest", 3)])
+def test_ci_checks_the_format_then_lints_then_tests(repo, failing, num_started):
+    python = repo / "python"
+    python.write_text(f'#!/bin/bash\necho "$@" >>calls\n[[ "$*" != *"{failing}"* ]] || exit 5\n')
+    python.chmod(0o755)
+    p = subprocess.run(
+        [str(repo / ".ci/run"), "-k", "name"],
+        cwd="/",
+        env=environment(PYTHON=str(python)),
+        capture_output=True,
+        text=True,
+    )
+    assert (repo / "calls").read_text().splitlines() == COMMANDS[:num_started], p
+    assert (p.returncode == 0) == (failing == "none") and (failing != "pytest" or p.returncode == 5)
+    assert ("CI took 0 min" in p.stdout) == (num_started == 3)
 
 
 SRUN = """#!/bin/bash
@@ -335,7 +397,7 @@ echo "$@" >>scontrol.args
 """
 TORCHRUN = """#!/bin/bash
 # In place of the interpreter: torchrun would wait for the second node.
-case "$*" in *torch.distributed.run*) printf '%s\\n' "$@" >torchrun.args; python3 "${0%/*}/train.py"; exit $? ;; esac
+case "$*" in *titan_video.launch*) printf '%s\\n' "$@" >torchrun.args; python3 "${0%/*}/train.py"; exit $? ;; esac
 """
 
 
@@ -369,18 +431,19 @@ def test_slurm_script(repo, signalled):
     assert p.returncode == (0 if signalled else 5), output
     asked = (repo / "scontrol.args").read_text().splitlines()
     assert asked == ["show hostnames node[07-08]", *(["requeue 4321"] if signalled else [])]
-    given = (repo / "torchrun.args").read_text().splitlines()
-    options = dict(zip(given, given[1:]))
+    words = (repo / "torchrun.args").read_text().splitlines()
+    options = dict(zip(words, words[1:], strict=False))
     assert (options["--nnodes"], options["--nproc_per_node"], options["--rdzv_backend"]) == ("2", "1", "c10d")
     assert (options["--rdzv_id"], options["--rdzv_endpoint"]) == ("4321", f"node07:{29500 + 321}")
-    assert given[-4:] == ["--job.config_file", "train_configs/debug.toml", "--training.steps", "9 9"]
+    assert words[-4:] == ["--job.config_file", "train_configs/debug.toml", "--training.steps", "9 9"]
     if signalled:
         assert (repo / "saved0").read_text() == "SIGUSR2"
 
 
-def test_a_mistake_is_reported_before_torchrun_starts(repo):
-    process = start(repo, "--refuse", NGPU="2")
+def test_a_mistake_is_reported_before_torchrun_starts(repo, tmp_path):
+    process = start(repo, "--refuse", NGPU="2", TMPDIR=str(tmp_path))
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 1
     assert "refused for 2 ranks: ['--job.config_file', 'train_configs/debug.toml', '--refuse']" in output
-    assert "Traceback" not in output and not list(repo.glob("started*"))
+    assert "Traceback" not in output and "The output of all ranks" not in output and not list(repo.glob("started*"))
+    assert not list(tmp_path.glob("titan_video.*"))

@@ -7,15 +7,11 @@ python -m titan_video.config check WORLD_SIZE [arguments of train.py]
 """
 
 import sys
-import typing
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
+from typing import get_args, get_type_hints
 
-from titan_video.config.check import check
-from titan_video.config.manager import main_guard, parse_args
-from titan_video.config.values import default_text, describe, get_limits, options, sections
-from titan_video.distributed.parallel_dims import check_layout
-from titan_video.models import get_args, get_spec
+from titan_video.config.values import default_text, describe, get_limits, sections
 
 HEAD = """# Configuration
 
@@ -30,25 +26,24 @@ Generated from `titan_video/config/job_config.py` by `python -m titan_video.conf
 
 
 def markdown() -> str:
-    """The page: one table per section."""
+    """The page: one table per section, and one per table inside a section."""
     parts = [HEAD]
-    for section in sections():
-        parts.append(f"\n## [{section}]\n\n| field | legal | default | meaning |\n|---|---|---|---|\n")
-        tables: dict[str, type] = {}
-        for full, (kind, f) in options().items():
-            if full.startswith(f"{section}."):
-                cells = f.name, describe(kind, get_limits(f)), f"`{default_text(f)}`", f.metadata["help"]
-                parts.append(_row(cells))
-                if typing.get_args(kind) and is_dataclass(typing.get_args(kind)[0]):
-                    tables[full] = typing.get_args(kind)[0]
-        for full, item in tables.items():
-            parts.append(f"\n### [[{full}]]\n\n| field | legal | default | meaning |\n|---|---|---|---|\n")
-            kinds = typing.get_type_hints(item)
-            parts += [
-                _row((f.name, describe(kinds[f.name], get_limits(f)), f"`{default_text(f)}`", f.metadata["help"]))
-                for f in fields(item)
-            ]
+    for section, cls in sections().items():
+        parts += [f"\n## [{section}]\n\n", _table(cls)]
+        for name, kind in get_type_hints(cls).items():
+            if get_args(kind) and is_dataclass(get_args(kind)[0]):
+                parts += [f"\n### [[{section}.{name}]]\n\n", _table(get_args(kind)[0])]
     return "".join(parts)
+
+
+def _table(cls: type) -> str:
+    """One row per field of a dataclass."""
+    kinds = get_type_hints(cls)
+    rows = [
+        (f.name, describe(kinds[f.name], get_limits(f)), f"`{default_text(f)}`", f.metadata["help"])
+        for f in fields(cls)
+    ]
+    return "| field | legal | default | meaning |\n|---|---|---|---|\n" + "".join(_row(row) for row in rows)
 
 
 def _row(cells: Iterable[str]) -> str:
@@ -57,18 +52,8 @@ def _row(cells: Iterable[str]) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["check"]:
-        with main_guard():
-            config, world_size = parse_args(sys.argv[3:]), int(sys.argv[2])
-            check(config, world_size)
-        try:
-            args = get_args(
-                get_spec(config.model.name),
-                config.model.flavor,
-                config.model.hf_assets_path,
-                config.encoder.max_text_length,
-            )
-            check_layout(config.parallelism, args, world_size)
-        except ValueError as e:
-            sys.exit(f"error: {e}")
+        from titan_video.launch import check_run  # and torch, without which the page is printed
+
+        check_run(sys.argv[3:], world_size=int(sys.argv[2]))
     else:
         print(markdown(), end="")
