@@ -1,8 +1,8 @@
 """Traces of steps, and snapshots of GPU memory. Field names follow torchtitan.
 
-    [profiling] enable_profiling         a trace of one step every profile_freq steps, for chrome://tracing or Perfetto
-                enable_memory_snapshot   the history of GPU allocations at the same steps and at an out-of-memory error,
-                                         for https://pytorch.org/memory_viz
+[profiling] enable_profiling         a trace of one step every profile_freq steps, for chrome://tracing or Perfetto
+            enable_memory_snapshot   the history of GPU allocations at the same steps and at an out-of-memory error,
+                                     for https://pytorch.org/memory_viz
 """
 
 import pickle
