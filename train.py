@@ -29,7 +29,7 @@ from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import dump, main_guard, parse_args
 from titan_video.data.batch import Batch
 from titan_video.data.batching import Batching, Bucket, Work, gradient_accumulation
-from titan_video.data.loader import LatentLoader
+from titan_video.data.loader import DrawPlan, EntryReader, LatentLoader
 from titan_video.data.prefetch import Prefetch
 from titan_video.distributed.activation_checkpoint import check_save_min_kv, recomputed_flops, select_blocks
 from titan_video.distributed.compile import num_graphs
@@ -106,8 +106,8 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
         self.encoder_channel = None
         if config.encoder.placement == "separate":
-            join = resolve(f"{ONLINE}:join", asked_by="encoder.placement = separate")
-            self.encoder_channel = join(config.encoder, config.comm, self.device, world_size)
+            init_process_groups = resolve(f"{ONLINE}:init_process_groups", asked_by="encoder.placement = separate")
+            self.encoder_channel = init_process_groups(config.encoder, config.comm, self.device, world_size)
         else:
             init_distributed(self.device, config.comm.init_timeout_seconds)
         self.exit_stack.callback(dist.destroy_process_group)
@@ -138,7 +138,7 @@ class Trainer:
         works = [self.work(bucket) for bucket in config.data.sizes]
         self.longest = max(work.tokens for work in works)
         for work in works if self.dims.pp > 1 else ():
-            clips = self.accumulation * self.batching.clips_of(work.tokens)
+            clips = self.accumulation * self.batching.clips_per_micro_batch(work.tokens)
             check_microbatches(config.parallelism, clips // config.parallelism.pipeline_parallel_microbatch_size)
         check_save_min_kv(config.activation_checkpoint, self.longest)
 
@@ -163,9 +163,7 @@ class Trainer:
         if config.encoder.placement != "cached":
             build_online_encoder = resolve(f"{ONLINE}:build_online_encoder", asked_by="encoder.placement")
             online = build_online_encoder(
-                config.encoder,
-                c,
-                config.comm,
+                config,
                 self.encoders,
                 self.cache,
                 self.dims,
@@ -174,23 +172,26 @@ class Trainer:
                 self.args.text_len,
             )
             self.exit_stack.callback(online.close)
-        self.loader = LatentLoader(
+        draw_plan = DrawPlan(
             self.clips.training,
-            self.cache,
             self.cache.text_key(""),
             self.batching,
             self.work,
-            dp_rank=self.meshes.batch.get_local_rank(),
-            dp_size=self.dims.dp,
             seed=config.debug.seed,
             shuffle=c.shuffle,
             caption_dropout=c.caption_dropout,
-            max_text_length=self.args.text_len,
-            text_dim=self.args.text_dim,
+        )
+        entries = online.cache if online else self.cache
+        keep = c.num_workers == 0 and not online
+        self.loader = LatentLoader(
+            draw_plan,
+            EntryReader(entries, self.args.text_len, self.args.text_dim, keep),
+            dp_rank=self.meshes.batch.get_local_rank(),
+            dp_size=self.dims.dp,
             num_workers=c.num_workers,
             prefetch_factor=c.prefetch_factor,
             pin_memory=self.device.type == "cuda",
-            live=online,
+            online=online,
         )
 
     def build_model(self) -> None:
@@ -313,7 +314,7 @@ class Trainer:
         numbers = torch.stack([*(x.to(grad_norm.device) for x in losses), grad_norm])
         self.guard.update(self.optimizer, numbers[::2])
         self.optimizer.zero_grad()
-        self.steps.ahead()
+        self.steps.prefetch_next()
         global_loss, max_loss, norm = read(numbers)  # the first host-device synchronisation of the step
         if self.guard.check(global_loss, norm, self.step) and self.ema:
             self.ema.update(self.step)
@@ -335,11 +336,11 @@ class Trainer:
             model_flops=model_flops,
             hardware_flops=model_flops + recomputed / ranks_per_sample,
             step_seconds=time.perf_counter() - start,
-            data_seconds=self.steps.waited,
+            data_seconds=self.steps.data_wait_seconds,
             bucket=label,
             extra=self.loader.stats(),
         )
-        self.steps.waited = 0.0
+        self.steps.data_wait_seconds = 0.0
         if num_graphs() > self.num_graphs:  # the first steps of each bucket may compile; later ones should not
             new = num_graphs() - self.num_graphs
             logger.info(f"step {self.step} compiled {new} graphs for {label}, {num_graphs()} so far")

@@ -1,6 +1,5 @@
-"""Encoding before training, during it, and on ranks of its own:
-
-the same batches, bit for bit; what becomes of each side when the other is gone.
+"""Encoding before training, during it, and on ranks of its own: the same batches, bit for bit; what each side does when
+the other is gone.
 """
 
 import hashlib
@@ -17,15 +16,14 @@ from titan_video.config.check import check
 from titan_video.config.job_config import Comm, Data, Encoder, JobConfig, Parallelism, Validation
 from titan_video.config.manager import ConfigError
 from titan_video.data.batching import Batching, Work
-from titan_video.data.loader import LatentLoader
+from titan_video.data.loader import DrawPlan, EntryReader, LatentLoader
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.encoders import build_encoders
 from titan_video.ingest import encode
-from titan_video.ingest.plan import make_plan
-from titan_video.ingest.prepare import open_cache, prepare
+from titan_video.ingest.prepare import open_cache, prepare_clips
 from titan_video.ingest.video import UnusableClip
 from titan_video.models.conditioning import ConditioningSpec
-from titan_video.online.setup import build_online_encoder, join, run_encoder_rank
+from titan_video.online.setup import build_online_encoder, init_process_groups, run_encoder_rank
 
 ALL = ConditioningSpec(num_cond_frames=1, form="mask_first", image_tokens=257, pooled_text=True)
 COMM = Comm(init_timeout_seconds=90, train_timeout_seconds=60)
@@ -46,50 +44,44 @@ def build_loader(folder, section, data, conditioning, dims, channel, cache_name)
     """As train.py builds it, without a model."""
     encoders = build_encoders(section, "", "cpu")
     cache = open_cache(folder / cache_name, encoders, conditioning, None)
-    make = lambda path: make_plan(folder / "clips", [(5, 32, 64), (5, 64, 32)], 8, 0, folder / "cache")
-    clips = prepare(
-        make, section.placement == "cached", Validation(), folder / cache_name, encoders, cache, None, data.num_workers
-    )
+    is_ahead = section.placement == "cached"
+    clips = prepare_clips(data, is_ahead, Validation(), folder / cache_name, encoders, cache, None)
     shape = lambda bucket: (16, (bucket[0] - 1) // 4 + 1, bucket[1] // 8, bucket[2] // 8)
-    live = build_online_encoder(section, data, COMM, encoders, cache, dims, channel, shape, 6)
+    config = JobConfig(encoder=section, data=data, comm=COMM)
+    online = build_online_encoder(config, encoders, cache, dims, channel, shape, 6)
     dp_rank = next(r for r, ranks in enumerate(dims.sample_groups()) if dist.get_rank() in ranks)
-    return (
-        live,
-        cache,
-        LatentLoader(
-            clips.training,
-            cache,
-            cache.text_key(""),
-            Batching(4, 2),
-            lambda b: Work(b[0], 1.0),
-            max_text_length=6,
-            text_dim=64,
-            dp_rank=dp_rank,
-            dp_size=dims.dp,
-            seed=5,
-            caption_dropout=0.3,
-            num_workers=data.num_workers,
-            live=live,
-        ),
+    draw_plan = DrawPlan(
+        clips.training,
+        cache.text_key(""),
+        Batching(4, 2),
+        lambda b: Work(b[0], 1.0),
+        seed=5,
+        caption_dropout=0.3,
     )
+    reader = EntryReader(online.cache if online else cache, 6, 64)
+    loader = LatentLoader(
+        draw_plan, reader, dp_rank=dp_rank, dp_size=dims.dp, num_workers=data.num_workers, online=online
+    )
+    return online, cache, loader
 
 
 def get_batches(folder, section, cp=1, num_workers=0, cache_name="cache", stop_after=STEPS):
     """[[digest of each micro-batch] for each step] of this rank; None of an encoder rank."""
-    world, data = int(os.environ["WORLD_SIZE"]), Data(num_workers=num_workers)
+    world, buckets = int(os.environ["WORLD_SIZE"]), ((5, 32, 64), (5, 64, 32))
+    data = Data(path=str(folder / "clips"), buckets=buckets, fps=8.0, num_workers=num_workers)
     num_training = section.num_training_ranks(world)
     if int(os.environ["RANK"]) >= num_training:
         run_encoder_rank(section, data, COMM, "", num_training)
         return None
-    channel = join(section, COMM, torch.device("cpu"), num_training)
-    live, cache, loader = build_loader(
+    channel = init_process_groups(section, COMM, torch.device("cpu"), num_training)
+    online, cache, loader = build_loader(
         folder, section, data, ALL, ParallelDims(dp_shard=num_training // cp, ulysses=cp), channel, cache_name
     )
     steps = loader.steps(STEPS)
     found = [[digest(batch) for batch in next(steps)] for _ in range(stop_after)]
     dist.barrier()  # as training's own collectives
-    if live:
-        live.close()
+    if online:
+        online.close()
     dist.destroy_process_group()
     return found
 

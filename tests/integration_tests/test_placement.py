@@ -56,16 +56,16 @@ def test_runs_are_the_same(front, cached, tmp_path, world, options):
     assert entries(tmp_path / "fresh") == {"video": 2, "text": 3}  # what validation looks at, and the empty caption
     again = front.run("again", {**fresh, "encoder.write_cache": "true"}, world=world).ok()
     assert losses(again) == cached.records
-    told = [row for row in map(json.loads, (again.folder / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
+    rows = [row for row in map(json.loads, (again.folder / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
     assert (
-        told[0]["encode_seconds"] > 0
-        and told[0]["encoded_frames_per_second"] > 0
-        and all(row["decode_wait_seconds"] >= 0 for row in told)
+        rows[0]["encode_seconds"] > 0
+        and rows[0]["encoded_frames_per_second"] > 0
+        and all(row["decode_wait_seconds"] >= 0 for row in rows)
     )
-    assert world == 1 or all(0 <= row["queue_depth"] <= 2 for row in told)
+    assert world == 1 or all(0 <= row["queue_depth"] <= 2 for row in rows)
     drawn = entries(tmp_path / "fresh")
     assert 9 <= drawn["video"] <= 12 and drawn["text"] > 3
-    assert sum(row["encoded_frames"] for row in told) == 9 * (drawn["video"] - 2)
+    assert sum(row["encoded_frames"] for row in rows) == 9 * (drawn["video"] - 2)
 
 
 def test_a_signal_and_a_resumption(front, cached, tmp_path):
@@ -142,7 +142,7 @@ def test_a_lost_rank_ends_the_run(front, tmp_path):
 
 
 def test_a_stop_without_a_save_ends_encoder_ranks(front, tmp_path):
-    """A loss that is not finite, and a last step: the encoders are told, and end in order."""
+    """A loss that is not finite, and a last step: the encoder ranks are sent a shutdown, and end in order."""
     options = {**LONG, "data.cache_folder": tmp_path / "fresh", "optimizer.lr": 1e30}
     codes, logs, _ = ends(front.start("nan", options, world=2))
     assert codes == [1, 0] and "not finite" in logs[0] and "Traceback" not in logs[0] + logs[1], (codes, logs)

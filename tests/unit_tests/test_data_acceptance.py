@@ -19,7 +19,7 @@ from tests.unit_tests.data_clips import colour, number_by_colour, write_clip, wr
 from titan_video.config.manager import parse_args
 from titan_video.data.batching import Batching, Work
 from titan_video.data.latent_cache import LatentCache
-from titan_video.data.loader import LatentLoader
+from titan_video.data.loader import DrawPlan, EntryReader, LatentLoader
 from titan_video.encoders.debug import DebugEncoders
 from titan_video.ingest import __main__ as command
 from titan_video.ingest.cached_clips import cached_clips
@@ -250,9 +250,8 @@ def test_plan_loader_and_export_agree(tmp_path, capsys, monkeypatch, num_files):
         for made in files
         if made.fault != "wordless"
     }
-    loader = LatentLoader(
-        clips, cache, cache.text_key(""), Batching(1), lambda b: Work(1, 1.0), max_text_length=4, text_dim=64
-    )
+    draw_plan = DrawPlan(clips, cache.text_key(""), Batching(1), lambda b: Work(1, 1.0))
+    loader = LatentLoader(draw_plan, EntryReader(cache, max_text_length=4, text_dim=64, keep=True))
     trained = []
     for (batch,) in islice(loader, len(clips)):
         text = batch.text_BLD[0][batch.text_mask_BL[0]].numpy().tobytes()

@@ -19,13 +19,13 @@ from tests.helpers import ROOT, children, context, free_port
 from tests.unit_tests.data_clips import captioned
 from titan_video.data import latent_cache
 from titan_video.data.latent_cache import LatentCache
-from titan_video.data.worker import set_up_worker
 from titan_video.encoders.debug import DebugEncoders
 from titan_video.ingest.__main__ import main
 from titan_video.ingest.cached_clips import cached_clips, split_holdout
-from titan_video.ingest.encode import encode_missing, encode_share, missing_jobs, share
+from titan_video.ingest.encode import encode_missing, encode_share, missing_jobs, partition_jobs
 from titan_video.ingest.plan import PlanEntry, make_plan, read_frames
 from titan_video.ingest.shapes import resolve_path
+from titan_video.ingest.worker import set_up_worker
 
 BUCKETS = [[5, 32, 32]]
 
@@ -136,7 +136,7 @@ def test_ranks_share_the_work_by_its_cost(clips, cache):
     long = replace(make_plan(clips, BUCKETS, 10, 0, cache.folder).kept[0], bucket=(17, 32, 32))
     jobs = missing_jobs(cached_clips(make_plan(clips, BUCKETS, 10, 0, cache.folder), cache), cache, log=quiet)[1]
     jobs = [replace(jobs[0], entry=long), *jobs]
-    shares = [share(jobs, rank, 3) for rank in range(3)]
+    shares = [partition_jobs(jobs, rank, 3) for rank in range(3)]
     assert [len(part) for part in shares] == [1, 2, 2] and sorted(
         job.keys for part in shares for job in part
     ) == sorted(job.keys for job in jobs)
@@ -338,10 +338,10 @@ def test_killed_while_encoding(tmp_path):
     cache = killed_again_and_again(tmp_path, 3, 0, Forked)
     leftover = cache.folder / "shards" / ".rest.safetensors.host.1.tmp"
     leftover.write_bytes(b"half")
-    cache.remove_leftovers()
+    cache.remove_partial_shards()
     assert leftover.exists()  # it may be another run's, which is writing it
     os.utime(leftover, (0, 0))
-    cache.remove_leftovers()
+    cache.remove_partial_shards()
     assert not leftover.exists()
 
 

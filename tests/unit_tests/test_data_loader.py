@@ -1,9 +1,13 @@
-"""Micro-batches:
-
-the same global batches for every layout, exact resumption, padding and caption dropout; and the data commands.
+"""Micro-batches: the same global batches for every layout, exact resumption, padding and caption dropout; and the data
+commands.
 """
 
+import gc
 import json
+import os
+import shutil
+import threading
+import time
 from collections import Counter, deque
 from dataclasses import replace
 from itertools import islice
@@ -15,7 +19,7 @@ from tests.unit_tests.data_clips import captioned, flat_frames
 from titan_video.data import loader as loader_module
 from titan_video.data.batching import Batching, Work
 from titan_video.data.latent_cache import LatentCache
-from titan_video.data.loader import EntryReader, LatentLoader
+from titan_video.data.loader import DrawPlan, EntryReader, LatentLoader
 from titan_video.encoders.debug import DebugEncoders
 from titan_video.flow.noise import drop_caption
 from titan_video.ingest import __main__ as command
@@ -41,14 +45,15 @@ def data(tmp_path_factory):
     return cached_clips(plan, cache), cache
 
 
-def make(data, **kwargs):
+def make(data, clips_per_batch=2, total=4, budget=0, text_dim=64, **kwargs):
+    """A loader whose micro-batches hold `clips_per_batch` clips, `total` a step; with a budget `total` micro-batches."""
     clips, cache = data
-    local, total, budget = kwargs.pop("local", 2), kwargs.pop("total", 4), kwargs.pop("budget", 0)
-    batching = Batching(total if budget else total // local, local, budget)
-    settings = {"seed": 5, "caption_dropout": 0.3, "max_text_length": 6, "text_dim": 64}
-    return LatentLoader(
-        clips, cache, cache.text_key(""), batching, lambda b: Work(b[0] * b[1], b[1]), **{**settings, **kwargs}
-    )
+    batching = Batching(total if budget else total // clips_per_batch, clips_per_batch, budget)
+    dropout = kwargs.pop("caption_dropout", 0.3)
+    work = lambda bucket: Work(bucket[0] * bucket[1], bucket[1])
+    draw_plan = DrawPlan(clips, cache.text_key(""), batching, work, seed=5, caption_dropout=dropout)
+    reader = EntryReader(cache, 6, text_dim, keep=not kwargs.get("num_workers"))
+    return LatentLoader(draw_plan, reader, **kwargs)
 
 
 def samples(step):
@@ -68,9 +73,10 @@ def same(a, b):
     "dp_size, local, num_workers", [(1, 1, 0), (1, 12, 2), (2, 3, 0), (3, 2, 1), (4, 3, 0), (12, 1, 0)]
 )
 def test_the_global_batch_is_the_same_for_every_layout(data, dp_size, local, num_workers):
-    reference = [samples(s) for s in islice(make(data, local=4, total=12), 6)]
+    reference = [samples(s) for s in islice(make(data, clips_per_batch=4, total=12), 6)]
     ranks = [
-        make(data, local=local, total=12, dp_rank=r, dp_size=dp_size, num_workers=num_workers) for r in range(dp_size)
+        make(data, clips_per_batch=local, total=12, dp_rank=r, dp_size=dp_size, num_workers=num_workers)
+        for r in range(dp_size)
     ]
     steps = [list(islice(loader, 6)) for loader in ranks]
     for n, wanted in enumerate(reference):
@@ -84,7 +90,7 @@ def test_the_global_batch_is_the_same_for_every_layout(data, dp_size, local, num
 
 
 def test_the_place_of_a_draw(data):
-    loader = make(data, local=2, total=8, dp_rank=1, dp_size=2)
+    loader = make(data, clips_per_batch=2, total=8, dp_rank=1, dp_size=2)
     first = next(iter(loader))
     assert [b.sample_ids_B.tolist() for b in first] == [[2, 3], [6, 7]]
 
@@ -133,7 +139,7 @@ def test_resume_is_exact_and_ignores_what_was_prefetched(data, num_workers, done
     resumed.load_state_dict(state)
     for wanted, step in zip(whole[done:], resumed, strict=False):
         assert same(samples(step), wanted)
-    assert same(samples(next(iter(loader))), whole[done])  # iterating again goes on as well
+    assert same(samples(next(iter(loader))), whole[done])  # iterating again continues as well
 
 
 DEGREES = (1, 2, 4, 8)
@@ -172,7 +178,7 @@ def uninterrupted(data):
     plain = make(data, total=8, budget=150, caption_dropout=0.0)
     of_bucket = {bucket: [] for bucket in clips}
     for step in plain.steps(6):
-        assert any(drawn % size for drawn, size in zip(plain.state_dict()["draws"], plain.sampler.sizes))
+        assert any(drawn % size for drawn, size in zip(plain.state_dict()["draws"], plain.draw_plan.sampler.sizes))
         for batch in step:
             bucket = 5, *(8 * size for size in batch.streams["video"].shape[3:])
             of_bucket[bucket] += [latents.numpy().tobytes() for latents in batch.streams["video"]]
@@ -183,7 +189,6 @@ def uninterrupted(data):
     return whole, last
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "num_before, num_after",
@@ -198,7 +203,6 @@ def test_resume_on_another_number_of_ranks(data, uninterrupted, num_before, num_
         assert first + rest == whole and end == last, (before, after)
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_resume_with_another_number_of_workers(data, uninterrupted):
     for before, after, num_before, num_after, done in ((1, 2, 1, 0, 2), (2, 1, 0, 4, 3), (1, 1, 4, 1, 5)):
         first, state = drawn(data, before, num_before, None, done)
@@ -209,14 +213,14 @@ def test_resume_with_another_number_of_workers(data, uninterrupted):
 def test_repeated_clips_come_as_often_in_an_epoch(data):
     clips, cache = data
     clips = [replace(c, repeats=3) if c.bucket == (5, 64, 32) else c for c in clips]
-    loader = make((clips, cache), local=1, total=1)
+    loader = make((clips, cache), clips_per_batch=1, total=1)
     count = sum(c.repeats for c in clips)
     shapes = [b.streams["video"].shape[3] for step in islice(loader, count) for b in step]
     assert count == 6 + 3 * 3 and shapes.count(8) == 9
 
 
 def test_state_is_the_same_on_all_ranks(data):
-    loaders = [make(data, local=1, dp_rank=r, dp_size=4) for r in range(4)]
+    loaders = [make(data, clips_per_batch=1, dp_rank=r, dp_size=4) for r in range(4)]
     for loader in loaders:
         next(iter(loader))
     assert all(loader.state_dict() == loaders[0].state_dict() for loader in loaders)
@@ -237,6 +241,59 @@ def test_memory_of_a_loader_without_workers_is_bounded(data, monkeypatch):
     )
 
 
+def num_reading_threads():
+    return sum("_populate_queue" in t.name or "_apply_udf" in t.name for t in threading.enumerate())
+
+
+def reading_threads_end():
+    """They look every 0.1 s whether they should."""
+    deadline = time.monotonic() + 20
+    while num_reading_threads() and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.01)
+    return num_reading_threads() == 0
+
+
+@pytest.mark.parametrize("prefetch_factor", [1, 2, 5])
+def test_threads_end_with_the_iteration(data, prefetch_factor):
+    reference = [samples(s) for s in islice(make(data), 3)]
+    loader = make(data, num_workers=2, prefetch_factor=prefetch_factor)
+    assert len(list(loader.steps(2))) == 2
+    assert reading_threads_end()
+    steps = iter(loader)
+    assert same(samples(next(steps)), reference[2]) and num_reading_threads() >= 3
+    steps.close()  # in the middle
+    assert reading_threads_end()
+
+
+def test_other_threads_keep_their_number_of_torch_threads(data):
+    before, found = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    try:
+        steps = iter(make(data, num_workers=1))
+        next(steps)
+        later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+        assert found == [3] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("num_workers, prefetch_factor", [(0, 2), (2, 2), (2, 4)])
+def test_a_damaged_shard_is_named_and_ends_the_iteration(data, tmp_path, num_workers, prefetch_factor):
+    clips, cache = data
+    shutil.copytree(cache.folder, tmp_path / "cache")
+    copy = LatentCache(tmp_path / "cache", cache.video_id, cache.text_id)
+    shard = max((tmp_path / "cache" / "shards").iterdir(), key=lambda path: path.stat().st_size)  # of latents
+    os.truncate(shard, shard.stat().st_size - 40_000)
+    steps = iter(make((clips, copy), num_workers=num_workers, prefetch_factor=prefetch_factor))
+    with pytest.raises(ValueError, match=rf"{shard.name}: video/\w+ is damaged .*; delete this file"):
+        for _ in range(20):
+            next(steps)
+    assert next(steps, None) is None and reading_threads_end()
+
+
 def test_wrong_numbers_are_refused(data):
     with pytest.raises(ValueError, match="no multiple of data-parallel degree 2"):
         make(data, total=6, dp_size=2)
@@ -251,12 +308,12 @@ def test_a_draw_chooses_one_of_the_captions(data):
         for c, other in zip(clips, clips[1:] + clips[:1])
     ]
     chosen = []
-    for kwargs in ({}, {"local": 4, "num_workers": 1}):
-        order = make((several, cache), **kwargs).order
+    for kwargs in ({}, {"clips_per_batch": 4, "num_workers": 1}):
+        draw_plan = make((several, cache), **kwargs).draw_plan
         states, keys = deque(), {}
-        for step in order.steps(30, states):
+        for step in draw_plan.steps(30, states):
             for micro_batch in step:
-                for clip, key, sample_id in order.item(micro_batch):
+                for clip, key, sample_id in draw_plan.spec(micro_batch):
                     assert key in (*clip.text_keys, cache.text_key(""))
                     keys[sample_id] = key, clip.text_keys.index(key) if key in clip.text_keys else None
         chosen.append(keys)

@@ -1,6 +1,5 @@
-"""One micro-batch ahead:
-
-the same order, the position of what was given out, and updates that the device itself leaves out.
+"""One micro-batch is prepared ahead: the same order, the state of the step given to training; and updates that are left
+out on the device.
 """
 
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import torch
 from tests.unit_tests.test_data_loader import data, make, same, samples  # noqa: F401
 from titan_video.data.prefetch import Prefetch, iter_tensors
 from titan_video.distributed.parallel_dims import ParallelDims
-from titan_video.distributed.sequence import MAX_KEPT, SequenceShard
+from titan_video.distributed.sequence import MAX_CACHED, SequenceShard
 from titan_video.distributed.utils import init_distributed
 from titan_video.models.layers import positions, rope_freqs_cis, token_shape
 from titan_video.training.fault_tolerance import NonFiniteGuard
@@ -38,14 +37,14 @@ def run(loader, num_steps, ahead=True, size=0):
             events.append(("use", ids(batch)))
             used.append(ids(batch))
         if ahead:
-            prefetch.ahead()
+            prefetch.prefetch_next()
         steps.append((loader.state_dict(), loader.samples, used))
-    assert prefetch.waited > 0
+    assert prefetch.data_wait_seconds > 0
     return steps, events
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_reading_ahead_changes_nothing_that_is_given_out_or_saved(data, num_workers):  # noqa: F811
+def test_prefetching_changes_neither_steps_nor_state(data, num_workers):  # noqa: F811
     reference, loader = [], make(data)
     for step in loader.steps(5):
         reference.append((loader.state_dict(), loader.samples, [ids(batch) for batch in step]))
@@ -62,14 +61,14 @@ def test_reading_ahead_changes_nothing_that_is_given_out_or_saved(data, num_work
     assert [kind for kind, _ in events] == ["prepare", "use"] * len(order)
 
 
-def test_a_run_goes_on_after_the_last_step_given_out(data):  # noqa: F811
+def test_a_run_resumes_after_the_last_step_given_to_training(data):  # noqa: F811
     whole = make(data)
     expected = [samples(step) for step in whole.steps(6)]
     first = make(data)
     prefetch = Prefetch(first, 6, lambda batch: batch, CPU)
     for _ in range(3):
         prefetch.step()
-        prefetch.ahead()
+        prefetch.prefetch_next()
     second = make(data)
     second.load_state_dict(first.state_dict())
     assert all(same(samples(ours), theirs) for ours, theirs in zip(second.steps(3), expected[3:], strict=True))
@@ -95,12 +94,12 @@ def test_tensors_are_found_wherever_they_are():
 @pytest.fixture
 def one_rank():
     init_distributed(CPU, 60)
-    yield SequenceShard(ParallelDims().build_mesh("cpu").sequence)
+    yield SequenceShard.from_meshes(ParallelDims().build_mesh("cpu"))
     torch.distributed.destroy_process_group()
 
 
 def test_positions_and_rotations_are_made_once_for_each_size(one_rank):
-    shapes = [token_shape((frames, 4, 4), (1, 2, 2)) for frames in range(1, MAX_KEPT + 2)]
+    shapes = [token_shape((frames, 4, 4), (1, 2, 2)) for frames in range(1, MAX_CACHED + 2)]
     kept = one_rank.positions(shapes[0], CPU)
     assert torch.equal(kept, positions(shapes[0])) and one_rank.positions(shapes[0], CPU) is kept
     table = rope_freqs_cis(kept, (4, 2, 2), 1e4)

@@ -16,8 +16,8 @@ class Batch:
     text_BLD: text embeddings, zero beyond each prompt's length.
     text_mask_BL: bool, true on a prompt's own tokens.
     sample_ids_B: int64, unique per draw over the whole run: keys all randomness of the objective.
-    cond: what else the model is given (models/conditioning.py), batch first: cond_latents_BCFHW, latents of given frames;
-        image_BSD, image tokens; pooled_text_BD. Empty for Wan text-to-video.
+    cond: further inputs of the model (models/conditioning.py), batch first: cond_latents_BCFHW, latents of conditioning
+        frames; image_BSD, image tokens; pooled_text_BD. Empty for Wan text-to-video.
     """
 
     streams: dict[str, Tensor]
@@ -38,7 +38,7 @@ class Batch:
         ]
 
     def to(self, device: torch.device | str) -> "Batch":
-        """A copy there, which the host does not wait for."""
+        """A copy on the device, made without host-device synchronisation."""
 
         def move(x):
             return {k: move(v) for k, v in x.items()} if isinstance(x, dict) else send(x, device)

@@ -16,7 +16,7 @@ SAME_COST = 1.05  # micro-batches of one class differ by at most this factor
 
 @dataclass(frozen=True)
 class Work:
-    """What one clip of a bucket takes: tokens, and FLOPs of a forward."""
+    """The cost of one clip of a bucket: its tokens, and the FLOPs of a forward."""
 
     tokens: int
     flops: float
@@ -24,57 +24,58 @@ class Work:
 
 @dataclass(frozen=True)
 class Batching:
-    """How clips make up micro-batches and steps; nothing in it depends on the number of ranks.
+    """How clips make up micro-batches and steps. Nothing in it depends on the number of ranks.
 
-    micro_batches: of all data ranks in a step, drawn in so many equal `parts`. clips: in a micro-batch; with a
-    token_budget as many as fit into that, at least one. multiple: with pipelines, the clips that pass it together; then
-    a step's micro-batches are all of one size.
+    micro_batches: of all data-parallel ranks in a step, drawn in `groups_per_step` groups of equal size.
+    clips: clips in a micro-batch, if there is no token budget.
+    token_budget: tokens of a micro-batch, which then holds as many clips as fit, at least one. 0: no budget.
+    multiple: clips that pass a pipeline together; all micro-batches of a step then have one size. 0: no pipeline.
     """
 
     micro_batches: int
     clips: int = 1
     token_budget: int = 0
-    parts: int = 1
+    groups_per_step: int = 1
     multiple: int = 0
 
     @classmethod
     def of(cls, data: Data, training: Training, parallelism: Parallelism, micro_batches: int) -> "Batching":
-        multiple = parallelism.pipeline_parallel_microbatch_size if parallelism.pipeline_parallel_degree > 1 else 0
-        return cls(micro_batches, training.local_batch_size, data.tokens_per_microbatch, data.groups_per_step, multiple)
+        is_pipelined = parallelism.pipeline_parallel_degree > 1
+        return cls(
+            micro_batches,
+            clips=training.local_batch_size,
+            token_budget=data.tokens_per_microbatch,
+            groups_per_step=data.groups_per_step,
+            multiple=parallelism.pipeline_parallel_microbatch_size if is_pipelined else 0,
+        )
 
-    def clips_of(self, tokens: int) -> int:
-        """Clips of so many tokens in a micro-batch, where there are enough of them."""
+    def clips_per_micro_batch(self, tokens: int) -> int:
+        """Clips of `tokens` tokens each in a micro-batch, where there are enough of them."""
         if not self.token_budget:
             return self.clips
         unit = max(1, self.multiple)
         return max(1, self.token_budget // (tokens * unit)) * unit
 
     def classes(self, counts: Sequence[int], works: Sequence[Work]) -> list[CostClass]:
-        """Buckets, given by their numbers of clips and the work of one, in classes of equal cost, the costliest first.
+        """Group buckets into classes of equal cost, the most expensive first.
 
-        With a token budget a micro-batch shrinks where a part would otherwise take a class's clips more than once (not
-        in pipelines, whose schedules need their number of micro-batches).
+        counts, works: of each bucket, its number of clips and the cost of one.
+        With a token budget, a micro-batch shrinks where a group would otherwise take clips of a class more than once.
+        In pipelines it does not: their schedules need a fixed number of micro-batches.
         """
         if not self.token_budget or self.multiple:
-            return [CostClass((b,), self.clips_of(work.tokens)) for b, work in enumerate(works)]
-        order = sorted(range(len(counts)), key=lambda b: (self.clips_of(works[b].tokens), -works[b].flops, b))
+            return [CostClass((b,), self.clips_per_micro_batch(work.tokens)) for b, work in enumerate(works)]
+        clips = [self.clips_per_micro_batch(work.tokens) for work in works]
         groups: list[list[int]] = []
-        for b in order:
-            first = works[groups[-1][0]] if groups else None
-            if (
-                first
-                and self.clips_of(first.tokens) == self.clips_of(works[b].tokens)
-                and first.flops <= SAME_COST * works[b].flops
-            ):
+        for b in sorted(range(len(counts)), key=lambda b: (clips[b], -works[b].flops, b)):
+            first = groups[-1][0] if groups else b
+            if groups and clips[first] == clips[b] and works[first].flops <= SAME_COST * works[b].flops:
                 groups[-1].append(b)
             else:
                 groups.append([b])
-        per_part = self.micro_batches // self.parts
-        enough = [max(1, sum(counts[b] for b in group) // per_part) for group in groups]
-        return [
-            CostClass(tuple(group), min(self.clips_of(works[group[0]].tokens), most))
-            for group, most in zip(groups, enough, strict=True)
-        ]
+        per_group = self.micro_batches // self.groups_per_step
+        most = [max(1, sum(counts[b] for b in group) // per_group) for group in groups]
+        return [CostClass(tuple(g), min(clips[g[0]], limit)) for g, limit in zip(groups, most, strict=True)]
 
 
 def gradient_accumulation(config: JobConfig, dp: int) -> int:

@@ -1,40 +1,59 @@
-"""Micro-batches of cached latents for one data-parallel rank.
+"""Micro-batches of cached latents for one data-parallel rank, as a pipeline of `torchdata.nodes`.
 
-    Order (main process) -- items of one micro-batch -- worker processes read the cache -- list[Batch] per step
+    GlobalSampler      counters -> the micro-batches of a step, of all ranks
+    RankMicroBatches   those of this rank, one at a time: which clip, which caption, which sample id
+    ParallelMapper     threads read the cache -> the fields of a Batch
+    Prefetcher         more of them, where data.prefetch_factor asks for that
+    PinMemory          with a GPU
+    Batcher            the micro-batches of a step
 
-The order runs ahead of training by what the workers hold ready; the state that is saved is that of the last step given
-out. Instead of being read, entries can be encoded when their turn comes (`Live`: live.py, remote.py); the batches are
-the same.
+The pipeline runs ahead of training. Each node's state is that of the item it has handed over, and is the sampler's
+counters and nothing else, so a run resumes on any number of ranks and threads. The loader's state, which checkpoints
+save, is that of the last step given to training.
+With online encoding (encoder.placement) entries are encoded when they are needed; the batches are the same.
 """
 
+import atexit
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from itertools import count
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torchdata.nodes import BaseNode, Batcher, ParallelMapper, PinMemory, Prefetcher
 
 from titan_video.data.batch import Batch
 from titan_video.data.batching import Batching, Bucket, Work
-from titan_video.data.latent_cache import CachedClip, LatentCache
+from titan_video.data.latent_cache import GIVEN, CachedClip, LatentCache
 from titan_video.data.sampler import GlobalSampler, MicroBatch, fingerprint
-from titan_video.data.worker import Layout, pack, set_up_worker, unpack
 from titan_video.flow.noise import choose_caption, drop_caption
 
-MEMORY_LIMIT = 1 << 30  # bytes of entries kept by a loader without workers
+MEMORY_LIMIT = 1 << 30  # bytes of entries that a reader with `keep` holds
 
-Item = list[tuple[CachedClip, str, int]]  # (clip, key of the text it is given, sample id) of one micro-batch
+
+class ClipDraw(NamedTuple):
+    """One sample of a micro-batch: a clip, the key of the text that goes with it, and the sample id."""
+
+    clip: CachedClip
+    text_key: str
+    sample_id: int
+
+
+MicroBatchSpec = list[ClipDraw]
 
 
 class EntryReader:
-    """Reads micro-batches from the cache, with what cache.conditions names; with `keep` it holds up to 1 GiB of entries
-    in memory.
+    """Reads micro-batches from the cache, with all that cache.conditioning asks for.
+
+    max_text_length, text_dim: of the padded text embeddings. keep: hold up to 1 GiB of entries in memory.
     """
 
     def __init__(self, cache: LatentCache, max_text_length: int, text_dim: int, keep: bool = False):
-        self.cache, self.max_text_length, self.text_dim = cache, max_text_length, text_dim
+        self.cache = cache
+        self.max_text_length = max_text_length
+        self.text_dim = text_dim
         self.kept: dict[tuple[str, str], Tensor] | None = {} if keep else None
         self.kept_bytes = 0
 
@@ -49,28 +68,29 @@ class EntryReader:
             self.kept_bytes += tensor.nbytes
         return tensor
 
-    def __getitem__(self, item: Item) -> dict[str, Tensor]:
-        """The fields of a `Batch`.
+    def __getitem__(self, spec: MicroBatchSpec) -> dict[str, Any]:
+        """The fields of a `Batch`. All clips have one bucket; text is padded with zeros to max_text_length.
 
-        All clips of an item have one bucket; text is padded with zeros to max_text_length.
+        ValueError: an entry is missing, damaged or of another size; the message names the file.
         """
-        text_BLD, mask_BL = self.text([text_key for _, text_key, _ in item])
-        cond = self.pooled([text_key for _, text_key, _ in item])
+        text_keys = [draw.text_key for draw in spec]
+        text_BLD, mask_BL = self.text(text_keys)
+        cond = self.pooled(text_keys)
         if self.cache.conditioning.num_cond_frames:
-            cond["cond_latents_BCFHW"] = torch.stack([self._read("given", clip.given_key) for clip, _, _ in item])
+            cond["cond_latents_BCFHW"] = torch.stack([self._read(GIVEN, draw.clip.cond_key) for draw in spec])
         if self.cache.conditioning.image_tokens:
-            cond["image_BSD"] = torch.stack([self._read("image", clip.image_key) for clip, _, _ in item])
+            cond["image_BSD"] = torch.stack([self._read("image", draw.clip.image_key) for draw in spec])
         return {
-            "streams": {"video": torch.stack([self._read("video", clip.video_key) for clip, _, _ in item])},
+            "streams": {"video": torch.stack([self._read("video", draw.clip.video_key) for draw in spec])},
             "text_BLD": text_BLD,
             "text_mask_BL": mask_BL,
-            "sample_ids_B": torch.tensor([sample_id for _, _, sample_id in item], dtype=torch.int64),
+            "sample_ids_B": torch.tensor([draw.sample_id for draw in spec], dtype=torch.int64),
             "cond": cond,
         }
 
     def text(self, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings [B, max_text_length, text_dim], zero beyond each text's length, and the mask of the tokens that
-        are its own.
+        """Embeddings [B, max_text_length, text_dim], zero beyond each text's length, and the mask [B, max_text_length]
+        of its own tokens.
         """
         texts = [self._read("text", key) for key in keys]
         text_BLD = torch.zeros(len(texts), self.max_text_length, self.text_dim, dtype=texts[0].dtype)
@@ -78,39 +98,27 @@ class EntryReader:
         for b, text_LD in enumerate(texts):
             length, dim = text_LD.shape
             if length > self.max_text_length or dim != self.text_dim:
-                raise ValueError(
-                    f"text/{keys[b]} of the cache has {length} x {dim}, the run takes {self.max_text_length} x "
-                    f"{self.text_dim}"
-                )
+                limit = f"{self.max_text_length} x {self.text_dim}"
+                raise ValueError(f"text/{keys[b]} of the cache has {length} x {dim}, the run takes {limit}")
             text_BLD[b, :length] = text_LD
             mask_BL[b, :length] = True
         return text_BLD, mask_BL
 
     def pooled(self, keys: Sequence[str]) -> dict[str, Tensor]:
-        """{"pooled_text_BD": vectors of these texts}, or {} where the model has none."""
-        return (
-            {"pooled_text_BD": torch.stack([self._read("pooled", key) for key in keys])}
-            if self.cache.conditioning.pooled_text
-            else {}
-        )
+        """{"pooled_text_BD": vectors of these texts}, or {} for a model without pooled text."""
+        if not self.cache.conditioning.pooled_text:
+            return {}
+        return {"pooled_text_BD": torch.stack([self._read("pooled", key) for key in keys])}
 
     def batch(self, clips: Sequence[CachedClip], sample_ids: Sequence[int]) -> Batch:
-        """A batch of given clips of one bucket, with their captions."""
-        return Batch(**self[[(c, c.text_key, i) for c, i in zip(clips, sample_ids, strict=True)]])
-
-
-class _Packed:
-    def __init__(self, reader: EntryReader):
-        self.reader = reader
-
-    def __getitem__(self, item: Item) -> tuple[Tensor, Layout]:
-        return pack(self.reader[item])
+        """A batch of these clips of one bucket, with their first captions."""
+        return Batch(**self[[ClipDraw(c, c.text_key, i) for c, i in zip(clips, sample_ids, strict=True)]])
 
 
 class DrawPlan:
-    """Which clips and captions each micro-batch of all ranks holds. work: of one clip of a bucket.
+    """Which clips and captions each micro-batch of all ranks holds. It can be sent to another process.
 
-    It can be sent to another process.
+    null_text_key: of the empty caption. work: the cost of one clip of a bucket.
     """
 
     def __init__(
@@ -119,155 +127,224 @@ class DrawPlan:
         null_text_key: str,
         batching: Batching,
         work: Callable[[Bucket], Work],
-        seed: int,
-        shuffle: bool,
-        caption_dropout: float,
+        seed: int = 0,
+        shuffle: bool = True,
+        caption_dropout: float = 0.0,
     ):
         by_bucket: dict[Bucket, list[CachedClip]] = {}
         for clip in clips:
             by_bucket.setdefault(clip.bucket, []).extend([clip] * clip.repeats)
         self.sizes = sorted(by_bucket)
         self.buckets = [by_bucket[size] for size in self.sizes]
-        self.null_text_key, self.seed, self.caption_dropout = null_text_key, seed, caption_dropout
+        self.null_text_key = null_text_key
+        self.batching = batching
+        self.seed = seed
+        self.caption_dropout = caption_dropout
         counts = [len(bucket) for bucket in self.buckets]
-        self.classes = batching.classes(counts, [work(size) for size in self.sizes])
-        mark = fingerprint(
-            ["".join((c.video_key, *c.text_keys, c.given_key)) for c in bucket] for bucket in self.buckets
-        )
+        keys = (["".join((c.video_key, *c.text_keys, c.cond_key)) for c in bucket] for bucket in self.buckets)
         self.sampler = GlobalSampler(
-            counts, self.classes, batching.micro_batches // batching.parts, batching.parts, seed, shuffle, mark
+            counts,
+            batching.classes(counts, [work(size) for size in self.sizes]),
+            batching.micro_batches // batching.groups_per_step,
+            batching.groups_per_step,
+            seed,
+            shuffle,
+            fingerprint(keys),
         )
 
     def steps(self, num_steps: int | None, states: deque[dict[str, Any]]) -> Iterator[list[MicroBatch]]:
-        """All ranks' micro-batches, for so many steps (None: for ever); `states` receives the state after each step."""
+        """The micro-batches of all ranks for `num_steps` steps (None: endless). `states` receives the sampler's state
+        after each step.
+        """
         for _ in range(num_steps) if num_steps is not None else count():
-            step = self.sampler.next()
+            step = next(self.sampler)
             states.append(self.sampler.state_dict())
             yield step
 
-    def item(self, micro_batch: MicroBatch) -> Item:
+    def spec(self, micro_batch: MicroBatch) -> MicroBatchSpec:
+        bucket = self.buckets[micro_batch.bucket]
         return [
-            self._draw(self.buckets[micro_batch.bucket][position], sample_id)
+            self._draw(bucket[position], sample_id)
             for position, sample_id in zip(micro_batch.positions, micro_batch.sample_ids, strict=True)
         ]
 
-    def _draw(self, clip: CachedClip, sample_id: int) -> tuple[CachedClip, str, int]:
-        dropped = drop_caption(self.seed, sample_id, self.caption_dropout)
-        return (
-            clip,
-            self.null_text_key
-            if dropped
-            else clip.text_keys[choose_caption(self.seed, sample_id, len(clip.text_keys))],
-            sample_id,
-        )
+    def _draw(self, clip: CachedClip, sample_id: int) -> ClipDraw:
+        if drop_caption(self.seed, sample_id, self.caption_dropout):
+            return ClipDraw(clip, self.null_text_key, sample_id)
+        return ClipDraw(clip, clip.text_keys[choose_caption(self.seed, sample_id, len(clip.text_keys))], sample_id)
+
+
+class RankMicroBatches(BaseNode[MicroBatchSpec]):
+    """The micro-batches of one rank for `num_steps` steps after `start`: numbers dp_rank, dp_rank + dp_size, ... of
+    each step.
+
+    Its state is the sampler's, so it is a position to resume from at the end of a step only.
+    """
+
+    def __init__(self, draw_plan: DrawPlan, dp_rank: int, dp_size: int, num_steps: int | None, start: dict[str, Any]):
+        super().__init__()
+        self.draw_plan = draw_plan
+        # A copy: the threads of an earlier iteration that was left may still draw from theirs.
+        self.sampler = copy(draw_plan.sampler)
+        self.ranks = slice(dp_rank, None, dp_size)
+        self.num_steps = num_steps
+        self.start = start
+
+    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
+        super().reset(initial_state)
+        self.sampler.reset(initial_state or self.start)
+        self.steps_left = self.num_steps
+        self.waiting: deque[MicroBatch] = deque()
+
+    def next(self) -> MicroBatchSpec:
+        if not self.waiting:
+            if self.steps_left == 0:
+                raise StopIteration
+            if self.steps_left is not None:
+                self.steps_left -= 1
+            self.waiting.extend(next(self.sampler)[self.ranks])
+        return self.draw_plan.spec(self.waiting.popleft())
+
+    def get_state(self) -> dict[str, Any]:
+        return self.sampler.state_dict()
+
+
+def sampler_state(node: BaseNode) -> dict[str, Any]:
+    """The sampler's state behind the item that a node gave last. Every node wraps its source's state in its own."""
+    state = node.state_dict()
+    while "draws" not in state:
+        state = next(inner for inner in state.values() if isinstance(inner, dict))
+    return state
 
 
 class OnlineEncoder(Protocol):
-    """Where the entries of a micro-batch come from when they are not simply read from the cache."""
+    """Where the entries of a micro-batch come from when they are encoded during training (titan_video/online)."""
 
     cache: Any
-    """The cache, in which the entries of the item last given out are to be found too."""
+    """Reads like LatentCache, and holds the entries of the last micro-batch that `specs` gave."""
 
-    def items(self, order: DrawPlan, steps: Iterable[list[MicroBatch]], num_steps: int | None) -> Iterator[Item]:
+    def specs(
+        self, draw_plan: DrawPlan, steps: Iterable[list[MicroBatch]], num_steps: int | None
+    ) -> Iterator[MicroBatchSpec]:
         """This rank's micro-batches, each as soon as its entries are there."""
 
     def stats(self) -> dict[str, float]:
-        """For the log, by name; since the last call."""
+        """Numbers for the log since the last call, by name."""
 
 
 class LatentLoader:
-    """Endless iterator over optimizer steps: each is the list of this rank's micro-batches.
+    """Endless iterator over optimizer steps. Each is the list of this rank's micro-batches.
 
-    Rank r takes every dp_size-th of a step's micro-batches from number r on, so the clips of a step, their sample ids
-    the same for every number of ranks. Iterating again goes on after the last step given out. work: of one clip of a
-    bucket.
+    Rank r takes every dp_size-th of a step's micro-batches, beginning with number r, so the clips of a step and their
+    sample ids are the same for every number of ranks. Iterating again continues after the last step given to training.
+
+    num_workers: threads that read the cache; 0: it is read when a step is asked for.
+    prefetch_factor: micro-batches read ahead for each thread. pin_memory: needs a GPU and a thread.
+    ValueError: the micro-batches of a step do not divide among the ranks.
     """
 
     def __init__(
         self,
-        clips: Sequence[CachedClip],
-        cache: LatentCache,
-        null_text_key: str,
-        batching: Batching,
-        work: Callable[[Bucket], Work],
-        *,
-        max_text_length: int,
-        text_dim: int,
+        draw_plan: DrawPlan,
+        reader: EntryReader,
         dp_rank: int = 0,
         dp_size: int = 1,
-        seed: int = 0,
-        shuffle: bool = True,
-        caption_dropout: float = 0.0,
         num_workers: int = 0,
         prefetch_factor: int = 2,
         pin_memory: bool = False,
-        live: OnlineEncoder | None = None,
+        online: OnlineEncoder | None = None,
     ):
-        b = batching
-        if b.micro_batches % (b.parts * dp_size):
+        b = draw_plan.batching
+        if b.micro_batches % (b.groups_per_step * dp_size):
             raise ValueError(
                 f"{b.micro_batches} micro-batches a step are no multiple of data-parallel degree {dp_size} x "
-                f"{b.parts} buckets a step"
+                f"{b.groups_per_step} groups a step"
             )
-        self.order = DrawPlan(clips, null_text_key, batching, work, seed, shuffle, caption_dropout)
-        self.sampler, self.classes = self.order.sampler, self.order.classes
-        self.dp_rank, self.dp_size, self.num_micro_batches = dp_rank, dp_size, b.micro_batches // dp_size
-        self.live = live
-        self.reader = EntryReader(
-            live.cache if live else cache, max_text_length, text_dim, keep=num_workers == 0 and live is None
-        )
-        self.workers = {"num_workers": num_workers, "worker_init_fn": set_up_worker, "pin_memory": pin_memory}
-        if num_workers:
-            self.workers["prefetch_factor"] = prefetch_factor
-        self._state = self.sampler.state_dict()
+        self.draw_plan = draw_plan
+        self.reader = reader
+        self.dp_rank = dp_rank
+        self.dp_size = dp_size
+        self.num_micro_batches = b.micro_batches // dp_size
+        self.num_workers = num_workers
+        self.prefetch_factor = prefetch_factor
+        self.pin_memory = pin_memory
+        self.online = online
+        self._state = draw_plan.sampler.state_dict()
 
     def __iter__(self) -> Iterator[list[Batch]]:
         return self.steps(None)
 
     def steps(self, num_steps: int | None) -> Iterator[list[Batch]]:
-        """So many steps (None: for ever) after the last one given out; nothing beyond them is prepared."""
-        for position, step in self.iter_with_state(num_steps):
-            self.commit(position)
+        """The `num_steps` steps (None: endless) after the last one given to training. Nothing beyond them is read."""
+        for state, step in self.iter_with_state(num_steps):
+            self.commit(state)
             yield step
 
-    def commit(self, position: dict[str, Any]) -> None:
-        """The step after which `position` is has been given to training."""
-        self._state = position
+    def commit(self, state: dict[str, Any]) -> None:
+        """The step that came with `state` has been given to training."""
+        self._state = state
 
     def iter_with_state(self, num_steps: int | None) -> Iterator[tuple[dict[str, Any], list[Batch]]]:
-        """The same steps, each with the position after it, of which the caller says when they are given out."""
-        self.sampler.load_state_dict(self._state)
+        """The same steps, each with the state after it. The caller commits a state when training has got the step."""
+        if self.online:
+            yield from self._encoded_steps(num_steps)
+            return
+        num_threads = torch.get_num_threads()
+        pipeline = [self._build_pipeline(num_steps)]
+        # Dropping the nodes stops their threads. A thread inside torch while the interpreter shuts down could abort the
+        # process, so that is also done at exit.
+        atexit.register(pipeline.clear)
+        try:
+            while (step := next(pipeline[0], None)) is not None:
+                # Every thread of ParallelMapper sets torch's number of threads to 1 for all threads that start later.
+                torch.set_num_threads(num_threads)
+                yield sampler_state(pipeline[0]), [Batch(**fields) for fields in step]
+        finally:
+            atexit.unregister(pipeline.clear)
+            pipeline.clear()
+
+    def _build_pipeline(self, num_steps: int | None) -> Batcher:
+        specs = RankMicroBatches(self.draw_plan, self.dp_rank, self.dp_size, num_steps, self._state)
+        node: BaseNode = ParallelMapper(
+            specs,
+            self.reader.__getitem__,
+            num_workers=self.num_workers,
+            method="thread",
+            # Micro-batches in flight; None is two for each thread, which the class allows only as the default.
+            max_concurrent=self.num_workers if self.prefetch_factor == 1 else None,
+            snapshot_frequency=1,
+        )
+        if self.num_workers and self.prefetch_factor > 2:
+            node = Prefetcher(node, self.num_workers * (self.prefetch_factor - 2), snapshot_frequency=1)
+        if self.num_workers and self.pin_memory:
+            node = PinMemory(node, snapshot_frequency=1)
+        return Batcher(node, self.num_micro_batches)
+
+    def _encoded_steps(self, num_steps: int | None) -> Iterator[tuple[dict[str, Any], list[Batch]]]:
+        """`iter_with_state` with online encoding, which looks ahead in the draw plan itself."""
+        self.draw_plan.sampler.reset(self._state)
         states: deque[dict[str, Any]] = deque()
-        steps = self.order.steps(num_steps, states)
-        if self.live:
-            items = self.live.items(self.order, steps, num_steps)
-        else:
-            items = (self.order.item(m) for step in steps for m in step[self.dp_rank :: self.dp_size])
-        if self.live or not self.workers["num_workers"]:
-            micro_batches = (self.reader[item] for item in items)
-        else:
-            micro_batches = (
-                unpack(*packed)
-                for packed in DataLoader(_Packed(self.reader), batch_size=None, sampler=items, **self.workers)
-            )
-        for fields in micro_batches:
-            step = [Batch(**fields), *(Batch(**next(micro_batches)) for _ in range(self.num_micro_batches - 1))]
-            yield states.popleft(), step
+        step = []
+        for spec in self.online.specs(self.draw_plan, self.draw_plan.steps(num_steps, states), num_steps):
+            step.append(Batch(**self.reader[spec]))
+            if len(step) == self.num_micro_batches:
+                yield states.popleft(), step
+                step = []
 
     @property
     def samples(self) -> int:
-        """Clips drawn by all ranks since the start of the run, up to the last step given out."""
+        """Clips drawn by all ranks since the start of the run, up to the last step given to training."""
         return sum(self._state["draws"])
 
     def stats(self) -> dict[str, float]:
         """Further numbers for the log, by name."""
-        return self.live.stats() if self.live else {}
+        return self.online.stats() if self.online else {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last step given out; the same on every rank, and JSON."""
+        """The position after the last step given to training: the same on every rank, and JSON."""
         return dict(self._state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after that step; takes effect at the next `iter`."""
-        self.sampler.load_state_dict(state)
-        self._state = self.sampler.state_dict()
+        """Continue after that step; takes effect at the next `iter`. ValueError: the clips are not those of `state`."""
+        self.draw_plan.sampler.reset(state)
+        self._state = self.draw_plan.sampler.state_dict()

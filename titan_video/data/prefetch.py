@@ -1,4 +1,4 @@
-"""Micro-batches on their way to the device ahead of their use, on to the first of the next step.
+"""Micro-batches are prepared and copied to the device one ahead of their use, across the border between two steps.
 
     host       | launch i | prepare i+1 | launch i+1 | prepare i+2 | ...
     copies                |     i+1     |            |     i+2     |
@@ -21,42 +21,42 @@ from titan_video.data.loader import LatentLoader
 
 
 class Prefetch:
-    """The steps of a loader. Its position, which checkpoints save, is that after the last step given out here, not
-    after what lies ready.
+    """The steps of a loader. The loader's state, which checkpoints save, is that after the last step given to training,
+    not after what is prefetched.
 
-    prepare: a micro-batch on the host -> what training takes, in dataclasses, dicts and lists. size: clips of the
-    micro-batches that batches are split into (0: as they are).
-    waited: seconds that the host has waited for the loader, for the caller to read and set back.
+    prepare: a micro-batch on the host -> inputs of training, in dataclasses, dicts and lists.
+    size: batches are split into micro-batches of this many clips (0: they are not split).
+    data_wait_seconds: time the host has waited for the loader; the caller reads it and sets it back.
     """
 
     def __init__(
         self, loader: LatentLoader, num_steps: int, prepare: Callable[[Batch], Any], device: torch.device, size: int = 0
     ):
-        self.loader, self.prepare, self.size = loader, prepare, size
+        self.loader = loader
+        self.prepare = prepare
+        self.size = size
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.waited = 0.0
+        self.data_wait_seconds = 0.0
         self._steps = loader.iter_with_state(num_steps)
-        self._next: tuple[Any, list[Batch]] | None = None  # the following step, and its first micro-batch, prepared
-        self._first: tuple[Any, Any] | None = None
+        self._next: tuple[Any, list[Batch]] | None = None  # the following step, with the state after it
+        self._first: tuple[Any, Any] | None = None  # the first micro-batch of that step, prepared
 
     def step(self) -> list[Batch]:
-        """The next step's batches, on the host; from now on the loader's position is after it."""
-        position, batches = self._next or self._fetch()
+        """The next step's batches, on the host. From now on the loader's state is that after this step."""
+        state, batches = self._next or self._fetch()
         self._next = None
-        self.loader.commit(position)
+        self.loader.commit(state)
         return batches
 
     def micro_batches(self, batches: list[Batch]) -> Iterator[Any]:
-        """What `prepare` makes of each of the step's micro-batches, one at a time."""
+        """The step's micro-batches, prepared, one at a time."""
         for batch in self._split(batches):
-            ready, self._first = self._first or self._prepare(batch), None
+            ready = self._first or self._prepare(batch)
+            self._first = None
             yield self._use(*ready)
 
-    def ahead(self) -> None:
-        """Fetch the following step and prepare its first micro-batch.
-
-        To be called when all work of this one is launched.
-        """
+    def prefetch_next(self) -> None:
+        """Fetch the following step and prepare its first micro-batch. Call it when all work of a step is launched."""
         self._next = self._fetch()
         if self._next is not None:
             self._first = self._prepare(next(self._split(self._next[1])))
@@ -64,7 +64,7 @@ class Prefetch:
     def _fetch(self) -> tuple[Any, list[Batch]] | None:
         start = time.perf_counter()
         fetched = next(self._steps, None)
-        self.waited += time.perf_counter() - start
+        self.data_wait_seconds += time.perf_counter() - start
         return fetched
 
     def _split(self, batches: list[Batch]) -> Iterator[Batch]:
@@ -82,9 +82,8 @@ class Prefetch:
             current.wait_event(copied)
             for tensor in iter_tensors(prepared):
                 if tensor.is_cuda:
-                    tensor.record_stream(
-                        current
-                    )  # made on the other stream, which must not use its memory again too early
+                    # It was made on the other stream, which must not reuse its memory too early.
+                    tensor.record_stream(current)
         return prepared
 
 

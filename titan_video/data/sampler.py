@@ -1,6 +1,5 @@
-"""Which clips each optimizer step takes:
-
-a pure function of a few counters, the same for every layout of ranks and workers.
+"""Which clips each optimizer step takes: a pure function of a few counters, the same for every number of ranks and
+threads.
 """
 
 import hashlib
@@ -9,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torchdata.nodes import BaseNode
 
 _STREAM = 16  # top word of the Philox counter, apart from the streams of flow.noise
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Clips of one bucket: their positions in it, and the number of each draw over the whole run."""
+    """Clips of one bucket: their positions in it, and their sample ids (the number of each draw over the whole run)."""
 
     bucket: int
     positions: list[int]
@@ -24,7 +24,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class CostClass:
-    """Buckets, by number, whose micro-batches of `clips` clips cost the same."""
+    """Buckets, by index, whose micro-batches of `clips` clips cost the same."""
 
     buckets: tuple[int, ...]
     clips: int
@@ -38,16 +38,20 @@ def fingerprint(keys_by_bucket: Iterable[Iterable[str]]) -> str:
     return digest.hexdigest()
 
 
-class GlobalSampler:
-    """Draws the micro-batches of all ranks: a step has `parts` parts of `micro_batches` micro-batches each, a part is
-    of one cost class.
+class GlobalSampler(BaseNode[list[MicroBatch]]):
+    """Draws one optimizer step at a time: the micro-batches of all ranks, in `groups_per_step` groups of
+    `micro_batches` micro-batches each. All micro-batches of a group are of one cost class.
 
-    Dealt out in turn to any number of ranks that divides `micro_batches`, all have work of equal cost at every moment.
-    the buckets of a class take micro-batches, by worst-case fair queueing (Bennett and Zhang 1996): of those that are
-    the one that is first done with its next. So after any number of steps each has had its share of the clips to within
-    one part. Within a bucket draw c is place c mod size of epoch c // size, whose order is a permutation keyed by
-    (seed, bucket, epoch). So a micro-batch may So a micro-batch may span epochs, nothing is ever left out, and a bucket
-    may be smaller than a micro-batch.
+    Ranks take the micro-batches round-robin. Any number of ranks that divides `micro_batches` therefore has work of
+    equal cost at every moment.
+    Which class takes the next group, and which bucket of the class the next micro-batch, is decided by worst-case fair
+    queueing (Bennett and Zhang 1996): among those that are not ahead of the epoch, the one that would be the first to
+    finish its next turn. After any number of steps each has had its share of the clips to within one group.
+    Within a bucket, draw c is position c mod size of epoch c // size; the order of an epoch is a permutation keyed by
+    (seed, bucket, epoch). A micro-batch may span epochs, no clip is ever skipped, and a bucket may be smaller than a
+    micro-batch.
+
+    ValueError: a bucket is empty.
     """
 
     def __init__(
@@ -55,74 +59,77 @@ class GlobalSampler:
         bucket_sizes: Sequence[int],
         classes: Sequence[CostClass],
         micro_batches: int,
-        parts: int,
+        groups_per_step: int,
         seed: int,
         shuffle: bool,
         fingerprint: str = "",
     ):
+        super().__init__()
         if not bucket_sizes or min(bucket_sizes) < 1:
             raise ValueError(f"every bucket needs a clip, got sizes {list(bucket_sizes)}")
-        assert sorted(b for c in classes for b in c.buckets) == list(range(len(bucket_sizes))), (
-            "each bucket is in one class"
-        )
-        self.sizes, self.classes, self.micro_batches, self.parts = (
-            list(bucket_sizes),
-            list(classes),
-            micro_batches,
-            parts,
-        )
-        self.seed, self.shuffle, self.fingerprint = seed, shuffle, fingerprint
-        self.draws = [0] * len(self.sizes)
-        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # bucket -> the order of the epoch last asked for
+        covered = sorted(b for c in classes for b in c.buckets)
+        assert covered == list(range(len(bucket_sizes))), "each bucket is in one class"
+        self.sizes = list(bucket_sizes)
+        self.classes = list(classes)
+        self.micro_batches = micro_batches
+        self.groups_per_step = groups_per_step
+        self.seed = seed
+        self.shuffle = shuffle
+        self.fingerprint = fingerprint
+        self.reset()
+
+    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
+        """Continue after the step at which `initial_state` was taken; None: from the beginning.
+
+        ValueError: the clips are not those of the checkpoint, so a position in their list means nothing.
+        """
+        super().reset(initial_state)
+        draws = [0] * len(self.sizes) if initial_state is None else [int(n) for n in initial_state["draws"]]
+        if initial_state and (initial_state["fingerprint"] != self.fingerprint or len(draws) != len(self.sizes)):
+            raise ValueError(
+                "the training clips (files, captions, [data], validation.holdout, encoders) are not those of the "
+                "checkpoint, so its position among them is lost; restore them, or start a new run from its weights: "
+                "another job.dump_folder and checkpoint.initial_load_path = its step-N folder"
+            )
+        self.draws = draws
+        self._epochs: dict[int, tuple[int, np.ndarray]] = {}  # bucket -> its last epoch, and the order of that
+
+    def get_state(self) -> dict[str, Any]:
+        """The counters after the last step: the same on every rank, and JSON."""
+        return {"draws": list(self.draws), "fingerprint": self.fingerprint}
 
     def next(self) -> list[MicroBatch]:
-        """The micro-batches of the next step, in the order in which ranks take them; advances the counters."""
+        """The micro-batches of the next step, in the order in which ranks take them."""
         step = []
-        for _ in range(self.parts):
-            which = self._turn([c.buckets for c in self.classes], [c.clips * self.micro_batches for c in self.classes])
-            chosen = self.classes[which]
+        for _ in range(self.groups_per_step):
+            group_clips = [c.clips * self.micro_batches for c in self.classes]
+            chosen = self.classes[self._next_turn([c.buckets for c in self.classes], group_clips)]
             for _ in range(self.micro_batches):
-                bucket = chosen.buckets[self._turn([[b] for b in chosen.buckets], [chosen.clips] * len(chosen.buckets))]
-                total, first = sum(self.draws), self.draws[bucket]
-                self.draws[bucket] += chosen.clips
-                positions = [self._position(bucket, c) for c in range(first, first + chosen.clips)]
-                step.append(MicroBatch(bucket, positions, list(range(total, total + chosen.clips))))
+                turn = self._next_turn([[b] for b in chosen.buckets], [chosen.clips] * len(chosen.buckets))
+                step.append(self._draw(chosen.buckets[turn], chosen.clips))
         return step
 
-    def _turn(self, groups: Sequence[Sequence[int]], clips: Sequence[int]) -> int:
-        """Which group of buckets is next; clips: what each would take."""
-        drawn, sizes = ([sum(numbers[b] for b in group) for group in groups] for numbers in (self.draws, self.sizes))
+    def _draw(self, bucket: int, count: int) -> MicroBatch:
+        first_id = sum(self.draws)
+        first = self.draws[bucket]
+        self.draws[bucket] += count
+        positions = [self._position(bucket, draw) for draw in range(first, first + count)]
+        return MicroBatch(bucket, positions, list(range(first_id, first_id + count)))
+
+    def _next_turn(self, groups: Sequence[Sequence[int]], clips: Sequence[int]) -> int:
+        """Which group of buckets is next. clips: how many each would draw."""
+        drawn = [sum(self.draws[b] for b in group) for group in groups]
+        sizes = [sum(self.sizes[b] for b in group) for group in groups]
         behind = [g for g in range(len(groups)) if drawn[g] * sum(sizes) <= sum(drawn) * sizes[g]]
         return min(behind, key=lambda g: (drawn[g] + clips[g]) / sizes[g])
 
     def _position(self, bucket: int, draw: int) -> int:
-        epoch, place = divmod(draw, self.sizes[bucket])
+        size = self.sizes[bucket]
+        epoch, position = divmod(draw, size)
         if not self.shuffle:
-            return place
-        if bucket not in self._orders or self._orders[bucket][0] != epoch:
-            words = np.random.Philox(key=[self.seed % 2**64, epoch], counter=[0, 0, bucket, _STREAM]).random_raw(
-                self.sizes[bucket]
-            )
-            self._orders[bucket] = (
-                epoch,
-                np.argsort(words, kind="stable"),
-            )  # of raw words, whose values no version of numpy changes
-        return int(self._orders[bucket][1][place])
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"draws": list(self.draws), "fingerprint": self.fingerprint}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError when the clips are not those of the checkpoint:
-
-        its position means nothing in another list.
-        """
-        if state["fingerprint"] != self.fingerprint or len(state["draws"]) != len(self.sizes):
-            raise ValueError(
-                "the training clips (files, captions, [data], validation.holdout, encoders) are not those of the "
-                "checkpoint, so its "
-                "place among them is lost; restore them, or start a new run from its weights: another "
-                "job.dump_folder and "
-                "checkpoint.initial_load_path = its step-N folder"
-            )
-        self.draws = [int(n) for n in state["draws"]]
+            return position
+        if bucket not in self._epochs or self._epochs[bucket][0] != epoch:
+            philox = np.random.Philox(key=[self.seed % 2**64, epoch], counter=[0, 0, bucket, _STREAM])
+            # The order of the raw words: no version of numpy changes their values.
+            self._epochs[bucket] = epoch, np.argsort(philox.random_raw(size), kind="stable")
+        return int(self._epochs[bucket][1][position])

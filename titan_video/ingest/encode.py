@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from titan_video.data.latent_cache import CachedClip, LatentCache
-from titan_video.data.worker import release, set_up_worker
 from titan_video.encoders.spec import Encoders
 from titan_video.ingest.cached_clips import cached_clips
 from titan_video.ingest.conditioning_frames import encode_cond_frames, encode_images
 from titan_video.ingest.plan import Plan, PlanEntry, read_frames
 from titan_video.ingest.video import UnusableClip, read_image
+from titan_video.ingest.worker import release, set_up_worker
 from titan_video.models.conditioning import ConditioningSpec
 
 LOG_EVERY = 15.0  # seconds
@@ -91,7 +91,7 @@ def draw_job(cache: LatentCache, clip: CachedClip, text_key: str) -> Job:
     return replace(text, keys=frames.keys + text.keys)
 
 
-def missing(cache: LatentCache, job: Job) -> Job:
+def missing_part(cache: LatentCache, job: Job) -> Job:
     """The part of a job that the cache lacks."""
     return replace(job, keys=tuple((kind, key) for kind, key in job.keys if not cache.has(kind, key)))
 
@@ -110,8 +110,8 @@ def missing_jobs(
         texts |= {
             key: text_job(cache, key, text, clip.entry) for key, text in zip(clip.text_keys, clip.captions, strict=True)
         }
-        frames[clip.video_key, clip.given_key, clip.image_key] = frames_job(cache, clip.entry)
-    jobs = [[rest for job in some.values() if (rest := missing(cache, job)).keys] for some in (texts, frames)]
+        frames[clip.video_key, clip.cond_key, clip.image_key] = frames_job(cache, clip.entry)
+    jobs = [[rest for job in some.values() if (rest := missing_part(cache, job)).keys] for some in (texts, frames)]
     if cache.shards and any(jobs):
         wanted = {f"{kind}/{key}" for job in [*texts.values(), *frames.values()] for kind, key in job.keys}
         lacking = ((kind, job.made_from(kind)) for job in jobs[0] + jobs[1] for kind, _ in job.keys)
@@ -120,7 +120,7 @@ def missing_jobs(
     return tuple(sorted(some, key=lambda job: (-job.cost, job.keys)) for some in jobs)
 
 
-def share(jobs: Sequence[Job], rank: int, world_size: int) -> list[Job]:
+def partition_jobs(jobs: Sequence[Job], rank: int, world_size: int) -> list[Job]:
     """One rank's jobs, when each goes to the rank that has least to do."""
     loads, mine = [(0, r) for r in range(world_size)], []
     for job in jobs:
@@ -283,7 +283,7 @@ def encode_share(
     spent["decode_wait"] = 0.0
     failed: dict[tuple, str] = {}
     for what, some in zip(("captions", "clips"), jobs, strict=True):
-        mine = share(some, rank, world_size)
+        mine = partition_jobs(some, rank, world_size)
         needs_frames = what == "clips" or cache.conditioning.text_image_tokens
         workers = {"num_workers": min(num_workers, len(mine)) if needs_frames else 0, "worker_init_fn": set_up_worker}
         decoder = DataLoader(Decoder(cache.conditioning), batch_size=None, sampler=[[job] for job in mine], **workers)

@@ -18,12 +18,12 @@ from torch.utils.data import DataLoader
 
 from titan_video.config.job_config import Data, Source
 from titan_video.data.batching import Bucket
-from titan_video.data.worker import set_up_worker
 from titan_video.ingest import bucketing, media
 from titan_video.ingest.bucketing import ClipChoice
 from titan_video.ingest.shapes import resolve_path
 from titan_video.ingest.sources import ClipRecord, scan
 from titan_video.ingest.video import DecoderName, Probe, decode, frame_indices, probe, require
+from titan_video.ingest.worker import set_up_worker
 
 NAMES_SHOWN = 20
 PROBE_VERSION = 2

@@ -150,7 +150,7 @@ def encode_clips(
     """
 
     def find():
-        cache.remove_leftovers()
+        cache.remove_partial_shards()
         return missing_jobs(clips, cache, prompts, logger.info)
 
     jobs = broadcast_from_rank0(find, group)

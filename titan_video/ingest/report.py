@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader
 
 from titan_video.data.batching import Batching, Bucket, Work
 from titan_video.data.sampler import CostClass, GlobalSampler
-from titan_video.data.worker import set_up_worker
 from titan_video.ingest.bucketing import cover
 from titan_video.ingest.plan import Plan, PlanEntry, read_frames
 from titan_video.ingest.video import UnusableClip
+from titan_video.ingest.worker import set_up_worker
 from titan_video.tools.video import write_mp4
 
 STEPS_SEEN = 200
@@ -108,7 +108,12 @@ def _balance(
 ) -> list[str]:
     """How long ranks wait for the slowest: as they are dealt micro-batches, and if each drew its buckets by itself."""
     sampler = GlobalSampler(
-        draws, classes, batching.micro_batches // batching.parts, batching.parts, seed, shuffle=False
+        draws,
+        classes,
+        batching.micro_batches // batching.groups_per_step,
+        batching.groups_per_step,
+        seed,
+        shuffle=False,
     )
     dealt, each = [], [0.0] * len(draws)
     for _ in range(STEPS_SEEN):

@@ -20,9 +20,9 @@ import numpy as np
 from torch import Tensor
 
 from titan_video.data.batching import Bucket
-from titan_video.data.worker import buffer
 from titan_video.ingest import media
 from titan_video.ingest.bucketing import cover
+from titan_video.ingest.worker import alloc_shared
 
 TOLERANCE = 0.0005  # seconds; containers round times to as coarse as a millisecond
 MISSING_TAIL = 0.1  # seconds that the packets may end before the declared end
@@ -247,7 +247,7 @@ def decode(
     for i, time in enumerate(pts):
         places.setdefault(time, []).append(i)
     shape = len(pts), *bucket[1:], 3
-    frames_FHWC = buffer(math.prod(shape)).view(shape)
+    frames_FHWC = alloc_shared(math.prod(shape)).view(shape)
     taking = frames_FHWC.numpy(), places, width, height, bucket
     if media.kind(path) != "video":
         missing = _take(_images(path), *taking)

@@ -1,10 +1,12 @@
 """Encoding during training on the ranks that train.
 
-    a window of micro-batches -- shared by cost among the ranks that have the same clips -- decoded (workers) -- encoded
-    -- all-gathered -- given out
+    a window of micro-batches
+        -> its clips, partitioned by cost among the ranks that have the same clips
+        -> decoded by worker processes -> encoded -> all-gathered
+        -> the window's micro-batches, one at a time
 
-A window has at least one clip for each of these ranks, so that all of them encode at a time. What is made are entries
-of the cache, the same bytes that encoding beforehand gives, and EntryReader makes batches of them as ever.
+A window has at least one clip for each of these ranks, so that all of them encode at the same time. The results are
+cache entries, the same bytes that encoding beforehand gives, and EntryReader makes batches of them as always.
 """
 
 from collections import deque
@@ -15,17 +17,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_video.data.latent_cache import LatentCache
-from titan_video.data.loader import DrawPlan, Item
+from titan_video.data.loader import DrawPlan, MicroBatchSpec
 from titan_video.data.sampler import MicroBatch
-from titan_video.ingest.encode import ClipEncoder, EncodeStats, Job, draw_job, missing, share
+from titan_video.ingest.encode import ClipEncoder, EncodeStats, Job, draw_job, missing_part, partition_jobs
 from titan_video.models.conditioning import ConditioningSpec
 
 
 class OverlayCache:
-    """A cache with the entries of the moment in front of it."""
+    """A cache whose `entries`, those of the current micro-batches, are looked up first."""
 
     def __init__(self, cache: LatentCache):
-        self.cache, self.entries = cache, {}
+        self.cache = cache
+        self.entries: dict[tuple[str, str], Tensor] = {}
 
     @property
     def conditioning(self) -> ConditioningSpec:
@@ -36,60 +39,66 @@ class OverlayCache:
 
 
 class Colocated:
-    """Each rank of `group` (None: this one alone), which have the same clips, encodes others of them.
+    """An `OnlineEncoder` (data/loader.py). The ranks of `group` have the same clips, and each encodes a part of them.
 
-    idle: what becomes of the encoders between two windows: they stay on the device, go to host memory, or are dropped
-        and loaded again.
+    group: None: this rank alone.
+    offload_policy: what happens to the encoders between two windows: they stay on the device, are moved to host memory,
+        or are dropped and loaded again.
     """
 
     def __init__(
         self,
-        maker: ClipEncoder,
+        clip_encoder: ClipEncoder,
         dp_rank: int,
         dp_size: int,
         group: dist.ProcessGroup | None,
-        idle: Literal["keep", "offload", "free"],
+        offload_policy: Literal["keep", "offload", "free"],
     ):
-        self.maker, self.dp_rank, self.dp_size, self.group = maker, dp_rank, dp_size, group
-        self.rank, self.size = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
-        self.cache = OverlayCache(maker.cache)
-        self.rest = {"keep": lambda: None, "offload": maker.encoders.offload_to_cpu, "free": maker.encoders.free}[idle]
+        self.clip_encoder = clip_encoder
+        self.dp_rank = dp_rank
+        self.dp_size = dp_size
+        self.group = group
+        self.rank = dist.get_rank(group) if group else 0
+        self.size = dist.get_world_size(group) if group else 1
+        self.cache = OverlayCache(clip_encoder.cache)
+        encoders = clip_encoder.encoders
+        self.after_window = {"keep": None, "offload": encoders.offload_to_cpu, "free": encoders.free}[offload_policy]
 
-    def items(self, order: DrawPlan, steps: Iterable[list[MicroBatch]], num_steps: int | None) -> Iterator[Item]:
-        windows: deque[tuple[list[Item], list[tuple[Job, Job]]]] = deque()
-        mine = (order.item(m) for step in steps for m in step[self.dp_rank :: self.dp_size])
-        for decoded in self.maker.decoded(self._parts(mine, windows)):
+    def specs(
+        self, draw_plan: DrawPlan, steps: Iterable[list[MicroBatch]], num_steps: int | None
+    ) -> Iterator[MicroBatchSpec]:
+        windows: deque[tuple[list[MicroBatchSpec], list[tuple[Job, Job]]]] = deque()
+        mine = (draw_plan.spec(m) for step in steps for m in step[self.dp_rank :: self.dp_size])
+        for decoded in self.clip_encoder.decoded(self._missing_parts(mine, windows)):
             window, jobs = windows.popleft()
             made: dict[Any, Tensor] = {}
             error = None
             for (job, part), frames in zip(jobs, decoded, strict=True):
                 try:
-                    made |= self.maker.entries(job, part, frames)
+                    made |= self.clip_encoder.entries(job, part, frames)
                 except ValueError as e:
                     error = e
-            self.rest()
-            self.cache.entries = self._gathered(made, error)
+            if self.after_window:
+                self.after_window()
+            self.cache.entries = self._gather(made, error)
             yield from window
 
-    def _parts(self, items: Iterator[Item], windows: deque) -> Iterator[list[Job]]:
-        """What this rank is to encode of each window; `windows` receives the window with the whole jobs."""
-        for item in items:
-            window = [item]
-            while sum(map(len, window)) < self.size and (following := next(items, None)):
+    def _missing_parts(self, specs: Iterator[MicroBatchSpec], windows: deque) -> Iterator[list[Job]]:
+        """What this rank has to encode of each window. `windows` receives the window, with the complete jobs."""
+        for spec in specs:
+            window = [spec]
+            while sum(map(len, window)) < self.size and (following := next(specs, None)):
                 window.append(following)
-            jobs = {
-                job.keys: job
-                for item in window
-                for clip, text_key, _ in item
-                for job in [draw_job(self.maker.cache, clip, text_key)]
-            }
-            mine = share(sorted(jobs.values(), key=lambda job: (-job.cost, job.keys)), self.rank, self.size)
-            parts = [missing(self.maker.cache, job) for job in mine]
+            draws = (draw for spec in window for draw in spec)
+            jobs = {job.keys: job for job in (draw_job(self.clip_encoder.cache, d.clip, d.text_key) for d in draws)}
+            by_cost = sorted(jobs.values(), key=lambda job: (-job.cost, job.keys))
+            mine = partition_jobs(by_cost, self.rank, self.size)
+            parts = [missing_part(self.clip_encoder.cache, job) for job in mine]
             windows.append((window, list(zip(mine, parts, strict=True))))
             yield parts
 
-    def _gathered(self, made: dict[Any, Tensor], error: ValueError | None) -> dict[Any, Tensor]:
-        """The entries that all ranks made; one's error is raised on all."""
+    def _gather(self, made: dict[Any, Tensor], error: ValueError | None) -> dict[Any, Tensor]:
+        """The entries that all ranks made. An error of one rank is raised on all."""
         parts: list[Any] = [(made, error)]
         if self.group:
             parts = [None] * self.size
@@ -101,8 +110,9 @@ class Colocated:
 
     def stats(self) -> dict[str, float]:
         """For the log: what this rank spent on encoding since the last call."""
-        spent, self.maker.spent = self.maker.spent, EncodeStats()
+        spent = self.clip_encoder.spent
+        self.clip_encoder.spent = EncodeStats()
         return spent.numbers()
 
     def close(self) -> None:
-        self.maker.cache.flush()
+        self.clip_encoder.cache.flush()

@@ -1,5 +1,6 @@
-"""Where clips are encoded during training (`encoder.placement`): how ranks come together, what the loader takes entries
-from, what an encoder rank does."""
+"""Where clips are encoded during training (`encoder.placement`): how ranks come together, where the loader's entries
+come from, and what an encoder rank does.
+"""
 
 import os
 from collections.abc import Callable, Iterator
@@ -16,16 +17,17 @@ from titan_video.distributed.utils import init_distributed, rendezvous
 from titan_video.encoders import build_encoders
 from titan_video.encoders.spec import Encoders
 from titan_video.ingest.encode import ClipEncoder
+from titan_video.online.channel import EncoderChannel, EncodingPlan
 from titan_video.online.colocated import Colocated
-from titan_video.online.separate import EncoderChannel, Separate, serve
+from titan_video.online.separate import Separate, serve
 from titan_video.tools.device import get_device
 from titan_video.tools.logging import logger
 from titan_video.training.fault_tolerance import SignalFlag
 
 
-def join(section: Encoder, comm: Comm, device: torch.device, num_training: int) -> EncoderChannel | None:
-    """Set up the default process group, of the training ranks alone; return the connection to the encoder ranks, if
-    there are any.
+def init_process_groups(section: Encoder, comm: Comm, device: torch.device, num_training: int) -> EncoderChannel | None:
+    """Set up the default process group, of the training ranks alone. Returns the channel to the encoder ranks, if there
+    are any.
     """
     if section.placement != "separate":
         init_distributed(device, comm.init_timeout_seconds)
@@ -36,9 +38,7 @@ def join(section: Encoder, comm: Comm, device: torch.device, num_training: int) 
 
 
 def build_online_encoder(
-    section: Encoder,
-    data: Data,
-    comm: Comm,
+    config: JobConfig,
     encoders: Encoders,
     cache: LatentCache,
     dims: ParallelDims,
@@ -46,52 +46,51 @@ def build_online_encoder(
     latent_shape: Callable[[Bucket], tuple[int, ...]],
     max_text_length: int,
 ) -> Colocated | Separate | None:
-    """For a training rank; all of these call it. None: entries are read from the cache. max_text_length:
+    """The online encoder of a training rank; all training ranks call this. None: entries are read from the cache.
 
-    tokens, with those of an image.
+    max_text_length: tokens, including those of an image.
     """
+    section, comm = config.encoder, config.comm
     if section.placement == "cached":
         return None
     groups, group = dims.sample_groups(), None
-    if len(groups[0]) > 1:  # on the host, where entries are
-        group, _ = dist.new_subgroups_by_enumeration(
-            groups, timeout=timedelta(seconds=comm.init_timeout_seconds), backend="gloo"
-        )
+    if len(groups[0]) > 1:  # gloo: entries are in host memory
+        timeout = timedelta(seconds=comm.init_timeout_seconds)
+        group, _ = dist.new_subgroups_by_enumeration(groups, timeout=timeout, backend="gloo")
     dp_rank = next(r for r, ranks in enumerate(groups) if dist.get_rank() in ranks)
     if section.placement == "colocated":
-        maker = ClipEncoder(encoders, cache, section.write_cache, data.num_workers, data.prefetch_factor)
-        return Colocated(maker, dp_rank, len(groups), group, section.offload_policy)
+        clip_encoder = _build_clip_encoder(section, config.data, encoders, cache)
+        return Colocated(clip_encoder, dp_rank, len(groups), group, section.offload_policy)
     c, e = cache.conditioning, encoders
-    others = 4 * (
-        max_text_length * e.text_dim + c.pooled_text * e.pooled_dim + c.image_tokens * e.image_dim
-    )  # bytes, at most four a number
-    # Shorter than a collective's: of ranks that wait for an encoder and ranks that wait for these, the first are to
-    # speak, who can name it.
-    timeouts = (max(1, seconds * 9 // 10) for seconds in (comm.init_timeout_seconds, comm.train_timeout_seconds))
-    return Separate(channel, cache, latent_shape, others, groups, dp_rank, group, section.queue_depth, *timeouts)
+    widths = max_text_length * e.text_dim + c.pooled_text * e.pooled_dim + c.image_tokens * e.image_dim
+    other_bytes = 4 * widths  # at most four bytes a number
+    plan = EncodingPlan(groups, section.queue_depth, num_latents=2 if c.num_cond_frames else 1, other_bytes=other_bytes)
+    # Shorter than the timeout of a collective. Some ranks wait for an encoder and others for these ranks; the first
+    # should raise the error, because they can name the encoder.
+    first_timeout = max(1, comm.init_timeout_seconds * 9 // 10)
+    timeout = max(1, comm.train_timeout_seconds * 9 // 10)
+    return Separate(channel, cache, plan, latent_shape, dp_rank, group, first_timeout, timeout)
+
+
+def _build_clip_encoder(section: Encoder, data: Data, encoders: Encoders, cache: LatentCache) -> ClipEncoder:
+    return ClipEncoder(encoders, cache, section.write_cache, data.num_workers, data.prefetch_factor)
 
 
 def run_encoder_rank(section: Encoder, data: Data, comm: Comm, hf_assets_path: str, num_training: int) -> None:
-    """All that an encoder rank does, from start to end."""
+    """Everything that an encoder rank does, from start to end."""
     encoders = build_encoders(section, hf_assets_path, get_device(int(os.environ["LOCAL_RANK"])))
-    channel = EncoderChannel(
-        rendezvous(comm.init_timeout_seconds),
-        int(os.environ["RANK"]),
-        num_training,
-        section.num_ranks,
-        comm.init_timeout_seconds,
-    )
-    with SignalFlag():  # training ranks decide when to stop, and say so
-        channel.tell("waiting to be told what to encode")
-        told = channel.receive_object(0)
-        if told is None:
+    timeout = comm.init_timeout_seconds
+    store, rank = rendezvous(timeout), int(os.environ["RANK"])
+    channel = EncoderChannel(store, rank, num_training, section.num_ranks, timeout)
+    with SignalFlag():  # training ranks decide when to stop, and send it
+        channel.report_status("waiting for the handshake: what to encode")
+        handshake = channel.receive_object(0)
+        if handshake is None:
             return
-        identity, *rest = told
-        maker = ClipEncoder(
-            encoders, LatentCache(*identity), section.write_cache, data.num_workers, data.prefetch_factor
-        )
+        cache_identity, draw_plan, num_steps, plan = handshake
+        clip_encoder = _build_clip_encoder(section, data, encoders, LatentCache(*cache_identity))
         logger.info(f"{channel.name(channel.rank)} encodes for {num_training} training ranks")
-        serve(channel, maker, *rest)
+        serve(channel, clip_encoder, draw_plan, num_steps, plan)
 
 
 def rules(config: JobConfig, world_size: int) -> Iterator[str]:

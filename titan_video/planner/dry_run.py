@@ -227,7 +227,9 @@ def micro_batches(config: JobConfig, dims: ParallelDims, tokens: int) -> tuple[i
     """(clips in one, how often what is counted is done in a step, how many are counted), for clips of so many tokens.
     ValueError for what a pipeline's schedule cannot run."""
     accumulation = gradient_accumulation(config, dims.dp)
-    local = Batching.of(config.data, config.training, config.parallelism, accumulation * dims.dp).clips_of(tokens)
+    local = Batching.of(config.data, config.training, config.parallelism, accumulation * dims.dp).clips_per_micro_batch(
+        tokens
+    )
     if dims.pp == 1:
         return local, accumulation, 1
     size = config.parallelism.pipeline_parallel_microbatch_size
