@@ -34,13 +34,12 @@ def find_module(name: str) -> ModuleSpec | None:
 
     Nothing is imported, while `importlib.util.find_spec` imports the packages above the module, and with them torch.
     """
-    spec, search_path, parent = None, None, ""
-    for part in name.split("."):
-        full_name = f"{parent}.{part}" if parent else part
-        spec = _find(full_name, search_path)
-        if spec is None:
+    top, *rest = name.split(".")
+    spec = _find(top, None)
+    for part in rest:
+        if spec is None or spec.submodule_search_locations is None:
             return None
-        search_path, parent = spec.submodule_search_locations, full_name
+        spec = _find(f"{spec.name}.{part}", spec.submodule_search_locations)
     return spec
 
 

@@ -1,0 +1,391 @@
+"""Rules across fields (config/check.py and the `rules` it collects), and the command that checks a run."""
+
+import runpy
+import sys
+from dataclasses import replace
+
+import pytest
+import tomli_w
+
+from tests.helpers import ROOT
+from tests.unit_tests.config_cases import WORLD, get_message, with_values
+from titan_video.config import ConfigError, JobConfig, from_dict
+from titan_video.config.check import FILE_RULES, PART_RULES, RULES, check
+from titan_video.config.job_config import Data, Parallelism, Training
+from titan_video.config.parts import PARTS
+from titan_video.data.batching import gradient_accumulation
+from titan_video.distributed.parallel_dims import data_parallel_degrees
+from titan_video.tools.parts import resolve
+
+COMBINATIONS = [  # (what is set, fields the message names, a piece of the fix)
+    ({"data.path": ""}, "data.path", "embedded:shapes-N"),
+    ({"data.path": "embedded:shapes-0"}, "data.path", "embedded:shapes-N"),
+    ({"data.path": "embedded:shapes-100001"}, "data.path", "100000"),
+    ({"data.path": "embedded:shapes-"}, "data.path", "embedded:shapes-N"),
+    ({"data.path": "embedded:shape-5"}, "data.path", "embedded:shapes-N"),
+    ({"data.path": "embedded:shapes-5x"}, "data.path", "embedded:shapes-N"),
+    ({"data.path": "/no/such/folder"}, "data.path", "does not exist"),
+    ({"data.path": __file__}, "data.path", ".jsonl"),
+    ({"data.path": "clips/*.mp4"}, "data.path", ".tar"),
+    ({"data.path": "s3://bucket/clips"}, "data.path", ".tar"),
+    ({"data.source": [{"path": "embedded:shapes-8"}]}, "data.path", "data.source"),
+    (
+        {"data.path": "", "data.source": [{"path": "embedded:shapes-8"}, {"path": "/no/such"}]},
+        "data.source: item 1: path",
+        "does not exist",
+    ),
+    ({"data.path": "", "data.source": [{"num_repeats": 2}]}, "data.source: item 0: path", "empty"),
+    ({"data.source": [{"num_repeat": 2}]}, "data.source", "nearest known name: num_repeats"),
+    ({"data.resolutions": [512]}, "data.resolutions", "set buckets to []"),
+    ({"data.buckets": [], "data.resolutions": [512], "data.frame_buckets": []}, "data.frame_buckets", "[81]"),
+    ({"data.frame_buckets": [1, 32]}, "data.frame_buckets", "29 or 33"),
+    ({"data.min_ar": 3.0}, "data.min_ar", "data.max_ar"),
+    ({"data.cache_folder": __file__}, "data.cache_folder", "folder"),
+    ({"data.buckets": []}, "data.buckets", "at least one"),
+    ({"data.buckets": [[]]}, "data.buckets", "[frames, height, width]"),
+    ({"data.buckets": [[17, 64]]}, "data.buckets", "[frames, height, width]"),
+    ({"data.buckets": [[17, 64, 64, 3]]}, "data.buckets", "[frames, height, width]"),
+    ({"data.buckets": [[16, 64, 64]]}, "data.buckets", "13 or 17"),
+    ({"data.buckets": [[17, 72, 64]]}, "data.buckets", "64 or 80"),
+    ({"data.buckets": [[17, 64, 8]]}, "data.buckets", "nearest: 16"),
+    ({"data.buckets": [[17, 64, 64], [1, 64, 64], [17, 64, 64]]}, "data.buckets", "twice"),
+    ({"parallelism.data_parallel_replicate_degree": 3}, "parallelism.data_parallel_replicate_degree", "1, 2, 4"),
+    ({"parallelism.data_parallel_replicate_degree": 8}, "parallelism.data_parallel_replicate_degree", "1, 2, 4"),
+    ({"parallelism.data_parallel_shard_degree": 0}, "parallelism.data_parallel_shard_degree", "legal: 4"),
+    ({"parallelism.data_parallel_shard_degree": 2}, "parallelism.data_parallel_shard_degree", "legal: 4"),
+    ({"parallelism.data_parallel_shard_degree": 8}, "parallelism.data_parallel_shard_degree", "legal: 4"),
+    (
+        {"parallelism.data_parallel_replicate_degree": 2, "parallelism.data_parallel_shard_degree": 4},
+        "parallelism.data_parallel_shard_degree",
+        "legal: 2",
+    ),
+    ({"parallelism.tensor_parallel_degree": 3}, "parallelism.tensor_parallel_degree", "legal: 1, 2, 4"),
+    ({"parallelism.pipeline_parallel_degree": 8}, "parallelism.pipeline_parallel_degree", "legal: 1, 2, 4"),
+    (
+        {"parallelism.tensor_parallel_degree": 2, "parallelism.context_parallel_degree": 4},
+        "parallelism.context_parallel_degree",
+        "the 2 ranks that tensor_parallel_degree 2 leaves; legal: 1, 2",
+    ),
+    (
+        {
+            "parallelism.pipeline_parallel_degree": 2,
+            "parallelism.tensor_parallel_degree": 2,
+            "parallelism.context_parallel_degree": 2,
+        },
+        "parallelism.context_parallel_degree",
+        "legal: 1",
+    ),
+    (
+        {"parallelism.context_parallel_degree": 2, "parallelism.data_parallel_shard_degree": 4},
+        "parallelism.data_parallel_shard_degree",
+        "legal: 2",
+    ),
+    (
+        {"parallelism.context_parallel_degree": 4, "training.global_batch_size": 6, "training.local_batch_size": 4},
+        "training.global_batch_size",
+        "4 or 8",
+    ),
+    (
+        {"parallelism.enable_async_tensor_parallel": True, "parallelism.tensor_parallel_degree": 2},
+        "parallelism.enable_async_tensor_parallel",
+        "set compile.enable",
+    ),
+    (
+        {"parallelism.enable_async_tensor_parallel": True, "compile.enable": True},
+        "parallelism.enable_async_tensor_parallel",
+        "parallelism.tensor_parallel_degree",
+    ),
+    (
+        {
+            "parallelism.context_parallel_degree": 4,
+            "parallelism.context_parallel_method": "unified",
+            "parallelism.context_parallel_ulysses_degree": 3,
+        },
+        "parallelism.context_parallel_ulysses_degree",
+        "legal: 1, 2, 4",
+    ),
+    (
+        {"parallelism.context_parallel_degree": 4, "parallelism.context_parallel_ulysses_degree": 2},
+        "parallelism.context_parallel_ulysses_degree",
+        "unified",
+    ),
+    (
+        {
+            "parallelism.pipeline_parallel_degree": 2,
+            "training.local_batch_size": 4,
+            "parallelism.pipeline_parallel_microbatch_size": 3,
+        },
+        "parallelism.pipeline_parallel_microbatch_size",
+        "legal: 1, 2, 4",
+    ),
+    (
+        {
+            "parallelism.pipeline_parallel_degree": 2,
+            "parallelism.pipeline_parallel_schedule": "InterleavedZeroBubble",
+            "compile.enable": True,
+        },
+        "parallelism.pipeline_parallel_schedule",
+        "Interleaved1F1B",
+    ),
+    ({"activation_checkpoint.mode": "memory_budget"}, "activation_checkpoint.mode", "compile.enable"),
+    (
+        {"activation_checkpoint.mode": "memory_budget", "compile.enable": True, "activation_checkpoint.layers": [0]},
+        "activation_checkpoint.layers",
+        "leave it empty",
+    ),
+    (
+        {"activation_checkpoint.mode": "selective", "activation_checkpoint.save": []},
+        "activation_checkpoint.save",
+        "at least one",
+    ),
+    ({"activation_checkpoint.save": ["attention", "attention"]}, "activation_checkpoint.save", "twice"),
+    ({"activation_checkpoint.layers": [1, 1]}, "activation_checkpoint.layers", "twice"),
+    ({"activation_checkpoint.offload": True}, "activation_checkpoint.offload", "choose full"),
+    ({"training.global_batch_size": 0}, "training.global_batch_size", "nearest 4,"),
+    ({"training.global_batch_size": 2}, "training.global_batch_size", "nearest 4,"),
+    ({"training.global_batch_size": 6}, "training.global_batch_size", "4 or 8"),
+    ({"training.global_batch_size": 12, "training.local_batch_size": 2}, "training.global_batch_size", "8 or 16"),
+    (
+        {"data.tokens_per_microbatch": 99, "training.local_batch_size": 2},
+        "training.local_batch_size",
+        "data.tokens_per_microbatch",
+    ),
+    (
+        {"data.tokens_per_microbatch": 99, "training.global_batch_size": 4},
+        "training.global_batch_size",
+        "data.global_micro_batches",
+    ),
+    ({"data.tokens_per_microbatch": 99, "data.global_micro_batches": 6}, "data.global_micro_batches", "4 or 8"),
+    ({"data.global_micro_batches": 4}, "data.global_micro_batches", "data.tokens_per_microbatch"),
+    ({"data.groups_per_step": 2}, "data.groups_per_step", "legal: 1"),
+    ({"data.groups_per_step": 2, "training.global_batch_size": 12}, "data.groups_per_step", "legal: 1, 3"),
+    (
+        {"data.groups_per_step": 2, "training.global_batch_size": 4, "parallelism.pipeline_parallel_degree": 2},
+        "data.groups_per_step",
+        "pipeline",
+    ),
+    ({"lr_scheduler.warmup_steps": 10001}, "lr_scheduler.warmup_steps", "at most 10000"),
+    (
+        {"lr_scheduler.warmup_steps": 60, "lr_scheduler.decay_ratio": 0.5, "training.steps": 100},
+        "lr_scheduler.warmup_steps",
+        "at most 50",
+    ),
+    ({"lr_scheduler.decay_ratio": 1.0}, "lr_scheduler.warmup_steps", "at most 0"),
+    ({"flow.min_t": 0.5, "flow.max_t": 0.5}, "flow.min_t", "flow.max_t"),
+    ({"flow.min_t": 1.0}, "flow.min_t", "flow.max_t"),
+    ({"flow.max_t": 0.0}, "flow.min_t", "flow.max_t"),
+    ({"validation.path": "/no/such/folder"}, "validation.path", "does not exist"),
+    ({"validation.path": "embedded:shapes-x"}, "validation.path", "embedded:shapes-N"),
+    ({"validation.prompts_path": "/no/such/file"}, "validation.prompts_path", "one prompt a line"),
+    ({"validation.prompts_path": str(ROOT)}, "validation.prompts_path", "one prompt a line"),
+    ({"validation.timesteps": []}, "validation.timesteps", "at least one"),
+    ({"validation.timesteps": [0.5, 0.5]}, "validation.timesteps", "twice"),
+    (
+        {"validation.enable": True, "validation.holdout": 0.0, "validation.num_videos": 0},
+        "validation.enable",
+        "validation.holdout",
+    ),
+    ({"model.hf_assets_path": "/no/such/folder"}, "model.hf_assets_path", "/no/such/folder"),
+    ({"encoder.name": "wan"}, "model.hf_assets_path", "encoder.name"),
+    ({"model.flavor": "hf"}, "model.hf_assets_path", "model.flavor"),
+    ({"model.flavor": "hf", "model.hf_assets_path": str(ROOT)}, "model.hf_assets_path", "transformer/config.json"),
+    ({"checkpoint.initial_load_path": "/no/such/folder"}, "checkpoint.initial_load_path", "/no/such/folder"),
+    ({"checkpoint.initial_load_in_hf": True}, "checkpoint.initial_load_in_hf", "model.hf_assets_path"),
+    ({"checkpoint.load_step": 0, "checkpoint.enable": False}, "checkpoint.load_step", "checkpoint.enable"),
+    ({"checkpoint.folder": ""}, "checkpoint.folder", "relative"),
+    ({"checkpoint.folder": "."}, "checkpoint.folder", "relative"),
+    ({"checkpoint.folder": "/checkpoint"}, "checkpoint.folder", "relative"),
+    ({"checkpoint.folder": "../checkpoint"}, "checkpoint.folder", "relative"),
+    ({"metrics.save_tb_folder": "a/../../b"}, "metrics.save_tb_folder", "relative"),
+    ({"metrics.save_tb_folder": ""}, "metrics.save_tb_folder", "relative"),
+    ({"metrics.save_tb_folder": "./checkpoint/"}, "metrics.save_tb_folder", "checkpoint.folder"),
+    ({"optimizer.name": "Muon", "lora.enable": True}, "optimizer.name", "lora.enable"),
+    ({"optimizer.name": "Muon", "optimizer.in_backward": True}, "optimizer.in_backward", "optimizer.name"),
+    ({"optimizer.in_backward": True}, "optimizer.in_backward", "training.max_norm"),
+    (
+        {"optimizer.in_backward": True, "training.global_batch_size": 64},
+        "optimizer.in_backward",
+        "training.global_batch_size",
+    ),
+    (
+        {"optimizer.in_backward": True, "parallelism.pipeline_parallel_degree": 2},
+        "optimizer.in_backward",
+        "pipeline_parallel_degree",
+    ),
+    (
+        {"optimizer.in_backward": True, "parallelism.data_parallel_replicate_degree": 2},
+        "optimizer.in_backward",
+        "data_parallel_replicate_degree",
+    ),
+    (
+        {"optimizer.in_backward": True, "training.enable_cpu_offload": True},
+        "optimizer.in_backward",
+        "training.enable_cpu_offload",
+    ),
+    (
+        {"optimizer.in_backward": True, "fault_tolerance.nonfinite": "skip"},
+        "optimizer.in_backward",
+        "fault_tolerance.nonfinite",
+    ),
+    (
+        {"training.dtype": "bfloat16", "training.mixed_precision_param": "float32"},
+        "training.dtype",
+        "training.mixed_precision_param",
+    ),
+    ({"training.dtype": "bfloat16", "lora.enable": True}, "training.dtype", "lora.enable"),
+    ({"float8.enable": True, "training.mixed_precision_param": "float32"}, "float8.enable", "float8.emulate"),
+    (
+        {"float8.enable": True, "parallelism.enable_async_tensor_parallel": True},
+        "float8.enable",
+        "enable_async_tensor_parallel",
+    ),
+    (
+        {
+            "float8.enable": True,
+            "parallelism.pipeline_parallel_degree": 2,
+            "parallelism.pipeline_parallel_schedule": "InterleavedZeroBubble",
+        },
+        "parallelism.pipeline_parallel_schedule",
+        "float8.enable",
+    ),
+    ({"job.dump_folder": ""}, "job.dump_folder", "./outputs"),
+    ({"job.dump_folder": __file__}, "job.dump_folder", "folder"),
+]
+
+
+@pytest.mark.parametrize("values, name, fix", COMBINATIONS)
+def test_a_combination_is_refused(values, name, fix):
+    message = get_message(tomli_w.dumps(with_values(values)))
+    assert f"{name}: " in message and fix in message, message
+
+
+def test_every_rule_that_is_named_exists():
+    targets = [*RULES, *PART_RULES.values(), *FILE_RULES]
+    assert all(callable(resolve(target, "test")) for target in targets)
+    assert set(PART_RULES) <= {part for _, _, part in PARTS}
+    assert all(rules.startswith(part) for part, rules in PART_RULES.items())
+
+
+def test_legal_combinations_pass(tmp_path):
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text("{}")
+    (tmp_path / "clips.JSONL").write_text("")
+    (tmp_path / "prompts.txt").write_text("a red circle")
+    for values in [
+        {"data.path": str(tmp_path)},
+        {"data.path": str(tmp_path / "clips.JSONL")},
+        {"data.path": "embedded:shapes-100000"},
+        {"data.buckets": [[1, 16, 16], [1, 16, 32]]},
+        {
+            "model.flavor": "hf",
+            "encoder.name": "wan",
+            "model.hf_assets_path": str(tmp_path),
+            "checkpoint.initial_load_in_hf": True,
+        },
+        {"checkpoint.initial_load_path": str(tmp_path), "checkpoint.initial_load_in_hf": True},
+        {"validation.prompts_path": str(tmp_path / "prompts.txt")},
+        {
+            "validation.path": "embedded:shapes-3",
+            "validation.enable": True,
+            "validation.holdout": 0,
+            "validation.num_videos": 0,
+        },
+        {"validation.enable": True, "validation.holdout": 0, "validation.num_videos": 1},
+        {"validation.enable": True, "validation.num_videos": 0},
+        {"checkpoint.load_step": 3},
+        {"flow.min_t": 0.4, "flow.max_t": 0.5},
+        {"parallelism.data_parallel_replicate_degree": 2, "parallelism.data_parallel_shard_degree": 2},
+        {"parallelism.data_parallel_replicate_degree": 4},
+        {"training.global_batch_size": 12, "training.local_batch_size": 3},
+        {"training.global_batch_size": 2, "parallelism.tensor_parallel_degree": 2},
+        {
+            "parallelism.context_parallel_degree": 4,
+            "parallelism.context_parallel_method": "unified",
+            "parallelism.context_parallel_ulysses_degree": 2,
+        },
+        {
+            "parallelism.pipeline_parallel_degree": 2,
+            "parallelism.tensor_parallel_degree": 2,
+            "training.local_batch_size": 4,
+            "parallelism.pipeline_parallel_microbatch_size": 2,
+        },
+        {
+            "parallelism.enable_async_tensor_parallel": True,
+            "parallelism.tensor_parallel_degree": 2,
+            "compile.enable": True,
+        },
+        {"activation_checkpoint.mode": "memory_budget", "compile.enable": True},
+        {"data.tokens_per_microbatch": 99, "data.global_micro_batches": 24, "data.groups_per_step": 3},
+        {
+            "data.tokens_per_microbatch": 99,
+            "parallelism.pipeline_parallel_degree": 2,
+            "parallelism.pipeline_parallel_microbatch_size": 2,
+        },
+        {
+            "data.path": "",
+            "data.source": [{"path": "embedded:shapes-8", "num_repeats": 2}, {"path": "s3://bucket/{00..12}.tar"}],
+        },
+        {"data.buckets": [], "data.resolutions": [256, 512], "data.frame_buckets": [1, 17]},
+        {"data.path": str(tmp_path / "*.tar")},
+        {"training.steps": 100, "lr_scheduler.warmup_steps": 50, "lr_scheduler.decay_ratio": 0.5},
+        {"checkpoint.folder": "a/b", "metrics.save_tb_folder": "a/c"},
+        {"job.dump_folder": str(tmp_path / "new")},
+    ]:
+        check(from_dict(with_values(values)), WORLD)
+
+
+def test_degrees_and_accumulation():
+    assert data_parallel_degrees(Parallelism(), 6) == (1, 6)
+    assert data_parallel_degrees(Parallelism(data_parallel_replicate_degree=2), 6) == (2, 3)
+    assert data_parallel_degrees(Parallelism(data_parallel_replicate_degree=6, data_parallel_shard_degree=1), 6) == (
+        6,
+        1,
+    )
+    assert data_parallel_degrees(
+        Parallelism(tensor_parallel_degree=2, context_parallel_degree=3, pipeline_parallel_degree=2), 24
+    ) == (1, 2)
+    assert gradient_accumulation(JobConfig(), 5) == 1
+    assert gradient_accumulation(JobConfig(training=Training(local_batch_size=2, global_batch_size=24)), 4) == 3
+    budget = Data(tokens_per_microbatch=1000, global_micro_batches=24, groups_per_step=3)
+    assert (
+        gradient_accumulation(JobConfig(data=budget), 4) == 6
+        and gradient_accumulation(JobConfig(data=Data(tokens_per_microbatch=9)), 4) == 1
+    )
+    with pytest.raises(ConfigError, match="legal: 1, 2, 3, 6"):
+        data_parallel_degrees(Parallelism(data_parallel_replicate_degree=4), 6)
+    with pytest.raises(ConfigError, match="nearest 16 or 24"):
+        gradient_accumulation(JobConfig(training=Training(local_batch_size=2, global_batch_size=20)), 4)
+    for data, words in (
+        (replace(budget, global_micro_batches=6), "data.global_micro_batches: given 6; legal: a multiple of 4"),
+        (replace(budget, groups_per_step=4), "data.groups_per_step: given 4; a rank has 6 .* legal: 1, 2, 3, 6"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            gradient_accumulation(JobConfig(data=data), 4)
+
+
+TOML = str(ROOT / "train_configs" / "debug.toml")
+
+
+@pytest.mark.parametrize(
+    "world_size, argv, words",
+    [
+        (2, ["--training.stepz", "3"], ["config error: training.stepz", "training.steps"]),
+        (2, ["--parallelism.data_parallel_shard_degree", "3"], ["data_parallel_shard_degree", "legal: 2"]),
+        (
+            3,
+            ["--parallelism.tensor_parallel_degree", "3"],
+            ["error: parallelism.tensor_parallel_degree", "4 heads and feed-forward width 512; legal: 1, 2, 4"],
+        ),
+    ],
+)
+def test_check_command_refuses_without_a_traceback(monkeypatch, world_size, argv, words):
+    monkeypatch.setattr(sys, "argv", ["config", "check", str(world_size), "--job.config_file", TOML, *argv])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("titan_video.config", run_name="__main__")
+    assert isinstance(caught.value.code, str) and all(word in caught.value.code for word in words), caught.value.code
+
+
+def test_check_command_accepts(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["config", "check", "2", "--job.config_file", TOML])
+    runpy.run_module("titan_video.config", run_name="__main__")
+    assert capsys.readouterr().out == ""
