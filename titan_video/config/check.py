@@ -9,11 +9,10 @@ from types import MappingProxyType
 
 from titan_video.config.job_config import Encoder, JobConfig
 from titan_video.config.manager import ConfigError
-from titan_video.config.parts import installed_parts
+from titan_video.config.parts import installed_parts, missing_parts
 from titan_video.tools.parts import find_module, resolve
 
 RULES = (
-    "titan_video.config.parts:rules",
     "titan_video.config.check:encoder_rules",
     "titan_video.data.batching:rules",
     "titan_video.distributed.parallel_dims:rules",
@@ -45,9 +44,11 @@ def check(config: JobConfig, world_size: int, files: bool = True) -> None:
     files: also check that the files and folders which the run reads exist.
     """
     assert world_size >= 1
+    errors = list(missing_parts(config))
+    if errors:  # rules beside code that needs a missing part cannot be loaded
+        raise ConfigError("\n".join(errors))
     parts = installed_parts(config)
     targets = [*RULES, *(rules for part, rules in PART_RULES.items() if part in parts), *(FILE_RULES if files else ())]
-    errors = []
     for target in targets:
         if find_module(target.partition(":")[0]):  # folders such as ingest can be deleted
             errors += resolve(target, "config.check")(config, world_size)

@@ -18,6 +18,7 @@ PARTS = (  # (section or option, the values that ask for a part, the part)
     ("activation_checkpoint.offload", (True,), "titan_video.distributed.offload"),
     ("encoder.placement", ("colocated", "separate"), "titan_video.online"),
     ("model.kernels", ("triton",), "titan_video.kernels.triton"),
+    ("model.attention", ("flash3", "flash4", "flex"), "titan_video.kernels.attention_backends"),
 )
 
 
@@ -28,7 +29,7 @@ def missing_sections(config: JobConfig) -> Iterator[str]:
             yield f"{option}: {_not_installed(part)}, or remove the section"
 
 
-def rules(config: JobConfig, world_size: int) -> Iterator[str]:
+def missing_parts(config: JobConfig) -> Iterator[str]:
     """One line for each section or value that asks for a part that is not installed."""
     yield from missing_sections(config)
     for option, part in _asked(config):
