@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from titan_video import kernels
-from titan_video.checkpoint.manager import CheckpointManager, ModelState, OptimizerState
+from titan_video.checkpoint.manager import CheckpointManager
+from titan_video.checkpoint.state import ModelState, OptimizerState
 from titan_video.config.check import check
 from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import dump, main_guard, parse_args
@@ -54,14 +55,14 @@ from titan_video.models import get_args, get_spec
 from titan_video.models.layers import token_shape
 from titan_video.optim.ema import EmaWeights
 from titan_video.optim.lr_scheduler import Scheduler
-from titan_video.optim.optimizer import InBackward, build_optimizer
+from titan_video.optim.optimizer import build_optimizer, step_in_backward
 from titan_video.tasks.denoising import Denoising
 from titan_video.tasks.validation import ClipWriter, Validator, build_prompts
 from titan_video.tools.device import get_device, read
 from titan_video.tools.logging import init_logger, logger
 from titan_video.tools.parts import resolve
 from titan_video.training.fault_tolerance import NonFiniteGuard, SignalFlag
-from titan_video.training.metrics import MetricsLogger
+from titan_video.training.metrics import MetricsLogger, StepMetrics
 from titan_video.weights.trained import WeightsSettings, build_weights
 
 ONLINE = "titan_video.online.setup"  # optional: encoding during training
@@ -231,7 +232,7 @@ class Trainer:
                 self.model, stages, plan, self.meshes.pp, config.parallelism, param_dtype, self.device
             )
         self.optimizer = build_optimizer(self.model, config.optimizer, plan.blocks, config.debug.seed)
-        self.in_backward = InBackward(self.optimizer) if config.optimizer.in_backward else None
+        self.in_backward = step_in_backward(self.optimizer) if config.optimizer.in_backward else None
         self.scheduler = Scheduler(self.optimizer, config.lr_scheduler, config.optimizer.lr, config.training.steps)
         self.ema = EmaWeights(self.model, config.ema) if config.ema.enable else None
 
@@ -324,8 +325,7 @@ class Trainer:
         checkpointing = self.config.activation_checkpoint
         recomputed = sum(recomputed_flops(checkpointing, self.args, i.num_tokens, i.num_clips) for i in infos)
         label = "+".join(dict.fromkeys(i.label for i in infos))
-        self.metrics.log(
-            self.step,
+        metrics = StepMetrics(
             loss=global_loss,
             max_loss=max_loss,
             grad_norm=norm,
@@ -340,6 +340,7 @@ class Trainer:
             bucket=label,
             extra=self.loader.stats(),
         )
+        self.metrics.log(self.step, metrics)
         self.steps.data_wait_seconds = 0.0
         if num_graphs() > self.num_graphs:  # the first steps of each bucket may compile; later ones should not
             new = num_graphs() - self.num_graphs

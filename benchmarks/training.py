@@ -26,7 +26,7 @@ from titan_video.flow.matching import NUM_TRAIN_TIMESTEPS, interpolate, velocity
 from titan_video.kernels import attention
 from titan_video.models.layers import cast_params, token_shape, unpatchify
 from titan_video.models.wan import SPEC, WanArgs, args_to_hf
-from titan_video.optim.optimizer import InBackward, build_optimizer
+from titan_video.optim.optimizer import build_optimizer, step_in_backward
 from titan_video.tasks.denoising import model_inputs, predict, velocity_loss
 from titan_video.weights.formats import public_names
 
@@ -199,7 +199,7 @@ def our_step(variant: Ours, args: WanArgs, device: torch.device) -> Step:
     model.to_empty(device=device)
     fill(model)
     optimizer = build_optimizer(model, config.optimizer, SPEC.plan.blocks)
-    in_backward = InBackward(optimizer) if config.optimizer.in_backward else None
+    in_backward = step_in_backward(optimizer) if config.optimizer.in_backward else None
 
     def forward_backward(data: Data) -> tuple[Tensor, Tensor]:
         choose()

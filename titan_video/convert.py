@@ -1,52 +1,58 @@
-"""Weights from one format to another: `python -m titan_video.convert SRC DST --format
-diffusers|original|single_file|comfyui`.
+"""Converts weights between formats:
 
-SRC is a folder or file of any of these formats, which its names tell, or a step-N folder of a run. A tensor at a time
-is read and written, so memory is that of the largest tensor, whatever the model. What is written is read back.
+    python -m titan_video.convert SRC DST --format diffusers|original|single_file|comfyui
+
+SRC is a folder or file in any of these formats, which is detected from its names, or a step-N folder of a run. One
+tensor at a time is read and written, so memory does not grow with the model. What was written is read back.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from titan_video.checkpoint import files as checkpoint_io
+from titan_video.checkpoint import files
+from titan_video.checkpoint.state import read_tensors, saved_under
 from titan_video.config.manager import load
 from titan_video.models import FAMILIES, get_args, get_spec
 from titan_video.models.spec import ModelSpec
 from titan_video.tools.logging import init_logger, logger
-from titan_video.weights.formats import FORMATS, StoredWeights, detect, read_part, some
+from titan_video.tools.parts import resolve
+from titan_video.weights.formats import FORMAT_NAMES, StoredWeights, get_format, is_diffusers, preview, read_slice
 from titan_video.weights.hf_storage import GIB, WritePlan, Writer, global_shapes
 from titan_video.weights.pipeline_folder import PIPELINE, complete_pipeline, is_checkpoint
 from titan_video.weights.safetensors_io import opened
 
+DETECT = "titan_video.weights.original:detect"  # an optional part
+
 
 class StepSource:
-    """The weights of a step-N folder; the run's config.toml says of which model."""
+    """The weights of a step-N folder. The run's config.toml tells the architecture.
+
+    weights: "model" or "ema". ValueError: the folder is invalid, or not of a full model.
+    """
 
     def __init__(self, folder: Path, weights: str):
-        if not (folder / checkpoint_io.MANIFEST).is_file():
-            steps = ", ".join(f"step-{step}" for step in checkpoint_io.list_steps(folder))
+        if not (folder / files.MANIFEST).is_file():
+            steps = ", ".join(f"step-{step}" for step in files.list_steps(folder))
             raise ValueError(f"{folder} is no step-N folder; it holds {steps}: give one of them")
-        config_path = next(
-            (parent / "config.toml" for parent in folder.resolve().parents[:3] if (parent / "config.toml").is_file()),
-            None,
-        )
+        config_paths = [parent / "config.toml" for parent in folder.resolve().parents[:3]]
+        config_path = next((path for path in config_paths if path.is_file()), None)
         if config_path is None:
             raise ValueError(
-                f"{folder}: there is no config.toml above it, which says of which model it is; leave the folder "
+                f"{folder}: there is no config.toml above it, which tells the model's architecture; leave the folder "
                 f"inside its run's folder"
             )
         config = load(config_path)
         if config.lora.enable:
             raise ValueError(
-                f"{folder} is of a run with lora.enable and holds adapters, no whole weights; run it to its end with "
-                'checkpoint.last_save_in_hf true and "merged" in lora.export'
+                f"{folder} is of a run with lora.enable and holds adapters, not the full weights; run it to its end "
+                'with checkpoint.last_save_in_hf true and "merged" in lora.export'
             )
         self.spec = get_spec(config.model.name)
         self.args = get_args(
@@ -54,58 +60,50 @@ class StepSource:
         )
         self.shapes = global_shapes(self.spec, self.args)
         self.folder, self.prefix = folder, f"{weights}."
-        _, self.metadata = checkpoint_io.verify(folder)
-        saved = {
-            name[len(self.prefix) :]: entry
-            for name, entry in self.metadata.state_dict_metadata.items()
-            if name.startswith(self.prefix)
-        }
+        _, self.metadata = files.verify(folder)
+        saved = saved_under(self.metadata, weights)
         if not saved:
             raise ValueError(f"{folder} holds no `{weights}` weights")
-        odd = sorted(
-            name
-            for name in saved.keys() | self.shapes.keys()
-            if name not in saved or saved[name].size != self.shapes.get(name)
-        )
+        names = sorted(saved.keys() | self.shapes.keys())
+        odd = [name for name in names if name not in saved or saved[name].size != self.shapes.get(name)]
         if odd:
-            raise ValueError(f"{folder}: the tensors are not those of the model in {config_path}: {some(odd)}")
+            raise ValueError(f"{folder}: the tensors are not those of the model in {config_path}: {preview(odd)}")
         self.dtypes = {name: saved[name].properties.dtype for name in self.shapes}
 
     def read(self, name: str) -> Tensor:
         tensor = torch.empty(self.shapes[name], dtype=self.dtypes[name])
-        reader = checkpoint_io.TensorReader(self.folder, self.metadata)
-        with checkpoint_io.plain_errors(f"reading {self.folder}"):
-            dcp.load(
-                {self.prefix + name: tensor},
-                storage_reader=reader,
-                planner=checkpoint_io.TensorLoadPlanner(flatten_state_dict=False),
-            )
+        read_tensors(self.folder, self.metadata, {self.prefix + name: tensor})
         return tensor
 
 
 class PublicSource:
-    """Weights in a public format.
-
-    Which model they are of is told by the options, by config.json, or by the shapes of a known flavor.
-    """
+    """Weights in a public format. Options, config.json or the shapes of a known flavor tell the architecture."""
 
     def __init__(self, path: Path, options: argparse.Namespace):
         subfolder = options.subfolder or get_spec(FAMILIES[0]).hf_folder
         stored = StoredWeights(path, subfolder)
-        specs = [get_spec(name) for name in ([options.model] if options.model else FAMILIES)]
-        self.spec = max(specs, key=lambda spec: detect(stored.found, spec)[0])
+        self.spec = _detect_spec(stored, [options.model] if options.model else FAMILIES)
         layout, _ = stored.layout(self.spec)
         self.args = _architecture(stored, self.spec, layout, options)
         self.shapes = global_shapes(self.spec, self.args)
-        self.places = stored.places(self.spec, self.args, self.shapes)
-        self.dtypes = {name: place.dtype for name, place in self.places.items()}
+        self.locations = stored.locate(self.spec, self.args, self.shapes)
+        self.dtypes = {name: location.dtype for name, location in self.locations.items()}
 
     def read(self, name: str) -> Tensor:
-        place = self.places[name]
-        # Opened for each tensor: a file's mapped pages count as this process's memory until it is closed.
-        with opened(place.file) as stored:
-            box = (slice(None),) * len(self.shapes[name])
-            return read_part(stored, place.name, place.part, box, self.args)
+        location = self.locations[name]
+        # Opened anew for each tensor: a file's mapped pages count as this process's memory until it is closed.
+        with opened(location.file) as file:
+            return read_slice(file, location, (slice(None),) * len(self.shapes[name]), self.args)
+
+
+def _detect_spec(stored: StoredWeights, families: Sequence[str]) -> ModelSpec:
+    """The family with the most names in common with the files."""
+    specs = [get_spec(name) for name in families]
+    for spec in specs:
+        if is_diffusers(stored.found, spec):
+            return spec
+    detect = resolve(DETECT, asked_by=f"{stored.root}: not all names of its tensors are a model's in diffusers' layout")
+    return max(specs, key=lambda spec: detect(stored.found, spec)[0])
 
 
 def _architecture(stored: StoredWeights, spec: ModelSpec, layout: str, options: argparse.Namespace) -> Any:
@@ -115,10 +113,11 @@ def _architecture(stored: StoredWeights, spec: ModelSpec, layout: str, options: 
         return spec.args_from_hf(_read_json(options.config))
     if layout == "diffusers" and stored.root.is_dir():
         return spec.args_from_hf(stored.config())
-    fits, first_error = {}, None
+    fits: dict[str, tuple[str, Any]] = {}
+    first_error = None
     for flavor, args in spec.flavors.items():
         try:
-            stored.places(spec, args, global_shapes(spec, args))
+            stored.locate(spec, args, global_shapes(spec, args))
             fits.setdefault(_identity(spec, args), (flavor, args))
         except ValueError as e:
             first_error = first_error or e
@@ -140,7 +139,7 @@ def _text_len(spec: ModelSpec, flavor: str) -> int:
 
 
 def _identity(spec: ModelSpec, args: Any) -> str:
-    """What distinguishes two architectures in the files."""
+    """Text that is equal for two architectures if their files are."""
     return json.dumps([spec.args_to_hf(args), spec.args_to_original(args) if spec.args_to_original else None])
 
 
@@ -155,21 +154,19 @@ def _read_json(path: Path) -> dict:
 def convert(
     source: StepSource | PublicSource, path: Path, format_name: str, dtype: torch.dtype | None, max_shard_bytes: int
 ) -> None:
-    """Write the weights of `source` to `path`. dtype None: each tensor keeps its type."""
+    """Write the weights of `source` to `path`. dtype: None keeps each tensor's type. RuntimeError: writing failed."""
     dtypes = {name: dtype or kind for name, kind in source.dtypes.items()}
     writer = Writer(WritePlan(path, source.spec, source.args, source.shapes, dtypes, format_name, max_shard_bytes))
-    for part in writer.plan.parts():
+    for tensor_slice in writer.plan.slices():
         if writer.error is None:
-            writer.write(part.to_public(source.read(part.ours), source.args))
+            writer.write(tensor_slice.to_public(source.read(tensor_slice.ours), source.args))
     writer.commit()
     if writer.error is not None:
         raise RuntimeError(f"{path} could not be written: {writer.error}")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    about = (
-        "Convert weights between public formats, and from a run's checkpoint. The format of SRC is told by its names."
-    )
+    about = "Convert weights between public formats, and from a run's checkpoint. The names in SRC tell its format."
     parser = argparse.ArgumentParser(prog="python -m titan_video.convert", description=about, allow_abbrev=False)
     parser.add_argument(
         "source", type=Path, metavar="SRC", help="folder or file of weights, pipeline folder, or step-N folder of a run"
@@ -180,8 +177,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="DST",
         help="file or folder to make; a diffusers folder gets its weights in transformer/",
     )
-    parser.add_argument("--format", choices=FORMATS, required=True)
-    parser.add_argument("--model", choices=FAMILIES, help="model family (else told by the names)")
+    parser.add_argument("--format", choices=FORMAT_NAMES, required=True)
+    parser.add_argument("--model", choices=FAMILIES, help="model family (else detected from the names)")
     parser.add_argument("--flavor", help="architecture (else config.json, or the flavor with these shapes)")
     parser.add_argument(
         "--config", type=Path, help="transformer/config.json of diffusers, for an architecture that is no flavor"
@@ -201,13 +198,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> Path:
-    """Convert as asked; the folder or file with the weights. ValueError for a source or option that does not do."""
+    """Convert; return the folder or file with the weights. ValueError: the source or an option is not valid."""
     source, target = options.source, options.target
     if not source.exists():
         raise ValueError(f"SRC {source} does not exist")
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ValueError(f"DST {target} exists; give a new path")
-    if FORMATS[options.format].one_file and target.suffix != ".safetensors":
+    if get_format(options.format).one_file and target.suffix != ".safetensors":
         raise ValueError(f"DST {target}: --format {options.format} is one file, whose name should end in .safetensors")
     if options.max_shard_gib <= 0:
         raise ValueError("--max-shard-gib must be above 0")

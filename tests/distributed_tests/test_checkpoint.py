@@ -1,4 +1,4 @@
-"""Checkpoints over ranks: other layouts, one verdict, and saves that are killed."""
+"""Checkpoints over ranks: other layouts, errors on all ranks at once, and saves that are killed."""
 
 import random
 import time
@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from tests.helpers import run_ranks, start_ranks
 from titan_video.checkpoint import files
-from titan_video.checkpoint.manager import CheckpointManager, ModelState, OptimizerState, load_weights
+from titan_video.checkpoint.manager import CheckpointManager, load_weights
+from titan_video.checkpoint.state import ModelState, OptimizerState
 from titan_video.config.job_config import Checkpoint
 
 
@@ -89,7 +90,7 @@ def full(manager):
 
 
 def save_ranks(folder, mode):
-    """Save, and train on while it is written."""
+    """Save, and continue training while the checkpoint is written."""
     model, optimizer = build((2,))
     train(model, optimizer, range(3))
     saver = manager(folder, model, optimizer, Counter(samples=12), async_mode=mode)
@@ -150,7 +151,7 @@ def test_save_after_validation(tmp_path):
     assert run_ranks(save_after_forward, 2, tmp_path) == [True, True]
 
 
-def one_verdict(folder):
+def errors_of_all_ranks(folder):
     model, optimizer = build((2,))
     rank, errors = dist.get_rank(), []
     saver = manager(folder, model, optimizer, Counter(samples=rank))
@@ -159,7 +160,7 @@ def one_verdict(folder):
         saver.wait()
     except RuntimeError as error:
         errors.append(str(error))
-    saver.counters["train"].state = {}
+    saver.states["train"].state = {}
     assert saver.save(1)
     saver.wait()
     writer = files.TensorWriter.write_data
@@ -189,8 +190,8 @@ def one_verdict(folder):
 
 
 def test_all_ranks_agree(tmp_path):
-    """A failure or a bad file that one rank sees is everybody's, and nobody waits for ever."""
-    first, second = run_ranks(one_verdict, 2, tmp_path)
+    """A failure or a damaged file on one rank is an error on all ranks, and no rank waits for ever."""
+    first, second = run_ranks(errors_of_all_ranks, 2, tmp_path)
     assert first == second and len(first) == 3
     assert "`train` is not the same on all ranks" in first[0]
     assert "failed on rank 1: OSError: quota exceeded" in first[1]
@@ -238,7 +239,7 @@ def kill_saves(folder, kills, mode, world):
         assert steps and steps[-1] >= newest, "never fewer than before"
         for step in steps:
             files.verify(folder / f"step-{step}")
-        cut_short += bool(files.list_leftovers(folder))
+        cut_short += bool(files.list_partial(folder))
         newest = steps[-1]
         weights, counter = Weights(), Counter()
         loader = CheckpointManager(Checkpoint(), folder, {"ema": weights}, {"train": counter})

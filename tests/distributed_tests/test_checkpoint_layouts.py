@@ -1,7 +1,4 @@
-"""A checkpoint knows nothing of the layout:
-
-one state goes from layout to layout, each loads what the one before it saved, and nothing changes.
-"""
+"""A checkpoint does not depend on the layout: each layout loads what the previous one saved, and nothing changes."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +10,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tests.helpers import run_ranks
 from titan_video.checkpoint import files
-from titan_video.checkpoint.manager import CheckpointManager, ModelState, OptimizerState, load_weights
+from titan_video.checkpoint.manager import CheckpointManager, load_weights
+from titan_video.checkpoint.state import ModelState, OptimizerState
 from titan_video.config.job_config import (
     ActivationCheckpoint,
     Checkpoint,
@@ -28,7 +26,7 @@ from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.parallelize import parallelize
 from titan_video.distributed.pipeline_parallel import Pipeline, keep_stages
 from titan_video.distributed.sequence import SequenceShard
-from titan_video.distributed.utils import gather_objects, initialise, reduce_over
+from titan_video.distributed.utils import gather_objects, initialise, reduce_over, to_local
 from titan_video.flow.noise import draw_noise
 from titan_video.models.wan import SPEC, WanArgs, WanModel
 from titan_video.optim.ema import EmaWeights
@@ -37,7 +35,7 @@ from titan_video.tasks.denoising import compute_loss
 from titan_video.weights.hf_storage import load_hf, save_hf
 
 SIZES = {"num_layers": 2, "text_dim": 20, "text_len": 9, "freq_dim": 32}
-# 25 rows of ffn.up on each of two tensor-parallel ranks: FSDP deals them out unevenly. Four such ranks need four heads.
+# 25 rows of ffn.up on each of two tensor-parallel ranks: FSDP shards them unevenly. Four such ranks need four heads.
 ODD = WanArgs(dim=36, num_heads=2, ffn_dim=50, **SIZES)
 FOUR = WanArgs(dim=48, num_heads=4, ffn_dim=52, **SIZES)
 LAYOUTS = {
@@ -62,10 +60,7 @@ CHAINS = {
 
 
 class Run:
-    """A model in a layout ("one":
-
-    this process alone), its optimizer and averages, and the manager of its checkpoints in `folder`.
-    """
+    """A model in a layout ("one": this process alone), its optimizer, EMA weights and checkpoint manager in `folder`."""
 
     def __init__(self, args: WanArgs, layout: str, folder: Path, mode: str = "disabled"):
         self.args, self.meshes = args, None if layout == "one" else ParallelDims(**LAYOUTS[layout]).build_mesh("cpu")
@@ -84,7 +79,7 @@ class Run:
         self.model.to_empty(device="cpu")
         with torch.no_grad():
             for p in self.model.parameters():
-                local(p).fill_(float("nan"))
+                to_local(p).fill_(float("nan"))
         self.optimizer = build_optimizer(self.model, Optimizer(lr=1e-2))
         self.ema = EmaWeights(self.model, Ema(enable=True, decay=0.5))
         states = {
@@ -114,10 +109,6 @@ class Run:
         return reduce_over(self.meshes.sequence, loss, "sum") if self.meshes else loss
 
 
-def local(tensor):
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def perturbed_init(name, tensor, generator):
     """The public initialisation has a head of zeros, through which no gradient would reach the blocks."""
     SPEC.init_parameter(name, tensor, generator)
@@ -125,10 +116,7 @@ def perturbed_init(name, tensor, generator):
 
 
 def write_reference(folder: Path, args: WanArgs) -> None:
-    """Two steps of one process, saved:
-
-    step-0 of the chain, the same tensors in a file, the export, and the next loss.
-    """
+    """Two steps of one process. Saves step-0 of the chain, the same tensors in a file, the exports, and the next loss."""
     run = Run(args, "one", folder)
     initialise(run.model, perturbed_init, 0)
     run.ema.reset()
@@ -149,18 +137,18 @@ def write_reference(folder: Path, args: WanArgs) -> None:
 
 
 def equal_parts(mine: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> None:
-    """What this rank has is bit for bit its part of the reference, and the ranks have all of it."""
+    """This rank's shards equal those of the reference bit for bit, and the ranks together have all tensors."""
     for name, tensor in mine.items():
         expected = reference[name]
         if isinstance(tensor, DTensor):
             expected = distribute_tensor(expected, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
-        assert tensor.dtype == expected.dtype and torch.equal(local(tensor), expected), name
+        assert tensor.dtype == expected.dtype and torch.equal(to_local(tensor), expected), name
     parts = gather_objects(set(mine)) if dist.is_initialized() else [set(mine)]
     assert set.union(*parts) == reference.keys()
 
 
 def hop(folder: Path, args: WanArgs, layout: str, step: int, mode: str) -> None:
-    """Load what the layout before has saved, in every way there is; save it, and export it."""
+    """Load what the previous layout saved, in all three ways; save and export it."""
     reference = torch.load(folder / "reference.pt")
     tensors = reference["tensors"]
     run = Run(args, layout, folder, mode)
@@ -203,11 +191,11 @@ def test_a_state_goes_through_all_layouts(tmp_path, world):
         for step in range(len(layouts) + 2):
             index = files.verify(files.step_folder(folder, step))[1]
             chunks = [chunk for entry in index.state_dict_metadata.values() for chunk in entry.chunks]
-            assert len(index.storage_data) == len(chunks), "each piece is written once"
+            assert len(index.storage_data) == len(chunks), "each chunk is written once"
 
 
 def refused(folder: Path, others: dict[str, WanArgs]) -> dict[str, str]:
-    """What each rank says of a checkpoint of another model."""
+    """The error of this rank for checkpoints of other models, by name."""
     texts = {}
     for name, args in others.items():
         run = Run(args, "pp2", folder)
@@ -225,7 +213,7 @@ def refused(folder: Path, others: dict[str, WanArgs]) -> dict[str, str]:
 
 
 def test_ranks_with_different_parameters_refuse_together(tmp_path):
-    """What is missing, too much or misshapen is so on one stage only; all ranks say the same, and nobody waits."""
+    """The difference is on one pipeline stage only; all ranks raise the same error, and none waits."""
     write_reference(tmp_path, ODD)
     others = {
         "deeper": replace(ODD, num_layers=3),

@@ -1,6 +1,5 @@
-"""Weights in the diffusers layout into and out of shards:
-
-every rank reads its own slices only, and the files do not depend on the layout.
+"""Weights in the diffusers layout into and out of shards: each rank reads only its slices, and the files do not depend on
+the layout.
 """
 
 import pytest
@@ -31,14 +30,14 @@ def sharded_model(layout):
         mesh = init_device_mesh("cpu", (world,))
         shard_on = lambda p: Shard(1) if p.ndim == 2 and p.shape[1] % world == 0 else Shard(0)  # noqa: E731
     else:  # rows over two axes: tensor parallel first, FSDP within
-        whole = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
-        mesh = whole["dp"]
+        mesh_2d = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
+        mesh = mesh_2d["dp"]
         for module in model.modules():
             for name, p in list(module.named_parameters(recurse=False)):
                 placement = Shard(0) if p.shape[0] % world == 0 else Replicate()
                 with torch.no_grad():
-                    whole_tensor = distribute_tensor(torch.empty(p.shape), whole["tp"], [placement], src_data_rank=None)
-                module.register_parameter(name, torch.nn.Parameter(whole_tensor))
+                    tensor = distribute_tensor(torch.empty(p.shape), mesh_2d["tp"], [placement], src_data_rank=None)
+                module.register_parameter(name, torch.nn.Parameter(tensor))
     options = {
         "mesh": mesh,
         "shard_placement_fn": shard_on,
@@ -55,7 +54,7 @@ def sharded_model(layout):
 
 
 class Recorder:
-    """Stands in for safe_open and notes how many elements of each tensor are read."""
+    """Replaces safe_open and records how many elements of each tensor are read."""
 
     reads: dict = {}
 
@@ -96,7 +95,7 @@ LAYOUTS = {2: ("fsdp", "dim1"), 4: ("fsdp", "hsdp", "tp")}
 
 
 def load_rank(folder, layouts):
-    """By layout and our name: elements read, elements owned, and whether the tensor changes form on its way."""
+    """By layout and our name: elements read, elements owned, and whether the tensor changes its layout."""
     return {layout: load_one(folder, layout) for layout in layouts}
 
 
@@ -124,21 +123,21 @@ def load_one(folder, layout):
 def test_each_rank_reads_its_own_slices(tmp_path, world):
     write_public(tmp_path / "m", shards=3)
     ranks = run_ranks(load_rank, world, tmp_path / "m", LAYOUTS[world])
-    whole = {n: t.numel() for n, t in toy_tensors().items()}
+    sizes = {n: t.numel() for n, t in toy_tensors().items()}
     for layout in LAYOUTS[world]:
         for reads in (rank[layout] for rank in ranks):
             for name, (read, owned, transformed) in reads.items():
-                assert read == ((whole[name] if owned else 0) if transformed else owned), (layout, name)
-                assert owned < whole[name]
+                assert read == ((sizes[name] if owned else 0) if transformed else owned), (layout, name)
+                assert owned < sizes[name]
         copies = 2 if layout == "hsdp" else 1
         if layout != "tp":
-            assert all(sum(rank[layout][n][1] for rank in ranks) == copies * whole[n] for n in whole)
+            assert all(sum(rank[layout][n][1] for rank in ranks) == copies * sizes[n] for n in sizes)
     if world == 4:
         assert [rank["fsdp"]["table.0"][1] for rank in ranks] == [8, 8, 0, 0]
         assert [rank["fsdp"]["patch.bias"][1] for rank in ranks] == [2, 2, 2, 1]
 
 
-EXPORTS = (("f32", torch.float32, 300, 1), ("bf16", torch.bfloat16, 1 << 30, 1), ("average", torch.float32, 1 << 30, 2))
+EXPORTS = (("f32", torch.float32, 300, 1), ("bf16", torch.bfloat16, 1 << 30, 1), ("doubled", torch.float32, 1 << 30, 2))
 
 
 def save_rank(source, folder, layouts):
@@ -173,9 +172,9 @@ def test_files_do_not_depend_on_the_layout(tmp_path, world):
 
 
 def fused_rank(folder):
-    """HunyuanVideo under tensor parallel and FSDP, from the original layout:
+    """Load HunyuanVideo in the original layout under tensor parallel and FSDP, and save it again.
 
-    by our name, elements read and owned, and what is saved again.
+    Returns, by public name: elements read, elements owned, and whether the tensor changes its layout.
     """
     from titan_video.distributed.fsdp import apply_fsdp
     from titan_video.distributed.parallel_dims import ParallelDims

@@ -1,6 +1,5 @@
-"""Every optimizer under sharding:
-
-three steps equal one process; its state goes on bit for bit, and from layout to layout.
+"""Every optimizer under sharding: three steps equal one process, and its state resumes bit for bit, also in another
+layout.
 """
 
 from pathlib import Path
@@ -10,7 +9,8 @@ import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tests.helpers import run_ranks
-from titan_video.checkpoint.manager import CheckpointManager, ModelState, OptimizerState
+from titan_video.checkpoint.manager import CheckpointManager
+from titan_video.checkpoint.state import ModelState, OptimizerState
 from titan_video.config.job_config import (
     ActivationCheckpoint,
     Checkpoint,
@@ -30,7 +30,8 @@ from titan_video.distributed.utils import clip_grad_norm, initialise
 from titan_video.flow.noise import draw_noise
 from titan_video.models.layers import cast_params
 from titan_video.models.wan import SPEC, WanArgs, WanModel
-from titan_video.optim.optimizer import InBackward, build_optimizer
+from titan_video.optim.in_backward import InBackward
+from titan_video.optim.optimizer import build_optimizer
 from titan_video.tasks.denoising import model_inputs, predict, velocity_loss
 
 ARGS = WanArgs(dim=128, num_heads=2, num_layers=2, ffn_dim=256, text_dim=10, text_len=5, freq_dim=32)
@@ -45,9 +46,9 @@ NUM_BATCHES = 4
 
 
 class Run:
-    """A model in a layout ("one": this process alone), and its optimizer. dtype:
+    """A model in a layout ("one": this process alone), and its optimizer.
 
-    of everything, or "bfloat16" of weights that are held so.
+    dtype: of everything; "bfloat16": of the weights only.
     """
 
     def __init__(self, layout, name, dtype="float64", in_backward=False, float8=Float8()):
@@ -122,7 +123,7 @@ class Run:
         )
 
     def tensors(self):
-        """Whole tensors of weights and state."""
+        """Full tensors of weights and state."""
         live = {**ModelState(self.model).state_dict(), **self.state.state_dict()}
         return {name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for name, t in live.items()}
 
@@ -147,7 +148,7 @@ def one_process(tmp_path_factory):
 
 
 def differences(tensors, expected):
-    """Names of those that differ. 8-bit codes may be next to each other where an element lies between them."""
+    """Names of the tensors that differ. 8-bit codes may be neighbours if an element lies between two values."""
     wrong = []
     for name, t in tensors.items():
         if t.dtype == torch.uint8:
@@ -161,7 +162,7 @@ def differences(tensors, expected):
 
 
 def three_steps(layout, folder):
-    """What is wrong in this layout."""
+    """Names of what differs from one process in this layout."""
     wrong, run = [], None
     for name in NAMES:
         expected = torch.load(folder / f"{name}.pt")
@@ -259,30 +260,30 @@ def test_in_backward_and_bfloat16_weights(tmp_path):
 
 
 def rounded(folder):
-    """Replicas, shards and columns of one weight, rounded at random: this rank's part, and where it lies."""
+    """One weight, replicated and sharded by rows or columns, after a step with stochastic rounding."""
     mesh = ParallelDims(dp_replicate=2, tp=2).build_mesh("cpu").world["dp_replicate", "tp"]
     from torch.distributed.tensor import Replicate, Shard
 
-    whole = torch.load(folder / "weight.pt")
+    full = torch.load(folder / "weight.pt")
     parts = []
     for placement in (Shard(0), Shard(1)):
-        p = torch.nn.Parameter(distribute_tensor(whole.bfloat16(), mesh, [Replicate(), placement], src_data_rank=None))
+        p = torch.nn.Parameter(distribute_tensor(full.bfloat16(), mesh, [Replicate(), placement], src_data_rank=None))
         holder = torch.nn.ParameterDict({"w": p})
         optimizer = build_optimizer(holder, Optimizer(name="AdamW8bit", lr=1e-3), seed=5)
-        p.grad = distribute_tensor(whole.bfloat16(), mesh, [Replicate(), placement], src_data_rank=None)
+        p.grad = distribute_tensor(full.bfloat16(), mesh, [Replicate(), placement], src_data_rank=None)
         optimizer.step()
         parts.append(p.full_tensor().detach())
     return parts
 
 
 def test_rounding_is_the_same_wherever_an_element_lies(tmp_path):
-    whole = torch.randn(12, 256)
-    torch.save(whole, tmp_path / "weight.pt")
-    p = torch.nn.Parameter(whole.bfloat16())
+    full = torch.randn(12, 256)
+    torch.save(full, tmp_path / "weight.pt")
+    p = torch.nn.Parameter(full.bfloat16())
     optimizer = build_optimizer(torch.nn.ParameterDict({"w": p}), Optimizer(name="AdamW8bit", lr=1e-3), seed=5)
-    p.grad = whole.bfloat16()
+    p.grad = full.bfloat16()
     optimizer.step()
-    assert not torch.equal(p, whole.bfloat16())
+    assert not torch.equal(p, full.bfloat16())
     for parts in run_ranks(rounded, 4, tmp_path):
         assert all(torch.equal(part, p) for part in parts)
 
@@ -326,8 +327,8 @@ def float8_steps(layout, folder):
 
 
 def test_float8_under_sharding(tmp_path):
-    """FSDP gathers whole weights, and a micro-batch is the same one wherever it is: so are all scales. Under tensor
-    parallel they are those of the parts, and only as near as float8 is."""
+    """Under FSDP all scales equal those of one process, because it gathers full weights. Under tensor parallel each shard
+    has its own scale, so results agree only within the precision of float8."""
     plain = Run("one", "AdamW", "float32")
     exact = [plain.step(), plain.step()]
     for recipe in RECIPES:

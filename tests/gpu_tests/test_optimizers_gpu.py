@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from tests.gpu_tests.test_train_gpu import bf16, cache, losses  # noqa: F401
 from titan_video.config.job_config import Float8
 from titan_video.distributed.float8 import matmul_fn
-from titan_video.optim.low_bit import decode, encode, stochastic_round
-from titan_video.optim.muon import orthogonal
+from titan_video.optim.low_bit import dequantize, quantize, stochastic_round
+from titan_video.optim.muon import orthogonalize
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 LOW = {"training__mixed_precision_param": "bfloat16", "debug__deterministic": "true"}
@@ -41,16 +41,16 @@ def test_few_bits_are_those_of_the_host():
         for shape, dtype in (((100, 200), torch.uint8), ((100, 4), torch.float32))
     )
     for i, device in enumerate(("cpu", "cuda")):
-        encode(x.to(device), codes[i], scales[i], signed=True)
+        quantize(x.to(device), codes[i], scales[i], signed=True)
     assert torch.equal(scales[0], scales[1].cpu()) and (codes[0].int() - codes[1].cpu().int()).abs().max() <= 1
     torch.testing.assert_close(
-        decode(codes[0], scales[0], True), decode(codes[1], scales[1], True).cpu(), rtol=0.2, atol=1e-3
+        dequantize(codes[0], scales[0], True), dequantize(codes[1], scales[1], True).cpu(), rtol=0.2, atol=1e-3
     )
     assert torch.equal(stochastic_round(x, (3, 5), 200, 9), stochastic_round(x.cuda(), (3, 5), 200, 9).cpu())
 
 
 def test_orthogonal_in_bfloat16():
-    singular = torch.linalg.svdvals(orthogonal(torch.randn(512, 256, device="cuda").bfloat16()).float())
+    singular = torch.linalg.svdvals(orthogonalize(torch.randn(512, 256, device="cuda").bfloat16()).float())
     assert singular.min() > 0.5 and singular.max() < 1.4
 
 

@@ -1,7 +1,4 @@
-"""`--lora.enable` through the trainer:
-
-one and two ranks, resume, averages, validation, exports, sampling from its checkpoint.
-"""
+"""`--lora.enable` through the trainer: one and two ranks, resume, EMA, validation, exports, sampling from a checkpoint."""
 
 import signal
 from functools import partial
@@ -35,7 +32,7 @@ LORA = {
 
 @pytest.fixture(scope="module")
 def base(shared_front):
-    """What all start from: a random model's head is zero, and through it no adapter would get a gradient."""
+    """The weights that all runs start from. A random model has a head of zeros, and its adapters would get no gradient."""
     return shared_front.run("base", {"training.steps": 2, "optimizer.lr": 0.01}).ok().checkpoint(2)
 
 
@@ -45,8 +42,8 @@ def options(base):
 
 
 @pytest.fixture(scope="module")
-def whole(shared_front, options):
-    return shared_front.run("whole", options).ok()
+def full(shared_front, options):
+    return shared_front.run("full", options).ok()
 
 
 def adapters(run):
@@ -55,24 +52,24 @@ def adapters(run):
     ).read_bytes()
 
 
-def test_a_checkpoint_holds_adapters_only(whole):
-    metadata = dcp.FileSystemReader(whole.checkpoint(4)).read_metadata().state_dict_metadata
+def test_a_checkpoint_holds_adapters_only(full):
+    metadata = dcp.FileSystemReader(full.checkpoint(4)).read_metadata().state_dict_metadata
     assert metadata and all(".adapter." in name for name in metadata)
     assert {name.split(".")[0] for name in metadata} == {"model", "optimizer", "ema"}
-    assert len({r["loss"] for r in whole.records}) == 4 and all(r["grad_norm"] > 0 for r in whole.records)
+    assert len({r["loss"] for r in full.records}) == 4 and all(r["grad_norm"] > 0 for r in full.records)
 
 
-def test_resumed_is_bitwise(front, whole, options):
+def test_resumed_is_bitwise(front, full, options):
     front.run("cut", options, hook=partial(signal_at, 3, signal.SIGTERM)).ok()
     run = front.run("cut", options).ok()
-    assert run.records == whole.records and adapters(run) == adapters(whole)
+    assert run.records == full.records and adapters(run) == adapters(full)
 
 
-def test_another_scale_or_other_frozen_weights_are_refused(front, whole, options):
-    more = {**options, "training.steps": 5, "job.dump_folder": whole.folder}
-    front.run("whole", {**more, "lora.alpha": 4}).fails_with("lora.alpha / lora.rank is 1", "trained with 2")
+def test_another_scale_or_other_frozen_weights_are_refused(front, full, options):
+    more = {**options, "training.steps": 5, "job.dump_folder": full.folder}
+    front.run("full", {**more, "lora.alpha": 4}).fails_with("lora.alpha / lora.rank is 1", "trained with 2")
     other = front.run("other", {"training.steps": 2, "optimizer.lr": 0.01, "debug.seed": 1}).ok().checkpoint(2)
-    front.run("whole", {**more, "checkpoint.initial_load_path": other}).fails_with(
+    front.run("full", {**more, "checkpoint.initial_load_path": other}).fails_with(
         "checkpoint.initial_load_path", "not those", "lora.initial_load_path"
     )
 
@@ -99,9 +96,9 @@ def test_two_ranks_have_the_losses_of_one(shared_front, front, base):
 
 
 @pytest.fixture(scope="module")
-def validated(shared_front, whole):
+def validated(shared_front, full):
     """A run without pretrained weights, whose frozen ones are made from the seed, stopped and resumed."""
-    start = whole.folder / "lora" / "comfyui.safetensors"
+    start = full.folder / "lora" / "comfyui.safetensors"
     options = {
         **LORA,
         "lora.initial_load_path": start,
@@ -129,18 +126,18 @@ def test_a_checkpoint_is_sampled_as_it_validated(validated, tmp_path):
     assert np.array_equal(decode(tmp_path / "x.mp4"), decode(seen))
 
 
-def test_whole_weights_are_exported_and_not_converted(whole):
-    with pytest.raises(ValueError, match="holds adapters, no whole weights"):
-        convert.StepSource(whole.checkpoint(4), "model")
-    merged = load_file(whole.folder / "hf" / "transformer" / "diffusion_pytorch_model.safetensors")
-    assert len(merged) > 100 and (whole.folder / "hf" / "transformer" / "config.json").is_file()
+def test_full_weights_are_exported_and_not_converted(full):
+    with pytest.raises(ValueError, match="holds adapters, not the full weights"):
+        convert.StepSource(full.checkpoint(4), "model")
+    merged = load_file(full.folder / "hf" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert len(merged) > 100 and (full.folder / "hf" / "transformer" / "config.json").is_file()
 
 
-def test_dry_run_counts_what_is_trained(whole):
-    argv = ["--job.config_file", str(whole.folder / "config.toml")]
-    small, full = dry_run(parse_args(argv), 1), dry_run(parse_args([*argv, "--lora.enable=false"]), 1)
+def test_dry_run_counts_what_is_trained(full):
+    argv = ["--job.config_file", str(full.folder / "config.toml")]
+    small, large = dry_run(parse_args(argv), 1), dry_run(parse_args([*argv, "--lora.enable=false"]), 1)
     assert (
-        small.largest["optimizer"] < full.largest["optimizer"] / 5
-        and small.largest["gradients"] < full.largest["gradients"] / 5
+        small.largest["optimizer"] < large.largest["optimizer"] / 5
+        and small.largest["gradients"] < large.largest["gradients"] / 5
     )
-    assert small.largest["parameters"] < 0.7 * full.largest["parameters"]
+    assert small.largest["parameters"] < 0.7 * large.largest["parameters"]

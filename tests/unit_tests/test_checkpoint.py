@@ -1,4 +1,4 @@
-"""Checkpoints in one process: what is saved comes back bit for bit, and what is not whole is not loaded."""
+"""Checkpoints in one process: what is saved comes back bit for bit, and an incomplete folder is not loaded."""
 
 import json
 import logging
@@ -15,12 +15,13 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from titan_video.checkpoint import files
 from titan_video.checkpoint.files import InvalidCheckpoint
-from titan_video.checkpoint.manager import CheckpointManager, ModelState, OptimizerState, load_weights
+from titan_video.checkpoint.manager import CheckpointManager, load_weights
+from titan_video.checkpoint.state import ModelState, OptimizerState
 from titan_video.config.job_config import Checkpoint
 
 
 class Weights:
-    """A flat dict of tensors, as the moving average is."""
+    """A flat dict of tensors, like the EMA weights."""
 
     def __init__(self, value=0.0):
         self.values = {
@@ -70,9 +71,9 @@ def save_steps(folder, steps, **section):
 
 
 def reseal(folder, step):
-    """What an attacker can do: a manifest that fits altered files."""
+    """Write a manifest that fits altered files, as an attacker can."""
     names = [path.name for path in folder.iterdir() if path.name != files.MANIFEST]
-    files.write_manifest(folder, step, 1, {name: files.describe(folder / name) for name in names})
+    files.write_manifest(folder, step, 1, {name: files.manifest_entry(folder / name) for name in names})
 
 
 def build(seed=0, wrapped=False):
@@ -144,7 +145,7 @@ def test_layout_of_the_folder(tmp_path):
     assert str(tmp_path).encode() not in (folder / ".metadata").read_bytes()
 
 
-def test_load_restores_values_and_counters(tmp_path):
+def test_load_restores_tensors_and_states(tmp_path):
     save_steps(tmp_path, [1, 2, 10])
     weights, counter = Weights(), Counter()
     loader = manager(tmp_path, weights, counter)

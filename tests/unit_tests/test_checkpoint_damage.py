@@ -1,7 +1,4 @@
-"""Damaged and malicious checkpoints:
-
-every file that is not what was written is refused by name, and nothing in it is executed.
-"""
+"""Damaged and malicious checkpoints: every altered file is refused by name, and nothing in it is executed."""
 
 import json
 import os
@@ -37,12 +34,12 @@ def test_damaged_files_are_refused_by_name(tmp_path):
     rng, kinds, folder = random.Random(0), set(), tmp_path / "step-1"
     for i in range(200):
         path = sorted(folder.iterdir())[i % 4]
-        whole = path.read_bytes()
+        original = path.read_bytes()
         kinds.add((path.name, damage(path, rng)))
         with pytest.raises(InvalidCheckpoint) as error:
             files.verify(folder)
         assert str(error.value).startswith(f"{path}: ")
-        path.write_bytes(whole)
+        path.write_bytes(original)
         files.verify(folder)
     assert len(kinds) == 12, "every file in every way"
 
@@ -50,21 +47,21 @@ def test_damaged_files_are_refused_by_name(tmp_path):
 def test_every_part_of_the_manifest_counts(tmp_path):
     save_steps(tmp_path, [1])
     path = tmp_path / "step-1/manifest.json"
-    whole = path.read_bytes()
-    compact = json.dumps(json.loads(whole)).encode()
+    original = path.read_bytes()
+    compact = json.dumps(json.loads(original)).encode()
     for text in (
-        whole + b"\n",
-        whole[:-1],
-        whole.replace(b"\n", b"\r\n"),
-        whole.replace(b": 1,", b":  1,"),
+        original + b"\n",
+        original[:-1],
+        original.replace(b"\n", b"\r\n"),
+        original.replace(b": 1,", b":  1,"),
         compact,
         b"[" * 100_000,
     ):
         path.write_bytes(text)
         with pytest.raises(InvalidCheckpoint, match="manifest.json"):
             files.read_manifest(path.parent)
-    for bit in range(0, len(whole) * 8, 13):  # 13 and 8 have no common divisor: every kind of flip
-        data = bytearray(whole)
+    for bit in range(0, len(original) * 8, 13):  # 13 and 8 have no common divisor: every kind of flip
+        data = bytearray(original)
         data[bit // 8] ^= 1 << bit % 8
         path.write_bytes(data)
         with pytest.raises(InvalidCheckpoint, match="manifest.json"):
@@ -116,7 +113,7 @@ def test_pickle_payload_in_the_index_is_not_executed(tmp_path, caplog):
 
 
 class OlderPython(pickle.Pickler):
-    """Writes the members of an Enum as Python 3.11.0 to 3.11.3 do: as what getattr gives."""
+    """Pickles the members of an Enum as Python 3.11.0 to 3.11.3 do: by a call of getattr."""
 
     def __init__(self, file, arguments):
         super().__init__(file)

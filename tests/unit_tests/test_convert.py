@@ -1,6 +1,5 @@
-"""Public formats:
-
-round trips of every model through each, diffusers' own converters as the oracle, refusals, memory, pipeline folders.
+"""Public formats: round trips of every model through each, with diffusers' own converters as the oracle; refusals, memory,
+pipeline folders, and what works without the optional part of the original layouts.
 """
 
 import inspect
@@ -20,8 +19,9 @@ from tests.unit_tests import test_wan_variants as wan
 from titan_video import convert
 from titan_video.models import hunyuan_video as hunyuan_models
 from titan_video.models import wan as wan_models
-from titan_video.weights.formats import FORMATS, PREFIX
+from titan_video.weights.formats import FORMAT_NAMES, get_format
 from titan_video.weights.hf_storage import load_hf, save_hf
+from titan_video.weights.original import PREFIX
 from titan_video.weights.pipeline_folder import complete_pipeline, export_path, is_checkpoint, is_exported
 
 MODELS = {
@@ -51,9 +51,11 @@ def assert_same(found, expected):
 
 
 def diffusers_converted(name, state, args):
-    """What diffusers' own single-file converter makes of a state dict of the public code. Two of its limits are taken
-    published width of HunyuanVideo, and not the positions of Wan's first-and-last-frame model, which its conversion
-    script knows."""
+    """What diffusers' own single-file converter makes of a state dict of the public code.
+
+    Two limits of it are lifted here: it knows the published width of HunyuanVideo only, and not the positions of Wan's
+    first-and-last-frame model, which its conversion script knows.
+    """
     from diffusers.loaders import single_file_utils
 
     if name.startswith("wan"):
@@ -70,14 +72,15 @@ def diffusers_converted(name, state, args):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_round_trips_are_bitwise_and_agree_with_diffusers(name, tmp_path):
-    """diffusers -> ours -> each format -> ours -> diffusers; what lies between is what diffusers' converter reads."""
+    """diffusers -> ours -> each format -> ours -> diffusers; diffusers' converter reads what lies between."""
     spec, build, oracle, args = MODELS[name]
     theirs = oracle(args)
     theirs.save_pretrained(tmp_path / "source" / "transformer")
     reference = {n: t.contiguous() for n, t in theirs.state_dict().items()}
     ours = build(args)
     load_hf(ours, tmp_path / "source", spec, args)
-    for form, kind in FORMATS.items():
+    for form in FORMAT_NAMES:
+        kind = get_format(form)
         path = export_path(tmp_path / "first", form, "transformer")
         assert not is_exported(path, form, spec)
         save_hf(ours, path, spec, args, torch.float32, 60_000, format_name=form)
@@ -110,7 +113,8 @@ def test_the_command_round_trips(name, tmp_path, capsys):
     theirs.save_pretrained(tmp_path / "a")
     reference = {n: t.contiguous() for n, t in theirs.state_dict().items()}
     config = tmp_path / "a" / "config.json"
-    for form, kind in FORMATS.items():
+    for form in FORMAT_NAMES:
+        kind = get_format(form)
         middle, back = tmp_path / (f"{form}.safetensors" if kind.one_file else form), tmp_path / f"{form}-back"
         convert.main([str(tmp_path / "a"), str(middle), "--format", form, "--max-shard-gib", "1e-4"])
         assert kind.one_file or len(list(middle.rglob("*-of-*.safetensors"))) > 2
@@ -156,7 +160,7 @@ class Evil:
 
 @pytest.fixture(scope="module")
 def debug_file(tmp_path_factory):
-    """HunyuanVideo's latent-concat debug flavor in the ComfyUI form: its shapes are no other flavor's."""
+    """HunyuanVideo's latent-concat debug flavor in ComfyUI's format. No other flavor has its shapes."""
     spec, path = hunyuan_models.SPEC, tmp_path_factory.mktemp("debug") / "x.safetensors"
     args = spec.flavors["debug-i2v-latent-concat"]
     model = spec.build(args)
@@ -168,7 +172,7 @@ def debug_file(tmp_path_factory):
     return path
 
 
-def test_the_model_is_told_by_names_and_shapes(debug_file, tmp_path):
+def test_the_model_is_detected_from_names_and_shapes(debug_file, tmp_path):
     convert.main([str(debug_file), str(tmp_path / "d"), "--format", "diffusers"])
     config = json.loads((tmp_path / "d/transformer/config.json").read_text())
     assert (
@@ -231,6 +235,40 @@ def test_wrong_tensors_are_refused_by_name(debug_file, tmp_path):
     )
 
 
+@pytest.fixture
+def without_original(monkeypatch):
+    """The program without titan_video/weights/original.py."""
+    monkeypatch.setitem(sys.modules, "titan_video.weights.original", None)
+
+
+def test_diffusers_folders_need_no_optional_part(tmp_path, without_original):
+    spec, build, oracle, args = MODELS["wan t2v"]
+    theirs = oracle(args)
+    theirs.save_pretrained(tmp_path / "source" / "transformer")
+    ours = build(args)
+    load_hf(ours, tmp_path / "source", spec, args)
+    save_hf(ours, tmp_path / "saved", spec, args, torch.float32)
+    assert_same(read(tmp_path / "saved"), {n: t.contiguous() for n, t in theirs.state_dict().items()})
+    convert.main([str(tmp_path / "source"), str(tmp_path / "converted"), "--format", "diffusers"])
+    assert_same(read(tmp_path / "converted" / "transformer"), read(tmp_path / "saved"))
+
+
+def test_the_optional_part_of_the_original_layouts_is_named(debug_file, tmp_path, without_original):
+    spec = hunyuan_models.SPEC
+    args = spec.flavors["debug-i2v-latent-concat"]
+    model = spec.build(args)
+    part = "needs the optional part titan_video/weights/original"
+    with pytest.raises(ValueError, match=f"x.safetensors: not all names .*{part}"):
+        load_hf(model, debug_file, spec, args)
+    (tmp_path / "x.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=f"x.pt, a pickled state dict: {part}"):
+        load_hf(model, tmp_path / "x.pt", spec, args)
+    for name in FORMAT_NAMES[1:]:
+        with pytest.raises(ValueError, match=f"weights in the format {name}: {part}"):
+            save_hf(model, tmp_path / "out.safetensors", spec, args, torch.float32, format_name=name)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 def test_wrong_paths_are_refused(debug_file, tmp_path):
     for source, target, form, message in (
         (tmp_path / "none", tmp_path / "o", "diffusers", "SRC .*none does not exist"),
@@ -260,7 +298,7 @@ def peak():
 
 config, *jobs = sys.argv[1:]
 for i in range(0, len(jobs), 3):
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = peak()
     convert.main([*jobs[i:i + 2], "--format", jobs[i + 2], "--max-shard-gib", str(2**-8), "--config", config])
     print("peak", peak() - before)
@@ -269,8 +307,8 @@ for i in range(0, len(jobs), 3):
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is read from Linux's /proc")
 def test_memory_is_a_shard_whatever_the_model(tmp_path):
-    """A model of 25 shards, from shards to one file and back; the peak of the process, pages of files that it has
-    mapped included. What a first conversion loads of Python stays out of it."""
+    """A model of 25 shards, from shards to one file and back. The peak is that of the process, with the pages of mapped
+    files; a first conversion, which loads Python modules, is not counted."""
     spec, shard = wan_models.SPEC, 2**22
     args = wan_models.WanArgs(dim=512, num_heads=4, num_layers=12, ffn_dim=2048, text_dim=64, text_len=16, freq_dim=64)
     with torch.device("meta"):
@@ -340,9 +378,9 @@ def test_a_pipeline_is_completed(tmp_path, monkeypatch, caplog):
     with pytest.raises(ValueError, match="is the source itself"):
         complete_pipeline(source, source, "transformer")
 
-    convert.main([str(source), str(tmp_path / "whole"), "--format", "diffusers", "--dtype", "bfloat16"])
-    assert (tmp_path / "whole/vae/x.safetensors").is_file() and json.loads(
-        (tmp_path / "whole/model_index.json").read_text()
+    convert.main([str(source), str(tmp_path / "full"), "--format", "diffusers", "--dtype", "bfloat16"])
+    assert (tmp_path / "full/vae/x.safetensors").is_file() and json.loads(
+        (tmp_path / "full/model_index.json").read_text()
     ) == index
     convert.main([str(source), str(tmp_path / "low"), "--format", "diffusers", "--subfolder", "transformer"])
     assert_same(read(tmp_path / "low/transformer"), read(source / "transformer"))

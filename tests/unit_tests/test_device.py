@@ -1,4 +1,4 @@
-"""Device choice, the table of peak speeds, memory."""
+"""Choice of the device, the table of peak speeds, memory."""
 
 import subprocess
 import sys
@@ -29,14 +29,14 @@ from titan_video.tools import device as dev
     ],
 )
 def test_peak_by_name(name, tflops):
-    assert dev._peak_of_name(name) == tflops * 1e12
+    assert dev._peak_by_name(name) == tflops * 1e12
 
 
 @pytest.mark.parametrize(
     "name", ["Some GPU 9000", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GeForce RTX 4090 Laptop GPU"]
 )
 def test_unknown_devices_have_no_peak(name):
-    assert dev._peak_of_name(name) is None
+    assert dev._peak_by_name(name) is None
 
 
 def test_cpu():

@@ -25,7 +25,7 @@ def _one_rank_is_signalled(signum):
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_signal_to_one_rank_is_seen_by_all(signum):
-    # The last value is each rank's own: the agreement, not a second signal, tells rank 0.
+    # The last value is without a group: rank 0 received no signal and knows of it through the group only.
     assert run_ranks(_one_rank_is_signalled, 2, signum) == [([False, True, True], False), ([False, True, True], True)]
 
 

@@ -1,7 +1,4 @@
-"""Weights in the diffusers layout, single process:
-
-names, slices, refusals, atomic replacement, parity with diffusers.
-"""
+"""Weights in the diffusers layout, in one process: names, slices, refusals, atomic replacement, parity with diffusers."""
 
 import json
 import os
@@ -67,7 +64,7 @@ ARGS = ToyArgs()
 
 
 def toy_tensors(seed=0):
-    """Whole random tensors by our names."""
+    """Full random tensors by our names."""
     g = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
         shapes = {n: p.shape for n, p in Toy(ARGS).named_parameters()}
@@ -153,7 +150,7 @@ def test_save_writes_the_public_layout(tmp_path, max_shard_bytes, dtype):
     assert_holds(model, {n: t.to(dtype).float() for n, t in toy_tensors().items()})
 
 
-def test_given_weights_are_saved_instead(tmp_path):
+def test_weights_are_saved_in_place_of_the_parameters(tmp_path):
     other = toy_tensors(seed=1)
     save_hf(toy_model(toy_tensors()), tmp_path / "m", TOY, ARGS, torch.float32, weights=other)
     model = toy_model()
@@ -179,7 +176,7 @@ def test_wrapped_names_are_cleaned(tmp_path):
         assert torch.equal(p, toy_tensors()[clean_name(n)])
 
 
-def test_a_new_export_replaces_the_old_one_whole(tmp_path):
+def test_a_new_export_replaces_the_old_one_completely(tmp_path):
     folder = tmp_path / "m"
     save_hf(toy_model(toy_tensors()), folder, TOY, ARGS, torch.float32, 300)
     (folder / "diffusion_pytorch_model-00001-of-00009.safetensors.tmp").write_text("left by a killed run")
@@ -353,9 +350,9 @@ def test_damaged_folders_are_refused_by_file(tmp_path):
     )
     refused(lambda: (folder / index_name).write_text("{"), index_name)
     refused(lambda: (folder / index_name).write_text("[]"), index_name)
-    scale_shift_swapped = {"head.bias": "head.weight", "head.weight": "head.bias"}
+    exchanged = {"head.bias": "head.weight", "head.weight": "head.bias"}
     refused(
-        lambda: change_index(lambda m: m.update({a: m[b] for a, b in scale_shift_swapped.items()})),
+        lambda: change_index(lambda m: m.update({a: m[b] for a, b in exchanged.items()})),
         "disagree about its tensors: head",
     )
     refused(lambda: change_index(lambda m: m.update({"head.bias": f"../good/{second}"})), "outside its folder")

@@ -1,7 +1,5 @@
-"""Adapters:
-
-what is trained and in which types, files that diffusers loads, ComfyUI's form by the rule of its loader, merged
-weights, and back.
+"""Adapters: what is trained and in which types, files that diffusers loads, ComfyUI's format by the rule of its loader,
+merged weights, and loading them again.
 """
 
 import json
@@ -14,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from tests.helpers import diffusers_wan, load_from_hf_state_dict
 from tests.unit_tests import test_hunyuan_video as hunyuan
 from tests.unit_tests import test_wan as wan
-from titan_video.checkpoint.manager import ModelState, OptimizerState
+from titan_video.checkpoint.state import ModelState, OptimizerState
 from titan_video.config.job_config import Ema, Lora, Optimizer
 from titan_video.distributed.utils import initialise
 from titan_video.lora.adapters import add_adapters, init_adapter, is_adapter
-from titan_video.lora.files import FORMS, MergedWeights, load_lora, save_lora
+from titan_video.lora.files import ADAPTER_FORMATS, MergedWeights, load_lora, save_lora
 from titan_video.models import get_spec
 from titan_video.optim.ema import EmaWeights
 from titan_video.optim.optimizer import build_optimizer
@@ -54,10 +52,7 @@ def build(family, lora=LORA, dtype=torch.float32, state=None):
 
 @pytest.fixture(scope="module", params=ARGS)
 def trained(request):
-    """(family, model trained for three steps, its output, diffusers' base model, its output):
-
-    what follows changes neither model.
-    """
+    """(family, model trained for three steps, its output, diffusers' base model, its output). Tests change neither model."""
     family, theirs = request.param, oracle(request.param)
     model = build(family, state=theirs.state_dict())
     ours, reference = forwards(family)
@@ -111,11 +106,10 @@ def test_diffusers_loads_the_adapters(trained, tmp_path):
 
     family, model, out, theirs, base = trained
     spec, (_, reference) = get_spec(family), forwards(family)
-    forms = (
-        ["diffusers", "comfyui"] if family == "wan" else ["diffusers"]
-    )  # for HunyuanVideo diffusers' reader takes published sizes for granted
+    # diffusers' reader of HunyuanVideo files in ComfyUI's format assumes the published sizes.
+    forms = ["diffusers", "comfyui"] if family == "wan" else ["diffusers"]
     for form in forms:
-        file = tmp_path / FORMS[form].file
+        file = tmp_path / ADAPTER_FORMATS[form].file
         save_lora(model, file, spec, ARGS[family], LORA, form, torch.float32)
         parts = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
         pipeline = (
@@ -133,8 +127,8 @@ def test_diffusers_loads_the_adapters(trained, tmp_path):
         assert torch.equal(reference(theirs), base)
 
 
-def test_comfyui_form_adds_up_to_the_merged_weights(trained, tmp_path):
-    """Its loader adds alpha / rank * up @ down to the tensor of that name, whichever of ours are its rows."""
+def test_comfyui_format_adds_up_to_the_merged_weights(trained, tmp_path):
+    """ComfyUI's loader adds alpha / rank * up @ down to the tensor of that name, which may be the rows of several of ours."""
     family, model, _, _, _ = trained
     spec, args = get_spec(family), ARGS[family]
     lora = (
@@ -188,8 +182,8 @@ def test_merged_weights_are_a_diffusers_folder(trained, tmp_path):
         assert wan.relative(forwards(family)[0](other), out) <= 1e-5
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_back_into_ours(trained, form, tmp_path):
+@pytest.mark.parametrize("form", ADAPTER_FORMATS)
+def test_load_again(trained, form, tmp_path):
     family, model, out, theirs, _ = trained
     spec, args, (ours, _) = get_spec(family), ARGS[family], forwards(family)
     save_lora(model, tmp_path / "x.safetensors", spec, args, LORA, form, torch.float32)
@@ -205,7 +199,7 @@ def test_back_into_ours(trained, form, tmp_path):
 
 
 def test_diffusers_own_file(trained, tmp_path):
-    """With alpha in its note, which lora_B then leaves out."""
+    """Its metadata holds alpha, and lora_B is not scaled."""
     family, model, out, theirs, _ = trained
     spec, args = get_spec(family), ARGS[family]
     save_lora(model, tmp_path / "x.safetensors", spec, args, replace(LORA, alpha=4.0), "diffusers", torch.float32)
@@ -220,16 +214,18 @@ def test_diffusers_own_file(trained, tmp_path):
 def test_refused_files(trained, tmp_path):
     family, model, _, _, _ = trained
     spec, args, file = get_spec(family), ARGS[family], tmp_path / "x.safetensors"
-    for form in FORMS:
+    for form in ADAPTER_FORMATS:
         save_lora(model, file, spec, args, LORA, form, torch.bfloat16)
         tensors = load_file(file)
-        first = next(name for name in tensors if name.endswith(FORMS[form].up))
+        first = next(name for name in tensors if name.endswith(ADAPTER_FORMATS[form].up))
         with pytest.raises(ValueError, match="set lora.rank and model.flavor to fit"):
             load_lora(build(family, replace(LORA, rank=2)), file, spec, args, replace(LORA, rank=2))
         save_file({n: t for n, t in tensors.items() if n != first}, file)
         with pytest.raises(ValueError, match="x.safetensors has no adapter of .*lora.target_modules"):
             load_lora(model, file, spec, args, LORA)
-        save_file(tensors | {f"{FORMS[form].prefix}elsewhere.{FORMS[form].up}": torch.zeros(2)}, file)
+        save_file(
+            tensors | {f"{ADAPTER_FORMATS[form].prefix}elsewhere.{ADAPTER_FORMATS[form].up}": torch.zeros(2)}, file
+        )
         with pytest.raises(ValueError, match="does not ask for.*elsewhere"):
             load_lora(model, file, spec, args, LORA)
         save_file({"model.x": torch.zeros(1)}, file)
@@ -239,7 +235,7 @@ def test_refused_files(trained, tmp_path):
             load_lora(model, file, spec, args, LORA)
 
 
-def test_an_adapter_over_several_of_ours_that_is_not_of_these_is_refused(tmp_path):
+def test_one_adapter_over_several_of_our_matrices_is_refused(tmp_path):
     family, file = "hunyuan_video", tmp_path / "x.safetensors"
     spec, args, lora = get_spec(family), ARGS[family], replace(LORA, target_modules=("attn.q", "attn.k", "attn.v"))
     save_lora(build(family, lora), file, spec, args, lora, "comfyui", torch.float32)
@@ -249,10 +245,8 @@ def test_an_adapter_over_several_of_ours_that_is_not_of_these_is_refused(tmp_pat
         load_lora(build(family, lora), file, spec, args, lora)
 
 
-def test_forms_of_block_weights_change_inputs_only():
-    """An adapter takes a weight's change of form in `down` alone, which is right where the form is one of the inputs,
-    whatever the rows.
-    """
+def test_layouts_of_block_weights_change_inputs_only():
+    """An adapter applies a weight's layout transform to `down` alone, which is right if the transform permutes inputs."""
     for family in ARGS:
         spec, args = get_spec(family), ARGS[family]
         shapes = {name: p.shape for name, p in spec.build(args).named_parameters()}

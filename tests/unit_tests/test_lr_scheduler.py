@@ -27,9 +27,8 @@ def test_without_decay_the_rate_does_not_depend_on_the_number_of_steps():
     assert [lr_factor(s, 10, section) for s in range(1, 11)] == [lr_factor(s, 1000, section) for s in range(1, 11)]
 
 
-def test_scheduler_sets_every_group():
-    optimizer = torch.optim.SGD(
-        [{"params": [torch.nn.Parameter(torch.zeros(1))]}, {"params": [torch.nn.Parameter(torch.zeros(1))]}], lr=1.0
-    )
-    lr = Scheduler(optimizer, LrScheduler(warmup_steps=10), 0.5, 100).set_step(5)
-    assert lr == 0.25 and [g["lr"] for g in optimizer.param_groups] == [0.25, 0.25]
+def test_scheduler_sets_every_group_by_its_lr_scale():
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr_scale": scale} for scale in (1.0, 0.5)]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    lr = Scheduler(optimizer, LrScheduler(warmup_steps=10), peak_lr=0.5, total_steps=100).set_step(5)
+    assert lr == 0.25 and [group["lr"] for group in optimizer.param_groups] == [0.25, 0.125]

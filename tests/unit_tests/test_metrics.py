@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import math
+import os
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from titan_video.config.job_config import Metrics
 from titan_video.tools.logging import Progress, init_logger
 from titan_video.training import metrics
-from titan_video.training.metrics import MetricsLogger
+from titan_video.training.metrics import MetricsLogger, StepMetrics
 
 
 def make(folder, resume_step=0, rank=0, log_freq=2, samples=0, **section):
@@ -39,7 +40,7 @@ def step(logger, i, **values):
         data_seconds=0.5,
         bucket="17x64x64",
     )
-    logger.log(i, **{**defaults, **values})
+    logger.log(i, StepMetrics(**{**defaults, **values}))
 
 
 def records(folder):
@@ -214,10 +215,10 @@ def test_a_crash_while_truncating_loses_nothing(tmp_path, monkeypatch):
     def crash(fd):
         raise OSError("crash")
 
-    monkeypatch.setattr(metrics.os, "fsync", crash)
+    monkeypatch.setattr(os, "fsync", crash)
     with pytest.raises(OSError, match="crash"):
         make(tmp_path, resume_step=1)
-    assert len(records(tmp_path)) == 3
+    assert len(records(tmp_path)) == 3 and {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "tb"}
 
 
 def test_video_is_an_animated_image(tmp_path):

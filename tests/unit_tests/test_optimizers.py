@@ -1,4 +1,4 @@
-"""Optimizers beside torch's AdamW, without ranks: each against torch, torchao or a closed form."""
+"""All optimizers in one process: each against torch, torchao or a closed form."""
 
 import copy
 
@@ -6,13 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from titan_video.checkpoint.manager import OptimizerState
-from titan_video.config.job_config import Optimizer
+from titan_video.checkpoint.state import OptimizerState
+from titan_video.config.job_config import LrScheduler, Optimizer
 from titan_video.distributed.utils import clip_grad_norm, initialise
 from titan_video.models.wan import SPEC, WanArgs, WanModel
-from titan_video.optim.low_bit import BLOCK, decode, encode, shares, stochastic_round
-from titan_video.optim.muon import orthogonal
-from titan_video.optim.optimizer import InBackward, MixedOptimizer, build_optimizer, state_bytes
+from titan_video.optim.in_backward import InBackward
+from titan_video.optim.low_bit import codebook, dequantize, quantize, stochastic_round
+from titan_video.optim.lr_scheduler import Scheduler
+from titan_video.optim.mixed import MixedOptimizer
+from titan_video.optim.muon import orthogonalize
+from titan_video.optim.optimizer import BLOCK, OPTIONAL, build_optimizer, state_bytes
 
 ARGS = WanArgs(dim=96, num_heads=2, num_layers=2, ffn_dim=160, text_dim=8, text_len=5, freq_dim=16)
 NAMES = ("AdamW", "AdamW8bit", "Muon")
@@ -39,33 +42,33 @@ def train(model, optimizer, steps, first=1):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-# ---- few bits ----
+# ---- 8 bits, stochastic rounding ----
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_codes_are_torchaos(signed):
+def test_quantization_equals_torchaos(signed):
     quant = pytest.importorskip("torchao.optim.quant_utils")
     torch.testing.assert_close(
-        shares(signed, torch.device("cpu")), torch.tensor(quant.create_dynamic_map(signed)), rtol=1e-6, atol=0
+        codebook(signed, torch.device("cpu")), torch.tensor(quant.create_dynamic_map(signed)), rtol=1e-6, atol=0
     )
     x = torch.randn(7, 3 * BLOCK) ** 3
     x = x if signed else x.abs()
     codes, scale = torch.empty(7, 3 * BLOCK, dtype=torch.uint8), torch.empty(7, 3)
-    encode(x, codes, scale, signed)
+    quantize(x, codes, scale, signed)
     scaled, theirs = quant.scale_tensor(x, BLOCK)
     assert torch.equal(scale.flatten(), theirs)
-    assert torch.equal(codes, quant.quantize_8bit_with_qmap(scaled, shares(signed, torch.device("cpu"))))
+    assert torch.equal(codes, quant.quantize_8bit_with_qmap(scaled, codebook(signed, torch.device("cpu"))))
 
 
-def test_a_code_is_the_nearest_share_and_short_blocks_stand_alone():
+def test_a_code_is_the_nearest_codebook_value_and_short_blocks_stand_alone():
     x = torch.randn(5, BLOCK + 9)
     x[2] = 0
     codes, scale = torch.empty(x.shape, dtype=torch.uint8), torch.empty(5, 2)
-    encode(x, codes, scale, signed=True)
+    quantize(x, codes, scale, signed=True)
     assert torch.equal(scale[:, 1], x[:, BLOCK:].abs().amax(1))
-    back = decode(codes, scale, signed=True)
+    back = dequantize(codes, scale, signed=True)
     assert torch.equal(back[2], x[2])
-    table = shares(True, torch.device("cpu"))
+    table = codebook(True, torch.device("cpu"))
     nearest = (x[0, :BLOCK, None] / scale[0, 0] - table).abs().min(-1).values * scale[0, 0]
     torch.testing.assert_close((back[0, :BLOCK] - x[0, :BLOCK]).abs(), nearest, atol=1e-7, rtol=1e-4)
 
@@ -80,18 +83,18 @@ def test_stochastic_rounding_is_unbiased_and_knows_no_layout():
     for a, b in ((up[1:], up[:-1]), (up[:, 1:], up[:, :-1]), (up, other)):
         assert (a * b).mean().item() == pytest.approx(0.09, abs=0.01)
     y = torch.randn(40, 24)
-    whole = stochastic_round(y, (0, 0), 24, 5)
-    assert torch.equal(stochastic_round(y[7:19, 8:], (7, 8), 24, 5), whole[7:19, 8:])
-    assert torch.equal(stochastic_round(whole.float(), (0, 0), 24, 6), whole)
+    full = stochastic_round(y, (0, 0), 24, 5)
+    assert torch.equal(stochastic_round(y[7:19, 8:], (7, 8), 24, 5), full[7:19, 8:])
+    assert torch.equal(stochastic_round(full.float(), (0, 0), 24, 6), full)
     assert torch.equal(stochastic_round(y[:, 3], (0,), 40, 5)[11:], stochastic_round(y[11:, 3], (11,), 40, 5))
-    assert ((whole.float() - y).abs() <= y.abs() * 2**-7).all()
+    assert ((full.float() - y).abs() <= y.abs() * 2**-7).all()
 
 
 # ---- updates ----
 
 
 def test_adamw_of_the_mixed_optimizer_is_torchs():
-    """In Muon's company; in slabs, too."""
+    """With optimizer.name = Muon and no blocks, every parameter is updated by AdamW."""
     model, twin = build_model_for(), build_model_for()
     ours = build_optimizer(model, Optimizer(name="Muon", lr=0.01, weight_decay=0.1))
     assert isinstance(ours, MixedOptimizer) and {group["kind"] for group in ours.param_groups} == {"AdamW"}
@@ -117,14 +120,14 @@ def test_eight_bits_beside_torchaos(power):
     """As near to float32 as an independent 8-bit AdamW; and where gradients in a block differ by orders of magnitude,
     which that one, keeping the squares, does not survive, nearer."""
     optim, weight, moved = pytest.importorskip("torchao.optim"), torch.randn(64, 256), {}
-    told = {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.01}
+    common = {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.01}
     for kind in ("float32", "ours", "torchao"):
         p = nn.Parameter(weight.clone())
         holder = nn.ParameterDict({"p": p})
         if kind == "ours":
             optimizer = build_optimizer(holder, Optimizer(name="AdamW8bit", lr=0.01))
         else:
-            optimizer = (torch.optim.AdamW if kind == "float32" else optim.AdamW8bit)([p], **told)
+            optimizer = (torch.optim.AdamW if kind == "float32" else optim.AdamW8bit)([p], **common)
         with torch.compiler.set_stance("force_eager"):
             for step in range(20):
                 generator = torch.Generator().manual_seed(step)
@@ -136,20 +139,20 @@ def test_eight_bits_beside_torchaos(power):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_slabs_change_nothing(name, monkeypatch):
+def test_chunks_change_nothing(name, monkeypatch):
     results = []
     for size in (1 << 24, 1000):
-        monkeypatch.setattr("titan_video.optim.optimizer.CHUNK_ELEMENTS", size)
+        monkeypatch.setattr("titan_video.optim.mixed.CHUNK_ELEMENTS", size)
         model = build_model_for(torch.bfloat16)
         results.append(train(model, build_optimizer(model, Optimizer(name=name, lr=0.01), SPEC.plan.blocks), 1))
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
 
 
-def test_orthogonal():
+def test_singular_values_after_orthogonalize():
     for shape in ((48, 32), (32, 48)):
-        singular = torch.linalg.svdvals(orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+        singular = torch.linalg.svdvals(orthogonalize(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
         assert singular.min() > 0.6 and singular.max() < 1.3
-    assert torch.equal(orthogonal(torch.zeros(4, 3)), torch.zeros(4, 3))
+    assert torch.equal(orthogonalize(torch.zeros(4, 3)), torch.zeros(4, 3))
 
 
 @pytest.mark.parametrize("momentum", [0.95, 0.0])
@@ -198,6 +201,62 @@ def test_bfloat16_weights_go_where_float32_weights_go(name):
     assert low.mean().item() == pytest.approx(high.mean().item(), rel=0.05) and high.mean().item() < -1e-4
 
 
+# ---- lr_scale ----
+
+
+def train_with_schedule(model, section, in_backward=False, **options):
+    """Weights after three steps with a falling rate. Constant gradients, by way of a linear loss."""
+    optimizer = build_optimizer(model, section, SPEC.plan.blocks, **options)
+    scheduler = Scheduler(optimizer, LrScheduler(warmup_steps=0, decay_ratio=1.0), section.lr, total_steps=6)
+    if in_backward:
+        InBackward(optimizer)
+    for step in range(1, 4):
+        scheduler.set_step(step)
+        generator = torch.Generator().manual_seed(step)
+        sum((p * torch.randn(p.shape, generator=generator)).sum() for p in model.parameters()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: p.detach() for name, p in model.named_parameters()}, optimizer
+
+
+@pytest.mark.parametrize(
+    "name, dtype, in_backward",
+    [
+        ("AdamW", torch.float32, False),
+        ("AdamW", torch.float32, True),
+        ("AdamW", torch.bfloat16, False),
+        ("AdamW8bit", torch.float32, False),
+        ("AdamW8bit", torch.float32, True),
+        ("Muon", torch.float32, False),
+    ],
+)
+def test_lr_scale_is_a_factor_on_the_rate(name, dtype, in_backward):
+    def half_of_ffn(parameter):
+        return 0.5 if ".ffn." in parameter else 1.0
+
+    full, half = Optimizer(name=name, lr=0.02), Optimizer(name=name, lr=0.01)
+    scaled, optimizer = train_with_schedule(build_model_for(dtype), full, in_backward, lr_scale=half_of_ffn)
+    at_full_rate, plain = train_with_schedule(build_model_for(dtype), full, in_backward)
+    at_half_rate, _ = train_with_schedule(build_model_for(dtype), half, in_backward)
+    assert {group["lr_scale"] for group in optimizer.param_groups} == {0.5, 1.0}
+    assert {group["lr_scale"] for group in plain.param_groups} == {1.0}
+    for key, weight in scaled.items():
+        expected = at_half_rate if ".ffn." in key else at_full_rate
+        assert torch.equal(weight, expected[key]), key
+    assert any(not torch.equal(at_half_rate[key], at_full_rate[key]) for key in scaled if ".ffn." in key)
+
+
+def test_a_missing_optional_part_is_named(monkeypatch):
+    monkeypatch.setitem(OPTIONAL, "AdamW8bit", "titan_video.optim.absent:MixedOptimizer")
+    monkeypatch.setitem(OPTIONAL, "bfloat16", "titan_video.optim.absent:MixedOptimizer")
+    with pytest.raises(
+        ValueError, match="optimizer.name = AdamW8bit: needs the optional part titan_video/optim/absent"
+    ):
+        build_optimizer(build_model_for(), Optimizer(name="AdamW8bit"))
+    with pytest.raises(ValueError, match="training.dtype = bfloat16: needs the optional part"):
+        build_optimizer(build_model_for(torch.bfloat16), Optimizer())
+
+
 # ---- state ----
 
 
@@ -220,7 +279,7 @@ class Meta:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_state_goes_on_bitwise_and_only_with_the_optimizer_that_wrote_it(name):
+def test_state_resumes_bitwise_and_only_with_the_optimizer_that_wrote_it(name):
     section = Optimizer(name=name, lr=0.01)
     model = build_model_for(torch.bfloat16)
     optimizer = build_optimizer(model, section, SPEC.plan.blocks, seed=3)

@@ -1,14 +1,14 @@
-"""The files of a checkpoint folder: the manifest that makes it valid, its verification, and DCP narrowed to tensors, so
-that a load executes nothing.
+"""The files of a checkpoint folder, their verification, and torch.distributed.checkpoint ("DCP") restricted to tensors,
+so that loading executes no code from a file.
 
     step-500/
-      __0_0.distcp ... __R_0.distcp   tensors, one file per writing rank (torch.distributed.checkpoint, "DCP")
-      .metadata                       DCP's index: tensor name -> chunks -> file and offset (a pickle; read here through an allow-list)
-      state.json                      everything that is not a tensor
+      __0_0.distcp ... __R_0.distcp   tensors, one file per rank that writes (DCP's format)
+      .metadata                       DCP's index: tensor name -> chunks -> file and offset (a pickle, see
+      `read_metadata`) state.json                      everything that is not a tensor
       manifest.json                   size and SHA-256 of every file above, and of itself; written last
 
-While it is written the folder is called `step-500.partial`; on its way out, `step-500.old`. Neither name is ever
-loaded.
+The folder is called `step-500.partial` while it is written and `step-500.old` while it is removed. Folders with these
+names are never loaded.
 """
 
 import hashlib
@@ -40,6 +40,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from titan_video.tools.files import atomic_write, sha256
+
 FORMAT = 1
 MANIFEST, STATE, METADATA = "manifest.json", "state.json", ".metadata"
 
@@ -56,12 +58,12 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 def list_steps(folder: Path) -> list[int]:
-    """Steps of the `step-N` folders, valid or not, in rising order."""
+    """Steps of the `step-N` folders, valid or not, in ascending order."""
     return sorted(int(match[1]) for match in _matches(folder, r"step-(0|[1-9]\d*)"))
 
 
-def list_leftovers(folder: Path) -> list[Path]:
-    """Folders of saves and removals that were cut short."""
+def list_partial(folder: Path) -> list[Path]:
+    """Folders of saves and removals that did not finish."""
     return sorted(folder / match[0] for match in _matches(folder, r"step-\d+\.(partial|old)"))
 
 
@@ -71,11 +73,8 @@ def _matches(folder: Path, pattern: str) -> list[re.Match]:
     return [match for path in folder.iterdir() if path.is_dir() and (match := re.fullmatch(pattern, path.name))]
 
 
-def discard(path: Path) -> None:
-    """Remove a step folder.
-
-    It loses its name first, so a kill midway cannot leave half a checkpoint under a valid name.
-    """
+def remove(path: Path) -> None:
+    """Remove a step folder. It is renamed first, so that a kill midway leaves no half checkpoint under a valid name."""
     old = path.with_name(f"{path.name}.old")
     if old.exists():
         shutil.rmtree(old)
@@ -83,61 +82,36 @@ def discard(path: Path) -> None:
     shutil.rmtree(old)
 
 
-def fsync_path(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write through a temporary name: `path` holds all of `text`, on the disk, or does not exist."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(temporary, path)
-
-
 # --- manifest ---
 
 
-def sha256_of(path: Path) -> str:
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-    return digest.hexdigest()
-
-
-def describe(path: Path) -> dict[str, Any]:
-    """A file's entry in the manifest."""
-    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
+def manifest_entry(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _render(manifest: dict[str, Any]) -> str:
-    """The one text of a manifest. `sha256` covers the compact, key-sorted JSON of the other fields."""
+    """The text of a manifest. Its `sha256` is that of the compact, key-sorted JSON of the other fields."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     compact = json.dumps(rest, sort_keys=True, separators=(",", ":"))
     return json.dumps({**rest, "sha256": hashlib.sha256(compact.encode()).hexdigest()}, indent=1, sort_keys=True) + "\n"
 
 
 def write_manifest(folder: Path, step: int, world_size: int, files: dict[str, dict[str, Any]]) -> None:
-    write_text(
-        folder / MANIFEST,
-        _render({"format": FORMAT, "step": step, "world_size": world_size, "torch": torch.__version__, "files": files}),
-    )
+    """files: name -> `manifest_entry` of every other file of the checkpoint."""
+    manifest = {"format": FORMAT, "step": step, "world_size": world_size, "torch": torch.__version__, "files": files}
+    atomic_write(folder / MANIFEST, _render(manifest))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder, checked against its own checksum; `InvalidCheckpoint` if it is missing or was altered."""
+    """The manifest of a folder, checked against its own checksum.
+
+    InvalidCheckpoint: it is missing or was altered.
+    """
     path = folder / MANIFEST
     try:
         text = path.read_bytes().decode()
         manifest = json.loads(text)
-        # Comparing texts, not checksums, also notices a changed blank.
+        # Comparing whole texts, not only checksums, also detects changed white space.
         if text != _render(manifest):
             raise InvalidCheckpoint(f"{path}: the manifest was altered, it does not match its own checksum")
         if manifest["format"] != FORMAT:
@@ -157,7 +131,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_sizes(folder: Path, manifest: dict[str, Any]) -> None:
-    """Every listed file is there with its size, and no tensor file is there that is not listed."""
+    """InvalidCheckpoint unless every listed file has its size and every tensor file of the folder is listed."""
     for name, entry in manifest["files"].items():
         path = folder / name
         if not path.is_file():
@@ -170,10 +144,7 @@ def check_sizes(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def is_valid_fast(folder: Path) -> bool:
-    """Manifest and file sizes are right. Retention uses this:
-
-    reading every old checkpoint in full at each save would cost too much.
-    """
+    """Whether manifest and file sizes are right. Retention uses it: hashing all old checkpoints would cost too much."""
     try:
         check_sizes(folder, read_manifest(folder))
     except InvalidCheckpoint:
@@ -182,15 +153,16 @@ def is_valid_fast(folder: Path) -> bool:
 
 
 def verify(folder: Path, rank: int = 0, world: int = 1) -> tuple[int, Metadata]:
-    """Check a checkpoint folder; return its step and DCP's index, or raise `InvalidCheckpoint`.
+    """Check a checkpoint folder and return (step, DCP's index).
 
-    Reading every byte is shared: this rank hashes each `world`-th file, so a folder is valid when no rank objects.
+    The ranks share the hashing: this one hashes every `world`-th file. The folder is valid if no rank raises.
+    InvalidCheckpoint: names the file and what is wrong with it.
     """
     manifest = read_manifest(folder)
     check_sizes(folder, manifest)
     for name in sorted(manifest["files"])[rank::world]:
         try:
-            found = sha256_of(folder / name)
+            found = sha256(folder / name)
         except OSError as error:
             raise InvalidCheckpoint(f"{folder / name}: cannot be read ({error})") from error
         if found != manifest["files"][name]["sha256"]:
@@ -200,7 +172,7 @@ def verify(folder: Path, rank: int = 0, world: int = 1) -> tuple[int, Metadata]:
 
 # --- DCP's index ---
 
-# What DCP's own writer puts into `.metadata` for tensors, and nothing that could run code or open a file.
+# The classes that DCP's writer pickles into `.metadata` for tensors. None of them runs code or opens a file.
 _CLASSES = (
     Metadata,
     MetadataIndex,
@@ -218,7 +190,7 @@ _ALLOWED[("torch.serialization", "_get_layout")] = torch.serialization._get_layo
 
 
 def _enum_member(cls: Any, name: str) -> Any:
-    """In place of getattr, by which Python 3.11.0 to 3.11.3 write a member of an Enum."""
+    """Replaces getattr, by which Python 3.11.0 to 3.11.3 pickle the members of an Enum."""
     if cls is not _MEM_FORMAT_ENCODING or name not in cls.__members__:
         raise pickle.UnpicklingError(
             f"it asks for builtins.getattr of {cls!r}, which has no place in a checkpoint and was not run"
@@ -239,9 +211,9 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_metadata(folder: Path, files: set[str]) -> Metadata:
-    """DCP's index of a folder whose listed files are `files`, without executing anything.
+    """DCP's index of a checkpoint folder, read without executing anything.
 
-    It may name only tensors, in those files.
+    files: names that the manifest lists. InvalidCheckpoint: the index names another file, or a value that is no tensor.
     """
     path = folder / METADATA
     try:
@@ -265,7 +237,7 @@ def read_metadata(folder: Path, files: set[str]) -> Metadata:
     return metadata
 
 
-# --- DCP, narrowed to tensors ---
+# --- DCP, restricted to tensors ---
 
 
 class TensorWriter(FileSystemWriter):
@@ -274,9 +246,9 @@ class TensorWriter(FileSystemWriter):
 
 
 class TensorSavePlanner(DefaultSavePlanner):
-    """Plans with the live tensors' layout and, if `staged` is given, writes the copies of their local parts instead."""
+    """Plans by the layout of the live tensors. staged: copies of their local shards, to be written in their place."""
 
-    def __init__(self, staged: dict[str, Tensor] | None) -> None:
+    def __init__(self, staged: dict[str, Tensor] | None):
         super().__init__(flatten_state_dict=False)
         self.staged = staged
 
@@ -285,9 +257,9 @@ class TensorSavePlanner(DefaultSavePlanner):
 
 
 class TensorReader(FileSystemReader):
-    """Reads with an index that was already checked: DCP's own would unpickle whatever `.metadata` holds."""
+    """Reads by an index that was already checked. DCP's own reader would unpickle any content of `.metadata`."""
 
-    def __init__(self, path: Path, metadata: Metadata) -> None:
+    def __init__(self, path: Path, metadata: Metadata):
         super().__init__(path)
         self.metadata = metadata
 
@@ -304,7 +276,7 @@ class TensorLoadPlanner(DefaultLoadPlanner):
 
 @contextmanager
 def plain_errors(action: str) -> Iterator[None]:
-    """DCP's exception derives from BaseException and prints pages: keep the first rank's cause."""
+    """Turn DCP's CheckpointException (a BaseException with pages of text) into a RuntimeError with one rank's cause."""
     try:
         if dist.is_initialized():
             yield

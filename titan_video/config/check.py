@@ -21,7 +21,6 @@ RULES = (
     "titan_video.distributed.activation_checkpoint:rules",
     "titan_video.kernels.attention:rules",
     "titan_video.optim.optimizer:rules",
-    "titan_video.optim.optimizer:in_backward_rules",
     "titan_video.optim.lr_scheduler:rules",
     "titan_video.flow.matching:rules",
     "titan_video.tasks.validation:rules",
@@ -31,6 +30,7 @@ RULES = (
 PART_RULES = MappingProxyType(  # {optional part: its rules}, loaded only where the configuration asks for the part
     {
         "titan_video.distributed.float8": "titan_video.distributed.float8:rules",
+        "titan_video.optim.in_backward": "titan_video.optim.in_backward:rules",
         "titan_video.lora": "titan_video.lora.adapters:rules",
         "titan_video.online": "titan_video.online.setup:rules",
     }

@@ -1,12 +1,12 @@
-"""Low-rank adapters (Hu et al. 2021, "LoRA"): a Linear of frozen weight W also adds scale * up(down(x)), and only
+"""Low-rank adapters (Hu et al. 2021, "LoRA"). A Linear with a frozen weight W also adds scale * up(down(x)); only
 `down` and `up` are trained.
 
     x --+-- W, bias -----------------+-- y        down [r, in], up [out, r], scale = alpha / r
         +-- down -- * scale -- up ---+
 
-Where `up` is zero, as at the start, the model is the frozen one. An adapter is a submodule of its Linear, so the names
-of all frozen
-parameters stay what they are: `blocks.0.self_attn.q.weight`, beside it `blocks.0.self_attn.q.adapter.down` and `.up`.
+While `up` is zero, as at the start, the model is the frozen one. An adapter is a submodule of its Linear, so the frozen
+parameters keep their names: beside `blocks.0.self_attn.q.weight` there are `blocks.0.self_attn.q.adapter.down` and
+`blocks.0.self_attn.q.adapter.up`.
 """
 
 from collections.abc import Iterator
@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from titan_video.config.job_config import JobConfig, Lora
 from titan_video.models.layers import Linear, cast_params, local_shard
 from titan_video.models.spec import ModelSpec
+from titan_video.tools.parts import find_module
 
 NAME = "adapter"
+ORIGINAL = "titan_video.weights.original"
 
 
 class Adapter(nn.Module):
-    """The change to one Linear. Tensor parallel splits its parts with the Linear's weight:
-
-    `up` over the outputs, or `down` over the inputs.
+    """The adapter of one Linear. Tensor parallel splits it like the Linear's weight: `up` over the outputs, or `down`
+    over the inputs.
     """
 
     def __init__(self, linear: nn.Linear, rank: int, scale: float, dtype: torch.dtype):
@@ -40,12 +41,11 @@ class Adapter(nn.Module):
 
 
 def add_adapters(model: nn.Module, spec: ModelSpec, section: Lora, dtype: torch.dtype) -> None:
-    """Freeze the whole model and give the Linears of its blocks that `section.target_modules` names an adapter each, in
-    place.
+    """Freeze the model, and add an adapter, in place, to the Linears of its blocks that `section.target_modules` names.
 
-    dtype: that of the arithmetic, in which frozen weights are held; the plan's float32 parts keep their own. Adapters
-    are float32 at least. ValueError for a target that no Linear of a block fits. Before anything else is done to the
-    model, which may be on the meta device.
+    dtype: compute dtype, in which the frozen weights are stored; the plan's float32 parts keep theirs. Adapters are at
+    least float32. Call it before anything else changes the model, which may be on the meta device.
+    ValueError: a target fits no Linear of a block.
     """
     cast_params(model, spec.plan.fp32, dtype)
     model.requires_grad_(False)
@@ -75,7 +75,7 @@ def _fits(name: str, target: str) -> bool:
 
 
 def init_adapter(name: str, tensor: Tensor, generator: torch.Generator) -> None:
-    """Fill one whole parameter of an adapter in place: `down` as torch starts a Linear, `up` with zeros."""
+    """Fill one full parameter of an adapter in place: `down` as torch initializes a Linear, `up` with zeros."""
     if name.endswith(".up"):
         tensor.zero_()
     else:
@@ -95,6 +95,8 @@ def rules(config: JobConfig, world_size: int) -> Iterator[str]:
             "lora.export: empty, but checkpoint.last_save_in_hf is true; give at least one of diffusers, comfyui, "
             "merged, or set that to false"
         )
+    if lora.enable and "comfyui" in lora.export and not find_module(ORIGINAL):
+        yield f"lora.export: comfyui needs the optional part {ORIGINAL.replace('.', '/')}, which is not installed here"
     if lora.initial_load_path and not lora.enable:
         yield (
             f"lora.initial_load_path: given {lora.initial_load_path}, but lora.enable is false; enable it, or leave "

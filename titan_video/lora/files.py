@@ -1,19 +1,22 @@
-"""Files of adapters (lora/adapters.py), in the two forms that others read, and weights with the adapters added.
+"""Files of adapters (lora/adapters.py) in two public formats, and weights with the adapters merged in.
 
-    form        names                                                                          loaded by
-    diffusers   transformer.blocks.0.attn1.to_q.lora_A.weight, .lora_B.weight                  pipeline.load_lora_weights
-    comfyui     diffusion_model.blocks.0.self_attn.q.lora_down.weight, .lora_up.weight, .alpha ComfyUI, diffusers (Wan)
+    format      names                                                     loaded by
+    diffusers   transformer.blocks.0.attn1.to_q.lora_A.weight             pipeline.load_lora_weights
+                transformer.blocks.0.attn1.to_q.lora_B.weight
+    comfyui     diffusion_model.blocks.0.self_attn.q.lora_down.weight     ComfyUI, diffusers (Wan)
+                diffusion_model.blocks.0.self_attn.q.lora_up.weight
+                diffusion_model.blocks.0.self_attn.q.alpha
 
-An adapter counts alpha / rank. In the second form `.alpha` says so. The first has no name for it, and not every reader
-there it is multiplied into lora_B, which is right for all. Names come from the model's one table (formats.py). Where
-several of our matrices are the rows of one in the model's public code (HunyuanVideo's q, k, v), so are the adapters,
-with ranks added up:
+An adapter is scaled by alpha / rank. The comfyui format stores alpha. The diffusers format has no name for it, and not
+every reader knows it from the metadata, so the scale is multiplied into lora_B, which is right for all readers.
+
+Names come from the model's table of names (weights/formats.py). If several of our matrices are the rows of one matrix
+in the public layout (HunyuanVideo's q, k, v), their adapters are joined into one, of the sum of their ranks:
 
     down = [down_q; down_k; down_v]      up = diag(up_q, up_k, up_v)
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +27,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from titan_video.checkpoint.files import fsync_path
 from titan_video.config.job_config import Lora
 from titan_video.distributed.fsdp import reshard
 from titan_video.distributed.utils import broadcast_from_rank0, clean_name
@@ -32,14 +34,15 @@ from titan_video.kernels import upcast
 from titan_video.lora.adapters import NAME, Adapter, add_adapters
 from titan_video.models.layers import is_adapter
 from titan_video.models.spec import ModelSpec
+from titan_video.tools.files import atomic_path
 from titan_video.tools.logging import logger
-from titan_video.weights.formats import Part, public_tensors, some
+from titan_video.weights.formats import TensorSlice, preview, public_tensors
 from titan_video.weights.hf_storage import gather_full_tensor, get_owners, global_shapes, send_to_rank0
 from titan_video.weights.safetensors_io import DTYPES, SafetensorsFile, opened
 
 
 @dataclass(frozen=True)
-class Form:
+class AdapterFormat:
     file: str
     layout: str
     prefix: str
@@ -47,62 +50,70 @@ class Form:
     up: str
 
 
-FORMS = {
-    "diffusers": Form(
+ADAPTER_FORMATS = {
+    "diffusers": AdapterFormat(
         "pytorch_lora_weights.safetensors", "diffusers", "transformer.", "lora_A.weight", "lora_B.weight"
     ),
-    "comfyui": Form("comfyui.safetensors", "original", "diffusion_model.", "lora_down.weight", "lora_up.weight"),
+    "comfyui": AdapterFormat(
+        "comfyui.safetensors", "original", "diffusion_model.", "lora_down.weight", "lora_up.weight"
+    ),
 }
 
 
-def lora_path(folder: Path, form: str) -> Path:
-    """Where a run's adapters lie in its folder."""
-    return folder / "lora" / FORMS[form].file
+def lora_path(folder: Path, format_name: str) -> Path:
+    """Path of a run's exported adapters."""
+    return folder / "lora" / ADAPTER_FORMATS[format_name].file
 
 
 def are_exported(folder: Path, section: Lora) -> bool:
-    """Whether all the files of adapters that a run exports are in its folder."""
-    return all(lora_path(folder, form).is_file() for form in section.forms)
+    """Whether all adapter files that `section` asks for exist."""
+    return all(lora_path(folder, format_name).is_file() for format_name in section.forms)
 
 
-# --- which matrices ---
+# --- names and shapes ---
 
 
 @dataclass(frozen=True)
 class PublicAdapter:
-    """An adapter of one matrix as others know it:
+    """The adapter of one matrix in a public layout.
 
-    the matrix's rows, and our adapters of it, in the order of their rows, by module name.
+    name: of the matrix. height: its rows. parts: (module name, slice of the matrix) of our adapters, in row order.
     """
 
     name: str
     height: int
-    parts: tuple[tuple[str, Part], ...]
+    parts: tuple[tuple[str, TensorSlice], ...]
 
     def join(self, adapters: dict[str, Tensor], args: Any) -> tuple[Tensor, Tensor]:
-        """(down, up) of the whole matrix."""
-        downs, ups = ([adapters[f"{module}.{NAME}.{end}"] for module, _ in self.parts] for end in ("down", "up"))
+        """(down, up) of the public matrix."""
+        downs = [adapters[f"{module}.{NAME}.down"] for module, _ in self.parts]
+        ups = [adapters[f"{module}.{NAME}.up"] for module, _ in self.parts]
         rank = downs[0].shape[0]
-        up = ups[0].new_zeros(self.height, rank * len(ups))
-        for i, ((_, part), values) in enumerate(zip(self.parts, ups, strict=True)):
-            up[slice(*part.rows) if part.rows else slice(None), i * rank : (i + 1) * rank] = values
-        return torch.cat([part.to_public(down, args) for (_, part), down in zip(self.parts, downs, strict=True)]), up
+        joined_up = ups[0].new_zeros(self.height, rank * len(ups))
+        for i, ((_, part), up) in enumerate(zip(self.parts, ups, strict=True)):
+            joined_up[_rows(part), i * rank : (i + 1) * rank] = up
+        downs = [part.to_public(down, args) for (_, part), down in zip(self.parts, downs, strict=True)]
+        return torch.cat(downs), joined_up
 
     def split_adapter(self, down: Tensor, up: Tensor, args: Any) -> dict[str, Tensor]:
-        """The inverse of `join`. ValueError for an adapter that was not joined from ours."""
-        rank, left = down.shape[0] // len(self.parts), up.clone()
+        """The inverse of `join`. ValueError: `join` cannot have made this adapter."""
+        rank, rest = down.shape[0] // len(self.parts), up.clone()
         adapters = {}
         for i, (module, part) in enumerate(self.parts):
-            rows, columns = slice(*part.rows) if part.rows else slice(None), slice(i * rank, (i + 1) * rank)
+            columns = slice(i * rank, (i + 1) * rank)
             adapters[f"{module}.{NAME}.down"] = part.to_ours(down[columns], args)
-            adapters[f"{module}.{NAME}.up"] = up[rows, columns]
-            left[rows, columns] = 0
-        if len(self.parts) > 1 and (down.shape[0] % len(self.parts) or left.any()):
+            adapters[f"{module}.{NAME}.up"] = up[_rows(part), columns]
+            rest[_rows(part), columns] = 0
+        if len(self.parts) > 1 and (down.shape[0] % len(self.parts) or rest.any()):
             raise ValueError(
                 f"{self.name} is one adapter of {len(self.parts)} matrices that each have their own here; "
-                "use the file in diffusers' form"
+                "use the file in diffusers' format"
             )
         return adapters
+
+
+def _rows(part: TensorSlice) -> slice:
+    return slice(*part.rows) if part.rows else slice(None)
 
 
 def adapter_shapes(spec: ModelSpec, args: Any, section: Lora) -> dict[str, torch.Size]:
@@ -114,17 +125,20 @@ def adapter_shapes(spec: ModelSpec, args: Any, section: Lora) -> dict[str, torch
 
 
 def public_adapters(spec: ModelSpec, args: Any, layout: str, names: Mapping[str, Any]) -> list[PublicAdapter]:
-    """The public matrices of those that have adapters. ValueError if the model has no such layout."""
+    """The adapters of the public layout that consist of ours. names: contains the names of our adapters' parameters.
+
+    ValueError: the model has no such layout, or the optional part of the layout is not installed.
+    """
     adapters = []
     for public, tensor in public_tensors(spec, layout, global_shapes(spec, args), args).items():
-        modules = [(part.ours.removesuffix(".weight"), part) for part in tensor.parts]
+        modules = [(part.ours.removesuffix(".weight"), part) for part in tensor.slices]
         ours = tuple((module, part) for module, part in modules if f"{module}.{NAME}.up" in names)
         if ours:
             adapters.append(PublicAdapter(public.removesuffix(".weight"), tensor.shape[0], ours))
     return adapters
 
 
-# --- out ---
+# --- export ---
 
 
 @torch.no_grad()
@@ -134,12 +148,12 @@ def save_lora(
     spec: ModelSpec,
     args: Any,
     section: Lora,
-    form: str,
+    format_name: str,
     dtype: torch.dtype,
     weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write the adapters, or `weights` by the same names (averaged ones, say), to the file `path`, as `dtype`, and read
-    it back.
+    """Write the adapters, or `weights` by the same names (EMA weights, for example), to the file `path` in type
+    `dtype`, and read the file back.
 
     Collective: every rank calls it, with the adapters that it has.
     """
@@ -148,54 +162,53 @@ def save_lora(
     shapes = adapter_shapes(spec, args, section)
     owners, adapters = get_owners(shapes, tensors), {}
     for name, shape in shapes.items():
-        whole = gather_full_tensor(tensors[name], torch.float32) if name in tensors else None
-        whole = send_to_rank0(whole, owners[name], shape, torch.float32)
-        if whole is not None:
-            adapters[name] = whole.cpu()
+        full = gather_full_tensor(tensors[name], torch.float32) if name in tensors else None
+        full = send_to_rank0(full, owners[name], shape, torch.float32)
+        if full is not None:
+            adapters[name] = full.cpu()
 
     def write() -> None:
-        _write(path, _public(adapters, spec, args, section, FORMS[form], dtype))
+        public = _to_public(adapters, spec, args, section, ADAPTER_FORMATS[format_name])
+        _write(path, {name: t if name.endswith(".alpha") else t.to(dtype) for name, t in public.items()})
 
     run_on_rank0(write)
     logger.info(f"adapters exported to {path}")
 
 
-def _public(
-    adapters: dict[str, Tensor], spec: ModelSpec, args: Any, section: Lora, form: Form, dtype: torch.dtype
+def _to_public(
+    adapters: dict[str, Tensor], spec: ModelSpec, args: Any, section: Lora, kind: AdapterFormat
 ) -> dict[str, Tensor]:
     scale, tensors = section.alpha / section.rank, {}
-    for public in public_adapters(spec, args, form.layout, adapters):
+    for public in public_adapters(spec, args, kind.layout, adapters):
         down, up = public.join(adapters, args)
-        stem = f"{form.prefix}{public.name}"
-        if form.layout == "diffusers":
+        stem = f"{kind.prefix}{public.name}"
+        if kind.layout == "diffusers":
             up = up * scale
         else:
             tensors[f"{stem}.alpha"] = torch.tensor(scale * len(down), dtype=torch.float32)
-        tensors |= {f"{stem}.{form.down}": down.to(dtype), f"{stem}.{form.up}": up.to(dtype)}
+        tensors[f"{stem}.{kind.down}"] = down
+        tensors[f"{stem}.{kind.up}"] = up
     return tensors
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.tmp")
-    file = SafetensorsFile(partial, {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()})
-    for name in file.entries:
-        file.write(tensors[name])
-    file.close()
-    os.replace(partial, path)
-    fsync_path(path.parent)
+    with atomic_path(path) as temporary:
+        file = SafetensorsFile(temporary, {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()})
+        for name in file.entries:
+            file.write(tensors[name])
+        file.close()
 
 
 def run_on_rank0(function: Callable[[], None]) -> None:
-    """Call it on rank 0; where it fails, all ranks do."""
+    """Call `function` on rank 0. If it raises, all ranks raise."""
     broadcast_from_rank0(function) if dist.is_initialized() else function()
 
 
 class MergedWeights(Mapping[str, Tensor]):
-    """The frozen weights that this rank has, by name, with their adapters added, in float32: for `save_hf`.
+    """The frozen weights that this rank has, by name, with their adapters merged in, in float32: for `save_hf`.
 
-    Each is made when it is asked for, by all ranks that have a part of it. adapters: others than the model's own, by
-    the same names.
+    A weight is computed when it is asked for, by all ranks that have a shard of it.
+    adapters: used instead of the model's own, by the same names (their EMA, for example).
     """
 
     def __init__(self, model: nn.Module, adapters: dict[str, Tensor] | None = None):
@@ -208,12 +221,13 @@ class MergedWeights(Mapping[str, Tensor]):
         }
 
     def __getitem__(self, name: str) -> Tensor:
-        whole = upcast(_whole(self.frozen[name]))
+        full = upcast(_full_tensor(self.frozen[name]))
         adapter = f"{name.removesuffix('.weight')}.{NAME}"
         if adapter not in self.scales or not name.endswith(".weight"):
-            return whole
-        down, up = (_whole(self.adapters[f"{adapter}.{end}"]).detach() for end in ("down", "up"))
-        return whole + self.scales[adapter] * (up @ down)
+            return full
+        down = _full_tensor(self.adapters[f"{adapter}.down"]).detach()
+        up = _full_tensor(self.adapters[f"{adapter}.up"]).detach()
+        return full + self.scales[adapter] * (up @ down)
 
     def __contains__(self, name: object) -> bool:
         return name in self.frozen
@@ -225,77 +239,73 @@ class MergedWeights(Mapping[str, Tensor]):
         return len(self.frozen)
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def _full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-# --- in ---
+# --- load ---
 
 
 @torch.no_grad()
 def load_lora(model: nn.Module, path: Path, spec: ModelSpec, args: Any, section: Lora) -> None:
-    """Fill the adapters from a file in either form; they then change the model as the file says, whatever alpha is here
-    and there.
+    """Fill the adapters from a file in either format. The model then computes what the file says, whatever alpha is
+    here and there.
 
-    Each rank reads the file on its own. ValueError for a form that is neither, for adapters of other matrices or
-    another rank, and for tensors that belong to none.
+    Each rank reads the file on its own. ValueError: the file is in neither format, has adapters of other matrices or of
+    another rank, or has tensors that belong to none.
     """
-    tensors, scale = _read(path)
-    form = next((form for form in FORMS.values() if all(name.startswith(form.prefix) for name in tensors)), None)
-    if form is None or not tensors:
+    tensors, default_scale = _read(path)
+    formats = list(ADAPTER_FORMATS.values())
+    kind = next((kind for kind in formats if all(name.startswith(kind.prefix) for name in tensors)), None)
+    if kind is None or not tensors:
         raise ValueError(
-            f"{path} holds no adapters: all names should begin with "
-            f"{' or with '.join(f.prefix for f in FORMS.values())}; "
-            f"found {some(sorted(tensors))}"
+            f"{path} holds no adapters: all names should begin with {' or with '.join(f.prefix for f in formats)}; "
+            f"found {preview(sorted(tensors))}"
         )
     shapes, found = adapter_shapes(spec, args, section), {}
-    for public in public_adapters(spec, args, form.layout, shapes):
-        stem = f"{form.prefix}{public.name}"
-        down, up = (
-            _pop(tensors, stem, ends)
-            for ends in (("lora_A.weight", "lora_down.weight"), ("lora_B.weight", "lora_up.weight"))
-        )
+    for public in public_adapters(spec, args, kind.layout, shapes):
+        stem = f"{kind.prefix}{public.name}"
+        down = _pop(tensors, stem, ("lora_A.weight", "lora_down.weight"))
+        up = _pop(tensors, stem, ("lora_B.weight", "lora_up.weight"))
         if down is None or up is None:
             raise ValueError(
                 f"{path} has no adapter of {public.name}, which lora.target_modules asks for: give the targets "
                 f"it was trained with"
             )
         alpha = tensors.pop(f"{stem}.alpha", None)
-        factor = alpha.item() / len(down) if alpha is not None else scale
-        found |= public.split_adapter(down, up * (factor * section.rank / section.alpha), args)
+        scale = alpha.item() / len(down) if alpha is not None else default_scale
+        found |= public.split_adapter(down, up * (scale * section.rank / section.alpha), args)
     if tensors:
-        raise ValueError(
-            f"{path} has adapters that lora.target_modules does not ask for, or other tensors: {some(sorted(tensors))}"
-        )
-    odd = [name for name, shape in shapes.items() if found[name].shape != shape]
-    if odd:
-        raise ValueError(
-            f"{path}: {odd[0]} has shape {list(found[odd[0]].shape)}, in this run {list(shapes[odd[0]])}: "
-            "set lora.rank and model.flavor to fit"
-        )
+        unused = preview(sorted(tensors))
+        raise ValueError(f"{path} has adapters that lora.target_modules does not ask for, or other tensors: {unused}")
+    for name, shape in shapes.items():
+        if found[name].shape != shape:
+            raise ValueError(
+                f"{path}: {name} has shape {list(found[name].shape)}, in this run {list(shape)}: "
+                "set lora.rank and model.flavor to fit"
+            )
     for name, p in model.named_parameters():
         if (name := clean_name(name)) in found:
-            whole = found[name].to(p.device, p.dtype)
-            p.copy_(
-                distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
-                if isinstance(p, DTensor)
-                else whole
-            )
+            full = found[name].to(p.device, p.dtype)
+            if isinstance(p, DTensor):
+                full = distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None)
+            p.copy_(full)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], float]:
-    """(tensors in float32, how much an adapter counts that does not say so itself)."""
-    with opened(path) as stored:
-        tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-        note = (stored.metadata() or {}).get("lora_adapter_metadata", "{}") if hasattr(stored, "metadata") else "{}"
+    """(tensors in float32, scale of the adapters that have no alpha of their own)."""
+    with opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        metadata = file.metadata() if hasattr(file, "metadata") else None
     odd = [name for name, t in tensors.items() if t.dtype not in DTYPES.values()]
     if odd:
-        raise ValueError(f"{path}: {some(odd)} of a type that is no plain floating point")
-    # diffusers' own files say it in a note.
-    told = {key.removeprefix("transformer."): value for key, value in json.loads(note).items()}
-    if told.get("alpha_pattern") or told.get("use_rslora"):
+        raise ValueError(f"{path}: {preview(odd)} of a type that is no plain floating point")
+    # diffusers writes alpha and rank into the metadata of its files.
+    note = json.loads((metadata or {}).get("lora_adapter_metadata", "{}"))
+    settings = {key.removeprefix("transformer."): value for key, value in note.items()}
+    if settings.get("alpha_pattern") or settings.get("use_rslora"):
         raise ValueError(f"{path}: alpha_pattern and use_rslora are not supported; save the adapters with one alpha")
-    return {name: t.float() for name, t in tensors.items()}, told.get("lora_alpha", 1) / told.get("r", 1)
+    return {name: t.float() for name, t in tensors.items()}, settings.get("lora_alpha", 1) / settings.get("r", 1)
 
 
 def _pop(tensors: dict[str, Tensor], stem: str, ends: tuple[str, ...]) -> Tensor | None:

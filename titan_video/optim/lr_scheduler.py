@@ -9,10 +9,10 @@ from titan_video.config.job_config import JobConfig, LrScheduler
 
 
 def lr_factor(step: int, total_steps: int, section: LrScheduler) -> float:
-    """Share of the peak rate used by optimizer step `step`, counted from 1.
+    """Fraction of the peak rate at optimizer step `step`, counted from 1.
 
-    Linear from 1/warmup_steps to 1; then 1; then, over the last decay_ratio of the run, down to min_lr_factor at the
-    last step.
+    It rises linearly from 1/warmup_steps to 1, stays at 1, and over the last decay_ratio of the run falls to
+    min_lr_factor, which the last step has.
     """
     if step <= section.warmup_steps:
         return step / section.warmup_steps
@@ -20,26 +20,31 @@ def lr_factor(step: int, total_steps: int, section: LrScheduler) -> float:
     if step <= total_steps - decay_steps:
         return 1.0
     progress = min((step - (total_steps - decay_steps)) / decay_steps, 1.0)
-    shape = {"linear": 1 - progress, "sqrt": 1 - math.sqrt(progress), "cosine": (1 + math.cos(math.pi * progress)) / 2}[
-        section.decay_type
-    ]
-    return section.min_lr_factor + (1 - section.min_lr_factor) * shape
+    shapes = {
+        "linear": 1 - progress,
+        "sqrt": 1 - math.sqrt(progress),
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+    }
+    return section.min_lr_factor + (1 - section.min_lr_factor) * shapes[section.decay_type]
 
 
 class Scheduler:
-    """Sets the rate of each step. It has no state of its own:
+    """Sets the learning rate of each step: in each parameter group, the rate of the step times its "lr_scale".
 
-    a resumed run sets the same rates, and a changed schedule takes effect.
+    It has no state: a resumed run gets the same rates, and a changed schedule takes effect at once.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, section: LrScheduler, peak_lr: float, total_steps: int):
-        self.optimizer, self.section, self.peak_lr, self.total_steps = optimizer, section, peak_lr, total_steps
+        self.optimizer = optimizer
+        self.section = section
+        self.peak_lr = peak_lr
+        self.total_steps = total_steps
 
     def set_step(self, step: int) -> float:
-        """Set and return the rate of optimizer step `step`, counted from 1."""
+        """Set the rate of optimizer step `step`, counted from 1, and return it without any "lr_scale"."""
         lr = self.peak_lr * lr_factor(step, self.total_steps, self.section)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         return lr
 
 

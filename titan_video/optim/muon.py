@@ -1,12 +1,12 @@
-"""What Muon does to a matrix (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"), and how
+"""Muon's orthogonalization (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"), and how
 ranks share that work.
 
-An update's singular values are all brought near 1, which takes the whole matrix. The ranks of a mesh take turns in
-being a matrix's owner:
+Orthogonalization brings all singular values of an update near 1, which needs the full matrix. The matrices of a mesh
+are assigned to its ranks in turn (round robin):
 
-    pieces of W0 W1 W2 ...  --to owners-->  whole W0 | W1 | W2 ...  --orthogonal-->  whole  --to all-->  pieces
+    shards of W0 W1 W2 ...  --send to owners-->  full W0 | W1 | W2 ...  --orthogonalize-->  --send back-->  shards
 
-torch.optim.Muon (2.13) has every rank gather and compute every matrix.
+torch.optim.Muon (2.13) gathers and computes every matrix on every rank.
 """
 
 import torch
@@ -17,14 +17,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from titan_video.distributed.utils import gather_objects, get_mesh
 
-Box = tuple[slice, slice]
+Slices = tuple[slice, slice]
 
 
-def orthogonal(x: Tensor) -> Tensor:
-    """Nearly U V^T of x = U S V^T: five Newton-Schulz steps, whose quintic takes all singular values to between 0.7 and
-    1.2.
-
-    In the type of x.
+def orthogonalize(x: Tensor) -> Tensor:
+    """About U V^T for x = U S V^T, in the dtype of x: five Newton-Schulz steps, which bring all singular values to
+    between 0.7 and 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     y = x.mT if x.shape[0] > x.shape[1] else x
@@ -36,66 +34,71 @@ def orthogonal(x: Tensor) -> Tensor:
 
 
 class RoundRobinOwners:
-    """Gives `orthogonal` of matrices that are spread over ranks. All ranks make it together."""
+    """Orthogonalizes sharded matrices; each matrix is computed by one rank. Collective: all ranks construct it."""
 
     def __init__(self, names: dict[Tensor, str]):
-        """names: of all matrices that this rank has a part of."""
+        """names: the name of every matrix of which this rank has a shard."""
         self.names = names
-        boxes = {name: shard_slices(p) for p, name in names.items()}
-        self.boxes = gather_objects(boxes) if dist.is_initialized() else [boxes]  # by rank
+        slices = {name: shard_slices(p) for p, name in names.items()}
+        self.slices_by_rank = gather_objects(slices) if dist.is_initialized() else [slices]
 
-    def orthogonal(self, pieces: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """{parameter: this rank's piece of the result} of {parameter: its piece}, parameters of one mesh.
+    def orthogonalize(self, shards: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """{parameter: this rank's shard of the result} from {parameter: this rank's shard of the update}.
 
-        All ranks of the mesh call it, with the same parameters in the same order. The arithmetic, and what is sent, is
-        bfloat16 on a GPU, where that is many times faster, and of the pieces' type elsewhere.
+        The parameters are those of one mesh. Collective over that mesh, with the same parameters in the same order.
+        Compute and communication are in bfloat16 on a GPU, where that is many times faster, and in the shards' dtype
+        elsewhere.
         """
-        params, results = list(pieces), {}
+        params, results = list(shards), {}
         mesh = get_mesh(params[0]) if params else None
         ranks = mesh.mesh.flatten().tolist() if mesh else [0]
         for start in range(0, len(params), len(ranks)):
-            turn = dict(zip(params[start : start + len(ranks)], ranks))
-            low = {p: (pieces[p].bfloat16() if p.is_cuda else pieces[p]).contiguous() for p in turn}
-            results |= {p: piece.to(pieces[p].dtype) for p, piece in self._turn(turn, low, ranks).items()}
+            group = params[start : start + len(ranks)]
+            inputs = {p: (shards[p].bfloat16() if p.is_cuda else shards[p]).contiguous() for p in group}
+            outputs = self._orthogonalize_group(inputs, ranks)
+            results |= {p: output.to(shards[p].dtype) for p, output in outputs.items()}
         return results
 
-    def _turn(self, owners: dict[Tensor, int], pieces: dict[Tensor, Tensor], ranks: list[int]) -> dict[Tensor, Tensor]:
-        """owners: {parameter: the rank that computes it}; a rank has at most one."""
+    def _orthogonalize_group(self, shards: dict[Tensor, Tensor], ranks: list[int]) -> dict[Tensor, Tensor]:
+        """As `orthogonalize`, for at most as many parameters as ranks: the i-th parameter is computed by ranks[i]."""
         if len(ranks) == 1:
-            return {p: orthogonal(piece) for p, piece in pieces.items()}
-        me = dist.get_rank()
-        mine = next((p for p, owner in owners.items() if owner == me), None)
-        others = [rank for rank in ranks if rank != me]
-        parts = {}  # of my matrix, by rank
-        if mine is not None:
-            boxes = {rank: self.boxes[rank][self.names[mine]] for rank in ranks}
-            parts = {rank: pieces[mine].new_empty(tuple(s.stop - s.start for s in boxes[rank])) for rank in others}
-        given = {owner: pieces[p] for p, owner in owners.items() if owner != me}
-        _exchange(given, parts)
-        if mine is not None:
-            whole = pieces[mine].new_empty(mine.shape)
-            for rank, part in {**parts, me: pieces[mine]}.items():
-                whole[boxes[rank]] = part
-            whole = orthogonal(whole)
-            parts = {rank: whole[boxes[rank]].contiguous() for rank in ranks}
-        results = {p: parts[me] if p is mine else torch.empty_like(pieces[p]) for p in owners}
-        _exchange(
-            {rank: parts[rank] for rank in others} if parts else {},
-            {owner: results[p] for p, owner in owners.items() if owner != me},
-        )
-        return results
+            return {p: orthogonalize(shard) for p, shard in shards.items()}
+        this_rank = dist.get_rank()
+        round_robin_owner = dict(zip(shards, ranks))
+        owned = next((p for p, owner in round_robin_owner.items() if owner == this_rank), None)
+        not_owned = {owner: p for p, owner in round_robin_owner.items() if owner != this_rank}
+        results = {p: torch.empty_like(shards[p]) for p in not_owned.values()}
+        if owned is None:
+            _exchange(sent={owner: shards[p] for owner, p in not_owned.items()}, received={})
+            _exchange(sent={}, received={owner: results[p] for owner, p in not_owned.items()})
+            return {p: results[p] for p in shards}
+        slices = {rank: self.slices_by_rank[rank][self.names[owned]] for rank in ranks}
+        received = {
+            rank: shards[owned].new_empty([s.stop - s.start for s in slices[rank]])
+            for rank in ranks
+            if rank != this_rank
+        }
+        _exchange(sent={owner: shards[p] for owner, p in not_owned.items()}, received=received)
+        full = shards[owned].new_empty(owned.shape)
+        for rank, shard in {**received, this_rank: shards[owned]}.items():
+            full[slices[rank]] = shard
+        full = orthogonalize(full)
+        sent = {rank: full[slices[rank]].contiguous() for rank in ranks}
+        results[owned] = sent.pop(this_rank)
+        _exchange(sent=sent, received={owner: results[p] for owner, p in not_owned.items()})
+        return {p: results[p] for p in shards}
 
 
-def shard_slices(p: Tensor) -> Box:
-    """Where this rank's piece of a matrix lies in it."""
-    sizes, first = p.shape, (0, 0)
+def shard_slices(p: Tensor) -> Slices:
+    """The rows and columns of a matrix that this rank's shard covers."""
+    shape, offset = p.shape, (0, 0)
     if isinstance(p, DTensor):
-        sizes, first = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-    return tuple(slice(start, start + size) for start, size in zip(first, sizes, strict=True))
+        shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
 
 
 def _exchange(sent: dict[int, Tensor], received: dict[int, Tensor]) -> None:
-    """Send each tensor to a rank, and fill others from ranks. Empty ones do not travel."""
+    """Send a tensor to each rank of `sent` and fill those of `received`. Empty tensors are skipped."""
     operations = [dist.P2POp(dist.isend, t, rank) for rank, t in sent.items() if t.numel()]
     operations += [dist.P2POp(dist.irecv, t, rank) for rank, t in received.items() if t.numel()]
     for work in dist.batch_isend_irecv(operations) if operations else ():

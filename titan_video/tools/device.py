@@ -1,4 +1,4 @@
-"""The device of this process: choosing it, its peak speed, its memory."""
+"""The device of this process: which one it is, its peak speed, its memory."""
 
 import multiprocessing
 import os
@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 # Dense bfloat16 tensor-core TFLOP/s with float32 accumulation, from the vendors' data sheets (half of the figure "with
-# sparsity").
-# The first entry whose words all occur in the device's name holds.
+# sparsity"). The first entry applies that has all of its words in the device's name.
 PEAK_TFLOPS = (
     ("B200", 2250.0),
     ("H200", 989.5),
@@ -41,9 +40,9 @@ PEAK_TFLOPS = (
 
 
 def get_device(local_rank: int) -> torch.device:
-    """The GPU number `local_rank` of this machine, made current; without GPUs the CPU.
+    """GPU number `local_rank` of this machine, which becomes the current device; the CPU if there are no GPUs.
 
-    ValueError if there are GPUs, but fewer than processes.
+    ValueError: there are GPUs, but fewer than processes.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -57,12 +56,12 @@ def get_device(local_rank: int) -> torch.device:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Peak bfloat16 FLOP/s of the device; None where it is not known, as for a CPU."""
-    return _peak_of_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    """Peak bfloat16 FLOP/s of the device; None if it is not known, as for a CPU."""
+    return _peak_by_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
-def _peak_of_name(name: str) -> float | None:
-    # Whole words: "H20" must not be found in "H200", nor "A10" in "A100".
+def _peak_by_name(name: str) -> float | None:
+    # Compare whole words: "H20" must not match "H200", nor "A10" match "A100".
     words = set(name.replace("-", " ").split())
     if words & {"MIG", "Laptop"}:  # a slice, or a slower chip, under the same name
         return None
@@ -70,29 +69,26 @@ def _peak_of_name(name: str) -> float | None:
 
 
 def send(x: Tensor, device: torch.device | str) -> Tensor:
-    """x, from the host, on the device; the host does not wait: a copy to a GPU is made from pinned memory."""
+    """Copy x from the host to the device without host-device synchronisation: a copy to a GPU is from pinned memory."""
     if torch.device(device).type != "cuda" or x.is_cuda:
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
 
 
 def read(numbers: Tensor) -> list[float]:
-    """Numbers, on the host, which waits for all work that the device has been given.
-
-    A step does it once, at its end.
-    """
+    """Copy numbers to the host. This is a host-device synchronisation; a step makes one, at its end."""
     return numbers.tolist()
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that was queued. A CPU has no queue."""
+    """Wait for all queued work of the device. A CPU has no queue."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @dataclass(frozen=True)
 class MemoryStats:
-    """Peaks, in GiB and in percent of the device's memory. On CPU both are the process's largest resident set."""
+    """Peaks, in GiB and in percent of the device's memory. On CPU both are the peak resident set of the process."""
 
     max_active_gib: float
     max_active_pct: float
@@ -103,7 +99,7 @@ class MemoryStats:
 
 
 class DeviceMemory:
-    """Reads the memory peaks of the device since the last `reset_peak`."""
+    """Memory peaks of the device since the last `reset_peak`."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -124,19 +120,22 @@ class DeviceMemory:
         return MemoryStats(active / gib, active / pct, reserved / gib, reserved / pct, retries, ooms)
 
     def reset_peak(self) -> None:
-        """Start a new peak. On CPU the system keeps the peak of the whole life of the process."""
+        """Start a new peak. On CPU this does nothing: the system has one peak for the life of the process."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
 
 def resident_memory() -> dict[str, float]:
-    """Host memory, in GiB, of this process, and of its worker processes together, which share much of it.
+    """Resident host memory in GiB: of this process, and the sum over its worker processes, which share much of it.
 
-    Empty where /proc does not tell.
+    Empty on systems without /proc.
     """
-    own, *workers = (_resident_bytes(pid) for pid in (os.getpid(), *(p.pid for p in multiprocessing.active_children())))
-    found = {"resident_gib": own / 2**30}
-    return found | ({"workers_resident_gib": sum(workers) / 2**30} if workers else {}) if own else {}
+    this_process = _resident_bytes(os.getpid())
+    workers = [_resident_bytes(process.pid) for process in multiprocessing.active_children()]
+    if not this_process:
+        return {}
+    found = {"resident_gib": this_process / 2**30}
+    return found | {"workers_resident_gib": sum(workers) / 2**30} if workers else found
 
 
 def _resident_bytes(pid: int) -> int:
@@ -148,7 +147,7 @@ def _resident_bytes(pid: int) -> int:
 
 def _peak_resident_bytes() -> int:
     try:
-        # Not getrusage: after a fork that one still holds the parent's peak.
+        # Not getrusage: after a fork it still reports the parent's peak.
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError):

@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all, and the hash of a file."""
+"""Atomic writes: a file is complete or unchanged. The hash of a file."""
 
 import hashlib
 import os
@@ -9,10 +9,10 @@ from pathlib import Path
 
 @contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path beside `path`, in a folder that exists afterwards; what is written there replaces `path` at the end.
+    """A temporary path beside `path`, whose folder is created. The file written there replaces `path` at the end.
 
-    The content is synced to disk before the rename and the folder after it, so that a crash at any moment leaves the old
-    file or the new one. An exception leaves the old one. The temporary name is hidden and says the host and process.
+    The file is synced to disk before the rename and its folder after it, so a crash at any moment leaves the old file
+    or the new one. An exception leaves the old one. The temporary name is hidden and contains the host and process.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

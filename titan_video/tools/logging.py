@@ -1,4 +1,4 @@
-"""The run's log lines, and a progress bar that they do not tear."""
+"""The run's log lines, and a progress bar that they do not break."""
 
 import logging
 import sys
@@ -11,7 +11,7 @@ COLORS = {"red": 31, "green": 32, "yellow": 33, "blue": 34, "magenta": 35, "cyan
 
 
 def paint(text: str, color: str) -> str:
-    """`text` in a colour of COLORS, on a terminal; elsewhere as it is."""
+    """`text` in a colour of COLORS on a terminal, else unchanged."""
     return f"\033[{COLORS[color]}m{text}\033[0m" if sys.stdout.isatty() else text
 
 
@@ -21,7 +21,7 @@ class _Handler(logging.Handler):
             line = self.format(record)
             if record.levelno >= logging.WARNING:
                 line = paint(line, "red" if record.levelno >= logging.ERROR else "yellow")
-            # Takes the bar off the terminal, writes, and puts it back; without a bar it only writes.
+            # Removes the bar from the terminal, writes, and draws it again; without a bar it only writes.
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
         except Exception:
@@ -29,9 +29,9 @@ class _Handler(logging.Handler):
 
 
 def init_logger() -> None:
-    """Send the root logger, from INFO up, to standard output. Calling it again changes nothing.
+    """Send the root logger's lines, from level INFO, to standard output. A second call changes nothing.
 
-    Every rank logs; the launcher's LOG_RANK chooses whose lines are shown.
+    Every rank logs; the launcher's LOG_RANK selects the ranks to show.
     """
     if any(isinstance(h, _Handler) for h in logger.handlers):
         return
@@ -39,16 +39,16 @@ def init_logger() -> None:
     handler.setFormatter(logging.Formatter("[titan] %(asctime)s - %(name)s - %(levelname)s - %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    # When torchao is imported, by diffusers too, there are warnings of parts of it that nothing here uses.
+    # torchao, which diffusers imports too, warns at import about features that are not used here.
     for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class Progress:
-    """A bar of `total` steps, of which `initial` are done. It exists only on a terminal; in a log file there are the
-    plain lines.
+    """A progress bar of `total` steps, the first `initial` already done. It is shown on a terminal only, not in a log
+    file.
 
-    enabled: true on the one rank that shows it.
+    enabled: true on the rank that shows it.
     """
 
     def __init__(self, total: int, initial: int = 0, enabled: bool = True):
@@ -56,7 +56,7 @@ class Progress:
         self._bar = tqdm(total=total, initial=initial, unit="step", dynamic_ncols=True, disable=not shown)
 
     def update(self, step: int, postfix: str = "") -> None:
-        """Move to `step` (steps done so far), with a short text behind the bar."""
+        """Move to `step` (the number of steps done), with a short text after the bar."""
         self._bar.set_postfix_str(postfix, refresh=False)
         self._bar.update(step - self._bar.n)
 

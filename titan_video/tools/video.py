@@ -1,4 +1,4 @@
-"""Writing frames as mp4 and GIF. PyAV and Pillow are imported by the functions that need them."""
+"""Writes frames as mp4 and GIF. PyAV and Pillow are imported by the functions that need them."""
 
 import io
 import os
@@ -7,14 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
+from titan_video.tools.files import atomic_path
+
 MP4_QUALITY = "12"  # x264's constant rate factor; visually lossless
 
 
 def write_mp4(path: str | os.PathLike, frames_FHWC: np.ndarray, fps: float) -> None:
-    """Write uint8 RGB frames [F, H, W, 3] as H.264 (yuv420p, playable everywhere). The file appears whole or not at
-    all.
+    """Write uint8 RGB frames [F, H, W, 3] as H.264 (yuv420p, which all players support), atomically.
 
-    Raises ValueError for another type or shape, an odd height or width, and a rate that is not positive.
+    ValueError: another type or shape, an odd height or width, or a rate that is not positive.
     """
     import av
 
@@ -23,25 +24,22 @@ def write_mp4(path: str | os.PathLike, frames_FHWC: np.ndarray, fps: float) -> N
     _, height, width, _ = frames_FHWC.shape
     if height % 2 or width % 2:
         raise ValueError(f"{path}: H.264 needs an even height and width, got {height} x {width}")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with av.open(str(temporary), "w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            # Without mbtree: x264's gives other bits for the same frames from one process to the next.
-            stream.options = {"crf": MP4_QUALITY, "preset": "veryfast", "x264-params": "mbtree=0"}
-            stream.codec_context.thread_count = 1  # short clips; the same bytes on every machine
-            for frame_HWC in frames_FHWC:
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode(None))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_path(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.width = width
+        stream.height = height
+        stream.pix_fmt = "yuv420p"
+        # Without mbtree: x264's gives other bits for the same frames from one process to the next.
+        stream.options = {"crf": MP4_QUALITY, "preset": "veryfast", "x264-params": "mbtree=0"}
+        stream.codec_context.thread_count = 1  # clips are short, and the bytes are the same on every machine
+        for frame_HWC in frames_FHWC:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
 
 
 def write_gif_bytes(frames_FHWC: np.ndarray, fps: float) -> bytes:
-    """Uint8 RGB frames [F, H, W, 3] as an endlessly repeating GIF."""
+    """Uint8 RGB frames [F, H, W, 3] as a GIF that repeats for ever."""
     from PIL import Image
 
     _check(frames_FHWC, fps)

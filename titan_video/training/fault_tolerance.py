@@ -1,4 +1,4 @@
-"""Stopping well: on a signal, and on numbers that are not finite."""
+"""Clean stops: on a signal, and on a loss or gradient norm that is not finite."""
 
 import math
 import os
@@ -18,15 +18,16 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 class SignalFlag:
     """Turns SIGTERM and SIGUSR2 into a flag that all ranks read together at the end of a step.
 
-    The first signal is noted; a second ends the process at once, with 128 + its number. `close` (or leaving the
-    handlers back. It must be made in the main thread. Processes forked later inherit the handler: they end on SIGTERM,
-    as their parent expects when it terminates them, and ignore SIGUSR2.
+    The first signal sets the flag. A second one ends the process at once, with exit code 128 + its number. `close`, or
+    leaving the `with` block, restores the previous handlers. Construct it in the main thread.
+    Processes that are forked later inherit the handler: they exit on SIGTERM, which their parent uses to terminate
+    them, and ignore SIGUSR2.
     """
 
     def __init__(self):
         self._signum = 0
         self._pid = os.getpid()
-        self._former = {s: signal.signal(s, self._handle) for s in SIGNALS}
+        self._previous = {s: signal.signal(s, self._handle) for s in SIGNALS}
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
@@ -36,7 +37,7 @@ class SignalFlag:
         if self._signum:
             os._exit(128 + signum)
         self._signum = signum
-        # The signal may have interrupted a print; only a bare write is safe here.
+        # The signal may have interrupted a print, so only os.write is safe here.
         os.write(
             2,
             f"{signal.Signals(signum).name}: saving at the end of this step, then stopping. A second signal "
@@ -44,9 +45,9 @@ class SignalFlag:
         )
 
     def requested(self, group: dist.ProcessGroup | None = None) -> bool:
-        """Whether any rank of `group` (a CPU group, such as gloo) has received a signal.
+        """Whether any rank of `group` (a CPU group such as gloo) has received a signal. Collective.
 
-        Collective; without a group, this process alone.
+        group: None asks this process alone.
         """
         if group is None:
             return self._signum != 0
@@ -55,9 +56,9 @@ class SignalFlag:
         return flag.item() != 0
 
     def close(self) -> None:
-        for s, handler in self._former.items():
+        for s, handler in self._previous.items():
             signal.signal(s, handler)
-        self._former = {}
+        self._previous = {}
 
     def __enter__(self) -> "SignalFlag":
         return self
@@ -67,9 +68,9 @@ class SignalFlag:
 
 
 class NonFiniteGuard:
-    """Decides what an update with a loss or gradient norm that is not finite does.
+    """Leaves out updates with a loss or gradient norm that is not finite.
 
-    policy: `stop` raises; `skip` leaves the update out, and raises after max_steps of them one after the other.
+    policy: `stop` raises at the first one; `skip` raises after max_steps of them in a row.
     """
 
     def __init__(self, policy: Literal["stop", "skip"], max_steps: int):
@@ -79,22 +80,22 @@ class NonFiniteGuard:
 
     @staticmethod
     def update(optimizer: torch.optim.Optimizer, numbers: Tensor) -> None:
-        """`optimizer.step()`, left out if one of the numbers is not finite.
+        """`optimizer.step()`, unless one of the numbers is not finite.
 
-        A fused optimizer decides on the device; for others the host waits.
+        A fused optimizer checks this on the device. For others it costs a host-device synchronisation.
         """
         finite = numbers.isfinite().all()
         if getattr(optimizer, "_step_supports_amp_scaling", False):
-            optimizer.found_inf = (~finite).float()  # what torch.amp.GradScaler, too, tells it by
+            optimizer.found_inf = (~finite).float()  # the attribute by which torch.amp.GradScaler skips a step
             optimizer.step()
             del optimizer.found_inf
         elif finite:
             optimizer.step()
 
     def check(self, loss: float, grad_norm: float, step: int) -> bool:
-        """True if the update was applied. loss and grad_norm are global, so that every rank decides alike.
+        """Whether the update was applied. loss and grad_norm are global, so all ranks decide the same.
 
-        FloatingPointError to stop.
+        FloatingPointError: the run must stop.
         """
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.num_skipped = 0

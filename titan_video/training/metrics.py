@@ -1,9 +1,8 @@
-"""What a run reports: every step to metrics.jsonl, and every log_freq steps a line and TensorBoard points."""
+"""What a run reports: each step in metrics.jsonl; every log_freq steps a log line and TensorBoard points."""
 
 import datetime
 import json
 import math
-import os
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -15,12 +14,13 @@ import torch
 
 from titan_video.config.job_config import Metrics
 from titan_video.tools.device import DeviceMemory, peak_flops, resident_memory
+from titan_video.tools.files import atomic_write
 from titan_video.tools.logging import Progress, logger, paint
 from titan_video.tools.video import write_gif_bytes
 
 
 def _plain(value: Any) -> Any:
-    """Numbers that are not finite become the strings "nan", "inf" and "-inf": JSON has no such numbers."""
+    """Replace non-finite numbers, which JSON does not have, by the strings "nan", "inf" and "-inf"."""
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -31,10 +31,7 @@ def _plain(value: Any) -> Any:
 
 
 def truncate_records(path: Path, last_step: int) -> None:
-    """Drop the records of `path` after `last_step`, and a last line cut short by a crash.
-
-    The file is replaced in one move.
-    """
+    """Remove the records of `path` after `last_step`, and incomplete lines, which a crash leaves. Atomic."""
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -42,17 +39,43 @@ def truncate_records(path: Path, last_step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, TypeError, KeyError):
             continue
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as f:
-        f.writelines(kept)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
+    atomic_write(path, "".join(kept))
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """Numbers of one optimizer step.
+
+    loss: mean over all samples. max_loss: the largest mean of a rank.
+    samples: clips drawn since the start of the run.
+    tokens, video_seconds: over all ranks.
+    model_flops, hardware_flops: on one device, without and with recomputation.
+    step_seconds: the whole step. data_seconds: the part of it spent waiting for data.
+    bucket: the clip sizes of the step. extra: further numbers by name.
+    """
+
+    loss: float
+    max_loss: float
+    grad_norm: float
+    lr: float
+    samples: int
+    tokens: int
+    video_seconds: float
+    model_flops: float
+    hardware_flops: float
+    step_seconds: float
+    data_seconds: float
+    bucket: str = ""
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+# Fields of StepMetrics in metrics.jsonl.
+_RECORDED = ("loss", "max_loss", "grad_norm", "lr", "samples", "tokens", "step_seconds", "data_seconds")
 
 
 @dataclass
 class _Window:
-    """Sums over the steps since the last line."""
+    """Sums over the steps since the last log line."""
 
     steps: int = 0
     seconds: float = 0.0
@@ -64,15 +87,26 @@ class _Window:
     hardware_flops: float = 0.0
     buckets: Counter[str] = field(default_factory=Counter)
 
+    def add(self, metrics: StepMetrics, num_samples: int) -> None:
+        self.steps += 1
+        self.seconds += metrics.step_seconds
+        self.data_seconds += metrics.data_seconds
+        self.tokens += metrics.tokens
+        self.samples += num_samples
+        self.video_seconds += metrics.video_seconds
+        self.model_flops += metrics.model_flops
+        self.hardware_flops += metrics.hardware_flops
+        self.buckets[metrics.bucket] += 1
+
 
 class MetricsLogger:
     """Writes the run's numbers. Only rank 0 writes; on other ranks every method does nothing.
 
-    dump_folder: metrics.jsonl and TensorBoard's folder lie in it.
-    resume_step: step of the checkpoint the run goes on from, 0 for a new run. What an earlier run wrote after it is
-        dropped.
-    num_steps, world_size: steps of the whole run, and ranks; for the time left and for rates per device.
-    samples: clips drawn so far, at resume_step.
+    dump_folder: folder of metrics.jsonl and of TensorBoard's folder.
+    num_steps: of the whole run, for the remaining time. world_size: for rates per device.
+    resume_step: step of the checkpoint from which the run resumes, 0 for a new run. Records of later steps, which an
+        earlier run wrote, are removed.
+    samples: clips drawn up to resume_step.
     """
 
     def __init__(
@@ -89,15 +123,19 @@ class MetricsLogger:
         self.enabled = rank == 0
         if not self.enabled:
             return
-        self.log_freq, self.num_steps, self.world_size = section.log_freq, num_steps, world_size
-        self.peak_flops, self.memory = peak_flops(device), DeviceMemory(device)
+        self.log_freq = section.log_freq
+        self.num_steps = num_steps
+        self.world_size = world_size
+        self.peak_flops = peak_flops(device)
+        self.memory = DeviceMemory(device)
         self.memory.reset_peak()
-        self.window, self.samples = _Window(), samples
+        self.window = _Window()
+        self.samples = samples
         self.progress = Progress(num_steps, resume_step)
         folder = Path(dump_folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        # A new run has written nothing yet, so also the validation before its first step goes.
+        # For a new run, the validation before the first step (a record of step 0) is removed too.
         last_step = resume_step if resume_step else -1
         if path.exists():
             truncate_records(path, last_step)
@@ -111,82 +149,31 @@ class MetricsLogger:
                 str(folder / section.save_tb_folder), purge_step=last_step + 1, flush_secs=10
             )
 
-    def log(
-        self,
-        step: int,
-        *,
-        loss: float,
-        max_loss: float,
-        grad_norm: float,
-        lr: float,
-        samples: int,
-        tokens: int,
-        video_seconds: float,
-        model_flops: float,
-        hardware_flops: float,
-        step_seconds: float,
-        data_seconds: float,
-        bucket: str = "",
-        extra: dict[str, float] | None = None,
-    ) -> None:
-        """One optimizer step.
-
-        loss, max_loss: mean over all samples, and the largest rank's mean. samples: clips drawn since the start of the
-            run.
-        tokens, video_seconds: of this step, over all ranks. model_flops, hardware_flops: of this step on one device,
-            without and with recomputation.
-        step_seconds: the whole step; data_seconds: its part spent waiting for data. bucket: sizes trained on. extra:
-            further numbers, by name.
-        """
+    def log(self, step: int, metrics: StepMetrics) -> None:
+        """Record optimizer step `step`, counted from 1."""
         if not self.enabled:
             return
-        extra = {**resident_memory(), **(extra or {})}
-        self._record(
-            {
-                "step": step,
-                "loss": loss,
-                "max_loss": max_loss,
-                "grad_norm": grad_norm,
-                "lr": lr,
-                "samples": samples,
-                "tokens": tokens,
-                "step_seconds": step_seconds,
-                "data_seconds": data_seconds,
-                "time": time.time(),
-                "bucket": bucket,
-                **extra,
-            }
-        )
-        w = self.window
-        w.steps += 1
-        w.seconds += step_seconds
-        w.data_seconds += data_seconds
-        w.tokens += tokens
-        w.samples += samples - self.samples
-        w.video_seconds += video_seconds
-        w.model_flops += model_flops
-        w.hardware_flops += hardware_flops
-        w.buckets[bucket] += 1
-        self.samples = samples
-        self.progress.update(step, f"loss {loss:.4f}")
+        extra = {**resident_memory(), **metrics.extra}
+        numbers = {name: getattr(metrics, name) for name in _RECORDED}
+        self._record({"step": step, **numbers, "time": time.time(), "bucket": metrics.bucket, **extra})
+        self.window.add(metrics, num_samples=metrics.samples - self.samples)
+        self.samples = metrics.samples
+        self.progress.update(step, f"loss {metrics.loss:.4f}")
         if step == 1 or step % self.log_freq == 0 or step == self.num_steps:
-            losses = {
-                "loss_metrics/global_avg_loss": loss,
-                "loss_metrics/global_max_loss": max_loss,
-                "grad_norm": grad_norm,
-                "lr": lr,
-            }
-            self._report(step, losses, extra)
+            self._report(step, metrics, extra)
             self.window = _Window()
             self.memory.reset_peak()
 
-    def _report(self, step: int, losses: dict[str, float], extra: dict[str, float]) -> None:
+    def _report(self, step: int, metrics: StepMetrics, extra: dict[str, float]) -> None:
         w, memory = self.window, self.memory.stats()
         seconds = max(w.seconds, 1e-9)
         tps = w.tokens / seconds / self.world_size
         flops, hardware_flops = w.model_flops / seconds, w.hardware_flops / seconds
         scalars = {
-            **losses,
+            "loss_metrics/global_avg_loss": metrics.loss,
+            "loss_metrics/global_max_loss": metrics.max_loss,
+            "grad_norm": metrics.grad_norm,
+            "lr": metrics.lr,
             **extra,
             "throughput(tps)": tps,
             "throughput(samples/s)": w.samples / seconds,
@@ -196,7 +183,7 @@ class MetricsLogger:
             "time_metrics/data_loading(s)": w.data_seconds / w.steps,
             "time_metrics/data_loading(%)": 100 * w.data_seconds / seconds,
             **{f"bucket/{bucket}": count / w.steps for bucket, count in w.buckets.items() if bucket},
-            **{f"memory/{name}": value for name, value in zip(_MEMORY_NAMES, asdict(memory).values())},
+            **{f"memory/{name}": value for name, value in zip(_MEMORY_TAGS, asdict(memory).values(), strict=True)},
         }
         mfu = hfu = "n/a"
         if self.peak_flops is not None:
@@ -204,28 +191,24 @@ class MetricsLogger:
             mfu, hfu = f"{scalars['mfu(%)']:.2f}%", f"{scalars['hfu(%)']:.2f}%"
         self._scalars(step, scalars)
         eta = datetime.timedelta(seconds=round((self.num_steps - step) * w.seconds / w.steps))
-        logger.info(
-            "  ".join(
-                (
-                    paint(f"step: {step:2}", "red"),
-                    paint(f"loss: {losses['loss_metrics/global_avg_loss']:8.5f}", "green"),
-                    paint(f"grad_norm: {losses['grad_norm']:7.4f}", "yellow"),
-                    paint(f"memory: {memory.max_reserved_gib:5.2f}GiB({memory.max_reserved_pct:.2f}%)", "cyan"),
-                    paint(f"tps: {round(tps):,}", "blue"),
-                    paint(f"tflops: {flops / 1e12:,.2f}", "cyan"),
-                    paint(f"mfu: {mfu}", "magenta"),
-                    f"hfu: {hfu}",
-                    f"video_s/s: {scalars['throughput(video_s/s)']:.2f}",
-                    f"data_wait: {scalars['time_metrics/data_loading(%)']:.1f}%",
-                    f"eta: {eta}",
-                )
-            )
+        parts = (
+            paint(f"step: {step:2}", "red"),
+            paint(f"loss: {metrics.loss:8.5f}", "green"),
+            paint(f"grad_norm: {metrics.grad_norm:7.4f}", "yellow"),
+            paint(f"memory: {memory.max_reserved_gib:5.2f}GiB({memory.max_reserved_pct:.2f}%)", "cyan"),
+            paint(f"tps: {round(tps):,}", "blue"),
+            paint(f"tflops: {flops / 1e12:,.2f}", "cyan"),
+            paint(f"mfu: {mfu}", "magenta"),
+            f"hfu: {hfu}",
+            f"video_s/s: {scalars['throughput(video_s/s)']:.2f}",
+            f"data_wait: {scalars['time_metrics/data_loading(%)']:.1f}%",
+            f"eta: {eta}",
         )
+        logger.info("  ".join(parts))
 
     def log_scalars(self, step: int, scalars: dict[str, float], name: str = "validation") -> None:
-        """Numbers that do not belong to a training step: one record {"step", name:
-
-        scalars} without a `loss`, and TensorBoard points `name/key`.
+        """Numbers that do not belong to a training step: one record {"step", "time", name: scalars} without a `loss`,
+        and TensorBoard points `name/key`.
         """
         if self.enabled:
             self._record({"step": step, "time": time.time(), name: scalars})
@@ -234,7 +217,7 @@ class MetricsLogger:
     def log_video(self, tag: str, frames_FHWC: np.ndarray, fps: float, step: int) -> None:
         """A clip, uint8 RGB, as an animated image in TensorBoard.
 
-        SummaryWriter.add_video needs a version of moviepy that is no longer made.
+        (SummaryWriter.add_video needs an old version of moviepy.)
         """
         if not self.enabled or self.tensorboard is None:
             return
@@ -265,7 +248,7 @@ class MetricsLogger:
                 self.tensorboard.add_scalar(name, value, step)
 
 
-_MEMORY_NAMES = (
+_MEMORY_TAGS = (  # in the order of the fields of MemoryStats
     "max_active(GiB)",
     "max_active(%)",
     "max_reserved(GiB)",

@@ -1,13 +1,14 @@
-"""Public formats of weights: which tensor of which file holds which of our parameters, from a model's one table of
-names (`spec.hf_names`).
+"""Public formats of weights: which tensor of which file holds which of our parameters. A model states this in one table
+of names, `spec.hf_names`.
 
-    format        names and tensors                                       files
-    diffusers     diffusers', one tensor for each of our parameters       folder: config.json, shards, index
-    original      the public code's; several of ours may be one's rows    folder: shards, index, config.json where that code has one
-    single_file   as original                                             one file
-    comfyui       as original, behind `model.diffusion_model.`            one file
+    format        names and tensors                                      files
+    diffusers     diffusers' names; one tensor per parameter             folder: config.json, shards, index
+    original      the public code's names; a tensor may hold the rows    folder: shards, index, config.json if that
+                  of several parameters                                  code has one
+    single_file   as original                                            one file
+    comfyui       as original, with the prefix `model.diffusion_model.`  one file
 
-What a file holds is seen from its names.
+The names in a file tell its layout. Everything that is not diffusers' layout is in original.py, an optional part.
 """
 
 import json
@@ -21,13 +22,13 @@ import torch
 from torch import Tensor
 
 from titan_video.models.spec import ModelSpec, NameRule
+from titan_video.tools.parts import resolve
 from titan_video.weights.safetensors_io import DTYPES, SUFFIXES, Shape, read_header
 
 STEM = "diffusion_pytorch_model"
 CONFIG = "config.json"
 INDEX = f"{STEM}.safetensors.index.json"
-PREFIX = "model.diffusion_model."
-ORIGINAL_FOLDER = "transformers"  # of a published HunyuanVideo
+ORIGINAL_FOLDER = "transformers"  # subfolder of the weights of HunyuanVideo as published
 
 
 @dataclass(frozen=True)
@@ -37,47 +38,55 @@ class Format:
     one_file: bool = False
 
 
-FORMATS = {
-    "diffusers": Format("diffusers"),
-    "original": Format("original"),
-    "single_file": Format("original", one_file=True),
-    "comfyui": Format("original", PREFIX, one_file=True),
+OPTIONAL = {
+    "original": "titan_video.weights.original:ORIGINAL",
+    "single_file": "titan_video.weights.original:SINGLE_FILE",
+    "comfyui": "titan_video.weights.original:COMFYUI",
+    "tensors": "titan_video.weights.original:public_tensors",
+    "detection": "titan_video.weights.original:detect_layout",
 }
+FORMAT_NAMES = ("diffusers", "original", "single_file", "comfyui")
 
 
-def some(names: Sequence[str]) -> str:
+def get_format(name: str) -> Format:
+    """ValueError: the format needs an optional part that is not installed."""
+    if name == "diffusers":
+        return Format("diffusers")
+    return resolve(OPTIONAL[name], asked_by=f"weights in the format {name}")
+
+
+def preview(names: Sequence[str]) -> str:
+    """The first five names, for a message."""
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-# --- names and forms ---
+# --- names and layouts ---
 
 
 @dataclass(frozen=True)
-class Part:
-    """One of our parameters: all of a public tensor (rows None), or its rows from start to stop."""
+class TensorSlice:
+    """The part of a public tensor that is one of our parameters: all of it (rows None), or rows start to stop."""
 
     ours: str
     rule: NameRule
-    rows: tuple[int, int] | None
-    scale_shift_swapped: bool
+    rows: tuple[int, int] | None = None
 
     @property
-    def changes_form(self) -> bool:
-        return self.rule.to_ours is not None or self.scale_shift_swapped
+    def changes_layout(self) -> bool:
+        """Whether the values are permuted or reshaped between the two."""
+        return self.rule.to_ours is not None
 
     def to_public(self, tensor: Tensor, args: Any) -> Tensor:
-        tensor = self.rule.to_public(tensor, args) if self.rule.to_public else tensor
-        return tensor.roll(len(tensor) // 2, 0) if self.scale_shift_swapped else tensor
+        return self.rule.to_public(tensor, args) if self.rule.to_public else tensor
 
     def to_ours(self, tensor: Tensor, args: Any) -> Tensor:
-        tensor = tensor.roll(len(tensor) // 2, 0) if self.scale_shift_swapped else tensor
         return self.rule.to_ours(tensor, args) if self.rule.to_ours else tensor
 
 
 @dataclass
 class PublicTensor:
     shape: Shape
-    parts: list[Part] = field(default_factory=list)
+    slices: list[TensorSlice] = field(default_factory=list)
 
 
 def public_names(
@@ -85,77 +94,51 @@ def public_names(
 ) -> dict[str, tuple[str, NameRule]]:
     """Our name -> (public name, rule).
 
-    ValueError naming the name without a rule or with two, and the rule without a name.
+    ValueError: a name has no rule or two, a rule has no name, or two parameters have one name in diffusers' layout.
     """
-    patterns = [(_pattern(rule.ours), rule) for rule in rules]
+    patterns = [(name_pattern(rule.ours), rule) for rule in rules]
     table, used = {}, set()
     for name in our_names:
         hits = [(match, rule) for pattern, rule in patterns if (match := pattern.fullmatch(name))]
         if len(hits) != 1:
             raise ValueError(f"parameter {name} has {len(hits)} rules in the table of public names, not one")
         match, rule = hits[0]
-        table[name] = (_public(rule, layout).format(*match.groups()), rule)
+        table[name] = (public_name(rule, layout).format(*match.groups()), rule)
         used.add(rule.ours)
     unused = [rule.ours for rule in rules if rule.ours not in used and not rule.optional]
     if unused:
-        raise ValueError(f"rules of the table of public names that fit no parameter: {some(unused)}")
+        raise ValueError(f"rules of the table of public names that fit no parameter: {preview(unused)}")
     if layout == "diffusers" and len({public for public, _ in table.values()}) < len(table):
         raise ValueError("the table of public names gives two parameters one public name")
     return table
 
 
 def public_tensors(spec: ModelSpec, layout: str, shapes: dict[str, torch.Size], args: Any) -> dict[str, PublicTensor]:
-    """Public name -> what it is made of, for parameters of these names and shapes, in the order in which the model has
-    them.
-    """
-    table = public_names(spec.hf_names, shapes, layout)
-    groups: dict[str, list[str]] = {}
-    for ours, (public, _) in table.items():
-        groups.setdefault(public, []).append(ours)
-    order = {rule.ours: i for i, rule in enumerate(spec.hf_names)}
-    tensors, tail = {}, ()
-    for public, names in groups.items():
-        names = sorted(names, key=lambda ours: order[table[ours][1].ours])
-        parts, heights = [], [0]
-        for ours in names:
-            rule = table[ours][1]
-            part = Part(ours, rule, None, rule.scale_shift_swapped and layout == "original")
-            shape = tuple(part.to_public(torch.empty(shapes[ours], device="meta"), args).shape)
-            if len(names) > 1:
-                assert not parts or shape[1:] == tail, f"{public} cannot be made of {names}"
-                heights.append(heights[-1] + shape[0])
-                part, tail = Part(ours, rule, (heights[-2], heights[-1]), part.scale_shift_swapped), shape[1:]
-            parts.append(part)
-        tensors[public] = PublicTensor(shape if len(parts) == 1 else (heights[-1], *tail), parts)
+    """Public name -> tensor, for our parameters of these names and shapes, in their order."""
+    if layout != "diffusers":
+        return resolve(OPTIONAL["tensors"], asked_by=f"weights in the {layout} layout")(spec, shapes, args)
+    tensors = {}
+    for ours, (public, rule) in public_names(spec.hf_names, shapes).items():
+        tensor_slice = TensorSlice(ours, rule)
+        shape = tensor_slice.to_public(torch.empty(shapes[ours], device="meta"), args).shape
+        tensors[public] = PublicTensor(tuple(shape), [tensor_slice])
     return tensors
 
 
-def layouts(spec: ModelSpec) -> tuple[str, ...]:
-    return ("diffusers", "original") if all(rule.original for rule in spec.hf_names) else ("diffusers",)
-
-
-def detect(names: Iterable[str], spec: ModelSpec) -> tuple[int, str, str]:
-    """(how many of the names it explains, layout, prefix) of the layout that explains most."""
+def is_diffusers(names: Iterable[str], spec: ModelSpec) -> bool:
+    """Whether there are names, and all are of the model in diffusers' layout."""
     names = list(names)
-    prefix = PREFIX if any(name.startswith(PREFIX) for name in names) else ""
-    known = []
-    for layout in layouts(spec):
-        pattern = re.compile("|".join({_pattern(_public(rule, layout)).pattern for rule in spec.hf_names}))
-        known.append(
-            (
-                sum(bool(pattern.fullmatch(name[len(prefix) :])) for name in names if name.startswith(prefix)),
-                layout,
-                prefix,
-            )
-        )
-    return max(known, key=lambda entry: entry[0])
+    known = [rule.public for rule in spec.hf_names] + list(spec.hf_ignored)
+    pattern = re.compile("|".join(name_pattern(name).pattern for name in known))
+    return bool(names) and all(pattern.fullmatch(name) for name in names)
 
 
-def _public(rule: NameRule, layout: str) -> str:
+def public_name(rule: NameRule, layout: str) -> str:
     return rule.public if layout == "diffusers" else rule.original
 
 
-def _pattern(name: str) -> re.Pattern:
+def name_pattern(name: str) -> re.Pattern:
+    """`{}` in a name of the table stands for the index of a block."""
     return re.compile(re.escape(name).replace(r"\{\}", "([0-9]+)"))
 
 
@@ -163,8 +146,9 @@ def _pattern(name: str) -> re.Pattern:
 
 
 def find_weights(path: Path, subfolder: str) -> tuple[Path, dict[Path, set[str] | None]]:
-    """The folder, or file, that holds the weights which `path` means, and each of its files with the names that an
-    index gives it (else None).
+    """(the folder or file with the weights of `path`, {file: the names that an index lists for it, or None}).
+
+    ValueError: there are no weights, or it is ambiguous which they are.
     """
     if path.is_file():
         if path.suffix not in SUFFIXES:
@@ -175,54 +159,54 @@ def find_weights(path: Path, subfolder: str) -> tuple[Path, dict[Path, set[str] 
             return folder, files
     raise ValueError(
         f"{path} holds no weights. Looked there, in its {subfolder}/ and in its {ORIGINAL_FOLDER}/ for {INDEX}, "
-        f"{STEM}.safetensors, "
-        "another single .safetensors file or index, and a single .pt file"
+        f"{STEM}.safetensors, another single .safetensors file or index, and a single .pt file"
     )
 
 
 def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
-    index, single = folder / INDEX, folder / f"{STEM}.safetensors"
-    if not index.is_file() and not single.is_file():
-        for pattern in ("*.safetensors.index.json", "*.safetensors", "*.pt"):
-            found = sorted(folder.glob(pattern))
-            if len(found) > 1:
-                raise ValueError(
-                    f"{folder} holds {len(found)} files {pattern} and no {INDEX}: give the one that is meant, or "
-                    f"the missing index"
-                )
-            if found:
-                index, single = (found[0], single) if pattern.endswith("json") else (index, found[0])
-                break
-        else:
-            return {}
-    if not index.is_file():
-        return {single: None}
+    if (folder / INDEX).is_file():
+        return _indexed_files(folder / INDEX)
+    if (folder / f"{STEM}.safetensors").is_file():
+        return {folder / f"{STEM}.safetensors": None}
+    for pattern in ("*.safetensors.index.json", "*.safetensors", "*.pt"):
+        found = sorted(folder.glob(pattern))
+        if len(found) > 1:
+            raise ValueError(
+                f"{folder} holds {len(found)} files {pattern} and no {INDEX}: give the right one of them, or add the "
+                f"missing index"
+            )
+        if found:
+            return _indexed_files(found[0]) if pattern.endswith("json") else {found[0]: None}
+    return {}
+
+
+def _indexed_files(index: Path) -> dict[Path, set[str] | None]:
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
-        files: dict[Path, set[str] | None] = {folder / file_name: set() for file_name in weight_map.values()}
+        files: dict[Path, set[str] | None] = {index.parent / file_name: set() for file_name in weight_map.values()}
         for name, file_name in weight_map.items():
-            files[folder / file_name].add(name)
+            files[index.parent / file_name].add(name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{index} is no index of safetensors files") from e
-    if any(path.parent != folder for path in files):
+    if any(path.parent != index.parent for path in files):
         raise ValueError(f"{index} names files outside its folder")
     return files
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorLocation:
     """Where one of our parameters is stored."""
 
     file: Path
     name: str
-    part: Part
+    slice: TensorSlice
     dtype: torch.dtype
 
 
 class StoredWeights:
-    """Public weights of any format on disk: files, headers and names are read and understood, no tensor is.
+    """Weights on disk, in any public format. Headers, names and config.json are read; tensors are not.
 
-    ValueError if there are none.
+    ValueError: there are none, or a file is damaged.
     """
 
     def __init__(self, path: Path, subfolder: str):
@@ -232,26 +216,20 @@ class StoredWeights:
         for file, listed in files.items():
             header = read_header(file)
             if listed is not None and listed != header.keys():
-                raise ValueError(
-                    f"{file} and its index disagree about its tensors: {some(sorted(listed ^ header.keys()))}"
-                )
+                different = sorted(listed ^ header.keys())
+                raise ValueError(f"{file} and its index disagree about its tensors: {preview(different)}")
             self.found.update(header)
             self.files.update(dict.fromkeys(header, file))
 
     def layout(self, spec: ModelSpec) -> tuple[str, str]:
-        """(layout, prefix); ValueError with what was looked for if no name is the model's."""
-        count, layout, prefix = detect(self.found, spec)
-        if count == 0:
-            examples = " or ".join(f"{layout} ({_public(spec.hf_names[-1], layout)})" for layout in layouts(spec))
-            raise ValueError(
-                f"{self.root} holds no tensor of a {spec.name} model. Looked for the names of {examples}, with "
-                f"or without `{PREFIX}`; "
-                f"found {some(sorted(self.found))}"
-            )
-        return layout, prefix
+        """(layout, prefix of all names). ValueError: no name is the model's."""
+        if is_diffusers(self.found, spec):
+            return "diffusers", ""
+        asked_by = f"{self.root}: not all names of its tensors are those of {spec.name} in diffusers' layout"
+        return resolve(OPTIONAL["detection"], asked_by)(self.found, spec, self.root)
 
     def config(self) -> dict | None:
-        """config.json beside the weights; None for a single file. ValueError if it cannot be read."""
+        """config.json beside the weights; None for a single file. ValueError: it cannot be read."""
         if self.root.is_file():
             return None
         path = self.root / CONFIG
@@ -260,76 +238,72 @@ class StoredWeights:
         except (OSError, ValueError) as e:
             raise ValueError(f"{path} cannot be read ({e}); it belongs to the weights beside it") from e
 
-    def places(self, spec: ModelSpec, args: Any, shapes: dict[str, torch.Size]) -> dict[str, Place]:
-        """Our name -> place of every parameter.
+    def locate(self, spec: ModelSpec, args: Any, shapes: dict[str, torch.Size]) -> dict[str, TensorLocation]:
+        """Our name -> location of every parameter.
 
-        ValueError naming what is missing, extra, misshapen or of another architecture than `args`.
+        ValueError: names what is missing, unknown, of another shape, or of another architecture than `args`.
         """
         layout, prefix = self.layout(spec)
         self._check_config(spec, args, layout)
-        wanted = {prefix + name: tensor for name, tensor in public_tensors(spec, layout, shapes, args).items()}
-        self._check_tensors(
-            {name: tensor.shape for name, tensor in wanted.items()},
-            spec.hf_ignored if layout == "diffusers" else (),
-            prefix,
-        )
-        return {
-            part.ours: Place(self.files[name], name, part, DTYPES[self.found[name][1]])
-            for name, tensor in wanted.items()
-            for part in tensor.parts
-        }
+        tensors = {prefix + name: tensor for name, tensor in public_tensors(spec, layout, shapes, args).items()}
+        ignored = [prefix + name for name in spec.hf_ignored] if layout == "diffusers" else []
+        self._check_tensors({name: tensor.shape for name, tensor in tensors.items()}, ignored)
+        locations = {}
+        for name, tensor in tensors.items():
+            for tensor_slice in tensor.slices:
+                dtype = DTYPES[self.found[name][1]]
+                locations[tensor_slice.ours] = TensorLocation(self.files[name], name, tensor_slice, dtype)
+        return locations
 
     def _check_config(self, spec: ModelSpec, args: Any, layout: str) -> None:
-        """Shapes do not tell 8 heads of 64 from 4 of 128; config.json does."""
-        expected = spec.args_to_hf if layout == "diffusers" else spec.args_to_original
-        stored = self.config() if expected else None
+        """Shapes do not distinguish 8 heads of 64 from 4 heads of 128; config.json does."""
+        to_config = spec.args_to_hf if layout == "diffusers" else spec.args_to_original
+        stored = self.config() if to_config else None
         if stored is None:
             return
-        wanted = json.loads(json.dumps(expected(args)))
-        wanted.pop("model_type", None)  # says nothing that the names of the tensors do not say
-        wanted.pop("text_len", None)  # the run's choice, no part of the weights
+        expected = json.loads(json.dumps(to_config(args)))
+        expected.pop("model_type", None)  # implied by the names of the tensors
+        expected.pop("text_len", None)  # chosen by the run; the weights do not depend on it
         differs = [
             f"{key} = {stored[key]!r} (the model has {value!r})"
-            for key, value in wanted.items()
+            for key, value in expected.items()
             if key in stored and stored[key] != value
         ]
         if differs:
             raise ValueError(
-                f"{self.root / CONFIG} is of another architecture than the model: {some(differs)}; set "
+                f"{self.root / CONFIG} is of another architecture than the model: {preview(differs)}; set "
                 f"model.flavor to fit, or to `hf`"
             )
 
-    def _check_tensors(self, wanted: dict[str, Shape], ignored: Sequence[str], prefix: str) -> None:
+    def _check_tensors(self, expected: dict[str, Shape], ignored: Sequence[str]) -> None:
         found = self.found
-        extra = sorted(
-            name
-            for name in found.keys() - wanted.keys()
-            if not any(_pattern(prefix + pattern).fullmatch(name) for pattern in ignored)
-        )
-        misshapen = [name for name in sorted(wanted.keys() & found.keys()) if found[name][0] != wanted[name]]
+        patterns = [name_pattern(name) for name in ignored]
+        unknown = [n for n in found if n not in expected and not any(pattern.fullmatch(n) for pattern in patterns)]
+        misshapen = [n for n in sorted(expected.keys() & found.keys()) if found[n][0] != expected[n]]
         problems = {
-            "missing": sorted(wanted.keys() - found.keys()),
-            "extra": extra,
-            "of another shape": [f"{name} {found[name][0]} instead of {wanted[name]}" for name in misshapen],
-            "of a type that is no plain floating point": [
-                f"{n} {kind}" for n, (_, kind) in found.items() if kind not in DTYPES
-            ],
+            "missing": sorted(expected.keys() - found.keys()),
+            "extra": sorted(unknown),
+            "of another shape": [f"{n} {found[n][0]} instead of {expected[n]}" for n in misshapen],
+            "of a type that is no plain floating point": [f"{n} {t}" for n, (_, t) in found.items() if t not in DTYPES],
         }
-        text = "; ".join(f"{len(names)} {kind}: {some(names)}" for kind, names in problems.items() if names)
+        text = "; ".join(f"{len(names)} {kind}: {preview(names)}" for kind, names in problems.items() if names)
         if text:
             raise ValueError(f"the tensors in {self.root} are not the model's: {text}")
 
 
-def read_part(stored: Any, name: str, part: Part, box: tuple[slice, ...], args: Any) -> Tensor:
-    """The box of one of our parameters from an open file.
+def read_slice(file: Any, location: TensorLocation, box: tuple[slice, ...], args: Any) -> Tensor:
+    """The box of one of our parameters, from an open file (`safetensors_io.opened`).
 
-    One that changes form is read whole, others only in the box.
+    If the layout changes, the full parameter is read; else only the box.
     """
-    start, stop = part.rows or (0, 0)
-    if part.changes_form:
-        whole = stored.get_slice(name)[start:stop] if part.rows else stored.get_tensor(name)
-        return part.to_ours(whole, args)[box]
+    name, rows = location.name, location.slice.rows
+    if location.slice.changes_layout:
+        full = file.get_slice(name)[slice(*rows)] if rows else file.get_tensor(name)
+        return location.slice.to_ours(full, args)[box]
     if not box:
-        return stored.get_tensor(name)
-    first = slice((box[0].start or 0) + start, (box[0].stop or stop - start) + start) if part.rows else box[0]
-    return stored.get_slice(name)[(first, *box[1:])]
+        return file.get_tensor(name)
+    first = box[0]
+    if rows:
+        start, stop = rows
+        first = slice(start + (first.start or 0), start + (stop - start if first.stop is None else first.stop))
+    return file.get_slice(name)[(first, *box[1:])]

@@ -1,31 +1,29 @@
-"""What an export puts where, and the rest of a diffusers pipeline around exported weights."""
+"""Paths of a run's exports, and the rest of a diffusers pipeline around exported weights."""
 
 import json
 import os
 import shutil
 from pathlib import Path
 
-from titan_video.checkpoint.files import MANIFEST, fsync_path, list_steps, sha256_of, write_text
+from titan_video.checkpoint.files import MANIFEST, list_steps
 from titan_video.models.spec import ModelSpec
+from titan_video.tools.files import atomic_path, atomic_write, sha256
 from titan_video.tools.logging import logger
-from titan_video.weights.formats import CONFIG, FORMATS, INDEX, STEM
+from titan_video.weights.formats import CONFIG, INDEX, STEM, get_format
 
 PIPELINE = "model_index.json"
 
 
 def export_path(folder: Path, format_name: str, subfolder: str) -> Path:
-    """Where a run's export lies in its folder:
-
-    `hf/transformer`, `original`, `single_file.safetensors` or `comfyui.safetensors`.
-    """
+    """Path of a run's export: `hf/transformer`, `original`, `single_file.safetensors` or `comfyui.safetensors`."""
     if format_name == "diffusers":
         return folder / "hf" / subfolder
-    return folder / (f"{format_name}.safetensors" if FORMATS[format_name].one_file else format_name)
+    return folder / (f"{format_name}.safetensors" if get_format(format_name).one_file else format_name)
 
 
 def is_exported(path: Path, format_name: str, spec: ModelSpec) -> bool:
-    """Whether the file that an export writes last is there."""
-    if FORMATS[format_name].one_file:
+    """Whether the file that an export writes last exists."""
+    if get_format(format_name).one_file:
         return path.is_file()
     if format_name == "diffusers" or spec.args_to_original:
         return (path / CONFIG).is_file()
@@ -33,14 +31,16 @@ def is_exported(path: Path, format_name: str, spec: ModelSpec) -> bool:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether `path` is a step-N folder, or holds some, rather than public weights."""
+    """Whether `path` is a step-N folder or contains some, rather than public weights."""
     return (path / MANIFEST).is_file() or bool(list_steps(path))
 
 
 def complete_pipeline(source: Path, target: Path, subfolder: str) -> None:
-    """Make `target`, where `subfolder` is to hold exported weights, a whole pipeline folder if `source` is one: its
-    other parts are linked, or copied where the file system does not link, and model_index.json comes last. A linked
-    file is the same file: change neither in place.
+    """If `source` is a complete pipeline folder, make `target` one too; `target/subfolder` is left to exported weights.
+
+    The other parts are linked, or copied if the file system does not link; model_index.json is written last. Do not
+    change a linked file in place: it is the same file as the source's. ValueError: both are the same folder, or
+    model_index.json cannot be read.
     """
     index = source / PIPELINE
     if not index.is_file():
@@ -55,19 +55,18 @@ def complete_pipeline(source: Path, target: Path, subfolder: str) -> None:
         raise ValueError(f"{index} cannot be read ({e}); it should be that of a diffusers pipeline") from e
     missing = [name for name in parts if name != subfolder and not (source / name).is_dir()]
     if missing or subfolder not in parts:
-        lacks = f"it lacks {', '.join(missing)}" if missing else f"it names no {subfolder}"
-        logger.warning(f"{target} will hold the weights only: {source} is no whole pipeline, {lacks}")
+        problem = f"it lacks {', '.join(missing)}" if missing else f"it names no {subfolder}"
+        logger.warning(f"{target} will hold the weights only: {source} is no complete pipeline, {problem}")
         return
     for name in parts:
         if name != subfolder:
             for file in sorted(path for path in (source / name).rglob("*") if path.is_file()):
                 _link(file.resolve(), target / file.relative_to(source))
-    write_text(target / PIPELINE, index.read_text())
-    fsync_path(target)
+    atomic_write(target / PIPELINE, index.read_text())
 
 
 def _link(file: Path, target: Path) -> None:
-    """Hard links: a folder that is moved or whose source is removed stays whole."""
+    """A hard link, so that `target` stays valid when the source is moved or removed; else a verified copy."""
     if target.exists() and target.samefile(file):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +74,7 @@ def _link(file: Path, target: Path) -> None:
     try:
         os.link(file, target)
     except OSError:
-        shutil.copyfile(file, target)
-        fsync_path(target)
-        if sha256_of(target) != sha256_of(file):
-            raise RuntimeError(f"{target} does not hold what was copied from {file}") from None
+        with atomic_path(target) as temporary:
+            shutil.copyfile(file, temporary)
+            if sha256(temporary) != sha256(file):
+                raise RuntimeError(f"{target} does not hold what was copied from {file}") from None

@@ -1,14 +1,12 @@
-"""Files of public weights: safetensors written front to back in constant memory and read back, headers, and the one
-kind of pickle that is read.
+"""Files of public weights: reading tensors by slices, and writing safetensors in constant memory.
 
-A safetensors file is a length, a JSON header of names, types, shapes and offsets, and the tensors' bytes. All but the
-bytes is known beforehand, so a file of any size is written tensor by tensor.
+safetensors' own `save_file` needs all tensors of a file in memory at once. Names, types, shapes and offsets are known
+before the data, so `SafetensorsFile` writes the header first and then the tensors one by one.
 """
 
 import hashlib
 import json
 import os
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,89 +16,47 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from titan_video.tools.parts import resolve
+
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 PICKLED = (".pt", ".pth")
+PICKLED_FILE = "titan_video.weights.original:PickledFile"
 SUFFIXES = (".safetensors", *PICKLED)
-CHECK_EVERY = 1 << 30  # bytes; short enough for other ranks to wait for
+CHECK_EVERY = 1 << 30  # bytes; other ranks wait while rank 0 reads them back
 
 Shape = tuple[int, ...]
 
 
-# --- reading ---
-
-
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A file of tensors: `keys()`, `get_tensor(name)`, `get_slice(name)[box]`. No tensor is read before it is asked
-    for.
+    """A file of tensors with the interface of `safe_open`: `keys()`, `get_tensor(name)`, `get_slice(name)[box]`.
 
-    ValueError if the file is damaged.
+    Nothing but the header is read until a tensor is asked for. ValueError: the file is damaged.
     """
     if path.suffix in PICKLED:
-        yield _Pickled(path)
+        yield resolve(PICKLED_FILE, asked_by=f"{path}, a pickled state dict")(path)
         return
     try:
-        with safe_open(path, framework="pt") as stored:
-            yield stored
+        with safe_open(path, framework="pt") as file:
+            yield file
     except (OSError, SafetensorError) as e:
         raise ValueError(f"{path} is missing, incomplete or damaged: {e}") from e
 
 
 def read_header(path: Path) -> dict[str, tuple[Shape, str]]:
     """Name -> (shape, type) of every tensor in a file; no tensor is read."""
-    with opened(path) as stored:
-        parts = {name: stored.get_slice(name) for name in stored.keys()}
-        return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
-
-
-class _Pickled:
-    """A state dict that torch.save wrote, as HunyuanVideo is published:
-
-    mapped into memory, and only tensors are unpickled.
-    """
-
-    def __init__(self, path: Path):
-        try:
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            content = content.get("module", content)
-            self.tensors = {name: t for name, t in content.items() if isinstance(t, Tensor)}
-        except (OSError, RuntimeError, ValueError, AttributeError, EOFError, pickle.UnpicklingError) as e:
-            raise ValueError(f"{path} is missing, damaged, or no state dict of tensors: {e}") from e
-
-    def keys(self) -> list[str]:
-        return list(self.tensors)
-
-    def get_tensor(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-    def get_slice(self, name: str) -> "_Slice":
-        return _Slice(self.tensors[name])
-
-
-class _Slice:
-    def __init__(self, tensor: Tensor):
-        self.tensor = tensor
-
-    def get_shape(self) -> list[int]:
-        return list(self.tensor.shape)
-
-    def get_dtype(self) -> str:
-        return DTYPE_NAMES.get(self.tensor.dtype, str(self.tensor.dtype))
-
-    def __getitem__(self, box: Any) -> Tensor:
-        return self.tensor[box]
-
-
-# --- writing ---
+    with opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
 
 
 class SafetensorsFile:
-    """A file under way. Tensors are given as their bytes come, in the order of `entries`; several may make one entry,
-    row after row.
+    """A safetensors file that is being written, tensor by tensor, in the order of `entries`. Consecutive writes may
+    fill one entry row by row.
 
-    Each gigabyte is synced to the disk, read back and compared by SHA-256 with what was given; `close` does the last
-    one, and compares names, shapes and types. RuntimeError if something differs.
+    Each gigabyte is synced to disk, read back, and its SHA-256 compared with that of what was written. `close` does
+    this for the rest, and compares names, shapes and types. RuntimeError: something differs.
     """
 
     def __init__(self, path: Path, entries: dict[str, tuple[Shape, torch.dtype]]):
@@ -119,7 +75,7 @@ class SafetensorsFile:
         self._put(len(text).to_bytes(8, "little") + text)
 
     def write(self, tensor: Tensor) -> None:
-        """The next bytes: a tensor, or the next rows of one, of the entry's type."""
+        """The next bytes: a full tensor or its next rows, in the entry's type."""
         self._put(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         if self.file.tell() - self.checked >= CHECK_EVERY:
             self._read_back()

@@ -1,0 +1,139 @@
+"""What a checkpoint holds of a run: named tensors and JSON, the comparison with a run, and the reading of tensors."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+from titan_video.checkpoint.files import TensorLoadPlanner, TensorReader, plain_errors
+from titan_video.distributed.utils import clean_name, zeros_like_sharded
+from titan_video.optim.optimizer import SLOTS
+
+Saved = dict[str, TensorStorageMetadata]  # name -> entry of DCP's index: shape, dtype, chunks
+
+
+class TensorState(Protocol):
+    """`state_dict` returns the live tensors under flat, stable names: a save reads them, a load writes into them."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+
+class ModelState:
+    """Parameters and persistent buffers of a module; with `which`, only those whose name it accepts."""
+
+    def __init__(self, model: nn.Module, which: Callable[[str], bool] | None = None):
+        self.model, self.which = model, which
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = get_model_state_dict(self.model)
+        return state if self.which is None else {name: tensor for name, tensor in state.items() if self.which(name)}
+
+
+class OptimizerState:
+    """State tensors of an optimizer, named `parameter.slot`. Learning rate, betas and the like come from the TOML.
+
+    Construct it before the first forward: FSDP may replace the shards by gathered parameters later.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
+        self.optimizer = optimizer
+        # Not torch's get_optimizer_state_dict: without state it would take a step, and leave the step counts at 1.
+        self.param_group = {param: group for group in optimizer.param_groups for param in group["params"]}
+        self.params = {clean_name(name): param for name, param in model.named_parameters() if param in self.param_group}
+        assert len(self.params) == len(self.param_group), "the optimizer holds parameters that are not the model's"
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{slot}": value
+            for name, param in self.params.items()
+            for slot, value in self.optimizer.state.get(param, {}).items()
+        }
+
+    def allocate(self, saved: Saved) -> None:
+        """Replace the optimizer's state by zeros for the entries of `saved`, to be loaded into: a new optimizer has no
+        state before its first step.
+
+        ValueError: another kind of optimizer wrote them.
+        """
+        self.optimizer.state.clear()
+        for key, entry in saved.items():
+            name, _, slot = key.rpartition(".")
+            if name not in self.params:
+                continue  # of another pipeline stage, or not of this run: `compare` reports it
+            self.optimizer.state[self.params[name]][slot] = self._empty(self.params[name], slot, entry)
+        for name, param in self.params.items():
+            found = set(self.optimizer.state.get(param, ()))
+            expected = SLOTS[self.param_group[param].get("kind", "AdamW")]
+            if found and found != set(expected):
+                raise ValueError(
+                    f"the checkpoint has {', '.join(sorted(found))} of {name}, and optimizer.name of this run "
+                    f"needs {', '.join(expected)}: resume with the optimizer that wrote it, or start another run from "
+                    f"its weights by checkpoint.initial_load_path"
+                )
+
+    def _empty(self, param: Tensor, slot: str, entry: TensorStorageMetadata) -> Tensor:
+        if slot != "step":
+            return zeros_like_sharded(param, entry.size[-1], entry.properties.dtype)
+        # torch keeps the step count on the weights' device for a fused or capturable step, else on the host.
+        group = self.param_group[param]
+        device = param.device if group.get("fused") or group.get("capturable") else "cpu"
+        return torch.zeros((), dtype=entry.properties.dtype, device=device)
+
+
+def to_exact_json(name: str, state: dict[str, Any]) -> str:
+    """JSON text of a state that reads back equal. ValueError for a tuple, NaN, a key that is not a string, ..."""
+    try:
+        text = json.dumps(state, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the state of `{name}` cannot be saved as JSON: {error}") from error
+    if json.loads(text) != state:
+        raise ValueError(
+            f"the state of `{name}` would come back changed from JSON (a tuple, or a key that is not a string): {state}"
+        )
+    return text
+
+
+def saved_under(metadata: Metadata, prefix: str) -> Saved:
+    """The entries named `prefix.*`, without the prefix."""
+    return {
+        name[len(prefix) + 1 :]: entry
+        for name, entry in metadata.state_dict_metadata.items()
+        if name.startswith(f"{prefix}.")
+    }
+
+
+def compare(live: dict[str, Tensor], saved: Saved, same_dtype: bool) -> list[str]:
+    """Differences in name, shape and dtype that this rank can see.
+
+    DCP ignores saved tensors that the run lacks, and casts dtypes silently. Neither is accepted here.
+    """
+    problems = [f"the checkpoint lacks {name}" for name in live if name not in saved]
+    for name in sorted(live.keys() & saved.keys()):
+        tensor, entry = live[name], saved[name]
+        if entry.size != tensor.size():
+            problems.append(
+                f"{name} has shape {list(entry.size)} in the checkpoint and {list(tensor.size())} in the run"
+            )
+        elif same_dtype and entry.properties.dtype != tensor.dtype:
+            problems.append(f"{name} has type {entry.properties.dtype} in the checkpoint and {tensor.dtype} in the run")
+    return problems
+
+
+def read_tensors(
+    folder: Path, metadata: Metadata, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None
+) -> None:
+    """Fill `tensors`, by the names in the checkpoint, from a verified folder. Collective over `group`."""
+    with plain_errors(f"reading {folder}"):
+        dcp.load(
+            tensors,
+            storage_reader=TensorReader(folder, metadata),
+            planner=TensorLoadPlanner(flatten_state_dict=False),
+            process_group=group,
+        )
