@@ -15,9 +15,10 @@ from tests.unit_tests import test_wan as wan
 from titan_video.checkpoint.state import ModelState, OptimizerState
 from titan_video.config.job_config import Ema, Lora, Optimizer
 from titan_video.distributed.utils import initialise
-from titan_video.lora.adapters import add_adapters, init_adapter, is_adapter
+from titan_video.lora.adapters import add_adapters, init_adapter
 from titan_video.lora.files import ADAPTER_FORMATS, MergedWeights, load_lora, save_lora
 from titan_video.models import get_spec
+from titan_video.models.layers import is_adapter
 from titan_video.optim.ema import EmaWeights
 from titan_video.optim.optimizer import build_optimizer
 from titan_video.weights.hf_storage import load_hf, save_hf
