@@ -1,7 +1,6 @@
-"""Training steps to be timed: ours, built by the functions that train.py builds with, and diffusers' as its users write
-it.
+"""Training steps to be timed: ours, built by the functions that train.py uses, and diffusers', as its users write it.
 
-Both take the same random weights, latents, noise and text. A step is forward, loss, backward, clipping, update.
+Both have the same random weights, latents, noise and text. A step is forward, loss, backward, clipping and update.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.common import rand
@@ -21,13 +19,14 @@ from titan_video.config.job_config import JobConfig
 from titan_video.data.batch import Batch
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.parallelize import parallelize
-from titan_video.distributed.utils import clean_name, clip_grad_norm, derive_seed, init_distributed
-from titan_video.flow.matching import NUM_TRAIN_TIMESTEPS, interpolate, velocity
+from titan_video.distributed.sequence import whole_sequence
+from titan_video.distributed.utils import clean_name, clip_grad_norm, derive_seed, init_distributed, to_local
+from titan_video.flow.matching import NUM_TRAIN_TIMESTEPS, FlowMatching, interpolate, velocity_target
 from titan_video.kernels import attention
 from titan_video.models.layers import cast_params, token_shape, unpatchify
 from titan_video.models.wan import SPEC, WanArgs, args_to_hf
 from titan_video.optim.optimizer import build_optimizer, step_in_backward
-from titan_video.tasks.denoising import model_inputs, predict, velocity_loss
+from titan_video.tasks.denoising import Denoising
 from titan_video.weights.formats import public_names
 
 MAX_NORM = JobConfig().training.max_norm
@@ -58,9 +57,10 @@ class Ours:
 
 @dataclass(frozen=True)
 class Diffusers:
-    """A variant of diffusers' step. weights:
+    """A variant of diffusers' step.
 
-    "autocast" holds float32 and computes in bfloat16, "bfloat16" and "float32" hold and compute in that.
+    weights: "autocast" stores float32 and computes in bfloat16; "bfloat16" and "float32" store and compute in that
+    type.
     """
 
     checkpoint: bool = True
@@ -72,7 +72,7 @@ class Diffusers:
 
 @dataclass(frozen=True)
 class Data:
-    """Clips, their noise and their noise levels."""
+    """Clips, their noise and their sigmas."""
 
     batch: Batch
     noise_BCFHW: Tensor
@@ -81,9 +81,10 @@ class Data:
 
 @dataclass
 class Step:
-    """forward_backward: returns the loss, and the velocity as latents. update: clips, updates, and drops the gradients.
+    """One step in three parts.
 
-    gradients: {diffusers' name: gradient in diffusers' form}.
+    forward_backward: returns the loss, and the velocity as latents. update: clips, updates, and frees the gradients.
+    gradients: {diffusers' name: gradient in diffusers' layout}.
     """
 
     model: nn.Module
@@ -100,7 +101,7 @@ class Step:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """A group of one, unless there is one."""
+    """A process group of one rank, unless there is a group."""
     if dist.is_initialized():
         yield
         return
@@ -131,9 +132,9 @@ def make_data(
 
 
 def weight(name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Our parameter of this name, the same in each model.
+    """Values of our parameter of this name, the same in each model.
 
-    None is zero, as a new model's output layer is, behind which no gradient flows.
+    No parameter is zero. A new model has an output layer of zeros, through which no gradient flows.
     """
     normal = torch.randn(shape, generator=torch.Generator(device).manual_seed(derive_seed(name, 0)), device=device)
     if "norm" in name and name.endswith(("weight", "norm_q", "norm_k")):
@@ -144,8 +145,8 @@ def weight(name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
 @torch.no_grad()
 def fill(model: nn.Module) -> None:
     for name, p in model.named_parameters():
-        part = p.to_local() if isinstance(p, DTensor) else p  # of one rank: all of it
-        part.copy_(weight(clean_name(name), tuple(p.shape), part.device))
+        shard = to_local(p)  # of one rank: the full parameter
+        shard.copy_(weight(clean_name(name), tuple(p.shape), shard.device))
 
 
 @torch.no_grad()
@@ -158,30 +159,30 @@ def fill_diffusers(model: nn.Module, args: WanArgs) -> None:
 
 
 def names_in_diffusers(args: WanArgs) -> dict[str, tuple[str, Callable[[Tensor], Tensor], tuple[int, ...]]]:
-    """{our name: (diffusers', our form -> theirs, our shape)}."""
+    """{our name: (diffusers' name, our layout -> diffusers', our shape)}."""
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in SPEC.build(args).named_parameters()}
     table = public_names(SPEC.hf_names, list(shapes))
 
-    def form(rule: Any) -> Callable[[Tensor], Tensor]:
+    def transform(rule: Any) -> Callable[[Tensor], Tensor]:
         return (lambda t: rule.to_public(t, args)) if rule.to_public else (lambda t: t)
 
-    return {ours: (public, form(rule), shapes[ours]) for ours, (public, rule) in table.items()}
+    return {ours: (public, transform(rule), shapes[ours]) for ours, (public, rule) in table.items()}
 
 
 # ---- steps ----
 
 
 def our_step(variant: Ours, args: WanArgs, device: torch.device) -> Step:
-    """A process group must exist."""
+    """Our step. A process group must exist."""
     config = variant.job()
-    kernels_name, dtype = kernels.resolve_backend(config.model.kernels, device), getattr(torch, variant.dtype)
+    backend = kernels.resolve_backend(config.model.kernels, device)
 
-    def choose() -> None:  # for the whole process, in which other variants take turns
-        kernels.set_backend(kernels_name)
-        attention.set_backend(config.model.attention, device, dtype, args.head_dim)
+    def set_backends() -> None:  # before each step: they are global, and steps of other variants run in between
+        kernels.set_backend(backend)
+        attention.set_backend(config.model.attention, device, getattr(torch, variant.dtype), args.head_dim)
 
-    choose()
+    set_backends()
     with torch.device("meta"):
         model = SPEC.build(args)
     cast_params(model, SPEC.plan.fp32, getattr(torch, config.training.dtype))
@@ -199,14 +200,15 @@ def our_step(variant: Ours, args: WanArgs, device: torch.device) -> Step:
     model.to_empty(device=device)
     fill(model)
     optimizer = build_optimizer(model, config.optimizer, SPEC.plan.blocks)
+    task = Denoising(SPEC, args, FlowMatching(config.flow), whole_sequence(), device)
     in_backward = step_in_backward(optimizer) if config.optimizer.in_backward else None
 
     def forward_backward(data: Data) -> tuple[Tensor, Tensor]:
-        choose()
+        set_backends()
         latents = data.batch.streams["video"]
-        inputs = model_inputs(args.patch, data.batch, data.noise_BCFHW, data.sigma_B, torch.ones_like(data.sigma_B))
-        v_BLP = predict(model, inputs)
-        loss = velocity_loss(v_BLP, inputs).sum() / latents.numel()
+        inputs = task.add_noise(data.batch, data.noise_BCFHW, data.sigma_B)
+        v_BLP = model(**inputs.kwargs)
+        loss = task.loss(v_BLP, inputs).sum() / latents.numel()
         loss.backward()
         return loss.detach(), unpatchify(v_BLP.detach(), token_shape(latents.shape[2:], args.patch), args.patch)
 
@@ -221,7 +223,7 @@ def our_step(variant: Ours, args: WanArgs, device: torch.device) -> Step:
     def gradients() -> dict[str, Tensor]:
         table = names_in_diffusers(args)
         grads = {clean_name(name): p.grad for name, p in model.named_parameters()}
-        return {table[n][0]: table[n][1](g.full_tensor() if isinstance(g, DTensor) else g) for n, g in grads.items()}
+        return {table[name][0]: table[name][1](to_local(grad)) for name, grad in grads.items()}  # of one rank: full
 
     return Step(model, forward_backward, update, gradients)
 
@@ -259,7 +261,7 @@ def diffusers_step(variant: Diffusers, args: WanArgs, device: torch.device) -> S
             with autocast:
                 x = interpolate(latents, noise, sigma_B).to(model.patch_embedding.weight.dtype)
                 out = model(x, NUM_TRAIN_TIMESTEPS * sigma_B, data.batch.text_BLD, return_dict=False)[0]
-            loss = (out.float() - velocity(latents, noise)).square().mean()
+            loss = (out.float() - velocity_target(latents, noise)).square().mean()
             loss.backward()
         return loss.detach(), out.detach()
 

@@ -17,6 +17,7 @@ from titan_video.config.job_config import (
     Checkpoint,
     Compile,
     Ema,
+    Flow,
     Optimizer,
     Parallelism,
     Training,
@@ -24,14 +25,16 @@ from titan_video.config.job_config import (
 from titan_video.data.batch import Batch
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.parallelize import parallelize
-from titan_video.distributed.pipeline_parallel import Pipeline, keep_stages
-from titan_video.distributed.sequence import SequenceShard
+from titan_video.distributed.pipeline_parallel import Pipeline
+from titan_video.distributed.pipeline_stages import keep_stages
+from titan_video.distributed.sequence import SequenceShard, whole_sequence
 from titan_video.distributed.utils import gather_objects, initialise, reduce_over, to_local
+from titan_video.flow.matching import FlowMatching
 from titan_video.flow.noise import draw_noise
 from titan_video.models.wan import SPEC, WanArgs, WanModel
 from titan_video.optim.ema import EmaWeights
 from titan_video.optim.optimizer import build_optimizer
-from titan_video.tasks.denoising import compute_loss
+from titan_video.tasks.denoising import Denoising
 from titan_video.weights.hf_storage import load_hf, save_hf
 
 SIZES = {"num_layers": 2, "text_dim": 20, "text_len": 9, "freq_dim": 32}
@@ -101,11 +104,11 @@ class Run:
             torch.ones(2, self.args.text_len, dtype=torch.bool),
             ids,
         )
-        shard = SequenceShard(self.meshes.sequence, self.meshes.tp.size()) if self.meshes else None
+        shard = SequenceShard.from_meshes(self.meshes) if self.meshes else whole_sequence()
+        task = Denoising(SPEC, self.args, FlowMatching(Flow()), shard, torch.device("cpu"))
         noise = draw_noise(0, ids, tuple(batch.streams["video"].shape[1:]))
-        loss = compute_loss(
-            self.forward, self.args.patch, batch, noise, torch.tensor([0.3, 0.8]), torch.ones(2), shard
-        ).sum()
+        inputs = task.add_noise(batch, noise, torch.tensor([0.3, 0.8]))
+        loss = task.loss(self.forward(**inputs.kwargs), inputs).sum()
         return reduce_over(self.meshes.sequence, loss, "sum") if self.meshes else loss
 
 

@@ -16,6 +16,7 @@ from titan_video.config.job_config import (
     Checkpoint,
     Compile,
     Float8,
+    Flow,
     Optimizer,
     Parallelism,
     Training,
@@ -24,15 +25,17 @@ from titan_video.data.batch import Batch
 from titan_video.distributed.float8 import apply_float8
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.parallelize import parallelize
-from titan_video.distributed.pipeline_parallel import Pipeline, keep_stages
-from titan_video.distributed.sequence import SequenceShard
+from titan_video.distributed.pipeline_parallel import Pipeline
+from titan_video.distributed.pipeline_stages import keep_stages
+from titan_video.distributed.sequence import SequenceShard, whole_sequence
 from titan_video.distributed.utils import clip_grad_norm, initialise
+from titan_video.flow.matching import FlowMatching
 from titan_video.flow.noise import draw_noise
 from titan_video.models.layers import cast_params
 from titan_video.models.wan import SPEC, WanArgs, WanModel
 from titan_video.optim.in_backward import InBackward
 from titan_video.optim.optimizer import build_optimizer
-from titan_video.tasks.denoising import model_inputs, predict, velocity_loss
+from titan_video.tasks.denoising import Denoising
 
 ARGS = WanArgs(dim=128, num_heads=2, num_layers=2, ffn_dim=256, text_dim=10, text_len=5, freq_dim=32)
 LAYOUTS = {
@@ -79,6 +82,8 @@ class Run:
         self.optimizer = build_optimizer(
             self.model, Optimizer(name=name, lr=1e-2, weight_decay=0.1), SPEC.plan.blocks, seed=7
         )
+        shard = SequenceShard.from_meshes(self.meshes) if self.meshes else whole_sequence()
+        self.task = Denoising(SPEC, ARGS, FlowMatching(Flow()), shard, torch.device("cpu"))
         self.hooks = InBackward(self.optimizer) if in_backward else None
         self.state = OptimizerState(self.model, self.optimizer)
 
@@ -95,12 +100,12 @@ class Run:
             batches = range(self.meshes.batch.get_local_rank(), NUM_BATCHES, self.meshes.batch.size())
         inputs = [self.inputs(i) for i in batches]
         if self.pipeline:
-            self.pipeline.step(inputs, lambda v, i: velocity_loss(v, inputs[i]).sum())
+            self.pipeline.step(inputs, lambda v, i: self.task.loss(v, inputs[i]).sum())
         elif self.hooks:
-            sum(velocity_loss(predict(self.model, i), i).sum() for i in inputs).backward()
+            sum(self.loss(i) for i in inputs).backward()
         else:
             for i in inputs:
-                velocity_loss(predict(self.model, i), i).sum().backward()
+                self.loss(i).backward()
         norm = (
             self.hooks.grad_norm()
             if self.hooks
@@ -117,10 +122,10 @@ class Run:
             draw_noise(3, ids, (ARGS.text_len, ARGS.text_dim)).to(self.dtype),
             torch.ones(1, ARGS.text_len, dtype=torch.bool),
         )
-        shard = SequenceShard(self.meshes.sequence, self.meshes.tp.size()) if self.meshes else None
-        return model_inputs(
-            ARGS.patch, Batch({"video": latents}, text, mask, ids), noise, (ids + 1) / 6, torch.ones(1), shard
-        )
+        return self.task.add_noise(Batch({"video": latents}, text, mask, ids), noise, (ids + 1) / 6)
+
+    def loss(self, inputs):
+        return self.task.loss(self.model(**inputs.kwargs), inputs).sum()
 
     def tensors(self):
         """Full tensors of weights and state."""
@@ -206,7 +211,7 @@ def in_backward_and_bfloat16(folder):
         plain_norm, hooked_norm = 0.0, 0.0
         for _ in range(2):
             inputs = [plain.inputs(i) for i in range(plain.meshes.batch.get_local_rank(), NUM_BATCHES, 2)]
-            sum(velocity_loss(predict(plain.model, i), i).sum() for i in inputs).backward()
+            sum(plain.loss(i) for i in inputs).backward()
             plain_norm = clip_grad_norm(plain.model, 0.0).item()
             plain.optimizer.step()
             plain.optimizer.zero_grad()

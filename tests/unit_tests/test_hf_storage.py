@@ -12,7 +12,7 @@ from torch import nn
 
 from tests.helpers import diffusers_wan, hf_state_dict
 from titan_video.distributed.utils import clean_name
-from titan_video.models.spec import ModelSpec, NameRule, ParallelPlan
+from titan_video.models.spec import LatentGeometry, ModelSpec, NameRule, ParallelPlan
 from titan_video.models.wan import SPEC, WanArgs, WanModel
 from titan_video.weights import safetensors_io
 from titan_video.weights.formats import public_names
@@ -42,6 +42,7 @@ TOY = ModelSpec(
     flavors={"debug": ToyArgs()},
     build=Toy,
     init_parameter=lambda name, tensor, generator: None,
+    geometry=lambda args: LatentGeometry(channels=3, temporal_stride=4, spatial_stride=8),
     plan=ParallelPlan(blocks=("blocks",)),
     hf_names=(
         NameRule(
