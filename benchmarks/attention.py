@@ -1,9 +1,9 @@
-"""Each backend of model.attention, forward and backward, at the lengths of real clips; and which kernels really ran.
+"""Each backend of model.attention, forward and backward, at the lengths of real clips, and the kernels that ran.
 
     python benchmarks/attention.py [--json FILE]
 
-Backends take turns in one process. Forward counts two matrix products, backward five. A backend that this machine has
-not is named with the reason. Errors are those of output and gradients against float64, on fewer tokens.
+The backends are timed in turns in one process. Forward counts two matmuls, backward five. A backend that this machine
+does not have is listed with the reason. Errors are those of output and gradients against float64, on fewer tokens.
 """
 
 import sys
@@ -18,9 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import common  # noqa: E402
-
-# noqa: E402
+from benchmarks import common
 from benchmarks.common import (
     attention_tensors,
     failure,
@@ -30,18 +28,18 @@ from benchmarks.common import (
     markdown,
     relative_error,
 )
-from benchmarks.roof import BACKWARD_PRODUCTS  # noqa: E402
-from titan_video.kernels import attention  # noqa: E402
-from titan_video.models.layers import attention_flops  # noqa: E402
+from benchmarks.roof import BACKWARD_RATIO
+from titan_video.kernels import attention
+from titan_video.models.layers import attention_flops
 
 HEAD_DIM = 128
 SHAPES = ((32760, 12), (75600, 12), (32760, 40), (75600, 40))  # tokens, heads: Wan 1.3B and 14B
-SLOW = ("math", "auto")  # math holds all scores; auto is one of the others
+SKIPPED = ("math", "auto")  # math stores all scores; auto is one of the others
 ERROR_TOKENS = 2048
 
 
 def backend(name: str, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Attention by this backend. ValueError where there is none."""
+    """Attention with this backend. ValueError: this machine does not have it."""
     choose = partial(attention.set_backend, name, device, torch.bfloat16, HEAD_DIM)
     choose()
 
@@ -53,10 +51,10 @@ def backend(name: str, device: torch.device) -> Callable[[Tensor, Tensor, Tensor
 
 
 def backends(device: torch.device) -> tuple[dict[str, Callable], dict[str, str]]:
-    """Those that are there, and why the others are not."""
+    """(the available backends by name, why each other one is unavailable)"""
     found, missing = {}, {}
     for name in attention.NAMES:
-        if name in SLOW:
+        if name in SKIPPED:
             continue
         try:
             found[name] = backend(name, device)
@@ -79,7 +77,7 @@ def errors(run: Callable, heads: int, device: torch.device, tokens: int) -> floa
 
 
 def get_kernels(run: Callable, heads: int, device: torch.device, tokens: int) -> list[str]:
-    """Names of the longest-running kernels (of operators, on a CPU) of a forward and backward."""
+    """Names of the three kernels (on a CPU, operators) with the most time in a forward and backward."""
     *qkv, grad = attention_tensors(tokens, tokens, heads, HEAD_DIM, device)
     torch.autograd.grad(run(*qkv), qkv, grad)
     gpu = device.type == "cuda"
@@ -107,7 +105,7 @@ def run_shape(tokens: int, heads: int, runs: dict[str, Callable], device: torch.
             forward, backward = times[f"{name} forward"], times[f"{name} backward"]
             rates = {
                 "forward TFLOP/s": flops / forward.median / 1e12,
-                "backward TFLOP/s": BACKWARD_PRODUCTS * flops / backward.median / 1e12,
+                "backward TFLOP/s": BACKWARD_RATIO * flops / backward.median / 1e12,
             }
             results[name] = {"forward": forward.as_dict(), "backward": backward.as_dict(), **rates}
     return {"tokens": tokens, "heads": heads, "backends": results}
@@ -139,26 +137,26 @@ def kernels_table(found: dict[str, dict[str, Any]]) -> str:
 def main(argv: list[str]) -> None:
     parser = common.options(__doc__)
     parser.add_argument("--rounds", type=int, default=7)
-    given = parser.parse_args(argv)
-    device = get_tensor_device(given)
+    cli = parser.parse_args(argv)
+    device = get_tensor_device(cli)
     runs, missing = backends(device)
-    tokens = 64 if given.toy else ERROR_TOKENS
+    tokens = 64 if cli.toy else ERROR_TOKENS
     ran: dict[str, dict[str, Any]] = {name: {"failed": reason} for name, reason in missing.items()}
     for name, run in runs.items():
         try:
             ran[name] = {"error": errors(run, 2, device, tokens), "kernels": get_kernels(run, 2, device, tokens)}
-        except Exception as e:  # the others are to be measured all the same
+        except Exception as e:  # measure the others all the same
             ran[name] = {"failed": failure(e)}
     auto = attention.set_backend("auto", device, torch.bfloat16, HEAD_DIM)
     print(f"auto is {auto} here\n\n{kernels_table(ran)}\n", flush=True)
     working = {name: run for name, run in runs.items() if "failed" not in ran[name]}
-    results = [run_shape(*shape, working, device, given.rounds) for shape in (((64, 2),) if given.toy else SHAPES)]
+    results = [run_shape(*shape, working, device, cli.rounds) for shape in (((64, 2),) if cli.toy else SHAPES)]
     print(table(results))
-    if given.json:
+    if cli.json:
         common.write_json(
-            given.json,
+            cli.json,
             "attention",
-            given,
+            cli,
             common.environment(device),
             {"auto": auto, "shapes": results, "kernels": ran},
         )

@@ -1,20 +1,19 @@
-"""What one transformer block keeps for backward, and what it moves through memory outside its matrix products: exact
-counts, on no device.
+"""Exact counts of the bytes that a block saves for backward, and moves through memory outside its matmuls.
 
     python benchmarks/block_bytes.py [--json FILE]
 
-A Wan block of ours and diffusers' run forward and backward on the meta device, in bfloat16, at the real shapes. Both
-are counted alike:
+A Wan block of ours and one of diffusers run forward and backward on the meta device, in bfloat16, at the real shapes.
+Both are counted by the same rules:
 
-    saved    bytes of all storages that autograd keeps, each once, the block's input among them; without weights, text, modulation and
-             rotations, which all blocks share
-    traffic  for each operator but matrix products and attention: its tensor arguments read once and its results written
-             once. Dims of stride 0 are read once. Views and empty allocations are free. What an operator updates in
-             place is read and written, by copy_ only written. by copy_ only written. A kernel of ours is one operator,
-             RMSNorm too (in both), as on a GPU.
+    saved    bytes of all storages that autograd saves, each once, including the block's input; without weights, text,
+             modulation and freqs_cis, which all blocks share
+    traffic  for each operator except matmuls and attention: its tensor arguments are read once and its results written
+             once. Dims of stride 0 are read once. Views and empty allocations are free. An operator in place reads and
+             writes its tensor, copy_ only writes it. A kernel of ours is one operator; so is RMSNorm, in both blocks,
+             as on a GPU.
 
-Per element means: divided by tokens x width. A bias's gradient, a sum over all tokens, is an operator of its own and
-    counted, too.
+Figures per element are divided by tokens x width. The gradient of a bias, a sum over all tokens, is an operator of its
+own and is counted too.
 """
 
 import sys
@@ -31,16 +30,16 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import environment, markdown, options, write_json  # noqa: E402
-from titan_video import kernels  # noqa: E402
-from titan_video.models.wan import SPEC, WanArgs, WanModel  # noqa: E402
+from benchmarks.common import environment, markdown, options, write_json
+from titan_video import kernels
+from titan_video.models.wan import SPEC, WanArgs, WanModel
 
 CASES = {"Wan 1.3B, 32,760 tokens": ("t2v-1.3B", 32760), "Wan 14B, 75,600 tokens": ("t2v-14B", 75600)}
 BARS = {"saved": 0.75, "traffic": 0.55}  # of diffusers'
-PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+MATMULS = {"mm", "addmm", "bmm", "baddbmm"}
 
 
-# ---- one operator each, as on a GPU; the meta device has none of the values ----
+# ---- RMSNorm as one operator, as on a GPU; on the meta device only its shapes are needed ----
 
 
 @torch.library.custom_op("benchmarks::rms_norm", mutates_args=())
@@ -82,10 +81,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
 
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
-    """torch's RMSNorm and attention as the one kernel that each is on a GPU.
-
-    On the meta device torch takes them apart.
-    """
+    """torch's RMSNorm and attention as one operator each, as on a GPU; the meta device would decompose them."""
     originals = F.rms_norm, F.scaled_dot_product_attention
     F.rms_norm, F.scaled_dot_product_attention = _RmsNorm.apply, _attention
     try:
@@ -98,7 +94,7 @@ def as_on_gpu() -> Iterator[None]:
 
 
 def touched(t: Tensor) -> int:
-    """Bytes of a tensor, its broadcast dims once."""
+    """Bytes of a tensor; broadcast dims count once."""
     numel = 1
     for size, stride in zip(t.shape, t.stride(), strict=True):
         numel *= size if stride else min(size, 1)
@@ -110,7 +106,7 @@ def _storage(t: Tensor) -> int:
 
 
 class Traffic(TorchDispatchMode):
-    """Bytes by operator; see the top of the file."""
+    """Counts bytes by operator, by the rules at the top of the file."""
 
     def __init__(self):
         super().__init__()
@@ -123,29 +119,29 @@ class Traffic(TorchDispatchMode):
 
     def _count(self, func, args, kwargs, result) -> None:
         name = func._schema.name.removeprefix("aten::")
-        if name in PRODUCTS or "attention" in name or name.startswith(("empty", "new_empty")):
+        if name in MATMULS or "attention" in name or name.startswith(("empty", "new_empty")):
             return
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        arguments = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         results = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         if (
             not func._schema.is_mutable
             and results
-            and given
-            and {_storage(t) for t in results} <= {_storage(t) for t in given}
+            and arguments
+            and {_storage(t) for t in results} <= {_storage(t) for t in arguments}
         ):
             return  # a view
         if name.endswith("_like") or name.startswith("new_"):
-            given = []  # only its shape is asked for
+            arguments = []  # only the shape is read
         elif name in ("copy_", "fill_", "zero_"):
-            given = given[1:]
-        read = {(_storage(t), t.storage_offset(), t.shape, t.stride()): touched(t) for t in given}
+            arguments = arguments[1:]
+        read = {(_storage(t), t.storage_offset(), t.shape, t.stride()): touched(t) for t in arguments}
         self.bytes[name] += sum(read.values()) + sum(touched(t) for t in results)
 
 
 def count(block: nn.Module, inputs: tuple, x: Tensor) -> dict:
-    """Bytes that a forward of `block(*inputs)` saves and moves, and its backward. x:
+    """Bytes that `block(*inputs)` saves, and that its forward and backward move.
 
-    the one of the inputs that counts as saved.
+    x: the block's activations, the only one of the inputs that counts as saved.
     """
     shared = {_storage(t) for t in (*inputs, *block.parameters()) if isinstance(t, Tensor) and t is not x}
     saved: dict[int, int] = {}
@@ -153,10 +149,10 @@ def count(block: nn.Module, inputs: tuple, x: Tensor) -> dict:
     def pack(t: Tensor) -> Tensor:
         if _storage(t) not in shared:
             saved[_storage(t)] = t.untyped_storage().nbytes()
-        kept.append(t)  # a storage that dies gives its address to another
+        alive.append(t)  # a freed storage could give its address to another
         return t
 
-    kept: list[Tensor] = []
+    alive: list[Tensor] = []
     with as_on_gpu(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         with Traffic() as forward:
             out = block(*inputs)
@@ -170,7 +166,7 @@ def count(block: nn.Module, inputs: tuple, x: Tensor) -> dict:
 
 
 def our_block(args: WanArgs, num_tokens: int) -> dict:
-    """Ours, with the kernels that are in use."""
+    """Counts of our block, with the current backend of kernels."""
     with torch.device("meta"):
         model = WanModel(args)
         x = torch.empty(1, num_tokens, args.dim, dtype=torch.bfloat16, requires_grad=True)
@@ -179,18 +175,18 @@ def our_block(args: WanArgs, num_tokens: int) -> dict:
         pos = torch.empty(1, num_tokens, 3, dtype=torch.int64)
     block, seen = model.blocks["0"].to(torch.bfloat16), []
 
-    class Seen(Exception):
+    class BlockReached(Exception):
         pass
 
     def stop(module, inputs):
         seen.append(inputs)
-        raise Seen
+        raise BlockReached
 
-    # The block's own inputs, as the model makes them.
+    # Record the block's inputs as the model computes them.
     handle = block.register_forward_pre_hook(stop)
     try:
         model.trunk(x, time_BTD, time_BTE, context, pos)
-    except Seen:
+    except BlockReached:
         handle.remove()
     return count(block, seen[0], x)
 
@@ -218,7 +214,7 @@ def diffusers_block(args: WanArgs, num_tokens: int) -> dict:
 
 @contextmanager
 def using(name: str) -> Iterator[None]:
-    """With these kernels."""
+    """Use this backend of kernels inside the context."""
     before = kernels.current_backend()
     kernels.set_backend(name)
     try:
@@ -227,8 +223,8 @@ def using(name: str) -> Iterator[None]:
         kernels.set_backend(before)
 
 
-def counted(flavor: str, num_tokens: int) -> dict[str, dict]:
-    """{who: counts} of one case."""
+def count_blocks(flavor: str, num_tokens: int) -> dict[str, dict]:
+    """{implementation: counts} of one case."""
     args = SPEC.flavors[flavor]
     results = {"diffusers": diffusers_block(args, num_tokens)}
     for name in ("torch", "triton"):
@@ -238,13 +234,13 @@ def counted(flavor: str, num_tokens: int) -> dict[str, dict]:
 
 
 def per_element(counts: dict, num_elements: int) -> dict[str, float]:
-    """Bytes of an element that are saved, and moved forward, backward, and in both."""
+    """Bytes per element: saved, and moved in forward, in backward and in both."""
     moved = {phase: sum(counts[phase].values()) / num_elements for phase in ("forward", "backward")}
     return {"saved": counts["saved"] / num_elements} | moved | {"traffic": sum(moved.values())}
 
 
 def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Of `per_element` by case and who."""
+    """results: `per_element` by case and implementation."""
     rows = []
     for case, found in results.items():
         for who, r in found.items():
@@ -252,7 +248,7 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
             rows.append([case, who, *(f"{r[what]:.1f}" for what in ("saved", "forward", "backward")), *ratios])
     header = [
         "block",
-        "whose",
+        "implementation",
         "saved, B",
         "moved forward, B",
         "moved backward, B",
@@ -264,17 +260,17 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
 
 def main(argv: list[str]) -> None:
     parser = options(__doc__)
-    given = parser.parse_args(argv)
-    cases = {"toy": ("debug", 64)} if given.toy else CASES
-    counts = {case: counted(*which) for case, which in cases.items()}
+    cli = parser.parse_args(argv)
+    cases = {"toy": ("debug", 64)} if cli.toy else CASES
+    counts = {case: count_blocks(*which) for case, which in cases.items()}
     sizes = {case: SPEC.flavors[flavor].dim * tokens for case, (flavor, tokens) in cases.items()}
     results = {case: {who: per_element(c, sizes[case]) for who, c in found.items()} for case, found in counts.items()}
     print(table(results))
-    if given.json:
+    if cli.json:
         write_json(
-            given.json,
+            cli.json,
             "block_bytes",
-            given,
+            cli,
             environment(torch.device("cpu")),
             {"per element": results, "by operator": counts},
         )

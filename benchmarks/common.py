@@ -1,4 +1,4 @@
-"""What the benchmarks share: random data, timing, the machine's ceilings, and results as a table and as JSON."""
+"""What the benchmarks share: random data, timing, rates that the machine reaches, and results as tables and JSON."""
 
 import argparse
 import datetime
@@ -53,12 +53,12 @@ def options(about: str) -> argparse.ArgumentParser:
     return parser
 
 
-def get_tensor_device(given: argparse.Namespace) -> torch.device:
-    return torch.device("cpu") if given.device == "cpu" else get_device(0)
+def get_tensor_device(cli: argparse.Namespace) -> torch.device:
+    return torch.device("cpu") if cli.device == "cpu" else get_device(0)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Hardware and versions."""
+    """Date, commit, hardware and versions of packages."""
     found = {
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
@@ -85,7 +85,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def failure(error: Exception) -> str:
-    """One line of it: what fails is written down, and the rest is measured all the same."""
+    """One line that describes the error, for the results; the other measurements go on."""
     return (
         "out of memory"
         if isinstance(error, torch.OutOfMemoryError)
@@ -103,9 +103,9 @@ def _commit() -> str:
         return "unknown"
 
 
-def write_json(path: Path, benchmark: str, given: argparse.Namespace, env: dict[str, Any], results: Any) -> None:
+def write_json(path: Path, benchmark: str, cli: argparse.Namespace, env: dict[str, Any], results: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    arguments = {k: v for k, v in vars(given).items() if k != "json"}
+    arguments = {k: v for k, v in vars(cli).items() if k != "json"}
     content = {"benchmark": benchmark, "arguments": arguments, "environment": env, "results": results}
     path.write_text(json.dumps(content, indent=1, default=str) + "\n")
 
@@ -129,7 +129,7 @@ def _cell(value: Any) -> str:
 def rand(
     *shape: int, device: torch.device | str, dtype: torch.dtype = torch.bfloat16, grad: bool = False, scale: float = 1.0
 ) -> Tensor:
-    """Normal numbers; zeros would be faster than real data."""
+    """Normal random numbers. Kernels on zeros would be faster than on real data."""
     return (scale * torch.randn(*shape, device=device, dtype=torch.float32)).to(dtype).requires_grad_(grad)
 
 
@@ -141,7 +141,7 @@ def relative_error(x: Tensor, reference: Tensor) -> float:
 
 
 def cosine(a: list[Tensor], b: list[Tensor]) -> float:
-    """Of two lists of tensors, each taken as one vector."""
+    """Cosine of two lists of tensors, each taken as one vector."""
     dot = norm_a = norm_b = 0.0
     for x, y in zip(a, b, strict=True):
         x, y = x.double().flatten(), y.double().flatten().to(x.device)
@@ -164,18 +164,18 @@ class Times:
 
     @property
     def iqr(self) -> float:
-        """Between the quartiles; of fewer than three rounds, between all."""
+        """Spread between the quartiles; between minimum and maximum for fewer than three rounds."""
         if len(self.seconds) < 3:
             return max(self.seconds) - min(self.seconds)
         low, _, high = statistics.quantiles(self.seconds, n=4)
         return high - low
 
     def ties(self, other: "Times") -> bool:
-        """Whether the two differ by less than twice the larger spread: then nothing is said about which is faster."""
+        """Whether the medians differ by less than twice the larger spread; then neither counts as faster."""
         return abs(self.median - other.median) < 2 * max(self.iqr, other.iqr)
 
     def speedup(self, over: "Times") -> str:
-        """How many times as fast as `over`: the median of the rounds' ratios."""
+        """How many times as fast as `over`: the median of the ratios of each round."""
         ratio = statistics.median(b / a for a, b in zip(self.seconds, over.seconds, strict=True))
         return f"{ratio:.2f}" + (" (tie)" if self.ties(over) else "")
 
@@ -184,8 +184,10 @@ class Times:
 
 
 def get_seconds(function: Callable[[], Any], device: torch.device, repeats: int = 1, queued: bool = False) -> float:
-    """Of one call, by the device's own clock where it has one. queued: the device waits until the calls are queued, so
-    that a short kernel's time is not that of the host which launches it."""
+    """Seconds of one call, by the GPU's clock on a GPU.
+
+    queued: the GPU waits until the calls are queued, so that the time of a short kernel is not the host's launch time.
+    """
     synchronize(device)
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -210,11 +212,10 @@ def interleaved(
     budget: float = 0.01,
     queued: bool = False,
 ) -> dict[str, Times]:
-    """Each function timed once a round, in turns, in alternating order; so a drift of the machine's clock hits all
-    alike.
+    """Time each function once per round, in alternating order, so that a drift of the clock rate affects all equally.
 
-    budget: seconds that a function is repeated for in a round, 50 times at most. The caller has warmed them up. queued:
-        see `get_seconds`.
+    budget: seconds for which a function is repeated in a round, at most 50 times; 0: once. queued: see `get_seconds`.
+    The caller has warmed the functions up.
     """
     repeats = {
         name: max(1, min(50, int(budget / max(get_seconds(f, device), 1e-6)))) if budget else 1
@@ -227,11 +228,11 @@ def interleaved(
     return {name: Times(tuple(s)) for name, s in seconds.items()}
 
 
-# ---- ceilings: what this machine can do, measured in the same run ----
+# ---- ceilings: rates that this machine reaches, measured in the same run ----
 
 
 def copy_bandwidth(device: torch.device, num_bytes: int = 2**30, rounds: int = 10) -> float:
-    """Bytes a second, read and written, of a plain copy."""
+    """Bytes per second of a plain copy, reads and writes counted."""
     source = rand(num_bytes // 2, device=device)
     target = torch.empty_like(source)
     for _ in range(3):
@@ -251,14 +252,14 @@ def gemm_rate(m: int, n: int, k: int, device: torch.device, rounds: int = 5) -> 
 def attention_tensors(
     tokens: int, keys: int, heads: int, head_dim: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v and the gradient of the output, [1, L, H, K]; q, k, v want gradients."""
+    """q, k, v with requires_grad, and a gradient of the output; all [1, tokens or keys, H, K]."""
     q, grad = (rand(1, tokens, heads, head_dim, device=device, grad=wanted) for wanted in (True, False))
     k, v = (rand(1, keys, heads, head_dim, device=device, grad=True) for _ in range(2))
     return q, k, v, grad
 
 
 def leaves(values: Any) -> tuple[Tensor, ...]:
-    """The tensors among them that carry gradients."""
+    """The tensors among `values` that require gradients."""
     return tuple(
         v
         for v in (values if isinstance(values, (tuple, list)) else (values,))
@@ -269,8 +270,8 @@ def leaves(values: Any) -> tuple[Tensor, ...]:
 def halves(
     forward: Callable[[], Any], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """(forward without a graph, backward alone) as functions to be timed, both warm. grads: of the results."""
-    torch._functorch.config.donated_buffer = False  # a compiled backward runs more than once
+    """(forward without autograd, backward alone) as functions for timing, warmed up. grads: of the outputs."""
+    torch._functorch.config.donated_buffer = False  # because the compiled backward runs more than once
     out = leaves(forward())
 
     def backward() -> None:

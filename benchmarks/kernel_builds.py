@@ -8,6 +8,7 @@ thread, cost time.
 """
 
 import argparse
+import itertools
 import re
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from titan_video.kernels.triton import launch, layer_norm_launch, rms_norm  # noqa: E402
+from titan_video.kernels.triton import launch, layer_norm_launch, rms_norm
 
 TOKENS = {1536: 32760, 3072: 118800, 5120: 75600, 8192: 75600}
 WIDTHS = (128, 1536, 3072, 5120)
@@ -188,12 +189,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--names", nargs="+", default=list(operators(128)))
     parser.add_argument("--write", type=Path, help=f"Markdown file; the table goes between two lines {MARKER}")
     options = parser.parse_args(argv)
-    builds = [
-        build(name, direction, D)
-        for D in options.widths
-        for name in options.names
-        for direction in ("forward", "backward")
-    ]
+    cases = itertools.product(options.widths, options.names, ("forward", "backward"))
+    builds = [build(name, direction, width) for width, name, direction in cases]
     print(table(builds))
     if options.write:
         before, _, after = options.write.read_text().split(MARKER)

@@ -1,12 +1,12 @@
-"""Each memory-bound operator of a block, forward and backward: ours against plain torch, plain torch compiled, and
-Liger where it is installed.
+"""Each memory-bound operator of a block, forward and backward: ours, torch, compiled torch, and Liger if installed.
 
     python benchmarks/kernels.py [--ops ada_layer_norm ...] [--json FILE]
 
-All take turns in one process, on the same random bfloat16 tensors. Bytes are what the operator must move: each input
-written once, in bfloat16, with float32 rotations; statistics and modulation, a few bytes a row, are left out. The
-plain copy, read and write, measured in the same run. Errors: against float64, the largest ratio over results and
-gradients of ours to compiled torch's. Bitwise: whether two runs give the same bits.
+All are timed in turns in one process, on the same random bfloat16 tensors. Bytes are what the operator must move: each
+input read once and each output written once, in bfloat16, with float32 freqs_cis; statistics and modulation, a few
+bytes per row, are left out. The fraction is of the bandwidth of a plain copy, read and write, measured in the same run.
+Errors are against float64: the largest ratio of our error to compiled torch's, over results and gradients. Bitwise:
+whether two runs give the same bits.
 """
 
 import sys
@@ -20,7 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import common  # noqa: E402
+from benchmarks import common
 from benchmarks.common import (
     copy_bandwidth,
     failure,
@@ -31,22 +31,21 @@ from benchmarks.common import (
     markdown,
     rand,
     relative_error,
-)  # noqa: E402
-from titan_video import kernels  # noqa: E402
-from titan_video.kernels import reference  # noqa: E402
-from titan_video.models.layers import rope_freqs_cis  # noqa: E402
+)
+from titan_video import kernels
+from titan_video.kernels import reference
+from titan_video.models.layers import rope_freqs_cis
 
 SHAPES = ((32760, 1536), (75600, 5120), (118800, 3072))
 EPS, HEAD_DIM = 1e-6, 128
-BARS = {"forward": 0.85, "backward": 0.80}  # of the copy bandwidth
 
 
 @dataclass(frozen=True)
 class Op:
-    """arguments: (rows, width, device) -> those of `name` in titan_video.kernels. forward, backward: bytes of an
-    element; row: further ones of a row.
+    """One operator.
 
-    liger: the class of liger_kernel.transformers that does the same.
+    arguments: (rows, width, device) -> the arguments of `name` in titan_video.kernels. forward, backward: bytes per
+    element; row: additional bytes per row. liger: the class of liger_kernel.transformers that computes the same.
     """
 
     name: str
@@ -69,12 +68,14 @@ def _vector(D: int, device: torch.device) -> Tensor:
     return rand(D, device=device, grad=True)
 
 
-def _kept_freqs(rows: int, D: int, device: torch.device) -> Tensor:
-    at = torch.arange(rows, device=device)
+def _freqs_cis(rows: int, D: int, device: torch.device) -> Tensor:
+    index = torch.arange(rows, device=device)
     head = min(HEAD_DIM, D)
     side = 2 * (head // 6)
     return rope_freqs_cis(
-        torch.stack([at // 1560, at % 1560 // 52, at % 52], dim=-1).unsqueeze(0), (head - 2 * side, side, side), 10000.0
+        torch.stack([index // 1560, index % 1560 // 52, index % 52], dim=-1).unsqueeze(0),
+        (head - 2 * side, side, side),
+        10000.0,
     )
 
 
@@ -99,7 +100,7 @@ OPS = {
     "RMSNorm": Op("rms_norm", lambda n, D, d: (_token(n, D, d), _vector(D, d), EPS), 4, 6, liger="LigerRMSNorm"),
     "RMSNorm, RoPE": Op(
         "rms_norm_rope",
-        lambda n, D, d: (_token(n, D, d), _vector(D, d), _kept_freqs(n, D, d), EPS),
+        lambda n, D, d: (_token(n, D, d), _vector(D, d), _freqs_cis(n, D, d), EPS),
         4,
         6,
         row=4 * HEAD_DIM,
@@ -107,8 +108,8 @@ OPS = {
 }
 
 
-def contestants(op: Op, arguments: tuple, device: torch.device, backend: str) -> dict[str, Callable[[], Any]]:
-    """{whose: the operator on these arguments}."""
+def implementations(op: Op, arguments: tuple, device: torch.device, backend: str) -> dict[str, Callable[[], Any]]:
+    """{implementation: the operator on these arguments}."""
     plain, best = getattr(reference, op.name), kernels.resolve_backend("auto", device)
 
     def ours() -> Any:
@@ -139,11 +140,9 @@ def get_results(run: Callable[[], Any], inputs: tuple[Tensor, ...], grads: tuple
 
 
 def errors(op: Op, arguments: tuple, grads: tuple[Tensor, ...], runs: dict[str, Callable[[], Any]]) -> dict[str, Any]:
-    """Relative errors of each result and gradient, ours and compiled torch's, the largest ratio of the two, and whether
-    ours are the same again.
-    """
+    """Relative errors of results and gradients, ours and compiled torch's; their largest ratio; "bitwise"."""
     inputs = leaves(arguments)
-    exact = tuple(_wide(a) for a in arguments)
+    exact = tuple(_to_float64(a) for a in arguments)
     reference_results = get_results(lambda: getattr(reference, op.name)(*exact), leaves(exact), grads)
     found = {
         name: [
@@ -156,11 +155,11 @@ def errors(op: Op, arguments: tuple, grads: tuple[Tensor, ...], runs: dict[str, 
     return found | {"bitwise": all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))}
 
 
-def _wide(argument: Any) -> Any:
+def _to_float64(argument: Any) -> Any:
     if not isinstance(argument, Tensor):
         return argument
-    upcast = argument.detach().to(torch.complex128 if argument.is_complex() else torch.float64)
-    return upcast.requires_grad_(argument.requires_grad)
+    exact = argument.detach().to(torch.complex128 if argument.is_complex() else torch.float64)
+    return exact.requires_grad_(argument.requires_grad)
 
 
 def run_op(
@@ -169,7 +168,7 @@ def run_op(
     op = OPS[name]
     arguments = op.arguments(rows, width, device)
     inputs, functions, failed, error = leaves(arguments), {}, {}, {"ratio": None, "bitwise": None}
-    runs = contestants(op, arguments, device, backend)
+    runs = implementations(op, arguments, device, backend)
     grads = tuple(torch.randn_like(out) for out in leaves(runs["eager"]()))
     for who, run in runs.items():
         try:
@@ -231,18 +230,18 @@ def main(argv: list[str]) -> None:
     parser = common.options(__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--ops", nargs="+", choices=list(OPS), default=list(OPS))
-    given = parser.parse_args(argv)
-    device, backend = get_tensor_device(given), "eager" if given.toy else "inductor"
-    copy = copy_bandwidth(device, 2**22 if given.toy else 2**30)
+    cli = parser.parse_args(argv)
+    device, backend = get_tensor_device(cli), "eager" if cli.toy else "inductor"
+    copy = copy_bandwidth(device, 2**22 if cli.toy else 2**30)
     print(f"copy {copy / 1e12:.2f} TB/s; ours is {kernels.resolve_backend('auto', device)}\n", flush=True)
     results = []
-    for shape in ((33, 96),) if given.toy else SHAPES:
-        for name in given.ops:
-            results.append(run_op(name, *shape, device, given.rounds, copy, backend))
+    for shape in ((33, 96),) if cli.toy else SHAPES:
+        for name in cli.ops:
+            results.append(run_op(name, *shape, device, cli.rounds, copy, backend))
             torch._dynamo.reset()
-        print(table(results[-len(given.ops) :]) + "\n", flush=True)
-    if given.json:
-        common.write_json(given.json, "kernels", given, common.environment(device), {"copy": copy, "ops": results})
+        print(table(results[-len(cli.ops) :]) + "\n", flush=True)
+    if cli.json:
+        common.write_json(cli.json, "kernels", cli, common.environment(device), {"copy": copy, "ops": results})
 
 
 if __name__ == "__main__":

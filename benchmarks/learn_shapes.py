@@ -1,14 +1,13 @@
-"""Does it learn? Train on moving shapes, generate a clip for every prompt, and read colour, direction and shape from
-the pixels.
+"""Does it learn? Train on moving shapes, sample a clip for every prompt, and read colour, shape and direction from it.
 
-    python benchmarks/learn_shapes.py [--config train_configs/shapes.toml] [--write docs/converging.md] [--section.field
-    value ...]
+    python benchmarks/learn_shapes.py [--config train_configs/shapes.toml] [--write docs/converging.md]
+                                      [--section.field value ...]
 
-1. The scorer is shown the training clips: it has to name all of them right, or its word about generated clips would
-mean nothing. 2. `train.py` runs with the TOML, or goes on if it was stopped, or does nothing if the run is finished.
-3. One clip is generated for each of the 48 prompts, from noise that no training step has seen, and scored.
+1. The scorer reads the training clips. It must name all of them right; otherwise its scores would mean nothing.
+2. `train.py` runs with the TOML. It resumes if it was stopped, and does nothing if the run is finished.
+3. One clip is generated for each of the 48 prompts, from noise that no training step has used, and scored.
 
-The scorer looks at pixels only. It knows the palette and the outlines of the data set, nothing of the model.
+The scorer sees pixels only. It knows the palette and the outlines of the data set, and nothing of the model.
 """
 
 import argparse
@@ -22,13 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from titan_video.config.manager import parse_args
+from titan_video.ingest.shapes import COLORS, COMBINATIONS, SHAPES, caption, combination
+from titan_video.sample import find_checkpoint
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from titan_video.config.manager import parse_args  # noqa: E402
-from titan_video.ingest.shapes import COLORS, COMBINATIONS, SHAPES, caption, combination  # noqa: E402
-from titan_video.sample import find_checkpoint  # noqa: E402
-
 MARKER = "<!-- learn_shapes -->"
 
 
@@ -36,9 +35,9 @@ MARKER = "<!-- learn_shapes -->"
 
 
 def coverage(frames_FHW3: np.ndarray) -> np.ndarray:
-    """How much of each pixel the shape covers, [F, H, W] in [0, 1]:
+    """How much of each pixel the shape covers, [F, H, W] in [0, 1].
 
-    its distance from the clip's median colour, as a share of the largest.
+    This is the pixel's distance from the clip's median colour, relative to the largest distance.
     """
     frames = frames_FHW3.astype(np.float64)
     distance = np.linalg.norm(frames - np.median(frames.reshape(-1, 3), axis=0), axis=-1)
@@ -46,12 +45,12 @@ def coverage(frames_FHW3: np.ndarray) -> np.ndarray:
 
 
 def read_color(frames_FHW3: np.ndarray, cover: np.ndarray) -> str:
-    """The colour of the palette that points the same way from the background as the covered pixels do."""
+    """The colour of the palette with the same direction from the background as the covered pixels."""
     frames = frames_FHW3.astype(np.float64)
     background = np.median(frames.reshape(-1, 3), axis=0)
     mean = (frames[cover > 0.6] - background).mean(axis=0)
-    ways = {name: np.array(rgb) - background for name, rgb in COLORS.items()}
-    return max(ways, key=lambda name: mean @ ways[name] / np.linalg.norm(ways[name]))
+    offsets = {name: np.array(rgb) - background for name, rgb in COLORS.items()}
+    return max(offsets, key=lambda name: mean @ offsets[name] / np.linalg.norm(offsets[name]))
 
 
 def centres(cover: np.ndarray) -> np.ndarray:
@@ -66,14 +65,14 @@ def centres(cover: np.ndarray) -> np.ndarray:
 
 
 def read_direction(cover: np.ndarray) -> str:
-    """The way from the centre in the first quarter of the frames to that in the last."""
+    """The direction from the centre in the first quarter of the frames to the centre in the last quarter."""
     c, quarter = centres(cover), max(len(cover) // 4, 1)
     x, y = c[-quarter:].mean(0) - c[:quarter].mean(0)
     return ("right" if x > 0 else "left") if abs(x) > abs(y) else ("down" if y > 0 else "up")
 
 
 def read_shape(cover: np.ndarray) -> str:
-    """The outline of the same area and centre that agrees best with the covered pixels, over all frames."""
+    """The outline, of the same area and centre, that agrees best with the covered pixels over all frames."""
     _, height, width = cover.shape
     centre_F2, area_F = centres(cover), (cover > 0.5).sum((1, 2)).astype(float)
     x = np.arange(width) - centre_F2[:, 0, None, None]
@@ -90,7 +89,7 @@ def read_shape(cover: np.ndarray) -> str:
 
 
 def score(frames_FHW3: np.ndarray) -> tuple[str, str, str] | None:
-    """(colour, shape, direction) read from a clip; None if hardly anything stands out from the background."""
+    """(colour, shape, direction) of a clip; None if almost nothing differs from the background."""
     cover = coverage(frames_FHW3)
     if (cover > 0.5).sum((1, 2)).mean() < 20 or (cover > 0.5).mean() > 0.5:
         return None
@@ -98,7 +97,7 @@ def score(frames_FHW3: np.ndarray) -> tuple[str, str, str] | None:
 
 
 def tally(read: list[tuple[str, str, str] | None], wanted: list[tuple[str, str, str]]) -> dict[str, float]:
-    """Share of clips of which colour, shape and direction were right."""
+    """Share of the clips with the right colour, shape and direction."""
     shares = [np.mean([r is not None and r[i] == w[i] for r, w in zip(read, wanted, strict=True)]) for i in range(3)]
     return dict(zip(("colour", "shape", "direction"), map(float, shares), strict=True))
 
@@ -119,8 +118,9 @@ def score_training_clips(folder: Path) -> dict[str, float]:
 
 
 def generate(dump_folder: Path, out: Path, per_prompt: int, seed: int) -> list[np.ndarray]:
-    """`per_prompt` clips for each of the 48 prompts from the newest checkpoint, with the run's own sampler settings;
-    also written to `out` as mp4.
+    """Sample `per_prompt` clips for each of the 48 prompts from the newest checkpoint, and write them to `out` as mp4.
+
+    Sampler settings are those of the run's validation.
     """
     from titan_video.checkpoint.manager import load_weights
     from titan_video.encoders import build_encoders
@@ -168,7 +168,7 @@ def generate(dump_folder: Path, out: Path, per_prompt: int, seed: int) -> list[n
 
 
 def contact_sheet(clips: list[np.ndarray], path: Path) -> None:
-    """The first clip of every prompt, five frames each, in rows."""
+    """Write an image with five frames of the first clip of every prompt."""
     from PIL import Image
 
     strips = [
@@ -238,10 +238,7 @@ def main() -> None:
 
 
 def score_codec(folder: Path) -> dict[str, float]:
-    """What the scorer makes of clips that only went through the debug codec and back:
-
-    the best that any model can reach here.
-    """
+    """Scores of clips that were encoded and decoded by the debug codec: the best that a model can reach."""
     from titan_video.encoders.debug import DebugEncoders
 
     encoders, read, wanted = DebugEncoders(16), [], []

@@ -1,13 +1,12 @@
-"""How much fits on one GPU: the longest clip that Wan 1.3B trains on, and a step of all parameters of Wan 14B at 75,600
-tokens.
+"""How much fits on one GPU: the longest clip for training Wan 1.3B, and a step of all parameters of Wan 14B.
 
     python benchmarks/memory.py [--checkpoint full] [--offload] [--seconds 500] [--json FILE]
     python benchmarks/memory.py --14b --json FILE
 
-Whole steps are run: forward, backward, clipping, AdamW. First at a few lengths, whose peaks lie on a line; then at
-that is known to fit and the shortest that is known not to, by halves, as long as a step is expected to end within the
-time given. What is predicted by the line and was not run is called so. The 14B step: bfloat16 weights with stochastic
-rounding, 8-bit AdamW in backward, attention kept.
+Whole steps run: forward, backward, clipping, AdamW. First at a few lengths, and a line is fitted to their peaks. Then a
+binary search runs longer ones, between the longest that is known to fit and the shortest that is known not to, as long
+as a step is expected to end within the time limit. What the line predicts and was not run is called predicted. The 14B
+step, at 75,600 tokens: bfloat16 weights with stochastic rounding, 8-bit AdamW in backward, attention saved.
 """
 
 import sys
@@ -21,17 +20,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import environment, failure, get_tensor_device, markdown, options, write_json  # noqa: E402
-from benchmarks.step import free  # noqa: E402
-from benchmarks.training import Ours, Step, make_data, our_step, process_group  # noqa: E402
-from titan_video.config.job_config import ActivationCheckpoint, JobConfig, Optimizer, Training  # noqa: E402
-from titan_video.models.wan import SPEC, WanArgs  # noqa: E402
-from titan_video.tools.device import DeviceMemory, synchronize  # noqa: E402
+from benchmarks.common import environment, failure, get_tensor_device, markdown, options, write_json
+from benchmarks.step import free
+from benchmarks.training import Ours, Step, make_data, our_step, process_group
+from titan_video.config.job_config import ActivationCheckpoint, JobConfig, Optimizer, Training
+from titan_video.models.wan import SPEC, WanArgs
+from titan_video.tools.device import DeviceMemory, synchronize
 
 ROWS, COLS = 60, 104  # latents of 480 x 832
-FIRST = (21, 41, 81)  # latent frames of the first lengths; 21 are 81 frames
+FIRST = (21, 41, 81)  # latent frames of the first runs; 21 latent frames are 81 frames
 FRAMES_A_LATENT, FPS = 4, 16
-STEP = 4  # latent frames by which two lengths differ at least
+STEP = 4  # smallest difference of two lengths, in latent frames
 FULL_14B = replace(
     JobConfig(),
     training=Training(dtype="bfloat16", max_norm=0),
@@ -40,7 +39,7 @@ FULL_14B = replace(
 
 
 def attempt(step: Step, args: WanArgs, grid: tuple[int, int, int], device: torch.device) -> dict[str, Any]:
-    """One step at this length: peak GiB, seconds and loss, or why it failed."""
+    """Run one step at this length. Returns peak GiB, seconds and loss, or why it failed."""
     memory = DeviceMemory(device)
     free()
     tokens = grid[0] * grid[1] * grid[2] // args.patch_volume
@@ -65,17 +64,17 @@ def attempt(step: Step, args: WanArgs, grid: tuple[int, int, int], device: torch
     }
 
 
-def line(points: list[tuple[float, float]]) -> tuple[float, float]:
-    """(slope, offset) of the least squares."""
+def fit_line(points: list[tuple[float, float]]) -> tuple[float, float]:
+    """(slope, offset) of the least-squares line."""
     n, sum_x, sum_y = len(points), sum(x for x, _ in points), sum(y for _, y in points)
     slope = (n * sum(x * y for x, y in points) - sum_x * sum_y) / (n * sum(x * x for x, _ in points) - sum_x**2)
     return slope, (sum_y - slope * sum_x) / n
 
 
 def longest(fits: Callable[[int], bool | None], low: int, high: int, guess: int, step: int) -> int:
-    """The largest number known to fit, where `low` does, by halves; `guess` is tried first. fits:
+    """The largest number that is known to fit, by binary search. `low` fits; `guess` is tried first.
 
-    None where it cannot be tried.
+    fits: whether a number fits, or None if it cannot be tried.
     """
     trial = min(max(guess, low + step), high)
     while high - low >= step:
@@ -108,12 +107,12 @@ def longest_clip(
     result: dict[str, Any] = {"checkpoint": checkpoint, "offload": offload, "runs": runs}
     if len(done) < 2:
         return result
-    slope, offset = line([(r["tokens"], r["peak GiB"]) for r in done])
+    slope, offset = fit_line([(r["tokens"], r["peak GiB"]) for r in done])
     capacity = DeviceMemory(device).capacity / 2**30
-    a_frame = done[0]["tokens"] / done[0]["latent frames"]
-    predicted = int((capacity - offset) / max(slope, 1e-12) / a_frame)
+    tokens_per_frame = done[0]["tokens"] / done[0]["latent frames"]
+    predicted = int((capacity - offset) / max(slope, 1e-12) / tokens_per_frame)
     result |= {"KiB a token": slope * 2**20, "GiB at no tokens": offset}
-    result |= {"predicted latent frames": predicted, "predicted tokens": round(predicted * a_frame)}
+    result |= {"predicted latent frames": predicted, "predicted tokens": round(predicted * tokens_per_frame)}
 
     def fits(frames: int) -> bool | None:
         known = max((r for r in runs if "failed" not in r), key=lambda r: r["tokens"])
@@ -127,11 +126,11 @@ def longest_clip(
     result["longest latent frames"] = found = longest(
         fits, low, max(int(1.1 * predicted), low + STEP), int(0.95 * predicted), STEP
     )
-    return result | {"longest tokens": round(found * a_frame)}
+    return result | {"longest tokens": round(found * tokens_per_frame)}
 
 
 def full_parameters(args: WanArgs, grid: tuple[int, int, int], device: torch.device, steps: int = 3) -> dict[str, Any]:
-    """Some steps of all parameters in bfloat16."""
+    """Run a few steps that train all parameters, in bfloat16."""
     config = replace(
         FULL_14B, activation_checkpoint=ActivationCheckpoint(save_min_kv=0 if device.type == "cpu" else 1024)
     )
@@ -160,7 +159,7 @@ def summary(result: dict[str, Any]) -> str:
         return "too few lengths ran to say more"
     seconds = (result["predicted latent frames"] - 1) * FRAMES_A_LATENT / FPS
     return (
-        f"{result['KiB a token']:.0f} KiB a token beside {result['GiB at no tokens']:.1f} GiB: the line reaches "
+        f"{result['KiB a token']:.0f} KiB per token beside {result['GiB at no tokens']:.1f} GiB: the line reaches "
         f"all of the memory at "
         f"{result['predicted tokens']:,} tokens ({seconds:,.0f} s of video); the longest that was run is "
         f"{result['longest tokens']:,} tokens"
@@ -173,22 +172,22 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--offload", action="store_true", help="keep blocks' inputs in host memory")
     parser.add_argument("--seconds", type=float, default=500, help="time for the search")
     parser.add_argument("--14b", action="store_true", dest="full_14b", help="the step of Wan 14B instead")
-    given = parser.parse_args(argv)
-    device = get_tensor_device(given)
+    cli = parser.parse_args(argv)
+    device = get_tensor_device(cli)
     debug = SPEC.flavors["debug"]
     with process_group(device):
-        if given.full_14b:
+        if cli.full_14b:
             results = full_parameters(
-                *((debug, (2, 8, 8)) if given.toy else (SPEC.flavors["t2v-14B"], (21, 90, 160))), device
+                *((debug, (2, 8, 8)) if cli.toy else (SPEC.flavors["t2v-14B"], (21, 90, 160))), device
             )
             print(f"{results['parameters']:,} parameters, all trained\n\n{table(results['runs'])}")
         else:
-            which = (debug, (2, 3), (8, 8)) if given.toy else (SPEC.flavors["t2v-1.3B"], FIRST, (ROWS, COLS))
+            which = (debug, (2, 3), (8, 8)) if cli.toy else (SPEC.flavors["t2v-1.3B"], FIRST, (ROWS, COLS))
             args, first, size = which
-            results = longest_clip(args, given.checkpoint, given.offload, device, given.seconds, first, size)
+            results = longest_clip(args, cli.checkpoint, cli.offload, device, cli.seconds, first, size)
             print(f"{table(results['runs'])}\n\n{summary(results)}")
-    if given.json:
-        write_json(given.json, "memory_14b" if given.full_14b else "memory", given, environment(device), results)
+    if cli.json:
+        write_json(cli.json, "memory_14b" if cli.full_14b else "memory", cli, environment(device), results)
 
 
 if __name__ == "__main__":

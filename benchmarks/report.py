@@ -5,14 +5,15 @@ One JSON of a benchmark is one section. What has no JSON is called not yet measu
 
 import json
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import attention, block_bytes, data, kernels, memory, profile_step, step  # noqa: E402
-from benchmarks.common import ROOT, markdown  # noqa: E402
+from benchmarks import attention, block_bytes, data, kernels, memory, profile_step, step
+from benchmarks.common import ROOT, markdown
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
 NOT_YET = "not yet measured"
@@ -20,12 +21,14 @@ Record = dict[str, Any]
 
 INTRO = """# Performance
 
-Written by `python benchmarks/report.py` from `benchmarks/results`. Each figure names its machine, versions and date; what says "not yet measured"
-has only been run at toy size on a CPU. `benchmarks/run_all.sh` measures what needs a GPU, in three commands of ten minutes each.
+`python benchmarks/report.py` writes this page from `benchmarks/results`. Each figure names its machine, versions and
+date. "Not yet measured" means that the benchmark has run only at toy size on a CPU. `benchmarks/run_all.sh` measures
+everything that needs a GPU, in three commands of ten minutes each.
 
-Protocol: one process, random bfloat16 data (zeros are faster than real data), the same weights in all, results compared first, in turns for several
-rounds, medians and the spread between quartiles; a difference below twice the spread is called a tie. The ceilings (copy, matrix products at the
-model's shapes, attention) are measured in the same run, and T_roof is what a step would take at them (`benchmarks/roof.py`).
+Protocol: one process, random bfloat16 data (zeros are faster than real data), and the same weights in all variants.
+Their results are compared first. Then they are timed in turns for several rounds. Tables show medians and the spread
+between quartiles (IQR); a difference below twice the spread is called a tie. The ceilings (copy, matmuls at the model's
+shapes, attention) are measured in the same run. T_roof is the time of a step at these ceilings (`benchmarks/roof.py`).
 """
 
 COMMANDS = {
@@ -46,11 +49,11 @@ def load(folder: Path) -> dict[str, Record]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if path.stem in COMMANDS}
 
 
-# ---- what was promised ----
+# ---- targets ----
 
 
 def _steps(record: Record, case: str) -> dict[str, Record]:
-    """{variant: its figures}; of a variant that was timed in several groups the first."""
+    """{variant: its figures}, from the first group in which the variant was timed."""
     found: dict[str, Record] = {}
     for c in record["results"]:
         if c["case"] == case:
@@ -68,11 +71,11 @@ def _percent(x: float) -> str:
 
 
 def _worst(half: str) -> Callable[[Record], str]:
-    return lambda record: f"{min(op[half]['fraction'] for op in record['results']['ops']):.2f} at the worst"
+    return lambda record: f"{min(op[half]['fraction'] for op in record['results']['ops']):.2f} (worst)"
 
 
 def _worst_error(record: Record) -> str:
-    return f"{max(op['errors']['ratio'] for op in record['results']['ops']):.2f} at the worst"
+    return f"{max(op['errors']['ratio'] for op in record['results']['ops']):.2f} (worst)"
 
 
 def _bytes_ratio(what: str) -> Callable[[Record], str]:
@@ -100,7 +103,7 @@ def _decoding(record: Record) -> str:
     worst: dict[int, float] = {}
     for r in record["results"]["decode"]:
         worst[r["processes"]] = min(r["ratio"], worst.get(r["processes"], float("inf")))
-    return "at the worst, " + ", ".join(f"{ratio:.2f} in {n} process{'es' * (n > 1)}" for n, ratio in worst.items())
+    return "worst: " + ", ".join(f"{ratio:.2f} in {n} process{'es' * (n > 1)}" for n, ratio in worst.items())
 
 
 def _data_wait(record: Record) -> str:
@@ -111,14 +114,14 @@ def _data_wait(record: Record) -> str:
 
 TARGETS: tuple[tuple[str, str, str, Callable[[Record], str]], ...] = (
     ("saved bytes of a block, 1.3B and 14B", "<= 0.75 x diffusers'", "block_bytes", _bytes_ratio("saved")),
-    ("bytes moved outside products and attention", "<= 0.55 x diffusers'", "block_bytes", _bytes_ratio("traffic")),
-    ("decoding, resizing and cropping, of a bare PyAV loop", ">= 0.9", "data", _decoding),
+    ("bytes moved outside matmuls and attention", "<= 0.55 x diffusers'", "block_bytes", _bytes_ratio("traffic")),
+    ("decoding, resizing and cropping, relative to a bare PyAV loop", ">= 0.9", "data", _decoding),
     ("data wait with a warm cache, debug model on a CPU", "<= 2 % of a step", "data", _data_wait),
-    ("kernels forward, of the copy bandwidth", ">= 0.85", "kernels", _worst("forward")),
-    ("kernels backward, of the copy bandwidth", ">= 0.80", "kernels", _worst("backward")),
-    ("kernels' error, of compiled torch's", "<= 1.1", "kernels", _worst_error),
+    ("kernels forward, fraction of the copy bandwidth", ">= 0.85", "kernels", _worst("forward")),
+    ("kernels backward, fraction of the copy bandwidth", ">= 0.80", "kernels", _worst("backward")),
+    ("kernels' error, relative to compiled torch's", "<= 1.1", "kernels", _worst_error),
     ("1.3B step at 32,760 tokens, MFU", ">= 52 %", "step", _step("1.3b", "ours", "MFU", _percent)),
-    ("same, attention kept", ">= 48 %", "step", _step("1.3b", "ours, attention kept", "MFU", _percent)),
+    ("same, attention saved", ">= 48 %", "step", _step("1.3b", "ours, attention saved", "MFU", _percent)),
     ("same, full checkpointing", ">= 41 %", "step", _step("1.3b", "ours, full checkpointing", "MFU", _percent)),
     ("same, T_roof / T", ">= 0.90", "step", _step("1.3b", "ours", "T_roof/T", "{:.2f}".format)),
     ("same, against diffusers with gradient checkpointing", ">= 2.0 x", "step", _speed("diffusers")),
@@ -135,10 +138,10 @@ TARGETS: tuple[tuple[str, str, str, Callable[[Record], str]], ...] = (
         _step("14b-stack", "ours", "TFLOP/s", "{:.0f} TFLOP/s".format),
     ),
     (
-        "same, attention kept",
+        "same, attention saved",
         ">= 470 TFLOP/s",
         "step_14b",
-        _step("14b-stack", "ours, attention kept", "TFLOP/s", "{:.0f} TFLOP/s".format),
+        _step("14b-stack", "ours, attention saved", "TFLOP/s", "{:.0f} TFLOP/s".format),
     ),
     (
         "longest clip that 1.3B trains on, one GPU",
@@ -179,14 +182,14 @@ def _ceilings(c: Record) -> str:
     rates = "; ".join(f"{shape} {rate / 1e12:,.0f}" for shape, rate in c["gemm"].items())
     attention_rates = f"forward {c['attention_forward'] / 1e12:,.0f}, backward {c['attention_backward'] / 1e12:,.0f}"
     return (
-        f"Ceilings: copy {c['copy'] / 1e12:.2f} TB/s; in TFLOP/s products {rates}; attention ({c['attention']}) "
+        f"Ceilings: copy {c['copy'] / 1e12:.2f} TB/s; in TFLOP/s matmuls {rates}; attention ({c['attention']}) "
         f"{attention_rates}."
     )
 
 
 def _memory_section(record: Record) -> str:
     r = record["results"]
-    offload = ", inputs of blocks on the host" if r["offload"] else ""
+    offload = ", block inputs on the host" if r["offload"] else ""
     return f"Checkpointing {r['checkpoint']}{offload}.\n\n{memory.table(r['runs'])}\n\n{memory.summary(r)}."
 
 
@@ -201,54 +204,65 @@ def _profile_section(record: Record) -> str:
     return f"{title}\n\n{profile_step.table(r['parts'], r['floor'], r['step'])}\n\n{profile_step.kernels_table(r)}"
 
 
-SECTIONS: dict[str, tuple[str, str, Callable[[Record], str]]] = {
+SECTIONS: dict[str, tuple[str, str, Callable[[Record], str]]] = {  # title, what the command does, its tables
     "block_bytes": (
         "Bytes of a block",
-        "Per element of tokens x width, in bfloat16, on the meta device: exact, and the same on any machine. "
-        "Saved: what is kept for backward\n"
-        "without checkpointing. Moved: what all operators but matrix products and attention read and write; a "
-        "kernel of ours is one operator.\n"
-        "Compile, which fuses plain torch's operators, is off.",
+        "counts bytes per element of tokens x width, in bfloat16, on the meta device. The counts are exact, "
+        "and the same on every machine. Saved: for backward, without checkpointing. Moved: read and written "
+        "by all operators except matmuls and attention; a kernel of ours is one operator. Compile, which "
+        "fuses plain torch's operators, is off.",
         lambda r: block_bytes.table(r["results"]["per element"]),
     ),
     "step_cpu": (
         "CPU step against diffusers",
-        "The trainer's own step against the same step written with\n`diffusers.WanTransformer3DModel`. A step on "
-        "a CPU is bound by matrix products, "
-        "so this guards against waste and says nothing about a GPU.",
+        "times the trainer's own step and the same step written with `diffusers.WanTransformer3DModel`. A "
+        "step on a CPU is bound by matmuls, so this guards against waste and says nothing about a GPU.",
         _step_section,
     ),
     "data": (
         "Decoding and the cache",
-        "Ours decodes, resizes, crops and, from several processes, sends to the one\nthat encodes; the loop "
-        "decodes and resizes by the same filter. "
-        "Ratios are medians of pairs, by the clock and by CPU time,\n"
-        "which programs that run beside disturb less. The debug model then trains with a cache that is filled.",
+        "compares our decoding with a bare PyAV loop. Ours decodes, resizes, crops and, with several "
+        "processes, sends the frames to the process that encodes. The loop decodes and resizes with the same "
+        "filter. Ratios are medians of pairs, by wall time and by CPU time; other programs on the machine "
+        "disturb CPU time less. Then the debug model trains with a warm cache.",
         lambda r: data.table(r["results"]),
     ),
     "kernels": (
         "Kernels",
-        "Each memory-bound operator; the top of the script says what is counted.",
+        "times each memory-bound operator; the top of the script defines the columns.",
         lambda r: kernels.table(r["results"]["ops"]),
     ),
     "attention": (
         "Attention",
-        "Each backend of model.attention, 128 channels a head. Forward counts two products, backward five.",
+        "times each backend of model.attention, with 128 channels per head. Forward counts two matmuls, backward five.",
         _attention_section,
     ),
     "step": (
         "Training step, Wan 1.3B",
-        "Forward, loss, backward, clipping, AdamW. `diffusers` is as its users run it, in eager\n"
-        "mode under autocast with gradient checkpointing; tuned is with regional compile, cuDNN attention and "
+        "times forward, loss, backward, clipping and AdamW. `diffusers` is what its users run: eager mode "
+        "under autocast with gradient checkpointing. `tuned` adds regional compile, cuDNN attention and "
         "bfloat16 weights.",
         _step_section,
     ),
-    "step_14b": ("Training step, blocks of Wan 14B", "The same; one GPU, no communication.", _step_section),
-    "profile": ("Where a step's time goes", "Beside the floor of each part.", _profile_section),
-    "memory": ("Longest clip on one GPU", "Wan 1.3B, whole steps with AdamW.", _memory_section),
+    "step_14b": (
+        "Training step, blocks of Wan 14B",
+        "times the same on one GPU, without communication.",
+        _step_section,
+    ),
+    "profile": (
+        "Where a step's time goes",
+        "shows the time of each part of a step beside its lower bound.",
+        _profile_section,
+    ),
+    "memory": (
+        "Longest clip on one GPU",
+        "runs whole steps of Wan 1.3B with AdamW.",
+        _memory_section,
+    ),
     "memory_14b": (
         "All parameters of Wan 14B on one GPU",
-        "75,600 tokens, bfloat16 weights with stochastic rounding, 8-bit AdamW in backward,\nattention kept.",
+        "runs steps with 75,600 tokens: bfloat16 weights with stochastic rounding, 8-bit AdamW in backward, "
+        "attention saved.",
         lambda r: memory.table(r["results"]["runs"]),
     ),
 }
@@ -256,19 +270,20 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Record], str]]] = {
 
 def where(record: Record) -> str:
     """Machine, versions, date and arguments of a run."""
-    given = {
+    shown = {
         k: " ".join(map(str, v)) if isinstance(v, list) else v
         for k, v in record["arguments"].items()
         if v not in (None, False)
     }
-    arguments = " ".join(f"--{k} {v}" for k, v in given.items())
+    arguments = " ".join(f"--{k} {v}" for k, v in shown.items())
     return ", ".join(f"{k} {v}" for k, v in record["environment"].items()) + f". Arguments: `{arguments}`."
 
 
 def page(records: dict[str, Record]) -> str:
     parts = [INTRO.strip(), "## Targets", targets(records)]
     for name, (title, about, section) in SECTIONS.items():
-        parts += [f"## {title}", f"`{COMMANDS[name]}` {about}"]
+        description = textwrap.fill(f"`{COMMANDS[name]}` {about}", 120, break_on_hyphens=False)
+        parts += [f"## {title}", description]
         parts += (
             [section(records[name]), f"_{where(records[name])}_"] if name in records else [f"{NOT_YET.capitalize()}."]
         )

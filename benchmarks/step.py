@@ -1,14 +1,17 @@
-"""A training step on one device: ours in its variants against diffusers', in turns in one process, same weights and
-data, compared first.
+"""A training step on one device: our variants and diffusers', timed in turns in one process after their results agree.
 
     python benchmarks/step.py [--cases 1.3b 14b-stack 14b-block] [--variants "ours" "diffusers" ...] [--json FILE]
     python benchmarks/step.py --device cpu --json FILE
 
-Forward, loss, backward, clipping and update. Reported: the median over the rounds and the spread between quartiles;
-the model once, and HFU, recomputed ones too, both of the data sheet's peak; T_roof / T (roof.py); peak memory as if
-many times as fast as each of diffusers' variants, where a difference below twice the spread is called a tie. A step on
-a CPU is bound by matrix
-products: there it guards against waste, and says nothing of a GPU.
+A step is forward, loss, backward, clipping and update, with the same weights and data in all variants. Reported are:
+
+    step, IQR   median over the rounds, and the spread between quartiles
+    MFU, HFU    of the data sheet's peak; MFU counts each FLOP of the model once, HFU also recomputed ones
+    T_roof/T    see roof.py
+    peak        memory as if the variant were alone on the device
+    speed       relative to each of diffusers' variants; a difference below twice the spread is called a tie
+
+A step on a CPU is bound by matmuls: there it guards against waste, and says nothing about a GPU.
 """
 
 import argparse
@@ -36,20 +39,18 @@ from benchmarks.common import (
     options,
     relative_error,
     write_json,
-)  # noqa: E402
-from benchmarks.roof import Ceilings, measure, roof  # noqa: E402
-
-# noqa: E402
+)
+from benchmarks.roof import Ceilings, measure, roof
 from benchmarks.training import Data, Diffusers, Ours, Step, diffusers_step, make_data, our_step, process_group
-from titan_video.config.job_config import ActivationCheckpoint, Compile, Float8, JobConfig  # noqa: E402
-from titan_video.distributed.activation_checkpoint import recomputed_flops  # noqa: E402
-from titan_video.models.layers import token_shape  # noqa: E402
-from titan_video.models.wan import SPEC, WanArgs  # noqa: E402
-from titan_video.tools.device import peak_flops, synchronize  # noqa: E402
+from titan_video.config.job_config import ActivationCheckpoint, Compile, Float8, JobConfig
+from titan_video.distributed.activation_checkpoint import recomputed_flops
+from titan_video.models.layers import token_shape
+from titan_video.models.wan import SPEC, WanArgs
+from titan_video.tools.device import peak_flops, synchronize
 
 VARIANTS: dict[str, Ours | Diffusers] = {
     "ours": Ours(),
-    "ours, attention kept": Ours(checkpoint="selective"),
+    "ours, attention saved": Ours(checkpoint="selective"),
     "ours, full checkpointing": Ours(checkpoint="full"),
     "ours, torch kernels": Ours(kernels="torch"),
     "ours, eager": Ours(compile=False),
@@ -63,21 +64,20 @@ VARIANTS: dict[str, Ours | Diffusers] = {
     "ours, float32": Ours(kernels="torch", compile=False, dtype="float32"),
     "diffusers, float32": Diffusers(checkpoint=False, weights="float32"),
 }
-# At most three states and one set of activations are on the device at once, so the many variants of 1.3B take turns in
-# groups.
+# Three optimizer states and one set of activations fit on the device at once, so 1.3B's variants are timed in groups.
 GPU_GROUPS = (
     ("ours", "diffusers", "diffusers, tuned"),
-    ("ours, attention kept", "ours, full checkpointing", "diffusers, tuned"),
+    ("ours, attention saved", "ours, full checkpointing", "diffusers, tuned"),
     ("ours, torch kernels", "ours, eager", "ours, float8"),
 )
-STACK_GROUPS = (("ours", "ours, attention kept", "ours, full checkpointing", "diffusers", "diffusers, tuned"),)
+STACK_GROUPS = (("ours", "ours, attention saved", "ours, full checkpointing", "diffusers", "diffusers, tuned"),)
 CPU_GROUPS = (("ours, float32", "diffusers, float32"),)
 AGREE = 0.9999  # cosine, with the step in float32
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model, of `layers` blocks (0: all that the flavor has), and clips of `grid` latent frames, rows and columns."""
+    """A model, and `batch` clips of `grid` latent frames, rows and columns. groups: variants timed in turns."""
 
     args: WanArgs
     grid: tuple[int, int, int]
@@ -107,8 +107,8 @@ DEFAULTS = {"cuda": ("1.3b", "14b-stack", "14b-block"), "cpu": ("cpu-256", "cpu-
 
 
 def fitted(variant: Ours | Diffusers, device: torch.device, toy: bool) -> Ours | Diffusers:
-    """The variant as far as a CPU has it: torch's kernels and attention. toy: compiled without generating code."""
-    backend = "aot_eager" if toy else "inductor"
+    """The variant without what a CPU does not have. toy: compile only traces, it generates no code."""
+    backend = "eager" if toy else "inductor"
     if isinstance(variant, Diffusers):
         return replace(variant, cudnn=variant.cudnn and device.type == "cuda", backend=backend)
     config = replace(
@@ -134,25 +134,20 @@ def get_data(variant: Ours | Diffusers, case: Case, device: torch.device) -> Dat
 
 
 def free() -> None:
-    """What is no longer referred to. Graphs stay:
-
-    those compiled for one block serve all, and the same blocks are compared and then timed.
-    """
+    """Free unreferenced memory. Compiled graphs stay, because the blocks that are compared are timed afterwards."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-# ---- do they compute the same ----
+# ---- agreement ----
 
 
 def compare(case: Case, variants: dict[str, Ours | Diffusers], device: torch.device) -> dict[str, Any]:
-    """Each variant's velocity and gradients of all weights, of one block at the case's size, against diffusers' in
-    float32.
-    """
+    """Velocity and all weight gradients of each variant against diffusers in float32, with one block."""
     case = replace(case, args=replace(case.args, num_layers=1))
 
-    def results(variant: Ours | Diffusers) -> tuple[float, Tensor, dict[str, Tensor]]:
+    def run(variant: Ours | Diffusers) -> tuple[float, Tensor, dict[str, Tensor]]:
         step = build(variant, case, device)
         loss, velocity = step.forward_backward(get_data(variant, case, device))
         found = loss.item(), velocity, step.gradients()
@@ -160,11 +155,11 @@ def compare(case: Case, variants: dict[str, Ours | Diffusers], device: torch.dev
         free()
         return found
 
-    loss, velocity, gradients = results(Diffusers(checkpoint=False, weights="float32"))
+    loss, velocity, gradients = run(Diffusers(checkpoint=False, weights="float32"))
     found = {}
     for name, variant in variants.items():
         try:
-            its_loss, its_velocity, its_gradients = results(variant)
+            its_loss, its_velocity, its_gradients = run(variant)
         except Exception as e:
             free()
             found[name] = {"failed": failure(e)}
@@ -197,25 +192,24 @@ def comparison_table(found: dict[str, Any]) -> str:
     return markdown(["one block against float32", "velocity, cosine", "gradients, cosine", "agrees"], rows)
 
 
-# ---- how fast ----
+# ---- time ----
 
 
 def warm_up(step: Step, data: Data, device: torch.device, before: int) -> tuple[float, float | None]:
-    """(seconds of the first step, compilation included; peak GiB of a later step as if only this variant were on the
-    device).
+    """(seconds of the first step, with compilation; peak GiB of a later step as if the variant were alone).
 
-    before: bytes that were on the device before the variant was built.
+    before: bytes that were allocated before the variant was built.
     """
     first = get_seconds(lambda: step.run(data), device)
     if device.type != "cuda":
         step.run(data)
         return first, None
-    own = torch.cuda.memory_allocated(device) - before
+    state = torch.cuda.memory_allocated(device) - before
     torch.cuda.reset_peak_memory_stats(device)
     start = torch.cuda.memory_allocated(device)
     step.run(data)
     synchronize(device)
-    return first, (own + torch.cuda.max_memory_allocated(device) - start) / 2**30
+    return first, (state + torch.cuda.max_memory_allocated(device) - start) / 2**30
 
 
 def time_group(
@@ -299,26 +293,26 @@ def step_table(results: dict[str, dict[str, Any]]) -> str:
 # ---- the program ----
 
 
-def run_case(name: str, given: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def run_case(name: str, cli: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     case = CASES[name]
-    groups = (tuple(given.variants),) if given.variants else case.groups
-    chosen = {v: fitted(VARIANTS[v], device, given.toy) for group in groups for v in group}
+    groups = (tuple(cli.variants),) if cli.variants else case.groups
+    chosen = {v: fitted(VARIANTS[v], device, cli.toy) for group in groups for v in group}
     print(
         f"\n## {name}: {case.args.num_layers} blocks of width {case.args.dim}, {case.batch} x {case.tokens:,} tokens\n",
         flush=True,
     )
-    with_roof = device.type == "cuda" or given.toy
-    ceilings = measure(case.args, case.tokens, device, given.toy) if with_roof else None
+    with_roof = device.type == "cuda" or cli.toy
+    ceilings = measure(case.args, case.tokens, device, cli.toy) if with_roof else None
     if ceilings:
         print(ceilings.table() + "\n", flush=True)
     agreement = compare(case, chosen, device)
     print(comparison_table(agreement) + "\n", flush=True)
     timed = []
     for group in groups:
-        timed.append(time_group(case, {v: chosen[v] for v in group}, device, given.rounds, ceilings))
+        timed.append(time_group(case, {v: chosen[v] for v in group}, device, cli.rounds, ceilings))
         print(step_table(timed[-1]) + "\n", flush=True)
         free()
-    torch._dynamo.reset()  # or the next case, of other lengths, would be compiled for any length
+    torch._dynamo.reset()  # otherwise the next case, with other lengths, would be compiled for dynamic lengths
     size = {"tokens": case.tokens, "batch": case.batch, "layers": case.args.num_layers, "dim": case.args.dim}
     return {
         "case": name,
@@ -326,7 +320,7 @@ def run_case(name: str, given: argparse.Namespace, device: torch.device) -> dict
         "ceilings": ceilings and ceilings.as_dict(),
         "agreement": agreement,
         "groups": timed,
-        "rounds": given.rounds,
+        "rounds": cli.rounds,
     }
 
 
@@ -337,17 +331,17 @@ def main(argv: list[str]) -> None:
         "--variants",
         nargs="+",
         choices=list(VARIANTS),
-        help="default: those of the case; all given are on the device at once",
+        help="default: those of the case; all of them are on the device at once",
     )
     parser.add_argument("--rounds", type=int, default=7)
-    given = parser.parse_args(argv)
-    device = get_tensor_device(given)
+    cli = parser.parse_args(argv)
+    device = get_tensor_device(cli)
     with process_group(device):
         results = [
-            run_case(name, given, device) for name in given.cases or (("toy",) if given.toy else DEFAULTS[device.type])
+            run_case(name, cli, device) for name in cli.cases or (("toy",) if cli.toy else DEFAULTS[device.type])
         ]
-    if given.json:
-        write_json(given.json, "step", given, environment(device), results)
+    if cli.json:
+        write_json(cli.json, "step", cli, environment(device), results)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""What each layout sends in one Wan block, and what each mode of activation checkpointing keeps: closed forms, as
-tables.
+"""Communication volume of each layout for one Wan block, and what activation checkpointing saves, as tables.
 
     python benchmarks/traffic.py [--flavor t2v-14B] [--tokens 75600] [--ranks 8] [--write docs/parallelism.md]
 
-The forms are those of the layouts' own files. Tests count the collectives of real ranks against them
-(tests/distributed_tests/ test_context_parallel.py, test_tensor_parallel.py, test_pipeline.py); nothing here was
+The formulas are those of the layouts' own files. Tests compare them with the collectives of real ranks
+(tests/distributed_tests: test_context_parallel.py, test_tensor_parallel.py, test_pipeline.py). Nothing here was
 measured on a network.
 """
 
@@ -17,12 +16,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from titan_video.config.job_config import ActivationCheckpoint  # noqa: E402
-from titan_video.distributed.activation_checkpoint import saved_bytes_per_token  # noqa: E402
-from titan_video.distributed.tensor_parallel import bytes_per_collective  # noqa: E402
-from titan_video.models.wan import SPEC, WanModel  # noqa: E402
-from titan_video.models.wan.model import Block  # noqa: E402
-from titan_video.planner.traffic import ring_traffic, ulysses_traffic  # noqa: E402
+from titan_video.config.job_config import ActivationCheckpoint
+from titan_video.distributed.activation_checkpoint import saved_bytes_per_token
+from titan_video.distributed.tensor_parallel import bytes_per_collective
+from titan_video.models.wan import SPEC, WanModel
+from titan_video.models.wan.model import Block
+from titan_video.planner.traffic import ring_traffic, ulysses_traffic
 
 MARKER = "<!-- traffic -->"
 BF16, FP32 = 2, 4
@@ -32,14 +31,12 @@ def megabytes(n: float) -> str:
     return f"{n / 1e6:,.1f}"
 
 
-def words(calls: dict[str, int]) -> str:
+def describe(calls: dict[str, int]) -> str:
     return ", ".join(f"{n} {name.replace('_', '-')}" for name, n in calls.items() if n) or "none"
 
 
 def rows(args, tokens: int, g: int) -> list[tuple[str, ...]]:
-    """(layout, forward, backward, MB sent forward, MB sent backward) of one block and one clip, for g ranks, on each of
-    them.
-    """
+    """(layout, collectives in forward, in backward, MB sent in forward, in backward) per rank, block and clip."""
     with torch.device("meta"):
         weights = sum(p.numel() for p in Block(args).parameters())
     elements = tokens // g * args.dim
@@ -56,7 +53,7 @@ def rows(args, tokens: int, g: int) -> list[tuple[str, ...]]:
         found.append(
             (
                 name,
-                *(words({t.collective: t.calls for t in d}) for d in directions),
+                *(describe({t.collective: t.calls for t in d}) for d in directions),
                 *(sum(t.sent for t in d) for d in directions),
             )
         )
@@ -64,7 +61,7 @@ def rows(args, tokens: int, g: int) -> list[tuple[str, ...]]:
         [*u, *r] for u, r in zip(ulysses_traffic(elements, g // 2, BF16), ring_traffic(elements, 2, BF16, "alltoall"))
     ]
     calls, sent = ([sum(getattr(t, field) for t in d) for d in unified] for field in ("calls", "sent"))
-    found.append((f"unified 2 x {g // 2}", *(words({"all_to_all": n}) for n in calls), *sent))
+    found.append((f"unified 2 x {g // 2}", *(describe({"all_to_all": n}) for n in calls), *sent))
     found.append(
         (
             "tensor parallel",
@@ -81,8 +78,8 @@ def table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *lines))
 
 
-def kept(args, tokens: int) -> list[tuple[str, ...]]:
-    """(mode, bytes a token, GiB of all blocks) that checkpointing keeps of one clip, all its tokens on one rank."""
+def saved(args, tokens: int) -> list[tuple[str, ...]]:
+    """(mode, bytes per token and block, GiB of all blocks) that checkpointing saves, with all tokens on one rank."""
     sections = {
         "full": ActivationCheckpoint(mode="full"),
         "selective, save = [attention]": ActivationCheckpoint(mode="selective"),
@@ -98,12 +95,12 @@ def page(flavor: str, tokens: int, g: int) -> str:
     traffic = table(
         ("over " + str(g) + " ranks", "forward", "backward", "MB forward", "MB backward"), rows(args, tokens, g)
     )
-    memory = table(("mode", "bytes a token and block", "GiB, all blocks"), kept(args, tokens))
+    memory = table(("mode", "bytes per token and block", "GiB, all blocks"), saved(args, tokens))
     return (
-        f"One block of Wan {flavor}, one clip of {tokens:,} tokens, bfloat16; what one rank sends to "
-        f"others.\n\n{traffic}\n\n"
-        f"What blocks keep of the whole clip until backward; context and tensor parallel divide it by their "
-        f"degrees.\n\n{memory}"
+        f"One block of Wan {flavor}, one clip of {tokens:,} tokens, bfloat16: what one rank sends to "
+        f"the others.\n\n{traffic}\n\n"
+        f"Activations that blocks save for backward, for the whole clip. Context and tensor parallel divide them by "
+        f"their\ndegrees.\n\n{memory}"
     )
 
 

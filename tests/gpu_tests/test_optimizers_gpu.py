@@ -1,4 +1,4 @@
-"""Float8, 8-bit AdamW, Muon and the optimizer in backward on a GPU. Not yet run on one."""
+"""Float8, 8-bit AdamW, Muon and the optimizer in backward on a GPU. These tests have not been run on one yet."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ LOW = {"training__mixed_precision_param": "bfloat16", "debug__deterministic": "t
 
 @pytest.mark.parametrize("tokens", [32, 45])  # a multiple of 16, or padded
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
-def test_float8_products_are_those_that_are_emulated(recipe, tokens):
+def test_float8_matmuls_equal_the_emulated_ones(recipe, tokens):
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("needs compute capability 8.9")
     results = []
@@ -26,15 +26,12 @@ def test_float8_products_are_those_that_are_emulated(recipe, tokens):
         y = matmul_fn(Float8(enable=True, recipe_name=recipe, emulate=emulate))(x, w)
         y.mul(torch.randn_like(y)).sum().backward()
         results.append((y, x.grad, w.grad))
-    for (
-        real,
-        emulated,
-    ) in zip(*results, strict=True):
+    for real, emulated in zip(*results, strict=True):
         assert (real - emulated).norm() < 0.01 * emulated.norm()
     assert (results[0][0] - F.linear(x, w)).norm() < 0.08 * F.linear(x, w).norm()
 
 
-def test_few_bits_are_those_of_the_host():
+def test_low_bit_states_equal_those_on_the_host():
     x = torch.randn(100, 200)
     codes, scales = (
         [torch.empty(shape, dtype=dtype, device=d) for d in ("cpu", "cuda")]

@@ -1,4 +1,4 @@
-"""The embedded default on a GPU. Skipped where there is none; nothing here has been run on one yet."""
+"""The embedded default config on a GPU. These tests have not been run on one yet."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from tests.helpers import ROOT
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
-# without decay the rates do not depend on training.steps
+# without decay, learning rates do not depend on training.steps
 SMALL = {
     "data.path": "embedded:shapes-48",
     "training.steps": 12,
@@ -70,12 +70,12 @@ def test_resume_is_bitwise(bf16, cache, tmp_path):
     assert losses(tmp_path / "run", cache, **options) == bf16
 
 
-NO_WAITING = """
+NO_SYNC = """
 import sys, torch, train
 run_step, read = train.Trainer.train_step, train.read
 
 def train_step(self, *args):
-    # In the first steps kernels are compiled and memory is taken.
+    # In the first steps kernels are compiled and memory is allocated.
     torch.cuda.set_sync_debug_mode("error" if self.step > 2 else "default")
     run_step(self, *args)
     torch.cuda.set_sync_debug_mode("default")
@@ -100,7 +100,7 @@ train.main(sys.argv[1:])
         },
     ],
 )
-def test_the_host_waits_only_for_the_numbers(options, cache, tmp_path):
+def test_a_step_synchronises_only_to_read_its_numbers(options, cache, tmp_path):
     argv = {
         "job.config_file": ROOT / "train_configs" / "debug.toml",
         "job.dump_folder": tmp_path / "run",
@@ -110,5 +110,5 @@ def test_the_host_waits_only_for_the_numbers(options, cache, tmp_path):
         "checkpoint.enable": "false",
         **options,
     }
-    command = [sys.executable, "-c", NO_WAITING, *(str(x) for k, v in argv.items() for x in (f"--{k}", v))]
+    command = [sys.executable, "-c", NO_SYNC, *(str(x) for k, v in argv.items() for x in (f"--{k}", v))]
     subprocess.run(command, check=True, timeout=280, cwd=ROOT)

@@ -1,7 +1,4 @@
-"""The benchmarks' own parts:
-
-the scorer knows what it reads, and what is to be timed on a GPU runs, computes the same and is reported right.
-"""
+"""The benchmarks: the scorer reads clips correctly; benchmarks for a GPU run at toy size and are reported correctly."""
 
 import json
 import os
@@ -37,11 +34,11 @@ from titan_video.models.wan import SPEC, WanModel
 CLIPS = range(COMBINATIONS)
 
 
-def test_scorer_reads_every_training_clip_right():
+def test_scorer_reads_every_training_clip_correctly():
     assert [learn_shapes.score(render(i)) for i in CLIPS] == [combination(i) for i in CLIPS]
 
 
-def test_scorer_reads_what_the_codec_leaves():
+def test_scorer_reads_clips_after_the_codec():
     encoders = DebugEncoders(16)
     frames = torch.stack([torch.from_numpy(render(i)).permute(3, 0, 1, 2) for i in CLIPS])
     decoded = encoders.decode_video(encoders.encode_video(frames)).permute(0, 2, 3, 4, 1).numpy()
@@ -50,9 +47,7 @@ def test_scorer_reads_what_the_codec_leaves():
 
 
 def test_scorer_is_not_fooled():
-    """A clip played backwards moves the other way, swapped channels are another colour, and nothing is read from noise
-    or an empty clip.
-    """
+    """A reversed clip moves the other way, permuted channels are another colour, noise and an empty clip give None."""
     assert learn_shapes.score(render(0)) == ("red", "circle", "left")
     assert learn_shapes.score(render(0)[::-1]) == ("red", "circle", "right")
     assert learn_shapes.score(render(0)[..., ::-1]) == ("blue", "circle", "left")
@@ -66,7 +61,7 @@ def test_scorer_is_not_fooled():
     }
 
 
-# ---- what is to be run on a GPU, at toy size on a CPU ----
+# ---- benchmarks for a GPU, at toy size on a CPU ----
 
 TOY = {
     "block_bytes": (block_bytes, []),
@@ -74,7 +69,7 @@ TOY = {
     "attention": (attention, ["--rounds", "1"]),
     "step": (
         step,
-        ["--rounds", "1", "--variants", "ours, attention kept", "ours, eager, full checkpointing", "diffusers, tuned"],
+        ["--rounds", "1", "--variants", "ours, attention saved", "ours, eager, full checkpointing", "diffusers, tuned"],
     ),
     "step_cpu": (step, ["--rounds", "1", "--cases", "toy", "--variants", "ours, float32", "diffusers, float32"]),
     "profile": (profile_step, ["--variant", "ours, eager"]),
@@ -89,7 +84,7 @@ def run_all(folder):
     with training.process_group(torch.device("cpu")):
         for name, (script, argv) in TOY.items():
             script.main(["--toy", "--device", "cpu", "--json", str(folder / f"{name}.json"), *argv])
-    data.main(["--toy", "--device", "cpu", "--json", str(folder / "data.json")])  # it trains, in a group of its own
+    data.main(["--toy", "--device", "cpu", "--json", str(folder / "data.json")])  # training makes its own process group
     shutil.copy(folder / "step.json", folder / "step_14b.json")  # the same script, other cases
 
 
@@ -107,14 +102,14 @@ def test_each_benchmark_runs_to_its_end(records):
         for line in json.dumps(records, indent=0).splitlines()
         if '"failed": ' in line and not line.endswith(("{},", "{}"))
     ]
-    assert all("model.attention" in line for line in failures), failures  # backends that a CPU has not
-    assert report.targets(records).count(report.NOT_YET) == 8  # those of steps at real size
+    assert all("model.attention" in line for line in failures), failures  # backends that a CPU does not have
+    assert report.targets(records).count(report.NOT_YET) == 8  # targets for steps at real size
     page = report.page(records)
     assert "Not yet measured" not in page and "| nan" not in page
 
 
 @pytest.mark.parametrize("name", ["step", "step_cpu"])
-def test_what_is_timed_computes_the_same(records, name):
+def test_timed_variants_compute_the_same(records, name):
     (case,) = records[name]["results"]
     for variant, found in case["agreement"].items():
         assert min(found["velocity cosine"], found["gradient cosine"]) >= step.AGREE, variant
@@ -140,36 +135,38 @@ def test_a_variant_that_fails_leaves_the_others(monkeypatch):
     assert "out of memory" in step.step_table(found)
 
 
-def test_rounds_take_turns_and_ties_are_called():
+def test_rounds_alternate_and_ties_are_reported():
     calls = []
     times = common.interleaved(
         {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, torch.device("cpu"), rounds=4, budget=0
     )
     assert "".join(calls) == "abbaabba" and len(times["a"].seconds) == 4
-    fast, slow, upcast = (
+    fast, slow, noisy_times = (
         common.Times((1.0, 1.1, 1.0, 1.1)),
         common.Times((2.0, 2.1, 2.0, 2.1)),
         common.Times((0.5, 3.0, 0.6, 2.9)),
     )
-    assert fast.speedup(over=slow) == "1.95" and fast.ties(upcast) and fast.speedup(over=upcast).endswith("(tie)")
+    assert (
+        fast.speedup(over=slow) == "1.95"
+        and fast.ties(noisy_times)
+        and fast.speedup(over=noisy_times).endswith("(tie)")
+    )
 
 
-def test_roof_is_the_sum_of_what_the_parts_take():
-    """At one FLOP and one byte a second, seconds are FLOPs and bytes."""
+def test_roof_is_the_sum_of_its_parts():
+    """At one FLOP and one byte per second, seconds are FLOPs and bytes."""
     args, tokens = SPEC.flavors["t2v-1.3B"], 32760
-    ceilings = roof.Ceilings(1.0, dict.fromkeys(roof.shapes(args, tokens).values(), 1.0), "cudnn", 1.0, 1.0)
+    ceilings = roof.Ceilings(1.0, dict.fromkeys(roof.gemm_shapes(args, tokens).values(), 1.0), "cudnn", 1.0, 1.0)
     parts = {mode: roof.roof(args, tokens, 1, mode, 1_000, ceilings) for mode in ("none", "selective", "full")}
     own, text = attention_flops(1, tokens, tokens, 1536), attention_flops(1, tokens, 512, 1536)
     assert parts["none"]["attention"] == 30 * 3.5 * (own + text)
-    assert parts["none"]["attention"] + parts["none"]["matrix products"] == 3 * args.flops(tokens) + 30 * 0.5 * (
-        own + text
-    )
+    assert parts["none"]["attention"] + parts["none"]["matmuls"] == 3 * args.flops(tokens) + 30 * 0.5 * (own + text)
     assert parts["full"]["attention"] - parts["none"]["attention"] == 30 * (own + text)
     assert parts["selective"]["attention"] - parts["none"]["attention"] == 30 * text
-    again = parts["full"]["matrix products"] - parts["none"]["matrix products"]
+    again = parts["full"]["matmuls"] - parts["none"]["matmuls"]
     assert (
         again
-        == parts["selective"]["matrix products"] - parts["none"]["matrix products"]
+        == parts["selective"]["matmuls"] - parts["none"]["matmuls"]
         == 30 * 2 * tokens * 1536 * (6 * 1536 + 2 * 8960)
     )
     assert parts["none"]["optimizer"] == 44_000
@@ -182,15 +179,15 @@ def test_search_for_the_longest_clip_ends_at_it():
         found = memory.longest(lambda n: tried.append(n) or n <= limit, low=81, high=400, guess=300, step=4)
         assert found <= limit and (limit - found < 4 or limit > 400) and len(tried) <= 9
     assert memory.longest(lambda n: None, low=81, high=400, guess=300, step=4) == 81
-    assert memory.line([(1.0, 5.0), (2.0, 7.0), (3.0, 9.0)]) == pytest.approx((2.0, 3.0))
+    assert memory.fit_line([(1.0, 5.0), (2.0, 7.0), (3.0, 9.0)]) == pytest.approx((2.0, 3.0))
 
 
-def test_kernels_are_sorted_by_name_and_gaps_are_what_is_left():
+def test_kernels_are_sorted_by_name_and_the_rest_is_gaps():
     names = {
         "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16": "attention",
         "void pytorch_flash::flash_fwd_kernel<cutlass::bfloat16_t>": "attention",
-        "nvjet_tst_256x128_64x4_2x1_v_bz_TNT": "matrix products",
-        "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n": "matrix products",
+        "nvjet_tst_256x128_64x4_2x1_v_bz_TNT": "matmuls",
+        "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n": "matmuls",
         "triton_poi_fused_addmm_gelu_0": "norms and element-wise",
         "layer_norm_backward": "norms and element-wise",
         "void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor<float>>": "optimizer",
@@ -200,11 +197,11 @@ def test_kernels_are_sorted_by_name_and_gaps_are_what_is_left():
     assert profile_step.busy([(0.0, 1.0), (0.5, 2.0), (3.0, 4.0), (3.2, 3.4)]) == 3.0
 
 
-def test_page_is_what_the_figures_give():
+def test_page_equals_the_report_of_the_results():
     assert report.PAGE.read_text() == report.page(report.load(report.RESULTS))
 
 
-def test_page_of_layouts_holds_the_tables_that_the_script_prints():
+def test_page_of_layouts_has_the_tables_that_the_script_prints():
     page = (ROOT / "docs" / "parallelism.md").read_text()
     assert page.split(traffic.MARKER)[1].strip() == traffic.page("t2v-14B", 75600, 8)
 
@@ -220,4 +217,4 @@ def split_block():
 def test_table_of_layouts_has_the_counts_of_tensor_parallel():
     """The counts that tests/distributed_tests/test_tensor_parallel.py finds on real ranks."""
     row = next(row for row in traffic.rows(SPEC.flavors["t2v-14B"], 75600, 8) if row[0] == "tensor parallel")
-    assert [row[1], row[2]] == [traffic.words(calls) for calls in run_ranks(split_block, 1)[0]]
+    assert [row[1], row[2]] == [traffic.describe(calls) for calls in run_ranks(split_block, 1)[0]]

@@ -1,4 +1,4 @@
-"""What a block keeps and moves, in bytes: the rule of counting, and the bars that our fused path is to stay below."""
+"""Bytes that a block saves and moves: the rules of counting, and the limits for our fused kernels."""
 
 import json
 
@@ -22,7 +22,7 @@ def moved(function, *tensors):
 def test_an_operator_moves_what_it_reads_and_writes():
     x, row = torch.ones(8, 16, device="meta"), torch.ones(1, 16, device="meta")
     assert moved(lambda: x + row) == {"add": 4 * (128 + 16 + 128)}
-    assert moved(lambda: x + row.expand(8, 16)) == {"add": 4 * (128 + 16 + 128)}  # a row that all read is read once
+    assert moved(lambda: x + row.expand(8, 16)) == {"add": 4 * (128 + 16 + 128)}  # a broadcast row is read once
     assert moved(lambda: x * x) == {"mul": 4 * (128 + 128)}
     assert moved(lambda: x.bfloat16()) == {"_to_copy": 128 * (4 + 2)}
     assert moved(lambda: x.add_(1)) == {"add_": 4 * 2 * 128}
@@ -30,7 +30,7 @@ def test_an_operator_moves_what_it_reads_and_writes():
     assert moved(lambda: torch.zeros_like(x)) == {"zeros_like": 4 * 128}
 
 
-def test_views_allocations_products_and_attention_are_free():
+def test_views_allocations_matmuls_and_attention_are_free():
     x = torch.ones(1, 2, 8, 16, device="meta")
     assert moved(lambda: x.transpose(1, 2).unflatten(-1, (4, 4))[..., 0]) == moved(lambda: torch.empty_like(x)) == {}
     assert moved(lambda: F.linear(x[0, 0], torch.ones(4, 16, device="meta"), torch.ones(4, device="meta"))) == {
@@ -40,7 +40,7 @@ def test_views_allocations_products_and_attention_are_free():
         assert moved(lambda: F.scaled_dot_product_attention(query=x, key=x, value=x)) == {}
 
 
-def test_what_is_saved_is_each_storage_once_without_weights():
+def test_saved_storages_count_once_without_weights():
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
@@ -51,31 +51,33 @@ def test_what_is_saved_is_each_storage_once_without_weights():
 
     x = torch.ones(8, 16, device="meta", requires_grad=True)
     counts = block_bytes.count(Twice(), (x,), x)
-    assert counts["saved"] == 3 * 4 * 128  # x, the product, its gelu
+    assert counts["saved"] == 3 * 4 * 128  # x, the matmul, its gelu
     assert counts["forward"] == {"gelu": 4 * 2 * 128, "mul": 4 * 3 * 128}
 
 
 @pytest.fixture(scope="module")
-def counted():
-    return {case: block_bytes.counted(*which) for case, which in block_bytes.CASES.items()}
+def block_counts():
+    return {case: block_bytes.count_blocks(*which) for case, which in block_bytes.CASES.items()}
 
 
-def test_fused_path_keeps_and_moves_far_less_than_diffusers(counted):
+def test_fused_kernels_save_and_move_far_less_than_diffusers(block_counts):
     for case, (flavor, tokens) in block_bytes.CASES.items():
-        found = {who: block_bytes.per_element(c, SPEC.flavors[flavor].dim * tokens) for who, c in counted[case].items()}
+        found = {
+            who: block_bytes.per_element(c, SPEC.flavors[flavor].dim * tokens) for who, c in block_counts[case].items()
+        }
         ours, theirs = found["ours, triton kernels"], found["diffusers"]
         for what, bar in block_bytes.BARS.items():
             assert ours[what] <= bar * theirs[what], f"{case}: {what}"
-        # The probes of the plan had 74 and 61 saved, 263 and 249 forward.
+        # Measured before the design: 74 and 61 saved, 263 and 249 forward.
         assert theirs["saved"] == pytest.approx({1536: 74.2, 5120: 61.1}[SPEC.flavors[flavor].dim], rel=0.02)
 
 
-def test_counts_are_the_committed_ones(counted):
-    """Exact, so that a byte more is seen. If it is meant:
+def test_counts_are_the_committed_ones(block_counts):
+    """Exact, so that one more byte is noticed.
 
-    python benchmarks/block_bytes.py --json benchmarks/results/block_bytes.json.
+    After an intended change: python benchmarks/block_bytes.py --json benchmarks/results/block_bytes.json
     """
-    for case, found in counted.items():
+    for case, found in block_counts.items():
         for who, counts in found.items():
             if who != "diffusers":
                 assert counts == COMMITTED["results"]["by operator"][case][who], f"{case}, {who}"
