@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from tests.gpu_tests.test_train_gpu import bf16, cache, losses  # noqa: F401
 from titan_video.config.job_config import Float8
-from titan_video.distributed.float8 import matmul_fn
+from titan_video.distributed.float8 import float8_linear_fn
 from titan_video.optim.low_bit import dequantize, quantize, stochastic_round
 from titan_video.optim.muon import orthogonalize
 
@@ -23,7 +23,7 @@ def test_float8_matmuls_equal_the_emulated_ones(recipe, tokens):
     for emulate in (False, True):
         torch.manual_seed(0)
         x, w = (torch.randn(n, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for n in (tokens, 128))
-        y = matmul_fn(Float8(enable=True, recipe_name=recipe, emulate=emulate))(x, w)
+        y = float8_linear_fn(Float8(enable=True, recipe_name=recipe, emulate=emulate))(x, w)
         y.mul(torch.randn_like(y)).sum().backward()
         results.append((y, x.grad, w.grad))
     for real, emulated in zip(*results, strict=True):

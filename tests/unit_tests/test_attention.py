@@ -28,7 +28,7 @@ from titan_video.distributed.activation_checkpoint import apply_activation_check
 from titan_video.kernels import attention, sdpa
 from titan_video.kernels.attention import attend, attend_backward, merge, own_attention
 from titan_video.models.layers import InnerAttention, JointInnerAttention
-from titan_video.models.spec import ParallelPlan
+from titan_video.models.spec import ParallelPlan, StepLayout
 
 CPU = torch.device("cpu")
 FLASH, OWN = "aten::_scaled_dot_product_flash_attention_for_cpu", "titan_video::attention"
@@ -54,6 +54,10 @@ class Executed(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def layout(seq_len):
+    return None if seq_len is None else StepLayout(seq_len)
+
+
 # ---- values ----
 
 
@@ -67,7 +71,7 @@ def test_backends_equal_attention_by_softmax(backend, compiled):
         inner.compile(backend="aot_eager", fullgraph=True)
     for keys, seq_len in ((LENGTH, None), (TEXT, None), (LENGTH, 7)):
         q, k, v = tensors(LENGTH, keys, keys)
-        out = inner(q, k, v, seq_len)
+        out = inner(q, k, v, layout(seq_len))
         expected = attention_by_softmax(q, k[:, :seq_len], v[:, :seq_len])
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
         for ours, theirs in zip(*(torch.autograd.grad(loss(x), (q, k, v)) for x in (out, expected)), strict=True):
@@ -83,7 +87,7 @@ def test_joint_attention_ignores_masked_keys(backend, compiled):
         inner.compile(backend="aot_eager", fullgraph=True)
     for mask, seq_len in ((text_mask(), None), (text_mask(), 7), (torch.ones_like(text_mask()), None)):
         inputs = joint_inputs()
-        out = inner(*inputs, mask, seq_len)
+        out = inner(*inputs, mask, layout(seq_len))
         expected = joint_attention_by_softmax(*inputs, mask, seq_len or LENGTH)
         for ours, theirs in zip(out, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)

@@ -6,6 +6,7 @@ import torch
 from tests.attention_cases import attention_by_softmax, joint_attention_by_softmax, joint_inputs, pretend_gpu, text_mask
 from titan_video.kernels import attention, attention_backends, sdpa
 from titan_video.models.layers import InnerAttention, JointInnerAttention
+from titan_video.models.spec import StepLayout
 
 CUDA = torch.device("cuda")
 
@@ -28,7 +29,7 @@ def test_flex_ignores_masked_keys(monkeypatch):
     monkeypatch.setattr(attention, "_order", ("flex",))
     with torch.no_grad():
         inputs = [x.detach() for x in joint_inputs(torch.float32)]
-        results = JointInnerAttention()(*inputs, text_mask(), 7)
+        results = JointInnerAttention()(*inputs, text_mask(), StepLayout(seq_len=7))
         expected = joint_attention_by_softmax(*inputs, text_mask(), 7)
         for ours, theirs in zip(results, expected, strict=True):
             torch.testing.assert_close(ours, theirs)

@@ -53,7 +53,8 @@ def test_feed_forward_saves_its_widest_activation_once_with_fused_kernels(fused)
 
 
 @pytest.mark.parametrize(
-    "change", [{"adapter": torch.nn.Linear(32, 8)}, {"product": lambda x, weight, bias: 2 * F.linear(x, weight, bias)}]
+    "change",
+    [{"adapter": torch.nn.Linear(32, 8)}, {"linear_fn": lambda x, weight, bias: 2 * F.linear(x, weight, bias)}],
 )
 def test_feed_forward_with_an_adapter_or_another_matmul_uses_it(fused, change):
     ffn, x = FeedForward(8, 32), draw(1, 6, 8, dtype=torch.float32)
