@@ -1,26 +1,22 @@
-"""Model families by name. A new one is a folder and a line here."""
+"""Model families by name: the folders of this package."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from titan_video.config.families import model_families
 from titan_video.models.spec import ModelSpec
+from titan_video.tools.parts import resolve
 
-FAMILIES = ("wan", "hunyuan_video")
+FAMILIES = model_families()
 
 
 def get_spec(name: str) -> ModelSpec:
     """The declaration of a family; ValueError naming model.name and the known ones."""
-    if name == "wan":
-        from titan_video.models.wan import SPEC
-
-        return SPEC
-    if name == "hunyuan_video":
-        from titan_video.models.hunyuan_video import SPEC
-
-        return SPEC
-    raise ValueError(f'model.name = "{name}" is unknown; use one of: {", ".join(FAMILIES)}')
+    if name not in FAMILIES:
+        raise ValueError(f'model.name = "{name}" is unknown; use one of: {", ".join(FAMILIES)}')
+    return resolve(f"titan_video.models.{name}:SPEC", asked_by=f'model.name = "{name}"')
 
 
 def get_args(spec: ModelSpec, flavor: str, hf_assets_path: str, max_text_length: int) -> Any:
