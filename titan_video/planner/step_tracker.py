@@ -1,9 +1,8 @@
-"""What a step allocates, sends and computes, read from the operators that it runs; made for fake tensors, where nothing
-is computed.
+"""Counts what a training step allocates, sends and computes, from the operators that it runs on fake tensors.
 
-Every storage is followed from its allocation to its end. What kind of memory it was is often known only later (what the
-forward leaves alive was saved for backward), so allocations are logged, and the log is replayed when the step is over
-and each storage has its kind.
+Every storage is tracked from its allocation until it is freed. The category of its memory is often known only later:
+what is alive after the forward was saved for backward. So allocations are logged, and the log is replayed after the
+step, when each storage has its category.
 """
 
 import weakref
@@ -21,8 +20,8 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 TEMPORARY = "temporaries"
 
-# FSDP2's own operators, by what the memory that they write is for.
-FSDP_KINDS = {
+# FSDP2's own operators, by the category of the memory that they write.
+FSDP_CATEGORIES = {
     "all_gather_copy_in": "gathered weights",
     "split_with_sizes_copy": "gathered weights",
     "chunk_cat": "reduction buffers",
@@ -44,7 +43,7 @@ COLLECTIVES = {
 
 @dataclass(frozen=True)
 class Axis:
-    """A process group: the name of its mesh axis, its ranks, and which of them this is."""
+    """A process group: the name of its mesh axis, the number of its ranks, and this process's rank in it."""
 
     name: str
     ranks: int
@@ -52,10 +51,10 @@ class Axis:
 
 
 def bytes_sent(kind: str, payload: int, axis: Axis, splits: list[int] | None = None) -> int:
-    """Bytes that a rank sends at least. payload: bytes of the larger side, a rank's whole tensor (gathered, to be
-    scattered, reduced).
+    """The least number of bytes that one rank sends.
 
-    splits: of an all-to-all whose parts are not equal, how much each rank gets.
+    payload: bytes of the full tensor, which is the output of an all-gather and the input of all other kinds.
+    splits: elements for each rank in an all-to-all with unequal parts.
     """
     if kind == "send":
         return payload
@@ -66,9 +65,9 @@ def bytes_sent(kind: str, payload: int, axis: Axis, splits: list[int] | None = N
 
 @dataclass(frozen=True)
 class Collective:
-    """Calls of one kind over one axis in one phase ("" for a pipeline's sends). sent:
+    """All calls of one kind over one axis in one phase ("" for the sends of a pipeline).
 
-    bytes that each rank sends, all calls together.
+    sent: bytes that each rank sends in all these calls.
     """
 
     phase: str
@@ -81,9 +80,10 @@ class Collective:
 
 @dataclass(frozen=True)
 class Peak:
-    """Live bytes by kind:
+    """Allocated bytes by category.
 
-    `largest` each kind ever had, `at_peak` what each had when the sum of those here, `total`, was largest.
+    largest: the maximum of each category over the step. total: the maximum of their sum on the device.
+    at_peak: bytes of each category at the time of that maximum.
     """
 
     largest: dict[str, int]
@@ -91,7 +91,7 @@ class Peak:
     total: int
 
 
-# Of the shapes of the arguments. torch knows these formulas, but not this operator.
+# FLOPs from the shapes of the arguments: torch has these formulas, but not for the CPU's operator.
 _SDPA_CPU = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes: sdpa_flop_count(*shapes[:3]),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes: sdpa_backward_flop_count(
@@ -103,9 +103,10 @@ _SDPA_CPU = {
 class StepTracker(TorchDispatchMode):
     """A dispatch mode around one step.
 
-    axes: {process group's name: its axis}; collectives among one rank are left out.
-    bodies: {operator packet: Python function}: what these operators do inside is to be seen, so the function is run in
-    their place. `phase` labels what comes; the caller sets it. What is sent before is not counted.
+    axes: {name of a process group: its axis}. Collectives over one rank are not counted.
+    bodies: {operator packet: Python function} of custom operators: the function runs in place of the operator, so that
+    what it allocates is counted.
+    The caller sets `phase`, by which FLOPs and collectives are counted. Collectives in phase "build" are not counted.
     """
 
     def __init__(self, axes: dict[str, Axis], bodies: dict[object, Callable] | None = None):
@@ -117,86 +118,89 @@ class StepTracker(TorchDispatchMode):
         self._live: dict[int, tuple[int, weakref.ref]] = {}  # address of a storage -> its number
         self._log: list[tuple[int, int]] = []  # (number, change of bytes), in order
         self._size: list[int] = []
-        self._kind: list[str] = []
+        self._category: list[str] = []
         self._pending: Callable[[], None] | None = None
         self._depth = 0
 
     # ---- storages ----
 
     @property
-    def clock(self) -> int:
-        """Number of storages seen so far; those allocated later have this number or a higher one."""
+    def num_storages(self) -> int:
+        """Storages seen so far; the next one gets this number."""
         return len(self._size)
 
-    def set_kind(self, tensor: Tensor, kind: str) -> None:
-        """A tensor's storage is of this kind, for all its life."""
-        self._kind[self._number(tensor)] = kind
+    def set_category(self, tensor: Tensor, category: str) -> None:
+        """Set the category of a tensor's storage, for its whole lifetime."""
+        self._category[self._number(tensor)] = category
 
-    def keep_tensor(self, tensor: Tensor, kind: str) -> None:
-        """`set_kind` for what counts as temporary so far."""
-        if self._kind[self._number(tensor)] == TEMPORARY:
-            self.set_kind(tensor, kind)
+    def set_category_if_temporary(self, tensor: Tensor, category: str) -> None:
+        """`set_category`, unless the storage has a category already."""
+        if self._category[self._number(tensor)] == TEMPORARY:
+            self.set_category(tensor, category)
 
-    def keep(self, kind: str, since: int = 0) -> None:
-        """Give `kind` to the temporaries that are alive and were allocated since a `clock`."""
+    def categorize_live(self, category: str, since: int = 0) -> None:
+        """Set the category of all live temporaries whose number is at least `since` (see `num_storages`)."""
         for number, _ in self._live.values():
-            if number >= since and self._kind[number] == TEMPORARY:
-                self._kind[number] = kind
+            if number >= since and self._category[number] == TEMPORARY:
+                self._category[number] = category
 
-    def save_later(self, kind: str, since: int) -> None:
-        """`keep` when the next operator runs: when what is about to be dropped is gone."""
-        self._pending = lambda: self.keep(kind, since)
+    def categorize_live_later(self, category: str, since: int) -> None:
+        """`categorize_live` just before the next operator, when the caller's own references are gone."""
+        self._pending = lambda: self.categorize_live(category, since)
 
-    def workspace(self, size: int) -> None:
-        """Memory that an operator takes and gives back."""
-        number = self.clock
+    def add_workspace(self, size: int) -> None:
+        """Count `size` bytes that an operator allocates and frees again."""
+        number = self.num_storages
         self._size.append(size)
-        self._kind.append(TEMPORARY)
+        self._category.append(TEMPORARY)
         self._log += [(number, size), (number, -size)]
 
-    def peak(self, elsewhere: tuple[str, ...] = ()) -> Peak:
-        """elsewhere: kinds that are in other memory, and so not in the sum."""
-        now, largest, at_peak, total, most = Counter(), Counter(), {}, 0, 0
+    def peak(self, on_host: tuple[str, ...] = ()) -> Peak:
+        """Replay the log. on_host: categories in host memory, which the sum leaves out."""
+        current: Counter[str] = Counter()
+        largest: Counter[str] = Counter()
+        at_peak: dict[str, int] = {}
+        total = max_total = 0
         for number, change in self._log:
-            kind = self._kind[number]
-            now[kind] += change
-            total += change if kind not in elsewhere else 0
-            largest[kind] = max(largest[kind], now[kind])
-            if total > most:
-                most, at_peak = total, dict(now)
-        return Peak(dict(largest), at_peak, most)
+            category = self._category[number]
+            current[category] += change
+            total += change if category not in on_host else 0
+            largest[category] = max(largest[category], current[category])
+            if total > max_total:
+                max_total, at_peak = total, dict(current)
+        return Peak(dict(largest), at_peak, max_total)
 
     def _number(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage()
         address = storage._cdata
         if address not in self._live:
-            number, size = self.clock, storage.nbytes()
-            self._live[address] = number, weakref.ref(storage, lambda _: self._freed(address))
+            number, size = self.num_storages, storage.nbytes()
+            self._live[address] = number, weakref.ref(storage, lambda _: self._on_free(address))
             self._size.append(size)
-            self._kind.append(TEMPORARY)
+            self._category.append(TEMPORARY)
             self._log.append((number, size))
         return self._live[address][0]
 
-    def _freed(self, address: int) -> None:
+    def _on_free(self, address: int) -> None:
         number, _ = self._live.pop(address)
         self._log.append((number, -self._size[number]))
 
-    def _resized(self, storage: torch.UntypedStorage) -> None:
+    def _on_resize(self, storage: torch.UntypedStorage) -> None:
         if storage._cdata in self._live:
             number, _ = self._live[storage._cdata]
             self._log.append((number, storage.nbytes() - self._size[number]))
             self._size[number] = storage.nbytes()
 
     def __enter__(self):
-        # FSDP frees and takes gathered weights by resizing their storage, which is no operator.
+        # FSDP frees and allocates gathered weights by resizing their storage, which is no operator.
         self._depth += 1
-        if self._depth > 1:  # entered again, for a body
+        if self._depth > 1:  # entered again, for the body of an operator
             return super().__enter__()
         self._resize = resize = torch.UntypedStorage.resize_
 
         def resize_(storage, size):
             result = resize(storage, size)
-            self._resized(storage)
+            self._on_resize(storage)
             return result
 
         torch.UntypedStorage.resize_ = resize_
@@ -214,7 +218,7 @@ class StepTracker(TorchDispatchMode):
         if func is torch.ops.prim.device.default:
             return func(*args)
         if DTensor in types:
-            return NotImplemented  # it comes again, as an operator on the local part
+            return NotImplemented  # DTensor dispatches again, on the local shard
         if self._pending:
             pending, self._pending = self._pending, None
             pending()
@@ -234,18 +238,18 @@ class StepTracker(TorchDispatchMode):
         packet, space = func.overloadpacket, func.namespace
         if space in ("c10d", "_c10d_functional") and (kind := COLLECTIVES.get(packet.__name__)):
             self._count_collective(kind, args, kwargs, result)
-        elif space == "fsdp" and (kind := FSDP_KINDS.get(packet.__name__)):
+        elif space == "fsdp" and (category := FSDP_CATEGORIES.get(packet.__name__)):
             for t in tree_leaves((args, kwargs)):
                 if isinstance(t, Tensor):
-                    self.keep_tensor(t, kind)
+                    self.set_category_if_temporary(t, category)
         elif packet in _SDPA_CPU:
             self.flops[self.phase] += _SDPA_CPU[packet](*_shapes(args))
         elif packet in flop_registry:
             self.flops[self.phase] += flop_registry[packet](*args, **kwargs, out_val=result)
         if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
-            # The GPU's kernel adds dq up in float32 and keeps a row sum of it.
+            # The GPU's kernel accumulates dq in float32 and has a row sum of it.
             query, lse = args[1], args[5]
-            self.workspace(4 * query.numel() + lse.nbytes)
+            self.add_workspace(4 * query.numel() + lse.nbytes)
 
     def _count_collective(self, kind, args, kwargs, result) -> None:
         groups = [a for a in (*args, *kwargs.values()) if isinstance(a, (torch.ScriptObject, str))]
@@ -254,22 +258,26 @@ class StepTracker(TorchDispatchMode):
         if axis.ranks == 1 or self.phase == "build":
             return
         payload = max(t.nbytes for t in tree_leaves((args, result)) if isinstance(t, Tensor))
-        splits = [
-            a
-            for a in args
-            if isinstance(a, (list, tuple)) and len(a) == axis.ranks and all(isinstance(n, int) for n in a)
-        ]
-        phase = "" if kind == "send" else self.phase  # a pipeline sends when its schedule says so
+        phase = "" if kind == "send" else self.phase  # the schedule decides when a pipeline sends
         entry = self._collectives[phase, kind, axis.name, axis.ranks]
         entry[0] += 1
-        entry[1] += (
-            bytes_sent(kind, payload, axis, splits[-1] if kind == "all-to-all" and splits else None)
-            if axis.ranks
-            else payload
-        )
+        entry[1] += bytes_sent(kind, payload, axis, _splits(kind, args, axis)) if axis.ranks else payload
 
     def collectives(self) -> list[Collective]:
-        return [Collective(*key, *numbers) for key, numbers in self._collectives.items()]
+        """What was sent, in the order of the first call of each kind."""
+        return [
+            Collective(phase, kind, axis, ranks, count=count, sent=sent)
+            for (phase, kind, axis, ranks), (count, sent) in self._collectives.items()
+        ]
+
+
+def _splits(kind: str, args, axis: Axis) -> list[int] | None:
+    """The elements that an all-to-all sends to each rank; None: equal parts."""
+    if kind != "all-to-all":
+        return None
+    lists = [a for a in args if isinstance(a, (list, tuple)) and len(a) == axis.ranks]
+    splits = [a for a in lists if all(isinstance(n, int) for n in a)]
+    return list(splits[-1]) if splits and axis.ranks else None
 
 
 def _shapes(args) -> tuple:
