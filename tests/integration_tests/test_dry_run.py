@@ -57,7 +57,7 @@ def closed_form(config, world_size):
     dims = ParallelDims.of(config.parallelism, world_size)
     if config.model.name != "wan" or args.conditioning.num_cond_frames:
         return state(config, spec, args, dims)
-    return estimate(config, spec, args, dims, max(num_clip_tokens(b, args) for b in config.data.buckets))
+    return estimate(config, spec, args, dims, max(num_clip_tokens(b, spec, args) for b in config.data.buckets))
 
 
 def blocks(monkeypatch, flavor, number, name="wan", single=1):

@@ -1,4 +1,4 @@
-"""What the tracker counts, on steps small enough to count by hand."""
+"""The step tracker on steps small enough to count by hand."""
 
 import torch
 from torch import nn
@@ -7,34 +7,34 @@ from torch._subclasses import FakeTensorMode
 from titan_video.planner.step_tracker import Axis, StepTracker, bytes_sent
 
 
-def test_storages_are_followed_to_their_end():
+def test_storages_are_tracked_until_they_are_freed():
     with FakeTensorMode(), StepTracker({}) as tracker:
-        kept = torch.empty(100)  # 400 bytes
-        tracker.set_kind(kept, "inputs")
-        y = kept + 1  # 400
+        saved = torch.empty(100)  # 400 bytes
+        tracker.set_category(saved, "inputs")
+        y = saved + 1  # 400
         view = y[:50]
         del y
         z = view.double()  # 400
         del view
-        w = z + z  # 400, y is gone
+        w = z + z  # 400, y has been freed
         del w, z
     peak = tracker.peak()
     assert peak.total == 1200 and peak.at_peak == {"inputs": 400, "temporaries": 800} and peak.largest == peak.at_peak
 
 
-def test_kinds_hold_from_the_start_of_a_storage():
-    """What forward leaves alive was an activation all along, and the peak in forward says so."""
+def test_a_category_applies_from_the_allocation_on():
+    """What is alive after forward counts as an activation at the peak inside the forward too."""
     with FakeTensorMode(), StepTracker({}) as tracker:
         saved = torch.empty(100)
         temporary = torch.empty(1000)
         del temporary
-        tracker.keep("activations")
+        tracker.categorize_live("activations")
         later = torch.empty(10)
     assert tracker.peak().at_peak == {"activations": 400, "temporaries": 4000} and saved.shape != later.shape
 
 
 def test_a_resized_storage():
-    """As FSDP frees and takes gathered weights."""
+    """FSDP frees and allocates gathered weights by resizing their storage."""
     resize = torch.UntypedStorage.resize_
     with FakeTensorMode(), StepTracker({}) as tracker:
         x = torch.empty(100)
@@ -58,7 +58,7 @@ def test_flops_of_a_linear_and_of_attention():
         assert tracker.flops["backward"] == 10 * 8 * 8 * 32 + 2 * 8 * 16 * 32  # x needs no gradient
 
 
-def test_the_body_of_an_opaque_operator_is_seen():
+def test_the_body_of_a_custom_operator_is_counted():
     @torch.library.custom_op("titan_video_test::twice", mutates_args=())
     def twice(x: torch.Tensor) -> torch.Tensor:
         return (x + x).clone()
@@ -77,5 +77,5 @@ def test_bytes_sent():
     assert [
         bytes_sent(kind, 400, axis) for kind in ("all-gather", "reduce-scatter", "all-to-all", "all-reduce", "send")
     ] == [300, 300, 300, 600, 400]
-    assert bytes_sent("all-to-all", 400, axis, [0, 0, 100, 0]) == 400  # all of it to the next rank
-    assert bytes_sent("all-to-all", 400, axis, [50, 50, 0, 0]) == 200  # half of it stays
+    assert bytes_sent("all-to-all", 400, axis, [0, 0, 100, 0]) == 400  # all of it goes to another rank
+    assert bytes_sent("all-to-all", 400, axis, [50, 50, 0, 0]) == 200  # half of it stays on this rank
