@@ -25,7 +25,7 @@ SMALL = {
 
 @dataclass
 class Run:
-    """What a run left: its exit code, the output of rank 0, its folder."""
+    """The result of a run: its exit code, the output of rank 0, its folder."""
 
     code: int
     output: str
@@ -54,10 +54,7 @@ class Run:
 
     @property
     def records(self):
-        """The training steps in metrics.jsonl, without what depends on the clock:
-
-        none is missing, none is there twice.
-        """
+        """The training steps in metrics.jsonl, each exactly once, without what depends on the clock."""
         rows = self._rows("loss")
         assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
         return rows
@@ -98,13 +95,13 @@ class Front:
 
     def command(self, name, options=None, program=(str(ROOT / "run_train.sh"),), **env):
         """The same through a shell, in a process of its own."""
-        kept = {
+        inherited = {
             k: v
             for k, v in os.environ.items()
             if k not in ("PYTHON", "NGPU", "CONFIG_FILE", "LOG_RANK", "RANK", "WORLD_SIZE")
         }
         env = {
-            **kept,
+            **inherited,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": "1",

@@ -38,7 +38,8 @@ signal.signal(signal.SIGTERM, handle)
 signal.signal(signal.SIGUSR2, handle)
 rank = os.environ.get("RANK", "0")
 print("hello from", rank, flush=True)
-facts = {"pid": os.getpid(), "args": sys.argv[1:], "cwd": os.getcwd(), "omp": os.environ.get("OMP_NUM_THREADS"), "python": sys.executable}
+threads = os.environ.get("OMP_NUM_THREADS")
+facts = {"pid": os.getpid(), "args": sys.argv[1:], "cwd": os.getcwd(), "omp": threads, "python": sys.executable}
 (here / f"started{rank}.tmp").write_text(json.dumps(facts))
 (here / f"started{rank}.tmp").rename(here / f"started{rank}")
 if "--fail" in sys.argv and rank == "1":
@@ -162,7 +163,7 @@ def test_the_error_of_a_hidden_rank_is_shown(repo, tmp_path):
 
 @pytest.mark.parametrize("signum, whole_group", [(signal.SIGTERM, True), (signal.SIGUSR2, False)])
 def test_all_ranks_save_on_a_signal(repo, signum, whole_group):
-    """Slurm signals the process group, `kill` one process. Each rank must get the signal once; a second would stop it."""
+    """Slurm signals the process group, `kill` one process. Each rank must get the signal once: a second one stops it."""
     p = start(repo, NGPU="2", LOG_RANK="1", SAVE_SECONDS="1")
     assert facts(repo, 0)["omp"] == facts(repo, 1)["omp"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
     (os.killpg if whole_group else os.kill)(p.pid, signum)

@@ -1,7 +1,5 @@
-"""The TOMLs for real Wan weights, run from start to export on a tiny folder of the same layout:
-
-VAE, text encoder, tokenizer, transformer.
-"""
+"""The TOMLs for real Wan weights, run from start to export on a tiny diffusers folder (VAE, text encoder, tokenizer,
+transformer)."""
 
 import json
 import os
@@ -81,9 +79,8 @@ def test_toml_trains_samples_and_exports(name, assets, tmp_path):
     losses = [r["loss"] for r in records if "loss" in r]
     assert len(losses) == 2 and all(0 < x < 1e3 for x in losses)
     assert [sorted(r["validation"])[:2] for r in records if "validation" in r] == [["loss", "loss_t0.1"]] * 2
-    assert (
-        len(list((out / "samples" / "step-2").glob("*.mp4"))) == 1
-    )  # one clip in four is held out, and its caption is the prompt
+    # One clip in four is held out, and its caption is the prompt.
+    assert len(list((out / "samples" / "step-2").glob("*.mp4"))) == 1
     exported, source = (
         WanTransformer3DModel.from_pretrained(p / "transformer", torch_dtype=torch.float32)
         for p in (out / "hf", assets)
@@ -115,9 +112,9 @@ def test_toml_passes_the_checks_at_its_world_size(name, world_size, assets, tmp_
 
 
 def test_every_shipped_toml_is_run_by_a_test():
-    """debug and shapes: tests/integration_tests/test_front_door.py and benchmarks/learn_shapes.py's own test. All:
-    test_dry_run.py, which is all that runs those of image-to-video and HunyuanVideo; their families' debug flavors are
-    trained in test_variants.py."""
+    """debug and shapes are trained by test_front_door.py and by the test of benchmarks/learn_shapes.py. test_dry_run.py
+    runs all TOMLs. It alone runs those of image-to-video and HunyuanVideo; test_variants.py trains the debug flavors of
+    these families."""
     dry_run_only = {
         "wan2.1_i2v_14b_720p_64gpu",
         "wan2.2_ti2v_5b_8gpu",

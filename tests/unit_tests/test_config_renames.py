@@ -73,7 +73,7 @@ def test_former_names_on_the_command_line(caplog, tmp_path):
         ),
         (
             ["--data.source", '[{frame_extraction = "head", clip_choice = "head"}]'],
-            "data.source: item 0: clip_choice: the former name of frame_extraction, which is there too; remove one of them",
+            "data.source: item 0: clip_choice: the former name of frame_extraction, which is there too; remove one",
         ),
         (["--encoder.idle=off"], 'encoder.offload_policy: given "off"; legal: one of keep, offload, free'),
         (["--encoder.idlee=keep"], "encoder.idlee: unknown option; nearest known name: "),
