@@ -163,7 +163,7 @@ def test_the_error_of_a_hidden_rank_is_shown(repo, tmp_path):
 
 @pytest.mark.parametrize("signum, whole_group", [(signal.SIGTERM, True), (signal.SIGUSR2, False)])
 def test_all_ranks_save_on_a_signal(repo, signum, whole_group):
-    """Slurm signals the process group, `kill` one process. Each rank must get the signal once: a second one stops it."""
+    """Slurm signals the process group, `kill` one process. Each rank must get the signal once; a second stops it."""
     p = start(repo, NGPU="2", LOG_RANK="1", SAVE_SECONDS="1")
     assert facts(repo, 0)["omp"] == facts(repo, 1)["omp"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
     (os.killpg if whole_group else os.kill)(p.pid, signum)
