@@ -64,7 +64,7 @@ class RoundRobinOwners:
         if len(ranks) == 1:
             return {p: orthogonalize(shard) for p, shard in shards.items()}
         this_rank = dist.get_rank()
-        round_robin_owner = dict(zip(shards, ranks))
+        round_robin_owner = dict(zip(shards, ranks, strict=False))  # there may be fewer matrices than ranks
         owned = next((p for p, owner in round_robin_owner.items() if owner == this_rank), None)
         not_owned = {owner: p for p, owner in round_robin_owner.items() if owner != this_rank}
         results = {p: torch.empty_like(shards[p]) for p in not_owned.values()}
