@@ -87,9 +87,9 @@ def shard_shape(name: str, shape: tuple[int, ...], plan: ParallelPlan, dims: Par
         in_block = name[len(path) + 1 :].partition(".")[2]
         module, _, leaf = in_block.rpartition(".")
         style = plan.tensor.get(in_block) or plan.tensor.get(module) or ""
-        if style in ("colwise", "shard_vector"):
+        if style.startswith(("colwise", "shard_vector")):
             size[0] //= dims.tp
-        elif style == "rowwise" and leaf == "weight":
+        elif style.startswith("rowwise") and leaf == "weight":
             size[1] //= dims.tp
     return -(-size[0] // ranks), *size[1:]
 
