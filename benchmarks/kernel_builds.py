@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -49,7 +50,7 @@ class Build:
 def operators(D: int) -> dict[str, Callable[[str], Any]]:
     """{name: a function of "forward" or "backward" that launches the kernel on meta tensors}."""
     L = TOKENS.get(D, 32760)
-    empty = lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, dtype=dtype, device="meta")
+    empty = partial(torch.empty, dtype=torch.bfloat16, device="meta")
     x, w, mean, K = empty(1, L, D), empty(1, 1, D), empty(1, L, dtype=torch.float32), min(128, D)
     row, pair = (empty(1, n, 6, D, dtype=torch.float32)[:, :, 0] for n in (1, 2))
     cond_mask = empty(1, L, dtype=torch.bool)

@@ -57,9 +57,8 @@ def rows(args, tokens: int, g: int) -> list[tuple[str, ...]]:
                 *(sum(t.sent for t in d) for d in directions),
             )
         )
-    unified = [
-        [*u, *r] for u, r in zip(ulysses_traffic(elements, g // 2, BF16), ring_traffic(elements, 2, BF16, "alltoall"))
-    ]
+    parts = ulysses_traffic(elements, g // 2, BF16), ring_traffic(elements, 2, BF16, "alltoall")
+    unified = [[*u, *r] for u, r in zip(*parts, strict=True)]
     calls, sent = ([sum(getattr(t, field) for t in d) for d in unified] for field in ("calls", "sent"))
     found.append((f"unified 2 x {g // 2}", *(describe({"all_to_all": n}) for n in calls), *sent))
     found.append(

@@ -43,7 +43,7 @@ def auto_backend():
 
 
 class Executed(TorchDispatchMode):
-    """Counts the operators that run. Entered first, it lies below the modes of checkpointing: it does not see what they cache."""
+    """Counts the operators that run. Entered first, it lies below checkpointing's modes and does not see their caching."""
 
     def __init__(self):
         super().__init__()
@@ -124,7 +124,7 @@ def test_merged_parts_equal_attention_to_all_keys():
     grads = [attend_backward(grad, q, k[:, rows], v[:, rows], out, lse) for rows in (slice(0, 2), slice(2, None))]
     expected = attend_backward(grad, q, k, v, whole, whole_lse)
     for got, want in zip(
-        (grads[0][0] + grads[1][0], *(torch.cat(pair, dim=1) for pair in zip(*(g[1:] for g in grads)))),
+        (grads[0][0] + grads[1][0], *(torch.cat(pair, dim=1) for pair in zip(*(g[1:] for g in grads), strict=True))),
         expected,
         strict=True,
     ):
