@@ -43,7 +43,7 @@ def auto_backend():
 
 
 class Executed(TorchDispatchMode):
-    """Counts the operators that run. Entered first, it lies below checkpointing's modes and does not see their caching."""
+    """Counts the operators that run. Entered first, it lies below the modes of checkpointing."""
 
     def __init__(self):
         super().__init__()
