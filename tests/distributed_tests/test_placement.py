@@ -157,7 +157,7 @@ def whole(folder):
     return steps
 
 
-def dealt(whole, training, cp, stop_after=STEPS):
+def shard(whole, training, cp, stop_after=STEPS):
     """What each of so many ranks has of the whole."""
     return [[step[rank // cp :: training // cp] for step in whole[:stop_after]] for rank in range(training)]
 
@@ -185,7 +185,7 @@ def test_batches_are_the_same(folder, whole, named):
         for (training, cp), name in named
     ]
     for (layout, name), (found, made) in zip(named, on_ranks(folder, cases), strict=True):
-        assert found == dealt(whole, *layout), (layout, name)
+        assert found == shard(whole, *layout), (layout, name)
         assert made == (0 if name == "cached" else STEPS * 8), (layout, name)
 
 
@@ -213,9 +213,9 @@ def test_workers_an_early_end_and_a_rolling_cache(folder, whole):
     ]
     found = on_ranks(folder, early + rolling + again)
     for batches, _ in found[:2]:
-        assert batches == dealt(whole, 1, 1, 2)
+        assert batches == shard(whole, 1, 1, 2)
     for batches, _ in found[2:]:
-        assert batches == dealt(whole, 2, 2)
+        assert batches == shard(whole, 2, 2)
     made = [made for _, made in found[2:]]
     assert made[1:] == [7, 0, 0, 0] and 7 <= made[0] < STEPS * 8, (
         made

@@ -56,15 +56,15 @@ def test_table(plan):
     ]
     assert lines["5x64x32"][:5] == ["5x64x32", "2", "64x32", "and", "1"]
     assert "epoch: 6 samples, about 1.5 steps of 4 micro-batches" in text and "2 data-parallel ranks, 200 steps" in text
-    assert "dealt by equal cost: cost differs by 0.0% on average, ranks idle 0.0%" in text
+    assert "assigned by equal cost: cost differs by 0.0% on average, ranks idle 0.0%" in text
     num_bytes = 4 * 16 * (3 * 64 + 3 * 2 * 4 * 8 + 2 * 16)
     assert f"cache: {num_bytes / 1024:.3g} KiB of latents, at most 600 B of captions" in text
 
 
 def test_what_equal_cost_saves(plan):
     text = report(plan, Batching(8, clips=1), 8, work, lambda b: (16, 1, 1, 1), 1)
-    dealt, alone = (float(line.split("idle ")[1].split("%")[0]) for line in text.splitlines() if "ranks idle" in line)
-    assert dealt == 0 and alone > 50
+    shared, alone = (float(line.split("idle ")[1].split("%")[0]) for line in text.splitlines() if "ranks idle" in line)
+    assert shared == 0 and alone > 50
 
 
 def test_export_writes_what_is_trained(plan, tmp_path):

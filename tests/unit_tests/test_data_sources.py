@@ -1,6 +1,6 @@
 """Sources beyond a folder of clips:
 
-images, folders of frames, tars, tables, stated metadata, several at once; and which clips a file gives.
+images, folders of frames, tars, tables, declared metadata, several at once; and which clips a file gives.
 """
 
 import io
@@ -21,7 +21,7 @@ from titan_video.ingest import media
 from titan_video.ingest import plan as dataset
 from titan_video.ingest.bucketing import ClipChoice, choose, starts
 from titan_video.ingest.plan import build_plan, make_plan, read_frames
-from titan_video.ingest.sources import CAPTION_COLUMNS, MEDIA_COLUMNS, STATED_COLUMNS, scan
+from titan_video.ingest.sources import CAPTION_COLUMNS, MEDIA_COLUMNS, DECLARED_COLUMNS, scan
 from titan_video.ingest.video import decode, probe
 
 
@@ -264,7 +264,7 @@ def test_json_metadata_with_several_captions(tmp_path, clip):
         scan(tmp_path / "one.json")
 
 
-def test_stated_metadata(tmp_path, clip, monkeypatch):
+def test_declared_metadata(tmp_path, clip, monkeypatch):
     captioned(tmp_path / "slow.mp4", count=20, fps=5)
     lines = [
         "video,text,width,height,num_frames,fps",
@@ -289,7 +289,7 @@ def test_stated_metadata(tmp_path, clip, monkeypatch):
         and good.content != rest.content
     )
     for entry in (slow, size):
-        with pytest.raises(ValueError, match="wrong metadata: .* are stated, the file has 64 x 48 at"):
+        with pytest.raises(ValueError, match="wrong metadata: .* are declared, the file has 64 x 48 at"):
             read_frames(entry)
     distrusting = make_plan(file, [[5, 32, 64]], 5, 0, tmp_path / "cache2")
     assert [e.num_frames for e in distrusting.kept] == [10, 20, 10, 10, 10]
@@ -366,5 +366,5 @@ def test_a_late_clip_is_sought_and_is_the_same(tmp_path, monkeypatch):
 
 def test_the_page_names_what_is_accepted():
     page = (ROOT / "docs" / "data.md").read_text()
-    for names in (MEDIA_COLUMNS, CAPTION_COLUMNS, STATED_COLUMNS, media.VIDEO_SUFFIXES, media.IMAGE_SUFFIXES):
+    for names in (MEDIA_COLUMNS, CAPTION_COLUMNS, DECLARED_COLUMNS, media.VIDEO_SUFFIXES, media.IMAGE_SUFFIXES):
         assert " ".join(names) in page

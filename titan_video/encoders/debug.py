@@ -1,13 +1,17 @@
 """Encoders that need no weights: a fixed video transform with the geometry of Wan's VAE, and hashed words.
 
-Video: each block of 4 x 8 x 8 pixels is expanded in an orthonormal 3-D cosine basis over three opponent colours, and
-the 16 coefficients that carry most of the energy of simple clips are kept. The first frame is a block of its own, as in
-Wan: it is coded it is coded as if it stood still for 4 frames. The basis is orthonormal, so decoding is the transpose.
+Video: each block of 4 x 8 x 8 pixels is expanded in an orthonormal 3-D cosine basis (DCT) over three colour axes:
+brightness, blue against yellow, red against green. The 16 coefficients that hold most of the energy of simple clips are
+kept. As in Wan the first frame is a block of its own, coded as 4 equal frames. The basis is orthonormal, so decoding is
+the transpose.
 
-Image tokens: a random projection of each of 16 x 16 patches, after a token of the whole image, as many as CLIP's. They
-    serve as a text's too.
+Text: each word is a fixed random vector, keyed by the hash of the word.
 
-Shapes: B batch, C latent channels, F H W frames, height, width, K values of one block (3 x 4 x 8 x 8).
+Image tokens: a random projection of each of 16 x 16 patches after one token of the whole image, as many as CLIP has.
+A text can begin with them too.
+
+Shapes: B batch, C latent channels, F H W frames, height, width, K values of one block (3 x 4 x 8 x 8), D width,
+L tokens.
 """
 
 import hashlib
@@ -16,7 +20,10 @@ import string
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
+
+from titan_video.config.job_config import Encoder
 
 # (colour, order in time, in height, in width), mean and standard deviation over shapes and ordinary clips.
 # Colours: 0 brightness, 1 blue against yellow, 2 red against green.
@@ -42,7 +49,7 @@ COLORS = np.array([[1, 1, 1], [-1, -1, 2], [1, -1, 0]]) / np.sqrt([[3], [6], [2]
 VERSION = 1
 TEXT_DIM = IMAGE_DIM = 64
 PATCHES, PATCH = 16, 4  # of an image, a side; pixels of a patch, a side, after shrinking
-BEGIN = "\0begin"  # no word of a caption starts so
+BEGIN = "\0begin"  # no word of a caption starts like this
 
 
 def _cosines(n: int) -> np.ndarray:
@@ -52,16 +59,14 @@ def _cosines(n: int) -> np.ndarray:
 
 
 class DebugEncoders:
-    """See `encoders.spec.Encoders`. Deterministic; everything but the kept coefficients of a clip is lost."""
+    """See `encoders.spec.Encoders`. Deterministic. Of a clip only the 16 coefficients are kept."""
 
-    stride_t, stride_s, channels, text_dim, pooled_dim, image_dim = (
-        4,
-        8,
-        len(COEFFICIENTS),
-        TEXT_DIM,
-        TEXT_DIM,
-        IMAGE_DIM,
-    )
+    stride_t = 4
+    stride_s = 8
+    channels = len(COEFFICIENTS)
+    text_dim = TEXT_DIM
+    pooled_dim = TEXT_DIM
+    image_dim = IMAGE_DIM
 
     def __init__(self, max_text_length: int):
         self.max_text_length = max_text_length
@@ -87,22 +92,16 @@ class DebugEncoders:
 
     def encode_video(self, frames_BCFHW: Tensor) -> Tensor:
         """RGB [B, 3, 4k+1, 8h, 8w], uint8 or float32 from -1 to 1 -> latents [B, 16, k+1, h, w], float32."""
-        B, colors, num_frames, height, width = frames_BCFHW.shape
-        if (
-            frames_BCFHW.dtype not in (torch.uint8, torch.float32)
-            or colors != 3
-            or num_frames % 4 != 1
-            or height % 8
-            or width % 8
-        ):
+        _, colors, num_frames, height, width = frames_BCFHW.shape
+        is_shaped = colors == 3 and num_frames % 4 == 1 and height % 8 == 0 and width % 8 == 0
+        if frames_BCFHW.dtype not in (torch.uint8, torch.float32) or not is_shaped:
             raise ValueError(
                 f"frames must be uint8 [B, 3, 4k+1, 8h, 8w], got {frames_BCFHW.dtype} {list(frames_BCFHW.shape)}"
             )
         frames_BCFHW = frames_BCFHW.contiguous()
         x_BCFHW = frames_BCFHW if frames_BCFHW.is_floating_point() else frames_BCFHW.float() / 127.5 - 1
         x_BCFHW = torch.cat([x_BCFHW[:, :, :1].expand(-1, -1, 3, -1, -1), x_BCFHW], dim=2)
-        blocks = x_BCFHW.unflatten(4, (-1, 8)).unflatten(3, (-1, 8)).unflatten(2, (-1, 4))  # B c f 4 h 8 w 8
-        x_BFHWK = blocks.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
+        x_BFHWK = rearrange(x_BCFHW, "b c (f t) (h y) (w x) -> b f h w (c t y x)", t=4, y=8, x=8)
         basis_CK, mean_C, std_C = (t.to(x_BFHWK.device) for t in (self.basis_CK, self.mean_C, self.std_C))
         return ((F.linear(x_BFHWK, basis_CK) - mean_C) / std_C).permute(0, 4, 1, 2, 3).contiguous()
 
@@ -112,11 +111,10 @@ class DebugEncoders:
             raise ValueError(f"latents must be [B, {self.channels}, F, H, W], got {list(latents_BCFHW.shape)}")
         basis_CK, mean_C, std_C = (t.to(latents_BCFHW.device) for t in (self.basis_CK, self.mean_C, self.std_C))
         x_BFHWC = latents_BCFHW.float().permute(0, 2, 3, 4, 1) * std_C + mean_C
-        blocks = (x_BFHWC @ basis_CK).unflatten(4, (3, 4, 8, 8))  # B f h w c 4 8 8
-        x_BCFHW = blocks.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6).flatten(4, 5).flatten(2, 3)
-        first = x_BCFHW[:, :, :4].mean(
-            dim=2, keepdim=True
-        )  # what a still block of four says; its motion coefficients mean nothing
+        blocks = "b f h w (c t y x) -> b c (f t) (h y) (w x)"
+        x_BCFHW = rearrange(x_BFHWC @ basis_CK, blocks, c=3, t=4, y=8, x=8)
+        # The first block is one frame four times, so its coefficients of motion mean nothing.
+        first = x_BCFHW[:, :, :4].mean(dim=2, keepdim=True)
         x_BCFHW = torch.cat([first, x_BCFHW[:, :, 4:]], dim=2)
         return ((x_BCFHW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
@@ -152,12 +150,16 @@ class DebugEncoders:
         return F.linear(x_BLK, self.projection_DK.to(x_BLK.device))
 
     def offload_to_cpu(self) -> None:
-        """Nothing is held."""
+        """No weights."""
 
     def free(self) -> None:
-        """Nothing is held."""
+        """No weights."""
 
 
 def _word_vector(word: str) -> Tensor:
     key = np.frombuffer(hashlib.sha256(word.encode("utf-8", "surrogatepass")).digest()[:16], dtype="<u8")
     return torch.tensor(np.random.Generator(np.random.Philox(key=key)).standard_normal(TEXT_DIM), dtype=torch.float32)
+
+
+def build(section: Encoder, hf_assets_path: str, device: torch.device | str) -> DebugEncoders:
+    return DebugEncoders(section.max_text_length)

@@ -1,4 +1,4 @@
-"""Encoders in local diffusers folders: reading, checking and naming what is there. Nothing is downloaded."""
+"""Encoders in local diffusers folders: loading, checking and hashing their files. Nothing is downloaded."""
 
 import hashlib
 import json
@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 
+from titan_video.tools.files import sha256
+
 
 def read_config(folder: Path) -> dict:
+    """config.json of a folder; ValueError if it cannot be read."""
     path = folder / "config.json"
     try:
         return json.loads(path.read_text())
@@ -37,9 +40,9 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
 
 
 def load(cls: Any, folder: Path, stem: str, **kwargs: Any) -> Any:
-    """from_pretrained that refuses what the libraries only warn about:
+    """`cls.from_pretrained`, frozen, in evaluation mode.
 
-    weights that are missing would be left random.
+    ValueError for missing weights, about which the libraries only warn: they would stay random.
     """
     weight_files(folder, stem)
     try:
@@ -69,8 +72,8 @@ def load_tokenizer(folder: Path) -> Any:
         raise ValueError(f"{folder} holds no tokenizer that can be read: {e}") from e
 
 
-def move_to_host(models: list[Any], device: torch.device) -> None:
-    """Those that are loaded (not None), from `device`."""
+def offload_models(models: list[Any], device: torch.device) -> None:
+    """Move the models that are loaded (not None) from `device` to host memory."""
     for model in models:
         if model is not None:
             model.to("cpu")
@@ -84,14 +87,7 @@ def settings_files(folder: Path) -> list[Path]:
 
 
 def digest(files: list[Path], settings: str) -> str:
+    """SHA-256 of the names and contents of files and of `settings`: the identity of an encoder in cache keys."""
     with ThreadPoolExecutor() as pool:
-        parts = [f"{path.name} {digest}" for path, digest in zip(files, pool.map(_sha256, files), strict=True)]
+        parts = [f"{path.name} {file_hash}" for path, file_hash in zip(files, pool.map(sha256, files), strict=True)]
     return hashlib.sha256("\n".join([settings, *parts]).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while chunk := f.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()

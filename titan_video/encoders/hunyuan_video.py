@@ -1,13 +1,15 @@
 """HunyuanVideo's frozen encoders from a local diffusers folder. Nothing is downloaded.
 
-    uint8 frames -- AutoencoderKLHunyuanVideo (vae/), posterior mode -- x scaling factor -- latents
-    prompt -- in a template -- LLaMA (tokenizer/, text_encoder/), third last hidden state -- cut to the prompt's own
-    tokens image and prompt -- in a template -- LLaVA (the same folders, image_processor/), the same state -- some image
-    tokens, then the prompt's tokens, then the prompt's prompt -- CLIP (tokenizer_2/, text_encoder_2/) -- pooled vector
+    uint8 frames      -> AutoencoderKLHunyuanVideo (vae/), posterior mode -> x scaling factor -> latents
+    prompt            -> in a template -> LLaMA (tokenizer/, text_encoder/), third last hidden state
+                      -> the prompt's own tokens
+    image and prompt  -> in a template -> LLaVA (the same folders, image_processor/), the same hidden state
+                      -> some image tokens, then the prompt's tokens
+    prompt            -> CLIP (tokenizer_2/, text_encoder_2/) -> pooled vector
 
-A text-to-video folder holds a LLaMA, an image-to-video folder a LLaVA. Templates and where they are cut are the models'
-own, those of Tencent-Hunyuan/HunyuanVideo and HunyuanVideo-I2V. A LLaMA sees what comes before a token only, so prompts
-need no padding here.
+A text-to-video folder holds a LLaMA, an image-to-video folder a LLaVA. The templates and where they are cut are those
+of the models' own code, Tencent-Hunyuan/HunyuanVideo and HunyuanVideo-I2V. A LLaMA token attends to earlier tokens
+only, so prompts need no padding here.
 
 Letters: B batch, C channels, F frames, H height, W width, L text tokens, D text width.
 """
@@ -19,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from titan_video.config.job_config import Encoder
 from titan_video.encoders.folders import (
     digest,
     load,
     load_tokenizer,
-    move_to_host,
+    offload_models,
     read_config,
     settings_files,
     weight_files,
@@ -48,23 +51,22 @@ IMAGE_TEMPLATE = (
     + "\n\n<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
 )
 CROP, IMAGE_CROP = 95, 103  # tokens before the prompt
-END_HEADER, HEADERS, TAIL = (
-    "<|end_header_id|>",
-    3,
-    4,
-)  # headers of the image template; tokens of the assistant's header and what ends the prompt
+END_HEADER = "<|end_header_id|>"
+HEADERS = 3  # in the image template
+TAIL = 4  # tokens that end the prompt and open the assistant's header
 HIDDEN_STATE = -3
 POOLED_LENGTH = 77
 
 
 class HunyuanVideoEncoders:
-    """See `titan_video.encoders.spec.Encoders`. Clips and prompts pass one at a time: a result never depends on its
-    neighbours.
+    """See `titan_video.encoders.spec.Encoders`. Clips and prompts are encoded one at a time, so a result never depends
+    on the rest of its batch.
 
-    dtype: arithmetic of the text encoders; the VAE runs in float32. max_text_length: tokens a prompt is cut to, without
-        those of an image.
-    vae_tiling: run the VAE in spatial tiles of 256 x 256; in time it always works in pieces of 16 frames, as diffusers
-    does. ValueError names the file or folder that is missing or unfit.
+    dtype: compute dtype of the text encoders; the VAE runs in float32.
+    max_text_length: tokens a prompt is cut to, without those of an image.
+    vae_tiling: run the VAE in spatial tiles of 256 x 256; in time it always works in chunks of 16 frames, as diffusers
+        does.
+    ValueError names the file or folder that is missing or wrong.
     """
 
     stride_t, stride_s, image_dim = 4, 8, 0
@@ -83,12 +85,10 @@ class HunyuanVideoEncoders:
                 f'model.hf_assets_path = "{hf_assets_path}" is no folder; it should hold vae/, text_encoder/, '
                 f"tokenizer/, ..."
             )
-        self.dtype, self.max_text_length, self.vae_tiling, self.device = (
-            dtype,
-            max_text_length,
-            vae_tiling,
-            torch.device(device),
-        )
+        self.dtype = dtype
+        self.max_text_length = max_text_length
+        self.vae_tiling = vae_tiling
+        self.device = torch.device(device)
         vae, text, pooled = (read_config(self.root / name) for name in ("vae", "text_encoder", "text_encoder_2"))
         strides = vae.get("temporal_compression_ratio", 4), vae.get("spatial_compression_ratio", 8)
         if strides != (self.stride_t, self.stride_s) or "scaling_factor" not in vae:
@@ -103,10 +103,8 @@ class HunyuanVideoEncoders:
             raise ValueError(
                 f"{self.root}: text_encoder should hold a LLaMA or a LLaVA, text_encoder_2 a CLIP text model"
             )
-        self.text_dim, self.pooled_dim = (
-            sizes.get("hidden_size", 4096),
-            pooled["hidden_size"],
-        )  # a LLaVA's defaults are not written
+        self.text_dim = sizes.get("hidden_size", 4096)  # a LLaVA's configuration leaves out default values
+        self.pooled_dim = pooled["hidden_size"]
         for name in ("tokenizer", "tokenizer_2", *(["image_processor"] if self.has_images else [])):
             if not (self.root / name).is_dir():
                 raise ValueError(
@@ -175,8 +173,8 @@ class HunyuanVideoEncoders:
     def encode_text(
         self, prompts: list[str], images: list[Tensor] | None = None, image_tokens: int = 0
     ) -> list[Tensor]:
-        """Hidden states [L_i, text_dim] of each prompt's own tokens, in `dtype`; with images, `image_tokens` of theirs
-        come before.
+        """Hidden states [L_i, text_dim] of each prompt's own tokens, in `dtype`; with images, they follow
+        `image_tokens` tokens of the image.
         """
         if (images is not None) != self.has_images:
             holds = "a LLaVA, for image-to-video" if self.has_images else "a LLaMA, for text-to-video"
@@ -199,8 +197,8 @@ class HunyuanVideoEncoders:
         return hidden[0, CROP:].to(self.dtype).clone()
 
     def _encode_image_prompt(self, prompt: str, image_CHW: Tensor, image_tokens: int) -> Tensor:
-        """The template's single image token is replaced by all of the image's; of the answer, the header that asks for
-        it is left out.
+        """The template's single image token is replaced by all tokens of the image. The result has no header of the
+        answer.
         """
         from PIL import Image
 
@@ -226,9 +224,8 @@ class HunyuanVideoEncoders:
         hidden_LD = model(input_ids=whole, **options).hidden_states[HIDDEN_STATE][0].to(self.dtype)
 
         headers = [i for i, token in enumerate(ids) if token == tokenizer.convert_tokens_to_ids(END_HEADER)]
-        answer = (
-            headers[-1] if len(headers) >= HEADERS else len(ids) - 1
-        ) + 1  # a long prompt leaves no room for the last header
+        # A long prompt leaves no room for the last header.
+        answer = (headers[-1] if len(headers) >= HEADERS else len(ids) - 1) + 1
         text_LD = hidden_LD[num_patches - 1 :]  # numbered like `ids`, from the image token on
         image_LD = hidden_LD[start : start + num_patches : num_patches // image_tokens]
         return torch.cat([image_LD, text_LD[IMAGE_CROP : answer - TAIL], text_LD[answer:]])
@@ -289,10 +286,15 @@ class HunyuanVideoEncoders:
 
     def offload_to_cpu(self) -> None:
         """Move the weights to host memory; the next use brings them back."""
-        move_to_host([self._vae, *(self._text or ())[:1], *(self._pooled or ())[:1]], self.device)
+        offload_models([self._vae, *(self._text or ())[:1], *(self._pooled or ())[:1]], self.device)
 
     def free(self) -> None:
         """Drop the weights; the next use loads them again."""
         self._vae = self._text = self._pooled = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def build(section: Encoder, hf_assets_path: str, device: torch.device | str) -> HunyuanVideoEncoders:
+    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[section.dtype]
+    return HunyuanVideoEncoders(hf_assets_path, dtype, section.max_text_length, section.vae_tiling, device)

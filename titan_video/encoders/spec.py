@@ -1,4 +1,4 @@
-"""What frozen encoders (of video, text, images) offer the rest of the program."""
+"""The interface of frozen encoders of video, text and images."""
 
 from typing import Protocol
 
@@ -9,10 +9,9 @@ class Encoders(Protocol):
     """A causal video VAE, a text encoder and, for some models, an image encoder. Weights, if any, are loaded at the
     first use of each.
 
-    Frames are uint8 RGB [B, 3, F, H, W] with F = 4k+1, or float32 from -1 to 1, which can be grey; latents are float32,
-    normalised to about zero mean and unit variance,
-    [B, channels, (F-1)/stride_t + 1, H/stride_s, W/stride_s].
-    pooled_dim: width of a whole text's vector; image_dim: of image tokens; 0: this family has none.
+    Frames are RGB [B, 3, F, H, W] with F = 4k+1, uint8 or float32 from -1 to 1 (grey is 0). Latents are float32,
+    normalised to about zero mean and unit variance: [B, channels, (F-1)/stride_t + 1, H/stride_s, W/stride_s].
+    pooled_dim: width of the pooled vector of a text; image_dim: of image tokens; 0: this family has none.
     """
 
     stride_t: int
@@ -42,7 +41,7 @@ class Encoders(Protocol):
         """One [L_i, text_dim] tensor per prompt, unpadded, 1 <= L_i <= max_text_length. The empty prompt is legal.
 
         images: for families whose text begins with `image_tokens` tokens of an image: one uint8 [3, H, W] per prompt.
-            L_i is then larger by so many.
+            L_i then counts these tokens too.
         """
 
     def encode_pooled(self, prompts: list[str]) -> list[Tensor]:

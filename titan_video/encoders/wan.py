@@ -1,9 +1,9 @@
 """Wan's frozen encoders from a local diffusers folder: `vae/`, `text_encoder/`, `tokenizer/`, and for Wan 2.1's
 image-to-video `image_encoder/`, `image_processor/`. Nothing is downloaded.
 
-    uint8 frames -- AutoencoderKLWan, posterior mode -- (mu - mean) / std -- latents
-    prompt -- clean -- tokenizer -- UMT5 encoder -- cut to the prompt's own tokens
-    uint8 image -- CLIP's resize, crop and normalisation -- CLIP vision, the last layer but one -- image tokens
+    uint8 frames -> AutoencoderKLWan, posterior mode -> (mu - mean) / std -> latents
+    prompt -> cleaned -> tokenizer -> UMT5 encoder -> the prompt's own tokens
+    uint8 image -> CLIP's resize, crop and normalisation -> CLIP vision, last layer but one -> image tokens
 
 Two VAEs are known: that of Wan 2.1 and A14B, 4x8x8 to 16 channels, and that of Wan 2.2's TI2V-5B, 4x16x16 to 48.
 Letters: B batch, C channels, F frames, H height, W width, L tokens, D width.
@@ -17,18 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from titan_video.config.job_config import Encoder
 from titan_video.encoders.folders import (
     digest,
     load,
     load_tokenizer,
-    move_to_host,
+    offload_models,
     read_config,
     settings_files,
     weight_files,
 )
 
-# By keys of vae/config.json; of dim_mult the length counts. Keys that only newer files have default to the values of
-# Wan 2.1.
+# By keys of vae/config.json; for dim_mult its length. Keys that only newer files have default to the values of Wan 2.1.
 WAN21_VAE = {
     "z_dim": 16,
     "dim_mult": 4,
@@ -48,11 +48,11 @@ def clean_prompt(text: str) -> str:
 
 
 class WanEncoders:
-    """See `titan_video.encoders.spec.Encoders`. Clips and prompts pass one at a time: a result never depends on its
-    neighbours, and memory does not grow with the batch.
+    """See `titan_video.encoders.spec.Encoders`. Clips and prompts are encoded one at a time, so a result never depends
+    on the rest of its batch, and memory does not grow with the batch.
 
-    dtype: arithmetic of the text encoder; the VAE runs in float32. max_text_length: tokens a prompt is cut to.
-    vae_tiling: run the VAE in spatial tiles of 256 x 256. ValueError names the file or folder that is missing or unfit.
+    dtype: compute dtype of the text encoder; the VAE runs in float32. max_text_length: tokens a prompt is cut to.
+    vae_tiling: run the VAE in spatial tiles of 256 x 256. ValueError names the file or folder that is missing or wrong.
     """
 
     stride_t = 4
@@ -72,17 +72,13 @@ class WanEncoders:
                 f'model.hf_assets_path = "{hf_assets_path}" is no folder; it should hold vae/, text_encoder/, '
                 f"tokenizer/"
             )
-        self.vae_folder, self.text_folder, self.tokenizer_folder = (
-            root / "vae",
-            root / "text_encoder",
-            root / "tokenizer",
-        )
-        self.dtype, self.max_text_length, self.vae_tiling, self.device = (
-            dtype,
-            max_text_length,
-            vae_tiling,
-            torch.device(device),
-        )
+        self.vae_folder = root / "vae"
+        self.text_folder = root / "text_encoder"
+        self.tokenizer_folder = root / "tokenizer"
+        self.dtype = dtype
+        self.max_text_length = max_text_length
+        self.vae_tiling = vae_tiling
+        self.device = torch.device(device)
         self.image_folder, self.processor_folder = root / "image_encoder", root / "image_processor"
         mean, std, self.stride_s = _latent_statistics(self.vae_folder)
         self.channels = len(mean)
@@ -106,15 +102,12 @@ class WanEncoders:
         self._tokenizer: Any = None
 
     def video_id(self) -> str:
-        """SHA-256 of the VAE's configuration, weights and tiling. Reads the whole weights once (0.5 GB:
-
-        under a second from a warm disk).
-        """
+        """SHA-256 of the VAE's configuration, weights and tiling. Reads all weights once (0.5 GB)."""
         return self._video_id
 
     def text_id(self) -> str:
-        """SHA-256 of the text encoder, the tokenizer, the type and the maximal length. Reads the whole weights once:
-        Wan's 11 GB take seconds to a minute, by the disk, so ask one rank and share the answer.
+        """SHA-256 of the text encoder, the tokenizer, the dtype and the maximal length. Reads all weights once: Wan's
+        11 GB take seconds to a minute, so one rank should call it and broadcast the result.
         """
         return self._text_id
 
@@ -155,7 +148,7 @@ class WanEncoders:
 
     @torch.no_grad()
     def decode_video(self, latents_BCFHW: Tensor) -> Tensor:
-        """Normalised latents [B, C, k+1, h, w] -> uint8 RGB [B, 3, 4k+1, stride h, stride w] on the encoders' device."""
+        """Normalised latents [B, C, k+1, h, w] -> uint8 RGB [B, 3, 4k+1, H, W], on the encoders' device."""
         z_BCFHW = latents_BCFHW.to(self.device, torch.float32) * self.std_11111 + self.mean_11111
         return ((self.vae.decode(z_BCFHW).sample + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
@@ -212,10 +205,8 @@ class WanEncoders:
         if self._vae is None:
             from diffusers import AutoencoderKLWan
 
-            options = {
-                "torch_dtype": torch.float32,
-                "low_cpu_mem_usage": False,
-            }  # the low-memory path needs one more package, for a small model
+            # low_cpu_mem_usage needs one more package, for a small model.
+            options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
             self._vae = load(AutoencoderKLWan, self.vae_folder, "diffusion_pytorch_model", **options).to(self.device)
             self._vae.enable_slicing()
             if self.vae_tiling:
@@ -249,7 +240,7 @@ class WanEncoders:
 
     def offload_to_cpu(self) -> None:
         """Move the weights to host memory; the next use brings them back."""
-        move_to_host([self._vae, self._text_encoder, *(self._image_encoder or ())[:1]], self.device)
+        offload_models([self._vae, self._text_encoder, *(self._image_encoder or ())[:1]], self.device)
 
     def free(self) -> None:
         """Drop the weights; the next use loads them again."""
@@ -276,3 +267,8 @@ def _latent_statistics(folder: Path) -> tuple[list[float], list[float], int]:
         known = "Wan 2.1's VAE (4x8x8, 16 channels) and TI2V-5B's (4x16x16, 48 channels)"
         raise ValueError(f"{folder / 'config.json'}: {', '.join(wrong)}; supported are only {known}")
     return mean, std, 8 if geometry is WAN21_VAE else 16
+
+
+def build(section: Encoder, hf_assets_path: str, device: torch.device | str) -> WanEncoders:
+    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[section.dtype]
+    return WanEncoders(hf_assets_path, dtype, section.max_text_length, section.vae_tiling, device)

@@ -1,4 +1,4 @@
-"""Which training size a clip goes to, the resize and crop that take it there, and which clips a file gives."""
+"""Which bucket a clip goes to, how it is resized and cropped, and which clips are taken from a file."""
 
 import math
 from collections.abc import Sequence
@@ -9,8 +9,11 @@ from titan_video.data.batching import Bucket
 
 @dataclass(frozen=True)
 class ClipChoice:
-    """Which clips a file gives: from its head, chunks one after the other, overlapping ones every `stride` frames,
-    `count` of them evenly spread, or its full length."""
+    """Which clips are taken from a file (data.frame_extraction).
+
+    mode: "head", the first frames; "chunk", one clip after the other; "slide", a clip every `stride` frames; "uniform",
+    `count` clips evenly spread; "full", the whole length.
+    """
 
     mode: str = "head"
     count: int = 1
@@ -18,7 +21,7 @@ class ClipChoice:
 
 
 def starts(num_frames: int, clip_frames: int, choice: ClipChoice) -> list[int]:
-    """First frames, of `num_frames` after resampling, of a file's clips; at least one, none twice."""
+    """The first frame of each clip of a file with `num_frames` frames after resampling: at least one, none twice."""
     last = num_frames - clip_frames
     if choice.mode == "chunk":
         return list(range(0, last + 1, clip_frames))
@@ -33,17 +36,16 @@ def starts(num_frames: int, clip_frames: int, choice: ClipChoice) -> list[int]:
 
 
 def choose(num_frames: int, width: int, height: int, buckets: Sequence[Bucket], whole: bool = False) -> Bucket | None:
-    """The bucket for a clip of `num_frames` after resampling: the most frames it can fill, then the nearest aspect
-    ratio (as a ratio: twice as wide is as far as half as wide), then the larger area. None if it fills no bucket.
+    """The bucket for a clip of `num_frames` frames after resampling: the most frames that it can fill, then the nearest
+    aspect ratio (by logarithm: twice as wide is as far as half as wide), then the larger area. None: it fills none.
 
-    whole: only sizes come from the buckets, frames are the clip's, cut to 4k+1 and to the most that any bucket has.
+    whole: the buckets give only sizes; the frames are the clip's, cut to 4k+1 and to the most that any bucket has.
     """
     if whole and buckets:
         frames = min((num_frames - 1) // 4 * 4 + 1, max(b[0] for b in buckets))
-        num_frames, buckets = (
-            frames,
-            sorted({(frames, b[1], b[2]) for b in buckets} if frames >= min(b[0] for b in buckets) else buckets),
-        )
+        num_frames = frames
+        if frames >= min(b[0] for b in buckets):
+            buckets = sorted({(frames, b[1], b[2]) for b in buckets})
     fitting = [b for b in buckets if b[0] <= num_frames]
     if not fitting:
         return None
@@ -57,9 +59,8 @@ def choose(num_frames: int, width: int, height: int, buckets: Sequence[Bucket], 
 
 
 def cover(width: int, height: int, bucket: Bucket) -> tuple[int, int, int, int]:
-    """(width, height, left, top):
-
-    resize to this size, which keeps the aspect ratio and covers the bucket; crop from this corner.
+    """(width, height, left, top): resize to width x height, which keeps the aspect ratio and covers the bucket, then
+    crop from this corner.
     """
     _, h, w = bucket
     scale = max(w / width, h / height)

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from titan_video.data.latent_cache import CachedClip, LatentCache, content_hash
+from titan_video.data.latent_cache import GIVEN, CachedClip, LatentCache, content_hash
 from titan_video.ingest.plan import Plan
 
 
 def cached_clips(plan: Plan, cache: LatentCache, failures: Mapping[str, str] | None = None) -> list[CachedClip]:
-    """The kept clips without the failures {path: reason}, ordered by content: not by folder, file name or machine."""
+    """The kept clips without the failures {path: reason}. Their order depends on content alone."""
     clips = []
     for e in plan.drop(failures or {}).kept:
         keys, texts = cache.video_keys(e), cache.clip_text_keys(e)
@@ -19,7 +19,7 @@ def cached_clips(plan: Plan, cache: LatentCache, failures: Mapping[str, str] | N
                 e.bucket,
                 e.captions,
                 e.path,
-                keys.get("given", ""),
+                keys.get(GIVEN, ""),
                 keys.get("image", ""),
                 e.repeats,
                 e,
@@ -29,9 +29,8 @@ def cached_clips(plan: Plan, cache: LatentCache, failures: Mapping[str, str] | N
 
 
 def split_holdout(clips: Sequence[CachedClip], share: float) -> tuple[list[CachedClip], list[CachedClip]]:
-    """(train, held out):
-
-    floor(share x clips) are held out, chosen by a hash of their content, both in the order given.
+    """(train, held out). floor(share x clips) clips are held out, chosen by a hash of their content. Both lists keep
+    the order of `clips`.
     """
     count = math.floor(share * len(clips) + 1e-9)
     by_hash = sorted(range(len(clips)), key=lambda i: (content_hash("holdout", clips[i].video_key), i))

@@ -1,4 +1,4 @@
-"""Given frames (image-to-video) as a model takes them: the one way for the cache, for validation and for sampling."""
+"""Conditioning frames (image-to-video) as a model takes them. The cache, validation and sampling all use this."""
 
 import torch
 from torch import Tensor
@@ -12,9 +12,9 @@ def encode_cond_frames(
     encoders: Encoders, conditioning: ConditioningSpec, cond_frames_CNHW: Tensor, num_frames: int
 ) -> Tensor:
     """Normalised latents, float32: of the first frame alone [C, 1, h, w], or, for mask_first, of a clip of `num_frames`
-    with these frames only.
+    frames that is grey but for these.
 
-    given: uint8 RGB [3, N, H, W], N = conditions.num_cond_frames.
+    cond_frames_CNHW: uint8 RGB [3, N, H, W], N = conditioning.num_cond_frames.
     """
     assert cond_frames_CNHW.shape[1] == conditioning.num_cond_frames and num_frames > 1
     if conditioning.form == "mask_first":
@@ -24,5 +24,5 @@ def encode_cond_frames(
 
 @torch.no_grad()
 def encode_images(encoders: Encoders, cond_frames_CNHW: Tensor) -> Tensor:
-    """Image tokens of the given frames, one frame after the other, [tokens, image_dim]."""
+    """Image tokens of the conditioning frames, one frame after the other, [tokens, image_dim]."""
     return encoders.encode_images(cond_frames_CNHW.transpose(0, 1)).flatten(0, 1)

@@ -1,10 +1,10 @@
-"""From clips and captions to entries of the cache: what is missing, dealt out over ranks by its cost, decoded by
-workers, encoded one at a time.
+"""From clips and captions to cache entries: find what is missing, partition it over ranks by cost, decode in worker
+processes, encode one clip at a time.
 
-    missing_jobs -- share -- Decoder (worker processes) -- encode_job -- LatentCache.write
+    missing_jobs -> partition_jobs -> Decoder (worker processes) -> encode_job -> LatentCache.write
 
-An entry depends on its own clip or caption alone, so it is the same bytes whoever makes it, before training or during
-it (live.py, remote.py).
+An entry depends on its own clip or caption alone. It is the same bytes whichever rank makes it, before training or
+during it (titan_video/online).
 """
 
 import heapq
@@ -14,29 +14,27 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from titan_video.data.latent_cache import CachedClip, LatentCache
+from titan_video.data.latent_cache import GIVEN, CachedClip, LatentCache
 from titan_video.encoders.spec import Encoders
 from titan_video.ingest.cached_clips import cached_clips
 from titan_video.ingest.conditioning_frames import encode_cond_frames, encode_images
 from titan_video.ingest.plan import Plan, PlanEntry, read_frames
 from titan_video.ingest.video import UnusableClip, read_image
-from titan_video.ingest.worker import release, set_up_worker
+from titan_video.ingest.worker import map_in_workers, release
 from titan_video.models.conditioning import ConditioningSpec
 
 LOG_EVERY = 15.0  # seconds
 BLACK = (336, 336)  # the image of a text without one
-TEXT_COST = 1 << 20  # a caption, in pixels of a clip that take as long
+TEXT_COST = 1 << 20  # of encoding a caption, in pixels of a clip that take as long
 
-Decoded = tuple[
-    Tensor | None, Tensor | None
-]  # a clip's frames and its given frames, uint8 [3, F or N, H, W], as far as needed
+# A clip's frames and its conditioning frames, uint8 [3, F or N, H, W]; None where they are not needed.
+Decoded = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
 class Job:
-    """Entries to make of one clip or caption: `keys`, (kind, key) each. entry: None for a text without a clip."""
+    """Entries to make of one clip or caption. keys: (kind, key) of each. entry: None for a text without a clip."""
 
     keys: tuple[tuple[str, str], ...]
     caption: str
@@ -48,12 +46,12 @@ class Job:
 
     @property
     def cost(self) -> int:
-        """In pixels that take as long to encode."""
+        """The work of encoding, in pixels of a clip that take as long."""
         frames, height, width = self.entry.bucket if self.entry else (0, 0, 0)
         return frames * height * width * bool(self.kinds - {"text", "pooled"}) + TEXT_COST * ("text" in self.kinds)
 
     def made_from(self, kind: str) -> dict[str, str]:
-        """What the header of an entry says of its origin."""
+        """The origin of an entry, for the header of its shard. The names are those of caches on disk."""
         if kind in ("text", "pooled"):
             return {"of": self.caption}
         e = self.entry
@@ -73,7 +71,7 @@ class Job:
 
 
 def frames_job(cache: LatentCache, entry: PlanEntry) -> Job:
-    """All entries that are made of a clip's frames."""
+    """All entries that are made from a clip's frames."""
     return Job(tuple(cache.video_keys(entry).items()), entry.caption, entry)
 
 
@@ -83,7 +81,7 @@ def text_job(cache: LatentCache, key: str, caption: str, entry: PlanEntry | None
 
 
 def draw_job(cache: LatentCache, clip: CachedClip, text_key: str) -> Job:
-    """All entries of a clip with one of its captions; the empty caption is in the cache always."""
+    """All entries of a clip with one of its captions. The empty caption is always in the cache."""
     frames = frames_job(cache, clip.entry)
     if text_key not in clip.text_keys:
         return frames
@@ -99,17 +97,15 @@ def missing_part(cache: LatentCache, job: Job) -> Job:
 def missing_jobs(
     clips: Iterable[CachedClip], cache: LatentCache, prompts: Sequence[str] = (), log: Callable[[str], None] = print
 ) -> tuple[list[Job], list[Job]]:
-    """(of captions, prompts and the empty prompt; of frames) that the cache lacks, costliest first.
-
-    Stale entries are logged with the reason.
+    """The jobs that the cache lacks: (those of captions, prompts and the empty prompt; those of frames), the most
+    expensive first. Stale entries are logged with the reason.
     """
     cache.refresh()
-    texts = {key: text_job(cache, key, text) for text in ["", *prompts] for key in [cache.text_key(text)]}
+    texts = {cache.text_key(text): text_job(cache, cache.text_key(text), text) for text in ["", *prompts]}
     frames = {}  # copies of a file share their keys
     for clip in clips:
-        texts |= {
-            key: text_job(cache, key, text, clip.entry) for key, text in zip(clip.text_keys, clip.captions, strict=True)
-        }
+        for key, text in zip(clip.text_keys, clip.captions, strict=True):
+            texts[key] = text_job(cache, key, text, clip.entry)
         frames[clip.video_key, clip.cond_key, clip.image_key] = frames_job(cache, clip.entry)
     jobs = [[rest for job in some.values() if (rest := missing_part(cache, job)).keys] for some in (texts, frames)]
     if cache.shards and any(jobs):
@@ -121,7 +117,7 @@ def missing_jobs(
 
 
 def partition_jobs(jobs: Sequence[Job], rank: int, world_size: int) -> list[Job]:
-    """One rank's jobs, when each goes to the rank that has least to do."""
+    """The jobs of one rank. Each job is assigned to the rank with the least work so far."""
     loads, mine = [(0, r) for r in range(world_size)], []
     for job in jobs:
         load, r = heapq.heappop(loads)
@@ -133,10 +129,10 @@ def partition_jobs(jobs: Sequence[Job], rank: int, world_size: int) -> list[Job]
 # ---- one job ----
 
 
-def given_frames(e: PlanEntry, num_cond_frames: int, frames_CFHW: Tensor | None = None) -> Tensor:
-    """The frames that a model is given of a clip, uint8 [3, N, H, W]: its first or its image, and its last. frames:
+def read_cond_frames(e: PlanEntry, num_cond_frames: int, frames_CFHW: Tensor | None = None) -> Tensor:
+    """A clip's conditioning frames, uint8 [3, N, H, W]: its first frame or its image, and with N = 2 its last frame.
 
-    the clip, if decoded already.
+    frames_CFHW: the clip, if it is decoded already.
     """
     if frames_CFHW is None:
         frames_CFHW = read_frames(e, first_only=num_cond_frames == 1)
@@ -145,9 +141,8 @@ def given_frames(e: PlanEntry, num_cond_frames: int, frames_CFHW: Tensor | None 
 
 
 class Decoder:
-    """For a DataLoader whose sampler gives lists of jobs:
-
-    what each of them needs of its clip, or the reason why that cannot be had.
+    """A data set for `map_in_workers`, indexed by lists of jobs: what each job needs of its clip, or the reason why it
+    cannot be decoded.
     """
 
     def __init__(self, conditioning: ConditioningSpec):
@@ -160,9 +155,9 @@ class Decoder:
         c, e, kinds = self.conditioning, job.entry, job.kinds
         try:
             frames_CFHW = read_frames(e) if "video" in kinds else None
-            in_frames = kinds & {"given", "image"}
+            in_frames = kinds & {GIVEN, "image"}
             if in_frames or ("text" in kinds and c.text_image_tokens and e is not None):
-                return frames_CFHW, given_frames(e, c.num_cond_frames if in_frames else 1, frames_CFHW)
+                return frames_CFHW, read_cond_frames(e, c.num_cond_frames if in_frames else 1, frames_CFHW)
             return frames_CFHW, None
         except UnusableClip as error:
             return str(error)
@@ -224,26 +219,28 @@ class ClipEncoder:
     """Entries during training: read where the cache has them, else made, and with `write` put into the cache."""
 
     def __init__(self, encoders: Encoders, cache: LatentCache, write: bool, num_workers: int, prefetch_factor: int):
-        self.encoders, self.cache, self.write, self.spent = encoders, cache, write, EncodeStats()
-        self.workers = {"num_workers": num_workers, "worker_init_fn": set_up_worker}
-        if num_workers:
-            self.workers["prefetch_factor"] = prefetch_factor
+        self.encoders = encoders
+        self.cache = cache
+        self.write = write
+        self.num_workers = num_workers
+        self.prefetch_factor = prefetch_factor
+        self.spent = EncodeStats()
 
     def decoded(self, jobs: Iterable[list[Job]]) -> Iterator[list[Decoded | str]]:
         """What each list of jobs needs, decoded ahead of time by the workers."""
-        decoder = iter(DataLoader(Decoder(self.cache.conditioning), batch_size=None, sampler=jobs, **self.workers))
+        decoder = map_in_workers(Decoder(self.cache.conditioning), jobs, self.num_workers, self.prefetch_factor)
         while True:
             start = time.perf_counter()
-            some = next(decoder, None)
+            decoded = next(decoder, None)
             self.spent.decode_wait_seconds += time.perf_counter() - start
-            if some is None:
+            if decoded is None:
                 return
-            yield some
+            yield decoded
 
     def entries(self, job: Job, part: Job, decoded: Decoded | str) -> dict[tuple[str, str], Tensor]:
-        """All entries of a job. part: what the cache lacked of it, for which `decoded` is.
+        """All entries of a job. part: the entries that the cache lacked, for which `decoded` is.
 
-        Raises ValueError that names the clip and what to do.
+        ValueError: the clip cannot be encoded; the message names it and the fix.
         """
         start = time.perf_counter()
         try:
@@ -274,10 +271,10 @@ def encode_share(
     log: Callable[[str], None] = print,
     spent: dict[str, float] | None = None,
 ) -> dict[tuple, str]:
-    """Encode this rank's share of what `missing_jobs` found; return its failures, {keys of a job: reason}.
+    """Encode this rank's part of what `missing_jobs` found; return its failures, {keys of a job: reason}.
 
-    All ranks are given the same jobs. Killed and started again, what is missing is found anew. spent: receives the
-    seconds for captions, for clips, and of decode_wait, in which nothing was decoded yet for the encoder to do.
+    All ranks pass the same jobs. After a kill the next start finds what is missing anew.
+    spent: receives the seconds for captions, for clips, and of decode_wait, when the encoder waited for decoding.
     """
     spent = {} if spent is None else spent
     spent["decode_wait"] = 0.0
@@ -285,8 +282,8 @@ def encode_share(
     for what, some in zip(("captions", "clips"), jobs, strict=True):
         mine = partition_jobs(some, rank, world_size)
         needs_frames = what == "clips" or cache.conditioning.text_image_tokens
-        workers = {"num_workers": min(num_workers, len(mine)) if needs_frames else 0, "worker_init_fn": set_up_worker}
-        decoder = DataLoader(Decoder(cache.conditioning), batch_size=None, sampler=[[job] for job in mine], **workers)
+        workers = min(num_workers, len(mine)) if needs_frames else 0
+        decoder = map_in_workers(Decoder(cache.conditioning), [[job] for job in mine], workers)
         progress = _Progress(mine, what, log)
         start = asked = time.perf_counter()
         for job, (decoded,) in zip(mine, decoder, strict=True):
@@ -305,7 +302,7 @@ def encode_share(
 
 
 def failed_clips(clips: Iterable[CachedClip], cache: LatentCache, failed: dict[tuple, str]) -> dict[str, str]:
-    """{path: reason} of the clips that a failed job was for."""
+    """{path: reason} of the clips whose job failed."""
     by_entry = {name: reason for keys, reason in failed.items() for name in keys}
     names = lambda clip: [*cache.video_keys(clip.entry).items(), *(("text", key) for key in clip.text_keys)]
     return {clip.path: by_entry[name] for clip in clips for name in names(clip) if name in by_entry}

@@ -45,8 +45,8 @@ UNSUPPORTED = {
     "online_captions": "captions.json is not read; make it a metadata.jsonl, with a list of captions a row",
     "shuffle_metadata": "the order is drawn anew each epoch; data.shuffle",
     "subsample_ratio": "a run takes as many clips as training.steps says",
-    "image_micro_batch_size_per_gpu": "micro-batches of every bucket are alike; data.tokens_per_microbatch makes them equal in "
-    "cost",
+    "image_micro_batch_size_per_gpu": "micro-batches of all buckets have one size; "
+    "data.tokens_per_microbatch makes them equal in cost",
     "cache_directory": "one cache, by content, serves all sources; data.cache_folder",
     "skip_corrupted_cache": "a damaged entry is named; delete it",
     "bucket_no_upscale": "a clip smaller than its bucket is enlarged, and the plan counts these; give smaller buckets",

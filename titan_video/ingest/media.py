@@ -1,10 +1,12 @@
-"""Where the bytes of a clip are. A clip is named by one string, wherever it lies:
+"""Where the bytes of a clip are. A clip has one string as its path, wherever it is stored:
 
-clips/a.mp4   clips/a.png                      a file
-clips/walk                                     a folder of images, each a frame
-shards/000.tar!0007.mp4@1536+84213             a member of a tar, by its offset and size: nothing is extracted
-data/train.parquet!video/a.mp4@3+12            a value of a table: row group (or batch, of an .arrow file) and row
-s3://bucket/000.tar!0007.mp4@1536+84213        either of the first and third by any URL that fsspec opens (fsspec and its drivers are optional)
+    clips/a.mp4   clips/a.png                   a file
+    clips/walk                                  a folder of images, each a frame
+    shards/000.tar!0007.mp4@1536+84213          a member of a tar, by offset and size: nothing is extracted
+    data/train.parquet!video/a.mp4@3+12         a value of a table: row group (or batch, of an .arrow file) and row
+    s3://bucket/000.tar!0007.mp4@1536+84213     a file or a member of a tar, by any URL that fsspec opens
+
+fsspec, its drivers and pyarrow are optional packages.
 """
 
 import glob
@@ -50,7 +52,7 @@ def _fsspec() -> Any:
 
 
 def expand(pattern: str) -> list[str]:
-    """Paths that a path with braces ({000..012}, {a,b}) and wildcards means, in order."""
+    """The paths that match a pattern with braces ({000..012}, {a,b}) and wildcards, in order."""
     opening = re.search(r"\{([^{}]*)\}", pattern)
     if opening:
         span = re.fullmatch(r"(\d+)\.\.(\d+)", opening[1])
@@ -95,7 +97,7 @@ class _Slice(io.RawIOBase):
 
 
 def open_binary(path: str) -> BinaryIO:
-    """A file, a member or a value, for reading. Raises OSError; ValueError where a package is missing."""
+    """A file, a member or a value, for reading. Raises OSError; ValueError when a package is missing."""
     found = _MEMBER.fullmatch(path)
     if found and not found["container"].endswith(".tar"):
         return io.BytesIO(
@@ -115,7 +117,7 @@ def open_container(file: str) -> BinaryIO:
 
 @lru_cache(maxsize=1)
 def _fetched(path: str) -> bytes:
-    """What a URL holds: probing reads it several times."""
+    """The bytes of a URL. Cached, because probing reads them several times."""
     found = _MEMBER.fullmatch(path)
     with _fsspec().open(found["container"] if found else path, "rb") as f:
         if not found:
@@ -125,7 +127,7 @@ def _fetched(path: str) -> bytes:
 
 
 def version(path: str) -> dict[str, Any]:
-    """Changes when what `path` names does, as far as names, sizes and times tell. Raises OSError."""
+    """Identity of the content of `path` by name, size and time of change, without reading it. Raises OSError."""
     found = _MEMBER.fullmatch(path)
     file = found["container"] if found else path
     if is_url(file):
@@ -150,10 +152,7 @@ def frame_files(folder: str) -> list[Path]:
 
 
 def sha256(path: str) -> tuple[str, int]:
-    """Of the bytes that `path` names, of a folder of frames one file after the other; and their number.
-
-    Raises OSError.
-    """
+    """(SHA-256, number) of the bytes of `path`; of a folder of frames one file after the other. Raises OSError."""
     digest, size = hashlib.sha256(), 0
     for part in frame_files(path) if kind(path) == "frames" else [path]:
         with open_binary(str(part)) as f:
@@ -177,9 +176,7 @@ def _pyarrow() -> Any:
 
 
 def row_groups(file: str, columns: list[str] | None = None) -> Iterator[Any]:
-    """The tables of a parquet file's row groups, or of the batches of an .arrow file (a data set of Hugging Face on
-    disk).
-    """
+    """The tables of a parquet file's row groups, or of the batches of an .arrow file (Hugging Face data sets)."""
     pyarrow = _pyarrow()
     if file.endswith(".parquet"):
         import pyarrow.parquet

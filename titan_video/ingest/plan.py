@@ -1,7 +1,7 @@
 """The data plan: what becomes of every clip, decided and printed before anything is encoded.
 
-scan (sources.py) -- probe (video.py, worker processes) -- frame_indices -- bucket.choose -- bucket.starts -- PlanEntry
-per training clip
+scan (sources.py) -> probe (video.py, in worker processes) -> frame_indices -> bucketing.choose -> bucketing.starts
+-> one PlanEntry for each training clip
 """
 
 import hashlib
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from titan_video.config.job_config import Data, Source
 from titan_video.data.batching import Bucket
@@ -23,7 +22,8 @@ from titan_video.ingest.bucketing import ClipChoice
 from titan_video.ingest.shapes import resolve_path
 from titan_video.ingest.sources import ClipRecord, scan
 from titan_video.ingest.video import DecoderName, Probe, decode, frame_indices, probe, require
-from titan_video.ingest.worker import set_up_worker
+from titan_video.ingest.worker import map_in_workers
+from titan_video.tools.files import atomic_path, atomic_write
 
 NAMES_SHOWN = 20
 PROBE_VERSION = 2
@@ -34,12 +34,12 @@ class PlanEntry:
     """One training clip. Dropped with a `reason` (`category: detail`), or kept with its bucket and the source times of
     its frames.
 
-    num_frames counts the whole source after resampling to `fps`, of which the clip takes the bucket's frames from
-    number `start`; the source gives `num_clips` such clips. pts: in ticks, or with by_index numbers of frames. repeats:
-    how often an epoch holds it.
-    captions: all that it has. declared_fps: the rate that metadata state of a file that was not opened, to be compared by
-        the decoder.
-    image: a first frame to be given instead of the clip's own. decoder: what decodes it, if it is a video.
+    num_frames: of the whole source after resampling to `fps`. The clip takes the bucket's frames from number `start`
+        on, and is one of `num_clips` clips of the source.
+    pts: presentation times of its frames in ticks; with by_index numbers of frames.
+    repeats: how often an epoch holds it. captions: all of them.
+    declared_fps: the rate by metadata of a file that was not opened; the decoder compares it.
+    image: replaces the clip's first frame as conditioning frame. decoder: what decodes it, if it is a video.
     """
 
     path: str
@@ -80,9 +80,8 @@ class PlanEntry:
 
     @property
     def content(self) -> str:
-        """Identity of the pixels that `read_frames` gives:
-
-        the file's content, the frames taken, their size and, but for PyAV, what decodes them.
+        """Identity of the pixels that `read_frames` returns: the file's content, the frames taken, their size and, but
+        for PyAV, the decoder.
         """
         source_key = [self.sha256, self.by_index, list(self.pts), list(self.bucket or ())] + [self.decoder] * (
             self.decoder != "pyav"
@@ -121,19 +120,17 @@ class Plan:
         return replace(self, entries=tuple(failed))
 
     def without_single_frames(self) -> "Plan":
-        """The plan for image-to-video, which has nothing to learn from a clip that is no longer than the frame it is
-        given.
+        """The plan for image-to-video, which has nothing to learn from a clip of one frame: it is the conditioning
+        frame.
         """
-        stills = {
-            e.path: "a still: image-to-video needs more than the given frame; use a longer clip, or buckets of 5 frames "
-            "or more"
-            for e in self.kept
-            if e.bucket[0] == 1
-        }
-        return self.drop(stills)
+        reason = (
+            "single frame: image-to-video needs more than the conditioning frame; use a longer clip, or buckets of 5 "
+            "frames or more"
+        )
+        return self.drop({e.path: reason for e in self.kept if e.bucket[0] == 1})
 
     def require_clips(self) -> None:
-        """Raises ValueError, with the summary and what to do, when no clip is left."""
+        """ValueError, with the summary and the fix, when no clip is left."""
         if not self.kept:
             raise ValueError(f"no usable clip\n{self.summary()}\n  {self._fix()}")
 
@@ -152,22 +149,16 @@ class Plan:
         )
 
     def write_jsonl(self, path: str | os.PathLike) -> None:
-        """One line per clip, with all that was decided; the file appears whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with open(temporary, "w", encoding="utf-8") as f:
+        """One line per clip, with everything that was decided, written atomically."""
+        with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
             for entry in self.entries:
                 row = {"kept": entry.kept, "status": entry.status, **asdict(entry), **self._geometry(entry)}
                 f.write(json.dumps(row, ensure_ascii=False) + "\n")
-        os.replace(temporary, path)
+            f.flush()  # before atomic_path syncs the file
 
     @staticmethod
     def _geometry(e: PlanEntry) -> dict[str, Any]:
-        """The frames taken, as (first, last) time or number, and how they are resized and cropped:
-
-        [left, top, width, height].
-        """
+        """The first and last of the frames taken, and how they are resized and cropped: [left, top, width, height]."""
         if not e.kept:
             return {"pts": []}
         width, height, left, top = bucketing.cover(e.width, e.height, e.bucket)
@@ -177,8 +168,8 @@ class Plan:
         """Counts by bucket, and by reason with names, for people."""
         kept = self.kept
         found, num_dropped = len(self.entries), len(self.entries) - len(kept)
-        verdicts = Counter({e.path: e.status for e in kept}.values())
-        cut = ", ".join(f"{count} {status}" for status in ("trimmed", "split") if (count := verdicts[status]))
+        statuses = Counter({e.path: e.status for e in kept}.values())
+        cut = ", ".join(f"{count} {status}" for status in ("trimmed", "split") if (count := statuses[status]))
         lines = [
             f"data plan of {self.source} at {self.fps:g} fps: {found} found, {len(kept)} kept, {num_dropped} dropped"
         ]
@@ -215,7 +206,7 @@ def read_frames(entry: PlanEntry, first_only: bool = False) -> Tensor:
 
 
 def build_plan(section: Data, cache_folder: str | os.PathLike, path: str = "") -> Plan:
-    """The plan of [data], or of another path (validation.path) by the same rules, its own source alone."""
+    """The plan of [data], or by the same rules that of another path alone (validation.path)."""
     sources = [Source(path=path)] if path else section.sources
     choice = ClipChoice(section.frame_extraction, section.uniform_clips, section.slide_stride)
     return make_plan(sources, section.sizes, section.fps, section.num_workers, cache_folder, choice, section.decoder)
@@ -232,26 +223,24 @@ def make_plan(
 ) -> Plan:
     """Scan the sources (or one path), probe each file in worker processes (0: in this one) and decide about each clip.
 
-    Probes are kept in cache_folder, so a second plan does not read the files again unless their size or time of change
-    differ. Raises ValueError for a path or metadata of no known layout, a decoder that is not installed, and when no
-    clip is usable.
+    Probes are kept in cache_folder. A later plan reads a file again only if its size or time of change differs.
+    ValueError: a path or metadata of no known layout, a decoder that is not installed, or no usable clip.
     """
     require(decoder)
     sources = [Source(path=str(sources))] if isinstance(sources, (str, os.PathLike)) else list(sources)
     sizes = tuple(tuple(b) for b in buckets)
     scanned = [(source, record) for source in sources for record in _scan(source, Path(cache_folder))]
-    unread = [s.trust_metadata and bool(r.declared) for s, r in scanned]
-    paths = list(
-        dict.fromkeys(r.path for (_, r), trusted in zip(scanned, unread, strict=True) if not r.reason and not trusted)
-    )
+    trusted = [s.trust_metadata and bool(r.declared) for s, r in scanned]  # not opened
+    opened = [r.path for (_, r), is_trusted in zip(scanned, trusted, strict=True) if not r.reason and not is_trusted]
+    paths = list(dict.fromkeys(opened))
     probes = dict(zip(paths, probe_all(paths, num_workers, Path(cache_folder) / "probes"), strict=True))
     entries = []
-    for (source, record), trusted in zip(scanned, unread, strict=True):
+    for (source, record), is_trusted in zip(scanned, trusted, strict=True):
         mode = choice.mode if source.frame_extraction == "default" else source.frame_extraction
         entries += _decide(
             source,
             record,
-            None if trusted else probes.get(record.path),
+            None if is_trusted else probes.get(record.path),
             sizes,
             source.fps or fps,
             replace(choice, mode=mode),
@@ -270,7 +259,7 @@ def _scan(source: Source, cache_folder: Path) -> list[ClipRecord]:
 def _decide(
     source: Source, record: ClipRecord, found: Probe | None, buckets: Sequence[Bucket], fps: float, choice: ClipChoice
 ) -> list[PlanEntry]:
-    """The training clips of a source's file, or the one entry that says why there are none."""
+    """The training clips of a file, or one entry with the reason why there are none."""
     captions = tuple(source.caption_prefix + caption for caption in record.captions)
     entry = PlanEntry(record.path, captions, record.reason, fps=fps, repeats=source.num_repeats, image=record.image)
     if record.reason:
@@ -287,7 +276,7 @@ def _decide(
         return [
             replace(
                 entry,
-                reason="no rate: a folder of frames does not tell its rate; set source_fps in its [[data.source]]",
+                reason="no rate: a folder of frames has no rate of its own; set source_fps in its [[data.source]]",
             )
         ]
     times, end = found.seconds()
@@ -328,7 +317,7 @@ def _decide(
 
 
 def _declared(record: ClipRecord) -> Probe:
-    """What metadata say of a file, in place of a probe; it is known by name, size and time, not by its content."""
+    """The metadata of a file in place of a probe. Its identity is its name, size and time, not its content."""
     width, height, count, rate = record.declared
     try:
         identity = media.version(record.path)
@@ -345,27 +334,19 @@ def probe_all(paths: Sequence[str], num_workers: int, folder: Path) -> list[Prob
     """The probe of each path, in order."""
     files = _Probes(list(paths), folder)
     missing = [i for i in range(len(paths)) if files.read(i) is None]
-    fresh = DataLoader(
-        files,
-        batch_size=None,
-        sampler=missing,
-        num_workers=min(num_workers, len(missing)),
-        worker_init_fn=set_up_worker,
-    )
+    fresh = map_in_workers(files, missing, min(num_workers, len(missing)))
     found = dict(zip(missing, fresh, strict=True))
     return [found[i] if i in found else files.read(i) or probe(p) for i, p in enumerate(paths)]
 
 
 class _Probes:
-    """Probes by index of path; each is written to one small file named by the path and holding the size and time of
-    change it is for.
+    """A data set for `map_in_workers`: probes by index of path. Each is saved in a small file, named by a hash of the
+    path, with the size and time of change it is valid for.
     """
 
     def __init__(self, paths: list[str], folder: Path):
-        self.paths, self.folder = paths, folder
-
-    def __len__(self) -> int:
-        return len(self.paths)
+        self.paths = paths
+        self.folder = folder
 
     def _identity(self, path: str) -> dict[str, Any]:
         return {"probe": PROBE_VERSION, **media.version(path)}
@@ -392,9 +373,5 @@ class _Probes:
         except OSError as e:
             return Probe(reason=f"unreadable: {e.strerror or e}")
         found = probe(path)
-        file = self._file(path)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({"of": identity, "found": asdict(found)}), encoding="utf-8")
-        os.replace(temporary, file)
+        atomic_write(self._file(path), json.dumps({"of": identity, "found": asdict(found)}))
         return found

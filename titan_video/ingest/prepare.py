@@ -1,6 +1,5 @@
-"""Planning the clips of a run and filling the latent cache with all ranks:
-
-for train.py and `python -m titan_video.data encode`.
+"""Planning the clips of a run and filling the latent cache with all ranks, for train.py and
+`python -m titan_video.data encode`.
 """
 
 import time
@@ -25,9 +24,9 @@ from titan_video.tools.logging import logger
 
 @dataclass(frozen=True)
 class Clips:
-    """Of a run: to train on, to measure the held-out loss on, and what validation samples: prompts, and where these are
-    captions, of which clips.
+    """The clips of a run: for training and for the held-out loss.
 
+    prompts: what validation samples. of_prompts: the clips that these are captions of, or [].
     numbers: for the log: clips of the plan, those dropped by reason, and how fast they were encoded.
     """
 
@@ -72,8 +71,8 @@ def check_encoders(encoders: Encoders, args: Any, geometry: LatentGeometry, conf
     strides = encoders.stride_t, encoders.stride_s
     if strides != (geometry.temporal_stride, geometry.spatial_stride):
         raise ValueError(
-            f"{flavor} takes latents of strides {geometry.temporal_stride} in time and {geometry.spatial_stride} in space, "
-            f"{encoder} gives {strides[0]} and {strides[1]}: choose the two to fit"
+            f"{flavor} takes latents of strides {geometry.temporal_stride} in time and {geometry.spatial_stride} in "
+            f"space, {encoder} gives {strides[0]} and {strides[1]}: choose the two to fit"
         )
     if conditioning.num_cond_frames and config.validation.prompts_path:
         raise ValueError(
@@ -94,11 +93,13 @@ def prepare_clips(
 
     Plans are logged and written to `folder`. ValueError on all ranks when no clip is left.
     """
-    v, given, num_workers = validation, [], data.num_workers
+    v, prompts, num_workers = validation, [], data.num_workers
     if v.enable and v.prompts_path:
-        given = [line.strip() for line in Path(v.prompts_path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [
+            line.strip() for line in Path(v.prompts_path).read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
 
-    def clips_of(path: str, report: Path) -> tuple[list[CachedClip], dict[str, float]]:
+    def plan_clips(path: str, report: Path) -> tuple[list[CachedClip], dict[str, float]]:
         def make() -> Plan:
             plan = build_plan(data, cache.folder, path)
             if cache.conditioning.num_cond_frames:
@@ -109,12 +110,12 @@ def prepare_clips(
 
         plan = broadcast_from_rank0(make, group)
         if is_ahead:
-            return encode_plan(plan, report, encoders, cache, group, num_workers, given)
+            return encode_plan(plan, report, encoders, cache, group, num_workers, prompts)
         return cached_clips(plan, cache), plan.counts()
 
-    (clips, numbers), held_out = clips_of("", folder / "data_plan.jsonl"), []
+    (clips, numbers), held_out = plan_clips("", folder / "data_plan.jsonl"), []
     if v.enable and v.path:
-        held_out, _ = clips_of(v.path, folder / "validation_plan.jsonl")
+        held_out, _ = plan_clips(v.path, folder / "validation_plan.jsonl")
     elif v.enable:
         clips, held_out = split_holdout(clips, v.holdout)
         logger.info(f"{len(held_out)} of {len(clips) + len(held_out)} clips are held out for validation")
@@ -122,12 +123,12 @@ def prepare_clips(
     for clip in held_out or clips:
         captions.setdefault(clip.caption, clip)
     shown = list(captions.values())[: v.num_videos]
-    failed, _ = encode_clips(held_out + shown if v.enable else [], encoders, cache, group, num_workers, given)
+    failed, _ = encode_clips(held_out + shown if v.enable else [], encoders, cache, group, num_workers, prompts)
     if failed:
         raise ValueError(
             "\n".join(f"{path}: {reason}; validation needs this clip: remove it" for path, reason in failed.items())
         )
-    return Clips(clips, held_out, given[: v.num_videos] or [clip.caption for clip in shown], shown, numbers)
+    return Clips(clips, held_out, prompts[: v.num_videos] or [clip.caption for clip in shown], shown, numbers)
 
 
 def _report(plan: Plan, report: Path) -> None:
@@ -143,10 +144,10 @@ def encode_clips(
     num_workers: int,
     prompts: Sequence[str] = (),
 ) -> tuple[dict[str, str], dict[str, float]]:
-    """Encode what the cache lacks of these clips, prompts and the empty prompt, each rank its share.
+    """Encode what the cache lacks of these clips, prompts and the empty prompt, on all ranks.
 
-    Returns all ranks' failures, {path: reason}, and for the log what was encoded and how fast; {} where nothing was
-    missing.
+    Returns all ranks' failures, {path: reason}, and numbers for the log: what was encoded and how fast. Both are
+    {} when nothing was missing.
     """
 
     def find():
@@ -183,9 +184,9 @@ def encode_plan(
     num_workers: int,
     prompts: Sequence[str] = (),
 ) -> tuple[list[CachedClip], dict[str, float]]:
-    """The clips of a plan, in the cache, and for the log the plan's and the encoding's numbers.
+    """Encode the clips of a plan. Returns the clips, and numbers of the plan and of the encoding for the log.
 
-    Clips that turn out to be unusable are dropped, and the report is written anew; ValueError if all are.
+    Clips that turn out to be unusable are dropped, and the report is written anew. ValueError: no clip is left.
     """
     clips = cached_clips(plan, cache)
     failures, numbers = encode_clips(clips, encoders, cache, group, num_workers, prompts)

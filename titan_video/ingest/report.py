@@ -1,6 +1,5 @@
-"""What a plan means for training:
-
-sizes, micro-batches, the balance between ranks, the cache on disk; and training clips to look at.
+"""What a plan means for training: sizes, micro-batches, the balance between ranks, the cache on disk. And training
+clips as files, to look at.
 """
 
 import re
@@ -9,14 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import DataLoader
 
 from titan_video.data.batching import Batching, Bucket, Work
 from titan_video.data.sampler import CostClass, GlobalSampler
 from titan_video.ingest.bucketing import cover
 from titan_video.ingest.plan import Plan, PlanEntry, read_frames
 from titan_video.ingest.video import UnusableClip
-from titan_video.ingest.worker import set_up_worker
+from titan_video.ingest.worker import map_in_workers
 from titan_video.tools.video import write_mp4
 
 STEPS_SEEN = 200
@@ -48,10 +46,11 @@ def report(
     text_bytes: int,
     seed: int = 0,
 ) -> str:
-    """For people. ranks: data-parallel ranks; work, latent: of one clip; text_bytes: of the longest caption's
-    embedding.
+    """The report as text.
 
-    FLOPs are of forward and backward. `of budget`: tokens of a micro-batch as a share of data.tokens_per_microbatch.
+    ranks: data-parallel ranks. work, latent: cost and latent shape of one clip of a bucket. text_bytes: of the longest
+    caption's embedding. FLOPs are of forward and backward. `of budget`: tokens of a micro-batch as a share of
+    data.tokens_per_microbatch.
     """
     clips: dict[Bucket, list[PlanEntry]] = {}
     for e in plan.kept:
@@ -59,10 +58,10 @@ def report(
     sizes = sorted(clips)
     draws, works = [sum(e.repeats for e in clips[b]) for b in sizes], [work(b) for b in sizes]
     classes = batching.classes(draws, works)
-    clips_of = {b: c.clips for c in classes for b in c.buckets}
+    clips_per_batch = {b: c.clips for c in classes for b in c.buckets}
     rows = [COLUMNS]
     for i, b in enumerate(sizes):
-        count, tokens = clips_of[i], works[i].tokens
+        count, tokens = clips_per_batch[i], works[i].tokens
         share = f"{count * tokens / batching.token_budget:.0%}" if batching.token_budget else "-"
         rows.append(
             (
@@ -78,7 +77,7 @@ def report(
             )
         )
     per_step = batching.micro_batches
-    epoch = sum(draws[i] / clips_of[i] for i in range(len(sizes)))
+    epoch = sum(draws[i] / clips_per_batch[i] for i in range(len(sizes)))
     lines = table(rows)
     lines.append(
         f"  epoch: {sum(draws)} samples, about {epoch / per_step:.1f} steps of {per_step} micro-batches; what is "
@@ -94,7 +93,7 @@ def report(
 
 
 def _origin(entries: Sequence[PlanEntry], bucket: Bucket) -> tuple[str, str]:
-    """(the most frequent source size, share of the pixels that is left after the crop)."""
+    """(the most frequent source size, the share of its pixels that the crop keeps)."""
     (width, height), count = Counter((e.width, e.height) for e in entries).most_common(1)[0]
     others = f" and {len({(e.width, e.height) for e in entries}) - 1} more" if count < len(entries) else ""
     kept = sum(
@@ -106,7 +105,7 @@ def _origin(entries: Sequence[PlanEntry], bucket: Bucket) -> tuple[str, str]:
 def _balance(
     draws: Sequence[int], works: Sequence[Work], classes: Sequence[CostClass], batching: Batching, ranks: int, seed: int
 ) -> list[str]:
-    """How long ranks wait for the slowest: as they are dealt micro-batches, and if each drew its buckets by itself."""
+    """How long ranks wait for the slowest: with micro-batches of equal cost, and if each rank drew its own buckets."""
     sampler = GlobalSampler(
         draws,
         classes,
@@ -115,19 +114,19 @@ def _balance(
         seed,
         shuffle=False,
     )
-    dealt, each = [], [0.0] * len(draws)
+    shared, each = [], [0.0] * len(draws)
     for _ in range(STEPS_SEEN):
-        step = sampler.next()
+        step = next(sampler)
         costs = [len(m.positions) * works[m.bucket].flops for m in step]
-        dealt += [costs[i : i + ranks] for i in range(0, len(costs), ranks)]
+        shared += [costs[i : i + ranks] for i in range(0, len(costs), ranks)]
         for m in step:
             each[m.bucket] += 1
     rng = np.random.Generator(np.random.Philox(key=[seed, 0]))
-    clips_of = {b: c.clips for c in classes for b in c.buckets}
-    chosen = rng.choice(len(draws), size=(len(dealt), ranks), p=np.array(each) / sum(each))
-    alone = [[clips_of[int(b)] * works[int(b)].flops for b in row] for row in chosen]
+    clips_per_batch = {b: c.clips for c in classes for b in c.buckets}
+    chosen = rng.choice(len(draws), size=(len(shared), ranks), p=np.array(each) / sum(each))
+    alone = [[clips_per_batch[int(b)] * works[int(b)].flops for b in row] for row in chosen]
     lines = [f"  {ranks} data-parallel ranks, {STEPS_SEEN} steps:"]
-    for name, costs in (("dealt by equal cost", dealt), ("if each rank drew its own", alone)):
+    for name, costs in (("assigned by equal cost", shared), ("if each rank drew its own", alone)):
         spread = sum(max(c) / min(c) - 1 for c in costs) / len(costs)
         idle = 1 - sum(sum(c) for c in costs) / sum(ranks * max(c) for c in costs)
         lines.append(f"    {name}: cost differs by {spread:.1%} on average, ranks idle {idle:.1%} of the time")
@@ -143,7 +142,7 @@ def _size(num_bytes: float) -> str:
 
 
 def export(plan: Plan, count: int, folder: Path) -> list[Path]:
-    """Write `count` training clips as mp4, as decoding gives them to the encoder, from all buckets in turn.
+    """Write `count` training clips as mp4, as the encoder receives them, from all buckets in turn.
 
     Raises UnusableClip.
     """
@@ -162,13 +161,10 @@ def export(plan: Plan, count: int, folder: Path) -> list[Path]:
 
 
 class _Decoded:
-    """The reason why each entry does not decode, or ""."""
+    """A data set for `map_in_workers`: the reason why an entry does not decode, or ""."""
 
     def __init__(self, entries: Sequence[PlanEntry]):
         self.entries = entries
-
-    def __len__(self) -> int:
-        return len(self.entries)
 
     def __getitem__(self, index: int) -> str:
         try:
@@ -179,7 +175,6 @@ class _Decoded:
 
 
 def decode_all(plan: Plan, num_workers: int) -> Plan:
-    """The plan without the clips that decoding every frame finds to be damaged, as encoding will find them."""
-    workers = {"num_workers": min(num_workers, len(plan.kept)), "worker_init_fn": set_up_worker}
-    reasons = DataLoader(_Decoded(plan.kept), batch_size=None, **workers)
+    """The plan without the clips that decoding every frame finds to be damaged, as encoding would find them."""
+    reasons = map_in_workers(_Decoded(plan.kept), range(len(plan.kept)), min(num_workers, len(plan.kept)))
     return plan.drop({e.path: reason for e, reason in zip(plan.kept, reasons, strict=True) if reason})

@@ -1,12 +1,12 @@
-"""The embedded data set: captioned clips of one coloured shape that moves, made on first use."""
+"""The embedded data set: captioned clips of one coloured shape that moves, generated at first use."""
 
 import json
-import os
 import re
 from pathlib import Path
 
 import numpy as np
 
+from titan_video.tools.files import atomic_write
 from titan_video.tools.video import write_mp4
 
 COLORS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 230), "yellow": (230, 210, 40)}
@@ -61,9 +61,9 @@ def render(index: int, seed: int = 0) -> np.ndarray:
 
 
 def generate(folder: Path, count: int, seed: int = 0) -> None:
-    """Fill `folder` with clips 00000.mp4 ... and their .txt. A complete set is kept, an interrupted one finished.
+    """Write clips 00000.mp4 ... and their .txt into `folder`. A complete set is kept, an interrupted one completed.
 
-    Raises ValueError for a folder that holds anything else.
+    ValueError: the folder holds anything else.
     """
     folder = Path(folder)
     identity = {"generator": "titan_video shapes", "version": VERSION, "count": count, "seed": seed}
@@ -85,20 +85,20 @@ def generate(folder: Path, count: int, seed: int = 0) -> None:
             f"{folder}: holds files that are not the generated shapes; delete it or choose another data.cache_folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    _write(marker, json.dumps({**identity, "complete": False}))
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink()
+    atomic_write(marker, json.dumps({**identity, "complete": False}))
+    for partial in folder.glob(".*.tmp"):
+        partial.unlink()
     for index in range(count):
         clip = folder / f"{index:05d}.mp4"
         text = clip.with_suffix(".txt")
         if not (clip.is_file() and text.is_file()):
             write_mp4(clip, render(index, seed), FPS)
-            _write(text, caption(index) + "\n")
-    _write(marker, json.dumps({**identity, "complete": True}))
+            atomic_write(text, caption(index) + "\n")
+    atomic_write(marker, json.dumps({**identity, "complete": True}))
 
 
 def resolve_path(path: str, cache_folder: Path) -> Path:
-    """The folder or file that `data.path` means; `embedded:shapes-N` generates N clips in `cache_folder` on first use."""
+    """The folder or file of `data.path`. `embedded:shapes-N` generates N clips in `cache_folder` at first use."""
     if not path.startswith("embedded:"):
         if not path:
             raise ValueError(
@@ -114,9 +114,3 @@ def resolve_path(path: str, cache_folder: Path) -> Path:
     folder = Path(cache_folder) / path.removeprefix("embedded:")
     generate(folder, int(match[1]))
     return folder
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

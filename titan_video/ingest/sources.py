@@ -1,12 +1,13 @@
 """From the path of a source to a list of clips with captions, or with the reason why one cannot be used. No video is
 opened here.
 
-    a folder        searched recursively: clips and images with a same-name .txt; a folder of images with such a .txt is one clip
+    a folder        searched recursively: clips and images with a same-name .txt; a folder of images that has such
+                    a .txt is one clip
     metadata        .csv, .json or .jsonl, or a folder that holds metadata.*: one clip a row
     tars            WebDataset shards: a path with braces and wildcards, a folder of them, or a URL
-    tables          .parquet and .arrow files, or a folder of them: data sets of Hugging Face on disk
+    tables          .parquet and .arrow files, or a folder of them: Hugging Face data sets on disk
 
-A column `image` may name the first frame that an image-to-video model is given instead of the clip's own.
+A column `image` may name an image that replaces the clip's first frame as conditioning frame.
 """
 
 import csv
@@ -35,7 +36,7 @@ METADATA_NAMES = tuple("metadata" + suffix for suffix in METADATA_SUFFIXES)
 MEDIA_COLUMNS = ("file_name", "file", "video", "video_path", "path", "media_path", "file_path", "image_path")
 CAPTION_COLUMNS = ("text", "caption", "prompt", "cap")
 IMAGE_COLUMN = "image"
-STATED_COLUMNS = ("width", "height", "num_frames", "fps")
+DECLARED_COLUMNS = ("width", "height", "num_frames", "fps")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class ClipRecord:
     """A clip with its captions. With a `reason`, `category: detail`, it cannot be used, and `path` names the file or
     row at fault.
 
-    stated: width, height, number of frames and rate, where metadata says all of them.
+    declared: width, height, number of frames and rate, if the metadata holds all of them.
+    image: replaces the clip's first frame as conditioning frame.
     """
 
     path: str
@@ -58,16 +60,16 @@ class ClipRecord:
 
 
 def scan(path: str | Path, caption_column: str = "") -> list[ClipRecord]:
-    """All clips of a source, in the order of names or rows, good and bad. caption_column: instead of the first of
-    CAPTION_COLUMNS.
+    """All clips of a source, good and bad, in the order of names or rows.
 
-    Raises ValueError when the path is missing or of no known layout, and for metadata without the columns it needs.
+    caption_column: the column of captions; "": the first of CAPTION_COLUMNS.
+    ValueError: the path is missing or of no known layout, or metadata lacks a column.
     """
-    given, columns = str(path), (caption_column,) if caption_column else CAPTION_COLUMNS
-    files = media.expand(given)
+    pattern, columns = str(path), (caption_column,) if caption_column else CAPTION_COLUMNS
+    files = media.expand(pattern)
     if not files:
-        raise ValueError(f"data path {given!r}: nothing has such a name")
-    if len(files) == 1 and not media.is_url(given) and os.path.isdir(files[0]):
+        raise ValueError(f"data path {pattern!r}: nothing has such a name")
+    if len(files) == 1 and not media.is_url(pattern) and os.path.isdir(files[0]):
         files, folder = _inside(Path(files[0])), Path(files[0])
         if not files:
             return _scan_folder(folder)
@@ -112,8 +114,8 @@ def _scan_folder(folder: Path) -> list[ClipRecord]:
     texts = {p.with_suffix(""): p for p in files if p.suffix.lower() == ".txt"}
     clips = [p for p in files if p.suffix.lower() in MEDIA_SUFFIXES]
     # Images without captions of their own, in a folder that has one, are the frames of a clip.
-    walks = {p.parent for p in clips if p.parent in texts and p.suffix.lower() in IMAGE_SUFFIXES}
-    clips = sorted([p for p in clips if p.parent not in walks] + list(walks))
+    frame_dirs = {p.parent for p in clips if p.parent in texts and p.suffix.lower() in IMAGE_SUFFIXES}
+    clips = sorted([p for p in clips if p.parent not in frame_dirs] + list(frame_dirs))
     others = len(files) - len(texts) - sum(p.suffix.lower() in MEDIA_SUFFIXES for p in files)
     if others:
         logger.info(
@@ -217,7 +219,7 @@ def _texts(value: Any, where: str) -> tuple[str, ...] | str:
 def _declared(row: dict) -> tuple[float, ...]:
     """Width, height, number of frames and rate; empty unless all are there and positive."""
     try:
-        numbers = tuple(float(row.get(name) or 0) for name in STATED_COLUMNS)
+        numbers = tuple(float(row.get(name) or 0) for name in DECLARED_COLUMNS)
     except (TypeError, ValueError):
         return ()
     return numbers if all(0 < n < 1e6 for n in numbers) else ()
@@ -271,9 +273,8 @@ def _read_csv(file: Path) -> Iterator[tuple[str, dict | str]]:
 
 
 def _scan_tar(file: str, columns: tuple[str, ...]) -> list[ClipRecord]:
-    """A WebDataset shard:
-
-    members that share a name up to its first dot are one sample, its caption in .txt, or in .json with other columns.
+    """A WebDataset shard. Members with the same name up to the first dot are one sample; its caption is in .txt, or in
+    .json together with other columns.
     """
     samples: dict[str, dict[str, tuple[str, int, int]]] = {}
     broken: list[ClipRecord] = []
@@ -343,7 +344,7 @@ def _scan_table(file: Path, captions: tuple[str, ...]) -> list[ClipRecord]:
             )
             logger.info(f"{file}: clips from column {columns[0]!r}, captions from column {columns[1]!r}")
         clip, caption = columns
-        wanted = [name for name in names if name in (caption, *STATED_COLUMNS)]
+        wanted = [name for name in names if name in (caption, *DECLARED_COLUMNS)]
         stored = media.stored_names(table, clip)
         for row, values in enumerate(table.select(wanted).to_pylist()):
             where, (name, inside) = f"row {number} of {file}", stored[row]

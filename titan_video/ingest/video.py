@@ -25,10 +25,10 @@ from titan_video.ingest.bucketing import cover
 from titan_video.ingest.worker import alloc_shared
 
 TOLERANCE = 0.0005  # seconds; containers round times to as coarse as a millisecond
-MISSING_TAIL = 0.1  # seconds that the packets may end before the declared end
+MISSING_TAIL = 0.1  # seconds by which the packets may end before the declared end
 MAX_SIDE = 16384
-SEEK_FROM = 2.0  # seconds into a file from which a clip is sought instead of decoded up to
-FRAMES_AT_ONCE = 8  # that torchcodec is asked for
+SEEK_FROM = 2.0  # seconds; a clip that starts later is reached by seeking, not by decoding
+TORCHCODEC_BATCH = 8  # frames of one call
 
 DecoderName = Literal["pyav", "torchcodec"]
 
@@ -79,7 +79,7 @@ def frame_indices(times: Sequence[float], end: float, fps: float) -> list[int]:
 
 @contextmanager
 def _open(path: str) -> Iterator:
-    """(container, first video stream); whatever libav raises inside is an UnusableClip."""
+    """(container, first video stream). An error of libav inside becomes an UnusableClip."""
     import av
 
     try:
@@ -99,7 +99,7 @@ def _open(path: str) -> Iterator:
 
 
 def probe(path: str) -> Probe:
-    """Read a file's packets and first frame; the other frames are not decoded. Never raises for what is in the file.
+    """Read a file's packets and first frame; the other frames are not decoded. A bad file is a `reason`, not an error.
 
     The frames of an image and of a folder of images last one tick of a second each.
     """
@@ -161,15 +161,12 @@ def read_image(path: str, bucket: Bucket) -> Tensor:
 
 
 def _packet_times(container, stream) -> tuple[tuple[int, ...], int] | None:
-    """(pts, end) from packets; None where packets do not tell:
-
-    times missing, or a codec with packets that are never shown.
-    """
+    """(pts, end) from packets. None: packets lack times, or are of a codec with packets that are never shown."""
     declared_end = ((container.start_time or 0) + container.duration) / 1_000_000 if container.duration else 0.0
     if not stream.time_base:
         raise UnusableClip("corrupt: no time base")
     durations, last_end = {}, 0.0
-    told = stream.codec_context.name != "vp8" and not _is_avi(container)
+    is_complete = stream.codec_context.name != "vp8" and not _is_avi(container)
     for packet in container.demux():
         if not packet.size:  # the end of a stream
             continue
@@ -180,12 +177,12 @@ def _packet_times(container, stream) -> tuple[tuple[int, ...], int] | None:
             continue
         if packet.is_corrupt:
             raise UnusableClip(f"corrupt: broken off after {last_end:.2f} s")
-        told &= packet.pts is not None
+        is_complete &= packet.pts is not None
         if packet.pts is not None and not packet.is_discard:
             durations[packet.pts] = packet.duration or 0
     if last_end < declared_end - MISSING_TAIL:
         raise UnusableClip(f"corrupt: broken off at {last_end:.2f} s of {declared_end:.2f} s")
-    return _finish(durations) if told and durations else None
+    return frame_times(durations) if is_complete and durations else None
 
 
 def _decoded_times(path: str) -> tuple[tuple[int, ...], int]:
@@ -193,7 +190,7 @@ def _decoded_times(path: str) -> tuple[tuple[int, ...], int]:
         durations = {pts: frame.duration or 0 for pts, frame in _frames(container, stream)}
     if not durations:
         raise UnusableClip("corrupt: no frame has a presentation time")
-    return _finish(durations)
+    return frame_times(durations)
 
 
 def _is_avi(container) -> bool:
@@ -209,7 +206,8 @@ def _frames(container, stream, by_index: bool = False) -> Iterator:
             yield count if by_index else frame.pts, frame
 
 
-def _finish(durations: dict[int, int]) -> tuple[tuple[int, ...], int]:
+def frame_times(durations: dict[int, int]) -> tuple[tuple[int, ...], int]:
+    """(ascending pts, end of the last frame), in ticks, from {pts: duration, 0 if unknown}."""
     pts = tuple(sorted(durations))
     gaps = sorted(b - a for a, b in zip(pts, pts[1:], strict=False))
     last = durations[pts[-1]] or (gaps[len(gaps) // 2] if gaps else 1)
@@ -239,18 +237,18 @@ def decode(
     """The frames shown at `pts` (ticks, or numbers with by_index; ascending, may repeat), resized to cover the bucket
     and cropped to its centre.
 
-    width, height: of the probe. rate: what metadata say of a file that was not probed; they are compared with what is
-    found. Returns uint8 RGB [3, F, H, W], in memory as decoded: colours innermost. Raises UnusableClip when the file
-    does not give every frame whole.
+    width, height: of the probe. rate: by metadata, of a file that was not probed; it is compared with the file's.
+    Returns uint8 RGB [3, F, H, W], in memory as decoded: colours innermost.
+    UnusableClip: a frame is missing or damaged.
     """
-    places: dict[int, list[int]] = {}
+    target_slots: dict[int, list[int]] = {}
     for i, time in enumerate(pts):
-        places.setdefault(time, []).append(i)
+        target_slots.setdefault(time, []).append(i)
     shape = len(pts), *bucket[1:], 3
     frames_FHWC = alloc_shared(math.prod(shape)).view(shape)
-    taking = frames_FHWC.numpy(), places, width, height, bucket
+    target = FrameTarget(frames_FHWC.numpy(), target_slots, width, height, bucket)
     if media.kind(path) != "video":
-        missing = _take(_images(path), *taking)
+        missing = copy_frames(_images(path), target)
     else:
         with _open(path) as (container, stream):
             if rate:
@@ -262,19 +260,19 @@ def decode(
             if seek:
                 container.seek(pts[0], stream=stream)
             if decoder == "pyav":
-                missing = _take(_frames(container, stream, by_index), *taking)
+                missing = copy_frames(_frames(container, stream, by_index), target)
         if decoder == "torchcodec":
-            missing = _take(_torchcodec_frames(path, list(places), tick, by_index), *taking)
-        elif seek and missing:  # an index that leads astray
+            missing = copy_frames(_torchcodec_frames(path, list(target_slots), tick, by_index), target)
+        elif seek and missing:  # the index of the file is wrong
             with _open(path) as (container, stream):
-                missing = _take(_frames(container, stream), *taking)
+                missing = copy_frames(_frames(container, stream), target)
     if missing:
-        raise UnusableClip(f"corrupt: {missing} of {len(places)} frames do not decode")
+        raise UnusableClip(f"corrupt: {missing} of {len(target_slots)} frames do not decode")
     return frames_FHWC.permute(3, 0, 1, 2)
 
 
 def require(decoder: DecoderName) -> None:
-    """Raises ValueError, with what to do, when this decoder cannot be used here."""
+    """ValueError, with the fix, when this decoder cannot be used here."""
     if decoder == "torchcodec":
         try:
             import torchcodec.decoders  # noqa: F401
@@ -288,7 +286,7 @@ def require(decoder: DecoderName) -> None:
 
 
 def _torchcodec_frames(path: str, times: Sequence[int], tick: Fraction, by_index: bool) -> Iterator:
-    """(time, frame) of those of these times that the file has, decoded by torchcodec, which turns rotated frames
+    """(time, frame) of the frames that the file has at these times, by torchcodec, which turns rotated frames
     upright.
     """
     import av
@@ -297,7 +295,7 @@ def _torchcodec_frames(path: str, times: Sequence[int], tick: Fraction, by_index
     try:
         source = path if os.path.isfile(path) else media.open_binary(path)
         decoder = VideoDecoder(source, dimension_order="NHWC", num_ffmpeg_threads=1)  # the workers are the parallelism
-        for some in (times[i : i + FRAMES_AT_ONCE] for i in range(0, len(times), FRAMES_AT_ONCE)):
+        for some in (times[i : i + TORCHCODEC_BATCH] for i in range(0, len(times), TORCHCODEC_BATCH)):
             if by_index:
                 batch = decoder.get_frames_at(indices=list(some))
             else:
@@ -313,7 +311,7 @@ def _compare(stream, width: int, height: int, rate: float) -> None:
     context, found = stream.codec_context, float(stream.average_rate or 0)
     if {context.width, context.height} != {width, height} or abs(found - rate) > 0.01 * rate:
         raise UnusableClip(
-            f"wrong metadata: {width} x {height} at {rate:g} fps are stated, the file has "
+            f"wrong metadata: {width} x {height} at {rate:g} fps are declared, the file has "
             f"{context.width} x {context.height} at {found:g} fps"
         )
 
@@ -323,39 +321,44 @@ def interpolation(width: int, new_width: int) -> str:
     return "AREA" if new_width < width else "BICUBIC"
 
 
-def _take(
-    frames: Iterator,
-    frames_FHWC: np.ndarray,
-    places: Mapping[int, Sequence[int]],
-    width: int,
-    height: int,
-    bucket: Bucket,
-) -> int:
-    """Put the frames at these times in their places, at the bucket's size; return how many are not found."""
+@dataclass(frozen=True)
+class FrameTarget:
+    """Where decoded frames go: uint8 frames_FHWC at the bucket's size. target_slots: {time: frames of it}.
+
+    width, height: of the source.
+    """
+
+    frames_FHWC: np.ndarray
+    target_slots: Mapping[int, Sequence[int]]
+    width: int
+    height: int
+    bucket: Bucket
+
+
+def copy_frames(frames: Iterator, target: FrameTarget) -> int:
+    """Copy the frames at the times of `target`, resized and cropped. Returns how many are not found."""
     from av.video.reformatter import VideoReformatter
 
-    _, bucket_height, bucket_width = bucket
-    new_width, new_height, left, top = cover(width, height, bucket)
-    method = interpolation(width, new_width)
+    frames_FHWC, slots = target.frames_FHWC, target.target_slots
+    _, bucket_height, bucket_width = target.bucket
+    new_width, new_height, left, top = cover(target.width, target.height, target.bucket)
+    method = interpolation(target.width, new_width)
     found: set[int] = set()
-    last = max(places)
+    last = max(slots)
     scaler = VideoReformatter()  # one for all frames: it keeps its tables
     for time, frame in frames:
-        if time in places:
+        if time in slots:
             if frame.is_corrupt:
                 raise UnusableClip(f"corrupt: the frame at {float(time * (frame.time_base or 1)):.2f} s is damaged")
             turns = round(frame.rotation / 90) % 4  # counter-clockwise, as np.rot90
-            size = (
-                {"width": new_height, "height": new_width} if turns % 2 else {"width": new_width, "height": new_height}
-            )
-            image_HWC = np.rot90(
-                scaler.reformat(frame, format="rgb24", interpolation=method, **size).to_ndarray(), turns
-            )
-            first, *others = places[time]
+            stored_width, stored_height = (new_height, new_width) if turns % 2 else (new_width, new_height)
+            scaled = scaler.reformat(frame, stored_width, stored_height, format="rgb24", interpolation=method)
+            image_HWC = np.rot90(scaled.to_ndarray(), turns)
+            first, *others = slots[time]
             frames_FHWC[first] = image_HWC[top : top + bucket_height, left : left + bucket_width]
             for i in others:
                 frames_FHWC[i] = frames_FHWC[first]
             found.add(time)
-        if len(found) == len(places) or time > last:
+        if len(found) == len(slots) or time > last:
             break
-    return len(places) - len(found)
+    return len(slots) - len(found)
