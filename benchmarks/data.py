@@ -2,11 +2,10 @@
 
     python benchmarks/data.py [--clips FOLDER] [--json FILE]
 
-Both decode the same files, in turns and with the same number of processes: ours as encoding does it (resampled, resized
-to cover the bucket, cropped, sent to the process that encodes); the loop as one would write it, which decodes each file
-up to the last frame that is taken, converts those that taken, converts those that are, resizes them to the bucket by
-the same filter but whatever their aspect, and sends nothing. Besides a folder, clips are generated: noise that
-are generated: noise that moves, 960 x 540 at 24 fps in H.264.
+Both decode the same files, alternating, with the same number of processes: ours as encoding does it (resampled, resized
+to cover the bucket, cropped, sent to the process that encodes); the loop decodes each file up to the last frame that is
+taken, converts those that are taken, resizes them to the bucket with the same filter whatever their aspect, and sends
+nothing. Besides those of a folder, clips are generated: moving noise, 960 x 540 at 24 fps in H.264.
 Then the debug model is trained on these clips with the cache that a first run has filled; and entries of the largest
 size are read.
 """
@@ -30,10 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import ROOT, environment, interleaved, markdown, options, write_json  # noqa: E402
 from titan_video.data.latent_cache import LatentCache  # noqa: E402
-from titan_video.ingest.worker import release  # noqa: E402
 from titan_video.ingest.encode import Decoder, Job  # noqa: E402
 from titan_video.ingest.plan import Plan, PlanEntry, make_plan  # noqa: E402
 from titan_video.ingest.video import interpolation  # noqa: E402
+from titan_video.ingest.worker import release  # noqa: E402
 from titan_video.models.conditioning import TEXT_ONLY  # noqa: E402
 from titan_video.tools.video import write_mp4  # noqa: E402
 
@@ -106,7 +105,7 @@ def decode_rates(plan: Plan, processes: int, rounds: int) -> dict[str, Any]:
     bare()
     cpu: dict[str, list[float]] = {"ours": [], "bare": []}
 
-    def num_loss_elements(name: str, function: Callable[[], None]) -> Callable[[], None]:
+    def counted_cpu(name: str, function: Callable[[], None]) -> Callable[[], None]:
         def run() -> None:
             before = cpu_seconds()
             function()
@@ -114,9 +113,7 @@ def decode_rates(plan: Plan, processes: int, rounds: int) -> dict[str, Any]:
 
         return run
 
-    times = interleaved(
-        {"ours": num_loss_elements("ours", ours), "bare": num_loss_elements("bare", bare)}, CPU, rounds, budget=0
-    )
+    times = interleaved({"ours": counted_cpu("ours", ours), "bare": counted_cpu("bare", bare)}, CPU, rounds, budget=0)
     seconds = {name: t.seconds for name, t in times.items()}
     ratios = [statistics.median(b / a for a, b in zip(s["ours"], s["bare"], strict=True)) for s in (seconds, cpu)]
     found = {"processes": processes, "frames": frames, "ratio": ratios[0], "CPU ratio": ratios[1], "CPU seconds": cpu}
