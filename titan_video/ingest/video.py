@@ -3,7 +3,7 @@
 
 Frames are named by their presentation time in ticks of the stream's time base. So the plan, which only reads packets,
 loader, which decodes, mean the same frames, whatever the codec's order or delay. Images, folders of them, and videos
-whose metadata was believed unread go by the number of the frame. Files come from anywhere (media.py): every way in
+with trusted metadata, not opened, go by the number of the frame. Files come from anywhere (media.py): every way in
 which one can be broken becomes an becomes an `UnusableClip` with its reason.
 """
 
