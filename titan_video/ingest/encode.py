@@ -304,7 +304,10 @@ def encode_share(
 def failed_clips(clips: Iterable[CachedClip], cache: LatentCache, failed: dict[tuple, str]) -> dict[str, str]:
     """{path: reason} of the clips whose job failed."""
     by_entry = {name: reason for keys, reason in failed.items() for name in keys}
-    names = lambda clip: [*cache.video_keys(clip.entry).items(), *(("text", key) for key in clip.text_keys)]
+
+    def names(clip: CachedClip) -> list[tuple[str, str]]:
+        return [*cache.video_keys(clip.entry).items(), *(("text", key) for key in clip.text_keys)]
+
     return {clip.path: by_entry[name] for clip in clips for name in names(clip) if name in by_entry}
 
 

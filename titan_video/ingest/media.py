@@ -218,7 +218,7 @@ def stored_names(table: Any, column: str) -> list[tuple[str, bool]]:
         paths = values.field("path").to_pylist()
         return [
             (os.path.basename(p or "clip"), True) if b else (p or "", False)
-            for p, b in zip(paths, values.field("bytes").is_valid().to_pylist())
+            for p, b in zip(paths, values.field("bytes").is_valid().to_pylist(), strict=True)
         ]
     if kinds.is_string(values.type) or kinds.is_large_string(values.type):
         return [(p or "", False) for p in values.to_pylist()]

@@ -27,6 +27,7 @@ from titan_video.tools.files import atomic_path, atomic_write
 
 NAMES_SHOWN = 20
 PROBE_VERSION = 2
+HEAD = ClipChoice()
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ def make_plan(
     fps: float,
     num_workers: int,
     cache_folder: str | os.PathLike,
-    choice: ClipChoice = ClipChoice(),
+    choice: ClipChoice = HEAD,
     decoder: DecoderName = "pyav",
 ) -> Plan:
     """Scan the sources (or one path), probe each file in worker processes (0: in this one) and decide about each clip.

@@ -1,7 +1,7 @@
 """Reading video: what is in a file (`probe`), which of its frames a clip takes (`frame_indices`), and those frames
 (`decode`).
 
-A frame is named by its presentation time in ticks of the stream's time base, so that the plan, which only reads packets,
+A frame is named by its presentation time in ticks of the stream's time base. So the plan, which only reads packets,
 and the decoder mean the same frame, whatever the codec's order or delay. Images, folders of images, and videos that are
 not opened because their metadata is trusted, name frames by number. Files may come from anywhere (media.py), so every
 way in which one can be broken becomes an `UnusableClip` with its reason.
