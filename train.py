@@ -13,7 +13,6 @@ import os
 import sys
 import time
 from contextlib import ExitStack, nullcontext
-from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,43 +28,36 @@ from titan_video.config.check import check
 from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import dump, main_guard, parse_args
 from titan_video.data.batch import Batch
-from titan_video.data.batching import Batching, Bucket, Work, gradient_accumulation
-from titan_video.data.loader import DrawPlan, EntryReader, LatentLoader
+from titan_video.data.batching import Batching, gradient_accumulation
+from titan_video.data.loader import DrawPlan, build_loader
 from titan_video.data.prefetch import Prefetch
-from titan_video.distributed.activation_checkpoint import check_save_min_kv, recomputed_flops, select_blocks
-from titan_video.distributed.compile import num_graphs
+from titan_video.distributed.activation_checkpoint import check_save_min_kv, select_blocks
+from titan_video.distributed.compile import GraphLog
 from titan_video.distributed.fsdp import reshard
 from titan_video.distributed.parallel_dims import ParallelDims, check_layout
 from titan_video.distributed.parallelize import parallelize
 from titan_video.distributed.pipeline_parallel import Pipeline
 from titan_video.distributed.pipeline_stages import check_microbatches, keep_stages
 from titan_video.distributed.sequence import SequenceShard
-from titan_video.distributed.utils import (
-    broadcast_from_rank0,
-    clip_grad_norm,
-    init_distributed,
-    reduce_over,
-    set_timeout,
-)
+from titan_video.distributed.utils import broadcast_from_rank0, clip_grad_norm, reduce_over, set_timeout
 from titan_video.encoders import build_encoders
 from titan_video.flow.matching import FlowMatching, expert_sigma_range
 from titan_video.ingest.prepare import check_encoders, open_cache, prepare_clips
 from titan_video.kernels import attention
 from titan_video.models import get_args, get_spec
-from titan_video.models.layers import token_shape
 from titan_video.optim.ema import EmaWeights
 from titan_video.optim.lr_scheduler import Scheduler
 from titan_video.optim.optimizer import build_optimizer, step_in_backward
 from titan_video.tasks.denoising import Denoising
-from titan_video.tasks.validation import ClipWriter, Validator, build_prompts
-from titan_video.tools.device import get_device, read
+from titan_video.tasks.validation import ClipWriter, build_validator
+from titan_video.tools.device import get_device, read, set_deterministic
 from titan_video.tools.logging import init_logger, logger
-from titan_video.tools.parts import resolve
+from titan_video.training.encoder_ranks import build_online_encoder, init_process_groups, run_encoder_rank
 from titan_video.training.fault_tolerance import NonFiniteGuard, SignalFlag
-from titan_video.training.metrics import MetricsLogger, StepMetrics
+from titan_video.training.metrics import MetricsLogger, StepCost, StepMetrics
+from titan_video.training.out_of_memory import explain
+from titan_video.training.profiling import Profiler
 from titan_video.weights.trained import WeightsSettings, build_weights
-
-ONLINE = "titan_video.online.setup"  # optional: encoding during training
 
 
 class Trainer:
@@ -75,7 +67,8 @@ class Trainer:
         self.config = config
         self.folder = Path(config.job.dump_folder)
         self.exit_stack = ExitStack()
-        self.num_graphs = 0  # compiled so far
+        self.bucket = "none yet"  # sizes of the clips of the current step
+        self.step = 0
         self.build_layout()
         self.build_task()
         self.build_data()
@@ -90,27 +83,18 @@ class Trainer:
         """The architecture, whether it can be laid out as asked, ranks, device, process groups."""
         config = self.config
         self.spec = get_spec(config.model.name)
-        self.args = get_args(
-            self.spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length
-        )
+        text_length = config.encoder.max_text_length
+        self.args = get_args(self.spec, config.model.flavor, config.model.hf_assets_path, text_length)
         self.geometry = self.spec.geometry(self.args)
         world_size = config.encoder.num_training_ranks(int(os.environ.get("WORLD_SIZE", 1)))
         check_layout(config.parallelism, self.args, world_size)
         self.dims = ParallelDims.of(config.parallelism, world_size)
         self.accumulation = gradient_accumulation(config, self.dims.dp)
-
         self.device = get_device(int(os.environ.get("LOCAL_RANK", 0)))
         kernels.set_backend(kernels.resolve_backend(config.model.kernels, self.device))
         if config.debug.deterministic:
-            # cuBLAS is deterministic only with this, and reads it at its first use.
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
-        self.encoder_channel = None
-        if config.encoder.placement == "separate":
-            init_process_groups = resolve(f"{ONLINE}:init_process_groups", asked_by="encoder.placement = separate")
-            self.encoder_channel = init_process_groups(config.encoder, config.comm, self.device, world_size)
-        else:
-            init_distributed(self.device, config.comm.init_timeout_seconds)
+            set_deterministic()
+        self.encoder_channel = init_process_groups(config.encoder, config.comm, self.device, world_size)
         self.exit_stack.callback(dist.destroy_process_group)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.meshes = self.dims.build_mesh(self.device.type)
@@ -125,112 +109,69 @@ class Trainer:
         """What a step trains on, and whether a step of every bucket can be run."""
         config = self.config
         flow = expert_sigma_range(config.flow, config.model.expert, config.model.boundary or self.args.boundary)
-        self.task = Denoising(
-            self.spec,
-            self.args,
-            FlowMatching(flow),
-            SequenceShard.from_meshes(self.meshes),
-            self.device,
-            seed=config.debug.seed,
-            guidance_scale=config.training.guidance,
-        )
+        shard, seed, guidance = SequenceShard.from_meshes(self.meshes), config.debug.seed, config.training.guidance
+        self.task = Denoising(self.spec, self.args, FlowMatching(flow), shard, self.device, seed, guidance)
         micro_batches = self.accumulation * self.dims.dp
         self.batching = Batching.of(config.data, config.training, config.parallelism, micro_batches)
-        works = [self.work(bucket) for bucket in config.data.sizes]
-        self.longest = max(work.tokens for work in works)
-        for work in works if self.dims.pp > 1 else ():
-            clips = self.accumulation * self.batching.clips_per_micro_batch(work.tokens)
-            check_microbatches(config.parallelism, clips // config.parallelism.pipeline_parallel_microbatch_size)
+        num_tokens = [self.task.work(bucket).tokens for bucket in config.data.sizes]
+        self.longest = max(num_tokens)
         check_save_min_kv(config.activation_checkpoint, self.longest)
-
-    def work(self, bucket: Bucket) -> Work:
-        """Of one clip; ValueError where the model's patch does not divide it."""
-        tokens = token_shape(self.geometry.latent_shape(bucket)[1:], self.args.patch).num_tokens
-        return Work(tokens, self.args.flops(tokens))
+        for tokens in num_tokens if self.dims.pp > 1 else ():
+            clips = self.accumulation * self.batching.clips_per_micro_batch(tokens)
+            check_microbatches(config.parallelism, clips // config.parallelism.pipeline_parallel_microbatch_size)
 
     def build_data(self) -> None:
         """Plan the clips, encode what is to be encoded before training (each rank its share), build the loader."""
-        config, c, conditioning = self.config, self.config.data, self.args.conditioning
+        config, c, group = self.config, self.config.data, self.host_group
         self.encoders = build_encoders(config.encoder, config.model.hf_assets_path, self.device)
         check_encoders(self.encoders, self.args, self.geometry, config)
         cache_folder = Path(c.cache_folder or self.folder / "cache")
-        self.cache = open_cache(cache_folder, self.encoders, conditioning, self.host_group)
+        cache = open_cache(cache_folder, self.encoders, self.args.conditioning, group)
         is_ahead = config.encoder.placement == "cached"
-        self.clips = prepare_clips(
-            c, is_ahead, config.validation, self.folder, self.encoders, self.cache, self.host_group
-        )
+        self.clips = prepare_clips(c, is_ahead, config.validation, self.folder, self.encoders, cache, group)
         self.encoders.free()
-        online = None
-        if config.encoder.placement != "cached":
-            build_online_encoder = resolve(f"{ONLINE}:build_online_encoder", asked_by="encoder.placement")
-            online = build_online_encoder(
-                config,
-                self.encoders,
-                self.cache,
-                self.dims,
-                self.encoder_channel,
-                self.geometry.latent_shape,
-                self.args.text_len,
-            )
+        latent_shape, text_len = self.geometry.latent_shape, self.args.text_len
+        online = build_online_encoder(
+            config, self.encoders, cache, self.dims, self.encoder_channel, latent_shape, text_len
+        )
+        if online:
             self.exit_stack.callback(online.close)
-        draw_plan = DrawPlan(
-            self.clips.training,
-            self.cache.text_key(""),
-            self.batching,
-            self.work,
-            seed=config.debug.seed,
-            shuffle=c.shuffle,
-            caption_dropout=c.caption_dropout,
-        )
-        entries = online.cache if online else self.cache
-        keep = c.num_workers == 0 and not online
-        self.loader = LatentLoader(
-            draw_plan,
-            EntryReader(entries, self.args.text_len, self.args.text_dim, keep),
-            dp_rank=self.meshes.batch.get_local_rank(),
-            dp_size=self.dims.dp,
-            num_workers=c.num_workers,
-            prefetch_factor=c.prefetch_factor,
-            pin_memory=self.device.type == "cuda",
-            online=online,
-        )
+        clips, null_key, seed = self.clips.training, cache.text_key(""), config.debug.seed
+        draw_plan = DrawPlan(clips, null_key, self.batching, self.task.work, seed, c.shuffle, c.caption_dropout)
+        text_shape, dp = (self.args.text_len, self.args.text_dim), (self.meshes.batch.get_local_rank(), self.dims.dp)
+        pin_memory = self.device.type == "cuda"
+        self.loader = build_loader(c, draw_plan, cache, text_shape, dp, pin_memory=pin_memory, online=online)
 
     def build_model(self) -> None:
         """Meta device, trained weights, stages, parallelize, memory; optimizer, schedule and EMA."""
-        config, plan = self.config, self.spec.plan
+        config, plan, args = self.config, self.spec.plan, self.args
         param_dtype = getattr(torch, config.training.mixed_precision_param)
-        backend = attention.set_backend(
-            config.model.attention, self.device, param_dtype, self.args.head_dim, self.spec.masks_text
-        )
-        logger.info(f"attention: {backend}")
-        settings = WeightsSettings(
-            config.model, config.checkpoint, config.training, config.lora, seed=config.debug.seed
-        )
-        self.weights = build_weights(settings, self.spec, self.args, self.host_group)
+        name, masked = config.model.attention, self.spec.masks_text
+        logger.info(f"attention: {attention.set_backend(name, self.device, param_dtype, args.head_dim, masked)}")
+        settings = WeightsSettings(config.model, config.checkpoint, config.training, config.lora, config.debug.seed)
+        self.weights = build_weights(settings, self.spec, args, self.host_group)
         with torch.device("meta"):
-            self.model = self.spec.build(self.args)
+            self.model = self.spec.build(args)
         self.weights.prepare(self.model)
-        checkpointed = select_blocks(self.model, plan, config.activation_checkpoint.layers)
-        stages = None
+        checkpointed, stages = select_blocks(self.model, plan, config.activation_checkpoint.layers), None
         if self.dims.pp > 1:
-            stages = keep_stages(self.model, plan, self.meshes.pp, config.parallelism, self.args, self.longest)
+            stages = keep_stages(self.model, plan, self.meshes.pp, config.parallelism, args, self.longest)
+        model, c = self.model, config
         parallelize(
-            self.model,
+            model,
             plan,
             self.meshes,
-            config.parallelism,
-            config.training,
-            config.activation_checkpoint,
-            config.compile,
-            checkpointed=checkpointed,
-            float8=config.float8,
+            c.parallelism,
+            c.training,
+            c.activation_checkpoint,
+            c.compile,
+            checkpointed,
+            c.float8,
         )
         self.model.to_empty(device="cpu" if config.training.enable_cpu_offload else self.device)
-        self.pipeline = None
+        self.pipeline, p = None, config.parallelism
         if stages:
-            self.pipeline = Pipeline(
-                self.model, stages, plan, self.meshes.pp, config.parallelism, param_dtype, self.device
-            )
+            self.pipeline = Pipeline(self.model, stages, plan, self.meshes.pp, p, param_dtype, self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer, plan.blocks, config.debug.seed)
         self.in_backward = step_in_backward(self.optimizer) if config.optimizer.in_backward else None
         self.scheduler = Scheduler(self.optimizer, config.lr_scheduler, config.optimizer.lr, config.training.steps)
@@ -238,16 +179,14 @@ class Trainer:
 
     def load(self) -> None:
         """A checkpoint of this run, else the weights from which the run starts."""
-        tensors = {
-            "model": ModelState(self.model, self.weights.is_saved),
-            "optimizer": OptimizerState(self.model, self.optimizer),
-        }
+        model = ModelState(self.model, self.weights.is_saved)
+        tensors = {"model": model, "optimizer": OptimizerState(self.model, self.optimizer)}
         if self.ema:
             tensors["ema"] = self.ema
         counters = {"data": self.loader, **self.weights.counters()}
-        c = self.config.checkpoint
         self.weights.load_frozen(self.model)
-        self.checkpoint = CheckpointManager(c, self.folder / c.folder, tensors, counters)
+        section = self.config.checkpoint
+        self.checkpoint = CheckpointManager(section, self.folder / section.folder, tensors, counters)
         self.step = self.checkpoint.load()
         if self.step == 0:
             self.weights.load_initial(self.model)
@@ -256,35 +195,23 @@ class Trainer:
 
     def build_loggers(self) -> None:
         """What watches a run that is not finished: the resolved TOML, metrics, the non-finite guard, validation."""
-        config = self.config
+        config, steps = self.config, self.config.training.steps
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.toml").write_text(dump(config))
+        self.cost = StepCost(self.args, config.activation_checkpoint, self.world_size // self.dims.dp)
         self.metrics = MetricsLogger(
-            config.metrics,
-            self.folder,
-            self.rank,
-            self.world_size,
-            self.device,
-            config.training.steps,
-            self.step,
-            samples=self.loader.samples,
+            config.metrics, self.folder, self.rank, self.world_size, self.device, steps, self.step, self.loader.samples
         )
         self.exit_stack.callback(self.metrics.close)
         self.metrics.log_scalars(self.step, self.clips.numbers, "data")
+        self.graphs = GraphLog()
         self.guard = NonFiniteGuard(config.fault_tolerance.nonfinite, config.fault_tolerance.max_nonfinite_steps)
         if config.validation.enable:
-            reader = self.loader.reader
-            latent_shape = self.geometry.latent_shape(config.data.sizes[0])
-            self.task.evaluator = Validator(
-                config.validation,
-                self.task,
-                self.pipeline or self.model,
-                self.meshes,
-                self.clips.held_out,
-                build_prompts(reader, self.cache, self.clips.prompts, self.clips.of_prompts, latent_shape),
-                get_clip=lambda clip, number: reader.batch([clip], [number]),
-                output=ClipWriter(self.encoders.decode_video, self.folder / "samples", config.data.fps),
+            model, size = self.pipeline or self.model, self.geometry.latent_shape(config.data.sizes[0])
+            output = ClipWriter(self.encoders.decode_video, self.folder / "samples", config.data.fps)
+            self.task.evaluator = build_validator(
+                config.validation, self.task, model, self.meshes, self.clips, self.loader.reader, size, output
             )
 
     # ---------------------------------------------------------------- step
@@ -296,56 +223,43 @@ class Trainer:
         """
         lr = self.scheduler.set_step(self.step)
         infos = [self.task.describe(b) for b in batches]
-        local = torch.tensor(
-            [
-                sum(self.task.num_loss_elements(b) for b in batches),
-                sum(i.num_tokens * i.num_clips for i in infos),
-                sum(i.num_frames * i.num_clips for i in infos),
-            ]
-        )
-        num_elements, num_tokens, num_frames = reduce_over(self.meshes.batch, local, "sum").tolist()
-        loss = self.forward_backward(batches, num_elements)
+        self.bucket = "+".join(dict.fromkeys(i.label for i in infos))
+        elements = sum(self.task.num_loss_elements(b) for b in batches)
+        tokens, frames = sum(i.num_tokens * i.num_clips for i in infos), sum(i.num_frames * i.num_clips for i in infos)
+        counts = reduce_over(self.meshes.batch, torch.tensor([elements, tokens, frames]), "sum").tolist()
+        loss = self.forward_backward(batches, num_elements=counts[0])
         if self.in_backward:
             grad_norm = self.in_backward.grad_norm()
         else:
             grad_norm = clip_grad_norm(self.model, self.config.training.max_norm, self.meshes.pp)
         loss = reduce_over(self.meshes.sequence, loss, "sum")
-        rank_mean = loss / (local[0].item() / num_elements)
-        losses = reduce_over(self.meshes.batch, loss, "sum"), reduce_over(self.meshes.batch, rank_mean, "max")
+        max_loss = reduce_over(self.meshes.batch, loss / (elements / counts[0]), "max")
+        losses = reduce_over(self.meshes.batch, loss, "sum"), max_loss
         numbers = torch.stack([*(x.to(grad_norm.device) for x in losses), grad_norm])
         self.guard.update(self.optimizer, numbers[::2])
         self.optimizer.zero_grad()
         self.steps.prefetch_next()
-        global_loss, max_loss, norm = read(numbers)  # the first host-device synchronisation of the step
-        if self.guard.check(global_loss, norm, self.step) and self.ema:
+        loss, max_loss, norm = read(numbers)  # the first host-device synchronisation of the step
+        if self.guard.check(loss, norm, self.step) and self.ema:
             self.ema.update(self.step)
-
-        ranks_per_sample = self.world_size // self.dims.dp
-        model_flops = 3 * sum(i.flops for i in infos) / ranks_per_sample
-        checkpointing = self.config.activation_checkpoint
-        recomputed = sum(recomputed_flops(checkpointing, self.args, i.num_tokens, i.num_clips) for i in infos)
-        label = "+".join(dict.fromkeys(i.label for i in infos))
+        model_flops, hardware_flops = self.cost.flops(infos)
         metrics = StepMetrics(
-            loss=global_loss,
+            loss=loss,
             max_loss=max_loss,
             grad_norm=norm,
             lr=lr,
             samples=self.loader.samples,
-            tokens=num_tokens,
-            video_seconds=num_frames / self.config.data.fps,
+            tokens=counts[1],
+            video_seconds=counts[2] / self.config.data.fps,
             model_flops=model_flops,
-            hardware_flops=model_flops + recomputed / ranks_per_sample,
+            hardware_flops=hardware_flops,
             step_seconds=time.perf_counter() - start,
-            data_seconds=self.steps.data_wait_seconds,
-            bucket=label,
+            data_seconds=self.steps.take_data_wait(),
+            bucket=self.bucket,
             extra=self.loader.stats(),
         )
         self.metrics.log(self.step, metrics)
-        self.steps.data_wait_seconds = 0.0
-        if num_graphs() > self.num_graphs:  # the first steps of each bucket may compile; later ones should not
-            new = num_graphs() - self.num_graphs
-            logger.info(f"step {self.step} compiled {new} graphs for {label}, {num_graphs()} so far")
-            self.num_graphs = num_graphs()
+        self.graphs.step(self.step, self.bucket)
 
     def forward_backward(self, batches: list[Batch], num_elements: int) -> Tensor:
         """Accumulate the gradients of a step; return the sum of this rank's losses, detached."""
@@ -366,15 +280,7 @@ class Trainer:
         with self.ema.swapped_in() if self.ema and self.config.validation.use_ema else nullcontext():
             found = self.task.evaluate(self.step)
         reshard(self.model)
-        if found.scalars:
-            self.metrics.log_scalars(self.step, found.scalars)
-            numbers = "  ".join(f"{name} {value:.4f}" for name, value in found.scalars.items())
-            logger.info(f"validation at step {self.step}: {numbers}")
-        for i, (prompt, frames) in enumerate(found.clips):
-            self.metrics.log_video(f"samples/{i} {prompt}", frames.numpy(), self.config.data.fps, self.step)
-        if found.clips:
-            logger.info(f"{len(found.clips)} clips sampled to {self.folder / 'samples' / f'step-{self.step}'}")
-        logger.info(f"validation took {time.perf_counter() - start:.1f} s")
+        self.metrics.log_evaluation(self.step, found, self.config.data.fps, time.perf_counter() - start)
 
     # ---------------------------------------------------------------- loop
 
@@ -390,17 +296,18 @@ class Trainer:
         )
         if c.validation.enable and self.step == 0:
             self.validate()
-
         gc.disable()  # collected on all ranks at once: one rank's pause is every rank's pause
         first_step = self.step + 1
         clips = c.parallelism.pipeline_parallel_microbatch_size if self.pipeline else 0
         self.steps = Prefetch(self.loader, last_step - self.step, self.task.prepare, self.device, clips)
-        with SignalFlag() if c.fault_tolerance.save_on_signal else nullcontext() as signals:
+        profiler = Profiler(c.profiling, self.folder, self.rank, self.device)
+        with SignalFlag() if c.fault_tolerance.save_on_signal else nullcontext() as signals, profiler:
             while self.step < last_step:
                 start = time.perf_counter()
                 batches = self.steps.step()
                 self.step += 1
                 self.train_step(batches, start)
+                profiler.step(self.step)
                 if c.validation.enable and (self.step % c.validation.freq == 0 or self.step == last_step):
                     self.validate()
                 stopping = signals is not None and signals.requested(self.host_group)
@@ -411,8 +318,7 @@ class Trainer:
                 if self.step % c.training.gc_freq == 0:
                     gc.collect(1)
                 if self.step == first_step:
-                    meshes = [getattr(self.meshes, f.name) for f in fields(self.meshes)]
-                    set_timeout(c.comm.train_timeout_seconds, meshes)
+                    set_timeout(c.comm.train_timeout_seconds, self.meshes)
             self.checkpoint.wait()
         if self.step == last_step:
             self.export()
@@ -421,10 +327,8 @@ class Trainer:
     def finish_again(self) -> None:
         """A run that has all its steps: export what was asked for later, or what a kill after the last save prevented."""
         last_step = self.config.training.steps
-        logger.info(
-            f"{self.folder} is already at step {self.step} of {last_step}: raise training.steps to go on, or change "
-            f"job.dump_folder"
-        )
+        fix = "raise training.steps to go on, or change job.dump_folder"
+        logger.info(f"{self.folder} is already at step {self.step} of {last_step}: {fix}")
         is_exported = broadcast_from_rank0(lambda: self.weights.is_exported(self.folder), self.host_group)
         if self.step == last_step and not is_exported:
             self.export()
@@ -444,11 +348,10 @@ def main(argv: list[str]) -> None:
         config = parse_args(argv)
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         check(config, world_size)
+    num_training = config.encoder.num_training_ranks(world_size)
     try:
-        if int(os.environ.get("RANK", 0)) >= config.encoder.num_training_ranks(world_size):
-            run_encoder_rank = resolve(f"{ONLINE}:run_encoder_rank", asked_by="encoder.placement = separate")
-            num_training = config.encoder.num_training_ranks(world_size)
-            return run_encoder_rank(config.encoder, config.data, config.comm, config.model.hf_assets_path, num_training)
+        if int(os.environ.get("RANK", 0)) >= num_training:
+            return run_encoder_rank(config, num_training)
         trainer = Trainer(config)
         try:
             trainer.train()
@@ -456,6 +359,8 @@ def main(argv: list[str]) -> None:
             trainer.checkpoint.wait()
             trainer.close()
             sys.exit(f"error: {e}")
+        except torch.OutOfMemoryError as e:
+            sys.exit(f"error: {explain(e, config, trainer.step, trainer.bucket)}")
         trainer.close()
     except ValueError as e:  # for the user to fix: the message names the file or field; our own errors are assertions
         sys.exit(f"error: {e}")

@@ -11,7 +11,15 @@ import pytest
 from tests.helpers import ROOT
 from tests.unit_tests.test_docs import shell_commands
 
-COPIED = ("titan_video", "train_configs", "train.py", "run_train.sh", "run_tests.sh", "ensure_env.sh", "requirements.txt")
+COPIED = (
+    "titan_video",
+    "train_configs",
+    "train.py",
+    "run_train.sh",
+    "run_tests.sh",
+    "ensure_env.sh",
+    "requirements.txt",
+)
 
 
 @pytest.fixture

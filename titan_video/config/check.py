@@ -25,6 +25,7 @@ RULES = (
     "titan_video.flow.matching:rules",
     "titan_video.tasks.validation:rules",
     "titan_video.checkpoint.manager:rules",
+    "titan_video.training.profiling:rules",
     "titan_video.config.folders:rules",
 )
 PART_RULES = MappingProxyType(  # {optional part: its rules}, loaded only where the configuration asks for the part

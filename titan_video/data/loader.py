@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torchdata.nodes import BaseNode, Batcher, ParallelMapper, PinMemory, Prefetcher
 
+from titan_video.config.job_config import Data
 from titan_video.data.batch import Batch
 from titan_video.data.batching import Batching, Bucket, Work
 from titan_video.data.latent_cache import GIVEN, CachedClip, LatentCache
@@ -348,3 +349,28 @@ class LatentLoader:
         """Continue after that step; takes effect at the next `iter`. ValueError: the clips are not those of `state`."""
         self.draw_plan.sampler.reset(state)
         self._state = self.draw_plan.sampler.state_dict()
+
+
+def build_loader(
+    section: Data,
+    draw_plan: DrawPlan,
+    cache: LatentCache,
+    text_shape: tuple[int, int],
+    dp: tuple[int, int],
+    pin_memory: bool = False,
+    online: OnlineEncoder | None = None,
+) -> LatentLoader:
+    """The loader of a run. text_shape: [max_text_length, text_dim]. dp: data-parallel rank and degree."""
+    entries = online.cache if online else cache
+    keep = section.num_workers == 0 and online is None
+    reader = EntryReader(entries, max_text_length=text_shape[0], text_dim=text_shape[1], keep=keep)
+    return LatentLoader(
+        draw_plan,
+        reader,
+        dp_rank=dp[0],
+        dp_size=dp[1],
+        num_workers=section.num_workers,
+        prefetch_factor=section.prefetch_factor,
+        pin_memory=pin_memory,
+        online=online,
+    )

@@ -26,8 +26,13 @@ class Prefetch:
 
     prepare: a micro-batch on the host -> inputs of training, in dataclasses, dicts and lists.
     size: batches are split into micro-batches of this many clips (0: they are not split).
-    data_wait_seconds: time the host has waited for the loader; the caller reads it and sets it back.
+    data_wait_seconds: time the host has waited for the loader since `take_data_wait`.
     """
+
+    def take_data_wait(self) -> float:
+        """Seconds that the host has waited for the loader since the last call."""
+        seconds, self.data_wait_seconds = self.data_wait_seconds, 0.0
+        return seconds
 
     def __init__(
         self, loader: LatentLoader, num_steps: int, prepare: Callable[[Batch], Any], device: torch.device, size: int = 0

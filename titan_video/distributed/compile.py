@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 from titan_video.distributed.fsdp import get_blocks
 from titan_video.models.spec import ParallelPlan
+from titan_video.tools.logging import logger
 
 # Kinds of block x one or several clips x first and any length x with and without gradients, and as many again for
 # padded lengths. More is
@@ -26,6 +27,19 @@ def apply_compile(model: nn.Module, plan: ParallelPlan, backend: str) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
     for container, key in get_blocks(model, plan):
         container[key].compile(backend=backend, fullgraph=True)
+
+
+class GraphLog:
+    """Logs when a step has compiled: the first steps of each bucket may, later ones should not."""
+
+    def __init__(self) -> None:
+        self.logged = 0
+
+    def step(self, step: int, bucket: str) -> None:
+        total = num_graphs()
+        if total > self.logged:
+            logger.info(f"step {step} compiled {total - self.logged} graphs for {bucket}, {total} so far")
+            self.logged = total
 
 
 def num_graphs() -> int:

@@ -24,7 +24,6 @@ def parallelize(
     training: Training,
     checkpointing: ActivationCheckpoint,
     compilation: Compile,
-    *,
     checkpointed: frozenset[tuple[str, str]] | None = None,
     float8: Float8 = Float8(),
 ) -> None:

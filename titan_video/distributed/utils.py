@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import fields
 from datetime import timedelta
 from typing import Any
 
@@ -38,10 +39,10 @@ def init_distributed(
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def set_timeout(timeout_seconds: int, meshes: list[DeviceMesh]) -> None:
-    """From here on a collective of the default group or of any axis of `meshes` fails after this time."""
-    groups = [None, *(group for mesh in meshes for group in mesh.get_all_groups())]
-    for group in groups:
+def set_timeout(timeout_seconds: int, meshes: Any) -> None:
+    """From here on a collective of the default group or of any axis of `meshes` (Meshes) fails after this time."""
+    views = [getattr(meshes, f.name) for f in fields(meshes)]
+    for group in [None, *(group for mesh in views for group in mesh.get_all_groups())]:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
 
 

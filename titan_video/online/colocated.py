@@ -34,6 +34,9 @@ class OverlayCache:
     def conditioning(self) -> ConditioningSpec:
         return self.cache.conditioning
 
+    def text_key(self, caption: str) -> str:
+        return self.cache.text_key(caption)
+
     def read(self, kind: str, key: str) -> Tensor:
         return self.entries[kind, key] if (kind, key) in self.entries else self.cache.read(kind, key)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from titan_video.data.batch import Batch
+from titan_video.data.batching import Bucket, Work
 from titan_video.distributed.sequence import SequenceShard
 from titan_video.flow.matching import NUM_TRAIN_TIMESTEPS, FlowMatching, interpolate, velocity_target
 from titan_video.flow.noise import draw_noise, draw_uniform
@@ -54,6 +55,11 @@ class Denoising:
         self.spec, self.args, self.flow, self.shard = spec, args, flow, shard
         self.device, self.seed, self.guidance_scale = device, seed, guidance_scale
         self.evaluator: Callable[[int], Evaluation] | None = None
+
+    def work(self, bucket: Bucket) -> Work:
+        """What one clip of a bucket costs; ValueError where the model's patch does not divide it."""
+        tokens = token_shape(self.spec.geometry(self.args).latent_shape(bucket)[1:], self.args.patch).num_tokens
+        return Work(tokens, self.args.flops(tokens))
 
     def prepare(self, batch: Batch) -> DenoisingInputs:
         """A micro-batch at its noise levels: what is drawn depends on nothing but the seed and the sample ids."""

@@ -8,13 +8,14 @@ axes share each clip's work.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from titan_video.config.job_config import JobConfig, Validation
 from titan_video.data.batch import Batch
-from titan_video.data.latent_cache import CachedClip, LatentCache
+from titan_video.data.latent_cache import CachedClip
 from titan_video.data.loader import EntryReader
 from titan_video.distributed.parallel_dims import Meshes
 from titan_video.distributed.utils import gather_objects, reduce_over
@@ -36,15 +37,12 @@ class PromptSet:
 
 
 def build_prompts(
-    reader: EntryReader,
-    cache: LatentCache,
-    texts: Sequence[str],
-    clips: Sequence[CachedClip],
-    latent_CFHW: tuple[int, ...],
+    reader: EntryReader, texts: Sequence[str], clips: Sequence[CachedClip], latent_CFHW: tuple[int, ...]
 ) -> PromptSet | None:
     """What validation samples: with conditioning frames those of `clips`, else `texts` at the size latent_CFHW."""
     if not texts:
         return None
+    cache = reader.cache
     if cache.conditioning.num_cond_frames:
         return prompts_of_clips(reader, clips, cache.text_key(""))
     return prompts_of_texts(reader, texts, [cache.text_key(text) for text in texts], cache.text_key(""), latent_CFHW)
@@ -105,7 +103,7 @@ class Validator:
         self.clips, self.get_clip, self.prompts, self.output = clips, get_clip, prompts, output
 
     def __call__(self, step: int) -> Evaluation:
-        return Evaluation(self.losses(), self.sample(step))
+        return Evaluation(self.losses(), self.sample(step), folder=str(self.output.step_folder(step)))
 
     @torch.no_grad()
     def losses(self) -> dict[str, float]:
@@ -176,9 +174,12 @@ class ClipWriter:
     folder: Path
     fps: float
 
+    def step_folder(self, step: int) -> Path:
+        return self.folder / f"step-{step}"
+
     def write(self, step: int, index: int, prompt: str, latents_BCFHW: Tensor) -> Tensor:
         """Write `step-N/K_prompt.mp4` of a batch of one; return its frames, uint8 [F, H, W, 3], on the host."""
-        folder = self.folder / f"step-{step}"
+        folder = self.step_folder(step)
         folder.mkdir(parents=True, exist_ok=True)
         frames = self.decode(latents_BCFHW)[0].permute(1, 2, 3, 0).cpu()
         write_mp4(folder / f"{index}_{file_name(prompt)}.mp4", frames.numpy(), self.fps)
@@ -189,6 +190,22 @@ def file_name(prompt: str) -> str:
     """A short file name made of a prompt's letters and digits."""
     words = "".join(ch if ch.isalnum() else " " for ch in prompt).split()
     return "_".join(words)[:60] or "empty"
+
+
+def build_validator(
+    section: Validation,
+    task: Denoising,
+    model: Callable[..., Tensor],
+    meshes: Meshes,
+    clips: Any,
+    reader: EntryReader,
+    latent_CFHW: tuple[int, ...],
+    output: ClipWriter,
+) -> Validator:
+    """The validator of a run. clips: ingest.prepare.Clips. latent_CFHW: size of clips that are sampled from a text."""
+    prompts = build_prompts(reader, clips.prompts, clips.of_prompts, latent_CFHW)
+    get_clip = lambda clip, number: reader.batch([clip], [number])
+    return Validator(section, task, model, meshes, clips.held_out, prompts, get_clip=get_clip, output=output)
 
 
 def rules(config: JobConfig, world_size: int) -> Iterator[str]:

@@ -55,6 +55,13 @@ def get_device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def set_deterministic() -> None:
+    """Bitwise repeatable operators, or an error where torch has none; slower."""
+    # cuBLAS is deterministic only with this, and reads it at its first use.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
 def peak_flops(device: torch.device) -> float | None:
     """Peak bfloat16 FLOP/s of the device; None if it is not known, as for a CPU."""
     return _peak_by_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

@@ -5,6 +5,7 @@ import json
 import math
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from titan_video.config.job_config import Metrics
+from titan_video.config.job_config import ActivationCheckpoint, Metrics
+from titan_video.distributed.activation_checkpoint import recomputed_flops
+from titan_video.tasks.task import BatchInfo, Evaluation
 from titan_video.tools.device import DeviceMemory, peak_flops, resident_memory
 from titan_video.tools.files import atomic_write
 from titan_video.tools.logging import Progress, logger, paint
@@ -67,6 +70,23 @@ class StepMetrics:
     data_seconds: float
     bucket: str = ""
     extra: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """FLOPs of a step on one device. args: the model's (see ModelSpec). ranks_per_sample: ranks that share a clip."""
+
+    args: Any
+    checkpointing: ActivationCheckpoint
+    ranks_per_sample: int
+
+    def flops(self, infos: Sequence[BatchInfo]) -> tuple[float, float]:
+        """(without, with recomputation) for this rank's micro-batches. Backward takes twice the forward's."""
+        model = 3 * sum(info.flops for info in infos)
+        recomputed = sum(
+            recomputed_flops(self.checkpointing, self.args, info.num_tokens, info.num_clips) for info in infos
+        )
+        return model / self.ranks_per_sample, (model + recomputed) / self.ranks_per_sample
 
 
 # Fields of StepMetrics in metrics.jsonl.
@@ -229,6 +249,19 @@ class MetricsLogger:
         )
         self.tensorboard._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
         self.tensorboard.flush()
+
+    def log_evaluation(self, step: int, found: Evaluation, fps: float, seconds: float) -> None:
+        """Numbers and sampled clips of a validation that took `seconds`."""
+        if not self.enabled:
+            return
+        if found.scalars:
+            self.log_scalars(step, found.scalars)
+            numbers = "  ".join(f"{name} {value:.4f}" for name, value in found.scalars.items())
+            logger.info(f"validation at step {step}: {numbers}")
+        for i, (prompt, frames) in enumerate(found.clips):
+            self.log_video(f"samples/{i} {prompt}", frames.numpy(), fps, step)
+        sampled = f", {len(found.clips)} clips sampled to {found.folder}" if found.clips else ""
+        logger.info(f"validation took {seconds:.1f} s{sampled}")
 
     def close(self) -> None:
         if not self.enabled:

@@ -47,10 +47,10 @@ def ladder(config: JobConfig) -> Iterator[tuple[str, str]]:
         yield "--training.enable_cpu_offload", "weights, gradients and optimizer state in host memory: much slower"
 
 
-def explain(error: torch.OutOfMemoryError, config: JobConfig, step: int, doing: str) -> str:
-    """The message for the user. doing: what the step was at, such as "training on 81x480x832"."""
+def explain(error: torch.OutOfMemoryError, config: JobConfig, step: int, bucket: str) -> str:
+    """The message for the user. bucket: sizes of the clips of the step."""
     reason = str(error).splitlines()[0] if str(error) else "no further words from the allocator"
-    lines = [f"out of memory in step {step}, {doing}: {reason}", "What needs less memory, cheapest first:"]
+    lines = [f"out of memory in step {step}, clips of {bucket}: {reason}", "What needs less memory, cheapest first:"]
     table = read_table(Path(config.job.dump_folder))
     for overrides, cost in ladder(config):
         gib = f"  {table[overrides]:.1f} GiB by the dry run;" if overrides in table else ""

@@ -7,12 +7,13 @@
 
 import pickle
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 
-from titan_video.config.job_config import Profiling
+from titan_video.config.job_config import JobConfig, Profiling
 from titan_video.tools.files import atomic_write
 from titan_video.tools.logging import logger
 
@@ -76,3 +77,13 @@ class Profiler(AbstractContextManager):
         path = self.snapshots / name / f"rank{self.rank}_memory_snapshot.pickle"
         atomic_write(path, pickle.dumps(torch.cuda.memory._snapshot()))
         logger.info(f"memory snapshot in {path}")
+
+
+def rules(config: JobConfig, world_size: int) -> Iterator[str]:
+    """Rules of the configuration about profiling, one line per mistake."""
+    s = config.profiling
+    if s.profiler_warmup + s.profiler_active > s.profile_freq:
+        yield (
+            f"profiling.profile_freq: given {s.profile_freq}, but profiling.profiler_warmup and profiler_active take "
+            f"{s.profiler_warmup + s.profiler_active} steps of each; legal: at least that"
+        )

@@ -1,0 +1,39 @@
+"""Process groups, and where clips are encoded. Encoding during training is an optional part (online/)."""
+
+from typing import Any
+
+import torch
+
+from titan_video.config.job_config import Comm, Encoder, JobConfig
+from titan_video.distributed.utils import init_distributed
+from titan_video.tools.parts import resolve
+
+ONLINE = "titan_video.online.setup"
+
+
+def init_process_groups(section: Encoder, comm: Comm, device: torch.device, num_training: int) -> Any:
+    """Join the default group, of the training ranks. Returns the channel to encoder ranks; None without such ranks."""
+    if section.placement == "separate":
+        return _online("init_process_groups", section)(section, comm, device, num_training)
+    init_distributed(device, comm.init_timeout_seconds)
+    return None
+
+
+def build_online_encoder(config: JobConfig, **parts: Any) -> Any:
+    """What encodes during training, for a training rank; None where all is encoded beforehand (placement cached).
+
+    parts: see online.setup.build_online_encoder.
+    """
+    if config.encoder.placement == "cached":
+        return None
+    return _online("build_online_encoder", config.encoder)(config, **parts)
+
+
+def run_encoder_rank(config: JobConfig, num_training: int) -> None:
+    """All that an encoder rank does, from start to end."""
+    run = _online("run_encoder_rank", config.encoder)
+    run(config.encoder, config.data, config.comm, config.model.hf_assets_path, num_training)
+
+
+def _online(name: str, section: Encoder) -> Any:
+    return resolve(f"{ONLINE}:{name}", asked_by=f"encoder.placement = {section.placement}")
