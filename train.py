@@ -169,9 +169,9 @@ class Trainer:
             c.float8,
         )
         self.model.to_empty(device="cpu" if config.training.enable_cpu_offload else self.device)
-        self.pipeline, p = None, config.parallelism
+        self.pipeline = None
         if stages:
-            self.pipeline = Pipeline(self.model, stages, plan, self.meshes.pp, p, param_dtype, self.device)
+            self.pipeline = Pipeline(model, stages, plan, self.meshes.pp, c.parallelism, param_dtype, self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer, plan.blocks, config.debug.seed)
         self.in_backward = step_in_backward(self.optimizer) if config.optimizer.in_backward else None
         self.scheduler = Scheduler(self.optimizer, config.lr_scheduler, config.optimizer.lr, config.training.steps)

@@ -42,13 +42,14 @@ class BatchInfo:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found:
+    """What an evaluation found: numbers by name, and clips that were sampled into `folder`.
 
-    numbers by name, and (prompt, uint8 frames [F, H, W, 3]) of sampled clips, on rank 0.
+    clips: (prompt, uint8 frames [F, H, W, 3]), on rank 0.
     """
 
     scalars: dict[str, float] = field(default_factory=dict)
     clips: list[tuple[str, Tensor]] = field(default_factory=list)
+    folder: str = ""
 
 
 class Task(Protocol):

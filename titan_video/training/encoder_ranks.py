@@ -1,10 +1,14 @@
 """Process groups, and where clips are encoded. Encoding during training is an optional part (online/)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from titan_video.config.job_config import Comm, Encoder, JobConfig
+from titan_video.data.batching import Bucket
+from titan_video.data.latent_cache import LatentCache
+from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.utils import init_distributed
 from titan_video.tools.parts import resolve
 
@@ -19,14 +23,23 @@ def init_process_groups(section: Encoder, comm: Comm, device: torch.device, num_
     return None
 
 
-def build_online_encoder(config: JobConfig, **parts: Any) -> Any:
+def build_online_encoder(
+    config: JobConfig,
+    encoders: Any,
+    cache: LatentCache,
+    dims: ParallelDims,
+    channel: Any,
+    latent_shape: Callable[[Bucket], tuple[int, ...]],
+    max_text_length: int,
+) -> Any:
     """What encodes during training, for a training rank; None where all is encoded beforehand (placement cached).
 
-    parts: see online.setup.build_online_encoder.
+    Arguments: see online.setup.build_online_encoder.
     """
     if config.encoder.placement == "cached":
         return None
-    return _online("build_online_encoder", config.encoder)(config, **parts)
+    build = _online("build_online_encoder", config.encoder)
+    return build(config, encoders, cache, dims, channel, latent_shape, max_text_length)
 
 
 def run_encoder_rank(config: JobConfig, num_training: int) -> None:
