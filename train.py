@@ -51,6 +51,7 @@ from titan_video.optim.optimizer import build_optimizer, step_in_backward
 from titan_video.tasks.denoising import Denoising
 from titan_video.tasks.validation import ClipWriter, build_validator
 from titan_video.tools.device import get_device, read, set_deterministic
+from titan_video.tools.files import atomic_write
 from titan_video.tools.logging import init_logger, logger
 from titan_video.training.encoder_ranks import build_online_encoder, init_process_groups, run_encoder_rank
 from titan_video.training.fault_tolerance import NonFiniteGuard, SignalFlag
@@ -67,8 +68,7 @@ class Trainer:
         self.config = config
         self.folder = Path(config.job.dump_folder)
         self.exit_stack = ExitStack()
-        self.bucket = "none yet"  # sizes of the clips of the current step
-        self.step = 0
+        self.step, self.bucket = 0, "none yet"  # the current step, and the sizes of its clips
         self.build_layout()
         self.build_task()
         self.build_data()
@@ -83,8 +83,9 @@ class Trainer:
         """The architecture, whether it can be laid out as asked, ranks, device, process groups."""
         config = self.config
         self.spec = get_spec(config.model.name)
-        text_length = config.encoder.max_text_length
-        self.args = get_args(self.spec, config.model.flavor, config.model.hf_assets_path, text_length)
+        self.args = get_args(
+            self.spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length
+        )
         self.geometry = self.spec.geometry(self.args)
         world_size = config.encoder.num_training_ranks(int(os.environ.get("WORLD_SIZE", 1)))
         check_layout(config.parallelism, self.args, world_size)
@@ -100,10 +101,10 @@ class Trainer:
         self.meshes = self.dims.build_mesh(self.device.type)
         # Waiting for another rank's encoding, or agreeing on a signal, takes place on the host.
         self.host_group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-        if self.rank == 0 and config.job.description:
-            logger.info(config.job.description)
-        if self.rank == 0 and config.job.print_config:
-            logger.info(f"configuration:\n{dump(config)}")
+        printed = f"configuration:\n{dump(config)}" if config.job.print_config else ""
+        for text in (config.job.description, printed) if self.rank == 0 else ():
+            if text:
+                logger.info(text)
 
     def build_task(self) -> None:
         """What a step trains on, and whether a step of every bucket can be run."""
@@ -130,17 +131,14 @@ class Trainer:
         is_ahead = config.encoder.placement == "cached"
         self.clips = prepare_clips(c, is_ahead, config.validation, self.folder, self.encoders, cache, group)
         self.encoders.free()
-        latent_shape, text_len = self.geometry.latent_shape, self.args.text_len
-        online = build_online_encoder(
-            config, self.encoders, cache, self.dims, self.encoder_channel, latent_shape, text_len
-        )
+        channel, latent_shape, text_len = self.encoder_channel, self.geometry.latent_shape, self.args.text_len
+        online = build_online_encoder(config, self.encoders, cache, self.dims, channel, latent_shape, text_len)
         if online:
             self.exit_stack.callback(online.close)
         clips, null_key, seed = self.clips.training, cache.text_key(""), config.debug.seed
         draw_plan = DrawPlan(clips, null_key, self.batching, self.task.work, seed, c.shuffle, c.caption_dropout)
         text_shape, dp = (self.args.text_len, self.args.text_dim), (self.meshes.batch.get_local_rank(), self.dims.dp)
-        pin_memory = self.device.type == "cuda"
-        self.loader = build_loader(c, draw_plan, cache, text_shape, dp, pin_memory=pin_memory, online=online)
+        self.loader = build_loader(c, draw_plan, cache, text_shape, dp, self.device.type == "cuda", online)
 
     def build_model(self) -> None:
         """Meta device, trained weights, stages, parallelize, memory; optimizer, schedule and EMA."""
@@ -156,22 +154,14 @@ class Trainer:
         checkpointed, stages = select_blocks(self.model, plan, config.activation_checkpoint.layers), None
         if self.dims.pp > 1:
             stages = keep_stages(self.model, plan, self.meshes.pp, config.parallelism, args, self.longest)
-        model, c = self.model, config
+        model, meshes, c = self.model, self.meshes, config
         parallelize(
-            model,
-            plan,
-            self.meshes,
-            c.parallelism,
-            c.training,
-            c.activation_checkpoint,
-            c.compile,
-            checkpointed,
-            c.float8,
+            model, plan, meshes, c.parallelism, c.training, c.activation_checkpoint, c.compile, checkpointed, c.float8
         )
         self.model.to_empty(device="cpu" if config.training.enable_cpu_offload else self.device)
         self.pipeline = None
         if stages:
-            self.pipeline = Pipeline(model, stages, plan, self.meshes.pp, c.parallelism, param_dtype, self.device)
+            self.pipeline = Pipeline(model, stages, plan, meshes.pp, c.parallelism, param_dtype, self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer, plan.blocks, config.debug.seed)
         self.in_backward = step_in_backward(self.optimizer) if config.optimizer.in_backward else None
         self.scheduler = Scheduler(self.optimizer, config.lr_scheduler, config.optimizer.lr, config.training.steps)
@@ -197,8 +187,7 @@ class Trainer:
         """What watches a run that is not finished: the resolved TOML, metrics, the non-finite guard, validation."""
         config, steps = self.config, self.config.training.steps
         if self.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.toml").write_text(dump(config))
+            atomic_write(self.folder / "config.toml", dump(config))
         self.cost = StepCost(self.args, config.activation_checkpoint, self.world_size // self.dims.dp)
         self.metrics = MetricsLogger(
             config.metrics, self.folder, self.rank, self.world_size, self.device, steps, self.step, self.loader.samples
@@ -288,12 +277,12 @@ class Trainer:
         c, last_step = self.config, self.config.training.steps
         if self.step >= last_step:
             return self.finish_again()
-        num_parameters = torch.tensor(sum(p.numel() for p in self.model.parameters()))
-        logger.info(
-            f"training from step {self.step + 1} to {last_step} on {self.world_size} x {self.device.type}, "
-            f"{reduce_over(self.meshes.pp, num_parameters, 'sum').item():,} parameters, "
-            f"{self.accumulation} micro-batches a step"
+        own = torch.tensor(sum(p.numel() for p in self.model.parameters()))
+        size = (
+            f"{reduce_over(self.meshes.pp, own, 'sum').item():,} parameters, {self.accumulation} micro-batches a step"
         )
+        ranks = f"{self.world_size} x {self.device.type}"
+        logger.info(f"training from step {self.step + 1} to {last_step} on {ranks}, {size}")
         if c.validation.enable and self.step == 0:
             self.validate()
         gc.disable()  # collected on all ranks at once: one rank's pause is every rank's pause
@@ -325,20 +314,16 @@ class Trainer:
             logger.info(f"finished: {self.folder}")
 
     def finish_again(self) -> None:
-        """A run that has all its steps: export what was asked for later, or what a kill after the last save prevented."""
-        last_step = self.config.training.steps
-        fix = "raise training.steps to go on, or change job.dump_folder"
-        logger.info(f"{self.folder} is already at step {self.step} of {last_step}: {fix}")
+        """A run that has all its steps: export what was asked for later, or prevented by a kill after the last save."""
+        steps, fix = self.config.training.steps, "raise training.steps to go on, or change job.dump_folder"
+        logger.info(f"{self.folder} is already at step {self.step} of {steps}: {fix}")
         is_exported = broadcast_from_rank0(lambda: self.weights.is_exported(self.folder), self.host_group)
-        if self.step == last_step and not is_exported:
+        if self.step == steps and not is_exported:
             self.export()
 
     def export(self) -> None:
         if self.config.checkpoint.last_save_in_hf:
             self.weights.export(self.model, self.folder, self.ema.state_dict() if self.ema else None)
-
-    def close(self) -> None:
-        self.exit_stack.close()
 
 
 @record
@@ -357,11 +342,11 @@ def main(argv: list[str]) -> None:
             trainer.train()
         except FloatingPointError as e:  # on all ranks at the same step, so that a save under way can still finish
             trainer.checkpoint.wait()
-            trainer.close()
+            trainer.exit_stack.close()
             sys.exit(f"error: {e}")
         except torch.OutOfMemoryError as e:
             sys.exit(f"error: {explain(e, config, trainer.step, trainer.bucket)}")
-        trainer.close()
+        trainer.exit_stack.close()
     except ValueError as e:  # for the user to fix: the message names the file or field; our own errors are assertions
         sys.exit(f"error: {e}")
 
