@@ -12,6 +12,7 @@ reduction would hold a full float32 gradient on each rank.
 
 import warnings
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -73,7 +74,7 @@ def apply_fsdp(
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     blocks = [container[key] for container, key in get_blocks(model, plan)]
-    for this, following in zip(blocks, blocks[1:]):
+    for this, following in pairwise(blocks):
         this.set_modules_to_forward_prefetch([following])
         following.set_modules_to_backward_prefetch([this])
 

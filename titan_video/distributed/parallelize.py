@@ -25,7 +25,7 @@ def parallelize(
     checkpointing: ActivationCheckpoint,
     compilation: Compile,
     checkpointed: frozenset[tuple[str, str]] | None = None,
-    float8: Float8 = Float8(),
+    float8: Float8 | None = None,
 ) -> None:
     """Apply float8, tensor parallel, context parallel, checkpointing, compile and FSDP2, in this order and in place.
 
@@ -33,7 +33,7 @@ def parallelize(
     checkpointed: `select_blocks` of the full model, where `model` is one pipeline stage of it.
     ValueError: see `apply_activation_checkpoint` and `apply_float8`.
     """
-    if float8.enable:
+    if float8 is not None and float8.enable:
         apply_float8 = resolve(FLOAT8, asked_by="float8.enable = true")
         apply_float8(model, plan, float8, meshes.world.device_type, meshes.tp.size())
     if meshes.tp.size() > 1:

@@ -17,6 +17,7 @@ which every rank of the axis has.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -50,9 +51,9 @@ _SCHEDULES = {
 class Pipeline:
     """This rank's part of the pipeline, after `parallelize`.
 
-    `step` runs an optimizer step's micro-batches forward and backward. A call, with the model's arguments, runs
-    one forward without gradients and returns the velocity on every rank of the axis. All ranks of the axis call either together,
-    with the same inputs.
+    `step` runs an optimizer step's micro-batches forward and backward. A call, with the model's arguments, runs one
+    forward without gradients and returns the velocity on every rank of the axis. All ranks of the axis call either
+    together, with the same inputs.
     """
 
     def __init__(
@@ -192,7 +193,7 @@ class Pipeline:
         by_stage = []
         for stage in sorted(self.blocks):
             by_stage.append([block for container in self.blocks[stage].values() for block in container.values()])
-        for this, following in zip(by_stage, by_stage[1:]):
+        for this, following in pairwise(by_stage):
             if isinstance(this[-1], FSDPModule):
                 this[-1].set_modules_to_forward_prefetch([])
                 following[0].set_modules_to_backward_prefetch([])

@@ -28,7 +28,7 @@ def split_blocks(num_blocks: int, num_stages: int, first_cost: float = 0.0, last
         costs[cheapest] += 1
         counts[cheapest] += 1
     starts = [sum(counts[:s]) for s in range(num_stages)]
-    return [range(start, start + count) for start, count in zip(starts, counts)]
+    return [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
 
 
 def check_microbatches(section: Parallelism, num_microbatches: int) -> None:

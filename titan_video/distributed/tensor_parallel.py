@@ -219,7 +219,7 @@ def distribute(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placem
 
 
 class UnfusedLinear(nn.Module):
-    """A Linear of one or more inputs; each matmul's result is completed by its own function before the bias is added."""
+    """A Linear of one or more inputs; each matmul is completed by a function of its own before the bias is added."""
 
     def __init__(self, linear: Linear, complete: tuple[Callable[[Tensor], Tensor], ...]):
         super().__init__()

@@ -95,8 +95,8 @@ def initialise(
     """Fill every parameter, or those whose name `which` accepts, so that all layouts start from the same weights.
 
     Each rank draws each full tensor on the host, from a generator keyed by (seed, name), one at a time, and keeps its
-    shard; nothing is sent. (torch's own initialisers give the shards of a CPU mesh equal values, and on GPUs values that
-    depend on the layout.)
+    shard; nothing is sent. (torch's own initialisers give the shards of a CPU mesh equal values, and on GPUs values
+    that depend on the layout.)
     """
     for name, p in model.named_parameters():
         name = clean_name(name)
@@ -113,8 +113,8 @@ def initialise(
 def clip_grad_norm(model: nn.Module, max_norm: float, pp_mesh: DeviceMesh | None = None) -> Tensor:
     """The 2-norm of all gradients over all ranks, a plain scalar; gradients are scaled down to `max_norm` if it is > 0.
 
-    pp_mesh: the axis over whose ranks the parameters are partitioned. A norm that is not finite is returned as it is; the
-    caller decides what follows.
+    pp_mesh: the axis over whose ranks the parameters are partitioned. A norm that is not finite is returned as it is;
+    the caller decides what follows.
     """
     by_mesh = defaultdict(list)  # torch sums over the ranks of one mesh at a time
     for p in model.parameters():

@@ -6,7 +6,8 @@
 sigma = 1 is pure noise. Sigmas and times are float32 throughout: bfloat16 has 8 bits, and steps of 1000 sigma would
 collapse.
 Sources: Liu et al. 2022 (rectified flow); Esser et al. 2024, "Scaling rectified flow transformers", eq. 19
-(logit-normal), eq. 20 (mode), eq. 23 (shift); the bell weight is that of public Wan trainers (DiffSynth-Studio's flow-match scheduler).
+(logit-normal), eq. 20 (mode), eq. 23 (shift); the bell weight is that of public Wan trainers (DiffSynth-Studio's
+flow-match scheduler).
 """
 
 import math

@@ -59,5 +59,5 @@ def exchange_bytes(
     """
     exchange = ulysses_traffic(q_elements, ulysses, itemsize, text_elements) if ulysses > 1 else ([], [])
     rounds = ring_traffic(q_elements, ring, itemsize, rotate) if ring > 1 else ([], [])
-    forward, backward = (sum(part.sent for part in [*a, *b]) for a, b in zip(exchange, rounds))
+    forward, backward = (sum(part.sent for part in [*a, *b]) for a, b in zip(exchange, rounds, strict=True))
     return forward, backward

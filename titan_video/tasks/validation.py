@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from titan_video.config.job_config import JobConfig, Validation
-from titan_video.data.batch import Batch
 from titan_video.data.latent_cache import CachedClip
 from titan_video.data.loader import EntryReader
 from titan_video.distributed.parallel_dims import Meshes
@@ -81,9 +80,8 @@ def shard_indices(num_items: int, rank: int, world_size: int) -> list[tuple[int,
 class Validator:
     """Evaluates a denoising task with the training model; `Denoising.evaluator`.
 
-    model: the model or its pipeline. held_out: clips, each read as a batch of one by get_clip. prompts: to sample, or
-        None.
-    decode: normalised latents [B, C, F, H, W] -> uint8 frames [B, 3, F, H, W]. folder, fps: of the mp4 files.
+    model: the model or its pipeline. clips: held out; the reader reads each as a batch of one. prompts: to sample, or
+    None. output: decodes and writes what is sampled.
     """
 
     def __init__(
@@ -94,21 +92,20 @@ class Validator:
         meshes: Meshes,
         clips: Sequence[CachedClip],
         prompts: PromptSet | None,
-        get_clip: Callable[[CachedClip, int], Batch],
+        reader: EntryReader,
         output: "ClipWriter",
     ):
         self.section, self.task, self.model = section, task, model
         self.batch_mesh, self.sequence_mesh = meshes.batch, meshes.sequence
         self.writes = meshes.sequence.get_local_rank() == 0 and meshes.pp.get_local_rank() == 0  # once for each clip
-        self.clips, self.get_clip, self.prompts, self.output = clips, get_clip, prompts, output
+        self.clips, self.reader, self.prompts, self.output = clips, reader, prompts, output
 
     def __call__(self, step: int) -> Evaluation:
         return Evaluation(self.losses(), self.sample(step), folder=str(self.output.step_folder(step)))
 
     @torch.no_grad()
     def losses(self) -> dict[str, float]:
-        """Mean squared error of the velocity on the held-out clips at each noise level, and their mean; {} without
-        clips.
+        """Mean squared error of the velocity on the held-out clips by noise level, and the mean; {} without clips.
 
         The noise of (clip, level) is the same at every call and in every layout, so the numbers of a run are
         comparable.
@@ -121,7 +118,7 @@ class Validator:
         sums = torch.zeros(len(sigmas), dtype=torch.float64)
         counts = torch.zeros(len(sigmas), dtype=torch.float64)
         for index, is_counted in self._own_items(len(self.clips)):
-            batch = self.get_clip(self.clips[index], index).to(task.device)
+            batch = self.reader.batch([self.clips[index]], [index]).to(task.device)
             shape = tuple(batch.streams["video"].shape[1:])
             for k, sigma in enumerate(sigmas):
                 ids = torch.tensor([index * len(sigmas) + k])
@@ -204,8 +201,7 @@ def build_validator(
 ) -> Validator:
     """The validator of a run. clips: ingest.prepare.Clips. latent_CFHW: size of clips that are sampled from a text."""
     prompts = build_prompts(reader, clips.prompts, clips.of_prompts, latent_CFHW)
-    get_clip = lambda clip, number: reader.batch([clip], [number])
-    return Validator(section, task, model, meshes, clips.held_out, prompts, get_clip=get_clip, output=output)
+    return Validator(section, task, model, meshes, clips.held_out, prompts, reader=reader, output=output)
 
 
 def rules(config: JobConfig, world_size: int) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """What an out-of-memory error says: what was being allocated, and which options need less memory, cheapest first.
 
-`python -m titan_video.planner.ladder CONFIG --world-size N --out DUMP_FOLDER` saves a table of what each option needs; where
-a run finds it in its folder, the error quotes it.
+`python -m titan_video.planner.ladder CONFIG --world-size N --out DUMP_FOLDER` saves a table of what each option needs;
+where a run finds it in its folder, the error quotes it.
 """
 
 import json
@@ -57,8 +57,8 @@ def explain(error: torch.OutOfMemoryError, config: JobConfig, step: int, bucket:
         lines.append(f"  {overrides} {gib} ({cost})")
     if not table:
         lines.append(
-            f"`python -m titan_video.planner.ladder CONFIG --world-size N --out {config.job.dump_folder}` says beforehand "
-            f"what each of them needs."
+            f"`python -m titan_video.planner.ladder CONFIG --world-size N --out {config.job.dump_folder}` says "
+            f"beforehand what each of them needs."
         )
     return "\n".join(lines)
 

@@ -23,7 +23,8 @@ MAX_ENTRIES = 100_000  # allocations in a memory snapshot
 class Profiler(AbstractContextManager):
     """`step` is called after each optimizer step; without any option it does nothing.
 
-    folder: the run's; every rank writes files of its own in it. ValueError: a memory snapshot is asked for without a GPU.
+    folder: the run's; every rank writes files of its own in it.
+    ValueError: a memory snapshot is asked for without a GPU.
     """
 
     def __init__(self, section: Profiling, folder: Path, rank: int, device: torch.device):

@@ -141,7 +141,7 @@ def ring_attention_backward(
             part_q, *local = attend_backward(grad_out, q, local_k, local_v, out, lse, local_mask)
             grad_q += part_q
             grad_local = torch.stack(local)
-        for total, part in zip(sums.sum_for(owner), parts):
+        for total, part in zip(sums.sum_for(owner), parts, strict=False):
             total[:, :valid] += part
         sums.sent(owner)
     return grad_q.to(q.dtype), sums.local_sum().to(k.dtype), grad_local
