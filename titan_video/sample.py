@@ -1,8 +1,8 @@
 """Clips from a checkpoint: `python -m titan_video.sample CHECKPOINT --prompt "a red circle moves left" --out x.mp4`.
 
-CHECKPOINT is a step-N folder, or a run's dump folder, of which the newest valid step is taken. The run's own resolved
-model is built; under torchrun its weights are sharded over the ranks, as in training. Image-to-video needs --image; of
-two experts (Wan 2.2 A14B) CHECKPOINT is the high one, --low the other.
+CHECKPOINT is a step-N folder, or the dump folder of a run, whose newest valid step is used. The model is built from the
+run's resolved TOML; under torchrun its weights are sharded over the ranks, as in training. Image-to-video needs
+--image. With two experts (Wan 2.2 A14B) CHECKPOINT is the high-noise expert and --low the other.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from titan_video import kernels
 from titan_video.checkpoint.files import is_valid_fast, list_steps, step_folder
@@ -27,19 +28,21 @@ from titan_video.distributed.utils import init_distributed
 from titan_video.encoders import build_encoders
 from titan_video.encoders.spec import Encoders
 from titan_video.ingest.conditioning_frames import encode_cond_frames, encode_images
+from titan_video.ingest.prepare import check_encoders
 from titan_video.ingest.video import read_image
-from titan_video.lora.adapters import add_adapters, is_adapter
 from titan_video.models import get_args, get_spec
 from titan_video.models.conditioning import ConditioningSpec
-from titan_video.tasks.sampling import Experts, sample_latents
+from titan_video.models.spec import LatentGeometry, ModelSpec
+from titan_video.tasks.conditioning import COND_LATENTS
+from titan_video.tasks.sampling import Experts, Prompt, SamplerSettings, sample_latents
 from titan_video.tools.device import get_device
 from titan_video.tools.logging import init_logger, logger
 from titan_video.tools.video import write_mp4
-from titan_video.weights.initial_weights import load_initial_weights
+from titan_video.weights.trained import WeightsSettings, build_weights
 
 
 def find_checkpoint(path: Path) -> tuple[Path, JobConfig]:
-    """The step-N folder that `path` means, and the configuration of its run. ValueError if there is none."""
+    """The step-N folder at `path`, and the configuration of its run. ValueError if there is none."""
     if (path / "config.toml").is_file():
         config = load(path / "config.toml")
         folder = path / config.checkpoint.folder
@@ -54,118 +57,6 @@ def find_checkpoint(path: Path) -> tuple[Path, JobConfig]:
         f"{path}: there is no config.toml in or above it; give a step-N folder inside a run's dump folder, or "
         f"the dump folder"
     )
-
-
-def pad(text_LD: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[1, length, D], zero beyond the text, and its mask [1, length]."""
-    text_BLD = torch.nn.functional.pad(text_LD, (0, 0, 0, length - len(text_LD))).unsqueeze(0)
-    return text_BLD, (torch.arange(length, device=text_LD.device) < len(text_LD)).unsqueeze(0)
-
-
-def load_model(
-    config: JobConfig, args: Any, folder: Path, weights: str | None, device: torch.device
-) -> torch.nn.Module:
-    """The model of a run with the weights of one of its checkpoints, sharded over the ranks. weights: "model", "ema"
-    or None, which is what the run validated."""
-    spec, lora, c = get_spec(config.model.name), config.lora, config.checkpoint
-    with torch.device("meta"):
-        model = spec.build(args)
-    if lora.enable:
-        add_adapters(model, spec, lora, getattr(torch, config.training.mixed_precision_param))
-    meshes = ParallelDims(dp_shard=dist.get_world_size()).build_mesh(device.type)
-    parallelize(
-        model, spec.plan, meshes, config.parallelism, config.training, config.activation_checkpoint, config.compile
-    )
-    model.to_empty(device=device)
-    source = weights or ("ema" if config.ema.enable and config.validation.use_ema else "model")
-    if lora.enable:  # the checkpoint holds the adapters only
-        subfolder = f"{spec.hf_folder}_2" if config.model.expert == "low" else spec.hf_folder
-        start = c.initial_load_path or (config.model.hf_assets_path if c.initial_load_in_hf else "")
-        load_initial_weights(model, start, spec, args, subfolder, config.debug.seed, lora)
-    step = load_weights(folder, model, source, which=is_adapter if lora.enable else None)
-    logger.info(f"{source} weights of step {step} from {folder}")
-    return model
-
-
-def prepare(
-    encoders: Encoders, conditioning: ConditioningSpec, length: int, options: argparse.Namespace, device: torch.device
-) -> tuple[list, dict, dict]:
-    """Text and mask of the prompt and of the empty one, and what else the model is given for each:
-
-    see `sample_latents`.
-    """
-    cond, null_cond, text_options = {}, {}, {}
-    if conditioning.num_cond_frames:
-        cond_frames_CNHW = torch.cat(
-            [read_image(str(path), options.size) for path in (options.image, options.last_image) if path], dim=1
-        )
-        cond["cond_latents_BCFHW"] = encode_cond_frames(encoders, conditioning, cond_frames_CNHW, options.size[0])[None]
-        if conditioning.image_tokens:
-            cond["image_BSD"] = encode_images(encoders, cond_frames_CNHW)[None]
-        if conditioning.text_image_tokens:
-            first_CHW = cond_frames_CNHW[:, 0]
-            text_options = {
-                "images": [first_CHW, torch.zeros_like(first_CHW)],
-                "image_tokens": conditioning.text_image_tokens,
-            }
-    texts = encoders.encode_text([options.prompt, ""], **text_options)
-    if conditioning.pooled_text:
-        cond["pooled_text_BD"], null_cond["pooled_text_BD"] = (
-            pooled_D[None] for pooled_D in encoders.encode_pooled([options.prompt, ""])
-        )
-    padded = [x for text_LD in texts for x in pad(text_LD.to(device), length)]
-    return padded, *({name: x.to(device) for name, x in d.items()} for d in (cond, null_cond))
-
-
-@torch.no_grad()
-def generate(config: JobConfig, folder: Path, options: argparse.Namespace) -> torch.Tensor:
-    """Frames of one clip, uint8 [F, H, W, 3], on the host."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    args = get_args(
-        get_spec(config.model.name), config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length
-    )
-    kernels.set_backend(kernels.resolve_backend(config.model.kernels, device))
-    conditioning = args.conditioning
-    check_images(conditioning, options)
-    low = find_low(config, options.low) if options.low else None
-    encoders = build_encoders(config.encoder, config.model.hf_assets_path, device)
-    text, cond, null_cond = prepare(encoders, conditioning, args.text_len, options, device)
-    encoders.free()
-
-    model = load_model(config, args, folder, options.weights, device)
-    if low:
-        model = Experts(
-            model, load_model(low[1], args, low[0], options.weights, device), config.model.boundary or args.boundary
-        )
-    frames, height, width = options.size
-    latent_CFHW = (
-        encoders.channels,
-        (frames - 1) // encoders.stride_t + 1,
-        height // encoders.stride_s,
-        width // encoders.stride_s,
-    )
-    settings = options.seed, options.steps, options.guidance, options.shift
-    told = {
-        "conditions": conditioning,
-        "cond": cond,
-        "null_cond": null_cond,
-        "embedded_guidance": options.embedded_guidance,
-    }
-    latents = sample_latents(model, args.patch, *text, latent_CFHW, [0], *settings, **told)
-    return encoders.decode_video(latents)[0].permute(1, 2, 3, 0).cpu()
-
-
-def check_images(conditioning: ConditioningSpec, options: argparse.Namespace) -> None:
-    """ValueError unless the images given are those that the model needs."""
-    for name, place in (("image", 1), ("last_image", 2)):
-        given, needed = getattr(options, name) is not None, conditioning.num_cond_frames >= place
-        if given != needed:
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(
-                f"this model needs {flag}: it starts from images"
-                if needed
-                else f"{flag}: this model is not given such an image"
-            )
 
 
 def find_low(high: JobConfig, path: Path) -> tuple[Path, JobConfig]:
@@ -183,7 +74,132 @@ def find_low(high: JobConfig, path: Path) -> tuple[Path, JobConfig]:
     return folder, low
 
 
-def size(text: str) -> tuple[int, int, int]:
+# ---- model ----
+
+
+def load_model(
+    config: JobConfig, spec: ModelSpec, args: Any, folder: Path, source: str | None, device: torch.device
+) -> nn.Module:
+    """The model of a run with the weights of one of its checkpoints, sharded over all ranks.
+
+    source: "model" or "ema"; None: the weights that the run validated.
+    """
+    settings = WeightsSettings(config.model, config.checkpoint, config.training, config.lora, seed=config.debug.seed)
+    weights = build_weights(settings, spec, args)
+    with torch.device("meta"):
+        model = spec.build(args)
+    if config.lora.enable:  # without adapters the weights stay in float32: EMA weights are, and FSDP casts for compute
+        weights.prepare(model)
+    meshes = ParallelDims(dp_shard=dist.get_world_size()).build_mesh(device.type)
+    parallelize(
+        model, spec.plan, meshes, config.parallelism, config.training, config.activation_checkpoint, config.compile
+    )
+    model.to_empty(device=device)
+    weights.load_frozen(model)
+    source = source or ("ema" if config.ema.enable and config.validation.use_ema else "model")
+    step = load_weights(folder, model, source, which=weights.is_saved)
+    logger.info(f"{source} weights of step {step} from {folder}")
+    return model
+
+
+# ---- prompt ----
+
+
+def pad(text_LD: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """[1, length, D], zero beyond the text, and its mask [1, length]."""
+    text_BLD = torch.nn.functional.pad(text_LD, (0, 0, 0, length - len(text_LD))).unsqueeze(0)
+    return text_BLD, (torch.arange(length, device=text_LD.device) < len(text_LD)).unsqueeze(0)
+
+
+def encode_prompts(encoders: Encoders, args: Any, options: argparse.Namespace) -> tuple[Prompt, Prompt]:
+    """The prompt with its conditioning frames, and the empty prompt. args: the model's (see ModelSpec)."""
+    conditioning = args.conditioning
+    cond, null_cond, text_options = {}, {}, {}
+    if conditioning.num_cond_frames:
+        paths = [path for path in (options.image, options.last_image) if path]
+        cond_frames_CNHW = torch.cat([read_image(str(path), options.size) for path in paths], dim=1)
+        cond[COND_LATENTS] = encode_cond_frames(encoders, conditioning, cond_frames_CNHW, options.size[0])[None]
+        if conditioning.image_tokens:
+            cond["image_BSD"] = encode_images(encoders, cond_frames_CNHW)[None]
+        if conditioning.text_image_tokens:
+            first_CHW = cond_frames_CNHW[:, 0]
+            text_options["images"] = [first_CHW, torch.zeros_like(first_CHW)]
+            text_options["image_tokens"] = conditioning.text_image_tokens
+    text_LD, null_LD = encoders.encode_text([options.prompt, ""], **text_options)
+    if conditioning.pooled_text:
+        pooled_D, null_pooled_D = encoders.encode_pooled([options.prompt, ""])
+        cond["pooled_text_BD"] = pooled_D[None]
+        null_cond["pooled_text_BD"] = null_pooled_D[None]
+    text_BLD, mask_BL = pad(text_LD, args.text_len)
+    null_BLD, null_mask_BL = pad(null_LD, args.text_len)
+    return Prompt(text_BLD, mask_BL, cond), Prompt(null_BLD, null_mask_BL, null_cond)
+
+
+@torch.no_grad()
+def generate(config: JobConfig, folder: Path, options: argparse.Namespace) -> Tensor:
+    """Frames of one clip, uint8 [F, H, W, 3], on the host."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    spec = get_spec(config.model.name)
+    args = get_args(spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
+    geometry = spec.geometry(args)
+    kernels.set_backend(kernels.resolve_backend(config.model.kernels, device))
+    check_size(options.size, geometry, args.patch)
+    check_images(args.conditioning, options)
+    low = find_low(config, options.low) if options.low else None
+    encoders = build_encoders(config.encoder, config.model.hf_assets_path, device)
+    check_encoders(encoders, args, geometry, config)
+    prompt, null = encode_prompts(encoders, args, options)
+    encoders.free()
+
+    model = load_model(config, spec, args, folder, options.weights, device)
+    if low:
+        low_folder, low_config = low
+        low_model = load_model(low_config, spec, args, low_folder, options.weights, device)
+        model = Experts(model, low_model, config.model.boundary or args.boundary)
+    settings = SamplerSettings(
+        num_steps=options.steps,
+        guidance_scale=options.guidance,
+        shift=options.shift,
+        embedded_guidance=options.embedded_guidance,
+        seed=options.seed,
+    )
+    latent_CFHW = geometry.latent_shape(options.size)
+    latents = sample_latents(model, args, prompt.to(device), null.to(device), latent_CFHW, [0], settings)
+    return encoders.decode_video(latents)[0].permute(1, 2, 3, 0).cpu()
+
+
+# ---- command line ----
+
+
+def check_images(conditioning: ConditioningSpec, options: argparse.Namespace) -> None:
+    """ValueError unless the images on the command line are those that the model needs."""
+    for name, position in (("image", 1), ("last_image", 2)):
+        is_present, is_needed = getattr(options, name) is not None, conditioning.num_cond_frames >= position
+        flag = f"--{name.replace('_', '-')}"
+        if is_needed and not is_present:
+            raise ValueError(f"this model needs {flag}: it starts from images")
+        if is_present and not is_needed:
+            raise ValueError(f"{flag}: this model takes no such image")
+
+
+def check_size(size: tuple[int, int, int], geometry: LatentGeometry, patch: tuple[int, int, int]) -> None:
+    """ValueError unless the model can make clips of [frames, height, width]."""
+    problems = [f"--size {'x'.join(map(str, size))}: {problem}" for problem in bucket_errors(size, geometry, patch)]
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """ValueError, with all mistakes, unless the numbers are legal."""
+    problems = [f"--{name} must be above 0" for name in ("steps", "shift", "fps") if not getattr(options, name) > 0]
+    problems += ["--embedded-guidance must be above 0"] * (not options.embedded_guidance > 0)
+    problems += ["--guidance must be at least 1"] * (not options.guidance >= 1)
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def parse_size(text: str) -> tuple[int, int, int]:
+    """[frames, height, width] from such as 81x480x832."""
     try:
         frames, height, width = (int(n) for n in text.lower().split("x"))
     except ValueError as e:
@@ -192,29 +208,45 @@ def size(text: str) -> tuple[int, int, int]:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    about = "Generate a clip from a checkpoint. What is not given is taken from the run's TOML."
+    about = "Generate a clip from a checkpoint. Defaults come from the run's TOML."
     parser = argparse.ArgumentParser(prog="python -m titan_video.sample", description=about)
     parser.add_argument("checkpoint", type=Path, help="step-N folder, or a run's dump folder")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--out", type=Path, required=True, help="mp4 file to write")
     parser.add_argument("--image", type=Path, help="first frame, for image-to-video")
-    parser.add_argument("--last-image", type=Path, help="last frame, for models that are given one")
+    parser.add_argument("--last-image", type=Path, help="last frame, for models that take one")
     parser.add_argument("--low", type=Path, help="the low-noise expert's step-N or dump folder")
-    parser.add_argument("--size", type=size, help="FRAMESxHEIGHTxWIDTH (default: the first of data.buckets)")
+    parser.add_argument("--size", type=parse_size, help="FRAMESxHEIGHTxWIDTH (default: the first of data.buckets)")
     parser.add_argument("--steps", type=int, help="Euler steps (validation.sample_steps)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance (validation.guidance_scale)")
     parser.add_argument(
         "--embedded-guidance",
         type=float,
-        help="what models that take a guidance scale are told (validation.embedded_guidance)",
+        help="guidance scale for models that take it as an input (validation.embedded_guidance)",
     )
     parser.add_argument("--shift", type=float, help="shift of the schedule (validation.sample_shift)")
     parser.add_argument("--fps", type=float, help="frames per second of the file (data.fps)")
     parser.add_argument("--seed", type=int, default=0, help="key of the first noise")
     parser.add_argument(
-        "--weights", choices=("model", "ema"), help="which weights (ema where the run kept and used them)"
+        "--weights", choices=("model", "ema"), help="which weights (default: ema if the run validated EMA weights)"
     )
     return parser.parse_args(argv)
+
+
+def fill_defaults(options: argparse.Namespace, config: JobConfig) -> None:
+    """Options that are not on the command line come from the run's configuration."""
+    validation = config.validation
+    defaults = {
+        "size": config.data.sizes[0],
+        "fps": config.data.fps,
+        "steps": validation.sample_steps,
+        "guidance": validation.guidance_scale,
+        "embedded_guidance": validation.embedded_guidance,
+        "shift": validation.sample_shift,
+    }
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
 
 
 def main(argv: list[str]) -> None:
@@ -222,17 +254,7 @@ def main(argv: list[str]) -> None:
     init_logger()
     try:
         folder, config = find_checkpoint(options.checkpoint)
-        v = config.validation
-        defaults = {"size": config.data.sizes[0], "fps": config.data.fps}
-        defaults |= {
-            "steps": v.sample_steps,
-            "guidance": v.guidance_scale,
-            "embedded_guidance": v.embedded_guidance,
-            "shift": v.sample_shift,
-        }
-        for name, value in defaults.items():
-            if getattr(options, name) is None:
-                setattr(options, name, value)
+        fill_defaults(options, config)
         check_options(options)
         init_distributed(get_device(int(os.environ.get("LOCAL_RANK", 0))), config.comm.init_timeout_seconds)
         frames = generate(config, folder, options)
@@ -243,15 +265,6 @@ def main(argv: list[str]) -> None:
         write_mp4(options.out, frames.numpy(), options.fps)
         logger.info(f"{len(frames)} frames of {frames.shape[1]} x {frames.shape[2]} written to {options.out}")
     dist.destroy_process_group()
-
-
-def check_options(options: argparse.Namespace) -> None:
-    problems = [f"--size {'x'.join(map(str, options.size))}: {p}" for p in bucket_errors(options.size)]
-    problems += [f"--{name} must be above 0" for name in ("steps", "shift", "fps") if not getattr(options, name) > 0]
-    problems += ["--embedded-guidance must be above 0"] * (not options.embedded_guidance > 0)
-    problems += ["--guidance must be at least 1"] * (not options.guidance >= 1)
-    if problems:
-        raise ValueError("; ".join(problems))
 
 
 if __name__ == "__main__":
