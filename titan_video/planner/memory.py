@@ -1,9 +1,10 @@
-"""Closed forms of a training step's memory on one rank: what the dry run measures, from sizes, degrees and modes alone.
+"""Closed forms of a training step's memory on one rank, from sizes, degrees and modes; a dry run measures the same.
 
 Parameters, gradients and optimizer state hold for every model. Activations are written out for Wan's text-to-video
-blocks as they run without compile, with plain or fused kernels, which keep what a GPU's keep.
-Letters: D width, F feed-forward width, H heads, K head width, S text tokens, L rows of one rank, t tensor-parallel
-    degree, e bytes of an element.
+blocks without compile, with plain or fused kernels that save what they save on a GPU.
+
+Letters: D width, F feed-forward width, H heads, S text tokens, L rows of one rank, B clips of a micro-batch,
+t tensor-parallel degree, e bytes of an element.
 """
 
 import math
@@ -20,11 +21,11 @@ from titan_video.optim.optimizer import state_bytes, updated_by
 
 
 def estimate(config: JobConfig, spec: ModelSpec, args: Any, dims: ParallelDims, num_tokens: int) -> dict[str, int]:
-    """Bytes on the fullest rank by kind of memory, the most that there ever is of each: `state`, and activations.
-    num_tokens: of one clip.
+    """The maximum bytes of each category on the fullest rank: those of `state`, and activations.
 
-    ValueError for what no closed form is written for: pipelines, activations of models but Wan's text-to-video,
-        offload, memory budget.
+    num_tokens: tokens of one clip.
+    ValueError: there is no closed form for pipelines, for activations of models other than Wan's text-to-video, for
+    offload and for memory budgets.
     """
     itemsize = getattr(torch, config.training.mixed_precision_param).itemsize
     fused, batch = config.model.kernels == "triton", config.training.local_batch_size
@@ -33,32 +34,32 @@ def estimate(config: JobConfig, spec: ModelSpec, args: Any, dims: ParallelDims, 
 
 
 def state(config: JobConfig, spec: ModelSpec, args: Any, dims: ParallelDims) -> dict[str, int]:
-    """Bytes on the fullest rank of parameters, gradients, optimizer state and averaged weights, of any model.
+    """Bytes of parameters, gradients, optimizer state and EMA weights on the fullest rank, for any model.
 
-    ValueError for pipelines.
+    ValueError: there is no closed form for pipelines.
     """
     if dims.pp > 1:
         raise ValueError(
-            "parallelism.pipeline_parallel_degree: the closed forms are of one stage; set it to 1, or run a dry run"
+            "parallelism.pipeline_parallel_degree: the closed forms hold for one stage; set it to 1, or run a dry run"
         )
     with torch.device("meta"):
         model = spec.build(args)
     cast_params(model, spec.plan.fp32, getattr(torch, config.training.dtype))
     shards = {name: shard_shape(name, tuple(p.shape), spec.plan, dims) for name, p in model.named_parameters()}
-    held = {name: math.prod(shards[name]) * p.itemsize for name, p in model.named_parameters()}
+    nbytes = {name: math.prod(shards[name]) * p.itemsize for name, p in model.named_parameters()}
     kinds = {
         name: updated_by(name, len(shape), config.optimizer.name, spec.plan.blocks) for name, shape in shards.items()
     }
-    gradients = sum(held.values())
+    gradients = sum(nbytes.values())
     if config.optimizer.in_backward:
-        # Those of one FSDP unit at a time, or of one parameter where there are no units (see `apply_fsdp`).
-        whole = dims.dp * dims.sequence == 1 and config.training.mixed_precision_param == "float32"
+        # One FSDP unit has gradients at a time, or one parameter where there are no units (see `apply_fsdp`).
+        has_no_units = dims.dp * dims.sequence == 1 and config.training.mixed_precision_param == "float32"
         units = Counter()
-        for name, size in held.items():
-            units[name if whole else get_unit(name, spec.plan)] += size
+        for name, size in nbytes.items():
+            units[name if has_no_units else get_unit(name, spec.plan)] += size
         gradients = max(units.values())
     sizes = {
-        "parameters": sum(held.values()),
+        "parameters": sum(nbytes.values()),
         "gradients": gradients,
         "optimizer": sum(state_bytes(kinds[name], shards[name]) for name in shards),
     }
@@ -66,7 +67,7 @@ def state(config: JobConfig, spec: ModelSpec, args: Any, dims: ParallelDims) -> 
 
 
 def get_unit(name: str, plan: ParallelPlan) -> str:
-    """The FSDP unit that a parameter is of: a block, a root module, or "", the root."""
+    """The FSDP unit of a parameter: a block, a root module, or "" for the root."""
     path = next((p for p in plan.blocks if name.startswith(f"{p}.")), None)
     if path is not None:
         return f"{path}.{name[len(path) + 1 :].partition('.')[0]}"
@@ -75,10 +76,7 @@ def get_unit(name: str, plan: ParallelPlan) -> str:
 
 
 def shard_shape(name: str, shape: tuple[int, ...], plan: ParallelPlan, dims: ParallelDims) -> tuple[int, ...]:
-    """Shape of a parameter on the rank that has most of it:
-
-    tensor parallel divides as the plan says, FSDP the first dim.
-    """
+    """Shape of a parameter's shard on the fullest rank: tensor parallel splits as the plan says, FSDP the first dim."""
     path = next((p for p in plan.blocks if name.startswith(f"{p}.")), None)
     if path is None:
         ranks, size = dims.dp_shard * dims.cp * dims.tp, list(shape)
@@ -103,7 +101,10 @@ def wan_activations(
     itemsize: int,
     fused: bool = False,
 ) -> int:
-    """Bytes kept for backward at their largest, recomputed ones included. fused: with the Triton kernels."""
+    """The maximum of the bytes saved for backward, recomputed activations included. fused: with the Triton kernels.
+
+    ValueError: see `estimate`.
+    """
     if (
         type(args).__name__ != "WanArgs"
         or args.image_dim
@@ -115,35 +116,32 @@ def wan_activations(
         raise ValueError("activation_checkpoint: no closed form for memory_budget or offload; run a dry run")
     D, S, e, t, B = args.dim, args.text_len, itemsize, dims.tp, batch
     L = -(-num_tokens // dims.sequence)
-    inputs = B * (e * D * L + 24 * D)  # the tokens; the time's shifts, scales and gates
-    whole = (_fused_block if fused else _block)(args, L, B, e, t, dims.ulysses > 1)
-    kept, shared = _kept(args, section, L, B, e, t, fused)
+    inputs = B * (e * D * L + 24 * D)  # the tokens; shifts, scales and gates of the time
+    all_saved = (_fused_block if fused else _block)(args, L, B, e, t, dims.ulysses > 1)
+    saved, shared = _checkpointed_block(args, section, L, B, e, t, fused)
 
     wrapped = [section.mode != "none" and (not section.layers or i in section.layers) for i in range(args.num_layers)]
-    total = B * S * e * 3 * D + 4 * args.head_dim * L * t  # the text on its three stages; rotations
+    total = B * S * e * 3 * D + 4 * args.head_dim * L * t  # the text at three stages; RoPE
     # The patches, cast; in float32 only where a rank's slice of several clips is made contiguous.
     total += B * e * L * args.in_channels * args.patch_volume if e < 4 or dims.sequence > 1 < B else 0
-    most = total
+    largest = total
     for is_wrapped in wrapped:
-        # In backward the blocks after this one are gone, and it is there whole.
-        most = max(most, total + (inputs + kept + whole - shared if is_wrapped else whole))
-        total += inputs + kept if is_wrapped else whole
+        # In its backward the later blocks are freed, and this one has all activations again.
+        largest = max(largest, total + (inputs + saved + all_saved - shared if is_wrapped else all_saved))
+        total += inputs + saved if is_wrapped else all_saved
     head = (
         B * L * ((2 * e if fused else 8 + e) * D + 8 + (4 + e) * args.out_channels * args.patch_volume)
-    )  # its velocity, and the error in float32
-    return max(most, total + head)
+    )  # the velocity, and the error in float32
+    return max(largest, total + head)
 
 
 def _block(args: Any, L: int, B: int, e: int, t: int, exchanged: bool) -> int:
-    """What a block keeps in mode none. exchanged:
-
-    by Ulysses, before and after which the output of attention is kept.
-    """
+    """Bytes that a block saves in mode none. exchanged: by Ulysses, which saves the output of attention twice."""
     D, F, H, S = args.dim, args.ffn_dim, args.num_heads, args.text_len
-    # Input as float32 and result; under tensor parallel the input twice (its mean square is taken apart), normed and
-    # result.
+    # Input in float32 and output; under tensor parallel, where the mean square is computed apart, the input twice, the
+    # normalised input and the output.
     norm = ((4 + 4 if e < 4 else 4) + 4 + e if t > 1 else 4 + e) * D
-    adaptive = 8 * D + 8  # input and normed, in float32, mean and deviation
+    adaptive = 8 * D + 8  # input and normalised input in float32, mean and deviation
     attention = e * D + 4 * H  # output, and its log-sum-exp
     self_attention = adaptive + e * D * t + 2 * (norm + 4 * t) + e * D + attention + (e * D if exchanged else 0) + 4 * D
     cross_attention = 4 * D + 8 + e * D * t + norm + 4 * t + attention
@@ -154,38 +152,55 @@ def _block(args: Any, L: int, B: int, e: int, t: int, exchanged: bool) -> int:
 
 
 def _fused_block(args: Any, L: int, B: int, e: int, t: int, exchanged: bool) -> int:
-    """As `_block`. Kernels keep their inputs, as they are, and a number or two of each row."""
+    """`_block` with fused kernels, which save their inputs in their own type, and one or two numbers a row."""
     D, F, H, S = args.dim, args.ffn_dim, args.num_heads, args.text_len
-    seam = e * D + 8 + e * D * t  # what is normed, mean and deviation, and the result, which a product keeps
+    seam = e * D + 8 + e * D * t  # input of the norm, mean and deviation, and the output, which a matmul saves
     norm = (
         4 if t > 1 and e < 4 else 0
-    ) * D + 2 * e * D  # input and result; under tensor parallel the input in float32, for its mean square
+    ) * D + 2 * e * D  # input and output; under tensor parallel the input in float32, for its mean square
     attention = e * D + 4 * H
     self_attention = (
         seam + 2 * (norm + 4 * t) + e * D + attention + (e * D if exchanged else 0) + e * D
-    )  # the last for the gate's gradient
+    )  # the last one is for the gradient of the gate
     cross_attention = seam + norm + 4 * t + attention
     text = (norm + e * D) // t + 4
     feed_forward = seam + e * F * (1 if t == 1 else 2) + e * D
     return B * (L * (self_attention + cross_attention + feed_forward) + S * text + 24 * D)
 
 
-def _kept(args: Any, section: ActivationCheckpoint, L: int, B: int, e: int, t: int, fused: bool) -> tuple[int, int]:
-    """(bytes that a checkpointed block keeps beside its inputs, bytes of these and its inputs that it has again when
-    recomputed).
-    """
+def _checkpointed_block(
+    args: Any, section: ActivationCheckpoint, L: int, B: int, e: int, t: int, fused: bool
+) -> tuple[int, int]:
+    """(bytes that a checkpointed block saves beside its inputs, bytes of both that its recomputation shares)."""
     D, H, S = args.dim, args.num_heads, args.text_len
-    kept = shared = 0
+    saved = shared = 0
     if e == 4 or fused:
         shared += B * L * e * D  # no float32 copy of the input is made
     if section.mode == "selective":
         if "attention" in section.save:
-            kept += B * L * (e * D + 4 * H) * (2 if section.save_min_kv <= S else 1)
-            shared += kept
+            saved += B * L * (e * D + 4 * H) * (2 if section.save_min_kv <= S else 1)
+            shared += saved
         if "matmul" in section.save:
-            # Every second product: k and o of both attentions, down.
-            products = B * e * D * (L * (1 + 3 * t) + S // t)
-            kept += products
+            # Every second matmul: k and o of both attentions, down.
+            matmuls = B * e * D * (L * (1 + 3 * t) + S // t)
+            saved += matmuls
             if e == 4 or fused:
                 shared += B * e * D * (L * (1 if t > 1 else 3 if fused else 4) + S // t)
-    return kept, shared
+    return saved, shared
+
+
+def saved_bytes_per_token(dim: int, num_heads: int, section: ActivationCheckpoint, itemsize: int) -> int:
+    """Bytes of device memory that a checkpointed block saves for each video token.
+
+    These are its input, [D], and in selective mode the output of attention, [D], and its log-sum-exp, one float32 a
+    head. With offload only the log-sum-exp stays on the device.
+    ValueError: in other modes, and for matmul, it depends on the model's operators.
+    """
+    if section.mode not in ("full", "selective") or (section.mode == "selective" and "matmul" in section.save):
+        raise ValueError(
+            "saved_bytes_per_token: in mode none or memory_budget, and for matmul, it depends on the model's "
+            "operators; run a dry run"
+        )
+    attention = section.mode == "selective"
+    on_device = 0 if section.offload else dim * itemsize * (1 + attention)
+    return on_device + 4 * num_heads * attention

@@ -1,14 +1,12 @@
-"""How many bytes context parallel sends: closed forms, equal to what the tests count.
-
-One Traffic is what one rank sends to others in one attention core, in one direction (forward or backward), by one kind
-of collective.
-"""
+"""How many bytes context parallel sends, as closed forms; tests count the same in a run."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Traffic:
+    """What one rank sends to others by one kind of collective, in one attention and one direction."""
+
     collective: str  # "all_to_all", "all_gather" or "reduce_scatter"
     calls: int
     sent: int  # bytes, all calls together
@@ -17,13 +15,11 @@ class Traffic:
 def ulysses_traffic(
     q_elements: int, degree: int, itemsize: int, text_elements: int = 0
 ) -> tuple[list[Traffic], list[Traffic]]:
-    """(forward, backward). q_elements: B L H K, of this rank's q; text_elements: B S H K, where video and text attend
-    jointly.
+    """(forward, backward). q_elements: B L H K of this rank's q. text_elements: B S H K, with joint attention.
 
-    q, k and v go in one exchange, the output in another; of each, 1 / degree stays. Backward sends the same the other
-    way.
-    Of the text, only the output is sent: a rank's heads of it to all others; backward, each rank's part of their
-        gradient.
+    q, k and v are sent in one exchange, the output in another; 1 / degree of each stays on the rank. Backward sends the
+    same in the other direction. Of the text, only the output is sent: forward, a rank's heads of it to all others;
+    backward, each rank's part of their gradient.
     """
     exchange = Traffic("all_to_all", 2, 4 * q_elements * itemsize * (degree - 1) // degree)
     text = text_elements * itemsize * (degree - 1) // degree
@@ -34,11 +30,10 @@ def ulysses_traffic(
 
 
 def ring_traffic(kv_elements: int, degree: int, itemsize: int, rotate: str) -> tuple[list[Traffic], list[Traffic]]:
-    """(forward, backward). kv_elements: B S H K, of this rank's k: under Ulysses of the exchanged one, which is as
-    large.
+    """(forward, backward). kv_elements: B S H K of this rank's k; Ulysses' exchange does not change their number.
 
-    Forward, a chunk of k and v passes degree - 1 times. Backward, so does it again, and so does its gradient, in
-    float32 (float64 for float64).
+    Forward, a chunk of k and v is sent degree - 1 times. Backward sends it as often again, and its gradient in float32
+    (float64 for float64).
     """
     chunk, steps = 2 * kv_elements, degree - 1
     sum_size = max(itemsize, 4)
@@ -52,10 +47,10 @@ def ring_traffic(kv_elements: int, degree: int, itemsize: int, rotate: str) -> t
 def exchange_bytes(
     q_elements: int, ring: int, ulysses: int, itemsize: int, rotate: str = "alltoall", text_elements: int = 0
 ) -> tuple[int, int]:
-    """Bytes that a rank sends in one attention core, (forward, backward).
+    """Bytes that a rank sends in one attention, (forward, backward).
 
-    q_elements: B L H K of this rank's slice, L after tensor parallel's gather and H its part of the heads.
-        text_elements: as in `ulysses_traffic`.
+    q_elements: B L H K of this rank's slice, with L after tensor parallel's gather and H the heads of this rank.
+    text_elements: see `ulysses_traffic`.
     """
     exchange = ulysses_traffic(q_elements, ulysses, itemsize, text_elements) if ulysses > 1 else ([], [])
     rounds = ring_traffic(q_elements, ring, itemsize, rotate) if ring > 1 else ([], [])
