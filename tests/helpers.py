@@ -69,9 +69,9 @@ def _rank_main(fn, rank, world, store, results, init, env, timeout, args, kwargs
 
 
 def start_ranks(fn, world, *args, init=True, env=None, group_timeout=60, **kwargs):
-    """Start `fn(*args, **kwargs)` on `world` gloo ranks and return (processes, result queue) at once. group_timeout:
+    """Start `fn(*args, **kwargs)` on `world` gloo ranks and return (processes, result queue) at once.
 
-    seconds of a collective.
+    group_timeout: seconds of a collective.
     """
     ctx = context()
     results = ctx.Queue()
@@ -259,6 +259,38 @@ def diffusers_wan(args):
                 else torch.randn_like(p) * (0.5 * p[0].numel() ** -0.5)
             )
     return model
+
+
+def build_denoising(spec, args, shard=None, seed=0, guidance_scale=1.0, device="cpu"):
+    """The denoising task of a model's arguments; shard None: this process has all tokens."""
+    import torch
+
+    from titan_video.config.job_config import Flow
+    from titan_video.distributed.sequence import whole_sequence
+    from titan_video.flow.matching import FlowMatching
+    from titan_video.tasks.denoising import Denoising
+
+    shard = shard or whole_sequence()
+    return Denoising(spec, args, FlowMatching(Flow()), shard, torch.device(device), seed, guidance_scale)
+
+
+def randomized_init(init_parameter):
+    """`init_parameter` with small random numbers added everywhere, adapters drawn at random.
+
+    The public initialisations have a head of zeros, and adapters begin as zeros: no gradient would pass through these.
+    """
+    import torch
+
+    from titan_video.models.layers import is_adapter
+
+    def init(name, tensor, generator):
+        if is_adapter(name):
+            tensor.normal_(0, 0.1, generator=generator)
+        else:
+            init_parameter(name, tensor, generator)
+            tensor.add_(torch.empty_like(tensor).normal_(0, 0.05, generator=generator))
+
+    return init
 
 
 def _public_names(names, spec):

@@ -9,8 +9,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.helpers import run_ranks
-from tests.unit_tests.test_activation_checkpoint import ARGS, FULL, MATMUL, NONE, SELECTIVE, perturbed
+from tests.helpers import build_denoising, randomized_init, run_ranks
+from tests.unit_tests.test_activation_checkpoint import ARGS, FULL, MATMUL, NONE, SELECTIVE
 from titan_video.config.job_config import Compile, Parallelism, Training
 from titan_video.data.batch import Batch
 from titan_video.distributed.parallel_dims import ParallelDims
@@ -19,7 +19,6 @@ from titan_video.distributed.sequence import SequenceShard
 from titan_video.distributed.utils import clean_name, initialise
 from titan_video.flow.noise import draw_noise
 from titan_video.models.wan import SPEC, WanModel
-from titan_video.tasks.denoising import compute_loss
 
 LOCAL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -48,7 +47,7 @@ def step(section, compiled, dims, args=replace(ARGS, num_layers=2)):
     compilation = Compile(enable=compiled, backend="aot_eager")
     parallelize(model, SPEC.plan, mesh, Parallelism(), Training(mixed_precision_param="float32"), section, compilation)
     model.to_empty(device="cpu")
-    initialise(model, perturbed, 0)
+    initialise(model, randomized_init(SPEC.init_parameter), 0)
     ids = torch.tensor([0, 1])
     batch = Batch(
         {"video": draw_noise(2, ids, (16, 1, 8, 8))},
@@ -56,9 +55,11 @@ def step(section, compiled, dims, args=replace(ARGS, num_layers=2)):
         torch.ones(2, args.text_len, dtype=torch.bool),
         ids,
     )
-    noise, shard = draw_noise(0, ids, (16, 1, 8, 8)), SequenceShard(mesh.sequence, dims.tp)
+    noise = draw_noise(0, ids, (16, 1, 8, 8))
+    task = build_denoising(SPEC, args, SequenceShard.from_meshes(mesh))
+    inputs = task.add_noise(batch, noise, sigma_B=torch.tensor([0.3, 0.6]))
     with nullcontext() if compiled else Executed() as executed:
-        compute_loss(model, args.patch, batch, noise, torch.tensor([0.3, 0.6]), torch.ones(2), shard).sum().backward()
+        task.loss(model(**inputs.kwargs), inputs).sum().backward()
     grads = {
         clean_name(n): p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
         for n, p in model.named_parameters()

@@ -15,28 +15,28 @@ from titan_video.distributed.context_parallel.ring import RingAttention, ring_at
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.utils import reduce_over
 from titan_video.models.layers import InnerAttention, JointInnerAttention
-from titan_video.models.spec import ParallelPlan
+from titan_video.models.spec import ParallelPlan, RankGroup, StepLayout
 from titan_video.planner.traffic import Traffic, exchange_bytes, ring_traffic, ulysses_traffic
 
 HEADS, WIDTH = 12, 8
-PLAN = ParallelPlan(blocks=("blocks",), inner_attention=("attn.core",))
+PLAN = ParallelPlan(blocks=("blocks",), inner_attention=("attn.inner_attention",))
 ROTATIONS = ("alltoall", "allgather")
 
 
 class Block(nn.Module):
-    def __init__(self, core):
+    def __init__(self, inner_attention):
         super().__init__()
         self.attn = nn.Module()
-        self.attn.core = core
+        self.attn.inner_attention = inner_attention
 
     def forward(self, *args):
-        return self.attn.core(*args)
+        return self.attn.inner_attention(*args)
 
 
-def parallel_block(ring, ulysses, rotate, core=InnerAttention):
+def parallel_block(ring, ulysses, rotate, inner_attention=InnerAttention):
     mesh = ParallelDims(ring=ring, ulysses=ulysses).build_mesh("cpu")
     model = nn.Module()
-    model.blocks = nn.ModuleDict({"0": Block(core())})
+    model.blocks = nn.ModuleDict({"0": Block(inner_attention())})
     apply_context_parallel(model, PLAN, mesh.ring, mesh.ulysses, rotate)
     return model.blocks["0"], mesh.sequence
 
@@ -59,7 +59,7 @@ def get_slice_of(x, mesh, fill):
 def run_slices(block, mesh, whole, seq_len):
     """(out, dq, dk, dv) of this rank's rows; what the padded rows hold must not matter."""
     q, k, v = (get_slice_of(x, mesh, 3.0).requires_grad_() for x in whole[:3])
-    out = block(q, k, v, seq_len)
+    out = block(q, k, v, StepLayout(seq_len))
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), get_slice_of(whole[3], mesh, 0.0))]
 
 
@@ -146,7 +146,7 @@ def run_joint(block, mesh, whole, text, mask, seq_len):
     leaves = [get_slice_of(x, mesh, 3.0) for x in whole[:3]] + [x.clone() for x in text[:3]]
     for leaf in leaves:
         leaf.requires_grad_()
-    out, text_out = block(*leaves, mask, seq_len)
+    out, text_out = block(*leaves, mask, StepLayout(seq_len))
     # The whole gradient of the text's output is a sum of parts, too, here very unequal ones.
     share = 2.0 * mesh.get_local_rank() + 1
     part = text[3] * (share / mesh.size() ** 2)
@@ -161,17 +161,17 @@ def check_joint(layouts, shapes, dtypes, heads=HEADS):
         for batch, seq_len in shapes:
             for dtype in dtypes:
                 whole, (text, mask) = whole_tensors(batch, seq_len, dtype, heads), whole_text(batch, dtype, heads)
-                for given in (mask, None):
+                for text_mask in (mask, None):
                     got, expected = (
-                        run_joint(block, mesh, whole, text, given, seq_len),
-                        joint_reference(whole, text, given),
+                        run_joint(block, mesh, whole, text, text_mask, seq_len),
+                        joint_reference(whole, text, text_mask),
                     )
                     rows = get_slice_of(torch.ones_like(whole[0]), mesh, 0.0)
                     got[0] = got[0] * rows
                     for i in (0, 2, 3, 4):  # those of the video
                         expected[i] = get_slice_of(expected[i], mesh, 0.0)
                     error = max((x.double() - y).abs().max().item() for x, y in zip(got, expected))
-                    errors[ring, ulysses, rotate, batch, seq_len, given is None, dtype] = error
+                    errors[ring, ulysses, rotate, batch, seq_len, text_mask is None, dtype] = error
     return errors
 
 
@@ -239,7 +239,7 @@ def count_traffic(layouts, batch, seq_len, dtype, joint):
         if joint:
             text, mask = whole_text(batch, dtype)
             args += [*(x.requires_grad_() for x in text[:3]), mask]
-        out, forward = events(lambda: block(*args, seq_len))
+        out, forward = events(lambda: block(*args, StepLayout(seq_len)))
         total = sum(x.sum() for x in out) if joint else out.sum()
         _, backward = events(lambda: total.backward())
         counts[ring, ulysses, rotate] = sent(forward), sent(backward)
@@ -266,8 +266,8 @@ def test_what_is_sent_equals_the_closed_forms(world, dtype, joint):
         for (ring, ulysses, rotate), directions in counts.items():
             exchange = ulysses_traffic(elements, ulysses, item, text) if ulysses > 1 else ([], [])
             rounds = ring_traffic(elements, ring, item, rotate) if ring > 1 else ([], [])
-            for counted, a, b in zip(directions, exchange, rounds):
-                assert counted == added(a, b), (ring, ulysses, rotate)
+            for measured, a, b in zip(directions, exchange, rounds):
+                assert measured == added(a, b), (ring, ulysses, rotate)
             assert tuple(sum(t.sent for t in d) for d in directions) == exchange_bytes(
                 elements, ring, ulysses, item, rotate, text
             )
@@ -278,8 +278,8 @@ def test_what_is_sent_equals_the_closed_forms(world, dtype, joint):
 # ---- compile and checkpointing ----
 
 
-class Cores(nn.Module):
-    """Several cores over the same rows, so that one compilation sees them all."""
+class Attentions(nn.Module):
+    """Several inner attentions over the same rows, so that one compilation sees them all."""
 
     def __init__(self, layouts, joint):
         super().__init__()
@@ -287,19 +287,19 @@ class Cores(nn.Module):
         self.blocks, self.mesh = nn.ModuleList(block for block, _ in blocks), blocks[0][1]
         self.joint = nn.ModuleList(parallel_block(*layout, JointInnerAttention)[0] for layout in layouts if joint)
 
-    def forward(self, q, k, v, seq_len):
+    def forward(self, q, k, v, layout):
         text, mask = q[:, :2], torch.ones_like(q[:, :2, 0, 0], dtype=torch.bool)
-        out = sum(block(q, k, v, seq_len) for block in self.blocks)
+        out = sum(block(q, k, v, layout) for block in self.blocks)
         for block in self.joint:
-            video, text = block(q, k, v, text, text, text, mask, seq_len)
+            video, text = block(q, k, v, text, text, text, mask, layout)
             out = out + video + text.mean()
         return out
 
 
 def run_compiled(layouts, joint, shapes, backend, checkpointed):
     """Largest difference from eager over several lengths, and the number of graphs built for them."""
-    eager, worst = Cores(layouts, joint), 0.0
-    compiled = Cores(layouts, joint)
+    eager, worst = Attentions(layouts, joint), 0.0
+    compiled = Attentions(layouts, joint)
     if checkpointed:
         compiled = checkpoint_wrapper(compiled, preserve_rng_state=False)
     compiled.compile(backend=backend, fullgraph=True, dynamic=len(shapes) > 1)
@@ -393,9 +393,9 @@ def check_op():
 def test_ring_op_is_a_well_formed_operator_and_counts_its_flops():
     queries = 2 * HEADS * 6
     keys = [5, 5, 5 + TEXT, 5 + TEXT]
-    assert run_ranks(check_op, 1) == [[product * queries * n * WIDTH for product, n in zip((4, 10, 4, 10), keys)]]
+    assert run_ranks(check_op, 1) == [[matmuls * queries * n * WIDTH for matmuls, n in zip((4, 10, 4, 10), keys)]]
 
 
 def test_unknown_rotation_is_refused():
     with pytest.raises(ValueError, match="context_parallel_rotate_method"):
-        RingAttention(None, "sideways")
+        RingAttention(RankGroup("", rank=0, size=2), "sideways")

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.distributed_tests.test_tensor_parallel import ARGS, forward_backward, perturbed_init, sharded, whole
+from tests.distributed_tests.test_tensor_parallel import ARGS, forward_backward, sharded, whole
 from tests.helpers import run_ranks
 from titan_video import kernels
 from titan_video.config.job_config import ActivationCheckpoint, Compile
@@ -59,7 +59,7 @@ def rank():
 
 def test_sharded_models_compute_the_same_with_fused_operators():
     plain = WanModel(ONE)
-    initialise(plain, perturbed_init, 0)
+    initialise(plain, 0)
     expected = gradients(plain, CLIPS)
     for results in run_ranks(rank, 2):
         for name, (found, count) in results.items():

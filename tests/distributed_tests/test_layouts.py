@@ -1,8 +1,8 @@
-"""One loss under every layout: loss and every gradient equal one process, for each layout of ONE table and each way of
-running a block.
+"""One loss under every layout: loss and every gradient equal one process, for each layout of ONE table and each mode
+of running a block.
 
-A step is of micro-batches of two shapes, of one and of two clips, one of 15 tokens, which no degree above 1 but 3 and 5
-divides, dealt out over the data-parallel ranks, so that these hold unequal numbers of tokens.
+A step has micro-batches of two shapes, of one and of two clips. One has 15 tokens, which only the degrees 3 and 5
+divide. They are distributed over the data-parallel ranks, so that these hold unequal numbers of tokens.
 """
 
 from dataclasses import dataclass, field, replace
@@ -11,22 +11,22 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from tests.helpers import run_ranks
+from tests.helpers import build_denoising, randomized_init, run_ranks
 from titan_video.config.job_config import ActivationCheckpoint, Compile, Lora, Parallelism, Training
 from titan_video.data.batch import Batch
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.parallelize import parallelize
-from titan_video.distributed.pipeline_parallel import Pipeline, keep_stages
+from titan_video.distributed.pipeline_parallel import Pipeline
+from titan_video.distributed.pipeline_stages import keep_stages
 from titan_video.distributed.sequence import SequenceShard
 from titan_video.distributed.utils import clean_name, clip_grad_norm, initialise, reduce_over
 from titan_video.flow.noise import draw_noise
-from titan_video.lora.adapters import add_adapters, is_adapter
+from titan_video.lora.adapters import add_adapters
 from titan_video.models.hunyuan_video import SPEC as HUNYUAN
 from titan_video.models.hunyuan_video import HunyuanVideoArgs
 from titan_video.models.spec import ModelSpec
 from titan_video.models.wan import SPEC as WAN
 from titan_video.models.wan import WanArgs, WanModel
-from titan_video.tasks.denoising import compute_loss, model_inputs, predict, velocity_loss
 
 ARGS = WanArgs(dim=72, num_heads=12, num_layers=4, ffn_dim=60, text_dim=20, text_len=9, freq_dim=32)
 HUNYUAN_ARGS = HunyuanVideoArgs(
@@ -82,10 +82,7 @@ class Layout:
 
     @property
     def num_batches(self):
-        """Micro-batches of a step:
-
-        for each data-parallel rank two, or in a pipeline enough of each shape to fill it.
-        """
+        """Micro-batches of a step: two for each data-parallel rank, or in a pipeline enough of each shape to fill it."""
         return 12 if self.dims.pp > 1 else 2 * self.dims.dp
 
 
@@ -136,9 +133,9 @@ LIMITS = {torch.float64: 1e-10, torch.float32: 2e-5}
 
 
 def micro_batch(args, i, dtype):
-    """Micro-batch i of the step:
+    """Micro-batch i of the step: two clips of 4 tokens where i is even, one of 15 where it is odd.
 
-    even ones are two clips of 4 tokens, odd ones one of 15; texts of different lengths.
+    The texts differ in length.
     """
     grid, B = ((2, 4, 2), 2) if i % 2 == 0 else ((3, 2, 10), 1)
     ids, c = torch.arange(B) + 10 * i, args.conditioning
@@ -159,22 +156,20 @@ def micro_batch(args, i, dtype):
     )
 
 
-def arguments(args, i, dtype):
-    """What the objective needs beside the model and the shard:
+def build_task(spec, args, shard=None):
+    return build_denoising(spec, args, shard, guidance_scale=3.0)
 
-    (patch, batch, noise, levels, weights) and the model's conditions.
-    """
-    batch = micro_batch(args, i, dtype)
+
+def build_inputs(task, i, dtype):
+    """Micro-batch i at noise levels and with loss weights that depend on its samples."""
+    batch = micro_batch(task.args, i, dtype)
     noise = draw_noise(0, batch.sample_ids_B, tuple(batch.streams["video"].shape[1:])).to(dtype)
-    told = {"conditions": args.conditioning, "guidance_scale": 3.0}
-    return (args.patch, batch, noise, (batch.sample_ids_B + 1) / 130, 1 + batch.sample_ids_B / 50), told
+    ids = batch.sample_ids_B
+    return task.add_noise(batch, noise, sigma_B=(ids + 1) / 130, weight_B=1 + ids / 50)
 
 
-def num_elements(args, num_batches):
-    return sum(
-        args.conditioning.num_loss_elements(micro_batch(args, i, torch.float32).streams["video"])
-        for i in range(num_batches)
-    )
+def num_elements(task, num_batches):
+    return sum(task.num_loss_elements(micro_batch(task.args, i, torch.float32)) for i in range(num_batches))
 
 
 def build(name, dtype):
@@ -191,21 +186,6 @@ def build(name, dtype):
     return model
 
 
-def perturbed(init_parameter):
-    """The public initialisations have a head of zeros, and adapters begin as zeros; through these no gradient would
-    reach what is before them.
-    """
-
-    def init(name, tensor, generator):
-        if is_adapter(name):
-            tensor.normal_(0, 0.1, generator=generator)
-        else:
-            init_parameter(name, tensor, generator)
-            tensor.add_(torch.empty_like(tensor).normal_(0, 0.05, generator=generator))
-
-    return init
-
-
 def gradients(model):
     """By name, whole.
 
@@ -217,12 +197,12 @@ def gradients(model):
 
 def reference(name, num_batches, dtype):
     m, model = MODELS[name], build(name, dtype).to_empty(device="cpu")
-    initialise(model, perturbed(m.spec.init_parameter), 0)
-    losses = []
+    initialise(model, randomized_init(m.spec.init_parameter), 0)
+    task, losses = build_task(m.spec, m.args), []
     for i in range(num_batches):
-        positional, told = arguments(m.args, i, dtype)
-        losses.append(compute_loss(model, *positional, **told).sum())
-    loss = sum(losses) / num_elements(m.args, num_batches)
+        inputs = build_inputs(task, i, dtype)
+        losses.append(task.loss(model(**inputs.kwargs), inputs).sum())
+    loss = sum(losses) / num_elements(task, num_batches)
     loss.backward()
     return loss.detach(), gradients(model), clip_grad_norm(model, 0.0)
 
@@ -242,7 +222,7 @@ def one_process(tmp_path_factory):
     return path
 
 
-def run_step(name, layout, way, dtype):
+def run_step(name, layout, mode, dtype):
     """(loss, gradients, norm) of one step, on every rank the same but for a pipeline's names."""
     torch._dynamo.reset()
     # A graph for any length takes three times as long to trace as two for one length each; two ranks show that it is
@@ -250,30 +230,25 @@ def run_step(name, layout, way, dtype):
     torch._dynamo.config.automatic_dynamic_shapes = layout.world_size <= 2
     spec, args, plan = MODELS[name].spec, MODELS[name].args, MODELS[name].spec.plan
     meshes, kind = layout.dims.build_mesh("cpu"), str(dtype).removeprefix("torch.")
-    checkpointing, compilation = EXECUTION_MODES[way]
+    checkpointing, compilation = EXECUTION_MODES[mode]
     section, training = Parallelism(**layout.options), Training(mixed_precision_param=kind, mixed_precision_reduce=kind)
     model, pipelined = build(name, dtype), layout.dims.pp > 1
     stages = keep_stages(model, plan, meshes.pp, section, args, 15) if pipelined else None
     parallelize(model, plan, meshes, section, training, checkpointing, compilation)
     model.to_empty(device="cpu")
-    initialise(model, perturbed(spec.init_parameter), 0)
+    initialise(model, randomized_init(spec.init_parameter), 0)
     num = layout.num_batches
-    count, rank, dp = num_elements(args, num), meshes.batch.get_local_rank(), meshes.batch.size()
-    shard, loss = SequenceShard(meshes.sequence, layout.dims.tp), torch.zeros((), dtype=dtype)
-
-    def build_inputs(i):
-        positional, told = arguments(args, i, dtype)
-        return model_inputs(*positional, shard, **told)
-
+    task, loss = build_task(spec, args, SequenceShard.from_meshes(meshes)), torch.zeros((), dtype=dtype)
+    count, rank, dp = num_elements(task, num), meshes.batch.get_local_rank(), meshes.batch.size()
     if pipelined:
         pipeline = Pipeline(model, stages, plan, meshes.pp, section, dtype, torch.device("cpu"))
         for parity in (0, 1):  # a pipeline's micro-batches have one shape
-            inputs = [build_inputs(i) for i in range(parity, num, 2)][rank::dp]
-            loss += pipeline.step(inputs, lambda v, i: velocity_loss(v, inputs[i]).sum() / count)
+            inputs = [build_inputs(task, i, dtype) for i in range(parity, num, 2)][rank::dp]
+            loss += pipeline.step(inputs, lambda v, i: task.loss(v, inputs[i]).sum() / count)
     else:
         for i in range(rank, num, dp):
-            inputs = build_inputs(i)
-            micro = velocity_loss(predict(model, inputs), inputs).sum() / count
+            inputs = build_inputs(task, i, dtype)
+            micro = task.loss(model(**inputs.kwargs), inputs).sum() / count
             micro.backward()
             loss += micro.detach()
     loss = reduce_over(meshes.batch, reduce_over(meshes.sequence, loss, "sum"), "sum")
@@ -281,13 +256,13 @@ def run_step(name, layout, way, dtype):
 
 
 def compare(name, layout, runs, path):
-    """{(way, type): (names of parameters, what differs from one process)} of one rank."""
+    """{(mode, type): (names of parameters, what differs from one process)} of one rank."""
     expected, report = torch.load(path), {}
-    for way, dtype in runs:
-        loss, grads, norm = run_step(name, LAYOUTS[layout], way, dtype)
+    for mode, dtype in runs:
+        loss, grads, norm = run_step(name, LAYOUTS[layout], mode, dtype)
         ref_loss, ref_grads, ref_norm = expected[dtype]
         errors = {
-            n: ((g - ref_grads[n]).norm() / ref_grads[alike(n)].norm()).item()
+            n: ((g - ref_grads[n]).norm() / ref_grads[norm_reference(n)].norm()).item()
             for n, g in grads.items()
             if g is not None
         }
@@ -298,14 +273,14 @@ def compare(name, layout, runs, path):
         wrong = {n: e for n, e in errors.items() if not e <= LIMITS[dtype]} | {
             n: "no gradient" for n, g in grads.items() if g is None
         }
-        report[way, dtype] = set(grads), wrong
+        report[mode, dtype] = set(grads), wrong
     return report
 
 
-def alike(name):
-    """A parameter whose gradient says how large one is:
+def norm_reference(name):
+    """The parameter by whose gradient an error of this one's is measured.
 
-    without a norm behind it, a bias of keys changes nothing, and its gradient is rounding.
+    Without a norm behind it, a bias of keys changes nothing, and its gradient is rounding.
     """
     return name.replace(".k.bias", ".v.bias") if name.startswith("text_refiner.") else name
 
@@ -320,7 +295,7 @@ def check(name, layout, runs, one_process):
 
 
 EAGER = ("plain", "full", "selective")
-COMPILED_WAYS = tuple(way for way in EXECUTION_MODES if way not in EAGER)
+COMPILED_MODES = tuple(mode for mode in EXECUTION_MODES if mode not in EAGER)
 # Of the models beside the first, in the suite; `test_whole_table` has all of them.
 SOME_LAYOUTS = ("tp2", "ulysses2", "ring2", "pp2")
 LORA_LAYOUTS = ("fsdp2", "hsdp2x2", *SOME_LAYOUTS, "fsdp2 x tp2", "pp2 zero bubble")
@@ -328,7 +303,7 @@ LORA_LAYOUTS = ("fsdp2", "hsdp2x2", *SOME_LAYOUTS, "fsdp2 x tp2", "pp2 zero bubb
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_equals_one_process(layout, one_process):
-    check("wan", layout, [(way, torch.float64) for way in EAGER] + [("plain", torch.float32)], one_process)
+    check("wan", layout, [(mode, torch.float64) for mode in EAGER] + [("plain", torch.float32)], one_process)
 
 
 def modes_for(layout):
@@ -343,7 +318,7 @@ def test_compiled_layout_equals_one_process(layout, one_process):
     check(
         "wan",
         layout,
-        [(way, torch.float64) for way in (COMPILED_WAYS if layout == "fsdp2" else ("selective+compile",))],
+        [(mode, torch.float64) for mode in (COMPILED_MODES if layout == "fsdp2" else ("selective+compile",))],
         one_process,
     )
 
@@ -361,8 +336,8 @@ def test_adapters_equal_one_process(name, layout, one_process):
         name,
         layout,
         [
-            (way, torch.float64)
-            for way in (("plain", "selective", "compile") if (name, layout) == ("wan lora", "fsdp2") else ("plain",))
+            (mode, torch.float64)
+            for mode in (("plain", "selective", "compile") if (name, layout) == ("wan lora", "fsdp2") else ("plain",))
         ],
         one_process,
     )
@@ -372,7 +347,7 @@ def test_adapters_equal_one_process(name, layout, one_process):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_model_in_every_layout(layout, one_process):
     for name in MODELS:
-        check(name, layout, [(way, torch.float64) for way in EAGER], one_process)
+        check(name, layout, [(mode, torch.float64) for mode in EAGER], one_process)
 
 
 @pytest.mark.slow
@@ -380,16 +355,16 @@ def test_every_model_in_every_layout(layout, one_process):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", MODELS)
 def test_whole_table(name, layout, dtype, one_process):
-    check(name, layout, [(way, dtype) for way in modes_for(layout)], one_process)
+    check(name, layout, [(mode, dtype) for mode in modes_for(layout)], one_process)
 
 
 @pytest.mark.parametrize("layout", ["fsdp2", "fsdp2 x tp2"])
 def test_weights_that_stay_gathered(layout, one_process):
-    reports = run_ranks(kept_gathered, LAYOUTS[layout].world_size, layout, one_process("wan", layout))
+    reports = run_ranks(run_gathered, LAYOUTS[layout].world_size, layout, one_process("wan", layout))
     assert all(wrong == {} for report in reports for _, wrong in report.values())
 
 
-def kept_gathered(layout, path):
+def run_gathered(layout, path):
     LAYOUTS[layout].options["fsdp_reshard_after_forward"] = "never"
     return compare("wan", layout, [("plain", torch.float64)], path)
 
@@ -427,7 +402,7 @@ def dtypes_inside():
         ActivationCheckpoint(),
         Compile(),
     )
-    initialise(model, perturbed(WAN.init_parameter), 0)
+    initialise(model, randomized_init(WAN.init_parameter), 0)
     seen = {}
 
     def watch(name):
@@ -446,7 +421,9 @@ def dtypes_inside():
         before, after = watch(name)
         model.get_submodule(name).register_forward_pre_hook(before)
         model.get_submodule(name).register_forward_hook(after)
-    compute_loss(model, *arguments(ARGS, 1, torch.float32)[0]).sum().backward()
+    task = build_task(WAN, ARGS)
+    inputs = build_inputs(task, 1, torch.float32)
+    task.loss(model(**inputs.kwargs), inputs).sum().backward()
     return seen, {p.dtype for p in model.parameters()} | {p.grad.dtype for p in model.parameters()}
 
 

@@ -1,11 +1,10 @@
-"""Pipeline parallel:
-
-loss, norm and every gradient equal one process for every schedule, and a forward gives its result on all ranks.
+"""Pipeline parallel: loss, norm and every gradient equal one process for every schedule, and a forward gives its
+result on all ranks.
 """
 
 import gc
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -14,20 +13,16 @@ import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor
 
-from tests.helpers import run_ranks
+from tests.helpers import randomized_init, run_ranks
 from titan_video.config.job_config import ActivationCheckpoint, Compile, Parallelism, Training
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.parallelize import parallelize
-from titan_video.distributed.pipeline_parallel import (
-    Pipeline,
-    check_microbatches,
-    keep_stages,
-    split_blocks,
-    state_bytes,
-)
+from titan_video.distributed.pipeline_parallel import Pipeline
+from titan_video.distributed.pipeline_stages import check_microbatches, keep_stages, split_blocks, state_bytes
 from titan_video.distributed.utils import clean_name, clip_grad_norm, initialise, reduce_over
 from titan_video.flow.noise import draw_noise
 from titan_video.models.wan import SPEC, WanArgs, WanModel
+from titan_video.tasks.task import ModelInputs
 
 ARGS = WanArgs(dim=24, num_heads=2, num_layers=5, ffn_dim=40, text_dim=20, text_len=5, freq_dim=16)
 NUM_SAMPLES = 8
@@ -92,16 +87,9 @@ def test_numbers_of_micro_batches(schedule, illegal, nearest):
 # ---- on ranks ----
 
 
-@dataclass
-class Inputs:
-    x_BLP: torch.Tensor
-    pos_BL3: torch.Tensor
-    t_B: torch.Tensor
-    text_BSD: torch.Tensor
-    text_mask_BS: torch.Tensor
+@dataclass(frozen=True)
+class Inputs(ModelInputs):
     target_BLP: torch.Tensor
-    seq_len: int | None = None
-    cond: dict = field(default_factory=dict)
 
 
 def sample(i, num_tokens, dtype):
@@ -109,17 +97,19 @@ def sample(i, num_tokens, dtype):
     x, target = (draw_noise(k, ids, (num_tokens, 64)).to(dtype) for k in (1, 2))
     pos = torch.arange(3 * num_tokens).reshape(1, num_tokens, 3)
     text = draw_noise(3, ids, (ARGS.text_len, ARGS.text_dim)).to(dtype)
-    return Inputs(x, pos, torch.tensor([100.0 * i + 50]), text, torch.ones(1, ARGS.text_len, dtype=torch.bool), target)
+    kwargs = {
+        "x_BLP": x,
+        "pos_BL3": pos,
+        "t_B": torch.tensor([100.0 * i + 50]),
+        "text_BSD": text,
+        "text_mask_BS": torch.ones(1, ARGS.text_len, dtype=torch.bool),
+        "layout": None,
+    }
+    return Inputs(kwargs, target_BLP=target)
 
 
 def loss_fn(v, target):
     return (v.to(target.dtype) - target).square().sum() / (NUM_SAMPLES * target.numel())
-
-
-def perturbed_init(name, tensor, generator):
-    """The public initialisation has a head of zeros, through which no gradient would reach the blocks."""
-    SPEC.init_parameter(name, tensor, generator)
-    tensor.add_(torch.empty_like(tensor).normal_(0, 0.05, generator=generator))
 
 
 def whole(tensor):
@@ -136,14 +126,14 @@ def reference(dtype, param_dtype=None):
         mixed = Training(mixed_precision_param=param_dtype)
         meshes = ParallelDims(dp_shard=dist.get_world_size()).build_mesh("cpu")
         parallelize(model, SPEC.plan, meshes, Parallelism(), mixed, ActivationCheckpoint(mode="none"), Compile())
-    initialise(model, perturbed_init, 0)
+    initialise(model, randomized_init(SPEC.init_parameter), 0)
     model.to(dtype)
     steps = []
     for num_tokens in LENGTHS:
         total = 0
         for i in range(dist.get_rank(), NUM_SAMPLES, dist.get_world_size()) if param_dtype else range(NUM_SAMPLES):
             n = sample(i, num_tokens, dtype)
-            loss = loss_fn(model(n.x_BLP, n.pos_BL3, n.t_B, n.text_BSD), n.target_BLP)
+            loss = loss_fn(model(**n.kwargs), n.target_BLP)
             loss.backward()
             total += loss.item()
         if param_dtype:
@@ -154,15 +144,15 @@ def reference(dtype, param_dtype=None):
         model.zero_grad()
     n = sample(0, LENGTHS[0], dtype)
     with torch.no_grad():
-        return steps, model(n.x_BLP, n.pos_BL3, n.t_B, n.text_BSD)
+        return steps, model(**n.kwargs)
 
 
 class Strided(WanModel):
     """The same function, with gradients and outputs between stages that are views."""
 
-    def trunk(self, x_BLD, *args):
+    def trunk(self, x_BLD, *args, **kwargs):
         x_BLD = torch.cat([x_BLD, torch.zeros_like(x_BLD)], dim=-1)[..., : ARGS.dim]
-        x_BLD, *rest = super().trunk(x_BLD, *args)
+        x_BLD, *rest = super().trunk(x_BLD, *args, **kwargs)
         return torch.cat([x_BLD, x_BLD], dim=-1)[..., : ARGS.dim], *rest
 
 
@@ -178,7 +168,7 @@ def build(pp, schedule, dtype, dp_shard=1, mode="none", compiled=False, model_cl
     compilation = Compile(enable=compiled, backend="aot_eager")
     parallelize(model, SPEC.plan, meshes, section, training, ActivationCheckpoint(mode=mode), compilation)
     model.to_empty(device="cpu")
-    initialise(model, perturbed_init, 0)
+    initialise(model, randomized_init(SPEC.init_parameter), 0)
     return (
         meshes,
         model,
@@ -194,7 +184,7 @@ def run_one(case):
     steps, sent = [], []
     send_ops = PipelineStage.get_fwd_send_ops, PipelineStage.get_bwd_send_ops
 
-    def counted(get):
+    def recording(get):
         def get_ops(stage, i):
             ops = get(stage, i)
             sent.append(sum(op.tensor.numel() * op.tensor.element_size() for op in ops))
@@ -202,7 +192,7 @@ def run_one(case):
 
         return get_ops
 
-    PipelineStage.get_fwd_send_ops, PipelineStage.get_bwd_send_ops = (counted(get) for get in send_ops)
+    PipelineStage.get_fwd_send_ops, PipelineStage.get_bwd_send_ops = (recording(get) for get in send_ops)
     try:
         for num_tokens in LENGTHS:
             inputs = [sample(i, num_tokens, master) for i in mine]
@@ -216,7 +206,7 @@ def run_one(case):
     finally:
         PipelineStage.get_fwd_send_ops, PipelineStage.get_bwd_send_ops = send_ops
     n = sample(0, LENGTHS[0], master)
-    velocity = pipeline(n.x_BLP, n.pos_BL3, n.t_B, n.text_BSD, n.text_mask_BS, None)
+    velocity = pipeline(**n.kwargs)
     gc.collect()
     stages = [o for o in gc.get_objects() if isinstance(o, PipelineStage)]
     state = pipeline.state(n)
@@ -283,10 +273,7 @@ def results():
 
 @pytest.fixture(scope="module")
 def expected():
-    """By type:
-
-    what one process gives; for bfloat16, whose roundings differ between computations, FSDP without a pipeline.
-    """
+    """By type: the result of one process. For bfloat16, where roundings differ, that of FSDP without a pipeline."""
     mixed = run_ranks(reference, 2, torch.float32, "bfloat16")[0]
     return {"float64": reference(torch.float64), "float32": reference(torch.float32), "bfloat16": mixed}
 
@@ -305,7 +292,7 @@ def test_equals_one_process(name, expected, results):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_ranks_share_the_full_models_parameters_out(name, expected, results):
+def test_parameters_are_partitioned_across_ranks(name, expected, results):
     groups = {tuple(rank.own) for rank in results[name]}
     assert len(groups) == CASES[name]["pp"]
     assert sorted(n for names in groups for n in names) == sorted(expected["float64"][0][0][2])

@@ -1,6 +1,5 @@
-"""Tensor parallel:
-
-equal to one process, initial weights, gradient norm and updates included; what is sent, counted; async mode.
+"""Tensor parallel equals one process, initial weights, gradient norm and updates included; its communication volume;
+async mode.
 """
 
 from collections import Counter
@@ -12,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.helpers import run_ranks
+from tests.helpers import build_denoising, randomized_init, run_ranks
 from titan_video.config.job_config import ActivationCheckpoint, Compile, Optimizer, Parallelism, Training
 from titan_video.data.batch import Batch
 from titan_video.distributed.fsdp import apply_fsdp
@@ -24,9 +23,8 @@ from titan_video.distributed.utils import clean_name, clip_grad_norm, initialise
 from titan_video.flow.noise import draw_noise
 from titan_video.models.wan import SPEC, WanArgs, WanModel
 from titan_video.optim.optimizer import build_optimizer
-from titan_video.tasks.denoising import compute_loss
 
-# On 2 x 2 ranks FSDP deals 25 rows of ffn.up to 2 ranks: 13 and 12.
+# On 2 x 2 ranks FSDP shards 25 rows of ffn.up over 2 ranks: 13 and 12.
 ARGS = WanArgs(dim=48, num_heads=4, num_layers=2, ffn_dim=50, text_dim=20, text_len=9, freq_dim=32)
 ARGS_4 = WanArgs(dim=48, num_heads=4, num_layers=2, ffn_dim=52, text_dim=20, text_len=9, freq_dim=32)
 LAYOUTS = {
@@ -41,17 +39,12 @@ LIMITS = {torch.float64: 1e-10, torch.float32: 2e-5}
 RUNS = [(torch.float64, case) for case in CASES[:2]] + [(torch.float32, CASES[1])]
 
 
-def perturbed_init(name, tensor, generator):
-    """The public initialisation has a head of zeros, through which no gradient would reach the blocks."""
-    SPEC.init_parameter(name, tensor, generator)
-    tensor.add_(torch.empty_like(tensor).normal_(0, 0.05, generator=generator))
-
-
 def forward_backward(model, args, case, clips, shard=None):
     """Loss of `clips`, a list of sample ids, in micro-batches of the case's size."""
     batch_size, grid = case
     dtype = next(model.parameters()).dtype
     total = torch.zeros((), dtype=dtype)
+    task = build_denoising(SPEC, args, shard)
     for i in range(0, len(clips), batch_size):
         ids = torch.tensor(clips[i : i + batch_size])
         text = draw_noise(1, ids, (args.text_len, args.text_dim)).to(dtype)
@@ -59,7 +52,8 @@ def forward_backward(model, args, case, clips, shard=None):
             {"video": draw_noise(2, ids, (16, *grid))}, text, torch.ones(len(ids), args.text_len, dtype=torch.bool), ids
         )
         noise = draw_noise(0, ids, (16, *grid))
-        loss = compute_loss(model, args.patch, batch, noise, (ids + 1) / 9, 1 + ids / 10, shard).sum() / 1000
+        inputs = task.add_noise(batch, noise, sigma_B=(ids + 1) / 9, weight_B=1 + ids / 10)
+        loss = task.loss(model(**inputs.kwargs), inputs).sum() / 1000
         loss.backward()
         total += loss.detach()
     return total
@@ -103,8 +97,8 @@ def sharded(args, dims, dtype=torch.float32, **options):
     else:
         parallelize(model, SPEC.plan, meshes, **options)
     model.to_empty(device="cpu")
-    initialise(model, perturbed_init, 0)
-    return model, meshes, SequenceShard(meshes.sequence, meshes.tp.size())
+    initialise(model, randomized_init(SPEC.init_parameter), 0)
+    return model, meshes, SequenceShard.from_meshes(meshes)
 
 
 def train_rank(args, dims):
@@ -125,7 +119,7 @@ def test_two_steps_equal_one_process(layout):
     ranks = run_ranks(train_rank, 2 if layout == "tp2" else 4, args, dims)
     for i, (dtype, case) in enumerate(RUNS):
         model = WanModel(args).to(dtype)
-        initialise(model, perturbed_init, 0)
+        initialise(model, randomized_init(SPEC.init_parameter), 0)
         ref_loss, ref_grads, ref_norm, ref_before, ref_after = train(model, args, case, [0, 1, 2, 3])
         for loss, grads, norm, before, after in (rank[i] for rank in (ranks[0], ranks[-1])):
             limit = LIMITS[dtype]
@@ -152,30 +146,27 @@ EXECUTION_MODES = {
 }
 
 
-def ways_rank():
+def modes_rank():
     results = {}
-    for way, options in EXECUTION_MODES.items():
+    for mode, options in EXECUTION_MODES.items():
         torch._dynamo.reset()
         model, _, shard = sharded(ARGS, {"tp": 2}, **options)
         loss = forward_backward(model, ARGS, CASES[1], [0, 1], shard)
-        results[way] = loss, {clean_name(n): whole(p.grad) for n, p in model.named_parameters()}
+        results[mode] = loss, {clean_name(n): whole(p.grad) for n, p in model.named_parameters()}
     return results
 
 
 def test_checkpointing_and_compile_change_nothing():
-    for results in run_ranks(ways_rank, 2):
+    for results in run_ranks(modes_rank, 2):
         loss, grads = results.pop("plain")
-        for way, (other_loss, other) in results.items():
+        for mode, (other_loss, other) in results.items():
             torch.testing.assert_close(other_loss, loss, rtol=1e-6, atol=0)
             errors = {n: ((other[n] - grads[n]).norm() / grads[n].norm()).item() for n in grads}
-            assert {n: e for n, e in errors.items() if not e <= 5e-6} == {}, way
+            assert {n: e for n, e in errors.items() if not e <= 5e-6} == {}, mode
 
 
 class Sent(TorchDispatchMode):
-    """Functional collectives, which are those of the sequence axis and tensor parallel:
-
-    how many, bytes of the larger side, types.
-    """
+    """Functional collectives, those of the sequence axis and tensor parallel: number, bytes of the larger side, types."""
 
     KINDS = {
         "all_gather_into_tensor": "all_gather",
@@ -204,9 +195,9 @@ def sent_rank(checkpointing, dtype):
     forward, backward = Sent(), Sent()
 
     def watch(function, mode):
-        def run(*args):
+        def run(*args, **kwargs):
             with mode:
-                return function(*args)
+                return function(*args, **kwargs)
 
         return run
 
@@ -215,7 +206,9 @@ def sent_rank(checkpointing, dtype):
     ids = torch.tensor([0, 1])
     text = draw_noise(1, ids, (ARGS.text_len, ARGS.text_dim))
     batch = Batch({"video": draw_noise(2, ids, (16, *grid))}, text, torch.ones(2, ARGS.text_len, dtype=torch.bool), ids)
-    loss = compute_loss(model, ARGS.patch, batch, batch.streams["video"], ids / 9, ids + 1.0, shard).sum()
+    task = build_denoising(SPEC, ARGS, shard)
+    inputs = task.add_noise(batch, batch.streams["video"], sigma_B=ids / 9, weight_B=ids + 1.0)
+    loss = task.loss(model(**inputs.kwargs), inputs).sum()
     with backward:
         loss.backward()
     return expected, [(mode.count, mode.bytes, mode.dtypes) for mode in (forward, backward)]
@@ -256,9 +249,8 @@ def test_async_mode_is_refused_without_gpus():
 
 
 def fusable_rank(batch_size):
-    """As the compiler's pass sees the graphs of forward and backward:
-
-    products that each gather feeds, whether each scatter is of a product.
+    """How the compiler's pass sees the graphs of forward and backward: the number of matmuls that each gather feeds,
+    and whether each scatter takes the result of a matmul.
     """
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd

@@ -1,6 +1,6 @@
-"""What is kept, what is computed again, and that neither changes a gradient. Layouts of several ranks:
+"""What is saved, what is recomputed, and that neither changes a gradient.
 
-tests/distributed_tests.
+Layouts of several ranks: tests/distributed_tests.
 """
 
 from collections import Counter
@@ -13,19 +13,21 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.helpers import randomized_init
 from titan_video.config.job_config import ActivationCheckpoint
 from titan_video.distributed.activation_checkpoint import (
     CheckpointedBlock,
     apply_activation_checkpoint,
     check_save_min_kv,
-    chosen_blocks,
     recomputed_flops,
-    saved_bytes_per_token,
+    select_blocks,
 )
 from titan_video.distributed.compile import apply_compile, num_graphs
 from titan_video.distributed.offload import IN_FLIGHT
 from titan_video.distributed.utils import initialise
+from titan_video.models.spec import StepLayout
 from titan_video.models.wan import SPEC, WanArgs, WanModel
+from titan_video.planner.memory import saved_bytes_per_token
 
 ARGS = WanArgs(dim=48, num_heads=2, num_layers=4, ffn_dim=96, text_dim=16, text_len=8, freq_dim=32)
 TEXT, TOKENS = ARGS.text_len, 32
@@ -43,14 +45,9 @@ def fresh_compiler():
     torch._functorch.config.activation_memory_budget = budget
 
 
-def perturbed(name, tensor, generator):
-    SPEC.init_parameter(name, tensor, generator)
-    tensor.add_(torch.empty_like(tensor).normal_(0, 0.05, generator=generator))
-
-
 def build(section, args=ARGS, backend=None, dtype=torch.float32):
     model = WanModel(args)
-    initialise(model, perturbed, 0)
+    initialise(model, randomized_init(SPEC.init_parameter), 0)
     model.to(dtype)
     apply_activation_checkpoint(model, SPEC.plan, section)
     if backend:
@@ -62,7 +59,8 @@ def forward(model, tokens=TOKENS, batch=2, seq_len=None):
     g = torch.Generator().manual_seed(tokens)
     x, text = torch.randn(batch, tokens, 64, generator=g), torch.randn(batch, TEXT, 16, generator=g)
     positions = torch.arange(3 * tokens).view(1, tokens, 3)
-    return model(x, positions, 1000 * torch.rand(batch, generator=g), text, None, seq_len)
+    layout = None if seq_len is None else StepLayout(seq_len)
+    return model(x_BLP=x, pos_BL3=positions, t_B=1000 * torch.rand(batch, generator=g), text_BSD=text, layout=layout)
 
 
 def gradients(model, **options):
@@ -89,7 +87,7 @@ def plain():
 class Executed(TorchDispatchMode):
     """Counts what runs beneath all other modes:
 
-    attention by its number of keys, and products with bias, which only forwards have.
+    attention by its number of keys, and matmuls with bias, which only forwards have.
     """
 
     def __init__(self):
@@ -104,7 +102,7 @@ class Executed(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# per block: self-attention, cross-attention, products of the video tokens (8: k and v of the text are smaller)
+# per block: self-attention, cross-attention, matmuls of the video tokens (8: k and v of the text are smaller)
 RUNS = {
     "none": (NONE, 1, 1, 8),
     "full": (FULL, 2, 2, 16),
@@ -124,9 +122,9 @@ def test_runs_of_each_operator_and_equal_gradients(way, offload, plain):
     model = build(replace(section, offload=offload))
     with Executed() as executed:
         grads = gradients(model)
-    # patch embedding and head are one product each
-    counted = executed.count[TOKENS], executed.count[TEXT], executed.count["addmm"] - 2
-    assert counted == tuple(n * ARGS.num_layers for n in expected)
+    # patch embedding and head are one matmul each
+    num_runs = executed.count[TOKENS], executed.count[TEXT], executed.count["addmm"] - 2
+    assert num_runs == tuple(n * ARGS.num_layers for n in expected)
     assert_equal(grads, plain)
 
 
@@ -145,9 +143,9 @@ def test_only_the_layers_listed(plain):
 
 def test_a_pipeline_stage_knows_its_blocks_by_the_whole_models_numbers():
     model = WanModel(ARGS)
-    chosen = chosen_blocks(model, SPEC.plan, (1, 3))
+    selected = select_blocks(model, SPEC.plan, (1, 3))
     del model.blocks["0"], model.blocks["1"]
-    apply_activation_checkpoint(model, SPEC.plan, FULL, chosen)
+    apply_activation_checkpoint(model, SPEC.plan, FULL, selected)
     assert [isinstance(b, CheckpointedBlock) for b in model.blocks.values()] == [False, True]
 
 
@@ -269,31 +267,31 @@ def test_offload_leaves_the_last_blocks_tensors_only(way, per_block, plain):
     section = {"full": FULL, "selective": SELECTIVE, "matmul": MATMUL}[way]
     model = build(replace(section, offload=True), replace(ARGS, num_layers=6))
     offload = offloader(model)
-    sent, send = [], offload.send
-    offload.send = lambda x: sent.append(send(x)) or sent[-1]
+    offloaded, run_offload = [], offload.offload
+    offload.offload = lambda x: offloaded.append(run_offload(x)) or offloaded[-1]
     loss = forward(model).square().sum()
-    assert offload.num_sent == 6 * per_block  # neither the lse nor products of the text
-    on_device = [moved.here is not None for moved in sent]
+    assert offload.num_offloaded == 6 * per_block  # neither the lse nor matmuls of the text
+    on_device = [moved.device_tensor is not None for moved in offloaded]
     assert on_device == [False] * (6 - IN_FLIGHT) * per_block + [True] * IN_FLIGHT * per_block
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    assert all(moved.host.untyped_storage().data_ptr() not in weights for moved in sent)
-    assert {moved.host.numel() for moved in sent} == {2 * TOKENS * ARGS.dim}
+    assert all(moved.host.untyped_storage().data_ptr() not in weights for moved in offloaded)
+    assert {moved.host.numel() for moved in offloaded} == {2 * TOKENS * ARGS.dim}
 
     # In backward one block's are on their way while another's are used.
-    most, fetch = 0, offload.fetch
+    most, reload = 0, offload.reload
 
     def watch(moved):
         nonlocal most
-        x = fetch(moved)
-        most = max(most, sum(m.here is not None for m in sent))
+        x = reload(moved)
+        most = max(most, sum(m.device_tensor is not None for m in offloaded))
         return x
 
-    offload.fetch = watch
+    offload.reload = watch
     loss.backward()
-    assert offload.num_fetched == (6 - IN_FLIGHT) * per_block
+    assert offload.num_reloaded == (6 - IN_FLIGHT) * per_block
     assert most <= 2 * per_block
-    assert all(moved.here is None for moved in sent)
-    assert not any(block.leaving for block in offload.leaving)  # which would hold on to host memory
+    assert all(moved.device_tensor is None for moved in offloaded)
+    assert not any(block.in_flight for block in offload.in_flight)  # which would hold on to host memory
 
 
 def test_offload_over_several_steps_and_micro_batches():
@@ -343,7 +341,7 @@ def test_compiled_equals_eager(way, plain):
     if section.offload:
         # Weights are saved by compiled code too. They stay, and so do small things.
         per_block = {"full": 1, "selective": 6}[way]
-        assert offloader(model).num_sent == 2 * per_block * ARGS.num_layers
+        assert offloader(model).num_offloaded == 2 * per_block * ARGS.num_layers
 
 
 def test_memory_budget_keeps_what_it_is_given():

@@ -1,26 +1,32 @@
-"""What models are given beside noise, time and text:
+"""What models are cond_latents beside noise, time and text:
 
 each tensor against the diffusers pipelines' own, from tiny random encoders saved to disk.
 """
 
 import json
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.helpers import build_denoising, randomized_init
 from tests.unit_tests.test_encoder_wan import saved as wan_folder  # noqa: F401
 from titan_video.config.job_config import Encoder
 from titan_video.data.batch import Batch
+from titan_video.distributed.sequence import whole_sequence
+from titan_video.distributed.utils import initialise
 from titan_video.encoders import build_encoders
 from titan_video.ingest.conditioning_frames import encode_cond_frames, encode_images
 from titan_video.models import get_spec
 from titan_video.models.conditioning import ConditioningSpec
 from titan_video.models.layers import patchify, token_shape, unpatchify
-from titan_video.tasks.conditioning import FrameConditioning, guidance
-from titan_video.tasks.denoising import compute_loss, model_inputs
+from titan_video.models.wan import SPEC as WAN
+from titan_video.models.wan import WanArgs, WanModel
+from titan_video.tasks.conditioning import FrameConditioning, guidance_kwargs
 
 PATCH = (1, 2, 2)
 FRAMES, HEIGHT, WIDTH = 9, 32, 64
@@ -149,12 +155,14 @@ def test_wan_channels_and_image_tokens(wan21, flavor):
     latents = torch.randn(1, 16, *LATENT)
     _, expected = prepared(pipeline, images, 16, latents)
     cond_frames_CNHW = torch.stack(images, dim=1)
-    given = encode_cond_frames(encoders, conditioning, cond_frames_CNHW, FRAMES)[None]
-    channels = conditioning.channels(given, LATENT[0])
+    cond_latents = encode_cond_frames(encoders, conditioning, cond_frames_CNHW, FRAMES)[None]
+    channels = conditioning.channels(cond_latents, LATENT[0])
     assert channels.shape == (1, 20, *LATENT)
     close(channels, expected)
     assert torch.equal(channels[:, :4], expected[:, :4])
-    x = FrameConditioning(conditioning, given, LATENT, PATCH).build_input(patchify(latents, PATCH))
+    x = FrameConditioning(conditioning, cond_latents, LATENT, PATCH, whole_sequence()).build_input(
+        patchify(latents, PATCH)
+    )
     close(x, patchify(torch.cat([latents, expected], dim=1), PATCH))
     if conditioning.image_tokens:
         tokens = encode_images(encoders, cond_frames_CNHW)
@@ -174,17 +182,17 @@ def test_wan_clean_first_frame(wan22):
     assert (encoders.channels, encoders.stride_s) == (48, 16)
     grid = 3, 2, 4
     latents, expected, mask = prepared(pipeline, [frame(0)], 48, torch.randn(1, 48, *grid))
-    given = encode_cond_frames(encoders, conditioning, frame(0)[:, None], FRAMES)[None]
-    close(given, expected)
-    tokens = FrameConditioning(conditioning, given, grid, PATCH)
+    cond_latents = encode_cond_frames(encoders, conditioning, frame(0)[:, None], FRAMES)[None]
+    close(cond_latents, expected)
+    tokens = FrameConditioning(conditioning, cond_latents, grid, PATCH, whole_sequence())
     x = tokens.build_input(patchify(latents, PATCH))
     close(unpatchify(x, token_shape(grid, PATCH), PATCH), (1 - mask) * expected + mask * latents)
-    times = torch.where(tokens.arguments["cond_mask_BL"], 0, 700)
+    times = torch.where(tokens.kwargs["cond_mask_BL"], 0, 700)
     assert torch.equal(times, (mask[0][0][:, ::2, ::2] * 700).flatten()[None].long())
 
     frames = torch.stack([frame(k) for k in range(FRAMES)], dim=1)[None]
     close(
-        encoders.encode_video(frames)[:, :, :1], given
+        encoders.encode_video(frames)[:, :, :1], cond_latents
     )  # causal: a clip's first latent frame is that of its first frame
     z = pipeline.vae.encode(frames.float() / 127.5 - 1).latent_dist.mode()
     decoded = pipeline.vae.decode(z).sample
@@ -350,20 +358,22 @@ def test_hunyuan_image(hunyuan_i2v, flavor):
     start, expected = pipeline.prepare_latents(
         pixels, 1, 16, HEIGHT, WIDTH, FRAMES, torch.float32, "cpu", None, latents, form
     )
-    given = encode_cond_frames(encoders, conditioning, images[0][:, None], FRAMES)[None]
-    close(given, expected[:, :, :1])
-    close(conditioning.start(latents, given) - latents, start - latents)
+    cond_latents = encode_cond_frames(encoders, conditioning, images[0][:, None], FRAMES)[None]
+    close(cond_latents, expected[:, :, :1])
+    close(conditioning.initial_latents(latents, cond_latents) - latents, start - latents)
     if form == "latent_concat":  # as the pipeline's __call__ goes on
         mask = torch.zeros(1, 1, *LATENT)
         mask[:, :, 0], expected[:, :, 1:] = 1, 0
         expected = torch.cat([latents, expected, mask], dim=1)
     else:
         expected = torch.cat([expected, latents[:, :, 1:]], dim=2)
-    x = FrameConditioning(conditioning, given, LATENT, PATCH).build_input(patchify(latents, PATCH))
+    x = FrameConditioning(conditioning, cond_latents, LATENT, PATCH, whole_sequence()).build_input(
+        patchify(latents, PATCH)
+    )
     close(unpatchify(x, token_shape(LATENT, PATCH), PATCH), expected)
-    assert guidance(conditioning, 6.0, torch.zeros(2)) == {} or guidance(conditioning, 6.0, torch.zeros(2))[
-        "guidance_B"
-    ].tolist() == [6000.0, 6000.0]
+    assert guidance_kwargs(conditioning, 6.0, torch.zeros(2)) == {} or guidance_kwargs(
+        conditioning, 6.0, torch.zeros(2)
+    )["guidance_B"].tolist() == [6000.0, 6000.0]
 
 
 @torch.no_grad()
@@ -403,57 +413,105 @@ def test_unfit_hunyuan_folders_are_refused_by_name(hunyuan_t2v, tmp_path):
 # ---- the objective ----
 
 
-class Recorder(torch.nn.Module):
-    """Answers 0 and keeps what it was given."""
-
-    def forward(self, x_BLP, pos, t, text, mask, seq_len=None, **cond):
-        self.x, self.cond = x_BLP, cond
-        return torch.zeros(*x_BLP.shape[:2], 64)
-
-
-def make_batch(given):
+def make_batch(cond_latents):
+    cond = {} if cond_latents is None else {"cond_latents_BCFHW": cond_latents}
     return Batch(
         {"video": torch.randn(2, 16, *LATENT)},
         torch.zeros(2, 5, 8),
         torch.ones(2, 5, dtype=torch.bool),
         torch.arange(2),
-        {"cond_latents_BCFHW": given},
+        cond,
     )
 
 
-def test_given_tokens_hold_no_noise_and_no_loss():
-    conditioning = ConditioningSpec(num_cond_frames=1, form="clean", guidance=True)
+def task_of(conditioning, guidance_scale=1.0):
+    """A denoising task of a model that declares `conditioning`."""
+    args = SimpleNamespace(conditioning=conditioning, patch=PATCH)
+    return build_denoising(None, args, guidance_scale=guidance_scale)
+
+
+def test_conditioning_tokens_hold_no_noise_and_no_loss():
+    task = task_of(ConditioningSpec(num_cond_frames=1, form="clean", guidance=True), guidance_scale=3.0)
     batch, noise = make_batch(torch.randn(2, 16, 1, 4, 8)), torch.randn(2, 16, *LATENT)
-    model, s = Recorder(), torch.tensor([0.25, 0.75])
-    loss = compute_loss(model, PATCH, batch, noise, s, torch.ones(2), None, conditioning, 3.0)
+    s = torch.tensor([0.25, 0.75])
+    inputs = task.add_noise(batch, noise, sigma_B=s)
+    loss = task.loss(torch.zeros_like(inputs.target_BLP), inputs)
     torch.testing.assert_close(loss, (noise - batch.streams["video"])[:, :, 1:].square().flatten(1).sum(1))
-    assert conditioning.num_loss_elements(batch.streams["video"]) == batch.streams["video"][:, :, 1:].numel()
-    assert model.cond["guidance_B"].tolist() == [3000.0, 3000.0]
-    first = model.cond["cond_mask_BL"][0]
+    assert task.num_loss_elements(batch) == batch.streams["video"][:, :, 1:].numel()
+    assert inputs.kwargs["guidance_B"].tolist() == [3000.0, 3000.0]
+    first = inputs.kwargs["cond_mask_BL"][0]
     assert first.sum() == 8 and first[:8].all()
-    x = unpatchify(model.x, token_shape(LATENT, PATCH), PATCH)
+    x = unpatchify(inputs.kwargs["x_BLP"], token_shape(LATENT, PATCH), PATCH)
     assert torch.equal(x[:, :, :1], batch.cond["cond_latents_BCFHW"])
     torch.testing.assert_close(x[0, :, 1:], (0.75 * batch.streams["video"] + 0.25 * noise)[0, :, 1:])
     assert "cond_latents_BCFHW" in batch.cond  # the batch is not used up
 
-    concat = ConditioningSpec(num_cond_frames=1, form="mask_last")
-    inputs = model_inputs(PATCH, batch, noise, s, torch.ones(2), None, concat)
-    assert inputs.cond == {} and inputs.cond_mask_BL is None and concat.num_loss_elements(noise) == noise.numel()
-    tail = unpatchify(inputs.x_BLP[..., 64:], token_shape(LATENT, PATCH), PATCH)
+    task = task_of(ConditioningSpec(num_cond_frames=1, form="mask_last"))
+    inputs = task.add_noise(batch, noise, sigma_B=s)
+    model_kwargs = {"x_BLP", "pos_BL3", "t_B", "text_BSD", "text_mask_BS", "layout"}
+    assert inputs.kwargs.keys() == model_kwargs and inputs.cond_mask_BL is None
+    assert task.num_loss_elements(batch) == noise.numel()
+    tail = unpatchify(inputs.kwargs["x_BLP"][..., 64:], token_shape(LATENT, PATCH), PATCH)
     expected = F.pad(
         torch.cat([batch.cond["cond_latents_BCFHW"], torch.ones(2, 1, 1, 4, 8)], dim=1), [0, 0, 0, 0, 0, 2]
     )
     assert torch.equal(tail, expected)
-    with pytest.raises(ValueError, match="image-to-video"):
-        model_inputs(
-            PATCH,
-            Batch(batch.streams, batch.text_BLD, batch.text_mask_BL, batch.sample_ids_B),
-            noise,
-            s,
-            s,
-            None,
-            concat,
-        )
+    for form in ("mask_first", "mask_last"):
+        with pytest.raises(ValueError, match="model.flavor.*conditioning frame of each clip.*image-to-video"):
+            task_of(ConditioningSpec(num_cond_frames=1, form=form)).add_noise(make_batch(None), noise, sigma_B=s)
+
+
+def ti2v_and_its_text_to_video():
+    """Tasks of one architecture with and without a clean first frame, and two models with the same weights."""
+    args = WanArgs(
+        dim=24, num_heads=2, num_layers=2, ffn_dim=32, text_dim=8, text_len=5, freq_dim=16, clean_first_frame=True
+    )
+    text_args = replace(args, clean_first_frame=False)
+    model, text_model = WanModel(args), WanModel(text_args)
+    initialise(model, randomized_init(WAN.init_parameter), 0)
+    text_model.load_state_dict(model.state_dict())
+    return (build_denoising(WAN, args), model), (build_denoising(WAN, text_args), text_model)
+
+
+def loss_and_gradients(task, model, batches):
+    """Of one step of micro-batches."""
+    model.zero_grad()
+    num_elements = sum(task.num_loss_elements(batch) for batch in batches)
+    total = 0.0
+    for batch in batches:
+        inputs = task.prepare(batch)
+        loss = task.loss(model(**inputs.kwargs), inputs).sum() / num_elements
+        loss.backward()
+        total += loss.item()
+    return total, {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def assert_same_step(step, expected):
+    assert step[0] == pytest.approx(expected[0], rel=1e-6)
+    for name, grad in step[1].items():
+        torch.testing.assert_close(grad, expected[1][name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_clean_first_frame_is_a_property_of_the_micro_batch():
+    """One model: without conditioning frames it trains as the text-to-video model, and one step can mix both."""
+    (task, model), (text_task, text_model) = ti2v_and_its_text_to_video()
+    batch = make_batch(None)
+    conditioned = replace(make_batch(torch.randn(2, 16, 1, 4, 8)), sample_ids_B=torch.arange(2) + 5)
+    text_only = loss_and_gradients(task, model, [batch])
+    assert task.num_loss_elements(batch) == batch.streams["video"].numel()
+    assert task.num_loss_elements(conditioned) == conditioned.streams["video"][:, :, 1:].numel()
+    assert_same_step(text_only, loss_and_gradients(text_task, text_model, [batch]))
+
+    clean = loss_and_gradients(task, model, [conditioned])
+    assert clean[0] != pytest.approx(loss_and_gradients(task, model, [without_frames(conditioned)])[0], rel=1e-3)
+    # The mixed step is the mean of both, weighted by the elements that count: 3 frames of one, 2 of the other.
+    gradients = {n: 0.6 * text_only[1][n] + 0.4 * clean[1][n] for n in clean[1]}
+    expected = 0.6 * text_only[0] + 0.4 * clean[0], gradients
+    assert_same_step(loss_and_gradients(task, model, [batch, conditioned]), expected)
+
+
+def without_frames(batch):
+    return replace(batch, cond={})
 
 
 def test_batches_are_split_and_moved_with_their_conditions():

@@ -1,4 +1,4 @@
-"""Float8 products, emulated: torchao's own, rounded as they should be, and in the right Linears."""
+"""Float8 matmuls, emulated: torchao's own, rounded as they should be, and in the right Linears."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from titan_video.config.job_config import Float8, Lora
-from titan_video.distributed.float8 import apply_float8, matmul_fn
+from titan_video.distributed.float8 import apply_float8, float8_linear_fn
 from titan_video.distributed.tensor_parallel import UnfusedLinear
 from titan_video.lora.adapters import add_adapters
 from titan_video.models import get_spec
@@ -20,11 +20,11 @@ ARGS = WanArgs(dim=48, num_heads=2, num_layers=1, ffn_dim=64, text_dim=8, text_l
 
 
 def is_float8(linear):
-    return linear.product is not F.linear
+    return linear.linear_fn is not F.linear
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
-def test_product_is_that_of_torchaos_linear(recipe):
+def test_matmul_is_that_of_torchaos_linear(recipe):
     """Values and all gradients, bit for bit; and near F.linear, but not it."""
     from torchao.float8 import Float8LinearConfig
     from torchao.float8.float8_linear import Float8Linear
@@ -46,15 +46,15 @@ def test_product_is_that_of_torchaos_linear(recipe):
         return torch.func.functional_call(theirs, {"weight": w, "bias": b}, (x,))
 
     for ours, expected, exact in zip(
-        grads(matmul_fn(replace(EMULATED, recipe_name=recipe))), grads(oracle), grads(F.linear), strict=True
+        grads(float8_linear_fn(replace(EMULATED, recipe_name=recipe))), grads(oracle), grads(F.linear), strict=True
     ):
         assert torch.equal(ours, expected)
         error = (ours - exact).norm() / exact.norm()
         assert error < 0.08
-    assert error == 0  # the bias's gradient has no product in it
+    assert error == 0  # the bias's gradient has no matmul in it
     x, w, b = torch.randn(4, 16), torch.randn(16, 16), torch.randn(16)
-    product = matmul_fn(replace(EMULATED, recipe_name=recipe))
-    assert not torch.equal(product(x, w), F.linear(x, w)) and torch.equal(product(x, w, b), product(x, w) + b)
+    linear_fn = float8_linear_fn(replace(EMULATED, recipe_name=recipe))
+    assert not torch.equal(linear_fn(x, w), F.linear(x, w)) and torch.equal(linear_fn(x, w, b), linear_fn(x, w) + b)
 
 
 def test_linears_of_the_blocks_and_no_other():
@@ -96,7 +96,7 @@ def test_adapters_and_split_linears_multiply_in_float8():
     with torch.no_grad():
         for p in linear.parameters():
             p.normal_()
-    expected = linear.product(x, linear.weight, linear.bias) + linear.adapter(x)
+    expected = linear.linear_fn(x, linear.weight, linear.bias) + linear.adapter(x)
     assert torch.equal(linear(x), expected) and not torch.equal(
         F.linear(x, linear.weight, linear.bias) + linear.adapter(x), expected
     )
@@ -107,7 +107,7 @@ def test_adapters_and_split_linears_multiply_in_float8():
 
 def test_compiles_as_one_graph():
     linear = Linear(32, 48)
-    linear.product = matmul_fn(EMULATED)
+    linear.linear_fn = float8_linear_fn(EMULATED)
     x = torch.randn(5, 32)
     torch.testing.assert_close(torch.compile(linear, backend="aot_eager", fullgraph=True)(x), linear(x))
 

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.helpers import hf_state_dict, load_from_hf_state_dict, run_ranks
+from tests.helpers import build_denoising, hf_state_dict, load_from_hf_state_dict, run_ranks
 from titan_video.data.batch import Batch
 from titan_video.encoders.debug import DebugEncoders
 from titan_video.models import get_args, get_spec
 from titan_video.models.hunyuan_video import SPEC, HunyuanVideoArgs, HunyuanVideoModel, args_from_hf, args_to_hf
 from titan_video.models.layers import JointInnerAttention, attention_flops, patchify, positions, token_shape, unpatchify
-from titan_video.tasks.denoising import compute_loss
+from titan_video.models.spec import StepLayout
 from titan_video.weights.hf_storage import load_hf, save_hf
 
 T2V = HunyuanVideoArgs(
@@ -141,22 +141,23 @@ def test_padding_of_text_and_video_changes_nothing(pair):
     latents, t, text, mask, cond, _ = make_inputs()
     x, pos = patchify(latents, T2V.patch), positions(token_shape(GRID, T2V.patch))
     seq_len, mask = x.shape[1], mask & (torch.arange(T2V.text_len) < 9)
+    layout = StepLayout(seq_len)
     with torch.no_grad():
         expected = ours(x, pos, t, text[:, :9], mask[:, :9], **cond)
         x, pos = F.pad(x, (0, 0, 0, 3), value=7.0), F.pad(pos, (0, 0, 0, 3))
         text = torch.where(mask.unsqueeze(-1), text, 1e3)
         torch.testing.assert_close(
-            ours(x, pos, t, text, mask, seq_len, **cond)[:, :seq_len], expected, atol=1e-6, rtol=1e-5
+            ours(x, pos, t, text, mask, layout, **cond)[:, :seq_len], expected, atol=1e-6, rtol=1e-5
         )
-        whole = ours(x, pos, t, text[:, :4], None, seq_len, **cond)
-        torch.testing.assert_close(whole, ours(x, pos, t, text[:, :4], mask[:, :4], seq_len, **cond))
+        whole = ours(x, pos, t, text[:, :4], None, layout, **cond)
+        torch.testing.assert_close(whole, ours(x, pos, t, text[:, :4], mask[:, :4], layout, **cond))
 
 
 def test_joint_attention_is_attention_to_the_keys_that_count():
     g = torch.Generator().manual_seed(0)
     video, text = torch.randn(3, 2, 6, 2, 4, generator=g).double(), torch.randn(3, 2, 5, 2, 4, generator=g).double()
     mask, seq_len = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]).bool(), 4
-    out, text_out = JointInnerAttention()(*video, *text, mask, seq_len)
+    out, text_out = JointInnerAttention()(*video, *text, mask, StepLayout(seq_len))
     for b, num_text in enumerate((5, 2)):
         q = torch.cat([video[0, b], text[0, b]])
         k, v = (torch.cat([video[i, b, :seq_len], text[i, b, :num_text]]) for i in (1, 2))
@@ -356,7 +357,7 @@ def debug_batch():
     texts = encoders.encode_text(["a red picture", "a blue bar in the dark"])
     mask = torch.arange(16) < torch.tensor([[len(text)] for text in texts])
     text = torch.stack([F.pad(text, (0, 0, 0, 16 - len(text))) for text in texts])
-    cond = {"pooled_text_BD": text.sum(1), "guidance_B": torch.full((2,), 1000.0)}
+    cond = {"pooled_text_BD": text.sum(1)}
     return Batch({"video": encoders.encode_video(frames)}, text, mask, torch.arange(2), cond)
 
 
@@ -371,10 +372,12 @@ def initialised(args):
 def test_the_debug_flavor_learns_two_clips():
     model, batch, g = initialised(SPEC.flavors["debug"]), debug_batch(), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    task = build_denoising(SPEC, model.args)
     losses = []
     for _ in range(40):
         noise, s = torch.randn(batch.streams["video"].shape, generator=g), torch.rand(2, generator=g)
-        loss = compute_loss(model, (1, 2, 2), batch, noise, s, torch.ones(2)).sum() / noise.numel()
+        inputs = task.add_noise(batch, noise, sigma_B=s)
+        loss = task.loss(model(**inputs.kwargs), inputs).sum() / task.num_loss_elements(batch)
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -401,7 +404,7 @@ def sharded_runs():
     model, meshes = make_pair(args)[0].double(), ParallelDims(tp=2).build_mesh("cpu")
     apply_tensor_parallel(model, SPEC.plan, meshes.tp, async_mode=False)
     apply_fsdp(model, SPEC.plan, meshes, torch.float64, torch.float64, "default")
-    _, loss = squared_error(model, SequenceShard(meshes.sequence, tp_degree=2))
+    _, loss = squared_error(model, SequenceShard.from_meshes(meshes))
     loss.backward()
     return *results, (loss.detach(), whole_grads(model))
 
@@ -422,11 +425,11 @@ def squared_error(model, shard=None):
         patchify(target, args.patch),
         positions(token_shape(GRID, args.patch)),
     )
-    clean, seq_len, num_valid = pos[..., 0] == 0, None, x.shape[1]
+    clean, layout, num_valid = pos[..., 0] == 0, None, x.shape[1]
     if shard is not None:
-        seq_len, num_valid = x.shape[1], shard.num_valid(x.shape[1])
+        layout, num_valid = shard.layout(x.shape[1]), shard.num_valid(x.shape[1])
         x, target, clean, pos = shard.slice(x), shard.slice(target), shard.slice(clean), shard.slice_for_attention(pos)
-    out = model(x, pos, t.float(), text, mask, seq_len, **cond, cond_mask_BL=clean)
+    out = model(x, pos, t.float(), text, mask, layout, **cond, cond_mask_BL=clean)
     return out, (out - target)[:, :num_valid].square().sum()
 
 

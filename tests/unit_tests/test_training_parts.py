@@ -1,8 +1,9 @@
-"""Optimizer, averages, objective, sampling: each against what it should compute, without ranks."""
+"""Optimizer, EMA, objective, sampling: each against what it should compute, without ranks."""
 
 import pytest
 import torch
 
+from tests.helpers import build_denoising
 from titan_video.config.job_config import Ema, Optimizer
 from titan_video.data.batch import Batch
 from titan_video.distributed.utils import clip_grad_norm, initialise
@@ -10,8 +11,7 @@ from titan_video.models.layers import patchify, token_shape, unpatchify
 from titan_video.models.wan import SPEC, WanArgs, WanModel
 from titan_video.optim.ema import EmaWeights
 from titan_video.optim.optimizer import build_optimizer
-from titan_video.tasks.denoising import compute_loss
-from titan_video.tasks.sampling import sample_latents
+from titan_video.tasks.sampling import Prompt, SamplerSettings, sample_latents
 from titan_video.tasks.validation import file_name, shard_indices
 
 ARGS = WanArgs(dim=24, num_heads=2, num_layers=1, ffn_dim=32, text_dim=8, text_len=5, freq_dim=16)
@@ -67,8 +67,9 @@ class Oracle(torch.nn.Module):
         self.v, self.error = patchify(noise - x0, ARGS.patch), error
         self.seen = None
 
-    def forward(self, x_BLP, pos, t, text, mask, seq_len=None):
-        self.seen = x_BLP, pos, t
+    def forward(self, *, x_BLP, pos_BL3, t_B, text_BSD, text_mask_BS, layout):
+        assert layout is None
+        self.seen = x_BLP, pos_BL3, t_B
         return self.v + self.error
 
 
@@ -76,13 +77,14 @@ def test_loss_is_the_weighted_squared_error_per_sample():
     x0, noise = torch.randn(2, 16, 3, 4, 6), torch.randn(2, 16, 3, 4, 6)
     batch = Batch({"video": x0}, torch.zeros(2, 5, 8), torch.ones(2, 5, dtype=torch.bool), torch.arange(2))
     s, w = torch.tensor([0.25, 0.75]), torch.tensor([1.0, 3.0])
-    assert compute_loss(Oracle(x0, noise), ARGS.patch, batch, noise, s, w).tolist() == pytest.approx(
-        [0.0, 0.0], abs=1e-6
-    )
+    task = build_denoising(SPEC, ARGS)
+    inputs = task.add_noise(batch, noise, sigma_B=s, weight_B=w)
+    assert task.loss(Oracle(x0, noise)(**inputs.kwargs), inputs).tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
     model = Oracle(x0, noise, error=0.5)
-    assert compute_loss(model, ARGS.patch, batch, noise, s, w).tolist() == pytest.approx(
+    assert task.loss(model(**inputs.kwargs), inputs).tolist() == pytest.approx(
         [0.25 * x0[0].numel(), 0.75 * x0[0].numel()]
     )
+    assert task.num_loss_elements(batch) == x0.numel()
     x, pos, t = model.seen
     shape = token_shape((3, 4, 6), ARGS.patch)
     assert t.tolist() == [250.0, 750.0] and pos.shape == (1, shape.num_tokens, 3)
@@ -96,9 +98,9 @@ class TowardsPoint(torch.nn.Module):
         super().__init__()
         self.point, self.calls = patchify(point, ARGS.patch), []
 
-    def forward(self, x_BLP, pos, t_B, text, mask, seq_len=None):
+    def forward(self, *, x_BLP, pos_BL3, t_B, text_BSD, text_mask_BS, layout):
         self.calls.append(len(x_BLP))
-        has_prompt = (text.abs().sum((1, 2)) > 0).float()[:, None, None]
+        has_prompt = (text_BSD.abs().sum((1, 2)) > 0).float()[:, None, None]
         return (x_BLP - has_prompt * self.point) / (t_B / 1000)[:, None, None]
 
 
@@ -107,8 +109,10 @@ def test_sampling_ends_at_the_guided_point(scale):
     shape = (16, 2, 4, 4)
     point = torch.randn(1, *shape)
     model = TowardsPoint(point, shape)
-    text, null, mask = torch.ones(2, 5, 8), torch.zeros(1, 5, 8), torch.ones(2, 5, dtype=torch.bool)
-    out = sample_latents(model, ARGS.patch, text, mask, null, mask[:1], shape, [4, 9], 0, 6, scale, 3.0)
+    prompt = Prompt(torch.ones(2, 5, 8), torch.ones(2, 5, dtype=torch.bool))
+    null = Prompt(torch.zeros(1, 5, 8), prompt.mask_BL[:1])
+    settings = SamplerSettings(num_steps=6, guidance_scale=scale, shift=3.0, seed=0)
+    out = sample_latents(model, ARGS, prompt, null, shape, [4, 9], settings)
     torch.testing.assert_close(out, (scale * point).expand(2, *shape), atol=2e-4, rtol=1e-4)
     assert model.calls == [2 if scale == 1 else 4] * 6
 
@@ -123,12 +127,12 @@ def test_clip_returns_the_norm_and_scales():
     assert clip_grad_norm(model, 10.0).item() == pytest.approx(1.0, rel=1e-4)
 
 
-def test_work_is_dealt_out_once_and_evenly():
+def test_items_are_sharded_once_and_evenly():
     for items in (1, 3, 4, 7):
         for world in (1, 2, 4):
             shares = [shard_indices(items, rank, world) for rank in range(world)]
             assert len({len(s) for s in shares}) == 1
-            assert sorted(i for s in shares for i, counted in s if counted) == list(range(items))
+            assert sorted(i for s in shares for i, is_counted in s if is_counted) == list(range(items))
 
 
 def test_file_names_of_prompts():
