@@ -225,7 +225,7 @@ def test_flops_of_recomputation():
 
 
 @pytest.mark.parametrize(
-    "save, error", [("attention", "no attention operator"), ("matmul", "fewer than two matrix products")]
+    "save, error", [("attention", "no attention operator"), ("matmul", "fewer than two matmuls")]
 )
 @pytest.mark.parametrize("backend", [None, "aot_eager"])
 def test_a_selection_that_keeps_nothing_is_an_error(save, error, backend):
