@@ -224,9 +224,7 @@ def test_flops_of_recomputation():
 # ---- a selection that selects nothing ----
 
 
-@pytest.mark.parametrize(
-    "save, error", [("attention", "no attention operator"), ("matmul", "fewer than two matmuls")]
-)
+@pytest.mark.parametrize("save, error", [("attention", "no attention operator"), ("matmul", "fewer than two matmuls")])
 @pytest.mark.parametrize("backend", [None, "aot_eager"])
 def test_a_selection_that_keeps_nothing_is_an_error(save, error, backend):
     model = torch.nn.Module()
