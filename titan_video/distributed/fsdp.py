@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from titan_video.distributed.parallel_dims import Meshes
+from titan_video.distributed.utils import clean_name
 from titan_video.models.spec import ParallelPlan
 
 # A Linear of a 3-D input returns a view. The warning is about in-place changes of it, which no model here makes.
@@ -54,6 +55,10 @@ def apply_fsdp(
     reshard = reshard_after_forward == "always" or (reshard_after_forward == "default" and shard_degree > 1)
     root_dtype = torch.promote_types(param_dtype, torch.float32)  # the root holds the plan's float32 parts
     for pattern, mesh_name in plan.units.items():
+        assert hasattr(meshes, mesh_name), (
+            f"ParallelPlan.units: {pattern!r} is sharded over {mesh_name!r}, which is no mesh; meshes: "
+            f"{list(vars(meshes))}"
+        )
         is_root = pattern == ""
         # Modules cast their inputs themselves: a policy's cast would also hit times, RoPE and modulation (float32).
         policy = MixedPrecisionPolicy(
@@ -82,13 +87,19 @@ def apply_fsdp(
 def match_modules(model: nn.Module, pattern: str) -> Iterator[nn.Module]:
     """Modules with parameters whose dotted path matches; `*` stands for one path element, "" is the model itself.
 
-    A path that a flavor or a pipeline stage lacks matches nothing.
+    Checkpointing wrappers are no path elements. A path that a flavor or a pipeline stage lacks matches nothing.
     """
-    modules = [model]
-    for element in pattern.split(".") if pattern else ():
-        children = [dict(m.named_children()) for m in modules]
-        modules = [child for c in children for name, child in c.items() if element in (name, "*")]
-    return (m for m in modules if next(m.parameters(), None) is not None)
+    elements = pattern.split(".") if pattern else []
+    seen = set()
+    for name, module in model.named_modules():
+        path = clean_name(f"{name}.").strip(".")
+        if path in seen:
+            continue  # what a checkpointing wrapper contains has the wrapper's own path
+        seen.add(path)
+        names = path.split(".") if path else []
+        is_match = len(names) == len(elements) and all(e in (n, "*") for e, n in zip(elements, names))
+        if is_match and next(module.parameters(), None) is not None:
+            yield module
 
 
 def reshard(model: nn.Module) -> None:
