@@ -182,7 +182,8 @@ class Program:
         for log in self.logs:
             Path(log).unlink(missing_ok=True)
         self.ranks = [
-            context().Process(target=_program, args=(argv, log, env, hook)) for log, env in zip(self.logs, envs)
+            context().Process(target=_program, args=(argv, log, env, hook))
+            for log, env in zip(self.logs, envs, strict=True)
         ]
         for p in self.ranks:
             p.start()

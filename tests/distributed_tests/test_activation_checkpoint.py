@@ -21,6 +21,7 @@ from titan_video.flow.noise import draw_noise
 from titan_video.models.wan import SPEC, WanModel
 
 LOCAL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+TWO_BLOCKS = replace(ARGS, num_layers=2)
 
 
 class Executed(TorchDispatchMode):
@@ -40,7 +41,7 @@ class Executed(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def step(section, compiled, dims, args=replace(ARGS, num_layers=2)):
+def step(section, compiled, dims, args=TWO_BLOCKS):
     mesh = dims.build_mesh("cpu")
     with torch.device("meta"):
         model = WanModel(args)
@@ -84,34 +85,34 @@ def fsdp():
 def test_gradients_under_fsdp_are_equal():
     for results in run_ranks(fsdp, 2):
         reference = results["none", False]
-        for (way, compiled), grads in results.items():
+        for (mode, compiled), grads in results.items():
             # The compiler's forms of some operators round differently.
             errors = {n: ((grads[n] - reference[n]).norm() / reference[n].norm()).item() for n in reference}
-            assert (way, compiled, {n: e for n, e in errors.items() if not e <= (2e-5 if compiled else 0)}) == (
-                way,
+            assert (mode, compiled, {n: e for n, e in errors.items() if not e <= (2e-5 if compiled else 0)}) == (
+                mode,
                 compiled,
                 {},
             )
 
 
 def context_parallel(dims):
-    ways = {"none": NONE, "full": FULL, "selective": replace(SELECTIVE, save_min_kv=16)}
-    return {name: step(section, False, dims) for name, section in ways.items()}
+    modes = {"none": NONE, "full": FULL, "selective": replace(SELECTIVE, save_min_kv=16)}
+    return {name: step(section, False, dims) for name, section in modes.items()}
 
 
 @pytest.mark.parametrize("dims", [ParallelDims(ulysses=2), ParallelDims(ring=2)], ids=["ulysses", "ring"])
 def test_attention_of_context_parallel_runs_once(dims):
     kind = "attention" if dims.ulysses == 2 else "ring_attention"
     for results in run_ranks(context_parallel, 2, dims):
-        runs = {way: count.get(kind) for way, (_, count) in results.items()}
+        runs = {mode: count.get(kind) for mode, (_, count) in results.items()}
         assert runs == {"none": 2, "selective": 2, "full": 4}  # two blocks
-        exchanges = {way: count.get("all_to_all_single", 0) for way, (_, count) in results.items()}
+        exchanges = {mode: count.get("all_to_all_single", 0) for mode, (_, count) in results.items()}
         assert exchanges == (
             {"none": 8, "selective": 12, "full": 12} if dims.ulysses == 2 else {"none": 0, "selective": 0, "full": 0}
         )
         reference = results["full"][0]
-        for way, (grads, _) in results.items():
-            assert (way, [n for n in grads if not torch.equal(grads[n], reference[n])]) == (way, [])
+        for mode, (grads, _) in results.items():
+            assert (mode, [n for n in grads if not torch.equal(grads[n], reference[n])]) == (mode, [])
 
 
 def tensor_parallel():

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tests.helpers import run_ranks
+from tests.helpers import randomized_init, run_ranks
 from titan_video.checkpoint import files
 from titan_video.checkpoint.manager import CheckpointManager, load_weights
 from titan_video.checkpoint.state import ModelState, OptimizerState
@@ -112,16 +112,10 @@ class Run:
         return reduce_over(self.meshes.sequence, loss, "sum") if self.meshes else loss
 
 
-def perturbed_init(name, tensor, generator):
-    """The public initialisation has a head of zeros, through which no gradient would reach the blocks."""
-    SPEC.init_parameter(name, tensor, generator)
-    tensor.add_(torch.empty_like(tensor).normal_(0, 0.05, generator=generator))
-
-
 def write_reference(folder: Path, args: WanArgs) -> None:
     """Two steps of one process. Saves step-0 of the chain, the same tensors in a file, the exports, and the next loss."""
     run = Run(args, "one", folder)
-    initialise(run.model, perturbed_init, 0)
+    initialise(run.model, randomized_init(SPEC.init_parameter), 0)
     run.ema.reset()
     for step in (1, 2):
         run.loss().backward()

@@ -77,7 +77,7 @@ def largest_error(results, whole, mesh):
     expected = [get_slice_of(x, mesh, 0.0) for x in reference(whole)]
     # Padded rows of the output are nobody's; their gradients must be zero.
     got = [results[0].double() * rows, *(x.double() for x in results[1:])]
-    return max((a - b).abs().max().item() for a, b in zip(got, expected))
+    return max((a - b).abs().max().item() for a, b in zip(got, expected, strict=True))
 
 
 def check_layouts(layouts, shapes, dtypes, heads=HEADS):
@@ -119,7 +119,7 @@ TEXT = 5
 
 
 def whole_text(batch, dtype, heads=HEADS):
-    """q, k, v and the gradient of the output, of the text; which of its tokens count (of the first clip, two of five)."""
+    """q, k, v and the gradient of the output, of the text, and its mask: two of five tokens of the first clip count."""
     generator = torch.Generator().manual_seed(11)
     tensors = [
         torch.randn(batch, TEXT, heads, WIDTH, dtype=torch.float64, generator=generator).to(dtype) for _ in range(4)
@@ -132,7 +132,7 @@ def whole_text(batch, dtype, heads=HEADS):
 def joint_reference(whole, text, mask):
     """(out, text_out, gradients of q, k, v, text q, k, v), written out."""
     leaves = [x.double().requires_grad_() for x in (*whole[:3], *text[:3])]
-    q, k, v = (torch.cat(pair, dim=1).transpose(1, 2) for pair in zip(leaves[:3], leaves[3:]))
+    q, k, v = (torch.cat(pair, dim=1).transpose(1, 2) for pair in zip(leaves[:3], leaves[3:], strict=True))
     scores = q @ k.mT * WIDTH**-0.5
     if mask is not None:
         scores = scores.masked_fill(~F.pad(mask, (whole[0].shape[1], 0), value=True)[:, None, None], -torch.inf)
@@ -170,7 +170,7 @@ def check_joint(layouts, shapes, dtypes, heads=HEADS):
                     got[0] = got[0] * rows
                     for i in (0, 2, 3, 4):  # those of the video
                         expected[i] = get_slice_of(expected[i], mesh, 0.0)
-                    error = max((x.double() - y).abs().max().item() for x, y in zip(got, expected))
+                    error = max((x.double() - y).abs().max().item() for x, y in zip(got, expected, strict=True))
                     errors[ring, ulysses, rotate, batch, seq_len, text_mask is None, dtype] = error
     return errors
 
@@ -266,7 +266,7 @@ def test_what_is_sent_equals_the_closed_forms(world, dtype, joint):
         for (ring, ulysses, rotate), directions in counts.items():
             exchange = ulysses_traffic(elements, ulysses, item, text) if ulysses > 1 else ([], [])
             rounds = ring_traffic(elements, ring, item, rotate) if ring > 1 else ([], [])
-            for measured, a, b in zip(directions, exchange, rounds):
+            for measured, a, b in zip(directions, exchange, rounds, strict=True):
                 assert measured == added(a, b), (ring, ulysses, rotate)
             assert tuple(sum(t.sent for t in d) for d in directions) == exchange_bytes(
                 elements, ring, ulysses, item, rotate, text
@@ -310,7 +310,7 @@ def run_compiled(layouts, joint, shapes, backend, checkpointed):
             run_slices(eager, eager.mesh, whole, seq_len),
             run_slices(compiled, eager.mesh, whole, seq_len),
         )
-        worst = max(worst, *((a - b).abs().max().item() for a, b in zip(expected, result)))
+        worst = max(worst, *((a - b).abs().max().item() for a, b in zip(expected, result, strict=True)))
     return worst, torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
@@ -344,19 +344,19 @@ def selective(ops):
     return create_selective_checkpoint_contexts(policy)
 
 
-def count_attention_runs(ways):
+def count_attention_runs(modes):
     """How often the forward of the ring op runs in forward and backward, seen by its two kernels, and the gradients."""
     result = {}
     save = {torch.ops.titan_video.ring_attention.default}
-    for way in ways:
+    for mode in modes:
         block, mesh = parallel_block(2, 1, "alltoall")
-        if way == "full":
+        if mode == "full":
             block = checkpoint_wrapper(block, preserve_rng_state=False)
-        elif way == "selective":
+        elif mode == "selective":
             block = checkpoint_wrapper(block, preserve_rng_state=False, context_fn=lambda: selective(save))
         whole = whole_tensors(1, 13, torch.float32)
         grads, recorded = events(lambda: run_slices(block, mesh, whole, 13))
-        result[way] = (
+        result[mode] = (
             sum(name == "aten::_scaled_dot_product_flash_attention_for_cpu" for name, *_ in recorded) / 2,
             grads,
         )
@@ -365,9 +365,9 @@ def count_attention_runs(ways):
 
 def test_checkpointing_can_keep_the_attention():
     for result in run_ranks(count_attention_runs, 2, ("none", "full", "selective")):
-        assert {way: runs for way, (runs, _) in result.items()} == {"none": 1, "full": 2, "selective": 1}
+        assert {mode: runs for mode, (runs, _) in result.items()} == {"none": 1, "full": 2, "selective": 1}
         for _, grads in result.values():
-            assert all(torch.equal(a, b) for a, b in zip(grads, result["none"][1]))
+            assert all(torch.equal(a, b) for a, b in zip(grads, result["none"][1], strict=True))
 
 
 # ---- parts ----
@@ -393,7 +393,9 @@ def check_op():
 def test_ring_op_is_a_well_formed_operator_and_counts_its_flops():
     queries = 2 * HEADS * 6
     keys = [5, 5, 5 + TEXT, 5 + TEXT]
-    assert run_ranks(check_op, 1) == [[matmuls * queries * n * WIDTH for matmuls, n in zip((4, 10, 4, 10), keys)]]
+    assert run_ranks(check_op, 1) == [
+        [matmuls * queries * n * WIDTH for matmuls, n in zip((4, 10, 4, 10), keys, strict=True)]
+    ]
 
 
 def test_unknown_rotation_is_refused():

@@ -1,4 +1,4 @@
-"""The fused operators with sharding, selective checkpointing and compile: gradients equal plain torch in one process."""
+"""Fused operators with sharding, selective checkpointing and compile: gradients equal plain torch in one process."""
 
 from collections import Counter
 from contextlib import nullcontext

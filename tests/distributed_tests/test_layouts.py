@@ -82,7 +82,7 @@ class Layout:
 
     @property
     def num_batches(self):
-        """Micro-batches of a step: two for each data-parallel rank, or in a pipeline enough of each shape to fill it."""
+        """Micro-batches of a step: two for each data-parallel rank; in a pipeline enough of each shape to fill it."""
         return 12 if self.dims.pp > 1 else 2 * self.dims.dp
 
 

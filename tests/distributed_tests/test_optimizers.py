@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tests.helpers import run_ranks
+from tests.helpers import randomized_init, run_ranks
 from titan_video.checkpoint.manager import CheckpointManager
 from titan_video.checkpoint.state import ModelState, OptimizerState
 from titan_video.config.job_config import (
@@ -78,7 +78,7 @@ class Run:
         self.model.to_empty(device="cpu")
         if self.meshes and stages:
             self.pipeline = Pipeline(self.model, stages, SPEC.plan, pp, section, self.dtype, torch.device("cpu"))
-        initialise(self.model, perturbed, 0)
+        initialise(self.model, randomized_init(SPEC.init_parameter), 0)
         self.optimizer = build_optimizer(
             self.model, Optimizer(name=name, lr=1e-2, weight_decay=0.1), SPEC.plan.blocks, seed=7
         )
@@ -131,12 +131,6 @@ class Run:
         """Full tensors of weights and state."""
         live = {**ModelState(self.model).state_dict(), **self.state.state_dict()}
         return {name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for name, t in live.items()}
-
-
-def perturbed(name, tensor, generator):
-    """The public initialisation has a head of zeros, through which no gradient would reach the blocks."""
-    SPEC.init_parameter(name, tensor, generator)
-    tensor.add_(torch.empty_like(tensor).normal_(0, 0.05, generator=generator))
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from titan_video.models.spec import RankGroup, StepLayout
 from titan_video.models.wan import SPEC, WanArgs, WanModel
 
 ARGS = WanArgs(dim=32, num_heads=4, num_layers=3, ffn_dim=40, text_dim=12, text_len=5, freq_dim=16)
-FULL = ActivationCheckpoint(mode="full")
+FULL, EAGER = ActivationCheckpoint(mode="full"), Compile()
 LIMIT = 1e-10
 
 
@@ -89,15 +89,15 @@ def differences(result, expected):
     return {n: e for n, e in errors.items() if not e <= LIMIT}
 
 
-def parallel_model(dims, compilation=Compile(), checkpointing=FULL):
-    """(meshes, model, stages or None) in float64."""
+def parallel_model(dims, compilation=EAGER):
+    """(meshes, model, its pipeline or None) in float64."""
     meshes = dims.build_mesh("cpu")
     section = Parallelism(pipeline_parallel_degree=dims.pp)
     with torch.device("meta"):
         model = WanModel(ARGS).double()
     stages = keep_stages(model, SPEC.plan, meshes.pp, section, ARGS, 15) if dims.pp > 1 else None
     training = Training(mixed_precision_param="float64", mixed_precision_reduce="float64")
-    parallelize(model, SPEC.plan, meshes, section, training, checkpointing, compilation)
+    parallelize(model, SPEC.plan, meshes, section, training, FULL, compilation)
     model.to_empty(device="cpu")
     initialise(model, randomized_init(SPEC.init_parameter), 0)
     if dims.pp > 1:

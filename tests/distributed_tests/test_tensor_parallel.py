@@ -166,7 +166,7 @@ def test_checkpointing_and_compile_change_nothing():
 
 
 class Sent(TorchDispatchMode):
-    """Functional collectives, those of the sequence axis and tensor parallel: number, bytes of the larger side, types."""
+    """Functional collectives (the sequence axis and tensor parallel): number, bytes of the larger side, types."""
 
     KINDS = {
         "all_gather_into_tensor": "all_gather",

@@ -113,10 +113,10 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("way", RUNS)
+@pytest.mark.parametrize("mode", RUNS)
 @pytest.mark.parametrize("offload", [False, True])
-def test_runs_of_each_operator_and_equal_gradients(way, offload, plain):
-    section, *expected = RUNS[way]
+def test_runs_of_each_operator_and_equal_gradients(mode, offload, plain):
+    section, *expected = RUNS[mode]
     if offload and section.mode == "none":
         pytest.skip("refused by the rules of the configuration")
     model = build(replace(section, offload=offload))
@@ -165,8 +165,8 @@ def test_backward_can_run_a_block_again_twice(plain):
         first = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
         second = torch.autograd.grad(loss, list(model.parameters()))
         names = [n.replace("_checkpoint_wrapped_module.", "") for n, _ in model.named_parameters()]
-        assert_equal(dict(zip(names, first)), plain)
-        assert_equal(dict(zip(names, second)), plain)
+        assert_equal(dict(zip(names, first, strict=True)), plain)
+        assert_equal(dict(zip(names, second, strict=True)), plain)
 
 
 # ---- bytes ----
@@ -196,15 +196,15 @@ def bytes_alive(section, layers, tokens, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("way", ["full", "selective"])
-def test_bytes_kept_equal_the_closed_form(way, dtype):
-    section = {"full": FULL, "selective": SELECTIVE}[way]
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_bytes_kept_equal_the_closed_form(mode, dtype):
+    section = {"full": FULL, "selective": SELECTIVE}[mode]
     # The differences in tokens and in layers leave out what is there once, or once a layer.
     alive = {(n, t): bytes_alive(section, n, t, dtype) for n in (2, 5) for t in (32, 64)}
     measured = (alive[5, 64] - alive[5, 32] - alive[2, 64] + alive[2, 32]) / 3 / 32
     itemsize = dtype.itemsize
     assert measured == saved_bytes_per_token(ARGS.dim, ARGS.num_heads, section, itemsize)
-    assert measured == {"full": ARGS.dim * itemsize, "selective": 2 * ARGS.dim * itemsize + 4 * ARGS.num_heads}[way]
+    assert measured == {"full": ARGS.dim * itemsize, "selective": 2 * ARGS.dim * itemsize + 4 * ARGS.num_heads}[mode]
 
 
 def test_no_closed_form_where_operators_decide():
@@ -260,9 +260,9 @@ def offloader(model):
     return model.blocks["0"].offload
 
 
-@pytest.mark.parametrize("way, per_block", [("full", 1), ("selective", 2), ("matmul", 6)])
-def test_offload_leaves_the_last_blocks_tensors_only(way, per_block, plain):
-    section = {"full": FULL, "selective": SELECTIVE, "matmul": MATMUL}[way]
+@pytest.mark.parametrize("mode, per_block", [("full", 1), ("selective", 2), ("matmul", 6)])
+def test_offload_leaves_the_last_blocks_tensors_only(mode, per_block, plain):
+    section = {"full": FULL, "selective": SELECTIVE, "matmul": MATMUL}[mode]
     model = build(replace(section, offload=True), replace(ARGS, num_layers=6))
     offload = offloader(model)
     offloaded, run_offload = [], offload.offload
@@ -275,7 +275,7 @@ def test_offload_leaves_the_last_blocks_tensors_only(way, per_block, plain):
     assert all(moved.host.untyped_storage().data_ptr() not in weights for moved in offloaded)
     assert {moved.host.numel() for moved in offloaded} == {2 * TOKENS * ARGS.dim}
 
-    # In backward one block's are on their way while another's are used.
+    # In backward one block's are copied back while another's are used.
     most, reload = 0, offload.reload
 
     def watch(moved):
@@ -325,9 +325,9 @@ COMPILED = {  # runs of attention per block, self and cross
 }
 
 
-@pytest.mark.parametrize("way", COMPILED)
-def test_compiled_equals_eager(way, plain):
-    section, runs = COMPILED[way]
+@pytest.mark.parametrize("mode", COMPILED)
+def test_compiled_equals_eager(mode, plain):
+    section, runs = COMPILED[mode]
     before = num_graphs()
     model = build(section, backend="aot_eager")
     assert_close(gradients(model), plain)
@@ -338,11 +338,11 @@ def test_compiled_equals_eager(way, plain):
     assert count == runs * ARGS.num_layers
     if section.offload:
         # Weights are saved by compiled code too. They stay, and so do small things.
-        per_block = {"full": 1, "selective": 6}[way]
+        per_block = {"full": 1, "selective": 6}[mode]
         assert offloader(model).num_offloaded == 2 * per_block * ARGS.num_layers
 
 
-def test_memory_budget_keeps_what_it_is_given():
+def test_memory_budget_limits_what_is_saved():
     kept = {}
     for budget in (0.0, 0.4, 1.0):
         torch._dynamo.reset()

@@ -436,7 +436,7 @@ def squared_error(model, shard=None):
 def test_sharded_and_split_equal_one_process():
     """FSDP with parts in float32, and tensor parallel with an odd number of tokens, the clean ones on one rank only."""
     ours, _ = make_pair(FORMS["token_replace"])
-    *sharded, split = zip(*run_ranks(sharded_runs, 2))
+    *sharded, split = zip(*run_ranks(sharded_runs, 2), strict=True)
     for (out, grads), model, limit in zip(
         (ranks[0] for ranks in sharded), (ours, low_precision(ours, SPEC.plan.fp32)), (1e-5, 2e-2), strict=True
     ):

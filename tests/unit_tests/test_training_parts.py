@@ -60,7 +60,7 @@ def test_ema_follows_its_formula_and_swaps_exactly():
 
 
 class Oracle(torch.nn.Module):
-    """Answers with the true velocity, given the clean latents and the noise."""
+    """Answers with the true velocity from clean latents to noise, plus a constant error."""
 
     def __init__(self, x0, noise, error=0.0):
         super().__init__()

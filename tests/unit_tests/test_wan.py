@@ -91,7 +91,7 @@ def test_hf_config_round_trip_and_refusals(tmp_path):
     for args in (*SPEC.flavors.values(), ARGS):
         read = args_from_hf(args_to_hf(args))
         read = replace(read, text_len=args.text_len, boundary=args.boundary)  # which that file does not hold
-        # Nor does it say whether the first frame is given clean: 48 channels are taken for the 5B model, which does.
+        # Nor does it say whether the first frame may be clean: 48 channels are taken for the 5B model, which does.
         assert read == replace(args, clean_first_frame=args.in_channels == 48)
     with pytest.raises(ValueError, match="added_kv_proj_dim = None does not go with image_dim = 1280"):
         args_from_hf(args_to_hf(ARGS) | {"image_dim": 1280})

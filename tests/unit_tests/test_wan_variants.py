@@ -255,13 +255,15 @@ def test_a_slice_of_the_tokens_gives_the_slice_of_the_embedding_and_head(ti2v):
 
 
 def test_wrong_image_tokens_are_refused():
-    for variant, given in (("i2v", None), ("i2v", 514), ("t2v", 257), ("flf2v", 257)):
+    for variant, num_image_tokens in (("i2v", None), ("i2v", 514), ("t2v", 257), ("flf2v", 257)):
         args = VARIANTS[variant]
         with torch.device("meta"):
             model = WanModel(args)
         x, t, text, *_ = make_inputs(args)
-        image = None if given is None else torch.zeros(2, given, 28)
-        with pytest.raises(ValueError, match=f"{args.image_len} image tokens, got {given or 0}: choose model.flavor"):
+        image = None if num_image_tokens is None else torch.zeros(2, num_image_tokens, 28)
+        with pytest.raises(
+            ValueError, match=f"{args.image_len} image tokens, got {num_image_tokens or 0}: choose model.flavor"
+        ):
             model.embed(patchify(x, args.patch), t, text, image)
 
 

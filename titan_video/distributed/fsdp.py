@@ -97,7 +97,7 @@ def match_modules(model: nn.Module, pattern: str) -> Iterator[nn.Module]:
             continue  # what a checkpointing wrapper contains has the wrapper's own path
         seen.add(path)
         names = path.split(".") if path else []
-        is_match = len(names) == len(elements) and all(e in (n, "*") for e, n in zip(elements, names))
+        is_match = len(names) == len(elements) and all(e in (n, "*") for e, n in zip(elements, names, strict=True))
         if is_match and next(module.parameters(), None) is not None:
             yield module
 
