@@ -63,7 +63,7 @@ CHAINS = {
 
 
 class Run:
-    """A model in a layout ("one": this process alone), its optimizer, EMA weights and checkpoint manager in `folder`."""
+    """A model in a layout ("one": this process alone), its optimizer, EMA weights and checkpoint manager."""
 
     def __init__(self, args: WanArgs, layout: str, folder: Path, mode: str = "disabled"):
         self.args, self.meshes = args, None if layout == "one" else ParallelDims(**LAYOUTS[layout]).build_mesh("cpu")
@@ -113,7 +113,7 @@ class Run:
 
 
 def write_reference(folder: Path, args: WanArgs) -> None:
-    """Two steps of one process. Saves step-0 of the chain, the same tensors in a file, the exports, and the next loss."""
+    """Two steps of one process. Saves step-0 of the chain, the same tensors in a file, exports, and the next loss."""
     run = Run(args, "one", folder)
     initialise(run.model, randomized_init(SPEC.init_parameter), 0)
     run.ema.reset()

@@ -46,6 +46,7 @@ LAYOUTS = {
 }
 NAMES = ("AdamW", "AdamW8bit", "Muon")
 NUM_BATCHES = 4
+NO_FLOAT8 = Float8()
 
 
 class Run:
@@ -54,7 +55,7 @@ class Run:
     dtype: of everything; "bfloat16": of the weights only.
     """
 
-    def __init__(self, layout, name, dtype="float64", in_backward=False, float8=Float8()):
+    def __init__(self, layout, name, dtype="float64", in_backward=False, float8=NO_FLOAT8):
         dims = ParallelDims(**{**LAYOUTS, "tp2": {"tp": 2}}.get(layout, {}))
         self.meshes = None if layout == "one" else dims.build_mesh("cpu")
         self.dtype = torch.float32 if dtype == "bfloat16" else getattr(torch, dtype)
@@ -326,8 +327,10 @@ def float8_steps(layout, folder):
 
 
 def test_float8_under_sharding(tmp_path):
-    """Under FSDP all scales equal those of one process, because it gathers full weights. Under tensor parallel each shard
-    has its own scale, so results agree only within the precision of float8."""
+    """Under FSDP all scales equal those of one process, because it gathers full weights.
+
+    Under tensor parallel each shard has its own scale, so results agree only within the precision of float8.
+    """
     plain = Run("one", "AdamW", "float32")
     exact = [plain.step(), plain.step()]
     for recipe in RECIPES:
