@@ -331,7 +331,7 @@ def test_hf_config_refusals():
             args_from_hf(args_to_hf(T2V) | change)
     with pytest.raises(ValueError, match="num_single_layers"):
         args_from_hf({k: v for k, v in args_to_hf(T2V).items() if k != "num_single_layers"})
-    with pytest.raises(ValueError, match="rotations"):
+    with pytest.raises(ValueError, match="does not fit RoPE over"):
         HunyuanVideoModel(replace(T2V, axes_dim=(4, 4, 6)))
     with pytest.raises(ValueError, match="98"):
         HunyuanVideoModel(replace(T2V, ffn_dim=98))
