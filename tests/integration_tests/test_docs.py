@@ -1,30 +1,33 @@
-"""The pages of docs/ that are followed: their files are written and their commands run in a copy of the repository."""
+"""The pages that a newcomer follows: their commands run as they stand, in a copy of the repository.
+
+Where a command would take long, options that make it small are added behind it.
+"""
 
 import json
+import os
 import re
-import shlex
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT
-from tests.unit_tests.test_docs import shell_commands
+from tests.helpers import ROOT, free_port
+from tests.unit_tests.data_clips import captioned
+from tests.unit_tests.test_docs import fences, read, shell_commands
 
-COPIED = (
-    "titan_video",
-    "train_configs",
-    "train.py",
-    "run_train.sh",
-    "run_tests.sh",
-    "ensure_env.sh",
-    "requirements.txt",
+COPIED = ("titan_video", "train_configs", "train.py", "run_train.sh", "ensure_env.sh", "requirements.txt")
+SMALL = (
+    " --data.path embedded:shapes-12 --training.local_batch_size 2 --training.steps 2 --lr_scheduler.warmup_steps 1"
+    " --validation.num_videos 1 --validation.sample_steps 1"
 )
 
 
 @pytest.fixture
 def clone(tmp_path):
-    """The repository without its history, tests and documents, as a newcomer has it in a fresh folder."""
+    """The program in a fresh folder."""
     folder = tmp_path / "titan-video"
     folder.mkdir()
     for name in COPIED:
@@ -34,3 +37,140 @@ def clone(tmp_path):
         else:
             shutil.copy2(source, folder / name)
     return folder
+
+
+def start(command, folder):
+    """A shell command of a page, on CPU, with this Python on PATH."""
+    hidden = ("PYTHON", "NGPU", "CONFIG_FILE", "LOG_RANK", "RANK", "WORLD_SIZE", "NNODES")
+    env = {key: value for key, value in os.environ.items() if key not in hidden}
+    env |= {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(
+        ["bash", "-c", command],
+        cwd=folder,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(command, folder):
+    process = start(command, folder)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, f"{command}\n{output}"
+    return output
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def one_command(page, start_of_it):
+    (command,) = [command for command in shell_commands(page) if command.startswith(start_of_it)]
+    return command
+
+
+def write_files(page, folder):
+    """Write the files that a page shows; the first line of each block says where it goes."""
+    written = []
+    for language, body, _ in fences(page):
+        first, _, rest = body.partition("\n")
+        if language in ("python", "toml") and (match := re.fullmatch(r"# (\S+\.(?:py|toml))", first)):
+            path = folder / match[1]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(rest)
+            written.append(path)
+    return written
+
+
+@pytest.mark.timeout(600)
+def test_a_third_family_is_made_as_the_page_says(clone):
+    page = "docs/adding_a_model.md"
+    files = write_files(page, clone)
+    assert [path.suffix for path in files] == [".py", ".py", ".toml"]
+    for command in shell_commands(page):
+        run(command, clone)
+    one = losses(clone / "outputs" / "tiny_dit")
+    assert len(one) == 3 and 2 < one[0] < 3
+    for name in ("tiny_dit_tp", "tiny_dit_cp"):
+        assert losses(clone / "outputs" / name) == pytest.approx(one, rel=1e-5)
+    # Started from the export, in bfloat16, of three steps: other weights than the ones of the first run's start.
+    restarted = losses(clone / "outputs" / "tiny_dit_2")
+    assert len(restarted) == 3 and restarted[0] < one[0]
+
+
+def test_the_page_keeps_the_style_of_the_house(clone):
+    """Its files could be committed as they are."""
+    files = write_files("docs/adding_a_model.md", clone)
+    shutil.copy2(ROOT / "pyproject.toml", clone)
+    names = " ".join(str(path) for path in files if path.suffix == ".py")
+    run(f"ruff format --check {names} && ruff check {names}", clone)
+
+
+@pytest.mark.timeout(600)
+def test_the_first_commands_of_the_readme(clone):
+    page = "README.md"
+    run(one_command(page, "./run_train.sh") + SMALL, clone)
+    shown = re.search(r"^ls outputs/debug +# (.*)$", read(page), re.MULTILINE)[1].replace("/", "").split()
+    assert set(shown) <= set(run(one_command(page, "ls outputs/debug"), clone).split())
+    run(one_command(page, "python -m titan_video.sample") + " --steps 1", clone)
+    assert (clone / "red.mp4").stat().st_size > 0
+
+    board = start(f"{one_command(page, 'tensorboard --logdir')} --port {free_port()}", clone)
+    try:
+        lines = iter(board.stdout.readline, "")
+        assert any("http://" in line for line in lines), "TensorBoard ended without serving"
+    finally:
+        os.killpg(board.pid, signal.SIGKILL)
+        board.wait()
+
+
+def test_the_rehearsal_of_the_recipe(clone):
+    run(one_command("docs/recipe.md", "CONFIG_FILE=train_configs/debug.toml") + SMALL, clone)
+    rows = [json.loads(line) for line in (clone / "outputs/rehearsal/metrics.jsonl").read_text().splitlines()]
+    baseline = next(row["validation"]["loss"] for row in rows if "validation" in row and row["step"] == 0)
+    assert 1.5 < baseline < 3  # "2 is a model that knows nothing"
+
+
+def test_the_plan_of_ones_own_clips(clone):
+    (clone / "my_clips").mkdir()
+    for k in range(2):
+        captioned(clone / "my_clips" / f"{k}.mp4", f"clip {k}", width=96, height=64, fps=16, count=81)
+    for page in ("README.md", "docs/recipe.md"):
+        output = run(one_command(page, "python -m titan_video.data plan"), clone)
+        assert "2 found, 2 kept, 0 dropped" in output
+
+
+def test_encoding_ahead_of_training(clone):
+    """`CONFIG.toml`, `my_clips` and 8 ranks of the page: the debug run's, its clips, 2 ranks."""
+    command = one_command("docs/data.md", "torchrun")
+    command = command.replace("CONFIG.toml", "train_configs/debug.toml").replace("my_clips", "embedded:shapes-12")
+    assert "encoded 12 clips" in run(command.replace("--nproc_per_node 8", "--nproc_per_node 2"), clone)
+
+
+def test_two_nodes_on_one_machine(clone):
+    command = re.sub(
+        r"localhost:\d+", f"localhost:{free_port()}", one_command("docs/multinode.md", "NNODES=2 RDZV_ID=try")
+    )
+    nodes = [start(command + SMALL, clone) for _ in range(2)]
+    outputs = [node.communicate(timeout=200)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert len(losses(clone / "outputs" / "two_nodes")) == 2
+
+
+def test_a_checkpoint_is_verified_by_hand(front):
+    checkpoint = front.run("run", {"training.steps": 1}).ok().checkpoint(1)
+    command = one_command("docs/checkpoint.md", "python -c")
+    output = run(command, checkpoint)
+    assert output.count(": OK") == len(json.loads((checkpoint / "manifest.json").read_text())["files"])
+    file = next(checkpoint.glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    process = start(command, checkpoint)
+    assert "FAILED" in process.communicate(timeout=60)[0] and process.returncode != 0
