@@ -99,9 +99,7 @@ def test_a_third_family_is_made_as_the_page_says(clone):
         run(command, clone)
     one = losses(clone / "outputs" / "tiny_dit")
     assert len(one) == 3 and 2 < one[0] < 3
-    for name in ("tiny_dit_tp", "tiny_dit_cp"):
-        assert losses(clone / "outputs" / name) == pytest.approx(one, rel=1e-5)
-    # Started from the export, in bfloat16, of three steps: other weights than the ones of the first run's start.
+    assert losses(clone / "outputs" / "tiny_dit_tp") == pytest.approx(one, rel=1e-5)
     restarted = losses(clone / "outputs" / "tiny_dit_2")
     assert len(restarted) == 3 and restarted[0] < one[0]
 

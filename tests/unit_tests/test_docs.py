@@ -37,7 +37,7 @@ RUN_BY = {
     r"python -m titan_video\.convert": "tests/unit_tests/test_convert.py::test_the_command_round_trips",
     r"python -m titan_video\.config": "tests/unit_tests/test_config_page.py",
     r"python benchmarks/learn_shapes\.py": BENCHMARKS,
-    r"python benchmarks/traffic\.py": f"{BENCHMARKS}::test_page_of_layouts_holds_the_tables_that_the_script_prints",
+    r"python benchmarks/traffic\.py": f"{BENCHMARKS}::test_page_of_layouts_has_the_tables_that_the_script_prints",
     r"python benchmarks/(diagram|fits|house)\.py": "tests/unit_tests/test_docs.py",
     r"cd outputs/checkpoint/step-1000|python -c \"import json": f"{DOCS}::test_a_checkpoint_is_verified_by_hand",
     r"ip -brief|export NCCL_SOCKET_IFNAME": "",  # of the system; nothing of ours is run
@@ -144,7 +144,7 @@ def test_options_that_are_named_exist(page):
     names = set(re.findall(r"--(\w+\.\w+)", text)) - {"section.field"}
     for code in re.findall(r"`([^`\n]+)`", FENCE.sub("", text)):
         match = re.match(r"(\w+)\.(\w+)(?: =.*| \d.*)?$", code)
-        is_file = match and (match[2] in ("md", "py", "toml", "json") or is_module(match[1], match[2]))
+        is_file = match and (match[2] in ("md", "py", "toml", "json", "jsonl") or is_module(match[1], match[2]))
         if match and match[1] in sections and match[2].islower() and not is_file:
             names.add(f"{match[1]}.{match[2]}")
     assert names <= legal, f"{page}: {sorted(names - legal)}"
