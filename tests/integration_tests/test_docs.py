@@ -137,7 +137,7 @@ def test_the_rehearsal_of_the_recipe(clone):
     assert 1.5 < baseline < 3  # "2 is a model that knows nothing"
 
 
-def test_the_plan_of_ones_own_clips(clone):
+def test_the_plan_of_own_clips(clone):
     (clone / "my_clips").mkdir()
     for k in range(2):
         captioned(clone / "my_clips" / f"{k}.mp4", f"clip {k}", width=96, height=64, fps=16, count=81)

@@ -29,10 +29,10 @@ RUN_BY = {
     r"tensorboard --logdir": f"{DOCS}::test_the_first_commands_of_the_readme",
     r"python -m titan_video\.sample outputs/debug ": f"{DOCS}::test_the_first_commands_of_the_readme",
     r"\./run_tests\.sh": f"{SCRIPTS}::test_run_tests_passes_arguments_and_exit_code",
-    r"python -m titan_video\.data plan train_configs/wan2\.1_t2v_1\.3b\.toml": f"{DOCS}::test_the_plan_of_ones_own_clips",
+    r"python -m titan_video\.data plan train_configs/wan2\.1_t2v_1\.3b\.toml": f"{DOCS}::test_the_plan_of_own_clips",
     r"python -m titan_video\.data plan +CONFIG": "tests/unit_tests/test_data_report.py",
     r"torchrun --nproc_per_node \d+ -m titan_video\.data encode CONFIG": f"{DOCS}::test_encoding_ahead_of_training",
-    r"python -m titan_video\.data import": "tests/unit_tests/test_data_foreign.py::test_the_command",
+    r"python -m titan_video\.data import": "tests/unit_tests/test_importers.py::test_the_command",
     r"python -m titan_video\.planner\.dry_run": "tests/integration_tests/test_dry_run.py::test_toml_at_its_world_size",
     r"python -m titan_video\.convert": "tests/unit_tests/test_convert.py::test_the_command_round_trips",
     r"python -m titan_video\.config": "tests/unit_tests/test_config_page.py",
@@ -57,7 +57,7 @@ def fences(page):
 
 
 def shell_commands(page, is_runnable=True):
-    """The commands of a page's bash blocks, without comments; those that name what they need only if not is_runnable."""
+    """The commands of a page's bash blocks, without comments: those that can be run here, or those that need more."""
     found = []
     for language, body, before in fences(page):
         if language == "bash" and bool(NEEDS.search(before)) != is_runnable:
