@@ -150,7 +150,7 @@ def test_encoding_ahead_of_training(clone):
     """`CONFIG.toml`, `my_clips` and 8 ranks of the page: the debug run's, its clips, 2 ranks."""
     command = one_command("docs/data.md", "torchrun")
     command = command.replace("CONFIG.toml", "train_configs/debug.toml").replace("my_clips", "embedded:shapes-12")
-    assert "encoded 12 clips" in run(command.replace("--nproc_per_node 8", "--nproc_per_node 2"), clone)
+    assert "12 clips in outputs/debug/cache" in run(command.replace("--nproc_per_node 8", "--nproc_per_node 2"), clone)
 
 
 def test_two_nodes_on_one_machine(clone):

@@ -32,7 +32,7 @@ RUN_BY = {
     r"python -m titan_video\.data plan train_configs/wan2\.1_t2v_1\.3b\.toml": f"{DOCS}::test_the_plan_of_own_clips",
     r"python -m titan_video\.data plan +CONFIG": "tests/unit_tests/test_data_report.py",
     r"torchrun --nproc_per_node \d+ -m titan_video\.data encode CONFIG": f"{DOCS}::test_encoding_ahead_of_training",
-    r"python -m titan_video\.data import": "tests/unit_tests/test_importers.py::test_the_command",
+    r"python -m titan_video\.data import": "tests/unit_tests/test_data_importers.py::test_the_command",
     r"python -m titan_video\.planner\.dry_run": "tests/integration_tests/test_dry_run.py::test_toml_at_its_world_size",
     r"python -m titan_video\.convert": "tests/unit_tests/test_convert.py::test_the_command_round_trips",
     r"python -m titan_video\.config": "tests/unit_tests/test_config_page.py",
