@@ -36,8 +36,6 @@ from titan_video.distributed.compile import GraphLog
 from titan_video.distributed.fsdp import reshard
 from titan_video.distributed.parallel_dims import ParallelDims, check_layout
 from titan_video.distributed.parallelize import parallelize
-from titan_video.distributed.pipeline_parallel import Pipeline
-from titan_video.distributed.pipeline_stages import check_microbatches, keep_stages
 from titan_video.distributed.sequence import SequenceShard
 from titan_video.distributed.utils import broadcast_from_rank0, clip_grad_norm, reduce_over, set_timeout
 from titan_video.encoders import build_encoders
@@ -53,11 +51,9 @@ from titan_video.tasks.validation import ClipWriter, build_validator
 from titan_video.tools.device import get_device, read, set_deterministic
 from titan_video.tools.files import atomic_write
 from titan_video.tools.logging import init_logger, logger
-from titan_video.training.encoder_ranks import build_online_encoder, init_process_groups, run_encoder_rank
+from titan_video.training import parts
 from titan_video.training.fault_tolerance import NonFiniteGuard, SignalFlag
 from titan_video.training.metrics import MetricsLogger, StepCost, StepMetrics
-from titan_video.training.out_of_memory import explain
-from titan_video.training.profiling import Profiler
 from titan_video.weights.trained import WeightsSettings, build_weights
 
 
@@ -95,7 +91,7 @@ class Trainer:
         kernels.set_backend(kernels.resolve_backend(config.model.kernels, self.device))
         if config.debug.deterministic:
             set_deterministic()
-        self.encoder_channel = init_process_groups(config.encoder, config.comm, self.device, world_size)
+        self.encoder_channel = parts.init_process_groups(config.encoder, config.comm, self.device, world_size)
         self.exit_stack.callback(dist.destroy_process_group)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.meshes = self.dims.build_mesh(self.device.type)
@@ -117,9 +113,11 @@ class Trainer:
         num_tokens = [self.task.work(bucket).tokens for bucket in config.data.sizes]
         self.longest = max(num_tokens)
         check_save_min_kv(config.activation_checkpoint, self.longest)
-        for tokens in num_tokens if self.dims.pp > 1 else ():
+        self.pp = parts.load_pipeline(self.dims.pp)
+        for tokens in num_tokens if self.pp else ():
             clips = self.accumulation * self.batching.clips_per_micro_batch(tokens)
-            check_microbatches(config.parallelism, clips // config.parallelism.pipeline_parallel_microbatch_size)
+            size = config.parallelism.pipeline_parallel_microbatch_size
+            self.pp.check_microbatches(config.parallelism, clips // size)
 
     def build_data(self) -> None:
         """Plan the clips, encode what is to be encoded before training (each rank its share), build the loader."""
@@ -132,7 +130,7 @@ class Trainer:
         self.clips = prepare_clips(c, is_ahead, config.validation, self.folder, self.encoders, cache, group)
         self.encoders.free()
         channel, latent_shape, text_len = self.encoder_channel, self.geometry.latent_shape, self.args.text_len
-        online = build_online_encoder(config, self.encoders, cache, self.dims, channel, latent_shape, text_len)
+        online = parts.build_online_encoder(config, self.encoders, cache, self.dims, channel, latent_shape, text_len)
         if online:
             self.exit_stack.callback(online.close)
         clips, null_key, seed = self.clips.training, cache.text_key(""), config.debug.seed
@@ -152,16 +150,16 @@ class Trainer:
             self.model = self.spec.build(args)
         self.weights.prepare(self.model)
         checkpointed, stages = select_blocks(self.model, plan, config.activation_checkpoint.layers), None
-        if self.dims.pp > 1:
-            stages = keep_stages(self.model, plan, self.meshes.pp, config.parallelism, args, self.longest)
+        if self.pp:
+            stages = self.pp.keep_stages(self.model, plan, self.meshes.pp, config.parallelism, args, self.longest)
         model, meshes, c = self.model, self.meshes, config
         parallelize(
             model, plan, meshes, c.parallelism, c.training, c.activation_checkpoint, c.compile, checkpointed, c.float8
         )
         self.model.to_empty(device="cpu" if config.training.enable_cpu_offload else self.device)
-        self.pipeline = None
+        self.pipeline, p = None, c.parallelism
         if stages:
-            self.pipeline = Pipeline(model, stages, plan, meshes.pp, c.parallelism, param_dtype, self.device)
+            self.pipeline = self.pp.Pipeline(model, stages, plan, meshes.pp, p, param_dtype, self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer, plan.blocks, config.debug.seed)
         self.in_backward = step_in_backward(self.optimizer) if config.optimizer.in_backward else None
         self.scheduler = Scheduler(self.optimizer, config.lr_scheduler, config.optimizer.lr, config.training.steps)
@@ -289,7 +287,7 @@ class Trainer:
         first_step = self.step + 1
         clips = c.parallelism.pipeline_parallel_microbatch_size if self.pipeline else 0
         self.steps = Prefetch(self.loader, last_step - self.step, self.task.prepare, self.device, clips)
-        profiler = Profiler(c.profiling, self.folder, self.rank, self.device)
+        profiler = parts.build_profiler(c.profiling, self.folder, self.device)
         with SignalFlag() if c.fault_tolerance.save_on_signal else nullcontext() as signals, profiler:
             while self.step < last_step:
                 start = time.perf_counter()
@@ -336,7 +334,7 @@ def main(argv: list[str]) -> None:
     num_training = config.encoder.num_training_ranks(world_size)
     try:
         if int(os.environ.get("RANK", 0)) >= num_training:
-            return run_encoder_rank(config, num_training)
+            return parts.run_encoder_rank(config, num_training)
         trainer = Trainer(config)
         try:
             trainer.train()
@@ -345,7 +343,7 @@ def main(argv: list[str]) -> None:
             trainer.exit_stack.close()
             sys.exit(f"error: {e}")
         except torch.OutOfMemoryError as e:
-            sys.exit(f"error: {explain(e, config, trainer.step, trainer.bucket)}")
+            sys.exit(f"error: {parts.explain_out_of_memory(e, config, trainer.step, trainer.bucket)}")
         trainer.exit_stack.close()
     except ValueError as e:  # for the user to fix: the message names the file or field; our own errors are assertions
         sys.exit(f"error: {e}")

@@ -1,4 +1,4 @@
-"""The size of the house: lines of the core, of ingest and of each optional part, and the worst places against the limits.
+"""The size of the house: lines of the core, of ingest and of each optional part; the worst places against the limits.
 
     python benchmarks/house.py [--most 10]
 
@@ -36,6 +36,11 @@ OPTIONAL_PARTS = (  # each can be deleted alone; modules and packages, without `
     "kernels.attention_backends",
     "distributed.float8",
     "distributed.offload",
+    "distributed.async_tensor_parallel",
+    "distributed.pipeline_parallel",
+    "distributed.context_parallel.joint",
+    "training.profiling",
+    "training.out_of_memory",
     "optim.low_bit",
     "optim.muon",
     "optim.mixed",

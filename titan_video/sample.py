@@ -8,6 +8,7 @@ run's resolved TOML; under torchrun its weights are sharded over the ranks, as i
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,13 @@ from titan_video.checkpoint.files import is_valid_fast, list_steps, step_folder
 from titan_video.checkpoint.manager import load_weights
 from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import load
-from titan_video.data.batching import bucket_errors
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.parallelize import parallelize
 from titan_video.distributed.utils import init_distributed
 from titan_video.encoders import build_encoders
 from titan_video.encoders.spec import Encoders
+from titan_video.flow.matching import NUM_TRAIN_TIMESTEPS
+from titan_video.ingest.bucketing import bucket_errors
 from titan_video.ingest.conditioning_frames import encode_cond_frames, encode_images
 from titan_video.ingest.prepare import check_encoders
 from titan_video.ingest.video import read_image
@@ -34,11 +36,25 @@ from titan_video.models import get_args, get_spec
 from titan_video.models.conditioning import ConditioningSpec
 from titan_video.models.spec import LatentGeometry, ModelSpec
 from titan_video.tasks.conditioning import COND_LATENTS
-from titan_video.tasks.sampling import Experts, Prompt, SamplerSettings, sample_latents
+from titan_video.tasks.sampling import Prompt, SamplerSettings, sample_latents
 from titan_video.tools.device import get_device
 from titan_video.tools.logging import init_logger, logger
 from titan_video.tools.video import write_mp4
 from titan_video.weights.trained import WeightsSettings, build_weights
+
+
+class Experts:
+    """Two models that share the noise levels (Wan 2.2 A14B), called like one; a call has one noise level.
+
+    high: used at and above the sigma `boundary`; low: below it.
+    """
+
+    def __init__(self, high: Callable[..., Tensor], low: Callable[..., Tensor], boundary: float):
+        self.high, self.low, self.boundary = high, low, boundary
+
+    def __call__(self, *, t_B: Tensor, **kwargs: Any) -> Tensor:
+        model = self.high if t_B[0].item() >= NUM_TRAIN_TIMESTEPS * self.boundary else self.low
+        return model(t_B=t_B, **kwargs)
 
 
 def find_checkpoint(path: Path) -> tuple[Path, JobConfig]:

@@ -25,8 +25,7 @@ from titan_video.config.job_config import (
 from titan_video.data.batch import Batch
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.parallelize import parallelize
-from titan_video.distributed.pipeline_parallel import Pipeline
-from titan_video.distributed.pipeline_stages import keep_stages
+from titan_video.distributed.pipeline_parallel import Pipeline, keep_stages
 from titan_video.distributed.sequence import SequenceShard, whole_sequence
 from titan_video.distributed.utils import gather_objects, initialise, reduce_over, to_local
 from titan_video.flow.matching import FlowMatching

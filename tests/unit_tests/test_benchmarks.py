@@ -25,11 +25,12 @@ from benchmarks import (
 )
 from tests.helpers import ROOT, run_ranks
 from titan_video.distributed.parallel_dims import ParallelDims
-from titan_video.distributed.tensor_parallel import apply_tensor_parallel, collectives_per_block
+from titan_video.distributed.tensor_parallel import apply_tensor_parallel
 from titan_video.encoders.debug import DebugEncoders
 from titan_video.ingest.shapes import COMBINATIONS, combination, render
 from titan_video.models.layers import attention_flops
 from titan_video.models.wan import SPEC, WanModel
+from titan_video.planner.traffic import collectives_per_block
 
 CLIPS = range(COMBINATIONS)
 

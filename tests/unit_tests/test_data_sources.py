@@ -21,7 +21,7 @@ from titan_video.ingest import media
 from titan_video.ingest import plan as dataset
 from titan_video.ingest.bucketing import ClipChoice, choose, starts
 from titan_video.ingest.plan import build_plan, make_plan, read_frames
-from titan_video.ingest.sources import CAPTION_COLUMNS, MEDIA_COLUMNS, DECLARED_COLUMNS, scan
+from titan_video.ingest.sources import CAPTION_COLUMNS, DECLARED_COLUMNS, MEDIA_COLUMNS, scan
 from titan_video.ingest.video import decode, probe
 
 

@@ -14,10 +14,10 @@ from titan_video.tools.parts import find_module, resolve
 
 RULES = (
     "titan_video.config.check:encoder_rules",
+    "titan_video.ingest.bucketing:rules",
     "titan_video.data.batching:rules",
     "titan_video.distributed.parallel_dims:rules",
     "titan_video.distributed.tensor_parallel:rules",
-    "titan_video.distributed.pipeline_parallel:rules",
     "titan_video.distributed.activation_checkpoint:rules",
     "titan_video.kernels.attention:rules",
     "titan_video.optim.optimizer:rules",
@@ -25,12 +25,13 @@ RULES = (
     "titan_video.flow.matching:rules",
     "titan_video.tasks.validation:rules",
     "titan_video.checkpoint.manager:rules",
-    "titan_video.training.profiling:rules",
     "titan_video.config.folders:rules",
 )
 PART_RULES = MappingProxyType(  # {optional part: its rules}, loaded only where the configuration asks for the part
     {
         "titan_video.distributed.float8": "titan_video.distributed.float8:rules",
+        "titan_video.distributed.pipeline_parallel": "titan_video.distributed.pipeline_parallel:rules",
+        "titan_video.training.profiling": "titan_video.training.profiling:rules",
         "titan_video.optim.in_backward": "titan_video.optim.in_backward:rules",
         "titan_video.lora": "titan_video.lora.adapters:rules",
         "titan_video.online": "titan_video.online.setup:rules",

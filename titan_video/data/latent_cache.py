@@ -23,10 +23,10 @@ import threading
 import time
 import zlib
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +40,6 @@ FORMAT = "titan-video cache 2"
 GIVEN = "given"  # kind of the latents of conditioning frames: part of names and keys in caches on disk, never to change
 SHARD_BYTES, SHARD_ENTRIES, SHARD_SECONDS = 256 << 20, 4096, 60.0
 HEADERS_KEPT = 64
-PARTIAL_SECONDS = 600  # no write of a shard takes this long
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # What reading a damaged file can raise.
 DAMAGE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError)
@@ -48,14 +47,6 @@ DAMAGE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OverflowError,
 
 def content_hash(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-class ClipContent(Protocol):
-    """What keys depend on: the identity of a clip's pixels, of its own first frame ("": none), and its captions."""
-
-    content: str
-    image_sha256: str
-    captions: tuple[str, ...]
 
 
 class LatentCache:
@@ -92,34 +83,11 @@ class LatentCache:
 
     # ---- keys ----
 
-    def video_key(self, content: str) -> str:
-        """content: of a plan's entry."""
-        return content_hash("video", content, self.video_id, CODE_VERSION)
-
     def text_key(self, caption: str, cond_frames_id: str = "") -> str:
         """cond_frames_id: of the clip, for models whose text begins with image tokens; "": a black image."""
         if tokens := self.conditioning.text_image_tokens:
             return content_hash("text", caption, cond_frames_id, tokens, self.text_id, CODE_VERSION)
         return content_hash("text", caption, self.text_id, CODE_VERSION)
-
-    def cond_frames_id(self, entry: ClipContent) -> str:
-        """Identity of a clip's conditioning frames: what they are read from, and their size."""
-        return content_hash("frames", entry.content, entry.image_sha256, CODE_VERSION)
-
-    def video_keys(self, entry: ClipContent) -> dict[str, str]:
-        """{kind: key} of the entries that are made from a clip's frames."""
-        keys, c = {"video": self.video_key(entry.content)}, self.conditioning
-        frames_id = self.cond_frames_id(entry)
-        if c.num_cond_frames:
-            keys[GIVEN] = content_hash(GIVEN, frames_id, c.num_cond_frames, c.form, self.video_id)
-        if c.image_tokens:
-            keys["image"] = content_hash("image", frames_id, c.num_cond_frames, self.image_id)
-        return keys
-
-    def clip_text_keys(self, entry: ClipContent) -> tuple[str, ...]:
-        """The text key of each of a clip's captions."""
-        frames_id = self.cond_frames_id(entry) if self.conditioning.text_image_tokens else ""
-        return tuple(self.text_key(caption, frames_id) for caption in entry.captions)
 
     @property
     def text_kinds(self) -> tuple[str, ...]:
@@ -145,7 +113,7 @@ class LatentCache:
             if path.name in self.shards:
                 continue
             size = path.stat().st_size
-            names = listed.get((path.name, size)) or _entry_names(self._header(path.name)[0])
+            names = listed.get((path.name, size)) or entry_names(self.header(path.name)[0])
             self.shards[path.name] = size
             for name in names:
                 self.where.setdefault(name, path.name)
@@ -153,7 +121,7 @@ class LatentCache:
     def write(self, kind: str, key: str, tensor: Tensor, made_from: Mapping[str, str]) -> None:
         """Store one tensor of a kind. It is on disk after the next `flush`.
 
-        made_from: what a person should find in the header, and `explain` compares.
+        made_from: what a person should find in the header, and ingest.cache_keys.explain_stale compares.
         """
         data = tensor.detach().cpu().contiguous()
         self.oldest = self.oldest if self.waiting else time.monotonic()
@@ -194,7 +162,7 @@ class LatentCache:
             raise ValueError(f"{self.folder}: the cache holds no {name}; start again with the same [data] to encode it")
         path = self.folder / "shards" / self.where[name]
         try:
-            header, start = self._header(path.name)
+            header, start = self.header(path.name)
             first, last = header[name]["data_offsets"]
             data = bytearray(last - first)
             with open(path, "rb", buffering=0) as f:
@@ -220,7 +188,7 @@ class LatentCache:
                 )
         return tensor
 
-    def _header(self, shard: str) -> tuple[dict[str, Any], int]:
+    def header(self, shard: str) -> tuple[dict[str, Any], int]:
         """A shard's safetensors header, and the offset of its data.
 
         Not by `safetensors.safe_open`: it maps the file, so a file that is truncated later kills the process (SIGBUS)
@@ -251,7 +219,7 @@ class LatentCache:
             ) from e
         return header, 8 + length
 
-    # ---- manifest, partial shards, stale entries ----
+    # ---- manifest ----
 
     def write_manifest(self) -> Counter[str]:
         """Write the entries of each shard; return the number of entries by kind.
@@ -275,37 +243,8 @@ class LatentCache:
         except (OSError, *DAMAGE_ERRORS):  # missing or not ours: the shards hold the same
             return {}
 
-    def remove_partial_shards(self) -> None:
-        """Delete the temporary files of writers that were killed. One process calls it, before encoding."""
-        for path in self.folder.glob("shards/.*.tmp"):
-            if time.time() - path.stat().st_mtime > PARTIAL_SECONDS:
-                path.unlink(missing_ok=True)
 
-    def explain(self, missing: Iterable[tuple[str, Mapping[str, str]]], wanted: Container[str]) -> Counter[str]:
-        """{reason: count}: why existing entries of the same origin ("of" in made_from) cannot replace missing ones.
-
-        missing: (kind, made_from) of each. wanted: names of entries that this run reads, which are not stale.
-        """
-        existing: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
-        for shard in self.shards:
-            header = self._header(shard)[0]
-            for name in (name for name in _entry_names(header) if name not in wanted):
-                made = json.loads(header["__metadata__"][name])
-                existing[name.partition("/")[0], made.get("of", "")].append(made)
-        reasons: Counter[str] = Counter()
-        for kind, made_from in missing:
-            now = {**made_from, "encoder": self.encoder(kind), "code version": str(CODE_VERSION)}
-            compared = [what for what in now if what not in ("of", "source", "captions", "given")]
-            changes = [
-                [f"{what} was {old.get(what)}, is {now[what]}" for what in compared if old.get(what) != now[what]]
-                for old in existing.get((kind, made_from["of"]), ())
-            ]
-            if changes:
-                reasons[f"{kind}: {', '.join(min(changes, key=len))}"] += 1
-        return reasons
-
-
-def _entry_names(header: Mapping[str, Any]) -> list[str]:
+def entry_names(header: Mapping[str, Any]) -> list[str]:
     return [name for name in header if name != "__metadata__"]
 
 

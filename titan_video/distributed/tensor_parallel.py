@@ -15,8 +15,6 @@ each rank has.
 """
 
 import operator
-import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 
 import torch
@@ -31,16 +29,20 @@ from titan_video.distributed.fsdp import get_blocks
 from titan_video.kernels import mean_square
 from titan_video.models.layers import Linear, local_shard
 from titan_video.models.spec import ParallelPlan
+from titan_video.tools.parts import resolve
+
+ASYNC = "titan_video.distributed.async_tensor_parallel:async_styles"  # optional
 
 
 def apply_tensor_parallel(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh, async_mode: bool) -> None:
     """Split the blocks over the 1-D `mesh`, in place; their parameters may be on the meta device. Nothing is sent.
 
-    async_mode: see `enable_async`. Parameters outside the blocks stay as they are.
+    async_mode: overlap communication with matmuls (async_tensor_parallel.py). Parameters outside the blocks stay as
+    they are.
     """
+    styles = STYLES
     if async_mode:
-        enable_async(mesh)
-    styles = ASYNC_STYLES if async_mode else STYLES
+        styles = resolve(ASYNC, asked_by="parallelism.enable_async_tensor_parallel = true")(mesh)
     for container, key in get_blocks(model, plan):
         block = container[key]
         for name, style in plan.tensor.items():
@@ -51,54 +53,6 @@ def apply_tensor_parallel(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh
             for name, parameter in module.named_parameters(recurse=False):
                 if not isinstance(parameter, DTensor):
                     distribute(module, name, mesh, Replicate())
-
-
-def enable_async(mesh: DeviceMesh) -> None:
-    """Let the compiler split each gather and scatter into parts, sent while the matmul of another part is computed.
-
-    ValueError where that cannot work. Not yet run on GPUs. torch 2.13's pass
-    (torch/_inductor/fx_passes/micro_pipeline_tp.py) takes an all-gather along any dim whose result goes into one or,
-    for q, k and v, several matmuls, and a matmul whose result is reduce-scattered. A bias inside the matmul (`addmm`)
-    hides the first, hence `colwise_unfused`. In a compiled Wan block it finds, forward, all 3 gathers and 3 scatters;
-    backward, all 3 gathers and 2 of the scatters: the gradient that q, k and v send back is a sum of matmuls.
-    """
-    if mesh.device_type != "cuda":
-        raise ValueError(
-            f"parallelism.enable_async_tensor_parallel: true, but it needs GPUs that see each other's memory, and this "
-            f"run is on {mesh.device_type}; leave it false"
-        )
-    import torch._inductor.config
-    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
-
-    torch._inductor.config._micro_pipeline_tp = True
-    with warnings.catch_warnings():  # deprecated in 2.13, yet its pass skips groups without it
-        warnings.simplefilter("ignore", FutureWarning)
-        enable_symm_mem_for_group(mesh.get_group().group_name)
-
-
-def collectives_per_block(plan: ParallelPlan, block: nn.Module) -> tuple[dict[str, int], dict[str, int]]:
-    """({collective: calls} in the forward, in the backward) of a tensor-parallel block.
-
-    A checkpointed block runs its forward again. The backward also all-reduces the gradient of each replicated parameter
-    (norms, and biases that follow a scatter).
-    """
-    used = Counter(style for name, style in plan.tensor.items() if has(block, name))
-    gathers = used["all_gather_input"] + used["colwise_gathered"]
-    scatters = used["rowwise"] + used["rowwise_joint"]
-    sums = used["rms_stats"] + used["rowwise_replicated"] + used["rowwise_joint"]
-    replicated = sum(p.requires_grad and p.placements[-1].is_replicate() for p in block.parameters())
-    return (
-        {"all_gather": gathers, "reduce_scatter": scatters, "all_reduce": sums},
-        {"all_gather": scatters, "reduce_scatter": gathers, "all_reduce": sums + replicated},
-    )
-
-
-def bytes_per_collective(batch: int, tokens: int, width: int, tp: int, itemsize: int) -> int:
-    """Bytes that each rank sends in one gather or scatter of activations: all parts but its own.
-
-    tokens: of the whole group.
-    """
-    return (tp - 1) * batch * (tokens // tp) * width * itemsize
 
 
 def has(block: nn.Module, name: str) -> bool:
@@ -171,25 +125,6 @@ STYLES: dict[str, Callable[[nn.Module, str, DeviceMesh], None]] = {
     "shard_vector": shard_vector,
     "rms_stats": rms_stats,
 }
-
-
-def all_gather_input_in_chunks(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
-    """`all_gather_input`, always with the concatenation that the compiler's pass looks for."""
-    group = rank_group(mesh)
-
-    def hook(module: nn.Module, args: tuple) -> tuple:
-        return torch.cat(all_gather(args[0], 0, group).chunk(group.size), dim=1), *args[1:]
-
-    parent.get_submodule(name).register_forward_pre_hook(hook)
-
-
-def colwise_unfused(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
-    """`colwise` with a matmul that the compiler's pass sees: the bias is added after it."""
-    colwise(parent, name, mesh)
-    parent.register_module(name, UnfusedLinear(parent.get_submodule(name), (lambda x: x,)))
-
-
-ASYNC_STYLES = {**STYLES, "all_gather_input": all_gather_input_in_chunks, "colwise": colwise_unfused}
 
 
 def _reduce_scatter_tokens(mesh: DeviceMesh) -> Callable[[Tensor], Tensor]:

@@ -1,10 +1,18 @@
 """Which bucket a clip goes to, how it is resized and cropped, and which clips are taken from a file."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from titan_video.config.job_config import Data, JobConfig
+from titan_video.config.values import nearest_multiples
 from titan_video.data.batching import Bucket
+from titan_video.models import get_args, get_spec
+from titan_video.models.spec import LatentGeometry
+
+DEFAULT_GEOMETRY = LatentGeometry(channels=16, temporal_stride=4, spatial_stride=8)
+DEFAULT_PATCH = (1, 2, 2)
+SPATIAL_MULTIPLE = DEFAULT_GEOMETRY.spatial_stride * DEFAULT_PATCH[1]
 
 
 @dataclass(frozen=True)
@@ -70,3 +78,65 @@ def cover(width: int, height: int, bucket: Bucket) -> tuple[int, int, int, int]:
 
 def is_upscaled(width: int, height: int, bucket: Bucket) -> bool:
     return width < bucket[2] or height < bucket[1]
+
+
+def rules(config: JobConfig, world_size: int) -> Iterator[str]:
+    """Rules of the configuration about the sizes that clips are brought to, one line per mistake."""
+    geometry, patch = _geometry(config)
+    yield from _bucket_rules(config.data, geometry, patch)
+
+
+def _geometry(config: JobConfig) -> tuple[LatentGeometry, tuple[int, int, int]]:
+    """The model's latent space and patch; the defaults where its arguments cannot be resolved."""
+    model = config.model
+    try:
+        spec = get_spec(model.name)
+        args = get_args(spec, model.flavor, model.hf_assets_path, config.encoder.max_text_length)
+        return spec.geometry(args), args.patch
+    except (ValueError, OSError):  # other rules, or the program itself, name the mistake
+        return DEFAULT_GEOMETRY, DEFAULT_PATCH
+
+
+def _bucket_rules(data: Data, geometry: LatentGeometry, patch: tuple[int, int, int]) -> Iterator[str]:
+    if not data.buckets and not data.resolutions:
+        yield (
+            "data.buckets: empty; give at least one [frames, height, width], such as [[81, 480, 832]], or derive "
+            "them with data.resolutions"
+        )
+    if data.buckets and data.resolutions:
+        yield (
+            f"data.resolutions: given {list(data.resolutions)}, which derives the buckets, but data.buckets lists "
+            f"them; set buckets to [], or leave this []"
+        )
+    if data.min_ar > data.max_ar:
+        yield f"data.min_ar: given {data.min_ar}; legal: at most data.max_ar, which is {data.max_ar}"
+    if data.resolutions and not data.frame_buckets:
+        yield "data.frame_buckets: empty; give at least one number of frames, such as [81]"
+    stride = geometry.temporal_stride
+    for frames in data.frame_buckets:
+        if (frames - 1) % stride:
+            nearest = nearest_multiples(frames, stride, 1)
+            yield f"data.frame_buckets: given {frames}; legal: {stride}k+1; nearest: {nearest}"
+    for i, bucket in enumerate(data.buckets):
+        where = f"data.buckets: item {i}, {list(bucket)}"
+        if bucket in data.buckets[:i]:
+            yield f"{where}, appears twice; remove one"
+        yield from (f"{where}: {problem}" for problem in bucket_errors(bucket, geometry, patch))
+
+
+def bucket_errors(
+    bucket: tuple[int, ...],
+    geometry: LatentGeometry = DEFAULT_GEOMETRY,
+    patch: tuple[int, int, int] = DEFAULT_PATCH,
+) -> Iterator[str]:
+    """What is wrong with a size [frames, height, width] for a model of this latent space and patch."""
+    if len(bucket) != 3:
+        yield f"it has {len(bucket)} numbers; legal: [frames, height, width]"
+        return
+    stride = geometry.temporal_stride
+    if (bucket[0] - 1) % stride:
+        yield f"frames must be {stride}k+1; nearest: {nearest_multiples(bucket[0], stride, 1)}"
+    for side, size, side_patch in zip(("height", "width"), bucket[1:], patch[1:], strict=True):
+        multiple = geometry.spatial_stride * side_patch
+        if size % multiple:
+            yield f"{side} must be a multiple of {multiple}; nearest: {nearest_multiples(size, multiple)}"

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from titan_video.data.latent_cache import GIVEN, CachedClip, LatentCache, content_hash
+from titan_video.ingest.cache_keys import text_keys, video_keys
 from titan_video.ingest.plan import Plan
 
 
@@ -11,7 +12,7 @@ def cached_clips(plan: Plan, cache: LatentCache, failures: Mapping[str, str] | N
     """The kept clips without the failures {path: reason}. Their order depends on content alone."""
     clips = []
     for e in plan.drop(failures or {}).kept:
-        keys, texts = cache.video_keys(e), cache.clip_text_keys(e)
+        keys, texts = video_keys(cache, e), text_keys(cache, e)
         clips.append(
             CachedClip(
                 keys["video"],

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from titan_video.data.latent_cache import GIVEN, CachedClip, LatentCache
 from titan_video.encoders.spec import Encoders
+from titan_video.ingest.cache_keys import explain_stale, video_keys
 from titan_video.ingest.cached_clips import cached_clips
 from titan_video.ingest.conditioning_frames import encode_cond_frames, encode_images
 from titan_video.ingest.plan import Plan, PlanEntry, read_frames
@@ -72,7 +73,7 @@ class Job:
 
 def frames_job(cache: LatentCache, entry: PlanEntry) -> Job:
     """All entries that are made from a clip's frames."""
-    return Job(tuple(cache.video_keys(entry).items()), entry.caption, entry)
+    return Job(tuple(video_keys(cache, entry).items()), entry.caption, entry)
 
 
 def text_job(cache: LatentCache, key: str, caption: str, entry: PlanEntry | None = None) -> Job:
@@ -111,7 +112,7 @@ def missing_jobs(
     if cache.shards and any(jobs):
         wanted = {f"{kind}/{key}" for job in [*texts.values(), *frames.values()] for kind, key in job.keys}
         lacking = ((kind, job.made_from(kind)) for job in jobs[0] + jobs[1] for kind, _ in job.keys)
-        for reason, count in cache.explain(lacking, wanted).most_common():
+        for reason, count in explain_stale(cache, lacking, wanted).most_common():
             log(f"{cache.folder}: {count} stale entries are refused, and encoded anew: {reason}")
     return tuple(sorted(some, key=lambda job: (-job.cost, job.keys)) for some in jobs)
 
@@ -306,7 +307,7 @@ def failed_clips(clips: Iterable[CachedClip], cache: LatentCache, failed: dict[t
     by_entry = {name: reason for keys, reason in failed.items() for name in keys}
 
     def names(clip: CachedClip) -> list[tuple[str, str]]:
-        return [*cache.video_keys(clip.entry).items(), *(("text", key) for key in clip.text_keys)]
+        return [*video_keys(cache, clip.entry).items(), *(("text", key) for key in clip.text_keys)]
 
     return {clip.path: by_entry[name] for clip in clips for name in names(clip) if name in by_entry}
 

@@ -17,7 +17,7 @@ import tomli_w
 from titan_video.config.check import check
 from titan_video.config.job_config import Data, Source
 from titan_video.config.manager import ConfigError, parse, read_file
-from titan_video.data.batching import SPATIAL_MULTIPLE
+from titan_video.ingest.bucketing import SPATIAL_MULTIPLE
 
 CHOICES = {
     "single_beginning": ("head", 4),

@@ -14,6 +14,7 @@ from titan_video.config.job_config import Data, JobConfig, Validation
 from titan_video.data.latent_cache import CachedClip, LatentCache
 from titan_video.distributed.utils import broadcast_from_rank0, gather_objects
 from titan_video.encoders.spec import Encoders
+from titan_video.ingest.cache_keys import remove_partial_shards
 from titan_video.ingest.cached_clips import cached_clips, split_holdout
 from titan_video.ingest.encode import encode_share, failed_clips, missing_jobs
 from titan_video.ingest.plan import Plan, build_plan
@@ -151,7 +152,7 @@ def encode_clips(
     """
 
     def find():
-        cache.remove_partial_shards()
+        remove_partial_shards(cache)
         return missing_jobs(clips, cache, prompts, logger.info)
 
     jobs = broadcast_from_rank0(find, group)

@@ -72,16 +72,3 @@ class ConditioningSpec:
 
 
 TEXT_ONLY = ConditioningSpec()
-
-
-def grey_video(cond_frames_CNHW: Tensor, num_frames: int) -> Tensor:
-    """A clip of which only the conditioning frames are known: float32 [3, num_frames, H, W], -1 to 1, grey elsewhere.
-
-    cond_frames: uint8, N = 1 (the first frame) or 2 (the first and the last).
-    """
-    known = cond_frames_CNHW.float() / 127.5 - 1
-    video = known.new_zeros(known.shape[0], num_frames, *known.shape[2:])
-    video[:, 0] = known[:, 0]
-    if known.shape[1] == 2:
-        video[:, -1] = known[:, 1]
-    return video

@@ -10,7 +10,6 @@ AdamW of float32 weights is torch.optim.AdamW. Everything else, and every optimi
 rows of its weight and is sharded like it.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -47,14 +46,6 @@ def updated_by(parameter: str, ndim: int, name: str, blocks: tuple[str, ...]) ->
     if name == "Muon":
         return "Muon" if is_matrix and parameter.startswith(tuple(f"{path}." for path in blocks)) else "AdamW"
     return name if is_matrix else "AdamW"
-
-
-def state_bytes(kind: str, shape: tuple[int, ...]) -> int:
-    """Bytes of optimizer state, without the step count, for a shard of float32 or bfloat16 weights of this shape."""
-    numel = math.prod(shape)
-    if kind == "AdamW8bit":
-        return 2 * numel + 8 * shape[0] * -(-shape[1] // BLOCK)
-    return (8 if kind == "AdamW" else 4) * numel
 
 
 def build_optimizer(

@@ -35,8 +35,7 @@ from titan_video.data.batching import Batching, Bucket, gradient_accumulation
 from titan_video.distributed.activation_checkpoint import select_blocks
 from titan_video.distributed.parallel_dims import Meshes, ParallelDims, check_layout
 from titan_video.distributed.parallelize import parallelize
-from titan_video.distributed.pipeline_parallel import Pipeline
-from titan_video.distributed.pipeline_stages import Stages, check_microbatches, keep_stages
+from titan_video.distributed.pipeline_parallel import Pipeline, Stages, check_microbatches, keep_stages
 from titan_video.distributed.sequence import SequenceShard
 from titan_video.distributed.utils import clean_name
 from titan_video.flow.matching import FlowMatching
@@ -44,9 +43,10 @@ from titan_video.kernels import attention
 from titan_video.models import get_args, get_spec
 from titan_video.models.layers import token_shape
 from titan_video.models.spec import ModelSpec
-from titan_video.optim.optimizer import state_bytes, updated_by
+from titan_video.optim.optimizer import updated_by
 from titan_video.planner import fake
 from titan_video.planner.describe import OFFLOADED, STATE, Report, describe
+from titan_video.planner.memory import state_bytes
 from titan_video.planner.step_tracker import StepTracker
 from titan_video.tasks.denoising import Denoising, DenoisingInputs
 from titan_video.weights.trained import WeightsSettings, build_weights

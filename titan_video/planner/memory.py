@@ -17,7 +17,7 @@ from titan_video.config.job_config import ActivationCheckpoint, JobConfig
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.models.layers import cast_params
 from titan_video.models.spec import ModelSpec, ParallelPlan
-from titan_video.optim.optimizer import state_bytes, updated_by
+from titan_video.optim.optimizer import BLOCK, updated_by
 
 
 def estimate(config: JobConfig, spec: ModelSpec, args: Any, dims: ParallelDims, num_tokens: int) -> dict[str, int]:
@@ -204,3 +204,11 @@ def saved_bytes_per_token(dim: int, num_heads: int, section: ActivationCheckpoin
     attention = section.mode == "selective"
     on_device = 0 if section.offload else dim * itemsize * (1 + attention)
     return on_device + 4 * num_heads * attention
+
+
+def state_bytes(kind: str, shape: tuple[int, ...]) -> int:
+    """Bytes of optimizer state, without the step count, for a shard of float32 or bfloat16 weights of this shape."""
+    numel = math.prod(shape)
+    if kind == "AdamW8bit":
+        return 2 * numel + 8 * shape[0] * -(-shape[1] // BLOCK)
+    return (8 if kind == "AdamW" else 4) * numel

@@ -1,6 +1,13 @@
-"""How many bytes context parallel sends, as closed forms; tests count the same in a run."""
+"""What parallelism sends, as closed forms; tests count the same in a run."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from titan_video.distributed.tensor_parallel import has
+from titan_video.models.spec import ParallelPlan
 
 
 @dataclass(frozen=True)
@@ -56,3 +63,33 @@ def exchange_bytes(
     rounds = ring_traffic(q_elements, ring, itemsize, rotate) if ring > 1 else ([], [])
     forward, backward = (sum(part.sent for part in [*a, *b]) for a, b in zip(exchange, rounds, strict=True))
     return forward, backward
+
+
+def collectives_per_block(plan: ParallelPlan, block: nn.Module) -> tuple[dict[str, int], dict[str, int]]:
+    """({collective: calls} in the forward, in the backward) of a tensor-parallel block.
+
+    A checkpointed block runs its forward again. The backward also all-reduces the gradient of each replicated parameter
+    (norms, and biases that follow a scatter).
+    """
+    used = Counter(style for name, style in plan.tensor.items() if has(block, name))
+    gathers = used["all_gather_input"] + used["colwise_gathered"]
+    scatters = used["rowwise"] + used["rowwise_joint"]
+    sums = used["rms_stats"] + used["rowwise_replicated"] + used["rowwise_joint"]
+    replicated = sum(p.requires_grad and p.placements[-1].is_replicate() for p in block.parameters())
+    return (
+        {"all_gather": gathers, "reduce_scatter": scatters, "all_reduce": sums},
+        {"all_gather": scatters, "reduce_scatter": gathers, "all_reduce": sums + replicated},
+    )
+
+
+def bytes_per_collective(batch: int, tokens: int, width: int, tp: int, itemsize: int) -> int:
+    """Bytes that each rank sends in one gather or scatter of activations: all parts but its own.
+
+    tokens: of the whole group.
+    """
+    return (tp - 1) * batch * (tokens // tp) * width * itemsize
+
+
+def state_bytes(state: Sequence[Tensor]) -> int:
+    """Bytes that one micro-batch sends over each boundary between stages on different ranks; its gradients as many."""
+    return sum(t.numel() * t.element_size() for t in state)

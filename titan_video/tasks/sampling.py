@@ -46,20 +46,6 @@ class SamplerSettings:
     seed: int = 0
 
 
-class Experts:
-    """Two models that share the noise levels (Wan 2.2 A14B), called like one; a call has one noise level.
-
-    high: used at and above the sigma `boundary`; low: below it.
-    """
-
-    def __init__(self, high: Callable[..., Tensor], low: Callable[..., Tensor], boundary: float):
-        self.high, self.low, self.boundary = high, low, boundary
-
-    def __call__(self, *, t_B: Tensor, **kwargs: Any) -> Tensor:
-        model = self.high if t_B[0].item() >= NUM_TRAIN_TIMESTEPS * self.boundary else self.low
-        return model(t_B=t_B, **kwargs)
-
-
 @torch.no_grad()
 def sample_latents(
     model: nn.Module | Callable[..., Tensor],

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def resolve(target: str, asked_by: str) -> Any:
-    """The attribute that `target`, "module:attribute", names.
+    """The attribute that `target`, "module:attribute", names; the module itself for "module".
 
     asked_by: the option that needs it, for the message, such as `lora.enable = true`.
     ValueError: the module is not part of this installation. A package that the module needs and does not find is not
@@ -18,7 +18,8 @@ def resolve(target: str, asked_by: str) -> Any:
     """
     module, _, attribute = target.partition(":")
     try:
-        return getattr(import_module(module), attribute)
+        found = import_module(module)
+        return getattr(found, attribute) if attribute else found
     except ModuleNotFoundError as e:
         if e.name is None or not (module == e.name or module.startswith(f"{e.name}.")):
             raise

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from titan_video.config.job_config import JobConfig, Profiling
 from titan_video.tools.files import atomic_write
@@ -27,8 +28,9 @@ class Profiler(AbstractContextManager):
     ValueError: a memory snapshot is asked for without a GPU.
     """
 
-    def __init__(self, section: Profiling, folder: Path, rank: int, device: torch.device):
-        self.section, self.rank, self.device = section, rank, device
+    def __init__(self, section: Profiling, folder: Path, device: torch.device):
+        self.section, self.device = section, device
+        self.rank = dist.get_rank()
         self.traces = folder / section.save_traces_folder
         self.snapshots = folder / section.save_memory_snapshot_folder
         self.step_number = 0

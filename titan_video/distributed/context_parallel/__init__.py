@@ -12,15 +12,20 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from titan_video.distributed.collectives import rank_group
-from titan_video.distributed.context_parallel.ring import JointRingAttention, RingAttention
-from titan_video.distributed.context_parallel.ulysses import JointUlyssesAttention, UlyssesAttention
 from titan_video.distributed.fsdp import get_blocks
-from titan_video.models.layers import InnerAttention, JointInnerAttention
 from titan_video.models.spec import ParallelPlan
+from titan_video.tools.parts import resolve
 
+# Class of an inner attention -> what replaces it on the ring and on the ulysses axis. joint.py is optional.
 _REPLACEMENTS = {
-    InnerAttention: (RingAttention, UlyssesAttention),
-    JointInnerAttention: (JointRingAttention, JointUlyssesAttention),
+    "InnerAttention": (
+        "titan_video.distributed.context_parallel.ring:RingAttention",
+        "titan_video.distributed.context_parallel.ulysses:UlyssesAttention",
+    ),
+    "JointInnerAttention": (
+        "titan_video.distributed.context_parallel.joint:JointRingAttention",
+        "titan_video.distributed.context_parallel.joint:JointUlyssesAttention",
+    ),
 }
 
 
@@ -40,7 +45,8 @@ def apply_context_parallel(
 
 def parallel_attention(attention: nn.Module, ring: DeviceMesh, ulysses: DeviceMesh, rotate: str) -> nn.Module:
     """The replacement of an inner attention on these two axes; an axis of one rank adds nothing."""
-    ring_class, ulysses_class = _REPLACEMENTS[type(attention)]
+    targets = _REPLACEMENTS[type(attention).__name__]
+    on_ring, on_ulysses = (resolve(target, asked_by="parallelism.context_parallel_degree") for target in targets)
     if ring.size() > 1:
-        attention = ring_class(rank_group(ring), rotate)
-    return ulysses_class(rank_group(ulysses), attention) if ulysses.size() > 1 else attention
+        attention = on_ring(rank_group(ring), rotate)
+    return on_ulysses(rank_group(ulysses), attention) if ulysses.size() > 1 else attention

@@ -52,28 +52,6 @@ class RingAttention(nn.Module):
         return ring_attention(q, k, v, seq_len, group.name, self.rotate, **local)[0]
 
 
-class JointRingAttention(RingAttention):
-    """The same for video and text. Text is replicated: its queries join this rank's, its keys are a chunk that stays.
-
-    Each rank has the text's full output and partial gradients, whose sum over the ranks is the gradient.
-    """
-
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        text_q: Tensor,
-        text_k: Tensor,
-        text_v: Tensor,
-        text_mask: Tensor | None = None,
-        layout: StepLayout | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        queries = torch.cat([q, text_q], dim=1)
-        out = self.attend(queries, k, v, layout, local_k=text_k, local_v=text_v, local_mask=text_mask)
-        return out[:, : q.shape[1]], out[:, q.shape[1] :]
-
-
 @torch.library.custom_op("titan_video::ring_attention", mutates_args=())
 def ring_attention(
     q: Tensor,

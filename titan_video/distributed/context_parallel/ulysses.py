@@ -8,7 +8,7 @@ u is the group's size, which divides H. Backward is two all-to-alls again. Lette
 from einops import rearrange
 from torch import Tensor, nn, stack
 
-from titan_video.distributed.collectives import all_gather, all_to_all
+from titan_video.distributed.collectives import all_to_all
 from titan_video.models.spec import RankGroup, StepLayout
 
 
@@ -30,32 +30,6 @@ class UlyssesAttention(nn.Module):
         group = self.select_group(layout)
         q, k, v = tokens_for_heads(q_BLHK, k_BLHK, v_BLHK, group)
         return heads_for_tokens(self.inner(q, k, v, layout), group)
-
-
-class JointUlyssesAttention(UlyssesAttention):
-    """The same for video and text. Text is replicated: each rank takes its heads of it, and the output's are gathered.
-
-    A rank has partial gradients of the text's q, k and v; their sum over the ranks is the gradient.
-    """
-
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        text_q: Tensor,
-        text_k: Tensor,
-        text_v: Tensor,
-        text_mask: Tensor | None = None,
-        layout: StepLayout | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        group = self.select_group(layout)
-        q, k, v = tokens_for_heads(q, k, v, group)
-        text_q, text_k, text_v = (x.chunk(group.size, dim=2)[group.rank] for x in (text_q, text_k, text_v))
-        out, text_out = self.inner(q, k, v, text_q, text_k, text_v, text_mask, layout)
-        # Backward is a reduce-scatter: the ranks' partial gradients are summed where these heads were computed.
-        text_out = text_out if group.size == 1 else all_gather(text_out, 2, group)
-        return heads_for_tokens(out, group), text_out
 
 
 def tokens_for_heads(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, group: RankGroup) -> tuple[Tensor, ...]:

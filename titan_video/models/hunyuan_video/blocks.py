@@ -5,18 +5,53 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan_video import kernels
+from titan_video.kernels.attention import joint_attention
 from titan_video.models.hunyuan_video.args import REFINER_RATIO, TIME_DIM, HunyuanVideoArgs
 from titan_video.models.layers import (
     CastLinear,
     FeedForward,
-    JointInnerAttention,
-    JointLinear,
     Linear,
     local_shard,
     select_modulation,
     time_features,
 )
 from titan_video.models.spec import StepLayout
+
+
+class JointInnerAttention(nn.Module):
+    """One attention over video and text tokens together. Context parallel replaces this module.
+
+    q, k, v, text_q, text_k, text_v: [B, L or S, H, K]. text_mask: bool [B, S], the text keys that count; None: all.
+    The mask is applied whatever it holds: looking inside would synchronise host and device.
+    layout: as in `InnerAttention`.
+    Returns the outputs of the video and of the text tokens; those of masked text tokens are undefined.
+    """
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        text_q: Tensor,
+        text_k: Tensor,
+        text_v: Tensor,
+        text_mask: Tensor | None = None,
+        layout: StepLayout | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if layout is not None:
+            k, v = k[:, : layout.seq_len], v[:, : layout.seq_len]
+        out = joint_attention(torch.cat([q, text_q], dim=1), k, v, text_k, text_v, text_mask)
+        return out[:, : q.shape[1]], out[:, q.shape[1] :]
+
+
+class JointLinear(Linear):
+    """One Linear for video and for text tokens.
+
+    Tensor parallel shards the video tokens over its ranks, not the text.
+    """
+
+    def forward(self, x_BLD: Tensor, text_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x_BLD), super().forward(text_BSD)
 
 
 class Mlp(nn.Module):

@@ -1,14 +1,15 @@
 """Which blocks each pipeline stage has, and how many micro-batches a schedule can run."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from titan_video.config.job_config import Parallelism
+from titan_video.config.job_config import JobConfig, Parallelism
+from titan_video.config.values import divisors
 from titan_video.distributed.parallel_dims import stages_per_rank
 from titan_video.models.spec import ParallelPlan
 
@@ -59,11 +60,6 @@ def _is_legal(section: Parallelism, num_microbatches: int) -> bool:
     if section.pipeline_parallel_schedule == "1F1B":
         return num_microbatches >= ranks
     return num_microbatches % max(1, num_microbatches // ranks) == 0
-
-
-def state_bytes(state: Sequence[Tensor]) -> int:
-    """Bytes that one micro-batch sends over each boundary between stages on different ranks; its gradients as many."""
-    return sum(t.numel() * t.element_size() for t in state)
 
 
 @dataclass(frozen=True)
@@ -120,3 +116,20 @@ def _remove_others(
         if stage not in blocks:
             for name in names:
                 setattr(model, name, None)
+
+
+def rules(config: JobConfig, world_size: int) -> Iterator[str]:
+    """Rules of the configuration about pipelines, one line per mistake."""
+    p, local = config.parallelism, config.training.local_batch_size
+    if p.pipeline_parallel_degree == 1:
+        return
+    if p.pipeline_parallel_schedule == "InterleavedZeroBubble" and config.compile.enable:
+        yield (
+            "parallelism.pipeline_parallel_schedule: InterleavedZeroBubble, but the backward of a compiled block "
+            "cannot be split; leave compile.enable false, or choose another schedule, such as Interleaved1F1B"
+        )
+    if not config.data.tokens_per_microbatch and local % p.pipeline_parallel_microbatch_size:
+        yield (
+            f"parallelism.pipeline_parallel_microbatch_size: given {p.pipeline_parallel_microbatch_size}; it must "
+            f"divide training.local_batch_size {local}; legal: {divisors(local)}"
+        )

@@ -1,11 +1,13 @@
-"""Process groups, and where clips are encoded. Encoding during training is an optional part (online/)."""
+"""The optional parts that the trainer uses, each behind one function: what is not asked for is not loaded."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from titan_video.config.job_config import Comm, Encoder, JobConfig
+from titan_video.config.job_config import Comm, Encoder, JobConfig, Profiling
 from titan_video.data.batching import Bucket
 from titan_video.data.latent_cache import LatentCache
 from titan_video.distributed.parallel_dims import ParallelDims
@@ -46,6 +48,36 @@ def run_encoder_rank(config: JobConfig, num_training: int) -> None:
     """All that an encoder rank does, from start to end."""
     run = _online("run_encoder_rank", config.encoder)
     run(config.encoder, config.data, config.comm, config.model.hf_assets_path, num_training)
+
+
+def load_pipeline(degree: int) -> Any:
+    """The package distributed/pipeline_parallel; None for one stage."""
+    if degree == 1:
+        return None
+    return resolve("titan_video.distributed.pipeline_parallel", asked_by="parallelism.pipeline_parallel_degree")
+
+
+class NoProfiler(nullcontext):
+    """Stands in for training.profiling.Profiler."""
+
+    def __enter__(self) -> "NoProfiler":
+        return self
+
+    def step(self, step: int) -> None:
+        pass
+
+
+def build_profiler(section: Profiling, folder: Path, device: torch.device) -> Any:
+    """A context manager whose `step` is called after each optimizer step."""
+    if not (section.enable_profiling or section.enable_memory_snapshot):
+        return NoProfiler()
+    return resolve("titan_video.training.profiling:Profiler", asked_by="profiling")(section, folder, device)
+
+
+def explain_out_of_memory(error: torch.OutOfMemoryError, config: JobConfig, step: int, bucket: str) -> str:
+    """The message for the user; bucket: sizes of the clips of the step."""
+    explain = resolve("titan_video.training.out_of_memory:explain", asked_by=f"out of memory: {error}")
+    return explain(error, config, step, bucket)
 
 
 def _online(name: str, section: Encoder) -> Any:

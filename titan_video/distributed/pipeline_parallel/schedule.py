@@ -34,9 +34,8 @@ from torch.distributed.pipelining import (
 )
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from titan_video.config.job_config import JobConfig, Parallelism
-from titan_video.config.values import divisors
-from titan_video.distributed.pipeline_stages import Stages, check_microbatches
+from titan_video.config.job_config import Parallelism
+from titan_video.distributed.pipeline_parallel.stages import Stages, check_microbatches
 from titan_video.distributed.utils import reduce_over
 from titan_video.models.spec import ParallelPlan
 
@@ -138,7 +137,7 @@ class Pipeline:
         return out
 
     def state(self, inputs: Any) -> tuple[Tensor, ...]:
-        """What a stage sends to the next for a micro-batch, on the meta device: see `state_bytes`."""
+        """What a stage sends to the next for a micro-batch, on the meta device: see planner/traffic.state_bytes."""
         return self._infer_shapes(inputs.kwargs)[0]
 
     def _receive_buffer(self, like: Tensor) -> Tensor:
@@ -311,20 +310,3 @@ def _like(x: Tensor) -> Tensor:
 def _signature(shapes: tuple[tuple[Tensor, ...], Tensor]) -> tuple:
     state, velocity = shapes
     return tuple((t.shape, t.dtype) for t in (*state, velocity))
-
-
-def rules(config: JobConfig, world_size: int) -> Iterator[str]:
-    """Rules of the configuration about pipelines, one line per mistake."""
-    p, local = config.parallelism, config.training.local_batch_size
-    if p.pipeline_parallel_degree == 1:
-        return
-    if p.pipeline_parallel_schedule == "InterleavedZeroBubble" and config.compile.enable:
-        yield (
-            "parallelism.pipeline_parallel_schedule: InterleavedZeroBubble, but the backward of a compiled block "
-            "cannot be split; leave compile.enable false, or choose another schedule, such as Interleaved1F1B"
-        )
-    if not config.data.tokens_per_microbatch and local % p.pipeline_parallel_microbatch_size:
-        yield (
-            f"parallelism.pipeline_parallel_microbatch_size: given {p.pipeline_parallel_microbatch_size}; it must "
-            f"divide training.local_batch_size {local}; legal: {divisors(local)}"
-        )

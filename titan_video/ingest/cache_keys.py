@@ -1,0 +1,71 @@
+"""Keys of the cache entries that are made from a clip: each depends on everything that its entry depends on."""
+
+import json
+import time
+from collections import Counter, defaultdict
+from collections.abc import Container, Iterable, Mapping
+
+from titan_video.data.latent_cache import CODE_VERSION, GIVEN, LatentCache, content_hash, entry_names
+from titan_video.ingest.plan import PlanEntry
+
+PARTIAL_SECONDS = 600  # no write of a shard takes this long
+
+
+def video_key(cache: LatentCache, content: str) -> str:
+    """content: of a plan's entry."""
+    return content_hash("video", content, cache.video_id, CODE_VERSION)
+
+
+def cond_frames_id(entry: PlanEntry) -> str:
+    """Identity of a clip's conditioning frames: what they are read from, and their size."""
+    return content_hash("frames", entry.content, entry.image_sha256, CODE_VERSION)
+
+
+def video_keys(cache: LatentCache, entry: PlanEntry) -> dict[str, str]:
+    """{kind: key} of the entries that are made from a clip's frames."""
+    keys, c = {"video": video_key(cache, entry.content)}, cache.conditioning
+    frames_id = cond_frames_id(entry)
+    if c.num_cond_frames:
+        keys[GIVEN] = content_hash(GIVEN, frames_id, c.num_cond_frames, c.form, cache.video_id)
+    if c.image_tokens:
+        keys["image"] = content_hash("image", frames_id, c.num_cond_frames, cache.image_id)
+    return keys
+
+
+def text_keys(cache: LatentCache, entry: PlanEntry) -> tuple[str, ...]:
+    """The text key of each of a clip's captions."""
+    frames_id = cond_frames_id(entry) if cache.conditioning.text_image_tokens else ""
+    return tuple(cache.text_key(caption, frames_id) for caption in entry.captions)
+
+
+def remove_partial_shards(cache: LatentCache) -> None:
+    """Delete the temporary files of writers that were killed. One process calls it, before encoding."""
+    for path in cache.folder.glob("shards/.*.tmp"):
+        if time.time() - path.stat().st_mtime > PARTIAL_SECONDS:
+            path.unlink(missing_ok=True)
+
+
+def explain_stale(
+    cache: LatentCache, missing: Iterable[tuple[str, Mapping[str, str]]], wanted: Container[str]
+) -> Counter[str]:
+    """{reason: count}: why existing entries of the same origin ("of" in made_from) cannot replace missing ones.
+
+    missing: (kind, made_from) of each. wanted: names of entries that this run reads, which are not stale.
+    """
+    existing: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
+    for shard in cache.shards:
+        header = cache.header(shard)[0]
+        for name in (name for name in entry_names(header) if name not in wanted):
+            made = json.loads(header["__metadata__"][name])
+            existing[name.partition("/")[0], made.get("of", "")].append(made)
+    reasons: Counter[str] = Counter()
+    for kind, made_from in missing:
+        now = {**made_from, "encoder": cache.encoder(kind), "code version": str(CODE_VERSION)}
+        compared = [what for what in now if what not in ("of", "source", "captions", "given")]
+        changes = [
+            [f"{what} was {old.get(what)}, is {now[what]}" for what in compared if old.get(what) != now[what]]
+            for old in existing.get((kind, made_from["of"]), ())
+        ]
+        if changes:
+            reasons[f"{kind}: {', '.join(min(changes, key=len))}"] += 1
+    return reasons
