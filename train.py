@@ -108,8 +108,7 @@ class Trainer:
         flow = expert_sigma_range(config.flow, config.model.expert, config.model.boundary or self.args.boundary)
         shard, seed, guidance = SequenceShard.from_meshes(self.meshes), config.debug.seed, config.training.guidance
         self.task = Denoising(self.spec, self.args, FlowMatching(flow), shard, self.device, seed, guidance)
-        micro_batches = self.accumulation * self.dims.dp
-        self.batching = Batching.of(config.data, config.training, config.parallelism, micro_batches)
+        self.batching = Batching.of(config.data, config.training, config.parallelism, self.accumulation * self.dims.dp)
         num_tokens = [self.task.work(bucket).tokens for bucket in config.data.sizes]
         self.longest = max(num_tokens)
         check_save_min_kv(config.activation_checkpoint, self.longest)
@@ -275,10 +274,8 @@ class Trainer:
         c, last_step = self.config, self.config.training.steps
         if self.step >= last_step:
             return self.finish_again()
-        own = torch.tensor(sum(p.numel() for p in self.model.parameters()))
-        size = (
-            f"{reduce_over(self.meshes.pp, own, 'sum').item():,} parameters, {self.accumulation} micro-batches a step"
-        )
+        num_params = reduce_over(self.meshes.pp, torch.tensor(sum(p.numel() for p in self.model.parameters())), "sum")
+        size = f"{num_params.item():,} parameters, {self.accumulation} micro-batches a step"
         ranks = f"{self.world_size} x {self.device.type}"
         logger.info(f"training from step {self.step + 1} to {last_step} on {ranks}, {size}")
         if c.validation.enable and self.step == 0:

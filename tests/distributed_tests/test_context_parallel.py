@@ -14,7 +14,8 @@ from titan_video.distributed.context_parallel import apply_context_parallel
 from titan_video.distributed.context_parallel.ring import RingAttention, ring_attention
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.utils import reduce_over
-from titan_video.models.layers import InnerAttention, JointInnerAttention
+from titan_video.models.hunyuan_video.blocks import JointInnerAttention
+from titan_video.models.layers import InnerAttention
 from titan_video.models.spec import ParallelPlan, RankGroup, StepLayout
 from titan_video.planner.traffic import Traffic, exchange_bytes, ring_traffic, ulysses_traffic
 

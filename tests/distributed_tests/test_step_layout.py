@@ -16,7 +16,7 @@ from titan_video.data.batch import Batch
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.parallelize import parallelize
 from titan_video.distributed.pipeline_parallel import Pipeline
-from titan_video.distributed.pipeline_stages import keep_stages
+from titan_video.distributed.pipeline_parallel.stages import keep_stages
 from titan_video.distributed.sequence import SequenceShard, whole_sequence
 from titan_video.distributed.utils import clean_name, initialise, reduce_over
 from titan_video.flow.noise import draw_noise

@@ -8,7 +8,8 @@ import torch
 
 from tests.attention_cases import count_attention_ops
 from titan_video.kernels import attention, sdpa
-from titan_video.models.layers import InnerAttention, JointInnerAttention
+from titan_video.models.hunyuan_video.blocks import JointInnerAttention
+from titan_video.models.layers import InnerAttention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

@@ -27,7 +27,8 @@ from titan_video.config.job_config import ActivationCheckpoint
 from titan_video.distributed.activation_checkpoint import apply_activation_checkpoint
 from titan_video.kernels import attention, sdpa
 from titan_video.kernels.attention import attend, attend_backward, merge, own_attention
-from titan_video.models.layers import InnerAttention, JointInnerAttention
+from titan_video.models.hunyuan_video.blocks import JointInnerAttention
+from titan_video.models.layers import InnerAttention
 from titan_video.models.spec import ParallelPlan, StepLayout
 
 CPU = torch.device("cpu")

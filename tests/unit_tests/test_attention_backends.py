@@ -5,7 +5,8 @@ import torch
 
 from tests.attention_cases import attention_by_softmax, joint_attention_by_softmax, joint_inputs, pretend_gpu, text_mask
 from titan_video.kernels import attention, attention_backends, sdpa
-from titan_video.models.layers import InnerAttention, JointInnerAttention
+from titan_video.models.hunyuan_video.blocks import JointInnerAttention
+from titan_video.models.layers import InnerAttention
 from titan_video.models.spec import StepLayout
 
 CUDA = torch.device("cuda")

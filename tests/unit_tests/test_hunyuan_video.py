@@ -16,7 +16,8 @@ from titan_video.data.batch import Batch
 from titan_video.encoders.debug import DebugEncoders
 from titan_video.models import get_args, get_spec
 from titan_video.models.hunyuan_video import SPEC, HunyuanVideoArgs, HunyuanVideoModel, args_from_hf, args_to_hf
-from titan_video.models.layers import JointInnerAttention, attention_flops, patchify, positions, token_shape, unpatchify
+from titan_video.models.hunyuan_video.blocks import JointInnerAttention
+from titan_video.models.layers import attention_flops, patchify, positions, token_shape, unpatchify
 from titan_video.models.spec import StepLayout
 from titan_video.weights.hf_storage import load_hf, save_hf
 

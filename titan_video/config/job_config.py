@@ -14,6 +14,7 @@ from titan_video.config.sections.data import Data
 from titan_video.config.sections.data import Source as Source
 from titan_video.config.sections.float8 import Float8
 from titan_video.config.sections.lora import Lora
+from titan_video.config.sections.profiling import Profiling
 
 
 @dataclass(frozen=True)
@@ -344,21 +345,6 @@ class Metrics:
     log_freq: int = opt(10, "Steps between log lines and TensorBoard points. metrics.jsonl has every step.", ge=1)
     enable_tensorboard: bool = opt(True, "Write TensorBoard scalars and sample clips.")
     save_tb_folder: str = opt("tb", "TensorBoard's folder, inside job.dump_folder.")
-
-
-@dataclass(frozen=True)
-class Profiling:
-    enable_profiling: bool = opt(False, "Write a trace of a step every profile_freq steps, on every rank.")
-    save_traces_folder: str = opt("profile_traces", "Folder of the traces, inside job.dump_folder.")
-    profile_freq: int = opt(10, "Steps between traces, and between memory snapshots.", ge=2)
-    profiler_warmup: int = opt(
-        1, "Steps before a traced one in which the profiler runs and its output is discarded.", ge=0
-    )
-    profiler_active: int = opt(1, "Steps in a trace.", ge=1)
-    enable_memory_snapshot: bool = opt(
-        False, "Write the history of GPU allocations every profile_freq steps and at an out-of-memory error."
-    )
-    save_memory_snapshot_folder: str = opt("memory_snapshot", "Folder of the memory snapshots, inside job.dump_folder.")
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,6 @@ from titan_video.data.batching import Batching, Bucket, gradient_accumulation
 from titan_video.distributed.activation_checkpoint import select_blocks
 from titan_video.distributed.parallel_dims import Meshes, ParallelDims, check_layout
 from titan_video.distributed.parallelize import parallelize
-from titan_video.distributed.pipeline_parallel import Pipeline, Stages, check_microbatches, keep_stages
 from titan_video.distributed.sequence import SequenceShard
 from titan_video.distributed.utils import clean_name
 from titan_video.flow.matching import FlowMatching
@@ -49,6 +48,7 @@ from titan_video.planner.describe import OFFLOADED, STATE, Report, describe
 from titan_video.planner.memory import state_bytes
 from titan_video.planner.step_tracker import StepTracker
 from titan_video.tasks.denoising import Denoising, DenoisingInputs
+from titan_video.training.parts import load_pipeline
 from titan_video.weights.trained import WeightsSettings, build_weights
 
 
@@ -76,7 +76,10 @@ class RankStep:
         cpu, self.pipeline = torch.device("cpu"), None
         if self.stages:
             dtype = getattr(torch, config.training.mixed_precision_param)
-            self.pipeline = Pipeline(self.model, self.stages, spec.plan, meshes.pp, config.parallelism, dtype, cpu)
+            pipeline = load_pipeline(meshes.pp.size())
+            self.pipeline = pipeline.Pipeline(
+                self.model, self.stages, spec.plan, meshes.pp, config.parallelism, dtype, cpu
+            )
         self.shard = SequenceShard.from_meshes(meshes)
         self.task = Denoising(
             spec, args, FlowMatching(config.flow), self.shard, cpu, guidance_scale=config.training.guidance
@@ -211,24 +214,25 @@ def get_step_size(config: JobConfig, spec: ModelSpec, args: Any, dims: ParallelD
     """
     accumulation = gradient_accumulation(config, dims.dp)
     batching = Batching.of(config.data, config.training, config.parallelism, accumulation * dims.dp)
+    pipeline = load_pipeline(dims.pp)
     sizes = []
     for bucket in config.data.sizes:
         tokens = num_clip_tokens(bucket, spec, args)
         clips = batching.clips_per_micro_batch(tokens)
-        if dims.pp == 1:
+        if pipeline is None:
             sizes.append(StepSize(bucket, tokens, clips, num_counted=1, accumulation=accumulation))
             continue
         microbatch = config.parallelism.pipeline_parallel_microbatch_size
         num_microbatches = accumulation * clips // microbatch
-        check_microbatches(config.parallelism, num_microbatches)
+        pipeline.check_microbatches(config.parallelism, num_microbatches)
         sizes.append(StepSize(bucket, tokens, microbatch, num_counted=num_microbatches, accumulation=1))
     return max(sizes, key=lambda size: size.num_tokens * size.num_clips)
 
 
 def build_model(
     config: JobConfig, spec: ModelSpec, args: Any, meshes: Meshes, num_tokens: int
-) -> tuple[nn.Module, Stages | None]:
-    """The sharded model on the meta device; with pipelines, this rank's stages of it.
+) -> tuple[nn.Module, Any]:
+    """The sharded model on the meta device; with pipelines, this rank's stages of it, and their names (Stages).
 
     Build it outside the fake mode, where each of its tensors costs much more time.
     """
@@ -242,9 +246,9 @@ def build_model(
         model = spec.build(args)
     weights.prepare(model)
     checkpointed = select_blocks(model, plan, config.activation_checkpoint.layers)
-    stages = None
-    if meshes.pp.size() > 1:
-        stages = keep_stages(model, plan, meshes.pp, config.parallelism, args, num_tokens)
+    stages, pipeline = None, load_pipeline(meshes.pp.size())
+    if pipeline:
+        stages = pipeline.keep_stages(model, plan, meshes.pp, config.parallelism, args, num_tokens)
     parallelize(
         model,
         plan,
