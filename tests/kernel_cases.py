@@ -19,7 +19,7 @@ from titan_video.kernels.triton import rms_norm as fused_rms_norm
 
 EPS = 1e-6
 MODULATION = ("one row", "one row for all samples", "a row per token", "two rows and a mask")
-# Samples, tokens, width and modulation in the interpreter. In the last, each of several programs computes several tokens.
+# Samples, tokens, width and modulation in the interpreter. The last size has several programs of several tokens each.
 SIZES = ((2, 3, 128, MODULATION), (3, 3, 384, MODULATION[1::2]), (1, 5, 1536, MODULATION[::2]))
 
 
@@ -43,7 +43,10 @@ def layer_norm_cases(B, L, D, dtype, device="cpu", kinds=MODULATION):
     w, b = (rand(D, seed=i, dtype=dtype, device=device) for i in (2, 3))
     for kind in kinds:
         rows, cond_mask = modulation(kind, B, L, D, device)
-        split = lambda rows: rows.unbind(2)
+
+        def split(rows):
+            return rows.unbind(2)
+
         yield (
             f"ada_layer_norm, {kind}",
             lambda m, x, r, cond_mask=cond_mask: m.ada_layer_norm(x, *split(r)[:2], EPS, cond_mask),
@@ -86,7 +89,10 @@ def rms_norm_cases(B, L, D, dtype, device="cpu", K=32):
     """As `layer_norm_cases`: one norm over all D / K heads, and one per head."""
     x, w, w_head = (rand(*s, seed=i, dtype=dtype, device=device) for i, s in enumerate(((B, L, D), (D,), (K,))))
     square = (rand(B, L, 1, seed=5, device=device).detach().square() + 0.5).requires_grad_()
-    heads = lambda x: x.unflatten(-1, (-1, K))
+
+    def heads(x):
+        return x.unflatten(-1, (-1, K))
+
     for samples in sorted({1, B}):
         angles = rand(samples, L, K // 2, seed=6, device=device, grad=False) * 3
         freqs_cis = torch.polar(torch.ones_like(angles), angles)

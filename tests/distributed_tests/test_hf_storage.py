@@ -1,5 +1,6 @@
-"""Weights in the diffusers layout into and out of shards: each rank reads only its slices, and the files do not depend on
-the layout.
+"""Weights in the diffusers layout into and out of shards.
+
+Each rank reads only its slices, and the files do not depend on the layout.
 """
 
 import pytest

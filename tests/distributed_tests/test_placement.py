@@ -46,7 +46,10 @@ def build_loader(folder, section, data, conditioning, dims, channel, cache_name)
     cache = open_cache(folder / cache_name, encoders, conditioning, None)
     is_ahead = section.placement == "cached"
     clips = prepare_clips(data, is_ahead, Validation(), folder / cache_name, encoders, cache, None)
-    shape = lambda bucket: (16, (bucket[0] - 1) // 4 + 1, bucket[1] // 8, bucket[2] // 8)
+
+    def shape(bucket):
+        return 16, (bucket[0] - 1) // 4 + 1, bucket[1] // 8, bucket[2] // 8
+
     config = JobConfig(encoder=section, data=data, comm=COMM)
     online = build_online_encoder(config, encoders, cache, dims, channel, shape, 6)
     dp_rank = next(r for r, ranks in enumerate(dims.sample_groups()) if dist.get_rank() in ranks)
@@ -140,7 +143,7 @@ def on_ranks(folder, cases):
     of_case = [[rank[i] for rank in found[: case.world]] for i, case in enumerate(cases)]
     return [
         ([batches for batches, _ in ranks[: case.training]], sum(made for _, made in ranks))
-        for case, ranks in zip(cases, of_case)
+        for case, ranks in zip(cases, of_case, strict=True)
     ]
 
 
@@ -283,8 +286,8 @@ def test_a_clip_that_cannot_be_encoded_is_named_on_all_ranks(folder, placed, wor
         (
             {"offload_policy": "free"},
             4,
-            "encoder.offload_policy: given free, but encoder.placement is cached; set that to colocated, or leave this at "
-            "offload",
+            "encoder.offload_policy: given free, but encoder.placement is cached; "
+            "set that to colocated, or leave this at offload",
         ),
         ({"write_cache": True}, 4, "encoder.write_cache: true, but encoder.placement is cached"),
     ],

@@ -42,7 +42,7 @@ def assert_same(ours, theirs, within=0.0):
 
 
 def test_a_run_starts_from_what_another_exported(first, front):
-    """From one file, which ends in a complete pipeline folder; from a step-N folder converted to the original layout."""
+    """From one file, with export of a complete pipeline folder; from a step-N folder in the original layout."""
     assert weights(first, "model")["proj_out.bias"].ne(weights(first, "ema")["proj_out.bias"]).any()
     exported = load_file(first.folder / "comfyui.safetensors")
     assets = front.root / "assets"

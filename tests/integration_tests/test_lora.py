@@ -1,4 +1,4 @@
-"""`--lora.enable` through the trainer: one and two ranks, resume, EMA, validation, exports, sampling from a checkpoint."""
+"""`--lora.enable` through the trainer: one and two ranks, resume, EMA, validation, exports, sampling."""
 
 import signal
 from functools import partial
@@ -32,7 +32,7 @@ LORA = {
 
 @pytest.fixture(scope="module")
 def base(shared_front):
-    """The weights that all runs start from. A random model has a head of zeros, and its adapters would get no gradient."""
+    """Initial weights of all runs. A random model has a head of zeros, and its adapters would get no gradient."""
     return shared_front.run("base", {"training.steps": 2, "optimizer.lr": 0.01}).ok().checkpoint(2)
 
 

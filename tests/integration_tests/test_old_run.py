@@ -1,4 +1,4 @@
-"""What the commit before the house was rebuilt has written is read: its TOML, its cache, its checkpoint (old_run/make.py)."""
+"""The TOML, the cache and the checkpoint of an older commit still load (old_run/make.py wrote them)."""
 
 import json
 import zipfile

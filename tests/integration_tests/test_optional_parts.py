@@ -1,4 +1,4 @@
-"""Optional parts can be deleted: without any one of them the debug run trains, and what asks for it is refused by name."""
+"""Optional parts can be deleted: without any of them the debug run trains, and an option that needs one is refused."""
 
 import atexit
 import json

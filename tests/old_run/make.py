@@ -2,8 +2,9 @@
 
     python tests/old_run/make.py CHECKOUT_OF_0021753
 
-Inside: `tiny/` a model folder, `run/` the dump folder after 3 of 6 steps (checkpoint with EMA, resolved config.toml in the
-names of that time), `cache/` its clips and latents, `expected.json` the losses of an uninterrupted run.
+Inside: `tiny/` a model folder; `run/` the dump folder after 3 of 6 steps (checkpoint with EMA, resolved config.toml
+with the option names of that commit); `cache/` its clips and latents; `expected.json` the losses of a run without
+interruption.
 """
 
 import json

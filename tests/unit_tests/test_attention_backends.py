@@ -1,4 +1,4 @@
-"""The optional attention backends: FlexAttention's values and block masks, and the packages of FlashAttention 3 and 4."""
+"""The optional attention backends: values and block masks of FlexAttention, packages of FlashAttention 3 and 4."""
 
 import pytest
 import torch

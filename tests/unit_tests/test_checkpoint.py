@@ -241,7 +241,7 @@ def test_weights_alone(tmp_path):
     shutil.copytree(tmp_path / "run/step-2", tmp_path / "base")  # a folder of any name
     other = build(seed=3)[0].to(torch.bfloat16)
     assert load_weights(tmp_path / "base", other) == 2
-    assert all(torch.equal(p.bfloat16(), q) for p, q in zip(model.parameters(), other.parameters()))
+    assert all(torch.equal(p.bfloat16(), q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
     fresh = build(seed=3)
     starter = CheckpointManager(Checkpoint(), tmp_path / "new", states(*fresh), {})
     assert starter.load() == 0 and load_weights(tmp_path / "base", fresh[0]) == 2

@@ -1,5 +1,6 @@
-"""Public formats: round trips of every model through each, with diffusers' own converters as the oracle; refusals, memory,
-pipeline folders, and what works without the optional part of the original layouts.
+"""Public formats: round trips of every model, with diffusers' own converters as the oracle.
+
+Also refusals, memory, pipeline folders, and what works without the optional part of the original layouts.
 """
 
 import inspect
@@ -294,7 +295,8 @@ from pathlib import Path
 from titan_video import convert
 
 def peak():
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")) * 1024
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
 config, *jobs = sys.argv[1:]
 for i in range(0, len(jobs), 3):

@@ -380,7 +380,7 @@ def parent_of_worker(told, is_early):
 @pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
 @pytest.mark.parametrize("is_early", [True, False])
 def test_a_worker_ends_with_its_parent(is_early):
-    """Also where the parent is killed before the worker comes to look for it, whom torch would then let live for ever."""
+    """Also if the parent is killed before the worker first looks for it: torch's own watchdog misses that case."""
     told, tell = multiprocessing.Pipe(duplex=False)
     parent = context().Process(target=parent_of_worker, args=(tell, is_early))
     parent.start()
@@ -410,7 +410,10 @@ def test_entries_keep_type_and_tell_their_origin(cache, dtype):
 
 def test_a_shard_is_written_when_full_or_old(cache, monkeypatch):
     monkeypatch.setattr(latent_cache, "SHARD_BYTES", 1000)
-    write = lambda n: cache.write("text", f"{n:064x}", torch.full((100,), float(n)), {})
+
+    def write(n):
+        cache.write("text", f"{n:064x}", torch.full((100,), float(n)), {})
+
     write(0), write(1)
     assert not shards(cache)
     write(2)

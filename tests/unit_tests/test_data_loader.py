@@ -46,11 +46,14 @@ def data(tmp_path_factory):
 
 
 def make(data, clips_per_batch=2, total=4, budget=0, text_dim=64, **kwargs):
-    """A loader whose micro-batches hold `clips_per_batch` clips, `total` a step; with a budget `total` micro-batches."""
+    """A loader of micro-batches of `clips_per_batch` clips and `total` clips a step (with a budget: micro-batches)."""
     clips, cache = data
     batching = Batching(total if budget else total // clips_per_batch, clips_per_batch, budget)
     dropout = kwargs.pop("caption_dropout", 0.3)
-    work = lambda bucket: Work(bucket[0] * bucket[1], bucket[1])
+
+    def work(bucket):
+        return Work(bucket[0] * bucket[1], bucket[1])
+
     draw_plan = DrawPlan(clips, cache.text_key(""), batching, work, seed=5, caption_dropout=dropout)
     reader = EntryReader(cache, 6, text_dim, keep=not kwargs.get("num_workers"))
     return LatentLoader(draw_plan, reader, **kwargs)
@@ -178,7 +181,9 @@ def uninterrupted(data):
     plain = make(data, total=8, budget=150, caption_dropout=0.0)
     of_bucket = {bucket: [] for bucket in clips}
     for step in plain.steps(6):
-        assert any(drawn % size for drawn, size in zip(plain.state_dict()["draws"], plain.draw_plan.sampler.sizes))
+        assert any(
+            drawn % size for drawn, size in zip(plain.state_dict()["draws"], plain.draw_plan.sampler.sizes, strict=True)
+        )
         for batch in step:
             bucket = 5, *(8 * size for size in batch.streams["video"].shape[3:])
             of_bucket[bucket] += [latents.numpy().tobytes() for latents in batch.streams["video"]]
@@ -305,7 +310,7 @@ def test_a_draw_chooses_one_of_the_captions(data):
     clips, cache = data
     several = [
         replace(c, text_keys=(c.text_key, other.text_key), captions=(c.caption, other.caption))
-        for c, other in zip(clips, clips[1:] + clips[:1])
+        for c, other in zip(clips, clips[1:] + clips[:1], strict=True)
     ]
     chosen = []
     for kwargs in ({}, {"clips_per_batch": 4, "num_workers": 1}):

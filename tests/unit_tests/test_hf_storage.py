@@ -1,4 +1,4 @@
-"""Weights in the diffusers layout, in one process: names, slices, refusals, atomic replacement, parity with diffusers."""
+"""Weights in the diffusers layout, one process: names, slices, refusals, atomic replacement, parity with diffusers."""
 
 import json
 import os

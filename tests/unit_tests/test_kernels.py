@@ -96,7 +96,7 @@ def test_gradient_of_norm_and_rope(traced):
     got = torch.autograd.grad((run(x, w, freqs_cis, eps) * weight).sum(), (x, w))
     x64, w64 = x.detach().double().requires_grad_(), w.detach().double().requires_grad_()
     expected = torch.autograd.grad((rope64(rms64(x64, w64), freqs_cis.angle().double()) * weight).sum(), (x64, w64))
-    for a, b in zip(got, expected):
+    for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
 
 

@@ -53,7 +53,7 @@ def build(family, lora=LORA, dtype=torch.float32, state=None):
 
 @pytest.fixture(scope="module", params=ARGS)
 def trained(request):
-    """(family, model trained for three steps, its output, diffusers' base model, its output). Tests change neither model."""
+    """(family, model after three steps, its output, diffusers' base model, its output). Tests change neither model."""
     family, theirs = request.param, oracle(request.param)
     model = build(family, state=theirs.state_dict())
     ours, reference = forwards(family)
@@ -129,7 +129,7 @@ def test_diffusers_loads_the_adapters(trained, tmp_path):
 
 
 def test_comfyui_format_adds_up_to_the_merged_weights(trained, tmp_path):
-    """ComfyUI's loader adds alpha / rank * up @ down to the tensor of that name, which may be the rows of several of ours."""
+    """ComfyUI's loader adds alpha / rank * up @ down to the tensor of that name, which may stack several of ours."""
     family, model, _, _, _ = trained
     spec, args = get_spec(family), ARGS[family]
     lora = (
@@ -247,7 +247,7 @@ def test_one_adapter_over_several_of_our_matrices_is_refused(tmp_path):
 
 
 def test_layouts_of_block_weights_change_inputs_only():
-    """An adapter applies a weight's layout transform to `down` alone, which is right if the transform permutes inputs."""
+    """An adapter applies a weight's layout transform to `down` alone. That holds if the transform permutes inputs."""
     for family in ARGS:
         spec, args = get_spec(family), ARGS[family]
         shapes = {name: p.shape for name, p in spec.build(args).named_parameters()}

@@ -23,7 +23,7 @@ def ids(batch):
 
 
 def run(loader, num_steps, ahead=True, size=0):
-    """(position, ids of each micro-batch) after each step, and the order in which micro-batches were prepared and used."""
+    """(position, ids of each micro-batch) after each step, and the order of preparation and use of micro-batches."""
     events, steps = [], []
 
     def prepare(batch):
