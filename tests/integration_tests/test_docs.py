@@ -137,6 +137,12 @@ def test_the_rehearsal_of_the_recipe(clone):
     assert 1.5 < baseline < 3  # "2 is a model that knows nothing"
 
 
+def test_a_trace_of_a_step(clone):
+    command = one_command("docs/debugging.md", "./run_train.sh --profiling")
+    run(command + SMALL + " --profiling.profile_freq 2", clone)
+    assert (clone / "outputs/debug/profile_traces/step-2/rank0_trace.json").is_file()
+
+
 def test_the_plan_of_own_clips(clone):
     (clone / "my_clips").mkdir()
     for k in range(2):

@@ -22,6 +22,7 @@ FRONT, DOCS = "tests/integration_tests/test_front_door.py", "tests/integration_t
 SCRIPTS, BENCHMARKS = "tests/integration_tests/test_launch_scripts.py", "tests/unit_tests/test_benchmarks.py"
 RUN_BY = {
     r".*train_configs/tiny_dit\.toml": (f"{DOCS}::test_a_third_family_is_made_as_the_page_says"),
+    r"\./run_train\.sh --profiling\.": f"{DOCS}::test_a_trace_of_a_step",
     r"\./run_train\.sh$": f"{DOCS}::test_the_first_commands_of_the_readme",
     r"CONFIG_FILE=train_configs/debug\.toml \./run_train\.sh": f"{DOCS}::test_the_rehearsal_of_the_recipe",
     r"NNODES=2 .*RDZV_ENDPOINT=localhost:\d+ NGPU=1 \./run_train\.sh": f"{DOCS}::test_two_nodes_on_one_machine",
