@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.helpers import ROOT, free_port
 from tests.unit_tests.data_clips import captioned
@@ -112,12 +113,27 @@ def test_the_page_keeps_the_style_of_the_house(clone):
     run(f"ruff format --check {names} && ruff check {names}", clone)
 
 
+def check_that_metrics_are_explained(folder):
+    """Every number that a run writes is in a table of the documents."""
+    explained = read("docs/debugging.md") + read("docs/data.md")
+    for row in (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()):
+        assert [key for key in row if key not in ("step", "time") and f"`{key}`" not in explained] == []
+    events = EventAccumulator(str(folder / "tb"))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert len(tags) > 20
+    stems = {tag: re.sub(r"[\d(].*", "", tag) for tag in tags}  # without units, sizes and noise levels
+    unexplained = [tag for tag, stem in stems.items() if f"`{stem}" not in explained]
+    assert [tag for tag in unexplained if f"`{tag.partition('/')[0]}/...`" not in explained] == []
+
+
 @pytest.mark.timeout(600)
 def test_the_first_commands_of_the_readme(clone):
     page = "README.md"
     run(one_command(page, "./run_train.sh") + SMALL, clone)
     shown = re.search(r"^ls outputs/debug +# (.*)$", read(page), re.MULTILINE)[1].replace("/", "").split()
     assert set(shown) <= set(run(one_command(page, "ls outputs/debug"), clone).split())
+    check_that_metrics_are_explained(clone / "outputs" / "debug")
     run(one_command(page, "python -m titan_video.sample") + " --steps 1", clone)
     assert (clone / "red.mp4").stat().st_size > 0
 

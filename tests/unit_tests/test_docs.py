@@ -15,7 +15,7 @@ from titan_video.config.values import tomllib
 
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
-NEEDS = re.compile(r"\(needs [^)]+\)")  # in the paragraph before the commands: they cannot be run in a test
+NEEDS = re.compile(r"\(needs\s[^)]+\)")  # in the paragraph before the commands: they cannot be run in a test
 
 # A command that matches is run by this test, by itself or with sizes that a test can afford.
 FRONT, DOCS = "tests/integration_tests/test_front_door.py", "tests/integration_tests/test_docs.py"
