@@ -1,6 +1,6 @@
 """The size of the house: lines of the core, of ingest and of each optional part; the worst places against the limits.
 
-    python benchmarks/house.py [--most 10]
+    python benchmarks/house.py [--most 10] [--write README.md]
 
 The core is what a newcomer reads: train.py, config/ with its sections, and every package that is neither ingest nor
 optional. A function counts without its signature and docstring.
@@ -8,6 +8,7 @@ optional. A function counts without its signature and docstring.
 
 import argparse
 import ast
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -97,6 +98,24 @@ def core_lines(root: Path) -> int:
     return sum(count for name, count in count_lines(root).items() if name.startswith("core"))
 
 
+def size_line(root: Path) -> str:
+    """What the README says about the size, in rounded numbers."""
+    lines = count_lines(root)
+    optional = sum(count for name, count in lines.items() if name.startswith("optional"))
+    return (
+        f"**Size.** What a newcomer reads, the core, is about {round(core_lines(root), -2):,} lines, of which `train.py` "
+        f"has about\n{round(lines['core: train'], -1)}; preparing data is about {round(lines['ingest'], -2):,} more. "
+        f"Optional parts (HunyuanVideo, Triton kernels, LoRA, float8,\nMuon, the memory planner and others) are about "
+        f"{round(optional, -2):,} lines, and each can be deleted alone.\n`python benchmarks/house.py` counts them."
+    )
+
+
+def write_size(page: Path, root: Path) -> None:
+    """Replace the paragraph that begins with `**Size.**`."""
+    text = re.sub(r"\*\*Size\.\*\*.*?(?=\n\n)", lambda _: size_line(root), page.read_text(), count=1, flags=re.DOTALL)
+    page.write_text(text)
+
+
 def function_length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     """Lines of a function's body, without its docstring."""
     first = node.body[0]
@@ -142,7 +161,10 @@ def excesses(root: Path) -> Iterator[tuple[float, str]]:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--most", type=int, default=10, help="places to show")
+    parser.add_argument("--write", type=Path, help="page whose paragraph about the size is rewritten")
     options = parser.parse_args(argv)
+    if options.write:
+        write_size(options.write, ROOT)
     lines = count_lines(ROOT)
     for name in sorted(lines):
         print(f"{lines[name]:7,}  {name}")
