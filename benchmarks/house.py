@@ -10,6 +10,7 @@ import argparse
 import ast
 import re
 import sys
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,11 +103,14 @@ def size_line(root: Path) -> str:
     """What the README says about the size, in rounded numbers."""
     lines = count_lines(root)
     optional = sum(count for name, count in lines.items() if name.startswith("optional"))
-    return (
-        f"**Size.** What a newcomer reads, the core, is about {round(core_lines(root), -2):,} lines, of which `train.py` "
-        f"has about\n{round(lines['core: train'], -1)}; preparing data is about {round(lines['ingest'], -2):,} more. "
-        f"Optional parts (HunyuanVideo, Triton kernels, LoRA, float8,\nMuon, the memory planner and others) are about "
-        f"{round(optional, -2):,} lines, and each can be deleted alone.\n`python benchmarks/house.py` counts them."
+    core, train, ingest = core_lines(root), lines["core: train"], lines["ingest"]
+    return textwrap.fill(
+        f"**Size.** What a newcomer reads, the core, is about {round(core, -2):,} lines, of which `train.py` has about "
+        f"{round(train, -1)}; preparing data is about {round(ingest, -2):,} more. Optional parts (HunyuanVideo, Triton "
+        f"kernels, LoRA, float8, Muon, the memory planner and others) are about {round(optional, -2):,} lines, and each "
+        f"can be deleted alone. The script `benchmarks/house.py` counts them.",
+        width=MAX_COLUMNS,
+        break_on_hyphens=False,
     )
 
 
