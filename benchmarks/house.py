@@ -105,10 +105,10 @@ def size_line(root: Path) -> str:
     optional = sum(count for name, count in lines.items() if name.startswith("optional"))
     core, train, ingest = core_lines(root), lines["core: train"], lines["ingest"]
     return textwrap.fill(
-        f"**Size.** What a newcomer reads, the core, is about {round(core, -2):,} lines, of which `train.py` has about "
-        f"{round(train, -1)}; preparing data is about {round(ingest, -2):,} more. Optional parts (HunyuanVideo, Triton "
-        f"kernels, LoRA, float8, Muon, the memory planner and others) are about {round(optional, -2):,} lines, and each "
-        f"can be deleted alone. The script `benchmarks/house.py` counts them.",
+        f"**Size.** What a newcomer reads, the core, is about {round(core, -2):,} lines, of which `train.py` has "
+        f"about {round(train, -1)}; preparing data is about {round(ingest, -2):,} more. Optional parts (HunyuanVideo, "
+        f"Triton kernels, LoRA, float8, Muon, the memory planner and others) are about {round(optional, -2):,} lines, "
+        f"and each can be deleted alone. The script `benchmarks/house.py` counts them.",
         width=MAX_COLUMNS,
         break_on_hyphens=False,
     )

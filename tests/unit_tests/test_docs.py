@@ -192,3 +192,23 @@ def test_the_size_that_the_readme_states():
         optional: sum(count for name, count in lines.items() if name.startswith("optional")),
     }
     assert all(abs(said - found) <= 0.05 * found for said, found in counted.items()), counted
+
+
+def test_the_tour_names_files_and_floors_that_exist():
+    rows = re.findall(r"^\| (\d+) \| (.+?) \| (.+) \|$", read("docs/tour.md"), re.MULTILINE)
+    assert len(rows) > len(house.LEVELS)
+    for floor, folders, text in rows:
+        packages = [name.strip("/") for name in re.findall(r"`(\w+/)`", folders)]
+        assert packages and all(package in house.LEVELS[int(floor)] for package in packages), (floor, folders)
+        parents = [ROOT / "titan_video" / package for package in packages]
+        for name in re.findall(r"`(\w+/?)`", text):
+            assert any((p / name).is_dir() or (p / f"{name}.py").is_file() for p in parents), f"{folders}: {name}"
+    named = {name.strip("/") for _, folders, _ in rows for name in re.findall(r"`(\w+/)`", folders)}
+    assert named == {name for level in house.LEVELS for name in level}
+
+
+def test_the_tour_lists_the_rings():
+    text = read("docs/tour.md").split("## Floors")[0]
+    for part in house.OPTIONAL_PARTS:
+        folder, _, name = part.rpartition(".")
+        assert f"`{part.replace('.', '/')}" in text or (folder in text and f"`{name}.py`" in text), part
