@@ -91,7 +91,7 @@ class Trainer:
         kernels.set_backend(kernels.resolve_backend(config.model.kernels, self.device))
         if config.debug.deterministic:
             set_deterministic()
-        self.encoder_channel = parts.init_process_groups(config.encoder, config.comm, self.device, world_size)
+        self.encoder_channel = parts.init_process_groups(config, self.device, world_size)
         self.exit_stack.callback(dist.destroy_process_group)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.meshes = self.dims.build_mesh(self.device.type)

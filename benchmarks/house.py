@@ -42,6 +42,7 @@ OPTIONAL_PARTS = (  # each can be deleted alone; modules and packages, without `
     "distributed.pipeline_parallel",
     "distributed.context_parallel.joint",
     "training.profiling",
+    "training.flight_recorder",
     "training.out_of_memory",
     "optim.low_bit",
     "optim.muon",

@@ -353,6 +353,8 @@ class Comm:
         600, "Timeout of a collective in the first step, which includes first encodings and compilation.", ge=1
     )
     train_timeout_seconds: int = opt(300, "Timeout of a collective after the first step.", ge=1)
+    trace_buf_size: int = opt(20000, "Collectives that a rank's NCCL flight recorder keeps; 0 turns it off.", ge=0)
+    save_traces_folder: str = opt("comm_traces", "Folder of what it writes at a timeout, inside job.dump_folder.")
 
 
 @dataclass(frozen=True)

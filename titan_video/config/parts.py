@@ -24,6 +24,7 @@ PARTS = (  # (section or option, the values that ask for a part, the part)
     ("parallelism.enable_async_tensor_parallel", (True,), "titan_video.distributed.async_tensor_parallel"),
     ("profiling.enable_profiling", (True,), "titan_video.training.profiling"),
     ("profiling.enable_memory_snapshot", (True,), "titan_video.training.profiling"),
+    ("comm.trace_buf_size", CHANGED, "titan_video.training.flight_recorder"),
     ("encoder.placement", ("colocated", "separate"), "titan_video.online"),
     ("model.kernels", ("triton",), "titan_video.kernels.triton"),
     ("model.attention", ("flash3", "flash4", "flex"), "titan_video.kernels.attention_backends"),

@@ -7,18 +7,22 @@ from typing import Any
 
 import torch
 
-from titan_video.config.job_config import Comm, Encoder, JobConfig, Profiling
+from titan_video.config.job_config import Encoder, JobConfig, Profiling
 from titan_video.data.batching import Bucket
 from titan_video.data.latent_cache import LatentCache
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.utils import init_distributed
-from titan_video.tools.parts import resolve
+from titan_video.tools.parts import find_module, resolve
 
+FLIGHT_RECORDER = "titan_video.training.flight_recorder"
 ONLINE = "titan_video.online.setup"
 
 
-def init_process_groups(section: Encoder, comm: Comm, device: torch.device, num_training: int) -> Any:
+def init_process_groups(config: JobConfig, device: torch.device, num_training: int) -> Any:
     """Join the default group, of the training ranks. Returns the channel to encoder ranks; None without such ranks."""
+    section, comm = config.encoder, config.comm
+    if device.type == "cuda" and find_module(FLIGHT_RECORDER):
+        resolve(f"{FLIGHT_RECORDER}:start", asked_by="comm.trace_buf_size")(comm, config.job.dump_folder)
     if section.placement == "separate":
         return _online("init_process_groups", section)(section, comm, device, num_training)
     init_distributed(device, comm.init_timeout_seconds)
