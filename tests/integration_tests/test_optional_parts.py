@@ -1,9 +1,9 @@
 """Optional parts can be deleted: without any of them the debug run trains, and an option that needs one is refused."""
 
-import atexit
 import json
 import sys
 from functools import partial
+from multiprocessing.util import Finalize
 
 import pytest
 
@@ -52,7 +52,7 @@ def hide(part):
 
 def note_modules(path):
     """A hook: at its end the program writes the names of the modules that it has loaded."""
-    atexit.register(lambda: path.write_text(json.dumps(sorted(sys.modules))))
+    Finalize(None, lambda: path.write_text(json.dumps(sorted(sys.modules))), exitpriority=1)
 
 
 def test_every_part_is_tried():
