@@ -46,10 +46,10 @@ def generate(folder: Path, count: int, frames: int, width: int, height: int) -> 
     folder.mkdir(parents=True)
     for k in range(count):
         coarse = np.random.default_rng(k).integers(0, 255, (height // 6, width // 6 + frames, 3), dtype=np.uint8)
-        still = np.kron(coarse, np.ones((6, 6, 1), np.uint8))
+        texture = np.kron(coarse, np.ones((6, 6, 1), np.uint8))
         write_mp4(
             folder / f"{k}.mp4",
-            np.stack([still[:, 2 * i : 2 * i + still.shape[1] - 6 * frames] for i in range(frames)]),
+            np.stack([texture[:, 2 * i : 2 * i + texture.shape[1] - 6 * frames] for i in range(frames)]),
             24,
         )
         (folder / f"{k}.txt").write_text(f"moving noise, number {k}")
@@ -87,8 +87,9 @@ def cpu_seconds() -> float:
 
 
 def decode_rates(plan: Plan, processes: int, rounds: int) -> dict[str, Any]:
-    """Frames a second of both, on so many processes; and by their CPU time, which other programs on the machine disturb
-    less.
+    """Frames per second of both loaders on `processes` processes, by wall clock and by CPU time.
+
+    Other programs on the machine disturb CPU time less.
     """
     jobs = [[Job((("video", ""),), "", e)] for e in plan.kept]
     workers = {"batch_size": None, "num_workers": processes if processes > 1 else 0}

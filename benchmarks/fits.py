@@ -89,7 +89,7 @@ def write(page: Path, figures: dict[str, dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--run", action="store_true", help="make the dry runs again")
-    parser.add_argument("--write", type=Path, help="page whose table is replaced, between its two markers")
+    parser.add_argument("--write", type=Path, help="page; the table between its two markers is replaced")
     options = parser.parse_args()
     if options.run:
         figures = {row.command: measure(row) for row in ROWS}

@@ -173,7 +173,7 @@ def main(argv: list[str]) -> None:
     lines = count_lines(ROOT)
     for name in sorted(lines):
         print(f"{lines[name]:7,}  {name}")
-    print(f"{core_lines(ROOT):7,}  core in total, of which train.py {lines['core: train']}")
+    print(f"{core_lines(ROOT):7,}  core in total, with train.py {lines['core: train']}")
     print(f"{sum(lines.values()):7,}  in total\n")
     worst = sorted(excesses(ROOT), reverse=True)
     print(f"{len(worst)} places beyond a limit" + (f"; the worst {min(options.most, len(worst))}:" if worst else ""))

@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--per-prompt", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
-        "--write", type=Path, help=f"Markdown file whose part between two {MARKER} lines is replaced by the table"
+        "--write", type=Path, help=f"Markdown file; the part between two {MARKER} lines is replaced by the table"
     )
     options, overrides = parser.parse_known_args()
     config = parse_args(["--job.config_file", options.config, *overrides])

@@ -3,7 +3,7 @@
     python benchmarks/step.py [--cases 1.3b 14b-stack 14b-block] [--variants "ours" "diffusers" ...] [--json FILE]
     python benchmarks/step.py --device cpu --json FILE
 
-A step is forward, loss, backward, clipping and update, with the same weights and data in all variants. Reported are:
+A step is forward, loss, backward, clipping and update, with the same weights and data in all variants. The report has:
 
     step, IQR   median over the rounds, and the spread between quartiles
     MFU, HFU    of the data sheet's peak; MFU counts each FLOP of the model once, HFU also recomputed ones

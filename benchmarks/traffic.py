@@ -109,7 +109,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--tokens", type=int, default=75600)
     parser.add_argument("--ranks", type=int, default=8)
-    parser.add_argument("--write", type=Path, help=f"Markdown file whose part between two {MARKER} lines is replaced")
+    parser.add_argument("--write", type=Path, help=f"Markdown file; the part between two {MARKER} lines is replaced")
     options = parser.parse_args(argv)
     text = page(options.flavor, options.tokens, options.ranks)
     print(text)

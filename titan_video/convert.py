@@ -32,7 +32,7 @@ DETECT = "titan_video.weights.original:detect"  # an optional part
 
 
 class StepSource:
-    """The weights of a step-N folder. The run's config.toml tells the architecture.
+    """The weights of a step-N folder. The run's config.toml defines the architecture.
 
     weights: "model" or "ema". ValueError: the folder is invalid, or not of a full model.
     """
@@ -45,7 +45,7 @@ class StepSource:
         config_path = next((path for path in config_paths if path.is_file()), None)
         if config_path is None:
             raise ValueError(
-                f"{folder}: there is no config.toml above it, which tells the model's architecture; leave the folder "
+                f"{folder}: there is no config.toml above it to define the model's architecture; leave the folder "
                 f"inside its run's folder"
             )
         config = load(config_path)
@@ -77,7 +77,7 @@ class StepSource:
 
 
 class PublicSource:
-    """Weights in a public format. Options, config.json or the shapes of a known flavor tell the architecture."""
+    """Weights in a public format. Options, config.json or the shapes of a known flavor define the architecture."""
 
     def __init__(self, path: Path, options: argparse.Namespace):
         subfolder = options.subfolder or get_spec(FAMILIES[0]).hf_folder
@@ -166,7 +166,7 @@ def convert(
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    about = "Convert weights between public formats, and from a run's checkpoint. The names in SRC tell its format."
+    about = "Convert weights between public formats, and from a run's checkpoint. The names in SRC identify its format."
     parser = argparse.ArgumentParser(prog="python -m titan_video.convert", description=about, allow_abbrev=False)
     parser.add_argument(
         "source", type=Path, metavar="SRC", help="folder or file of weights, pipeline folder, or step-N folder of a run"

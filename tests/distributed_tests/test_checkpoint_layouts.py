@@ -144,7 +144,7 @@ def equal_parts(mine: dict[str, torch.Tensor], reference: dict[str, torch.Tensor
 
 
 def hop(folder: Path, args: WanArgs, layout: str, step: int, mode: str) -> None:
-    """Load what the previous layout saved, in all three ways; save and export it."""
+    """Load what the previous layout saved in all three ways; save and export it."""
     reference = torch.load(folder / "reference.pt")
     tensors = reference["tensors"]
     run = Run(args, layout, folder, mode)

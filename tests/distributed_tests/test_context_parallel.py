@@ -143,7 +143,7 @@ def joint_reference(whole, text, mask):
 
 
 def run_joint(block, mesh, whole, text, mask, seq_len):
-    """This rank's results; the text's gradients summed over the ranks, of which each has a part."""
+    """This rank's results. The text's gradients are partial on each rank and summed over the ranks here."""
     leaves = [get_slice_of(x, mesh, 3.0) for x in whole[:3]] + [x.clone() for x in text[:3]]
     for leaf in leaves:
         leaf.requires_grad_()
@@ -205,7 +205,7 @@ def sent(recorded):
     total = {}
     for name, shapes, dtypes, plain in recorded:
         library, _, op = name.partition("::")
-        # A functional gather reaches c10d as a list of tensors, whose shapes are not recorded; it is read one level up.
+        # A functional gather reaches c10d as a list of tensors without recorded shapes; it is read one level up.
         if (library, op) not in {
             ("c10d", "alltoall_base_"),
             ("c10d", "_allgather_base_"),
@@ -217,7 +217,7 @@ def sent(recorded):
             continue
         first, second = (itemsizes.get(dtypes[i], 0) * torch.Size(shapes[i]).numel() for i in (0, 1))
         kind, size = {
-            # Equal parts, of which one stays here; or all to one other rank.
+            # Equal parts, one of them for this rank; or everything to one other rank.
             "alltoall_base_": lambda: (
                 "all_to_all",
                 second - second // len(plain[4]) if len(set(plain[4])) == 1 else second,

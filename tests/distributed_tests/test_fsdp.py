@@ -14,7 +14,7 @@ from tests.distributed_tests.test_step_layout import (
     count,
     differences,
     get_gradients,
-    loss_of,
+    loss_fn,
     reference,
 )
 from tests.helpers import randomized_init, run_ranks
@@ -41,7 +41,7 @@ def run_units(units):
     initialise(model, randomized_init(SPEC.init_parameter), 0)
     names = {clean_name(name) for name, module in model.named_modules() if isinstance(module, FSDPModule)}
     inputs = build_inputs(CLIPS[meshes.batch.get_local_rank()], SequenceShard.from_meshes(meshes))
-    loss = loss_of(model(**inputs.kwargs), inputs) / count(CLIPS)
+    loss = loss_fn(model(**inputs.kwargs), inputs) / count(CLIPS)
     loss.backward()
     return names, (reduce_over(meshes.batch, loss.detach(), "sum").item(), get_gradients(model))
 

@@ -41,7 +41,7 @@ HUNYUAN_ARGS = HunyuanVideoArgs(
     axes_dim=(2, 2, 2),
 )
 LORA = Lora(enable=True, rank=3, alpha=4.5)
-# HunyuanVideo's modulation too, whose outputs tensor parallel gathers.
+# Also HunyuanVideo's modulation: tensor parallel gathers its outputs.
 MORE_TARGETS = (*HUNYUAN.lora_targets, "modulation.linear", "text_modulation.linear")
 
 
@@ -278,9 +278,9 @@ def compare(name, layout, runs, path):
 
 
 def norm_reference(name):
-    """The parameter by whose gradient an error of this one's is measured.
+    """The parameter that sets the scale for an error of the gradient of `name`.
 
-    Without a norm behind it, a bias of keys changes nothing, and its gradient is rounding.
+    A bias of keys without a norm after it changes no output: its gradient is rounding error.
     """
     return name.replace(".k.bias", ".v.bias") if name.startswith("text_refiner.") else name
 

@@ -161,7 +161,7 @@ def whole(folder):
 
 
 def shard(whole, training, cp, stop_after=STEPS):
-    """What each of so many ranks has of the whole."""
+    """The part of each of `training` ranks."""
     return [[step[rank // cp :: training // cp] for step in whole[:stop_after]] for rank in range(training)]
 
 
@@ -226,7 +226,7 @@ def test_workers_an_early_end_and_a_rolling_cache(folder, whole):
 
 
 def batches_of_broken(folder, section, cp, name):
-    """What is said when a clip does not decode that the plan thought good."""
+    """The messages for a clip that the plan accepts and that does not decode."""
 
     def read_frames(entry, *args, **kwargs):
         if entry.path.endswith("3.mp4"):

@@ -55,7 +55,7 @@ def build_inputs(clip, shard):
     return task.add_noise(batch, noise, sigma_B=(ids + 1) / 20, weight_B=1 + ids / 10)
 
 
-def loss_of(prediction, inputs):
+def loss_fn(prediction, inputs):
     return build_denoising(SPEC, ARGS).loss(prediction, inputs).sum()
 
 
@@ -75,7 +75,7 @@ def reference(clips):
     total = 0.0
     for clip in clips:
         inputs = build_inputs(clip, whole_sequence())
-        loss = loss_of(model(**inputs.kwargs), inputs) / count(clips)
+        loss = loss_fn(model(**inputs.kwargs), inputs) / count(clips)
         loss.backward()
         total += loss.item()
     return total, get_gradients(model)
@@ -122,7 +122,7 @@ def accumulated(axis, compilation):
     losses = []
     for clip, shard in steps:
         inputs = build_inputs(clip, shard)
-        losses.append(loss_of(model(**inputs.kwargs), inputs) / count(ACCUMULATED))
+        losses.append(loss_fn(model(**inputs.kwargs), inputs) / count(ACCUMULATED))
     loss = sum(losses)
     loss.backward()  # of all micro-batches, in reverse order
     total = reduce_over(meshes.batch, reduce_over(meshes.sequence, loss.detach(), "sum"), "sum")
@@ -159,7 +159,7 @@ def pipelined(axis):
         inputs.append(replace(alone, kwargs=alone.kwargs | {"layout": layout}))
     assert {i.kwargs["x_BLP"].shape[1] for i in inputs} == {8}
     num_elements = count(SHARED) + sum(count(clips) for clips in OWN)
-    loss = pipeline.step(inputs, lambda v, i: loss_of(v, inputs[i]) / num_elements)
+    loss = pipeline.step(inputs, lambda v, i: loss_fn(v, inputs[i]) / num_elements)
     return reduce_over(meshes.sequence, loss, "sum").item(), get_gradients(model)
 
 

@@ -226,7 +226,7 @@ def test_what_a_block_sends(mode, dtype):
     for expected, (count, size, dtypes), is_backward in zip((forward, backward), sent, (False, True), strict=True):
         assert count == {kind: layers * n for kind, n in expected.items()}
         for kind in ("all_gather", "reduce_scatter"):
-            # The larger side, of which a rank does not send its own part.
+            # The larger side, without the rank's own part: that is not sent.
             assert size[kind] / 2 == layers * expected[kind] * bytes_per_collective(
                 batch, tokens, ARGS.dim, 2, itemsize
             )

@@ -1,4 +1,4 @@
-"""The same clips as a folder, as WebDataset tars and as a table train alike, whichever way they are given."""
+"""Training has the same losses from a folder, WebDataset tars and a table of the same clips."""
 
 import csv
 import tarfile

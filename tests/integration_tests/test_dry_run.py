@@ -1,6 +1,6 @@
 """The dry run against the closed forms, over layouts and modes, and on every shipped TOML at its real world size.
 
-A block of the real models costs 0.3 s of fake arithmetic. What is the same for all blocks is tested on a few of them,
+A block of the real models costs 0.3 s of fake compute. What is the same for all blocks is tested on a few of them,
 and one test says that blocks add up equally; one model is run whole.
 """
 
@@ -61,7 +61,7 @@ def closed_form(config, world_size):
 
 
 def blocks(monkeypatch, flavor, number, name="wan", single=1):
-    """`number` blocks; for HunyuanVideo so many double ones."""
+    """`number` blocks; for HunyuanVideo `number` double blocks."""
     flavors = get_spec(name).flavors
     few = {"num_layers": number} if name == "wan" else {"num_double_layers": number, "num_single_layers": single}
     monkeypatch.setitem(flavors, flavor, replace(flavors[flavor], **few))
@@ -156,7 +156,7 @@ def test_collectives_of_context_parallel(monkeypatch):
     ],
 )
 def test_every_model(name, flavor, monkeypatch):
-    """It is given what it is told to want, and its shards are those of its plan."""
+    """It gets the inputs that its arguments ask for, and its shards follow its parallel plan."""
     blocks(monkeypatch, flavor, 1, name)
     one_rank = {"model.name": name, "model.flavor": flavor, "training.local_batch_size": 2}
     config = read("debug", one_rank)
@@ -168,10 +168,7 @@ def test_every_model(name, flavor, monkeypatch):
 
 
 def test_pipeline(monkeypatch):
-    """Four stages of a block each:
-
-    the ranks have the model between them, send and receive every state, and keep what 1F1B keeps.
-    """
+    """Four stages of one block: the ranks partition the model, send and receive states, and save what 1F1B saves."""
     blocks(monkeypatch, "debug", 4)
     ranks, microbatches, D, itemsize = 4, 4, 128, 4
     options = SMALL | {"training.local_batch_size": microbatches, "ema.enable": "false"}

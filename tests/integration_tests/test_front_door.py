@@ -121,7 +121,7 @@ def clips_of_all_kinds(folder):
 
 
 def test_own_clips_on_two_ranks(front):
-    """Clips of mixed size, rate and length; what is wrong with the bad ones is said, and the others are trained on."""
+    """Clips of mixed size, rate and length; bad ones are reported with the reason, the others train."""
     clips = clips_of_all_kinds(front.root / "clips")
     options = {
         "data.path": clips,
@@ -146,8 +146,8 @@ def test_own_clips_on_two_ranks(front):
         assert reason and f"{name}:" in run.output and reason.partition(":")[0] in run.output
     assert run.output.count("7 found, 4 kept, 3 dropped") == 1
 
-    told = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    (numbers,) = [row["data"] for row in told if "data" in row]
+    records = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    (numbers,) = [row["data"] for row in records if "data" in row]
     counts = {
         "clips": 4,
         "dropped": 3,
@@ -163,7 +163,7 @@ def test_own_clips_on_two_ranks(front):
         and min(numbers.values()) >= 0
     )
     assert 68 / numbers["encode_seconds"] <= numbers["encoded_frames_per_second"]
-    first, *others = [row for row in told if "loss" in row]
+    first, *others = [row for row in records if "loss" in row]
     assert first["workers_resident_gib"] > 0 and all(0.05 < row["resident_gib"] < 16 for row in (first, *others))
     events = tensorboard(run.folder / "tb")
     assert {tag: events.Scalars(tag)[0].value for tag in ("data/clips", "data/dropped", "data/dropped/corrupt")} == {
@@ -307,11 +307,11 @@ def run_of_layout(front, name):
     return front.run(name.replace(" ", ""), {**same, **options}, world, hook=sample_ids_recorded).ok()
 
 
-ALIKE = ("fsdp4", "ring2", "fsdp2 x ulysses2")  # of which the others have every part
+COVERED = ("fsdp4", "ring2", "fsdp2 x ulysses2")  # the other layouts contain every part of these
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in LAYOUTS if name != "one"]
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in COVERED else ()) for name in LAYOUTS if name != "one"]
 )
 def test_layouts_have_the_same_losses(front, one_rank, name):
     run, one = run_of_layout(front, name), one_rank.records

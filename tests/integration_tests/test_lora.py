@@ -97,7 +97,7 @@ def test_two_ranks_have_the_losses_of_one(shared_front, front, base):
 
 @pytest.fixture(scope="module")
 def validated(shared_front, full):
-    """A run without pretrained weights, whose frozen ones are made from the seed, stopped and resumed."""
+    """A run stopped and resumed without pretrained weights: the seed makes the frozen ones."""
     start = full.folder / "lora" / "comfyui.safetensors"
     options = {
         **LORA,

@@ -1,4 +1,4 @@
-"""Runs whose clips are encoded during training: by the ranks that train, or by ranks of their own."""
+"""Runs that encode clips during training, on the training ranks or on encoder ranks."""
 
 import json
 import os
@@ -113,10 +113,7 @@ def is_running(pid):
 
 
 def ends(program, timeout=90):
-    """Exit codes of all ranks, none of which is stopped by another's end, and their output.
-
-    No process is left behind.
-    """
+    """Exit codes and output of all ranks. No rank is stopped by the end of another, and no process stays behind."""
     deadline, workers = time.monotonic() + timeout, set()
     while any(p.exitcode is None for p in program.ranks) and time.monotonic() < deadline:
         workers |= set(children(*(p.pid for p in program.ranks)))

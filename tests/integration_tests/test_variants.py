@@ -68,7 +68,7 @@ def test_a_variant_trains_validates_samples_and_resumes(front, family, flavor):
     assert losses(parts) == losses(whole) and parts.validations[3] == whole.validations[3]
 
 
-def assert_alike(one, other):
+def assert_same_losses(one, other):
     """Two runs of three steps under different layouts: the same losses, validations and clips."""
     for a, b in zip(one.records, other.records, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(
@@ -96,7 +96,7 @@ def assert_alike(one, other):
     ],
 )
 def test_ranks_have_the_losses_of_one(front, family, flavor, world, layout):
-    """27 tokens a clip, of which 9 may be clean: slices of unequal length."""
+    """27 tokens a clip; 9 of them may belong to a conditioning frame. The slices have unequal lengths."""
     options = {
         **get_options(family, flavor),
         "data.buckets": "[[9, 48, 48]]",
@@ -106,18 +106,18 @@ def test_ranks_have_the_losses_of_one(front, family, flavor, world, layout):
     degree = math.prod(layout.values())
     one = front.start("one", {**options, "training.local_batch_size": 2})
     more = front.run("more", {**options, **layout, "training.local_batch_size": 2 * degree // world}, world=world).ok()
-    assert_alike(front.finish("one", one).ok(), more)
+    assert_same_losses(front.finish("one", one).ok(), more)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family, flavor", FLAVORS)
 def test_the_launcher_on_one_rank_and_on_four(front, family, flavor):
-    """The latter stopped and gone on with."""
+    """The run on four ranks stops after two steps and resumes."""
     options = {**get_options(family, flavor), "training.global_batch_size": 4}
     one = front.command("one", {**options, "training.local_batch_size": 4}, NGPU="1").ok()
     options["training.local_batch_size"] = 1
     front.command("four", {**options, "training.steps": 2}, NGPU="4").ok()
-    assert_alike(one, front.command("four", options, NGPU="4").ok())
+    assert_same_losses(one, front.command("four", options, NGPU="4").ok())
 
 
 def picture(path, seed):
@@ -164,9 +164,8 @@ def test_a_hunyuan_clip_begins_with_its_image(front, tmp_path, flavor):
     if flavor == "debug-i2v-token-replace":
         assert error[0] < 20 < error[1]
     assert not np.array_equal(seen[0], seen[1])
-    assert np.array_equal(seen[0], seen[2]) == (
-        flavor == "debug-i2v-latent-concat"
-    )  # the one that is not told the scale
+    ignores_guidance = flavor == "debug-i2v-latent-concat"  # the only one without the guidance scale as an input
+    assert np.array_equal(seen[0], seen[2]) == ignores_guidance
 
 
 def test_experts_train_their_levels_and_sample_together(front, tmp_path):
@@ -189,17 +188,17 @@ def test_experts_train_their_levels_and_sample_together(front, tmp_path):
     front.run("both", {**options, "model.expert": "low", "flow.max_t": 0.5}).fails_with("model.expert", "flow.max_t")
 
 
-def test_images_of_a_column_and_stills(front):
-    """The column's image is what the model starts from; a still is left out by name, and stills alone end the run."""
+def test_images_of_a_column_and_single_frame_clips(front):
+    """A column names the conditioning image. Single-frame clips are dropped by name; a run with no other clip ends."""
     clips = front.root / "clips"
     clips.mkdir()
     rows = []
     for k in range(3):
         write_clip(clips / f"clip{k}.mp4", count=40, fps=8)
         rows.append({"file": f"clip{k}.mp4", "caption": f"clip {k}", "image": picture(clips / f"image{k}.png", k).name})
-    write_clip(clips / "still.mp4", count=1, fps=8)
+    write_clip(clips / "image.mp4", count=1, fps=8)
     rows += [
-        {"file": "still.mp4", "caption": "a still"},
+        {"file": "image.mp4", "caption": "an image"},
         {"file": "clip0.mp4", "caption": "again", "image": "nothing.png"},
     ]
     (clips / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -218,7 +217,7 @@ def test_images_of_a_column_and_stills(front):
         "".join(row["captions"]) or row["reason"]: row
         for row in map(json.loads, (run.folder / "data_plan.jsonl").read_text().splitlines())
     }
-    assert planned["a still"]["reason"].startswith("a still") and "still.mp4: image-to-video" in run.output
+    assert planned["an image"]["reason"].startswith("single frame") and "image.mp4: image-to-video" in run.output
     assert "missing image" in run.output and "nothing.png" in run.output
     assert planned["clip 0"]["image"].endswith("image0.png")
 
@@ -227,12 +226,11 @@ def test_images_of_a_column_and_stills(front):
     (clips / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
     own = front.run("own", options).ok()
     assert losses(own) != losses(run)
-    text = front.run(
-        "text", {**options, "model.flavor": "debug", "data.path": clips}
-    ).ok()  # text-to-video has no use for either
+    # Text-to-video ignores the image and accepts single frames.
+    text = front.run("text", {**options, "model.flavor": "debug", "data.path": clips}).ok()
     assert len(text.records) == 3
 
     alone = front.root / "alone"
     alone.mkdir()
-    captioned(alone / "still.mp4", "a still", count=1, fps=8)
-    front.run("alone", {**options, "data.path": alone}).fails_with("still.mp4", "image-to-video")
+    captioned(alone / "image.mp4", "an image", count=1, fps=8)
+    front.run("alone", {**options, "data.path": alone}).fails_with("image.mp4", "image-to-video")

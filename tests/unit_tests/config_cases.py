@@ -69,7 +69,7 @@ def with_values(values):
 
 
 def typo(name, rng):
-    """`name` with two letters swapped, one doubled or one lost; never itself."""
+    """`name` with two letters exchanged, one doubled or one lost; never itself."""
     i = rng.randrange(len(name) - 1)
     ways = [name[:i] + name[i + 1] + name[i] + name[i + 2 :], name[:i] + name[i] + name[i:], name[:i] + name[i + 1 :]]
     return rng.choice([w for w in ways if w != name and not w.startswith("_")])

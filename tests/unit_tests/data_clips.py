@@ -97,7 +97,7 @@ def _silence(container, sound):
 
 
 def damaged(data, count):
-    """So many copies of a file's bytes, of each of which 1, 8 or 64 are others."""
+    """`count` copies of a file's bytes; each has 1, 8 or 64 random bytes changed."""
     rng = random.Random(0)
     for _ in range(count):
         broken = bytearray(data)

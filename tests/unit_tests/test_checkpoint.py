@@ -195,7 +195,7 @@ def test_failing_save_surfaces(tmp_path, monkeypatch, mode):
     assert saver.save(2)
     saver.close()
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-1", "step-2"]
-    with monkeypatch.context() as patch:  # a failure inside DCP, whose exception is not an Exception
+    with monkeypatch.context() as patch:  # a failure inside DCP: it raises a BaseException
         patch.setattr(files.TensorWriter, "write_data", lambda *args: (_ for _ in ()).throw(OSError("no space")))
         with pytest.raises(RuntimeError, match="no space"):
             saver.save(4)

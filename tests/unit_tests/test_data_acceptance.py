@@ -43,7 +43,7 @@ RATES = [Fraction(8), Fraction(12), Fraction(24), Fraction(25), Fraction(30000, 
 LENGTHS = [1, 200, 2, 170, 5, 9, 12, 17, 24, 33, 40, 66, 7, 30, 50, 100, 21, 29, 45, 13, 80]
 FPS = 12
 BUCKETS = [[frames, *size] for frames in (5, 17, 33) for size in ((32, 64), (64, 32), (48, 48))]
-FAULTS = {  # what is said of a file that is bad in this way
+FAULTS = {  # kind of bad file: how the reason in the plan starts
     "empty": "corrupt: the file is empty",
     "sound": "not a video: no video stream",
     "noise": "corrupt: ",
@@ -150,7 +150,7 @@ def all_numbers(path):
 
 
 def expected(made, num_frames):
-    """(what is said of a file of so many frames after resampling, its bucket), written again from the documentation."""
+    """(reason, bucket) of a file of `num_frames` frames after resampling: the documentation implemented again."""
     fitting = [b for b in BUCKETS if b[0] <= num_frames]
     if not fitting:
         return f"too short: {num_frames} frames at {FPS} fps, the shortest bucket takes 5", None

@@ -183,22 +183,22 @@ def test_latents_that_are_not_finite_are_refused(clips, cache, encoders):
 
 
 def test_stale_entries_are_named_with_the_reason(clips, cache, encoders, monkeypatch):
-    def told(fps=10, other=cache):
+    def stale_report(fps=10, other=cache):
         lines = []
         missing_jobs(cached_clips(make_plan(clips, BUCKETS, fps, 0, cache.folder), other), other, log=lines.append)
         return "\n".join(lines)
 
-    assert told() == ""
+    assert stale_report() == ""
     encode_missing(make_plan(clips, BUCKETS, 10, 0, cache.folder), encoders, cache, log=quiet)
-    assert told() == ""
-    assert "4 stale entries are refused, and encoded anew: video: data.fps was 10, is 5, frames was" in told(5)
+    assert stale_report() == ""
+    assert "4 stale entries are refused, and encoded anew: video: data.fps was 10, is 5, frames was" in stale_report(5)
     another = LatentCache(cache.folder, "another vae", cache.text_id)
     assert (
         f"4 stale entries are refused, and encoded anew: video: encoder was {cache.video_id}, is another vae"
-        in told(10, another)
+        in stale_report(10, another)
     )
     monkeypatch.setattr(latent_cache, "CODE_VERSION", 99)
-    assert "code version was" in told() and "is 99" in told()
+    assert "code version was" in stale_report() and "is 99" in stale_report()
 
 
 def encode_options(folder):
@@ -337,13 +337,13 @@ def killed_again_and_again(tmp_path, kills, seed, start):
 def test_killed_while_encoding(tmp_path):
     """kill -9 at random moments: no entry is lost, half written or there twice, and the next start finishes."""
     cache = killed_again_and_again(tmp_path, 3, 0, Forked)
-    leftover = cache.folder / "shards" / ".rest.safetensors.host.1.tmp"
-    leftover.write_bytes(b"half")
+    partial = cache.folder / "shards" / ".rest.safetensors.host.1.tmp"
+    partial.write_bytes(b"half")
     remove_partial_shards(cache)
-    assert leftover.exists()  # it may be another run's, which is writing it
-    os.utime(leftover, (0, 0))
+    assert partial.exists()  # it may be another run's, which is writing it
+    os.utime(partial, (0, 0))
     remove_partial_shards(cache)
-    assert not leftover.exists()
+    assert not partial.exists()
 
 
 @pytest.mark.slow
@@ -355,25 +355,25 @@ def test_killed_fifty_times(tmp_path):
     assert not [line for line in lines if bytes(tmp_path / "encode.py") in line]
 
 
-def worker(told, is_early):
+def worker(sender, is_early):
     """A worker of a parent that is killed before or after the worker is set up."""
-    told.send(os.getpid())
+    sender.send(os.getpid())
     if is_early:
         set_up_worker(0)
-        told.send("ready")
+        sender.send("ready")
     while os.getppid() == multiprocessing.parent_process().pid:
         time.sleep(0.001)
     if is_early:
         time.sleep(1)
     else:
         set_up_worker(0)
-    told.send("alive")
+    sender.send("alive")
 
 
-def parent_of_worker(told, is_early):
+def parent_of_worker(sender, is_early):
     fork = multiprocessing.get_context("fork")
     multiprocessing.set_start_method("fork", force=True)
-    fork.Process(target=worker, args=(told, is_early)).start()
+    fork.Process(target=worker, args=(sender, is_early)).start()
     time.sleep(60)
 
 
@@ -381,16 +381,16 @@ def parent_of_worker(told, is_early):
 @pytest.mark.parametrize("is_early", [True, False])
 def test_a_worker_ends_with_its_parent(is_early):
     """Also if the parent is killed before the worker first looks for it: torch's own watchdog misses that case."""
-    told, tell = multiprocessing.Pipe(duplex=False)
-    parent = context().Process(target=parent_of_worker, args=(tell, is_early))
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    parent = context().Process(target=parent_of_worker, args=(sender, is_early))
     parent.start()
-    tell.close()
-    told.recv()
-    assert not is_early or told.recv() == "ready"
+    sender.close()
+    receiver.recv()
+    assert not is_early or receiver.recv() == "ready"
     parent.kill()
     parent.join()
     with pytest.raises(EOFError):  # nobody holds the other end
-        told.recv()
+        receiver.recv()
 
 
 # ---- entries and shards ----

@@ -88,8 +88,8 @@ def folder(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         captioned(tmp_path / name / "clip.mp4", "a clip", count=30, fps=16)
-    Image.new("RGB", (60, 60)).save(tmp_path / "still.png")
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"image_path": "still.png", "caption": "a still"}))
+    Image.new("RGB", (60, 60)).save(tmp_path / "image.png")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image_path": "image.png", "caption": "an image"}))
     return tmp_path
 
 
@@ -166,7 +166,7 @@ def test_musubi_tuner(folder):
     kept = build_plan(d, folder / "cache").kept
     assert [(e.caption, e.bucket, e.start, e.repeats) for e in kept] == [
         *(("a clip", (9, 32, 64), start, 3) for start in (0, 6, 12, 18)),
-        ("a still", (1, 128, 128), 0, 1),
+        ("an image", (1, 128, 128), 0, 1),
     ]
     assert has_line(lines, "resolution", "64 x 40 becomes 64 x 32")
     assert (

@@ -280,5 +280,5 @@ def test_probes_are_kept_until_the_file_changes(folder, tmp_path, monkeypatch):
     again = make_plan(folder, buckets, 8, 0, cache)
     assert probed == ["b.mkv"] and again != first
     for file in (cache / "probes").rglob("*.json"):
-        file.write_text(file.read_text()[:40])  # cut entries are read again, not believed
+        file.write_text(file.read_text()[:40])  # truncated entries are ignored, the files are probed again
     assert make_plan(folder, buckets, 8, 0, cache) == again

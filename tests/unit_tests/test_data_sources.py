@@ -197,9 +197,7 @@ def test_images_beside_clips(tmp_path):
     (folder / "turned.txt").write_text("turned")
     (folder / "broken.png").write_bytes(b"\x89PNG no")
     (folder / "broken.txt").write_text("broken")
-    plan = make_plan(
-        folder, [[1, 32, 32], [9, 32, 64]], 60, 0, tmp_path / "cache"
-    )  # at 60 fps a still is one frame all the same
+    plan = make_plan(folder, [[1, 32, 32], [9, 32, 64]], 60, 0, tmp_path / "cache")  # an image is one frame at any rate
     by_name = {os.path.basename(e.path): e for e in plan.entries}
     assert by_name["a.mp4"].bucket == (9, 32, 64) and by_name["broken.png"].reason.startswith("corrupt: ")
     assert [numbers(by_name[n]) for n in ("b.png", "c.jpg", "d.webp", "e.bmp")] == [[0], [1], [2], [3]]
@@ -213,17 +211,17 @@ def test_images_beside_clips(tmp_path):
 
 def test_folders_of_frames(tmp_path):
     folder = tmp_path / "set"
-    for name in ("walk", "run", "odd", "stills"):
+    for name in ("walk", "run", "odd", "images"):
         (folder / name).mkdir(parents=True)
-        if name != "stills":
+        if name != "images":
             (folder / f"{name}.txt").write_text(name)
     for k in range(12):
         picture(k).save(folder / "walk" / f"frame{k}.png")  # 10 comes after 9
     for k in range(6):
         picture(k).save(folder / "run" / f"{k:03d}.jpg")
         picture(k, width=64 if k else 32).save(folder / "odd" / f"{k}.png")
-    picture(3).save(folder / "stills" / "a.png")
-    (folder / "stills" / "a.txt").write_text("a still")
+    picture(3).save(folder / "images" / "a.png")
+    (folder / "images" / "a.txt").write_text("an image")
     source = Source(path=str(folder), source_fps=12.0)
     plan = make_plan([source], [[1, 32, 32], [5, 32, 64]], 6, 0, tmp_path / "cache")
     by_name = {os.path.basename(e.path): e for e in plan.entries}
@@ -236,7 +234,7 @@ def test_folders_of_frames(tmp_path):
     assert (
         by_name["run"].bucket[0] == 1
         and "differ in size" in by_name["odd"].reason
-        and by_name["a.png"].caption == "a still"
+        and by_name["a.png"].caption == "an image"
     )
     unknown = make_plan(folder, [[1, 32, 32]], 6, 0, tmp_path / "cache")
     assert [e.reason.partition(":")[0] for e in unknown.entries if "walk" in e.path] == ["no rate"]
@@ -245,7 +243,7 @@ def test_folders_of_frames(tmp_path):
     assert numbers(next(e for e in changed.kept if e.path.endswith("walk"))) == [0, 2, 20, 6, 8]
 
 
-# ---- metadata that is believed ----
+# ---- trusted metadata ----
 
 
 def test_json_metadata_with_several_captions(tmp_path, clip):

@@ -35,8 +35,8 @@ def test_without_it_a_plan_is_refused(tmp_path, monkeypatch):
 
 def test_its_pixels_have_an_identity_of_their_own(tmp_path, monkeypatch):
     captioned(tmp_path / "a.mp4")
-    Image.new("RGB", (64, 48)).save(tmp_path / "still.png")
-    (tmp_path / "still.txt").write_text("a still")
+    Image.new("RGB", (64, 48)).save(tmp_path / "image.png")
+    (tmp_path / "image.txt").write_text("an image")
     monkeypatch.setattr("titan_video.ingest.plan.require", lambda decoder: None)
     one, other = (
         make_plan(tmp_path, [(5, 32, 32), (1, 32, 32)], 16, 0, tmp_path / "cache", decoder=name).kept

@@ -1,4 +1,4 @@
-"""Probing, frame counting and decoding, against clips whose frames carry their number."""
+"""Probing, frame counting and decoding, on clips with the frame number drawn into each frame."""
 
 import random
 

@@ -182,8 +182,8 @@ def test_the_table_of_what_fits_is_what_its_script_prints():
 
 def test_the_size_that_the_readme_states():
     """Rounded numbers, off by 5 % at most. `python benchmarks/house.py --write README.md` writes them."""
-    stated = re.search(r"\*\*Size\.\*\*.*?\n\n", read("README.md"), re.DOTALL)[0]
-    core, train, ingest, optional = (int(n.replace(",", "")) for n in re.findall(r"about\s([\d,]+)", stated))
+    size_text = re.search(r"\*\*Size\.\*\*.*?\n\n", read("README.md"), re.DOTALL)[0]
+    core, train, ingest, optional = (int(n.replace(",", "")) for n in re.findall(r"about\s([\d,]+)", size_text))
     lines = house.count_lines(ROOT)
     counted = {
         core: house.core_lines(ROOT),

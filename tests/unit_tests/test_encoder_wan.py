@@ -212,7 +212,7 @@ def test_bad_folders_are_refused_by_name(folder, saved):
         make("")
     with pytest.raises(ValueError, match=r"4k\+1"):
         make(saved).encode_video(clip(8))
-    unfit = (
+    mismatches = (
         {"z_dim": 48},
         {"patch_size": 2},
         {"is_residual": True},
@@ -220,7 +220,7 @@ def test_bad_folders_are_refused_by_name(folder, saved):
         {"dim_mult": [1]},
         {"latents_mean": []},
     )
-    for values in unfit:
+    for values in mismatches:
         change(folder / "vae/config.json", **values)
         with pytest.raises(ValueError, match=r"vae/config.json.*Wan 2\.1"):
             make(folder)

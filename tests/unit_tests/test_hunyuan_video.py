@@ -251,7 +251,7 @@ def test_parameter_counts_are_exact():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_flops_equal_a_counted_forward(form):
-    args = replace(FORMS[form], num_single_layers=3)  # unequal numbers, to tell them apart
+    args = replace(FORMS[form], num_single_layers=3)  # unequal numbers, to distinguish them
     ours = HunyuanVideoModel(args)
     *inputs, _ = make_inputs(args)
 

@@ -171,7 +171,7 @@ GOOD = {
         "from titan_video.distributed.fsdp import x\nfrom titan_video.data.batch import y\n"
     ),
 }
-BAD = [  # (file, what is added to it, what is said of it)
+BAD = [  # (file, line that is added to it, part of the message)
     (
         "titan_video/models/spec.py",
         "from titan_video.distributed.fsdp import x",

@@ -55,9 +55,9 @@ def test_state_of_14b_on_eight_ranks():
 
 
 def test_state_of_14b_on_one_gpu():
-    """What lets all of it train on 141 GB:
+    """All of it trains on 141 GB with bfloat16 weights, 8-bit moments and the gradients of one unit at a time.
 
-    bfloat16 weights, 8-bit moments, and the gradients of a unit at a time, of which the root is largest.
+    The root is the largest unit.
     """
     training = Training(dtype="bfloat16", max_norm=0.0)
     sizes = state(

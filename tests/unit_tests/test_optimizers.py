@@ -181,7 +181,7 @@ def test_muon_of_the_blocks_is_torchs(momentum):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_weights_go_where_float32_weights_go(name):
-    """Steps of a tenth of what bfloat16 can tell apart: rounded to nearest, no weight would move."""
+    """Steps of a tenth of bfloat16's resolution: rounded to nearest, no weight would move."""
 
     def moved(dtype):
         layer = nn.ModuleDict({"blocks": nn.Linear(128, 64, bias=False)})

@@ -16,7 +16,7 @@ RENAMED = MappingProxyType(  # {section or table: {former name of a field: its n
 
 
 def current_name(name: str, kind: type) -> str:
-    """The name of a field of the dataclass `kind`, of which `name` can be the former one."""
+    """The current name of a field of the dataclass `kind`; `name` may be a former one."""
     return RENAMED.get(kind, {}).get(name, name)
 
 

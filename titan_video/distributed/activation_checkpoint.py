@@ -67,7 +67,7 @@ def apply_activation_checkpoint(
 
 
 def check_save_min_kv(section: ActivationCheckpoint, longest: int) -> None:
-    """ValueError if even the longest clip, of so many tokens, has too few keys for its attention to be saved.
+    """ValueError if even the longest clip, `longest` tokens, has too few keys for its attention to be saved.
 
     Selective would then silently be full.
     """

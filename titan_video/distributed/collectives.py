@@ -36,7 +36,7 @@ def all_gather(x: Tensor, dim: int, group: RankGroup) -> Tensor:
 
 
 def reduce_scatter(x: Tensor, dim: int, group: RankGroup) -> Tensor:
-    """The sum of the ranks' tensors, of which each rank keeps its chunk of `dim`. Backward is an all-gather."""
+    """Sum the ranks' tensors and keep this rank's chunk of `dim`. Backward is an all-gather."""
     if _is_outermost(x, dim):
         rows = _ready(_reduce_scatter(x.flatten(0, dim).contiguous(), "sum", 0, group.name))
         return rows.view(*x.shape[:dim], -1, *x.shape[dim + 1 :])

@@ -22,7 +22,7 @@ class SequenceShard:
     """One rank's slice of a micro-batch's tokens, and the groups that share the clip.
 
     A length that the ranks do not divide is padded with zeros at the end of the clip: all ranks then have equally many
-    rows, of which the first `num_valid` are tokens. Attention ignores padding among the keys, the loss among the rows.
+    rows; the first `num_valid` are tokens. Attention ignores padding among the keys, the loss among the rows.
     sequence: the ranks that share a clip, ring first, then ulysses, then tensor parallel (tp_degree).
     """
 

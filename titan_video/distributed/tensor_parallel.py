@@ -75,7 +75,7 @@ def all_gather_input(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
 
 
 def colwise(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
-    """A Linear of which each rank computes some of the outputs."""
+    """A Linear: each rank computes some of the outputs."""
     linear = parent.get_submodule(name)
     distribute(linear, "weight", mesh, Shard(0))
     distribute(linear, "bias", mesh, Shard(0))
@@ -91,12 +91,12 @@ def colwise_gathered(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
 
 
 def rowwise(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
-    """A Linear of which each rank has some of the inputs; it gets the outputs of its own tokens."""
+    """A Linear: each rank has some of the inputs; it gets the outputs of its own tokens."""
     _rowwise(parent, name, mesh, (_reduce_scatter_tokens(mesh),))
 
 
 def rowwise_replicated(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
-    """A Linear of which each rank has some of the inputs; it gets all outputs. For text, which is replicated."""
+    """A Linear: each rank has some of the inputs; it gets all outputs. For text, which is replicated."""
     _rowwise(parent, name, mesh, (_all_reduce_sums(mesh),))
 
 
@@ -106,7 +106,7 @@ def rowwise_joint(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
 
 
 def shard_vector(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
-    """A vector over all heads, of which each rank has the part of its own heads."""
+    """A vector over all heads: each rank has the part of its own heads."""
     distribute(parent, name, mesh, Shard(0))
 
 
@@ -174,7 +174,7 @@ class UnfusedLinear(nn.Module):
 
 
 class AllReduceRMS(nn.Module):
-    """Mean squares of q and the keys over the full width, of which each rank has an equal part.
+    """Mean squares of q and the keys over the full width; each rank has an equal part of it.
 
     One all-reduce of a number per row serves all of them.
     """

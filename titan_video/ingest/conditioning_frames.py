@@ -29,7 +29,7 @@ def encode_images(encoders: Encoders, cond_frames_CNHW: Tensor) -> Tensor:
 
 
 def grey_video(cond_frames_CNHW: Tensor, num_frames: int) -> Tensor:
-    """A clip of which only the conditioning frames are known: float32 [3, num_frames, H, W], -1 to 1, grey elsewhere.
+    """A clip with only the conditioning frames known: float32 [3, num_frames, H, W], -1 to 1, grey elsewhere.
 
     cond_frames: uint8, N = 1 (the first frame) or 2 (the first and the last).
     """

@@ -171,7 +171,7 @@ def encode_job(
     """{(kind, key): tensor}, on the host. Raises UnusableClip with what the decoder said, and for latents that are not
     finite.
 
-    The memory of what was decoded goes back to the worker: those tensors are of no use afterwards.
+    The decoded tensors' memory goes back to the worker: do not use them afterwards.
     """
     if isinstance(decoded, str):
         raise UnusableClip(decoded)

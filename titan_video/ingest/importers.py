@@ -340,7 +340,7 @@ def _frames(table: _Table, made: _Import, source: dict[str, Any]) -> tuple[int, 
     source["frame_extraction"] = choice
     if rate:
         source["source_fps"] = float(rate)
-        made.note(table.name, "source_fps: video files tell their own rate; this one is for folders of frames")
+        made.note(table.name, "source_fps: video files state their own rate; this one is for folders of frames")
     else:
         made.note(
             table.name,

@@ -323,7 +323,7 @@ def _from_members(
     texts = (
         _texts(caption, where or "neither .txt nor .json")
         if caption is not None
-        else "no caption: neither .txt nor .json tells one"
+        else "no caption: neither .txt nor .json has one"
     )
     return (
         ClipRecord(path, reason=texts) if isinstance(texts, str) else ClipRecord(path, texts, declared=_declared(row))

@@ -27,7 +27,7 @@ class ConditioningSpec:
     num_cond_frames: conditioning frames of a clip: 0, 1 (the first) or 2 (the first and the last). form: see above.
     image_tokens: image-encoder tokens of all conditioning frames together. text_image_tokens: tokens of the first frame
     that precede the text's. pooled_text: one vector of the whole text. guidance: the guidance scale is an input.
-    first_frame_weight: weight of the first frame, in all frames, in what sampling starts from; the rest is noise.
+    first_frame_weight: weight of the first frame in all frames of the initial sample; the rest is noise.
     """
 
     num_cond_frames: Literal[0, 1, 2] = 0

@@ -180,7 +180,7 @@ class InnerAttention(nn.Module):
 class RMSStats(nn.Module):
     """Mean squares of q and the keys for their RMSNorms, [B, L, 1] each; None where a norm sees its full vector.
 
-    Tensor parallel replaces this module where a norm runs over all heads, of which a rank then holds a part.
+    Tensor parallel replaces this module where a norm runs over all heads and a rank holds a part of them.
     """
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor | None, ...]:

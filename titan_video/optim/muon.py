@@ -37,7 +37,7 @@ class RoundRobinOwners:
     """Orthogonalizes sharded matrices; each matrix is computed by one rank. Collective: all ranks construct it."""
 
     def __init__(self, names: dict[Tensor, str]):
-        """names: the name of every matrix of which this rank has a shard."""
+        """names: the name of every matrix that has a shard on this rank."""
         self.names = names
         slices = {name: shard_slices(p) for p, name in names.items()}
         self.slices_by_rank = gather_objects(slices) if dist.is_initialized() else [slices]

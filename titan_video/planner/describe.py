@@ -71,7 +71,7 @@ def describe(report: Report, state_on_host: bool) -> str:
         "",
         *_collectives_table(report),
         "",
-        f"{step_tflops:,.0f} TFLOP a step on this rank, of which the model needs {model_tflops:,.0f}",
+        f"{step_tflops:,.0f} TFLOP a step on this rank; the model needs {model_tflops:,.0f} of them",
         f"dry run took {report.seconds:.1f} s; compile is off in it",
     ]
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """What stands in for the machine in a dry run: ranks that exchange nothing, a GPU's operators, batches without values.
 
-The `watch_*` functions attach a StepTracker to a model: they tell it the phase, and the category of what is alive.
+The `watch_*` functions attach a StepTracker to a model: they set its phase and the category of live tensors.
 """
 
 from collections.abc import Iterator
@@ -29,8 +29,8 @@ from titan_video.tools.parts import resolve
 
 # Custom operators whose Python function the tracker runs in their place, to count what they allocate.
 OPERATOR_BODIES = {
-    # Only pipelines read numbers: the index of a micro-batch (all are alike), and once, in int32, whether shapes are
-    # known.
+    # Only pipelines read numbers: the index of a micro-batch (any index will do, as all cost the same), and once, in
+    # int32, whether shapes are known.
     torch.ops.aten._local_scalar_dense: lambda number: int(number.dtype == torch.int32),
     torch.ops.titan_video.attention: attention.own_attention._init_fn,
     torch.ops.titan_video.attention_backward: attention.own_attention_backward._init_fn,

@@ -8,7 +8,7 @@ of names, `spec.hf_names`.
     single_file   as original                                            one file
     comfyui       as original, with the prefix `model.diffusion_model.`  one file
 
-The names in a file tell its layout. Everything that is not diffusers' layout is in original.py, an optional part.
+The names in a file identify its layout. Everything that is not diffusers' layout is in original.py, an optional part.
 """
 
 import json

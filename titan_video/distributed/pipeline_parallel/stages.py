@@ -33,7 +33,7 @@ def split_blocks(num_blocks: int, num_stages: int, first_cost: float = 0.0, last
 
 
 def check_microbatches(section: Parallelism, num_microbatches: int) -> None:
-    """ValueError unless the schedule can run a step of so many micro-batches; it names the nearest legal numbers."""
+    """ValueError unless the schedule can run a step of `num_microbatches`; it names the nearest legal numbers."""
     if _is_legal(section, num_microbatches):
         return
     ranks, schedule = section.pipeline_parallel_degree, section.pipeline_parallel_schedule
