@@ -20,6 +20,7 @@ from tests.unit_tests.data_clips import captioned
 from titan_video.data import latent_cache
 from titan_video.data.latent_cache import LatentCache
 from titan_video.encoders.debug import DebugEncoders
+from titan_video.ingest import cache_keys
 from titan_video.ingest.__main__ import main
 from titan_video.ingest.cache_keys import remove_partial_shards, video_key
 from titan_video.ingest.cached_clips import cached_clips, split_holdout
@@ -197,7 +198,8 @@ def test_stale_entries_are_named_with_the_reason(clips, cache, encoders, monkeyp
         f"4 stale entries are refused, and encoded anew: video: encoder was {cache.video_id}, is another vae"
         in stale_report(10, another)
     )
-    monkeypatch.setattr(latent_cache, "CODE_VERSION", 99)
+    for module in (latent_cache, cache_keys):
+        monkeypatch.setattr(module, "CODE_VERSION", 99)
     assert "code version was" in stale_report() and "is 99" in stale_report()
 
 
