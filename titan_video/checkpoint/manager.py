@@ -145,8 +145,7 @@ class CheckpointManager:
 
     tensors: name -> state that is saved shard by shard ("model", "optimizer", "ema").
     states: name -> small state, equal on all ranks, that JSON represents exactly (no tuples, no NaN).
-    The manager makes a gloo group of its own, so that a save in the background does not mix with the collectives of
-    training.
+    The manager makes a gloo group of its own: a save in the background does not mix with training's collectives.
     """
 
     def __init__(self, section: Checkpoint, folder: Path, tensors: dict[str, TensorState], states: dict[str, Stateful]):

@@ -8,8 +8,7 @@ from typing import Any
 def opt(default: Any, help: str, names: Callable[[], tuple[str, ...]] | None = None, **limits: float) -> Any:
     """A documented field of a section.
 
-    names: for a string, a function that returns the legal values. Use it where they are found in a folder; a closed set
-        is a `Literal`.
+    names: for a string, a function that returns the legal values, e.g. from a folder. A closed set is a `Literal`.
     limits: some of ge, gt, le and lt. They apply to the value, or to every number of a list.
     """
     metadata = {"help": help, **limits}

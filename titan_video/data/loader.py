@@ -154,9 +154,7 @@ class DrawPlan:
         )
 
     def steps(self, num_steps: int | None, states: deque[dict[str, Any]]) -> Iterator[list[MicroBatch]]:
-        """The micro-batches of all ranks for `num_steps` steps (None: endless). `states` receives the sampler's state
-        after each step.
-        """
+        """Micro-batches of all ranks for `num_steps` steps (None: endless). `states` gets the state after each step."""
         for _ in range(num_steps) if num_steps is not None else count():
             step = next(self.sampler)
             states.append(self.sampler.state_dict())
@@ -176,8 +174,7 @@ class DrawPlan:
 
 
 class RankMicroBatches(BaseNode[MicroBatchSpec]):
-    """The micro-batches of one rank for `num_steps` steps after `start`: numbers dp_rank, dp_rank + dp_size, ... of
-    each step.
+    """One rank's micro-batches of `num_steps` steps after `start`: numbers dp_rank, dp_rank + dp_size, ... of a step.
 
     Its state is the sampler's, so it is a position to resume from at the end of a step only.
     """

@@ -1,6 +1,4 @@
-"""Which clips each optimizer step takes: a pure function of a few counters, the same for every number of ranks and
-threads.
-"""
+"""The clips of each optimizer step: a pure function of a few counters, for any number of ranks and threads."""
 
 import hashlib
 from collections.abc import Iterable, Sequence

@@ -1,8 +1,7 @@
 """torch.compile, block by block: one graph serves all equal blocks.
 
 Shapes: a graph is made for the first number of tokens; at the second, one for any number, which is the last. A batch of
-one clip and batches of several have a graph each, and so have forwards with and without gradients. `num_graphs` counts
-them.
+one clip and batches of several have a graph each, and so have forwards with and without gradients; see `num_graphs`.
 """
 
 import torch._dynamo

@@ -3,8 +3,7 @@
 One rank uses it too, so that mixed precision has one meaning; one rank in float32 throughout is left as it is.
 
 Blocks are sharded over dp_shard x cp; what is outside the blocks, and the root with the plan's float32 parts, over
-dp_shard x cp x tp. The ranks of cp and tp have different tokens, so the sum over them is part of the same
-reduce-scatter.
+dp_shard x cp x tp. The ranks of cp and tp have different tokens: the same reduce-scatter sums over them.
 Gradients are summed, never averaged: the loss is divided by the global element count before backward, which stays right
 when ranks hold unequal amounts. Each micro-batch is reduced at once into sharded float32 gradients; a deferred
 reduction would hold a full float32 gradient on each rank.

@@ -10,8 +10,7 @@ matrices (o, down), so attention runs on 1/t of the heads. Outside these pairs a
 models".)
 
 Which module is split how is data, `ParallelPlan.tensor`; `STYLES` implements each style. Activations are plain tensors
-and collectives are written out; parameters become DTensors, so that FSDP, checkpoints and the gradient norm know what
-each rank has.
+and collectives are written out; parameters become DTensors, so that FSDP, checkpoints and the gradient norm work.
 """
 
 import operator

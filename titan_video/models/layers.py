@@ -60,8 +60,7 @@ def positions(shape: TokenShape, device: torch.device | str = "cpu") -> Tensor:
 
 
 def rope_freqs_cis(pos_BL3: Tensor, axes_dim: tuple[int, int, int], theta: float) -> Tensor:
-    """RoPE as unit complex numbers [B, L, K/2] for `kernels.rms_norm_rope`; each position axis rotates its own
-    channels.
+    """RoPE as unit complex numbers [B, L, K/2] for `kernels.rms_norm_rope`; each position axis has its own channels.
 
     axes_dim: head channels of frame, row and column; their sum is K. Angles are computed in float64: in float32 those
     of a far token would be off by 1e-4. The result is cached for as long as the tensor of positions lives.

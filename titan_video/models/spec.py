@@ -54,8 +54,7 @@ class RankGroup:
 
 @dataclass(frozen=True)
 class StepLayout:
-    """How the tokens of one micro-batch are spread over ranks. It travels with the micro-batch's inputs into the
-    blocks.
+    """How the tokens of one micro-batch are split over ranks. It is one of the inputs of each block.
 
     A block that is recomputed, or run later in a pipeline, so has its own layout and not the last one that was set.
     seq_len: tokens of the whole clip; a rank has a slice of them, which may end in padding.
@@ -71,16 +70,14 @@ class StepLayout:
 class ParallelPlan:
     """How a model is split over ranks. Names are dotted module paths; `*` stands for one path element.
 
-    blocks: containers (ModuleDict) of transformer blocks, in forward order. Each block is one checkpointing and compile
-        unit.
+    blocks: containers (ModuleDict) of transformer blocks, in order. Each is a unit of checkpointing and compile.
     fp32: root modules or parameters that stay in float32 under mixed precision. They belong to the root's FSDP unit.
     units: FSDP units and the mesh over which each is sharded (a field of distributed.parallel_dims.Meshes), inner units
         first; "" is the root and comes last.
     inner_attention: in each block, the attention over the video tokens, which context parallel replaces.
     tensor: in each block, the tensor-parallel style of a module or parameter (distributed/tensor_parallel.py):
         "colwise" and "rowwise" split a Linear over its outputs or inputs, "all_gather_input" gathers a module's tokens,
-        "shard_vector" splits a vector with the heads, "rms_stats" replaces a module. All other parameters are
-        replicated.
+        "shard_vector" splits a vector with the heads, "rms_stats" replaces a module. Others are replicated.
     first, last: root modules and parameters of the first and the last pipeline stage.
     per_block_params: root containers keyed like the blocks; an entry goes with its block's stage.
     """

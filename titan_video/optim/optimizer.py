@@ -55,8 +55,7 @@ def build_optimizer(
     seed: int = 0,
     lr_scale: Callable[[str], float] | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer of all parameters that require gradients. Vectors (biases, norm weights) and modulation tables get
-    no weight decay.
+    """The optimizer of all trainable parameters. Vectors (biases, norm weights) and modulation get no weight decay.
 
     blocks: see `updated_by`. seed: for stochastic rounding of bfloat16 weights.
     lr_scale: clean parameter name -> factor on the learning rate (default 1.0 for all).

@@ -14,8 +14,7 @@ COND_LATENTS = "cond_latents_BCFHW"  # in Batch.cond
 
 
 class FrameConditioning:
-    """The conditioning frames of a micro-batch: conditioning channels [B, L, P'], or conditioning tokens and their
-    mask.
+    """The conditioning frames of a micro-batch: channels [B, L, P'], or tokens and their mask.
 
     cond_latents: latents as in `ConditioningSpec.channels`; None: the micro-batch is text-to-video.
     latent_FHW: size of the clips. ValueError where weights of this kind cannot do without conditioning frames.

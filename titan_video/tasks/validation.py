@@ -107,8 +107,7 @@ class Validator:
     def losses(self) -> dict[str, float]:
         """Mean squared error of the velocity on the held-out clips by noise level, and the mean; {} without clips.
 
-        The noise of (clip, level) is the same at every call and in every layout, so the numbers of a run are
-        comparable.
+        The noise of (clip, level) is the same at every call and in every layout: numbers are comparable.
         """
         if not self.clips:
             return {}

@@ -45,8 +45,7 @@ def init_logger() -> None:
 
 
 class Progress:
-    """A progress bar of `total` steps, the first `initial` already done. It is shown on a terminal only, not in a log
-    file.
+    """A progress bar of `total` steps, the first `initial` already done. It is shown on terminals only.
 
     enabled: true on the rank that shows it.
     """

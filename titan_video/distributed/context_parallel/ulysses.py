@@ -15,8 +15,7 @@ from titan_video.models.spec import RankGroup, StepLayout
 class UlyssesAttention(nn.Module):
     """Attention over this rank's slice of the tokens.
 
-    inner: the attention over the group's tokens and this rank's heads. group: used where a micro-batch's layout has
-        none.
+    inner: the attention over the group's tokens and this rank's heads. group: used if the layout has none.
     """
 
     def __init__(self, group: RankGroup, inner: nn.Module):

@@ -65,11 +65,9 @@ def args_to_hf(args: WanArgs) -> dict:
 
 
 def args_from_hf(config: dict) -> WanArgs:
-    """Arguments from diffusers' `transformer/config.json`. ValueError for a class or a feature that this model does not
-    have.
+    """Arguments from diffusers' `transformer/config.json`. ValueError: a class or feature that this model lacks.
 
-    The file says nothing of the first frame: a model of 48 latent channels is taken for TI2V-5B, whose first frame may
-        be clean.
+    The file does not mention the first frame: 48 latent channels mean TI2V-5B, where it may be clean.
     """
     if config.get("_class_name", "WanTransformer3DModel") != "WanTransformer3DModel":
         raise ValueError(

@@ -1,6 +1,4 @@
-"""The names of Wan's parameters in diffusers' layout and in that of the public code (Wan-Video/Wan2.1), and the change
-of form of some.
-"""
+"""Names and layout transforms of Wan's parameters in diffusers' layout and in the public code's (Wan-Video/Wan2.1)."""
 
 from titan_video.models.spec import NameRule
 from titan_video.models.wan.model import WanArgs
