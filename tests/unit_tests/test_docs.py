@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shlex
 from dataclasses import fields, is_dataclass
 from functools import cache
 
@@ -10,7 +11,9 @@ import pytest
 
 from benchmarks import diagram, fits, house
 from tests.helpers import ROOT
+from titan_video.config.check import check
 from titan_video.config.job_config import JobConfig
+from titan_video.config.manager import parse_args
 from titan_video.config.values import tomllib
 
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -81,6 +84,28 @@ def test_every_command_is_run_by_a_test(page):
     for command in shell_commands(page):
         tests = [test for pattern, test in RUN_BY.items() if re.match(pattern, command)]
         assert tests, f"{page}: no test runs `{command}`; add one, or say before the block what it needs: (needs ...)"
+
+
+def runs_of(page):
+    """(TOML, options, ranks) of every command that starts training or encoding, also where it needs GPUs."""
+    for command in shell_commands(page) + shell_commands(page, is_runnable=False):
+        words = shlex.split(command)
+        is_run = any(word.endswith(("run_train.sh", ".slurm", "train.py")) for word in words) or "encode" in words
+        path = next((word.rpartition("=")[2] for word in words if word.endswith(".toml")), "train_configs/debug.toml")
+        if not is_run or "tiny_dit" in command:
+            continue
+        path = "train_configs/debug.toml" if path == "CONFIG.toml" else path
+        names = [k for k, word in enumerate(words) if re.match(r"--\w+\.\w+$", word)]
+        options = [word for k in names for word in words[k : k + 2]]
+        yield path, options, int(re.search(r"world size: (\d+)", read(path))[1])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_configuration_of_every_run_is_legal(page):
+    """As the page writes it: tests that run it may add options that make it small."""
+    for path, options, num_ranks in runs_of(page):
+        toml = [] if "--job.config_file" in options else ["--job.config_file", str(ROOT / path)]
+        check(parse_args([*toml, *options]), num_ranks, files=False)
 
 
 def test_the_tests_that_run_commands_exist():
