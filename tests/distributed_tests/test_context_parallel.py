@@ -188,9 +188,8 @@ def test_joint_attention_equals_that_of_one_rank(world):
 
 
 def events(function):
-    """(its result, every operator that ran meanwhile, on any thread, inside other operators too:
-
-    name, shapes, types, plain arguments).
+    """(its result, every operator that ran meanwhile, on any thread, inside other operators too: name, shapes, types,
+    plain arguments).
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:

@@ -331,10 +331,7 @@ def test_layouts_have_the_same_losses(front, one_rank, name):
 
 
 def test_a_run_moves_between_layouts(front):
-    """One rank, then two, then one again, with optimizer state and averages:
-
-    the losses are those of a run that stayed.
-    """
+    """One rank, then two, then one again, with optimizer state and averages: its losses are those of one that stayed."""
     options = {"training.global_batch_size": 4, "ema.enable": "true", "checkpoint.async_mode": "disabled"}
     stayed = front.run("stayed", {**options, "training.steps": 9}).ok().records
     for steps, world in ((3, 1), (6, 2), (9, 1)):
@@ -448,9 +445,8 @@ def test_the_default_run(front):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", ["1", "2"])
 def test_a_signal_to_the_script(front, ranks):
-    """From the shell's point of view:
-
-    one signal to `run_train.sh`, exit code 0, a checkpoint; the same command goes on.
+    """From the shell's point of view: one signal to `run_train.sh`, exit code 0, a checkpoint; the same command goes
+    on.
     """
     import os
     import signal

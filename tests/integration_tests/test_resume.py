@@ -173,10 +173,8 @@ def test_twenty_stops(front, uninterrupted, world, mode):
 
 
 def drawn_recorded(stop_at, signum):
-    """A hook:
-
-    each rank writes what it trains on, and in the middle of step `stop_at` has a signal; SIGTERM is for one rank, a
-    kill for all.
+    """A hook: each rank writes what it trains on, and in the middle of step `stop_at` has a signal; SIGTERM is for one
+    rank, a kill for all.
     """
     import train
 

@@ -178,7 +178,7 @@ def test_plan_loader_and_export_agree(tmp_path, capsys, monkeypatch, num_files):
 
     # The plan: every file, and its reason.
     config = parse_args(["--job.config_file", str(file)])
-    plan = build_plan(config.data, tmp_path / "cache")
+    plan = build_plan(config.data, tmp_path / "cache", temporal_stride=4)
     assert {e.path for e in plan.entries} == set(by_path)
     for entry in plan.entries:
         made = by_path[entry.path]

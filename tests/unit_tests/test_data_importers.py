@@ -122,7 +122,7 @@ def test_diffusion_pipe(folder):
         Source(f"{folder}/b", caption_prefix="drawing, "),
     )
     assert (d.frame_extraction, d.uniform_clips, config.training.local_batch_size) == ("uniform", 1, 4)
-    kept = build_plan(d, folder / "cache").kept
+    kept = build_plan(d, folder / "cache", temporal_stride=4).kept
     assert [(e.caption, e.bucket[0], e.start, e.repeats) for e in kept] == [
         ("film, a clip", 9, 10, 2),
         ("drawing, a clip", 9, 10, 1),
@@ -163,7 +163,7 @@ def test_musubi_tuner(folder):
         Source(f"{folder}/rows.jsonl"),
     )
     assert (d.slide_stride, d.uniform_clips, config.training.local_batch_size) == (6, 4, 2)
-    kept = build_plan(d, folder / "cache").kept
+    kept = build_plan(d, folder / "cache", temporal_stride=4).kept
     assert [(e.caption, e.bucket, e.start, e.repeats) for e in kept] == [
         *(("a clip", (9, 32, 64), start, 3) for start in (0, 6, 12, 18)),
         ("an image", (1, 128, 128), 0, 1),

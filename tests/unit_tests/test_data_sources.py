@@ -311,7 +311,7 @@ def test_sources_with_their_own_rules(tmp_path, clip):
         Source(path=str(tmp_path / "rows.jsonl"), caption_column="style", frame_extraction="chunk"),
     )
     data = Data(source=sources, buckets=((9, 32, 64),), fps=10.0, num_workers=0)
-    plan = build_plan(data, tmp_path / "cache")
+    plan = build_plan(data, tmp_path / "cache", temporal_stride=4)
     a, *chunks = plan.kept
     assert (a.caption, a.repeats, a.fps, a.num_frames) == ("film, a clip", 3, 20.0, 40) and numbers(a) == list(range(9))
     assert [(c.caption, c.repeats, c.fps, c.start, c.num_clips) for c in chunks] == [
@@ -322,7 +322,7 @@ def test_sources_with_their_own_rules(tmp_path, clip):
         {e.content for e in plan.kept}
     ) == 3
     assert {e.status for e in chunks} == {"split"} and a.status == "trimmed" and "1 trimmed, 1 split" in plan.summary()
-    other = build_plan(data, tmp_path / "cache", path=str(tmp_path / "one"))
+    other = build_plan(data, tmp_path / "cache", temporal_stride=4, path=str(tmp_path / "one"))
     assert [(e.caption, e.repeats) for e in other.kept] == [("a clip", 1)]
 
 
@@ -347,10 +347,13 @@ def test_starts(choice, n, frames, expected):
     assert starts(n, frames, choice) == expected
 
 
-def test_full_length(tmp_path):
-    assert choose(30, 64, 48, [(17, 32, 64), (81, 64, 32)], whole=True) == (29, 32, 64)
-    assert choose(500, 64, 48, [(17, 32, 64), (81, 64, 32)], whole=True) == (81, 32, 64)
-    assert choose(16, 64, 48, [(17, 32, 64)], whole=True) is None
+def test_full_length():
+    whole = ClipChoice("full")
+    assert choose(30, 64, 48, [(17, 32, 64), (81, 64, 32)], whole) == (29, 32, 64)
+    assert choose(500, 64, 48, [(17, 32, 64), (81, 64, 32)], whole) == (81, 32, 64)
+    assert choose(16, 64, 48, [(17, 32, 64)], whole) is None
+    by_eight = ClipChoice("full", temporal_stride=8)
+    assert choose(30, 64, 48, [(17, 32, 64), (81, 64, 32)], by_eight) == (25, 32, 64)
 
 
 def test_a_late_clip_is_sought_and_is_the_same(tmp_path, monkeypatch):

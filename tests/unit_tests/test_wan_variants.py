@@ -82,9 +82,8 @@ def test_forward_and_every_gradient_equal_diffusers(pair):
 
 
 def test_bfloat16_is_no_further_from_float32_than_diffusers(pair):
-    """Averaged over inputs:
-
-    single errors of the two scatter by some percent around each other, their mean ratio by half a percent.
+    """Averaged over inputs: single errors of the two scatter by some percent around each other, their mean ratio by
+    half a percent.
     """
     ours, theirs = pair
     low, their_low = WanModel(ours.args), diffusers_wan(ours.args)
@@ -242,9 +241,8 @@ def test_time_is_projected_once_per_distinct_time(ti2v):
 
 
 def test_a_slice_of_the_tokens_gives_the_slice_of_the_embedding_and_head(ti2v):
-    """What sequence parallelism relies on:
-
-    outside attention each token, with its own element of the mask, is for itself.
+    """What sequence parallelism relies on: outside attention each token, with its own element of the mask, is for
+    itself.
     """
     x, t, text, image, clean, _ = make_inputs(ti2v.args)
     tokens = patchify(x, ti2v.args.patch)

@@ -43,7 +43,11 @@ class SequenceShard:
         return self.sequence.size
 
     def layout(self, seq_len: int) -> StepLayout | None:
-        """What the blocks need to know for clips of seq_len tokens; None where this rank has all of them."""
+        """What the blocks need to know for clips of seq_len tokens; None where this rank has all of them.
+
+        None leaves a block the groups with which the model was built: a model of several sizes of group is always
+        given a StepLayout.
+        """
         return StepLayout(seq_len, ring=self.ring, ulysses=self.ulysses) if self.size > 1 else None
 
     def length(self, seq_len: int) -> int:

@@ -51,7 +51,7 @@ class DataCommand:
 
     def plan(self) -> Plan:
         """Print the plan of data.path and write data_plan.jsonl."""
-        plan = build_plan(self.config.data, self.cache_folder)
+        plan = build_plan(self.config.data, self.cache_folder, self.geometry.temporal_stride)
         plan = plan.without_single_frames() if self.args.conditioning.num_cond_frames else plan
         plan.write_jsonl(self.plan_file)
         print(f"{plan.summary()}\n  every clip: {self.plan_file}")

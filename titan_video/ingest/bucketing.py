@@ -20,12 +20,21 @@ class ClipChoice:
     """Which clips are taken from a file (data.frame_extraction).
 
     mode: "head", the first frames; "chunk", one clip after the other; "slide", a clip every `stride` frames; "uniform",
-    `count` clips evenly spread; "full", the whole length.
+    `count` clips evenly spread; "full", the whole length, cut to k temporal strides of the VAE plus one frame.
     """
 
     mode: str = "head"
     count: int = 1
     stride: int = 1
+    temporal_stride: int = DEFAULT_GEOMETRY.temporal_stride
+
+
+def whole_latents(num_frames: int, temporal_stride: int) -> int:
+    """The most of `num_frames` frames that fill whole latent frames: k temporal strides and the first frame."""
+    return max(1, (num_frames - 1) // temporal_stride * temporal_stride + 1)
+
+
+HEAD = ClipChoice()
 
 
 def starts(num_frames: int, clip_frames: int, choice: ClipChoice) -> list[int]:
@@ -43,14 +52,17 @@ def starts(num_frames: int, clip_frames: int, choice: ClipChoice) -> list[int]:
     return [0]
 
 
-def choose(num_frames: int, width: int, height: int, buckets: Sequence[Bucket], whole: bool = False) -> Bucket | None:
+def choose(
+    num_frames: int, width: int, height: int, buckets: Sequence[Bucket], choice: ClipChoice = HEAD
+) -> Bucket | None:
     """The bucket for a clip of `num_frames` frames after resampling: the most frames that it can fill, then the nearest
     aspect ratio (by logarithm: twice as wide is as far as half as wide), then the larger area. None: it fills none.
 
-    whole: the buckets give only sizes; the frames are the clip's, cut to 4k+1 and to the most that any bucket has.
+    choice: with mode "full" the buckets give only sizes; the frames are the clip's, cut to whole latents and to the
+        most that any bucket has.
     """
-    if whole and buckets:
-        frames = min((num_frames - 1) // 4 * 4 + 1, max(b[0] for b in buckets))
+    if choice.mode == "full" and buckets:
+        frames = min(whole_latents(num_frames, choice.temporal_stride), max(b[0] for b in buckets))
         num_frames = frames
         if frames >= min(b[0] for b in buckets):
             buckets = sorted({(frames, b[1], b[2]) for b in buckets})

@@ -201,10 +201,7 @@ def store(cache: LatentCache, job: Job, tensors: dict[tuple[str, str], Tensor]) 
 
 @dataclass
 class EncodeStats:
-    """On encoding:
-
-    seconds, those in which nothing was decoded yet for the encoder to do, and the frames of clips that were made.
-    """
+    """Seconds of encoding, seconds of waiting for decoded frames, and how many frames were encoded."""
 
     encode_seconds: float = 0.0
     decode_wait_seconds: float = 0.0

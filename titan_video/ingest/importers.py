@@ -17,7 +17,7 @@ import tomli_w
 from titan_video.config.check import check
 from titan_video.config.job_config import Data, Source
 from titan_video.config.manager import ConfigError, parse, read_file
-from titan_video.ingest.bucketing import SPATIAL_MULTIPLE
+from titan_video.ingest.bucketing import DEFAULT_GEOMETRY, SPATIAL_MULTIPLE, whole_latents
 
 CHOICES = {
     "single_beginning": ("head", 4),
@@ -107,10 +107,11 @@ class _Import:
         self.lines.append(f"{where}: {text}")
 
     def frames(self, where: str, counts: Iterable[int]) -> tuple[int, ...]:
-        """4k+1 and ascending."""
-        cut = {n: max(1, (n - 1) // 4 * 4 + 1) for n in counts}
+        """Whole latents of the default VAE (4k+1), ascending."""
+        stride = DEFAULT_GEOMETRY.temporal_stride
+        cut = {n: whole_latents(n, stride) for n in counts}
         if changed := {n: m for n, m in cut.items() if n != m}:
-            self.note(where, f"frames are 4k+1: {', '.join(f'{n} becomes {m}' for n, m in changed.items())}")
+            self.note(where, f"frames are {stride}k+1: {', '.join(f'{n} becomes {m}' for n, m in changed.items())}")
         return tuple(sorted(set(cut.values())))
 
     def sides(self, where: str, width: int, height: int) -> tuple[int, int]:

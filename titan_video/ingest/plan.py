@@ -18,7 +18,7 @@ from torch import Tensor
 from titan_video.config.job_config import Data, Source
 from titan_video.data.batching import Bucket
 from titan_video.ingest import bucketing, media
-from titan_video.ingest.bucketing import ClipChoice
+from titan_video.ingest.bucketing import DEFAULT_GEOMETRY, HEAD, ClipChoice, whole_latents
 from titan_video.ingest.shapes import resolve_path
 from titan_video.ingest.sources import ClipRecord, scan
 from titan_video.ingest.video import DecoderName, Probe, decode, frame_indices, probe, require
@@ -27,7 +27,6 @@ from titan_video.tools.files import atomic_path, atomic_write
 
 NAMES_SHOWN = 20
 PROBE_VERSION = 2
-HEAD = ClipChoice()
 
 
 @dataclass(frozen=True)
@@ -92,12 +91,13 @@ class PlanEntry:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every clip of `source`, kept and dropped, in scan order."""
+    """Every clip of `source`, kept and dropped, in scan order. temporal_stride: frames per latent, for advice."""
 
     source: str
     fps: float
     buckets: tuple[Bucket, ...]
     entries: tuple[PlanEntry, ...]
+    temporal_stride: int = DEFAULT_GEOMETRY.temporal_stride
 
     @property
     def kept(self) -> list[PlanEntry]:
@@ -125,8 +125,8 @@ class Plan:
         frame.
         """
         reason = (
-            "single frame: image-to-video needs more than the conditioning frame; use a longer clip, or buckets of 5 "
-            "frames or more"
+            f"single frame: image-to-video needs more than the conditioning frame; use a longer clip, or buckets of "
+            f"{self.temporal_stride + 1} frames or more"
         )
         return self.drop({e.path: reason for e in self.kept if e.bucket[0] == 1})
 
@@ -139,7 +139,7 @@ class Plan:
         too_short = [e for e in self.entries if e.reason.startswith("too short")]
         if too_short:
             longest = max(e.num_frames for e in too_short)
-            fits = (longest - 1) // 4 * 4 + 1
+            fits = whole_latents(longest, self.temporal_stride)
             return (
                 f"The longest clip has {longest} frames at data.fps = {self.fps:g}: add a bucket of {fits} frames or "
                 f"fewer, or change data.fps"
@@ -206,10 +206,13 @@ def read_frames(entry: PlanEntry, first_only: bool = False) -> Tensor:
     )
 
 
-def build_plan(section: Data, cache_folder: str | os.PathLike, path: str = "") -> Plan:
-    """The plan of [data], or by the same rules that of another path alone (validation.path)."""
+def build_plan(section: Data, cache_folder: str | os.PathLike, temporal_stride: int, path: str = "") -> Plan:
+    """The plan of [data], or by the same rules that of another path alone (validation.path).
+
+    temporal_stride: the VAE's, frames per latent.
+    """
     sources = [Source(path=path)] if path else section.sources
-    choice = ClipChoice(section.frame_extraction, section.uniform_clips, section.slide_stride)
+    choice = ClipChoice(section.frame_extraction, section.uniform_clips, section.slide_stride, temporal_stride)
     return make_plan(sources, section.sizes, section.fps, section.num_workers, cache_folder, choice, section.decoder)
 
 
@@ -247,7 +250,7 @@ def make_plan(
             replace(choice, mode=mode),
         )
     entries = [replace(e, decoder=decoder) if media.kind(e.path) == "video" else e for e in entries]
-    plan = Plan(", ".join(str(s.path) for s in sources), fps, sizes, tuple(entries))
+    plan = Plan(", ".join(str(s.path) for s in sources), fps, sizes, tuple(entries), choice.temporal_stride)
     plan.require_clips()
     return plan
 
@@ -293,7 +296,7 @@ def _decide(
         num_frames=len(indices),
         sha256=found.sha256,
     )
-    chosen = bucketing.choose(len(indices), found.width, found.height, buckets, whole=choice.mode == "full")
+    chosen = bucketing.choose(len(indices), found.width, found.height, buckets, choice)
     if chosen is None:
         return [
             replace(

@@ -102,7 +102,7 @@ def prepare_clips(
 
     def plan_clips(path: str, report: Path) -> tuple[list[CachedClip], dict[str, float]]:
         def make() -> Plan:
-            plan = build_plan(data, cache.folder, path)
+            plan = build_plan(data, cache.folder, encoders.stride_t, path)
             if cache.conditioning.num_cond_frames:
                 plan = plan.without_single_frames()
             _report(plan, report)

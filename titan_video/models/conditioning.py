@@ -40,10 +40,7 @@ class ConditioningSpec:
 
     @property
     def frames_are_optional(self) -> bool:
-        """Whether the weights also take a clip without conditioning frames:
-
-        nothing of the input's shape depends on them.
-        """
+        """Whether the weights also take a clip without conditioning frames: the input has the same shape then."""
         return self.form == "clean"
 
     def initial_latents(self, noise_BCFHW: Tensor, cond_latents_BCFHW: Tensor | None) -> Tensor:

@@ -32,10 +32,7 @@ _REPLACEMENTS = {
 def apply_context_parallel(
     model: nn.Module, plan: ParallelPlan, ring: DeviceMesh, ulysses: DeviceMesh, rotate: str
 ) -> None:
-    """Replace the plan's inner attentions in place. rotate:
-
-    how the ring moves keys and values (see `RingAttention`).
-    """
+    """Replace the plan's inner attentions in place. rotate: how the ring moves keys and values (RingAttention)."""
     for container, key in get_blocks(model, plan):
         for path in plan.inner_attention:
             parent_path, _, name = path.rpartition(".")
