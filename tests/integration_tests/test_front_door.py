@@ -1,5 +1,6 @@
 """What a user meets: `run_train.sh`, `python train.py`, their outputs, and their messages when something is wrong."""
 
+import functools
 import json
 import math
 import shutil
@@ -288,12 +289,13 @@ def ids_of_steps(run, world):
 
 @pytest.fixture(scope="module")
 def one_rank(shared_front):
-    return run_of_layout(shared_front, "one")
+    """(steps) -> the run of one rank, made at first use."""
+    return functools.cache(lambda steps: run_of_layout(shared_front, "one", steps))
 
 
-def run_of_layout(front, name):
+def run_of_layout(front, name, steps):
     same = {
-        "training.steps": 20,
+        "training.steps": steps,
         "training.global_batch_size": 4,
         "checkpoint.enable": "false",
         "validation.enable": "true",
@@ -304,27 +306,29 @@ def run_of_layout(front, name):
         "validation.timesteps": "0.3, 0.8",
     }
     world, options = LAYOUTS[name]
-    return front.run(name.replace(" ", ""), {**same, **options}, world, hook=sample_ids_recorded).ok()
+    return front.run(f"{name.replace(' ', '')}-{steps}", {**same, **options}, world, hook=sample_ids_recorded).ok()
 
 
 COVERED = ("fsdp4", "ring2", "fsdp2 x ulysses2")  # the other layouts contain every part of these
 
 
+@pytest.mark.parametrize("steps", [6, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in COVERED else ()) for name in LAYOUTS if name != "one"]
 )
-def test_layouts_have_the_same_losses(front, one_rank, name):
-    run, one = run_of_layout(front, name), one_rank.records
-    assert len(one) == 20 and len({row["loss"] for row in one}) == 20
-    assert ids_of_steps(run, LAYOUTS[name][0]) == ids_of_steps(one_rank, 1)
+def test_layouts_have_the_same_losses(front, one_rank, name, steps):
+    run, first = run_of_layout(front, name, steps), one_rank(steps)
+    one = first.records
+    assert len(one) == steps and len({row["loss"] for row in one}) == steps
+    assert ids_of_steps(run, LAYOUTS[name][0]) == ids_of_steps(first, 1)
     for row, expected in zip(run.records, one, strict=True):
         assert (row["samples"], row["tokens"], row["lr"]) == (expected["samples"], expected["tokens"], expected["lr"])
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
-    assert run.validations.keys() == one_rank.validations.keys() == {0, 20}
+    assert run.validations.keys() == first.validations.keys() == {0, steps}
     for step, losses in run.validations.items():
-        assert losses == pytest.approx(one_rank.validations[step], rel=1e-5)
-        mine, theirs = (decode(next((r.folder / "samples" / f"step-{step}").glob("*.mp4"))) for r in (run, one_rank))
+        assert losses == pytest.approx(first.validations[step], rel=1e-5)
+        mine, theirs = (decode(next((r.folder / "samples" / f"step-{step}").glob("*.mp4"))) for r in (run, first))
         assert (
             mine.shape == theirs.shape and np.abs(mine.astype(float) - theirs).mean() < 0.5
         )  # of 255, after a lossy file
