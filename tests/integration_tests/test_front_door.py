@@ -335,7 +335,7 @@ def test_layouts_have_the_same_losses(front, one_rank, name, steps):
 
 
 def test_a_run_moves_between_layouts(front):
-    """One rank, then two, then one again, with optimizer state and averages: its losses are those of one that stayed."""
+    """One rank, then two, then one again, with optimizer state and averages: the losses of a run that stayed."""
     options = {"training.global_batch_size": 4, "ema.enable": "true", "checkpoint.async_mode": "disabled"}
     stayed = front.run("stayed", {**options, "training.steps": 9}).ok().records
     for steps, world in ((3, 1), (6, 2), (9, 1)):
