@@ -14,8 +14,9 @@ PARTS = (  # (section or option, the values that ask for a part, the part)
     ("lora", CHANGED, "titan_video.lora"),
     ("float8", CHANGED, "titan_video.distributed.float8"),
     ("optimizer.name", ("Muon",), "titan_video.optim.muon"),
-    ("optimizer.name", ("AdamW8bit",), "titan_video.optim.low_bit"),
+    ("optimizer.name", ("AdamW8bit", "Muon"), "titan_video.optim.low_bit"),  # stochastic rounding is there, too
     ("optimizer.name", ("AdamW8bit", "Muon"), "titan_video.optim.mixed"),
+    ("training.dtype", ("bfloat16",), "titan_video.optim.low_bit"),
     ("training.dtype", ("bfloat16",), "titan_video.optim.mixed"),
     ("optimizer.in_backward", (True,), "titan_video.optim.in_backward"),
     ("checkpoint.export_format", ("original", "single_file", "comfyui"), "titan_video.weights.original"),
