@@ -154,11 +154,7 @@ def main(argv: list[str]) -> None:
     print(table(results))
     if cli.json:
         common.write_json(
-            cli.json,
-            "attention",
-            cli,
-            common.environment(device),
-            {"auto": auto, "shapes": results, "kernels": ran},
+            cli.json, "attention", cli, common.environment(device), {"auto": auto, "shapes": results, "kernels": ran}
         )
 
 

@@ -27,18 +27,7 @@ from titan_video.tools.device import synchronize
 WORDS = {
     "norms and element-wise": ("triton_", "layer_norm_forward", "layer_norm_backward", "rms_norm"),
     "attention": ("flash", "fmha", "sdpa", "attention", "attend"),
-    "matmuls": (
-        "gemm",
-        "nvjet",
-        "cutlass",
-        "xmma",
-        "wgmma",
-        "cublas",
-        "aten::mm",
-        "addmm",
-        "aten::bmm",
-        "splitk",
-    ),
+    "matmuls": ("gemm", "nvjet", "cutlass", "xmma", "wgmma", "cublas", "aten::mm", "addmm", "aten::bmm", "splitk"),
     "optimizer": ("adam", "multi_tensor", "lpnorm", "foreach"),
 }
 LONGEST = 20

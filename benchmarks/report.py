@@ -254,11 +254,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Record], str]]] = {  # title, what
         "shows the time of each part of a step beside its lower bound.",
         _profile_section,
     ),
-    "memory": (
-        "Longest clip on one GPU",
-        "runs whole steps of Wan 1.3B with AdamW.",
-        _memory_section,
-    ),
+    "memory": ("Longest clip on one GPU", "runs whole steps of Wan 1.3B with AdamW.", _memory_section),
     "memory_14b": (
         "All parameters of Wan 14B on one GPU",
         "runs steps with 75,600 tokens: bfloat16 weights with stochastic rounding, 8-bit AdamW in backward, "

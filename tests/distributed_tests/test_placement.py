@@ -54,12 +54,7 @@ def build_loader(folder, section, data, conditioning, dims, channel, cache_name)
     online = build_online_encoder(config, encoders, cache, dims, channel, shape, 6)
     dp_rank = next(r for r, ranks in enumerate(dims.sample_groups()) if dist.get_rank() in ranks)
     draw_plan = DrawPlan(
-        clips.training,
-        cache.text_key(""),
-        Batching(4, 2),
-        lambda b: Work(b[0], 1.0),
-        seed=5,
-        caption_dropout=0.3,
+        clips.training, cache.text_key(""), Batching(4, 2), lambda b: Work(b[0], 1.0), seed=5, caption_dropout=0.3
     )
     reader = EntryReader(online.cache if online else cache, 6, 64)
     loader = LatentLoader(

@@ -22,7 +22,7 @@ import os
 import threading
 import time
 import zlib
-from collections import Counter, OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,13 +33,13 @@ from torch import Tensor
 
 from titan_video.data.batching import Bucket
 from titan_video.models.conditioning import TEXT_ONLY, ConditioningSpec
-from titan_video.tools.files import atomic_path, atomic_write
+from titan_video.tools.files import atomic_path
 
 CODE_VERSION = 2  # raise it when decoding, resizing or cropping gives other pixels
 FORMAT = "titan-video cache 2"
 GIVEN = "given"  # kind of the latents of conditioning frames: part of names and keys in caches on disk, never to change
 SHARD_BYTES, SHARD_ENTRIES, SHARD_SECONDS = 256 << 20, 4096, 60.0
-HEADERS_KEPT = 64
+HEADERS_KEPT, MANIFEST = 64, "manifest.jsonl"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # What reading a damaged file can raise.
 DAMAGE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError)
@@ -221,24 +221,9 @@ class LatentCache:
 
     # ---- manifest ----
 
-    def write_manifest(self) -> Counter[str]:
-        """Write the entries of each shard; return the number of entries by kind.
-
-        One process calls it, when all have written.
-        """
-        names: dict[str, list[str]] = defaultdict(list)
-        for name, shard in self.where.items():
-            names[shard].append(name)
-        rows = [
-            {"shard": shard, "bytes": self.shards[shard], "entries": sorted(names[shard])}
-            for shard in sorted(self.shards)
-        ]
-        atomic_write(self.folder / "manifest.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        return Counter(name.partition("/")[0] for name in self.where)
-
     def _read_manifest(self) -> dict[tuple[str, int], list[str]]:
         try:
-            rows = [json.loads(line) for line in (self.folder / "manifest.jsonl").read_text().splitlines()]
+            rows = [json.loads(line) for line in (self.folder / MANIFEST).read_text().splitlines()]
             return {(row["shard"], row["bytes"]): row["entries"] for row in rows}
         except (OSError, *DAMAGE_ERRORS):  # missing or not ours: the shards hold the same
             return {}

@@ -137,9 +137,7 @@ def _bucket_rules(data: Data, geometry: LatentGeometry, patch: tuple[int, int, i
 
 
 def bucket_errors(
-    bucket: tuple[int, ...],
-    geometry: LatentGeometry = DEFAULT_GEOMETRY,
-    patch: tuple[int, int, int] = DEFAULT_PATCH,
+    bucket: tuple[int, ...], geometry: LatentGeometry = DEFAULT_GEOMETRY, patch: tuple[int, int, int] = DEFAULT_PATCH
 ) -> Iterator[str]:
     """What is wrong with a size [frames, height, width] for a model of this latent space and patch."""
     if len(bucket) != 3:

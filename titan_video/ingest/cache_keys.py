@@ -1,12 +1,15 @@
-"""Keys of the cache entries that are made from a clip: each depends on everything that its entry depends on."""
+"""What encoding writes beside the entries: their keys, each of which depends on everything that its entry depends on,
+and the manifest.
+"""
 
 import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Mapping
 
-from titan_video.data.latent_cache import CODE_VERSION, GIVEN, LatentCache, content_hash, entry_names
+from titan_video.data.latent_cache import CODE_VERSION, GIVEN, MANIFEST, LatentCache, content_hash, entry_names
 from titan_video.ingest.plan import PlanEntry
+from titan_video.tools.files import atomic_write
 
 PARTIAL_SECONDS = 600  # no write of a shard takes this long
 
@@ -36,6 +39,22 @@ def text_keys(cache: LatentCache, entry: PlanEntry) -> tuple[str, ...]:
     """The text key of each of a clip's captions."""
     frames_id = cond_frames_id(entry) if cache.conditioning.text_image_tokens else ""
     return tuple(cache.text_key(caption, frames_id) for caption in entry.captions)
+
+
+def write_manifest(cache: LatentCache) -> Counter[str]:
+    """List the entries of each shard in manifest.jsonl; return the number of entries by kind.
+
+    One process calls it, when all have written.
+    """
+    names: dict[str, list[str]] = defaultdict(list)
+    for name, shard in cache.where.items():
+        names[shard].append(name)
+    rows = [
+        {"shard": shard, "bytes": cache.shards[shard], "entries": sorted(names[shard])}
+        for shard in sorted(cache.shards)
+    ]
+    atomic_write(cache.folder / MANIFEST, "".join(json.dumps(row) + "\n" for row in rows))
+    return Counter(name.partition("/")[0] for name in cache.where)
 
 
 def remove_partial_shards(cache: LatentCache) -> None:

@@ -14,7 +14,7 @@ from titan_video.config.job_config import Data, JobConfig, Validation
 from titan_video.data.latent_cache import CachedClip, LatentCache
 from titan_video.distributed.utils import broadcast_from_rank0, gather_objects
 from titan_video.encoders.spec import Encoders
-from titan_video.ingest.cache_keys import remove_partial_shards
+from titan_video.ingest.cache_keys import remove_partial_shards, write_manifest
 from titan_video.ingest.cached_clips import cached_clips, split_holdout
 from titan_video.ingest.encode import encode_share, failed_clips, missing_jobs
 from titan_video.ingest.plan import Plan, build_plan
@@ -164,7 +164,7 @@ def encode_clips(
     cache.refresh()
     if not any(jobs):
         return {}, {}
-    counts = broadcast_from_rank0(cache.write_manifest, group)
+    counts = broadcast_from_rank0(lambda: write_manifest(cache), group)
     logger.info(f"{cache.folder} holds " + ", ".join(f"{counts[kind]} of {kind}" for kind in sorted(counts)))
     numbers = {
         "encode_seconds": time.perf_counter() - start,

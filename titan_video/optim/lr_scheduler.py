@@ -20,11 +20,7 @@ def lr_factor(step: int, total_steps: int, section: LrScheduler) -> float:
     if step <= total_steps - decay_steps:
         return 1.0
     progress = min((step - (total_steps - decay_steps)) / decay_steps, 1.0)
-    shapes = {
-        "linear": 1 - progress,
-        "sqrt": 1 - math.sqrt(progress),
-        "cosine": (1 + math.cos(math.pi * progress)) / 2,
-    }
+    shapes = {"linear": 1 - progress, "sqrt": 1 - math.sqrt(progress), "cosine": (1 + math.cos(math.pi * progress)) / 2}
     return section.min_lr_factor + (1 - section.min_lr_factor) * shapes[section.decay_type]
 
 

@@ -229,13 +229,7 @@ class Pipeline:
             module = _Stage(self, s)
             stages.append(
                 _ReducingStage(
-                    module,
-                    s,
-                    self.num_stages,
-                    self.device,
-                    input_args=inputs,
-                    output_args=outputs,
-                    group=self.group,
+                    module, s, self.num_stages, self.device, input_args=inputs, output_args=outputs, group=self.group
                 )
             )
         is_single = self.section.pipeline_parallel_schedule in ("GPipe", "1F1B")

@@ -7,14 +7,7 @@ from torch import Tensor, nn
 from titan_video import kernels
 from titan_video.kernels.attention import joint_attention
 from titan_video.models.hunyuan_video.args import REFINER_RATIO, TIME_DIM, HunyuanVideoArgs
-from titan_video.models.layers import (
-    CastLinear,
-    FeedForward,
-    Linear,
-    local_shard,
-    select_modulation,
-    time_features,
-)
+from titan_video.models.layers import CastLinear, FeedForward, Linear, local_shard, select_modulation, time_features
 from titan_video.models.spec import StepLayout
 
 

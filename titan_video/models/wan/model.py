@@ -318,12 +318,7 @@ class WanModel(nn.Module):
         return x_BLD, time_BTD, time_BTE, context_BSD
 
     def head(
-        self,
-        x_BLD: Tensor,
-        time_BTD: Tensor,
-        time_BTE: Tensor,
-        context_BSD: Tensor,
-        cond_mask_BL: Tensor | None = None,
+        self, x_BLD: Tensor, time_BTD: Tensor, time_BTE: Tensor, context_BSD: Tensor, cond_mask_BL: Tensor | None = None
     ) -> Tensor:
         """Velocity tokens from the trunk's state."""
         shift, scale = select_modulation(time_BTD.unsqueeze(2) + self.head_modulation, cond_mask_BL).unbind(2)
