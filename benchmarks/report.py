@@ -22,8 +22,8 @@ Record = dict[str, Any]
 INTRO = """# Performance
 
 `python benchmarks/report.py` writes this page from `benchmarks/results`. Each figure names its machine, versions and
-date. "Not yet measured" means that the benchmark has run only at toy size on a CPU. `benchmarks/run_all.sh` measures
-everything that needs a GPU, in three commands of ten minutes each.
+date. Where a row or section is not yet measured, its benchmark has run only at toy size on a CPU.
+`benchmarks/run_all.sh` measures everything that needs a GPU, in three commands of ten minutes each.
 
 Protocol: one process, random bfloat16 data (zeros are faster than real data), and the same weights in all variants.
 Their results are compared first. Then they are timed in turns for several rounds. Tables show medians and the spread
