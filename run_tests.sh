@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # ./run_tests.sh [PYTEST ARGUMENTS]
 #
-# Runs the whole suite, or what the arguments choose: `-m gpu`, `tests/unit_tests`, `-k name`. All arguments go to pytest;
-# `-n 4` uses four processes (pytest-xdist).
+# Runs the whole suite, or what the arguments choose: `-m gpu`, `tests/unit_tests`, `-k name`. All arguments go to pytest.
+# The whole suite runs unit tests in two processes (pytest-xdist) of one thread each, then the tests that start ranks or
+# runs, which use all cores themselves.
 # On first use it installs the requirements into .venv, unless the active Python has them. PYTHON=path uses that
 # interpreter as it is.
 set -u
@@ -11,4 +12,10 @@ source "$ROOT/ensure_env.sh"
 ensure_env || exit 1
 
 export HF_HUB_OFFLINE=1    # a test that needs the network fails at once instead of waiting
-cd "$ROOT" && exec "$PYTHON" -m pytest "$@"
+cd "$ROOT" || exit 1
+[ $# -gt 0 ] && exec "$PYTHON" -m pytest "$@"
+OMP_NUM_THREADS=1 "$PYTHON" -m pytest -n 2 tests/unit_tests
+unit=$?
+"$PYTHON" -m pytest tests/distributed_tests tests/integration_tests tests/gpu_tests
+rest=$?
+[ $unit -eq 0 ] && [ $rest -eq 0 ]

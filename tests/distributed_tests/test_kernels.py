@@ -7,11 +7,11 @@ from dataclasses import replace
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed_tests.test_tensor_parallel import ARGS, forward_backward, sharded, whole
-from tests.helpers import run_ranks
+from tests.helpers import randomized_init, run_ranks
 from titan_video import kernels
 from titan_video.config.job_config import ActivationCheckpoint, Compile
 from titan_video.distributed.utils import clean_name, initialise
-from titan_video.models.wan import WanModel
+from titan_video.models.wan import SPEC, WanModel
 
 ONE = replace(ARGS, num_layers=1)
 SELECTIVE = {"checkpointing": ActivationCheckpoint(mode="selective", save_min_kv=16)}
@@ -59,7 +59,7 @@ def rank():
 
 def test_sharded_models_compute_the_same_with_fused_operators():
     plain = WanModel(ONE)
-    initialise(plain, 0)
+    initialise(plain, randomized_init(SPEC.init_parameter), 0)
     expected = gradients(plain, CLIPS)
     for results in run_ranks(rank, 2):
         for name, (found, count) in results.items():

@@ -361,6 +361,19 @@ def test_run_tests_passes_arguments_and_exit_code(repo):
         assert p.returncode == code and "1 deselected" in p.stdout, p
 
 
+@pytest.mark.parametrize("failing, code", [("none", 0), ("unit_tests", 1), ("integration_tests", 1)])
+def test_the_whole_suite_runs_in_two_parts(repo, failing, code):
+    """A failure of either part is one of the whole; the second part runs in any case."""
+    python = repo / "python"
+    python.write_text(f'#!/bin/bash\necho "$@" >>calls\n[[ "$*" != *"{failing}"* ]] || exit 5\n')
+    python.chmod(0o755)
+    p = subprocess.run([str(repo / "run_tests.sh")], cwd="/", env=environment(PYTHON=str(python)))
+    calls = (repo / "calls").read_text().splitlines()
+    assert p.returncode == code and ["tests/unit_tests" in c for c in calls] == [True, False]
+    assert all(f"tests/{kind}" in " ".join(calls) for kind in FOLDERS)
+
+
+FOLDERS = [path.name for path in sorted((ROOT / "tests").glob("*_tests"))]
 COMMANDS = ["-m ruff format --check .", "-m ruff check .", "-m pytest -k name"]
 
 
