@@ -236,3 +236,15 @@ def test_the_tour_lists_the_rings():
     text = read("docs/tour.md").split("## Floors")[0]
     named = {path.removesuffix(".py") for path in re.findall(r"`([\w/.]+)`", text)}
     assert {part.replace(".", "/") for part in house.OPTIONAL_PARTS} <= named
+
+
+def test_the_list_of_slow_tests():
+    """CONTRIBUTING lists each test that has a slow form, and no other."""
+    marked = {
+        f"{path.relative_to(ROOT / 'tests').as_posix()}::{node.name}"
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and any("mark.slow" in ast.unparse(d) for d in node.decorator_list)
+    }
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    assert set(re.findall(r"^\| `([^`]+::\w+)` \|", page, re.MULTILINE)) == marked and len(marked) > 10

@@ -96,7 +96,7 @@ class Data:
     )
     shuffle: bool = opt(True, "Draw the clips in a new random order each epoch.")
     num_workers: int = opt(
-        2, "Worker processes per rank that decode clips or read cached latents; 0 uses the main process.", ge=0
+        2, "Processes that decode clips, and threads that read cached latents, per rank; 0: the main one.", ge=0
     )
     prefetch_factor: int = opt(2, "Batches that each worker prefetches.", ge=1)
     cache_folder: str = opt("", "Latents and text embeddings, keyed by content. Empty: `cache` in job.dump_folder.")
