@@ -69,7 +69,7 @@ def test_runs_are_the_same(front, cached, tmp_path, world, options):
 
 
 def test_a_signal_and_a_resumption(front, cached, tmp_path):
-    """What was stopped goes on in any of the three places."""
+    """A stopped run resumes with any of the three placements."""
     options = {**VALIDATED, **SEPARATE, "data.cache_folder": tmp_path / "fresh"}
     stopped = front.run("run", options, world=2, hook=partial(signal_at, 3, signal.SIGTERM)).ok()
     assert "stopped by a signal after step 3" in stopped.output and len(stopped.records) == 3

@@ -49,9 +49,9 @@ def write_clip(
     options=None,
     audio=False,
 ):
-    """times: presentation times in milliseconds (variable rate) instead of `fps`. rotation:
+    """times: presentation times in milliseconds (variable rate) instead of `fps`.
 
-    of the display, in degrees counter-clockwise.
+    rotation: of the display, in degrees counter-clockwise.
     """
     import av
 

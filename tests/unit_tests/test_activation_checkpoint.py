@@ -85,10 +85,7 @@ def plain():
 
 
 class Executed(TorchDispatchMode):
-    """Counts what runs beneath all other modes:
-
-    attention by its number of keys, and matmuls with bias, which only forwards have.
-    """
+    """Counts what runs beneath all other modes: attention by number of keys, and matmuls with bias (forward only)."""
 
     def __init__(self):
         super().__init__()

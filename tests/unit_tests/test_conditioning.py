@@ -1,7 +1,4 @@
-"""What models are cond_latents beside noise, time and text:
-
-each tensor against the diffusers pipelines' own, from tiny random encoders saved to disk.
-"""
+"""Conditioning inputs of the models: each tensor against the diffusers pipelines' own, with tiny random encoders."""
 
 import json
 import shutil

@@ -1,7 +1,4 @@
-"""Many files of every kind:
-
-what the plan says of each is what the loader trains and what the export shows, frame by frame.
-"""
+"""Many files of every kind: plan, loader and export agree about each of them, frame by frame."""
 
 import bisect
 import json

@@ -1,6 +1,6 @@
-"""Sources beyond a folder of clips:
+"""Sources other than a folder of clips: images, folders of frames, tars, tables, several at once.
 
-images, folders of frames, tars, tables, declared metadata, several at once; and which clips a file gives.
+Also declared metadata, and the clips that are cut from one file.
 """
 
 import io

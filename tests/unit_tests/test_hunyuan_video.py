@@ -1,7 +1,4 @@
-"""HunyuanVideo against diffusers' class with the same weights, in every published form:
-
-forward, every gradient, names, counts.
-"""
+"""Every published HunyuanVideo against diffusers' class with the same weights: forward, gradients, names, counts."""
 
 import inspect
 from dataclasses import replace

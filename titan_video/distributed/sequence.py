@@ -1,7 +1,4 @@
-"""The tokens of a clip, sharded over the `sequence` axis:
-
-each rank has one contiguous slice, from patchify to the loss.
-"""
+"""The tokens of a clip, sharded over the `sequence` axis: a contiguous slice per rank, from patchify to the loss."""
 
 from dataclasses import dataclass, field
 
