@@ -303,7 +303,7 @@ def test_parameters_are_partitioned_across_ranks(name, expected, results):
 def test_bytes_between_stages(name, results):
     """State of a clip of L tokens: x and text in the blocks' type, time and its projection in float32 at least.
 
-    It goes on, its gradient back.
+    Forward sends it to the next stage, backward sends its gradient back.
     """
     case, ranks = CASES[name], results[name]
     low, upcast = {"float64": (8, 8), "float32": (4, 4), "bfloat16": (2, 4)}[case["dtype"]]

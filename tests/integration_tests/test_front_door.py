@@ -335,7 +335,7 @@ def test_layouts_have_the_same_losses(front, one_rank, name, steps):
 
 
 def test_a_run_moves_between_layouts(front):
-    """One rank, then two, then one again, with optimizer state and averages: the losses of a run that stayed."""
+    """One rank, then two, then one again, with optimizer state and EMA: the losses of a run on one rank."""
     options = {"training.global_batch_size": 4, "ema.enable": "true", "checkpoint.async_mode": "disabled"}
     stayed = front.run("stayed", {**options, "training.steps": 9}).ok().records
     for steps, world in ((3, 1), (6, 2), (9, 1)):
@@ -358,7 +358,7 @@ def test_a_loss_that_is_not_finite(front):
 
 @pytest.fixture(scope="module")
 def exported(shared_front):
-    """`python train.py` alone: three steps with an average of the weights, exported."""
+    """`python train.py` alone: three steps with EMA weights, exported."""
     options = {
         "training.steps": 3,
         "ema.enable": "true",
@@ -388,8 +388,8 @@ def test_export_is_what_diffusers_loads(exported, front):
 
     spec = get_spec("wan")
     args = get_args(spec, "debug", "", 16)
-    average = weights(iter_tensors(exported.checkpoint(3)), "ema")
-    public = hf_state_dict(average, spec, args)
+    ema_weights = weights(iter_tensors(exported.checkpoint(3)), "ema")
+    public = hf_state_dict(ema_weights, spec, args)
     assert_equal(
         WanTransformer3DModel.from_pretrained(
             exported.folder / "hf" / "transformer", torch_dtype=torch.float32
@@ -410,7 +410,7 @@ def test_export_is_what_diffusers_loads(exported, front):
 
 @pytest.mark.parametrize("source", ["model", "ema"])
 def test_start_from_the_weights_of_another_run(exported, front, source):
-    """A step-N folder gives its weights, a diffusers folder what was exported: the average.
+    """A step-N folder gives its weights; the exported diffusers folder has the EMA weights.
 
     A rate of almost nothing leaves them as they are.
     """

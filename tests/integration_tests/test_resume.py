@@ -1,4 +1,4 @@
-"""A run that was stopped, however, goes on as if it had not been: bit for bit."""
+"""A run that is stopped in any way resumes bit for bit like one without the stop."""
 
 import hashlib
 import json
