@@ -78,11 +78,16 @@ def test_what_asks_for_a_missing_part_is_refused(part, front):
     front.run("run", ASKING[part], hook=partial(hide, part)).fails_with("config error", named)
 
 
+@pytest.fixture(scope="module")
+def resolved(shared_front):
+    """The config.toml that a run of the whole program wrote."""
+    return shared_front.run("whole", {"training.steps": 1}).ok().folder / "config.toml"
+
+
 @pytest.mark.parametrize("part", OPTIONAL_PARTS)
-def test_a_resolved_toml_is_read_without(part, front):
-    first = front.run("first", {"training.steps": 1}).ok()
-    options = {"job.config_file": first.folder / "config.toml", "training.steps": 1}
-    front.run("second", options, hook=partial(hide, part)).ok()
+def test_a_resolved_toml_is_read_without(part, front, resolved):
+    options = {"job.config_file": resolved, "training.steps": 1}
+    front.run("run", options, hook=partial(hide, part)).ok()
 
 
 def test_the_debug_run_loads_no_optional_part(front, tmp_path):
