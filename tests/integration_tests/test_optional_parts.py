@@ -12,7 +12,6 @@ from benchmarks.house import OPTIONAL_PARTS, PACKAGE, optional_part
 PROGRAMS = {"planner", "convert", "sample", "ingest.importers"}  # started by hand, not by an option
 JOINT = "distributed.context_parallel.joint"  # asked for by a model and a degree together
 AFTERWARDS = {"training.out_of_memory"}  # explains an error
-HUNYUAN = {"model.name": "hunyuan_video", "encoder.name": "debug"}
 ASKING = {
     "models.hunyuan_video": {"model.name": "hunyuan_video"},
     "encoders.hunyuan_video": {"encoder.name": "hunyuan_video"},
@@ -76,6 +75,12 @@ def test_what_asks_for_a_missing_part_is_refused(part, front):
     path = f"{PACKAGE}.{part}".replace(".", "/")
     named = part.rpartition(".")[2] if part.endswith("hunyuan_video") else path
     front.run("run", ASKING[part], hook=partial(hide, part)).fails_with("config error", named)
+
+
+def test_joint_attention_over_ranks_names_its_missing_part(front):
+    options = {"model.name": "hunyuan_video", "model.flavor": "debug", "parallelism.context_parallel_degree": 2}
+    run = front.run("run", options, world=2, hook=partial(hide, JOINT))
+    run.fails_with("error: parallelism.context_parallel_degree", JOINT.replace(".", "/"))
 
 
 @pytest.fixture(scope="module")
