@@ -165,14 +165,15 @@ def test_own_clips_on_two_ranks(front):
     )
     assert 68 / numbers["encode_seconds"] <= numbers["encoded_frames_per_second"]
     first, *others = [row for row in records if "loss" in row]
-    assert first["workers_resident_gib"] > 0 and all(0.05 < row["resident_gib"] < 16 for row in (first, *others))
+    assert all(0.05 < row["resident_gib"] < 16 for row in (first, *others))
+    assert "workers_resident_gib" not in first  # threads read a cache; processes decode only while clips are encoded
     events = tensorboard(run.folder / "tb")
     assert {tag: events.Scalars(tag)[0].value for tag in ("data/clips", "data/dropped", "data/dropped/corrupt")} == {
         "data/clips": 4,
         "data/dropped": 3,
         "data/dropped/corrupt": 1,
     }
-    assert {"resident_gib", "workers_resident_gib"} < set(events.Tags()["scalars"])
+    assert "resident_gib" in events.Tags()["scalars"]
     assert "INFO - a trial of mine\n" in run.output
 
 
