@@ -310,7 +310,7 @@ class Trainer:
 
     def finish_again(self) -> None:
         """A run that has all its steps: export what was asked for later, or prevented by a kill after the last save."""
-        steps, fix = self.config.training.steps, "raise training.steps to go on, or change job.dump_folder"
+        steps, fix = self.config.training.steps, "raise training.steps to train further, or change job.dump_folder"
         logger.info(f"{self.folder} is already at step {self.step} of {steps}: {fix}")
         is_exported = broadcast_from_rank0(lambda: self.weights.is_exported(self.folder), self.host_group)
         if self.step == steps and not is_exported:
