@@ -43,6 +43,7 @@ OPTIONAL_PARTS = (  # each can be deleted alone; modules and packages, without `
     "distributed.context_parallel.joint",
     "training.profiling",
     "training.flight_recorder",
+    "training.wandb_sink",
     "training.out_of_memory",
     "optim.low_bit",
     "optim.muon",

@@ -345,6 +345,7 @@ class Metrics:
     log_freq: int = opt(10, "Steps between log lines and TensorBoard points. metrics.jsonl has every step.", ge=1)
     enable_tensorboard: bool = opt(True, "Write TensorBoard scalars and sample clips.")
     save_tb_folder: str = opt("tb", "TensorBoard's folder, inside job.dump_folder.")
+    enable_wandb: bool = opt(False, "Send the scalars to Weights & Biases too; needs the package wandb.")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ PARTS = (  # (section or option, the values that ask for a part, the part)
     ("parallelism.enable_async_tensor_parallel", (True,), "titan_video.distributed.async_tensor_parallel"),
     ("profiling.enable_profiling", (True,), "titan_video.training.profiling"),
     ("profiling.enable_memory_snapshot", (True,), "titan_video.training.profiling"),
+    ("metrics.enable_wandb", (True,), "titan_video.training.wandb_sink"),
     ("comm.trace_buf_size", CHANGED, "titan_video.training.flight_recorder"),
     ("encoder.placement", ("colocated", "separate"), "titan_video.online"),
     ("model.kernels", ("triton",), "titan_video.kernels.triton"),

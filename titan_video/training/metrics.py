@@ -19,6 +19,7 @@ from titan_video.tasks.task import BatchInfo, Evaluation
 from titan_video.tools.device import DeviceMemory, peak_flops, resident_memory
 from titan_video.tools.files import atomic_write
 from titan_video.tools.logging import Progress, logger, paint
+from titan_video.tools.parts import resolve
 from titan_video.tools.video import write_gif_bytes
 
 
@@ -168,6 +169,10 @@ class MetricsLogger:
             self.tensorboard = SummaryWriter(
                 str(folder / section.save_tb_folder), purge_step=last_step + 1, flush_secs=10
             )
+        self.sinks = [self.tensorboard] if self.tensorboard else []
+        if section.enable_wandb:
+            sink = resolve("titan_video.training.wandb_sink:WandbSink", asked_by="metrics.enable_wandb = true")
+            self.sinks.append(sink(folder, is_resumed=resume_step > 0))
 
     def log(self, step: int, metrics: StepMetrics) -> None:
         """Record optimizer step `step`, counted from 1."""
@@ -268,17 +273,17 @@ class MetricsLogger:
             return
         self.progress.close()
         self.file.close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        for sink in self.sinks:
+            sink.close()
 
     def _record(self, record: dict[str, Any]) -> None:
         self.file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
         self.file.flush()
 
     def _scalars(self, step: int, scalars: dict[str, float]) -> None:
-        if self.tensorboard is not None:
+        for sink in self.sinks:
             for name, value in scalars.items():
-                self.tensorboard.add_scalar(name, value, step)
+                sink.add_scalar(name, value, step)
 
 
 _MEMORY_TAGS = (  # in the order of the fields of MemoryStats
