@@ -1,7 +1,7 @@
 """The contract between the trainer and what a step trains on.
 
-    batch -- prepare --> inputs -- model(**inputs.kwargs) --> prediction -- loss --> [B] / num_loss_elements of all
-    ranks
+    batch -- prepare --> inputs -- model(**inputs.kwargs) --> prediction -- loss --> [B]
+    loss of the step = sum of these / num_loss_elements of all ranks
 
 The trainer knows nothing of the objective: gradient accumulation, pipelines, validation and the log call these methods.
 Denoising (denoising.py) is the default; another task trains under the same loop, parallelism and checkpoints.
