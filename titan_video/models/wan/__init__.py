@@ -16,7 +16,7 @@ _14B = WanArgs(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824)
 _5B = WanArgs(
     dim=3072, num_heads=24, num_layers=30, ffn_dim=14336, in_channels=48, out_channels=48, clean_first_frame=True
 )
-_CHANNELS = {"in_channels": 36}  # 16 noisy latents, 4 of the cond mask, 16 conditioning latents
+_CHANNELS = {"in_channels": 36}  # 16 noised latents, 4 of the cond mask, 16 conditioning latents
 _IMAGE = {**_CHANNELS, "image_dim": CLIP_WIDTH, "image_len": CLIP_TOKENS}
 _TWO_IMAGES = {**_IMAGE, "image_len": 2 * CLIP_TOKENS, "image_positions": True}
 
