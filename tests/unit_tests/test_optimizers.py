@@ -332,3 +332,10 @@ def test_in_backward_equals_step_after_backward(name):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
     assert state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in state)
     assert norms == pytest.approx(expected_norms, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "AdamW8bit", "Muon"])
+def test_betas_of_the_configuration_reach_every_group(name):
+    section = Optimizer(name=name, beta1=0.7, beta2=0.8)
+    optimizer = build_optimizer(WanModel(SPEC.flavors["debug"]), section, SPEC.plan.blocks, 0)
+    assert {tuple(group["betas"]) for group in optimizer.param_groups} == {(0.7, 0.8)}
