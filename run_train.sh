@@ -12,12 +12,41 @@
 #   NNODES, RDZV_ID, RDZV_ENDPOINT   set by multinode_trainer.slurm, which starts this script once on each node.
 #
 # Relative paths in the TOML and in the arguments are relative to the current folder.
-# SIGTERM or SIGUSR2 to this script saves a checkpoint at the next step and exits 0. A second signal stops at once.
+# SIGTERM, Ctrl-C, SIGUSR2 or SIGHUP to this script saves a checkpoint after the current step and stops. A second one
+# stops at once. Exit codes: 0 the run finished; 85 it was stopped, and the same command continues it; 1 error.
 set -u
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 CONFIG_FILE=${CONFIG_FILE:-train_configs/debug.toml}
 LOG_RANK=${LOG_RANK:-0}
 NNODES=${NNODES:-1}
+STOPPED=85    # titan_video/tools/signals.py
+
+# The first signal is passed on as SIGUSR1, which may arrive beside the same signal from a terminal or a scheduler and
+# asks for the same. A second one, 0.2 s or more later, stops at once.
+first=''      # when, in milliseconds
+at_once=0
+milliseconds() {
+    local now=${EPOCHREALTIME:-$SECONDS.000000}    # bash before 5.0 has whole seconds only
+    echo "$((10#${now%[.,]*} * 1000 + 10#${now#*[.,]} / 1000))"
+}
+on_stop() {
+    interrupted=1
+    if [ -z "${!:-}" ]; then    # no program has been started
+        echo "SIG$1: stopped before the run began; the same command starts it" >&2
+        exit "$STOPPED"
+    elif [ -z "$first" ]; then
+        first=$(milliseconds)
+        kill -s USR1 "$!" 2>/dev/null
+    elif (($(milliseconds) - first >= 200)); then
+        at_once=1
+        kill -s "$second" "$!" 2>/dev/null
+    fi
+}
+trap 'on_stop TERM' TERM
+trap 'on_stop INT' INT
+trap 'on_stop USR2' USR2
+trap 'on_stop USR1' USR1
+trap 'on_stop HUP' HUP
 
 fail() {
     echo "error: $1" >&2
@@ -49,75 +78,58 @@ if ((gpus > 0)) && [ -z "${PYTORCH_CUDA_ALLOC_CONF:-}" ]; then
 fi
 train=("$ROOT/train.py" --job.config_file "$CONFIG_FILE" "$@")
 
-if ((NGPU == 1 && NNODES == 1)) || [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
-    exec "$PYTHON" "${train[@]}"    # one process, all cores, and signals reach it directly
+if [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
+    exec "$PYTHON" "${train[@]}"
 fi
 
-# Several processes share the cores. Without this torchrun would give each a single thread.
-cores=$(nproc)
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NGPU ? cores / NGPU : 1))}
-
-# On SIGTERM torchrun kills its ranks after 30 s and exits 1; SIGUSR2 kills torchrun. So it runs in a process group of
-# its own (set -m), which signals to the group of this script do not reach. This script forwards signals to the ranks:
-# they save and exit 0, and so does torchrun. If this script or torchrun is killed, its children die too (setpriv) and
-# do not go on training unseen.
+# If this script or torchrun is killed, its children die too (setpriv) and do not go on training unseen.
 with_parent=()
 setpriv --pdeathsig KILL true 2>/dev/null && with_parent=(setpriv --pdeathsig KILL)
-logs=$(mktemp -d "${TMPDIR:-/tmp}/titan_video.XXXXXX")
-options=(
-    --nnodes "$NNODES" --nproc_per_node "$NGPU"
-    --rdzv_backend c10d --rdzv_id "${RDZV_ID:-$$}" --rdzv_endpoint "${RDZV_ENDPOINT:-localhost:0}"
-    --log-dir "$logs" --local-ranks-filter "$LOG_RANK" --role rank --tee 3
-)
-set -m
-# titan_video.launch checks the configuration, then is torchrun.
-PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} "${with_parent[@]}" "$PYTHON" -m titan_video.launch "${options[@]}" \
-    --no-python "${with_parent[@]}" "$PYTHON" "${train[@]}" &
-agent=$!
-
-# Child processes of torchrun, from /proc: after the name in parentheses, the fields of `stat` are state and parent.
-ranks() {
-    local stat line fields
-    for stat in /proc/[0-9]*/stat; do
-        { read -r line <"$stat"; } 2>/dev/null || continue
-        read -ra fields <<<"${line##*) }"
-        [ "${fields[1]}" != "$agent" ] || echo "${line%% *}"
-    done
-}
-forward() {
-    local pids tries=30
-    interrupted=1
-    # No ranks: torchrun is about to end by itself, or has not started them yet. Then there is nothing to save.
-    until pids=$(ranks) && [ -n "$pids" ]; do
-        kill -0 "$agent" 2>/dev/null || return
-        ((tries--)) || { pids=$agent && break; }
-        sleep 0.1
-    done
-    kill -s "$1" $pids 2>/dev/null
-}
-trap 'forward TERM' TERM
-trap 'forward USR2' USR2
-trap 'interrupted=1; kill -s INT "$agent"' INT
-trap 'interrupted=1; kill -s HUP "$agent"' HUP
-
+logs=''
+if ((NGPU == 1 && NNODES == 1)); then    # one process, all cores
+    second=KILL
+    "${with_parent[@]}" "$PYTHON" "${train[@]}" <&0 &
+else
+    second=QUIT
+    # Several processes share the cores. Without this torchrun would give each a single thread.
+    cores=$(nproc)
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NGPU ? cores / NGPU : 1))}
+    logs=$(mktemp -d "${TMPDIR:-/tmp}/titan_video.XXXXXX")
+    # The id differs at each start, so that a status left by an earlier one is not taken for this one's.
+    options=(
+        --nnodes "$NNODES" --nproc_per_node "$NGPU"
+        --rdzv_backend c10d --rdzv_id "${RDZV_ID:-$$.$(date +%s)}" --rdzv_endpoint "${RDZV_ENDPOINT:-localhost:0}"
+        --log-dir "$logs" --local-ranks-filter "$LOG_RANK" --role rank --tee 3
+    )
+    # titan_video.launch checks the configuration, is torchrun, and passes signals on to the ranks.
+    PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} "${with_parent[@]}" "$PYTHON" -m titan_video.launch "${options[@]}" \
+        --no-python "${with_parent[@]}" "$PYTHON" "${train[@]}" &
+fi
 errors_of_others() {
     local file rank
     for file in "$logs"/*/attempt_*/*/stderr.log; do
+        [ -e "$file" ] || continue
         rank=$(basename "$(dirname "$file")")
         [[ ",$LOG_RANK," == *",$rank,"* ]] || sed -n "/^error: /,\$ s/^/[rank$rank]: /p" "$file"
     done >&2
     echo "The output of all ranks is in $logs" >&2
 }
 
-while :; do    # a trapped signal ends `wait` early, with a status that is not torchrun's
+while :; do    # a trapped signal ends `wait` early, with a status that is not the program's
     interrupted=0
-    wait "$agent"
+    wait "$!"
     status=$?
     ((interrupted)) || break
-done
-if ((status)) && [ -n "$(ls -A "$logs")" ]; then
-    errors_of_others
-else
-    rm -rf "$logs"    # the run succeeded, or the configuration was refused before torchrun started
+done 2>/dev/null    # bash would report a child that a signal has ended
+if [ -n "$logs" ]; then
+    if ((status != 0 && status != STOPPED)) && [ -n "$(ls -A "$logs")" ]; then
+        errors_of_others
+    else
+        rm -rf "$logs"    # the run ended well, or the configuration was refused before torchrun started
+    fi
+fi
+if ((status > 128 && at_once == 0)) && [ -n "$first" ]; then    # of the first signal, before Python could take it
+    echo "stopped while Python was starting; the same command starts the run" >&2
+    status=$STOPPED
 fi
 exit "$status"

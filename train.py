@@ -12,7 +12,7 @@ import gc
 import os
 import sys
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from titan_video import kernels
 from titan_video.checkpoint.manager import CheckpointManager
+from titan_video.checkpoint.run_status import RunStatus
 from titan_video.checkpoint.state import ModelState, OptimizerState
 from titan_video.config.check import check
 from titan_video.config.job_config import JobConfig
@@ -48,11 +49,13 @@ from titan_video.optim.lr_scheduler import Scheduler
 from titan_video.optim.optimizer import build_optimizer, step_in_backward
 from titan_video.tasks.denoising import Denoising
 from titan_video.tasks.validation import ClipWriter, build_validator
+from titan_video.tools import heartbeat, signals
 from titan_video.tools.device import get_device, read, set_deterministic
 from titan_video.tools.files import atomic_write
 from titan_video.tools.logging import init_logger, logger
+from titan_video.tools.signals import Stopped
 from titan_video.training import parts
-from titan_video.training.fault_tolerance import NonFiniteGuard, SignalFlag
+from titan_video.training.fault_tolerance import NonFiniteGuard, StopAgreement
 from titan_video.training.metrics import MetricsLogger, StepCost, StepMetrics
 from titan_video.weights.trained import WeightsSettings, build_weights
 
@@ -97,6 +100,7 @@ class Trainer:
         self.meshes = self.dims.build_mesh(self.device.type)
         # Waiting for another rank's encoding, or agreeing on a signal, takes place on the host.
         self.host_group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        self.stop = StopAgreement(self.host_group)
 
     def build_task(self) -> None:
         """What a step trains on, and whether a step of every bucket can be run."""
@@ -194,7 +198,7 @@ class Trainer:
         self.graphs = GraphLog()
         self.guard = NonFiniteGuard(config.fault_tolerance.nonfinite, config.fault_tolerance.max_nonfinite_steps)
         if config.validation.enable:
-            model, size = self.pipeline or self.model, self.geometry.latent_shape(config.data.sizes[0])
+            model, size = self.stop.guard(self.pipeline or self.model), self.geometry.latent_shape(config.data.sizes[0])
             output = ClipWriter(self.encoders.decode_video, self.folder / "samples", config.data.fps)
             self.task.evaluator = build_validator(
                 config.validation, self.task, model, self.meshes, self.clips, self.loader.reader, size, output
@@ -262,10 +266,15 @@ class Trainer:
         return total
 
     def validate(self) -> None:
-        start = time.perf_counter()
+        """Measure and sample the model. A stop request ends it early, without a result."""
+        start, found = time.perf_counter(), None
+        heartbeat.enter(f"validation of step {self.step}")
         with self.ema.swapped_in() if self.ema and self.config.validation.use_ema else nullcontext():
-            found = self.task.evaluate(self.step)
+            with suppress(Stopped):
+                found = self.task.evaluate(self.step)
         reshard(self.model)
+        if found is None:
+            return
         self.metrics.log_evaluation(self.step, found, self.config.data.fps, time.perf_counter() - start)
 
     # ---------------------------------------------------------------- loop
@@ -280,33 +289,35 @@ class Trainer:
         logger.info(f"training from step {self.step + 1} to {last_step} on {ranks}, {size}")
         if c.validation.enable and self.step == 0:
             self.validate()
+        if self.stop.requested():
+            raise Stopped("stopped by a signal before a step; the same command goes on")
         gc.disable()  # collected on all ranks at once: one rank's pause is every rank's pause
         first_step = self.step + 1
         clips = c.parallelism.pipeline_parallel_microbatch_size if self.pipeline else 0
         self.steps = Prefetch(self.loader, last_step - self.step, self.task.prepare, self.device, clips)
-        profiler = parts.build_profiler(c.profiling, self.folder, self.device)
-        with SignalFlag() if c.fault_tolerance.save_on_signal else nullcontext() as signals, profiler:
+        with parts.build_profiler(c.profiling, self.folder, self.device) as profiler:
             while self.step < last_step:
                 start = time.perf_counter()
                 batches = self.steps.step()
                 self.step += 1
+                heartbeat.enter(f"step {self.step}")
                 self.train_step(batches, start)
                 profiler.step(self.step)
                 if c.validation.enable and (self.step % c.validation.freq == 0 or self.step == last_step):
                     self.validate()
-                stopping = signals is not None and signals.requested(self.host_group)
+                stopping = self.stop.requested()
+                heartbeat.enter(f"saving step {self.step}")
                 self.checkpoint.save(self.step, last=self.step == last_step, force=stopping)
                 if stopping:
-                    logger.info(f"stopped by a signal after step {self.step}; the same command resumes from there")
-                    break
+                    raise Stopped(f"stopped by a signal after step {self.step}; the same command resumes from there")
                 if self.step % c.training.gc_freq == 0:
                     gc.collect(1)
                 if self.step == first_step:
                     set_timeout(c.comm.train_timeout_seconds, self.meshes)
+                    heartbeat.start(c.comm.train_timeout_seconds)
             self.checkpoint.wait()
-        if self.step == last_step:
-            self.export()
-            logger.info(f"finished: {self.folder}")
+        self.export()
+        logger.info(f"finished: {self.folder}")
 
     def finish_again(self) -> None:
         """A run that has all its steps: export what was asked for later, or prevented by a kill after the last save."""
@@ -324,26 +335,25 @@ class Trainer:
 @record
 def main(argv: list[str]) -> None:
     init_logger()
+    signals.install()
     with main_guard():
         config = parse_args(argv)
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         check(config, world_size)
     num_training = config.encoder.num_training_ranks(world_size)
-    try:
+    with RunStatus(config):
         if int(os.environ.get("RANK", 0)) >= num_training:
             return parts.run_encoder_rank(config, num_training)
         trainer = Trainer(config)
         try:
             trainer.train()
-        except FloatingPointError as e:  # on all ranks at the same step, so that a save under way can still finish
+        except (FloatingPointError, Stopped):  # on all ranks at the same step: a save under way can finish
             trainer.checkpoint.wait()
             trainer.exit_stack.close()
-            sys.exit(f"error: {e}")
+            raise
         except torch.OutOfMemoryError as e:
             sys.exit(f"error: {parts.explain_out_of_memory(e, config, trainer.step, trainer.bucket)}")
         trainer.exit_stack.close()
-    except ValueError as e:  # for the user to fix: the message names the file or field; our own errors are assertions
-        sys.exit(f"error: {e}")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ OPTIONAL_PARTS = (  # each can be deleted alone; modules and packages, without `
     "distributed.async_tensor_parallel",
     "distributed.pipeline_parallel",
     "distributed.context_parallel.joint",
+    "training.run_lock",
     "training.profiling",
     "training.flight_recorder",
     "training.wandb_sink",

@@ -177,6 +177,7 @@ class Program:
 
     def __init__(self, argv, folder, world=1, hook=None):
         shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        shared["TORCHELASTIC_RUN_ID"] = "test"
         envs = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)] if world > 1 else [{}]
         self.logs = [f"{folder}/log{rank}" for rank in range(world)]
         for log in self.logs:

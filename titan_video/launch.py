@@ -1,24 +1,48 @@
-"""`torchrun` for train.py that checks the configuration first. One process does both, so torch is imported once.
+"""`torchrun` for train.py: checks the configuration first, passes stop requests on, and watches over the ranks.
 
     python -m titan_video.launch [options of torchrun] --no-python [COMMAND ...] PYTHON .../train.py [its arguments]
 
-torchrun would bury a mistake in the configuration under the reports of its ranks. Here a mistake ends the program with
-status 1 and the message alone, before torchrun starts.
+One process does all this, so torch is imported once.
+
+Configuration: torchrun would bury a mistake under the reports of its ranks. Here it ends the program with status 1 and
+the message alone, before torchrun starts.
+
+Signals: torchrun ends its ranks at SIGTERM and dies of SIGUSR2, and some schedulers send these to every process of a
+job. So all stop signals are blocked in this process before torchrun starts, and a thread waits for them. Ranks are
+started with them blocked, too: what arrives while Python starts there is held back by the system until the rank can
+take it. At the first signal the ranks get SIGUSR1, which asks them to save and end, however often they get it; at a
+second one, or SIGQUIT, they are killed. SIGUSR1 to this process asks for the same and never counts as a second one.
+
+Ranks: a rank whose heartbeat (tools/heartbeat.py) has stopped for longer than its limit is killed, and named. The exit
+code is 0 if the run finished, 85 if it was stopped and is to be continued, else 1.
 """
 
+import json
+import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
-from torch.distributed import run as torchrun
+from titan_video.tools import heartbeat
+from titan_video.tools.signals import DIRECT, FORWARDED, GRACE, STOPPED
 
-from titan_video.config.check import check
-from titan_video.config.manager import main_guard, parse_args
-from titan_video.distributed.parallel_dims import check_layout
-from titan_video.models import get_args, get_spec
+STOP_SIGNALS = {FORWARDED, signal.SIGQUIT, *DIRECT}
+START_SECONDS = 60.0  # how long a stop request waits for ranks that have not been started yet
+STATUS_SECONDS = 60.0  # until other machines see a file that was written on one
+AGENT_SECONDS = 5.0  # a rank is silent for so long before a failure's report names it
 
 
-def check_run(argv: list[str], world_size: int) -> None:
-    """Ends the program with status 1 and a message if train.py would refuse these arguments on `world_size` ranks."""
+def check_run(argv: list[str], world_size: int) -> Path:
+    """The folder of the run. Ends the program with status 1 and a message if train.py would refuse these arguments on
+    `world_size` ranks.
+    """
+    from titan_video.config.check import check
+    from titan_video.config.manager import main_guard, parse_args
+    from titan_video.distributed.parallel_dims import check_layout
+    from titan_video.models import get_args, get_spec
+
     with main_guard():
         config = parse_args(argv)
         check(config, world_size)
@@ -28,14 +52,143 @@ def check_run(argv: list[str], world_size: int) -> None:
         check_layout(config.parallelism, args, config.encoder.num_training_ranks(world_size))
     except ValueError as e:
         sys.exit(f"error: {e}")
+    return Path(config.job.dump_folder)
+
+
+def child_processes() -> list[int]:
+    """This process's children that are alive: the ranks of this machine."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue
+        if int(parent) == os.getpid() and state != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+def send(signum: int, pids: list[int]) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, signum)
+        except ProcessLookupError:
+            pass
+
+
+def end(code: int, message: str) -> None:
+    """Ends this process and its ranks at once."""
+    print(message, file=sys.stderr, flush=True)
+    send(signal.SIGKILL, child_processes())
+    os._exit(code)
+
+
+class StopRelay:
+    """A thread that waits for stop signals. `requested`: whether one has come."""
+
+    def __init__(self):
+        # A signal that is ignored stays so: nohup ignores SIGHUP.
+        ignored = {s for s in STOP_SIGNALS if s == signal.SIGHUP and signal.getsignal(s) == signal.SIG_IGN}
+        self.signals = STOP_SIGNALS - ignored
+        self.requested = False
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
+        threading.Thread(target=self._wait, name="stop signals", daemon=True).start()
+
+    def _wait(self) -> None:
+        first = None  # when the first direct signal came
+        while True:
+            signum = signal.sigwait(self.signals)
+            now = time.monotonic()
+            is_second = first is not None and signum != FORWARDED and now - first >= GRACE
+            if signum == signal.SIGQUIT or is_second:
+                end(128 + signum, f"{signal.Signals(signum).name}: stopping at once")
+            if signum != FORWARDED:
+                first = first or now
+            if not self.requested:
+                self.requested = True
+                threading.Thread(target=self._tell_ranks, name="tell ranks", daemon=True).start()
+
+    def _tell_ranks(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while not (ranks := child_processes()):
+            if time.monotonic() > deadline:
+                end(STOPPED, "stopped before the ranks were started; the same command starts the run")
+            time.sleep(0.05)
+        send(FORWARDED, ranks)
+        time.sleep(0.5)
+        send(FORWARDED, child_processes())  # those that torchrun was just starting
+
+
+class RankWatch:
+    """A thread that reads the heartbeats of this machine's ranks, and ends the job when one is frozen."""
+
+    def __init__(self, logs: Path):
+        self.logs = logs
+        threading.Thread(target=self._watch, name="rank watch", daemon=True).start()
+
+    def silent(self, longer_than: float | None = None) -> list[tuple[int, str]]:
+        """(process, description) of the ranks without a beat for longer than their limit, or than so many seconds."""
+        found = []
+        for path in self.logs.rglob(heartbeat.NAME):
+            try:
+                seconds = time.time() - path.stat().st_mtime
+                beat = json.loads(path.read_text(encoding="utf-8"))
+                process_exists = Path(f"/proc/{beat['pid']}").exists()
+            except (OSError, ValueError):
+                continue
+            if seconds > (longer_than or beat["limit"]) and process_exists:
+                where = f"local rank {path.parent.name} (host {os.uname().nodename}, pid {beat['pid']})"
+                found.append((beat["pid"], f"{where} is frozen: no sign of life for {seconds:.0f} s; {beat['doing']}"))
+        return found
+
+    def _watch(self) -> None:
+        while True:
+            for pid, text in self.silent():
+                print(f"error: {text}. {heartbeat.FIX}", file=sys.stderr, flush=True)
+                send(signal.SIGKILL, [pid])  # torchrun then ends the others
+            time.sleep(heartbeat.SECONDS)
+
+
+def exit_code(folder: Path, run_id: str, num_nodes: int) -> int:
+    """From the status of the run, which its first rank wrote; on several machines it may take a while to be seen."""
+    from titan_video.checkpoint.run_status import read_status
+
+    deadline = time.monotonic() + (STATUS_SECONDS if num_nodes > 1 else 0)
+    while True:
+        status = read_status(folder)
+        if status.get("run_id") == run_id and status.get("exit_code") is not None:
+            return status["exit_code"]
+        if time.monotonic() > deadline:
+            print(f"warning: {folder}/status.json does not say how the run ended", file=sys.stderr)
+            return 0
+        time.sleep(0.5)
 
 
 def main(argv: list[str]) -> None:
+    relay = StopRelay()  # before the imports below, which take seconds
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from titan_video.checkpoint.run_status import mark_failed
+
     options = torchrun.parse_args(argv)
     names = [Path(word).name for word in options.training_script_args]
     train_args = options.training_script_args[names.index("train.py") + 1 :]
-    check_run(train_args, int(options.nnodes) * int(options.nproc_per_node))
-    torchrun.main(argv)
+    num_nodes = int(options.nnodes)
+    folder = check_run(train_args, num_nodes * int(options.nproc_per_node))
+    if relay.requested:
+        end(STOPPED, "stopped before the ranks were started; the same command starts the run")
+    watch = RankWatch(Path(options.log_dir))
+    try:
+        torchrun.run(options)
+    except ChildFailedError as e:
+        for _, text in watch.silent(longer_than=AGENT_SECONDS):
+            print(f"error: {text}", file=sys.stderr)
+        print(e, file=sys.stderr)
+        rank, failure = e.get_first_failure()
+        mark_failed(folder, options.rdzv_id, f"rank {rank} ended with exit code {failure.exitcode}")
+        sys.exit(1)
+    sys.exit(exit_code(folder, options.rdzv_id, num_nodes))
 
 
 if __name__ == "__main__":

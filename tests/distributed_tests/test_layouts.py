@@ -316,8 +316,12 @@ def modes_for(layout):
     return EAGER if "zero bubble" in layout else tuple(EXECUTION_MODES)
 
 
+TWO_RANKS = [name for name in LAYOUTS if LAYOUTS[name].world_size == 2 and modes_for(name) == tuple(EXECUTION_MODES)]
+COMPILED_LAYOUTS = ("fsdp2", "tp2", "ring2")  # those of two ranks that the suite compiles
+
+
 @pytest.mark.parametrize(
-    "layout", [name for name in LAYOUTS if LAYOUTS[name].world_size == 2 and modes_for(name) == tuple(EXECUTION_MODES)]
+    "layout", [pytest.param(x, marks=() if x in COMPILED_LAYOUTS else pytest.mark.slow) for x in TWO_RANKS]
 )
 def test_compiled_layout_equals_one_process(layout, one_process):
     check(

@@ -186,7 +186,7 @@ def three_steps(layout, folder):
     return wrong
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param(x, marks=pytest.mark.slow if "x" in x else ()) for x in LAYOUTS])
 def test_three_steps_equal_one_process(layout, one_process):
     world = 4 if "x" in layout else 2
     assert run_ranks(three_steps, world, layout, one_process, timeout=250) == [[]] * world

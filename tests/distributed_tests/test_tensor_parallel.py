@@ -34,6 +34,7 @@ LAYOUTS = {
     "fsdp2 tp2": {"dp_shard": 2, "tp": 2},
     "hsdp2 tp2": {"dp_replicate": 2, "tp": 2},
 }
+QUICK = ("tp2", "fsdp2 tp2")
 # (batch, latent grid): 6 tokens divide by 2 ranks but not by 4, 9 by neither, 12 by both
 CASES = ((1, (1, 4, 6)), (2, (1, 6, 6)), (2, (3, 4, 4)))
 LIMITS = {torch.float64: 1e-10, torch.float32: 2e-5}
@@ -113,7 +114,7 @@ def train_rank(args, dims):
     return results if torch.distributed.get_rank() in (0, torch.distributed.get_world_size() - 1) else None
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in LAYOUTS])
 def test_two_steps_equal_one_process(layout):
     dims = LAYOUTS[layout]
     args = ARGS_4 if layout == "tp4" else ARGS

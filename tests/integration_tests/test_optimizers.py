@@ -50,6 +50,7 @@ def test_others_learn_as_well(front, adamw, options):
     assert sum(losses(run)[-6:]) < 1.05 * sum(losses(adamw)[-6:])
 
 
+@pytest.mark.slow
 def test_low_precision_learns_and_resumes_bitwise(front, adamw):
     """All at once: bfloat16 weights, 8-bit moments, updates in backward, EMA weights in float32."""
     full = front.run("full", STEPS | LOW).ok()

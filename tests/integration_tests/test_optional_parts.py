@@ -11,6 +11,7 @@ from benchmarks.house import OPTIONAL_PARTS, PACKAGE, optional_part
 
 PROGRAMS = {"planner", "convert", "sample", "ingest.importers"}  # started by hand, not by an option
 JOINT = "distributed.context_parallel.joint"  # asked for by a model and a degree together
+ALWAYS = {"training.run_lock"}  # every run uses it where it is there
 AFTERWARDS = {"training.out_of_memory"}  # explains an error
 ASKING = {
     "models.hunyuan_video": {"model.name": "hunyuan_video"},
@@ -62,7 +63,7 @@ def note_modules(path):
 
 
 def test_every_part_is_tried():
-    assert set(ASKING) | PROGRAMS | AFTERWARDS | {JOINT} == set(OPTIONAL_PARTS)
+    assert set(ASKING) | PROGRAMS | ALWAYS | AFTERWARDS | {JOINT} == set(OPTIONAL_PARTS)
 
 
 @pytest.mark.parametrize("part", OPTIONAL_PARTS)
@@ -101,4 +102,4 @@ def test_the_debug_run_loads_no_optional_part(front, tmp_path):
     loaded = json.loads((tmp_path / "modules.json").read_text())
     ours = [name for name in loaded if name.startswith(f"{PACKAGE}.")]
     assert len(ours) > 40
-    assert [name for name in ours if optional_part(name)] == []
+    assert {optional_part(name) for name in ours} - {None} == ALWAYS

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from titan_video.data.batching import Bucket
 from titan_video.models.conditioning import TEXT_ONLY, ConditioningSpec
+from titan_video.tools import heartbeat
 from titan_video.tools.files import atomic_path
 
 CODE_VERSION = 2  # raise it when decoding, resizing or cropping gives other pixels
@@ -165,7 +166,7 @@ class LatentCache:
             header, start = self.header(path.name)
             first, last = header[name]["data_offsets"]
             data = bytearray(last - first)
-            with open(path, "rb", buffering=0) as f:
+            with heartbeat.reading(path), open(path, "rb", buffering=0) as f:
                 f.seek(start + first)
                 if f.readinto(data) < len(data):
                     raise ValueError("the file is too short")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from titan_video.data.batch import Batch
 from titan_video.data.loader import LatentLoader
+from titan_video.tools import heartbeat
 
 
 class Prefetch:
@@ -68,7 +69,8 @@ class Prefetch:
 
     def _fetch(self) -> tuple[Any, list[Batch]] | None:
         start = time.perf_counter()
-        fetched = next(self._steps, None)
+        with heartbeat.own_work("waiting for the data of the next step"):
+            fetched = next(self._steps, None)
         self.data_wait_seconds += time.perf_counter() - start
         return fetched
 

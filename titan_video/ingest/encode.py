@@ -24,6 +24,8 @@ from titan_video.ingest.plan import Plan, PlanEntry, read_frames
 from titan_video.ingest.video import UnusableClip, read_image
 from titan_video.ingest.worker import map_in_workers, release
 from titan_video.models.conditioning import ConditioningSpec
+from titan_video.tools import heartbeat
+from titan_video.tools.signals import stop_requested
 
 LOG_EVERY = 15.0  # seconds
 BLACK = (336, 336)  # the image of a text without one
@@ -241,6 +243,7 @@ class ClipEncoder:
         ValueError: the clip cannot be encoded; the message names it and the fix.
         """
         start = time.perf_counter()
+        heartbeat.progress()
         try:
             made = encode_job(self.encoders, self.cache.conditioning, part, decoded)
         except UnusableClip as e:
@@ -271,7 +274,7 @@ def encode_share(
 ) -> dict[tuple, str]:
     """Encode this rank's part of what `missing_jobs` found; return its failures, {keys of a job: reason}.
 
-    All ranks pass the same jobs. After a kill the next start finds what is missing anew.
+    All ranks pass the same jobs. After a kill the next start finds what is missing anew. A stop request ends it early.
     spent: receives the seconds for captions, for clips, and of decode_wait, when the encoder waited for decoding.
     """
     spent = {} if spent is None else spent
@@ -284,18 +287,24 @@ def encode_share(
         decoder = map_in_workers(Decoder(cache.conditioning), [[job] for job in mine], workers)
         progress = _Progress(mine, what, log)
         start = asked = time.perf_counter()
-        for job, (decoded,) in zip(mine, decoder, strict=True):
-            spent["decode_wait"] += time.perf_counter() - asked
-            try:
-                store(cache, job, encode_job(encoders, cache.conditioning, job, decoded))
-            except UnusableClip as error:
-                failed[job.keys] = str(error)
-            progress.done(job)
-            asked = time.perf_counter()
+        with heartbeat.own_work(f"encoding {what}"):
+            for job, (decoded,) in zip(mine, decoder, strict=True):
+                spent["decode_wait"] += time.perf_counter() - asked
+                heartbeat.progress(job.entry.path if job.entry else job.caption)
+                try:
+                    store(cache, job, encode_job(encoders, cache.conditioning, job, decoded))
+                except UnusableClip as error:
+                    failed[job.keys] = str(error)
+                progress.done(job)
+                if stop_requested():
+                    break
+                asked = time.perf_counter()
         cache.flush()
         spent[what] = time.perf_counter() - start
         if mine:
             encoders.free()  # the text encoder is the larger half
+        if stop_requested():
+            break
     return failed
 
 

@@ -23,7 +23,9 @@ from titan_video.ingest.shapes import resolve_path
 from titan_video.ingest.sources import ClipRecord, scan
 from titan_video.ingest.video import DecoderName, Probe, decode, frame_indices, probe, require
 from titan_video.ingest.worker import map_in_workers
+from titan_video.tools import heartbeat
 from titan_video.tools.files import atomic_path, atomic_write
+from titan_video.tools.signals import Stopped, stop_requested
 
 NAMES_SHOWN = 20
 PROBE_VERSION = 2
@@ -335,11 +337,17 @@ def _declared(record: ClipRecord) -> Probe:
 
 
 def probe_all(paths: Sequence[str], num_workers: int, folder: Path) -> list[Probe]:
-    """The probe of each path, in order."""
+    """The probe of each path, in order. Each is kept, so a stop request ends this early: Stopped."""
     files = _Probes(list(paths), folder)
     missing = [i for i in range(len(paths)) if files.read(i) is None]
     fresh = map_in_workers(files, missing, min(num_workers, len(missing)))
-    found = dict(zip(missing, fresh, strict=True))
+    found = {}
+    with heartbeat.own_work("looking at clips"):
+        for i, probed in zip(missing, fresh, strict=True):
+            found[i] = probed
+            heartbeat.progress(paths[i])
+            if stop_requested():
+                raise Stopped("stopped while looking at clips; the same command goes on from there")
     return [found[i] if i in found else files.read(i) or probe(p) for i, p in enumerate(paths)]
 
 

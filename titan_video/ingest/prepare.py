@@ -21,6 +21,7 @@ from titan_video.ingest.plan import Plan, build_plan
 from titan_video.models.conditioning import ConditioningSpec
 from titan_video.models.spec import LatentGeometry
 from titan_video.tools.logging import logger
+from titan_video.tools.signals import Stopped, stop_requested
 
 
 @dataclass(frozen=True)
@@ -159,8 +160,10 @@ def encode_clips(
     spent: dict[str, float] = {}
     start = time.perf_counter()
     mine = encode_share(jobs, encoders, cache, dist.get_rank(), dist.get_world_size(), num_workers, logger.info, spent)
-    gathered = gather_objects((mine, spent), group)
-    failed = {keys: reason for part, _ in gathered for keys, reason in part.items()}
+    gathered = gather_objects((mine, spent, stop_requested()), group)
+    failed = {keys: reason for part, _, _ in gathered for keys, reason in part.items()}
+    if any(stopping for _, _, stopping in gathered):
+        raise Stopped("stopped while encoding; the same command goes on from there")
     cache.refresh()
     if not any(jobs):
         return {}, {}
@@ -168,11 +171,11 @@ def encode_clips(
     logger.info(f"{cache.folder} holds " + ", ".join(f"{counts[kind]} of {kind}" for kind in sorted(counts)))
     numbers = {
         "encode_seconds": time.perf_counter() - start,
-        "decode_wait_seconds": max(s["decode_wait"] for _, s in gathered),
+        "decode_wait_seconds": max(s["decode_wait"] for _, s, _ in gathered),
     }
     done = [job for job in jobs[1] if job.keys not in failed]
     numbers |= {"encoded_clips": len(done), "encoded_frames": sum(job.entry.bucket[0] for job in done)}
-    numbers["encoded_frames_per_second"] = numbers["encoded_frames"] / max(1e-9, *(s["clips"] for _, s in gathered))
+    numbers["encoded_frames_per_second"] = numbers["encoded_frames"] / max(1e-9, *(s["clips"] for _, s, _ in gathered))
     return failed_clips(clips, cache, failed), numbers
 
 

@@ -22,7 +22,6 @@ from titan_video.online.colocated import Colocated
 from titan_video.online.separate import Separate, serve
 from titan_video.tools.device import get_device
 from titan_video.tools.logging import logger
-from titan_video.training.fault_tolerance import SignalFlag
 
 
 def init_process_groups(section: Encoder, comm: Comm, device: torch.device, num_training: int) -> EncoderChannel | None:
@@ -82,15 +81,15 @@ def run_encoder_rank(section: Encoder, data: Data, comm: Comm, hf_assets_path: s
     timeout = comm.init_timeout_seconds
     store, rank = rendezvous(timeout), int(os.environ["RANK"])
     channel = EncoderChannel(store, rank, num_training, section.num_ranks, timeout)
-    with SignalFlag():  # training ranks decide when to stop, and send it
-        channel.report_status("waiting for the handshake: what to encode")
-        handshake = channel.receive_object(0)
-        if handshake is None:
-            return
-        cache_identity, draw_plan, num_steps, plan = handshake
-        clip_encoder = _build_clip_encoder(section, data, encoders, LatentCache(*cache_identity))
-        logger.info(f"{channel.name(channel.rank)} encodes for {num_training} training ranks")
-        serve(channel, clip_encoder, draw_plan, num_steps, plan)
+    # A stop request is for the training ranks, which decide when to stop and send it.
+    channel.report_status("waiting for the handshake: what to encode")
+    handshake = channel.receive_object(0)
+    if handshake is None:
+        return
+    cache_identity, draw_plan, num_steps, plan = handshake
+    clip_encoder = _build_clip_encoder(section, data, encoders, LatentCache(*cache_identity))
+    logger.info(f"{channel.name(channel.rank)} encodes for {num_training} training ranks")
+    serve(channel, clip_encoder, draw_plan, num_steps, plan)
 
 
 def rules(config: JobConfig, world_size: int) -> Iterator[str]:

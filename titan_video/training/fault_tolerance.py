@@ -1,70 +1,41 @@
 """Clean stops: on a signal, and on a loss or gradient norm that is not finite."""
 
 import math
-import os
-import signal
-from types import FrameType
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from titan_video.tools import signals
 from titan_video.tools.logging import logger
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
+class StopAgreement:
+    """Whether to stop, agreed over the ranks of a group whose collectives take host tensors, such as gloo."""
 
-class SignalFlag:
-    """Turns SIGTERM and SIGUSR2 into a flag that all ranks read together at the end of a step.
+    def __init__(self, group: dist.ProcessGroup):
+        self.group = group
 
-    The first signal sets the flag. A second one ends the process at once, with exit code 128 + its number. `close`, or
-    leaving the `with` block, restores the previous handlers. Construct it in the main thread.
-    Processes that are forked later inherit the handler: they exit on SIGTERM, which their parent uses to terminate
-    them, and ignore SIGUSR2.
-    """
-
-    def __init__(self):
-        self._signum = 0
-        self._pid = os.getpid()
-        self._previous = {s: signal.signal(s, self._handle) for s in SIGNALS}
-
-    def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._pid:
-            if signum == signal.SIGTERM:
-                os._exit(128 + signum)
-            return
-        if self._signum:
-            os._exit(128 + signum)
-        self._signum = signum
-        # The signal may have interrupted a print, so only os.write is safe here.
-        os.write(
-            2,
-            f"{signal.Signals(signum).name}: saving at the end of this step, then stopping. A second signal "
-            f"stops at once.\n".encode(),
-        )
-
-    def requested(self, group: dist.ProcessGroup | None = None) -> bool:
-        """Whether any rank of `group` (a CPU group such as gloo) has received a signal. Collective.
-
-        group: None asks this process alone.
+    def requested(self, *others: bool) -> bool | list[bool]:
+        """Whether any rank has received a signal; with `others`, a list that has for each whether it is true anywhere.
+        All ranks ask together.
         """
-        if group is None:
-            return self._signum != 0
-        flag = torch.tensor(self._signum, dtype=torch.int32)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
-        return flag.item() != 0
+        flags = torch.tensor([signals.stop_requested(), *others], dtype=torch.int32)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.group)
+        agreed = [bool(flag) for flag in flags.tolist()]
+        return agreed if others else agreed[0]
 
-    def close(self) -> None:
-        for s, handler in self._previous.items():
-            signal.signal(s, handler)
-        self._previous = {}
+    def guard(self, model: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The model, for validation: before each call the ranks agree whether to go on; Stopped if not."""
 
-    def __enter__(self) -> "SignalFlag":
-        return self
+        def call(**kwargs: Tensor) -> Tensor:
+            if self.requested():
+                raise signals.Stopped("stopped during validation")
+            return model(**kwargs)
 
-    def __exit__(self, *exc) -> None:
-        self.close()
+        return call
 
 
 class NonFiniteGuard:
