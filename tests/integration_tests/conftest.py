@@ -35,6 +35,13 @@ class Run:
         assert self.code == 0, self.output
         return self
 
+    def stopped(self):
+        """A signal has ended it, and the same command continues it. Under torchrun the code is 0."""
+        status = json.loads((self.folder / "status.json").read_text())
+        assert (status["status"], status["exit_code"]) == ("stopped", 85), (status, self.output)
+        assert self.code == (0 if status["run_id"] else 85), self.output
+        return self
+
     def fails_with(self, *words):
         """The run ended with an error for its user: a message that holds `words`, and no traceback."""
         assert self.code not in (0, None) and self.code > 0, (self.code, self.output)

@@ -472,5 +472,5 @@ def test_a_signal_to_the_script(front, ranks):
                 assert p.poll() is None, log.read_text()
                 time.sleep(0.1)
             p.send_signal(signal.SIGUSR2)
-            assert p.wait(60) == 0, log.read_text()
+            assert p.wait(60) == 85, log.read_text()
     assert log.read_text().count("stopped by a signal after step") == 2 and log.read_text().count("loaded ") == 1

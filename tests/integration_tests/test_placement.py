@@ -72,7 +72,7 @@ def test_runs_are_the_same(front, cached, tmp_path, world, options):
 def test_a_signal_and_a_resumption(front, cached, tmp_path):
     """A stopped run resumes with any of the three placements."""
     options = {**VALIDATED, **SEPARATE, "data.cache_folder": tmp_path / "fresh"}
-    stopped = front.run("run", options, world=2, hook=partial(signal_at, 3, signal.SIGTERM)).ok()
+    stopped = front.run("run", options, world=2, hook=partial(signal_at, 3, signal.SIGTERM)).stopped()
     assert "stopped by a signal after step 3" in stopped.output and len(stopped.records) == 3
     for place, world in (({"encoder.placement": "cached"}, 1), ({"encoder.placement": "colocated"}, 1), (SEPARATE, 2)):
         shutil.copytree(stopped.folder, front.root / "moved", dirs_exist_ok=True)

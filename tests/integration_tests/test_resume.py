@@ -85,7 +85,7 @@ class Stopper:
         return run
 
     def by_signal(self, step, signum, rank=0):
-        run = self.front.run("stopped", self.options, self.world, partial(signal_at, step, signum, rank)).ok()
+        run = self.front.run("stopped", self.options, self.world, partial(signal_at, step, signum, rank)).stopped()
         self._stopped(run, f"stopped by a signal after step {step};")
         assert len(run.records) == step and run.checkpoint(step).is_dir()
 
@@ -235,7 +235,7 @@ def test_samples_on_other_numbers_of_ranks_and_workers(front, degrees, workers):
         signum, is_last = (signal.SIGTERM, signal.SIGKILL)[k % 2], k == len(degrees) - 1
         hook = partial(drawn_recorded, 0 if is_last else 3 * (k + 1), signum)
         run = front.run("stopped", {**options, "data.num_workers": workers[k % 3]}, degree, hook)
-        assert run.code == 0 or signum == signal.SIGKILL and run.code == -signum, run.output
+        assert run.code in (0, 85) or signum == signal.SIGKILL and run.code == -signum, run.output
     assert drawn(run) == drawn(whole) and len(run.records) == num_steps
     for step, rows in drawn(run).items():
         assert sorted(rows) == list(range(8 * (step - 1), 8 * step))

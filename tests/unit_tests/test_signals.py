@@ -46,11 +46,11 @@ child = os.fork() if "fork" in sys.argv else None
 if child == 0:
     time.sleep(20)
     os._exit(7)
+if "uninstall" in sys.argv:
+    signals.uninstall()
 print("ready", child, flush=True)
 if "long" in sys.argv:  # one call, without the interpreter's lock
     hashlib.pbkdf2_hmac("sha256", b"a", b"b", 200_000_000)
-if "uninstall" in sys.argv:
-    signals.uninstall()
 while not signals.stop_requested():
     time.sleep(0.01)
 print("seen", flush=True)

@@ -362,8 +362,8 @@ class Comm:
 class FaultTolerance:
     save_on_signal: bool = opt(
         True,
-        "SIGTERM, SIGINT (Ctrl-C), SIGUSR2 and SIGHUP save after the current step and stop; a second one stops at once. "
-        "false: they end the run without saving.",
+        "SIGTERM, SIGINT (Ctrl-C), SIGUSR2 and SIGHUP save after the current step and stop; a second one stops at "
+        "once. false: they end the run without saving.",
     )
     nonfinite: Literal["stop", "skip"] = opt(
         "stop", "After a loss or gradient that is not finite: stop the run, or skip the update."

@@ -35,19 +35,20 @@ class StopFlag:
     def __init__(self):
         # nohup ignores SIGHUP, and a background job of a shell SIGINT: the first stays so.
         self.direct = [s for s in DIRECT if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
-        self.signum = 0
+        self.signum = 0  # the first one's
         self._armed = False
         self._pid = os.getpid()
         self._read, self._write = socket.socketpair()
         self._write.setblocking(False)
-        self._previous = {s: signal.signal(s, self._do_nothing) for s in (FORWARDED, *self.direct)}
+        self._previous = {s: signal.signal(s, self._handle) for s in (FORWARDED, *self.direct)}
         self._previous_fd = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=self._leave_to_parent)
         threading.Thread(target=self._watch, name="stop signals", daemon=True).start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (FORWARDED, *self.direct))
 
-    def _do_nothing(self, signum: int, frame: object) -> None:
-        """Python writes the number of a signal that has a handler to the wake-up socket; the thread does the rest."""
+    def _handle(self, signum: int, frame: object) -> None:
+        """In the main thread, when it can. Python has written the number to the wake-up socket before."""
+        self.signum = self.signum or signum
 
     def _leave_to_parent(self) -> None:
         """In a forked child: a terminal's or a scheduler's request is for the parent, which ends its children."""
@@ -58,12 +59,14 @@ class StopFlag:
             self._previous = {}
 
     def _watch(self) -> None:
+        is_known = False
         while data := self._read.recv(1):
             signum = data[0]
             if signum != FORWARDED and signum not in self.direct:
                 continue  # another handler's
-            if not self.signum:
-                self.signum = signum
+            self.signum = self.signum or signum
+            if not is_known:
+                is_known = True
                 name = "stop requested" if signum == FORWARDED else signal.Signals(signum).name
                 # Another thread may hold the lock of stderr, so this writes past it.
                 os.write(2, f"{name}: {MESSAGE}\n".encode())

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +131,9 @@ class RunLock:
         try:
             mutex.touch(exist_ok=False)
         except FileExistsError:
-            if mutex.exists() and self._age(mutex.stat().st_mtime) > STALE:
-                mutex.unlink(missing_ok=True)  # of a start that was killed there
+            with suppress(FileNotFoundError):
+                if self._age(mutex.stat().st_mtime) > STALE:
+                    mutex.unlink()  # of a start that was killed there
             return False
         try:
             other, touched = self._read()
