@@ -17,7 +17,7 @@ from pathlib import Path
 
 NAME = "heartbeat.json"
 SECONDS = 1.0  # between two beats
-FIX = "Is the storage reachable? The same command continues. A larger comm.train_timeout_seconds waits longer"
+FIX = "Is the storage reachable? The same command continues; larger timeouts of [comm] wait longer"
 
 _phase, _is_own, _since = "starting", False, time.monotonic()
 _limit = 0.0

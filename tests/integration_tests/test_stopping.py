@@ -1,0 +1,158 @@
+"""A rank that hangs ends the run and is named; one that only takes long does not. Signals before, during and after
+training.
+"""
+
+import os
+import signal
+import time
+from functools import partial
+
+import pytest
+
+TIMEOUTS = {"comm.init_timeout_seconds": 30, "comm.train_timeout_seconds": 3, "data.num_workers": 0}
+
+
+def stuck_reader(rank, step):
+    """A hook: from `step` on, opening a file of the cache takes for ever on this rank, as on a dead network disk."""
+    import builtins
+
+    import train
+    from titan_video.data import latent_cache
+
+    def stuck_open(path, *args, **kwargs):
+        if stuck_open.steps >= step and str(path).endswith(".safetensors") and os.environ.get("RANK", "0") == str(rank):
+            time.sleep(1000)
+        return builtins.open(path, *args, **kwargs)
+
+    run_step = train.Trainer.train_step
+
+    def train_step(self, *args):
+        stuck_open.steps = self.step
+        run_step(self, *args)
+
+    stuck_open.steps = 0
+    latent_cache.open = stuck_open
+    train.Trainer.train_step = train_step
+
+
+@pytest.mark.parametrize("world, num_workers", [(1, 0), (1, 2), (2, 1)])
+def test_a_stuck_reader_is_named_with_its_file(front, world, num_workers):
+    options = {**TIMEOUTS, "data.num_workers": num_workers, "training.steps": 200}
+    program = front.start("run", options, world, partial(stuck_reader, world - 1, 3))
+    begun = time.monotonic()
+    code = program.wait()
+    output = "".join(open(log).read() for log in program.logs)
+    assert code == 1 and "Traceback" not in open(program.logs[-1]).read(), output
+    said = next(line for line in output.splitlines() if " hangs: " in line)
+    assert said.startswith(f"error: rank {world - 1} (host {os.uname().nodename}, pid ")
+    assert "waiting for the data of the next step for" in said and "/shards/" in said and ".safetensors for" in said
+    assert time.monotonic() - begun < 100  # not the 1000 s of the reader
+
+
+def slow_encoding(seconds):
+    """A hook: each clip takes so long to encode on the first rank."""
+    from titan_video.ingest import encode
+
+    make = encode.encode_job
+
+    def encode_job(*args):
+        if os.environ.get("RANK", "0") == "0":
+            time.sleep(seconds)
+        return make(*args)
+
+    encode.encode_job = encode_job
+
+
+def test_a_long_encoding_on_one_rank_is_no_hang(front, tmp_path):
+    """Twelve clips on two ranks: the first takes longer than the timeout in all, and for no single clip."""
+    options = {
+        "data.cache_folder": tmp_path / "empty",
+        "comm.init_timeout_seconds": 4,
+        "comm.train_timeout_seconds": 4,
+        "training.steps": 2,
+    }
+    front.run("run", options, 2, partial(slow_encoding, 1.0)).ok()
+
+
+def test_encoding_that_hangs_is_named_with_its_clip(front, tmp_path):
+    options = {"data.cache_folder": tmp_path / "empty", "comm.init_timeout_seconds": 3}
+    front.run("run", options, hook=partial(slow_encoding, 1000.0)).fails_with(
+        "rank 0", "hangs: encoding captions: ", ".mp4 for "
+    )
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_encoding_ends_it_cleanly(front, tmp_path, signum):
+    options = {"data.cache_folder": tmp_path / "empty", "training.steps": 2}
+    program = front.start("run", options, 1, partial(slow_encoding, 0.2))
+    while not list((tmp_path / "empty").glob("*")):
+        time.sleep(0.05)
+    time.sleep(1)
+    os.kill(program.ranks[0].pid, signum)
+    stopped = front.finish("run", program).stopped()
+    assert "stopped while encoding" in stopped.output and "Traceback" not in stopped.output
+    front.run("run", options).ok()
+
+
+def signal_in_validation(number):
+    """A hook: the process has a signal before the `number`-th call of the model in validations."""
+    from titan_video.tools import signals
+    from titan_video.training.fault_tolerance import StopAgreement
+
+    guard, calls = StopAgreement.guard, []
+
+    def guarded(self, model):
+        def counted(**kwargs):
+            calls.append(1)
+            if len(calls) == number:
+                os.kill(os.getpid(), signal.SIGTERM)
+                while not signals.stop_requested():
+                    time.sleep(0.01)
+            return guard(self, model)(**kwargs)
+
+        return counted
+
+    StopAgreement.guard = guarded
+
+
+VALIDATED = {
+    "validation.enable": "true",
+    "validation.freq": 2,
+    "validation.holdout": 0.2,
+    "validation.sample_steps": 3,
+    "training.steps": 4,
+}
+
+
+@pytest.mark.parametrize("number, step", [(2, 0), (20, 2)])
+def test_a_signal_during_validation_ends_it_early(front, number, step):
+    """At step 0 there is nothing to save. Later the step is saved, and the run goes on as if nothing had been."""
+    whole = front.run("whole", VALIDATED).ok()
+    stopped = front.run("run", VALIDATED, hook=partial(signal_in_validation, number)).stopped()
+    assert [row["step"] for row in stopped.records] == list(range(1, step + 1)) and step not in stopped.validations
+    again = front.run("run", VALIDATED).ok()
+    assert again.records == whole.records
+    assert again.validations == {s: v for s, v in whole.validations.items() if s != step or step == 0}
+
+
+def signal_in_export(rank):
+    import train
+    from titan_video.tools import signals
+
+    export = train.Trainer.export
+
+    def signalled(self):
+        if self.rank == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not signals.stop_requested():
+                time.sleep(0.01)
+        export(self)
+
+    train.Trainer.export = signalled
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_signal_during_export_lets_it_finish(front, world):
+    options = {"training.steps": 2, "checkpoint.last_save_in_hf": "true"}
+    run = front.run("run", options, world, partial(signal_in_export, world - 1)).ok()
+    assert list(run.folder.glob("hf/**/config.json")) and "finished" in run.output
