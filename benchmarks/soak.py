@@ -1,0 +1,327 @@
+"""A run on several ranks that meets faults at random moments, again and again, and ends as the run without faults.
+
+    python benchmarks/soak.py [--faults 60] [--ranks 2] [--kinds signal,kill,...] [--seed 0] [--json FILE]
+
+Each start of `run_train.sh` meets one fault, at a moment drawn from its first line to beyond its end, and must end
+within a limit, without a traceback, with an exit code that the fault allows. The same command is then started again. A
+run that finishes is compared with one that met no fault: every loss, and every tensor of the last checkpoint, bit for
+bit. Kinds:
+
+    signal   SIGTERM, SIGINT, SIGUSR2 or SIGHUP to the script, its launcher, a rank, or all of them; exit code 0 or 85
+    twice    two direct signals to the script, 0.3 s apart: it ends at once
+    kill     SIGKILL to one of these, or to a data worker
+    stop     SIGSTOP to a rank: the others end within the timeout, and the rank is named
+    disk     the disk is full from this moment on (in a small tmpfs; left out where no mount namespace can be made)
+    damage   a byte of the newest checkpoint is flipped before the start
+    start    a second start on the same folder: one of the two is refused
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+KINDS = ("signal", "twice", "kill", "stop", "disk", "damage", "start")
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
+TIMEOUT = 10  # comm.train_timeout_seconds
+LIMIT = 150  # seconds for a start to end: Python's own start on a busy machine, and torchrun's 30 s for a frozen rank
+TMPFS_MIB = 256
+OPTIONS = {
+    "job.config_file": ROOT / "train_configs" / "debug.toml",
+    "data.path": "embedded:shapes-12",
+    "data.num_workers": 1,
+    "training.local_batch_size": 1,
+    "training.global_batch_size": 4,
+    "lr_scheduler.warmup_steps": 2,
+    "lr_scheduler.decay_ratio": 0,
+    "validation.enable": "true",
+    "validation.freq": 20,
+    "validation.holdout": 0.2,
+    "validation.sample_steps": 2,
+    "validation.num_videos": 1,
+    "metrics.enable_tensorboard": "false",
+    "checkpoint.interval": 10,
+    "checkpoint.keep_latest_k": 2,
+    "checkpoint.last_save_in_hf": "true",
+    "comm.init_timeout_seconds": 60,
+    "comm.train_timeout_seconds": TIMEOUT,
+}
+
+
+def processes_below(pid: int) -> list[int]:
+    """All processes that descend from one."""
+    parents: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            if state != "Z":
+                parents.setdefault(int(parent), []).append(int(stat.parent.name))
+    found, above = [], [pid]
+    while above:
+        below = parents.get(above.pop(), [])
+        found += below
+        above += below
+    return found
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
+
+
+@dataclass
+class Soak:
+    folder: Path
+    num_ranks: int
+    num_steps: int
+    kinds: tuple[str, ...]
+    rng: random.Random
+    with_disk: bool = False
+    lap: int = 0
+    counts: Counter = field(default_factory=Counter)
+    codes: Counter = field(default_factory=Counter)
+    slowest: dict[str, float] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def run(self) -> Path:
+        return self.folder / f"lap{self.lap}"
+
+    def start(self, dump: Path, log: str = "") -> subprocess.Popen:
+        options = OPTIONS | {"job.dump_folder": dump, "data.cache_folder": self.folder / "cache"}
+        options["training.steps"] = self.num_steps
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        env = {**os.environ, "NGPU": str(self.num_ranks), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+        env |= {"CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(self.folder.parent)}
+        output = open(dump.with_suffix(log or ".log"), "w")
+        return subprocess.Popen(
+            [str(ROOT / "run_train.sh"), *words],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+
+    def targets(self, p: subprocess.Popen) -> dict[str, list[int]]:
+        """The processes of a start, by what they are."""
+        below = processes_below(p.pid)
+        lines = {pid: command_line(pid) for pid in below}
+        launcher = [pid for pid in below if "titan_video.launch" in lines[pid]]
+        ranks = [pid for pid in below if "train.py" in lines[pid] and pid not in launcher]
+        parents = {pid: int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in ranks}
+        workers = [pid for pid in ranks if parents[pid] in ranks]
+        ranks = [pid for pid in ranks if pid not in workers]
+        return {"script": [p.pid], "launcher": launcher, "rank": ranks, "worker": workers, "all": [p.pid, *below]}
+
+    def send(self, p: subprocess.Popen, signum: int, names: tuple[str, ...]) -> str:
+        targets = {}
+        with suppress(OSError):  # a process may end meanwhile
+            targets = {name: pids for name, pids in self.targets(p).items() if pids and name in names}
+        if not targets or p.poll() is not None:
+            return "nothing"
+        name = self.rng.choice(sorted(targets))
+        pids = targets[name] if name == "all" else [self.rng.choice(targets[name])]
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signum)
+        return f"{signal.Signals(signum).name} to {name}"
+
+    def one_fault(self, seconds: float) -> bool:
+        """Start, meet one fault within `seconds`, and wait for the end. True: the run finished."""
+        kind = self.rng.choice(self.kinds)
+        what, at, ballast = kind, self.rng.uniform(0, seconds), self.folder / "ballast"
+        if kind == "damage":
+            at, what = 0.0, self.damage()
+        p = self.start(self.run)
+        begun = time.monotonic()
+        while time.monotonic() - begun < at and p.poll() is None:
+            time.sleep(0.02)
+        met = time.monotonic()
+        everyone = ("script", "launcher", "rank")
+        other = None
+        if kind == "signal":
+            what = self.send(p, self.rng.choice(SIGNALS), (*everyone, "all"))
+        elif kind == "twice":
+            what = "twice " + self.send(p, signal.SIGTERM, ("script",))
+            time.sleep(0.3)
+            with suppress(ProcessLookupError):
+                os.kill(p.pid, signal.SIGTERM)
+        elif kind == "kill":
+            what = self.send(p, signal.SIGKILL, (*everyone, "worker"))
+        elif kind == "stop":
+            what = self.send(p, signal.SIGSTOP, ("rank",))
+        elif kind == "disk":
+            fill(ballast)
+        elif kind == "start":
+            other = self.start(self.run, ".second.log")
+        code = self.wait(p, what)
+        met = time.monotonic() - met
+        if other:
+            second = self.wait(other, "second start")
+            self.check(
+                code in (0, 1) and second in (0, 1) and (code, second) != (1, 1), f"two starts: {code}, {second}"
+            )
+            code = min(code, second)
+        ballast.unlink(missing_ok=True)
+        log = self.run.with_suffix(".log").read_text(errors="replace")
+        step = (json.loads((self.run / "status.json").read_text()) if (self.run / "status.json").exists() else {}).get(
+            "step"
+        )
+        print(
+            f"{sum(self.counts.values()) + 1:3} {at:5.1f} s  {what:22} -> {code:4} after {met:5.1f} s, step {step}",
+            flush=True,
+        )
+        allowed = {"signal": (0, 85), "damage": (0,), "disk": (0, 1), "stop": (0, 1), "start": (0,)}
+        self.check(
+            kind not in allowed or code in allowed[kind] or what == "nothing",
+            f"{what}: exit code {code}\n{log[-3000:]}",
+        )
+        self.check("Traceback" not in log, f"{what}: a traceback\n{log[-5000:]}")
+        if kind == "stop" and what != "nothing" and code == 1:
+            self.check("is frozen" in log, f"{what}: the frozen rank is not named\n{log[-3000:]}")
+        self.counts[kind] += 1
+        self.codes[code] += 1
+        self.slowest[kind] = max(self.slowest.get(kind, 0.0), met)
+        left = [pid for pid in processes_with(str(self.run)) if pid != os.getpid()]
+        self.check(not left, f"{what}: processes left: {[command_line(pid)[:80] for pid in left]}")
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return code == 0
+
+    def wait(self, p: subprocess.Popen, what: str) -> int:
+        try:
+            return p.wait(LIMIT)
+        except subprocess.TimeoutExpired:
+            self.check(False, f"{what}: no end within {LIMIT} s")
+            for pid in [*processes_below(p.pid), p.pid]:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            return p.wait()
+
+    def check(self, is_right: bool, problem: str) -> None:
+        if not is_right:
+            self.problems.append(problem)
+            print(f"PROBLEM {problem}", flush=True)
+
+    def damage(self) -> str:
+        """Flip a byte of one file of the newest checkpoint, if there is an older one to fall back to."""
+        folders = sorted((self.run / "checkpoint").glob("step-*[0-9]"), key=lambda f: int(f.name[5:]))
+        if len(folders) < 2:
+            return "nothing"
+        path = self.rng.choice(sorted(f for f in folders[-1].iterdir() if f.stat().st_size))
+        content = bytearray(path.read_bytes())
+        content[self.rng.randrange(len(content))] ^= 1 << self.rng.randrange(8)
+        path.write_bytes(content)
+        return f"a byte of {path.name}"
+
+    def compare(self, whole: dict) -> None:
+        found = outcome(self.run, self.num_steps)
+        for name in whole:
+            self.check(found[name] == whole[name], f"lap {self.lap}: {name} differ from the run without faults")
+        self.lap += 1
+
+
+def processes_with(text: str) -> list[int]:
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    return [pid for pid in pids if text in command_line(pid) and "benchmarks/soak.py" not in command_line(pid)]
+
+
+def fill(ballast: Path) -> None:
+    with suppress(OSError), open(ballast, "wb") as f:
+        while True:
+            f.write(bytes(1 << 20))
+            f.flush()
+
+
+def outcome(run: Path, num_steps: int) -> dict:
+    """What a finished run is compared by: losses of every step, tensors and counters at the end, the export."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = {row["step"]: (row["loss"], row["grad_norm"], row["samples"]) for row in rows if "loss" in row}
+    last = run / "checkpoint" / f"step-{num_steps}"
+    manifest = json.loads((last / "manifest.json").read_text())
+    files = {name: entry["sha256"] for name, entry in manifest["files"].items() if name != ".metadata"}
+    exported = {str(f.relative_to(run)): f.read_bytes() for f in (run / "hf").rglob("*.safetensors")}
+    return {
+        "losses": steps,
+        "number of rows": len([r for r in rows if "loss" in r]),
+        "tensors": files,
+        "export": exported,
+    }
+
+
+def in_tmpfs(argv: list[str]) -> bool:
+    """Start this script again in a mount namespace of its own; False: there can be none here."""
+    words = ["unshare", "--map-root-user", "--mount", "--user"]
+    if subprocess.run([*words, "true"], capture_output=True).returncode:
+        return False
+    os.execvp(words[0], [*words, sys.executable, __file__, *argv, "--mount"])
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--faults", type=int, default=60)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--seconds", type=float, default=0.0, help="a fault comes within so many (0: as a start takes)")
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", default="/tmp/titan_video_soak")
+    parser.add_argument("--json", default="")
+    parser.add_argument("--mount", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    kinds = tuple(args.kinds.split(","))
+    folder = Path(args.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if "disk" in kinds and not args.mount and not in_tmpfs(argv):
+        print("no mount namespace here: without full disks")
+        kinds = tuple(kind for kind in kinds if kind != "disk")
+    if args.mount:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={TMPFS_MIB}m", "tmpfs", str(folder)], check=True)
+    folder = folder / f"soak-{os.getpid()}"
+    folder.mkdir()
+    soak = Soak(folder, args.ranks, args.steps, kinds, random.Random(args.seed))
+    begun = time.monotonic()
+    code = soak.start(folder / "whole").wait()
+    assert code == 0, (folder / "whole.log").read_text()
+    seconds = args.seconds or time.monotonic() - begun
+    print(f"the run without faults: {args.steps} steps, {time.monotonic() - begun:.0f} s", flush=True)
+    whole = outcome(folder / "whole", args.steps)
+    for _ in range(args.faults):
+        if soak.one_fault(seconds):
+            soak.compare(whole)
+    if soak.run.exists():
+        code = soak.wait(soak.start(soak.run), "the end")
+        soak.check(code == 0, f"the last start ends with {code}")
+        soak.compare(whole)
+    report = {
+        "seed": args.seed,
+        "ranks": args.ranks,
+        "faults": dict(sorted(soak.counts.items())),
+        "exit_codes": {str(code): n for code, n in sorted(soak.codes.items())},
+        "seconds_to_the_end": {kind: round(s, 1) for kind, s in sorted(soak.slowest.items())},
+        "finished_runs_compared": soak.lap,
+        "problems": len(soak.problems),
+    }
+    print(json.dumps(report, indent=1))
+    if args.json:
+        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+    sys.exit(bool(soak.problems))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
