@@ -184,7 +184,7 @@ class Trainer:
         """What watches a run that is not finished: the resolved TOML, metrics, the non-finite guard, validation."""
         config, steps = self.config, self.config.training.steps
         if self.rank == 0:
-            atomic_write(self.folder / "config.toml", dump(config))
+            atomic_write(self.folder / "config.toml", dump(config), "resolved configuration")
         self.cost = StepCost(self.args, config.activation_checkpoint, self.world_size // self.dims.dp)
         self.metrics = MetricsLogger(
             config.metrics, self.folder, self.rank, self.world_size, self.device, steps, self.step, self.loader.samples
@@ -342,7 +342,7 @@ def main(argv: list[str]) -> None:
         except torch.OutOfMemoryError as e:
             sys.exit(f"error: {parts.explain_out_of_memory(e, config, trainer.step, trainer.bucket)}")
         trainer.exit_stack.close()
-    except ValueError as e:  # for the user to fix: the message names the file or field; our own errors are assertions
+    except (OSError, ValueError) as e:  # for the user to fix: the message names file or field; ours are assertions
         sys.exit(f"error: {e}")
 
 

@@ -17,6 +17,7 @@ from titan_video.checkpoint import files
 from titan_video.checkpoint.manager import CheckpointManager, load_weights
 from titan_video.checkpoint.state import ModelState, OptimizerState
 from titan_video.config.job_config import Checkpoint
+from titan_video.tools.files import StorageError
 
 
 class Counter:
@@ -169,7 +170,7 @@ def errors_of_all_ranks(folder):
     try:
         saver.save(2)
         saver.wait()
-    except RuntimeError as error:
+    except StorageError as error:
         errors.append(str(error))
     files.TensorWriter.write_data = writer
     assert saver.save(2)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from titan_video.checkpoint.files import TensorLoadPlanner, TensorReader, plain_errors
-from titan_video.distributed.utils import clean_name, zeros_like_sharded
-from titan_video.optim.optimizer import SLOTS
+from titan_video.checkpoint.files import InvalidCheckpoint, TensorLoadPlanner, TensorReader, plain_errors
+from titan_video.distributed.utils import clean_name
+from titan_video.optim.optimizer import SLOTS, new_slot
 
 Saved = dict[str, TensorStorageMetadata]  # name -> entry of DCP's index: shape, dtype, chunks
 
@@ -58,7 +58,7 @@ class OptimizerState:
 
     def allocate(self, saved: Saved) -> None:
         """Replace the optimizer's state by zeros for the entries of `saved`, to be loaded into: a new optimizer has no
-        state before its first step.
+        state before its first step. Shapes and types are those of this run.
 
         ValueError: another kind of optimizer wrote them.
         """
@@ -67,7 +67,7 @@ class OptimizerState:
             name, _, slot = key.rpartition(".")
             if name not in self.params:
                 continue  # of another pipeline stage, or not of this run: `compare` reports it
-            self.optimizer.state[self.params[name]][slot] = self._empty(self.params[name], slot, entry)
+            self.optimizer.state[self.params[name]][slot] = self._empty(self.params[name], slot, entry.properties.dtype)
         for name, param in self.params.items():
             found = set(self.optimizer.state.get(param, ()))
             expected = SLOTS[self.param_group[param].get("kind", "AdamW")]
@@ -78,13 +78,13 @@ class OptimizerState:
                     f"its weights by checkpoint.initial_load_path"
                 )
 
-    def _empty(self, param: Tensor, slot: str, entry: TensorStorageMetadata) -> Tensor:
-        if slot != "step":
-            return zeros_like_sharded(param, entry.size[-1], entry.properties.dtype)
-        # torch keeps the step count on the weights' device for a fused or capturable step, else on the host.
+    def _empty(self, param: Tensor, slot: str, dtype: torch.dtype) -> Tensor:
         group = self.param_group[param]
+        if slot != "step":
+            return new_slot(param, group.get("kind", "AdamW"), slot)
+        # torch keeps the step count on the weights' device for a fused or capturable step, else on the host.
         device = param.device if group.get("fused") or group.get("capturable") else "cpu"
-        return torch.zeros((), dtype=entry.properties.dtype, device=device)
+        return torch.zeros((), dtype=dtype if dtype == torch.float64 else torch.float32, device=device)
 
 
 def to_exact_json(name: str, state: dict[str, Any]) -> str:
@@ -129,8 +129,11 @@ def compare(live: dict[str, Tensor], saved: Saved, same_dtype: bool) -> list[str
 def read_tensors(
     folder: Path, metadata: Metadata, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None
 ) -> None:
-    """Fill `tensors`, by the names in the checkpoint, from a verified folder. Collective over `group`."""
-    with plain_errors(f"reading {folder}"):
+    """Fill `tensors`, by the names in the checkpoint, from a verified folder. Collective over `group`.
+
+    InvalidCheckpoint, on all ranks: the content of a file is not what the index says; some tensors may be filled.
+    """
+    with plain_errors(f"reading {folder}", InvalidCheckpoint):
         dcp.load(
             tensors,
             storage_reader=TensorReader(folder, metadata),
