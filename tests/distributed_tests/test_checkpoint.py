@@ -258,3 +258,32 @@ def test_kill_while_saving(tmp_path, mode, world, kills):
 @pytest.mark.parametrize(("mode", "world"), [("disabled", 1), ("async", 1), ("async", 2)])
 def test_fifty_kills_while_saving(tmp_path, mode, world):
     assert kill_saves(tmp_path / "run", 50, mode, world) >= 20
+
+
+def one_rank_cannot_write(folder, mode):
+    model, optimizer = build((2,))
+    saver = manager(folder, model, optimizer, async_mode=mode, on_error="continue")
+    write, found = files.TensorWriter.write_data, []
+    if dist.get_rank() == 1:
+        files.TensorWriter.write_data = lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    for step in (1, 2):
+        saver.save(step)
+        train(model, optimizer, [step])
+    try:
+        saver.wait()
+    except StorageError as error:
+        found.append(str(error))
+    files.TensorWriter.write_data = write
+    dist.barrier()
+    found.append([path.name for path in folder.iterdir()])
+    dist.barrier()
+    assert saver.save(3)
+    saver.close()
+    return [*found, files.list_steps(folder)]
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_all_ranks_go_on_when_one_cannot_write(tmp_path, mode):
+    first, second = run_ranks(one_rank_cannot_write, 2, tmp_path, mode)
+    assert first == second and first[1:] == [[], [3]]
+    assert "the checkpoint of step 2 could not be saved" in first[0] and "failed on rank 1" in first[0]

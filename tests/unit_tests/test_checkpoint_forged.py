@@ -148,6 +148,10 @@ def deep(n=100_000):
     return b'{"step": 2, "counters": ' + b"[" * n + b"]" * n + b"}"
 
 
+def many_files(count):
+    return dict.fromkeys(map(str, range(count)), {"size": 1, "sha256": "0" * 64})
+
+
 FORGERIES = {
     # the index
     "missing tensor": index(lambda m: drop(m, NAME)),
@@ -227,7 +231,7 @@ FORGERIES = {
     "number for a hash": manifest(lambda m: m["files"][".metadata"].update(sha256=9)),
     "number for a file": manifest(lambda m: m["files"].update({".metadata": 7})),
     "deep manifest": manifest(lambda m: None, "[" * 200_000),
-    "long manifest": manifest(lambda m: m["files"].update(dict.fromkeys(map(str, range(150_000)), {"size": 1, "sha256": "0" * 64}))),
+    "long manifest": manifest(lambda m: m["files"].update(many_files(150_000))),
     "manifest of a list": manifest(lambda m: None, "[1]"),
     # the tensors
     "text for tensors": tensors("text"),
