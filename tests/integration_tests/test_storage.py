@@ -125,10 +125,10 @@ def test_ingest_commands(disk, tmp_path, capsys):
     fails(capsys, ingest, ["encode", toml, *run, disk / "run"], "data_plan.jsonl: cannot write the plan: " + FULL)
     other = ["--data.cache_folder", disk / "c", "--job.dump_folder", tmp_path / "run"]
     fails(capsys, ingest, ["encode", toml, *other], f"{disk}/c", "cannot write the generated clip", FULL)
-    foreign = tmp_path / "foreign.toml"
-    foreign.write_text('[[directory]]\npath = "/clips"\nresolutions = [256]\nframe_buckets = [1]\n')
+    others = tmp_path / "others.toml"
+    others.write_text('[[directory]]\npath = "/clips"\nresolutions = [256]\nframe_buckets = [1]\n')
     out = disk / "out.toml"
-    fails(capsys, ingest, ["import", foreign, out], "out.toml: cannot write the configuration: " + FULL, "bytes needed")
+    fails(capsys, ingest, ["import", others, out], "out.toml: cannot write the configuration: " + FULL, "bytes needed")
 
 
 def test_convert(disk, tmp_path, capsys):
@@ -141,3 +141,26 @@ def test_convert(disk, tmp_path, capsys):
     for form, out in (("diffusers", "hf"), ("single_file", "x.safetensors")):
         fails(capsys, convert.main, [tmp_path, disk / out, "--format", form], "cannot write the export: " + FULL)
     assert torch.is_tensor(model.state_dict()["proj_out.weight"]) and len(list(disk.rglob("*.tmp"))) == 0
+
+
+def shards_gone(step):
+    """A hook: the shards of the cache vanish at a step, as with a storage that is unmounted."""
+    import train
+
+    run_step = train.Trainer.train_step
+
+    def train_step(self, *args):
+        if self.step == step:
+            for shard in Path(self.config.data.cache_folder).glob("shards/*"):
+                shard.unlink()
+        run_step(self, *args)
+
+    train.Trainer.train_step = train_step
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_cache_that_cannot_be_read_any_more(front, tmp_path, workers):
+    options = {"training.steps": 500, "data.num_workers": workers, "data.cache_folder": tmp_path / "cache"}
+    run = front.run("run", options, hook=partial(shards_gone, 2))
+    run.fails_with("error: ", "safetensors: cannot be read (No such file or directory); start again")
+    assert len(lines_with(run.output, "error: ", "cannot be read")) == 1 and "Caught" not in run.output

@@ -266,11 +266,7 @@ def read_metadata(folder: Path, files: set[str]) -> Metadata:
 
 
 class TensorWriter(FileSystemWriter):
-    """Raises StorageError. size: bytes of the checkpoint, for its message."""
-
-    def __init__(self, path: Path, size: int | None = None, **options: Any):
-        super().__init__(path, **options)
-        self.size = size
+    size: int | None = None  # bytes of the checkpoint, for the message of StorageError
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta()  # DCP would record the temporary path, as a pathlib object

@@ -38,79 +38,20 @@ from titan_video.checkpoint.files import InvalidCheckpoint
 from titan_video.checkpoint.state import (
     ModelState,
     OptimizerState,
-    Saved,
+    Ranks,
     TensorState,
-    compare,
     read_tensors,
     saved_under,
     to_exact_json,
 )
 from titan_video.checkpoint.triggers import SaveTriggers
 from titan_video.config.job_config import Checkpoint, JobConfig
-from titan_video.distributed.utils import gather_objects, to_local
+from titan_video.distributed.utils import to_local
 from titan_video.tools.files import StorageError, atomic_write, sync, writing
 from titan_video.tools.logging import logger
 
 # Writing and hashing hundreds of gigabytes on a slow file system takes longer than a collective of a training step may.
 _TIMEOUT = datetime.timedelta(hours=1)
-
-
-class _Ranks:
-    """The ranks that save and load together: those of a process group, or this process alone."""
-
-    def __init__(self, group: dist.ProcessGroup | None):
-        self.group = group
-        self.rank = dist.get_rank(group) if dist.is_initialized() else 0
-        self.world = dist.get_world_size(group) if dist.is_initialized() else 1
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value] if self.world == 1 else gather_objects(value, self.group)
-
-    def call(self, action: str, function: Callable[[], Any]) -> list[Any]:
-        """Call `function` on every rank and return all results. If it fails on one, `files.failure` is raised on all,
-        so that no rank waits for another.
-        """
-        value, error = None, None
-        try:
-            value = function()
-        except Exception as caught:
-            error = files.failure(action, self.rank, caught)
-        results = self.gather((value, error))
-        for error in (error for _, error in results if error):
-            raise error
-        return [value for value, _ in results]
-
-    def verify(self, folder: Path) -> tuple[int, Metadata]:
-        """`files.verify`, its hashing shared by the ranks. InvalidCheckpoint is raised on all ranks or on none."""
-        problem = result = None
-        try:
-            result = files.verify(folder, self.rank, self.world)
-        except InvalidCheckpoint as error:
-            problem = str(error)
-        problems = [text for text in self.gather(problem) if text]
-        if problems:
-            raise InvalidCheckpoint(problems[0])
-        assert result is not None
-        return result
-
-    def check_same(self, folder: Path, prefix: str, live: dict[str, Tensor], saved: Saved, same_dtype: bool) -> None:
-        """ValueError, on all ranks, unless the tensors that the ranks hold together are those of the checkpoint. Under
-        pipeline parallel each rank holds a part of them.
-        """
-        # A byte per saved name says whether this rank holds it. Names would make a large message: there are thousands,
-        # from hundreds of ranks.
-        held = bytes(name in live for name in saved)
-        answers = self.gather((compare(live, saved, same_dtype), held))
-        problems = dict.fromkeys(text for texts, _ in answers for text in texts)
-        for name, *flags in zip(saved, *(flags for _, flags in answers), strict=True):
-            if not any(flags):
-                problems[f"the run lacks {name}"] = None
-        if problems:
-            more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-            raise ValueError(
-                f"{folder}: its `{prefix}` tensors are not those of this run: {'; '.join(list(problems)[:3])}{more}. "
-                "Use the configuration that wrote it, or start in another job.dump_folder."
-            )
 
 
 def load_weights(
@@ -130,7 +71,7 @@ def load_weights(
     if not folder.is_dir() or files.list_steps(folder):
         reason = f"it holds {_names(files.list_steps(folder))}" if folder.is_dir() else "there is no such folder"
         raise ValueError(f"{folder}: give a step-N folder of a checkpoint; {reason}")
-    ranks = _Ranks(group)
+    ranks = Ranks(group)
     step, metadata = ranks.verify(folder)
     saved, live = saved_under(metadata, source), ModelState(model, which).state_dict()
     if not saved:
@@ -157,7 +98,7 @@ class CheckpointManager:
         group = None
         if dist.is_initialized():
             group = dist.new_group(backend="gloo", timeout=_TIMEOUT, group_desc="checkpoint")
-        self.ranks = _Ranks(group)
+        self.ranks = Ranks(group)
         self.last_step = -1  # step of the checkpoint that was loaded or saved last
         self._staged: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -339,11 +280,12 @@ class CheckpointManager:
         # DCP's copy-ahead is for tensors on a device. For staged ones it would only create a CUDA context on device 0
         # in this thread.
         options = {} if staged is None else {"per_thread_copy_ahead": 0}
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        writer = files.TensorWriter(partial, **options)
+        writer.size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         with files.plain_errors(action):
             dcp.save(
                 tensors,
-                storage_writer=files.TensorWriter(partial, size, **options),
+                storage_writer=writer,
                 planner=files.TensorSavePlanner(staged),
                 process_group=self.ranks.group,
             )

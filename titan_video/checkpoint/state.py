@@ -1,4 +1,6 @@
-"""What a checkpoint holds of a run: named tensors and JSON, the comparison with a run, and the reading of tensors."""
+"""What a checkpoint holds of a run (named tensors and JSON), the comparison with a run, the reading of tensors, and the
+ranks that do this together.
+"""
 
 import json
 from collections.abc import Callable
@@ -12,8 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
+from titan_video.checkpoint import files
 from titan_video.checkpoint.files import InvalidCheckpoint, TensorLoadPlanner, TensorReader, plain_errors
-from titan_video.distributed.utils import clean_name
+from titan_video.distributed.utils import clean_name, gather_objects
 from titan_video.optim.optimizer import SLOTS, new_slot
 
 Saved = dict[str, TensorStorageMetadata]  # name -> entry of DCP's index: shape, dtype, chunks
@@ -140,3 +143,61 @@ def read_tensors(
             planner=TensorLoadPlanner(flatten_state_dict=False),
             process_group=group,
         )
+
+
+class Ranks:
+    """The ranks that save and load together: those of a process group, or this process alone."""
+
+    def __init__(self, group: dist.ProcessGroup | None):
+        self.group = group
+        self.rank = dist.get_rank(group) if dist.is_initialized() else 0
+        self.world = dist.get_world_size(group) if dist.is_initialized() else 1
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value] if self.world == 1 else gather_objects(value, self.group)
+
+    def call(self, action: str, function: Callable[[], Any]) -> list[Any]:
+        """Call `function` on every rank and return all results. If it fails on one, `files.failure` is raised on all,
+        so that no rank waits for another.
+        """
+        value, error = None, None
+        try:
+            value = function()
+        except Exception as caught:
+            error = files.failure(action, self.rank, caught)
+        results = self.gather((value, error))
+        for error in (error for _, error in results if error):
+            raise error
+        return [value for value, _ in results]
+
+    def verify(self, folder: Path) -> tuple[int, Metadata]:
+        """`files.verify`, its hashing shared by the ranks. InvalidCheckpoint is raised on all ranks or on none."""
+        problem = result = None
+        try:
+            result = files.verify(folder, self.rank, self.world)
+        except InvalidCheckpoint as error:
+            problem = str(error)
+        problems = [text for text in self.gather(problem) if text]
+        if problems:
+            raise InvalidCheckpoint(problems[0])
+        assert result is not None
+        return result
+
+    def check_same(self, folder: Path, prefix: str, live: dict[str, Tensor], saved: Saved, same_dtype: bool) -> None:
+        """ValueError, on all ranks, unless the tensors that the ranks hold together are those of the checkpoint. Under
+        pipeline parallel each rank holds a part of them.
+        """
+        # A byte per saved name says whether this rank holds it. Names would make a large message: there are thousands,
+        # from hundreds of ranks.
+        held = bytes(name in live for name in saved)
+        answers = self.gather((compare(live, saved, same_dtype), held))
+        problems = dict.fromkeys(text for texts, _ in answers for text in texts)
+        for name, *flags in zip(saved, *(flags for _, flags in answers), strict=True):
+            if not any(flags):
+                problems[f"the run lacks {name}"] = None
+        if problems:
+            more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise ValueError(
+                f"{folder}: its `{prefix}` tensors are not those of this run: {'; '.join(list(problems)[:3])}{more}. "
+                "Use the configuration that wrote it, or start in another job.dump_folder."
+            )

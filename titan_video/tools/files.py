@@ -25,13 +25,11 @@ def writing(what: str, path: str | os.PathLike, size: int | None = None) -> Iter
     free = shutil.disk_usage(next(p for p in (path, *Path(path).absolute().parents) if os.path.exists(p))).free
     try:
         yield
-    except StorageError:
-        raise
     except Exception as error:
         cause: BaseException | None = error  # writers in C++ and Rust hide it behind errors of their own
         while cause and not isinstance(cause, OSError) and "(os error " not in str(cause):
             cause = cause.__cause__ or cause.__context__
-        if cause is None:
+        if cause is None or isinstance(error, StorageError):
             raise
         reason = getattr(cause, "strerror", None) or str(cause).rpartition(": ")[2]
         needed = "" if size is None else f"{size:,} bytes needed, "
@@ -90,12 +88,8 @@ def sync(path: str | os.PathLike) -> None:
 
 def sha256(path: str | os.PathLike) -> str:
     """Hexadecimal SHA-256 of a file's content, read in chunks."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _in_chunks(f)
-
-
-def _in_chunks(f) -> str:  # Python 3.10
     digest = hashlib.sha256()
-    while chunk := f.read(1 << 24):
-        digest.update(chunk)
+    with open(path, "rb", buffering=0) as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
