@@ -14,6 +14,8 @@ import pytest
 @contextmanager
 def small_disk(folder, options="size=1m"):
     """A tmpfs with these mount options; its path. Skips the test where the system lets nobody mount one."""
+    if not shutil.which("unshare"):
+        pytest.skip("needs unshare of util-linux")
     folder.mkdir()
     script = 'mount -t tmpfs -o "$0" tmpfs "$1" && echo mounted && exec sleep 600'
     holder = subprocess.Popen(

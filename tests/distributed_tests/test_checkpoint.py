@@ -1,5 +1,6 @@
 """Checkpoints over ranks: other layouts, errors on all ranks at once, and saves that are killed."""
 
+import pickle
 import random
 import time
 
@@ -13,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from tests.helpers import run_ranks, start_ranks
+from tests.unit_tests.test_checkpoint import reseal
 from titan_video.checkpoint import files
 from titan_video.checkpoint.manager import CheckpointManager, load_weights
 from titan_video.checkpoint.state import ModelState, OptimizerState
@@ -287,3 +289,31 @@ def test_all_ranks_go_on_when_one_cannot_write(tmp_path, mode):
     first, second = run_ranks(one_rank_cannot_write, 2, tmp_path, mode)
     assert first == second and first[1:] == [[], [3]]
     assert "the checkpoint of step 2 could not be saved" in first[0] and "failed on rank 1" in first[0]
+
+
+def load_forged(folder):
+    model, optimizer = build((2,))
+    saver = manager(folder, model, optimizer, Counter(samples=1), async_mode="disabled")
+    train(model, optimizer, range(1))
+    saver.save(1)
+    values = full(saver)
+    train(model, optimizer, range(1, 2))
+    saver.save(2)
+    dist.barrier()
+    if dist.get_rank() == 0:  # what rank 1 wrote is no tensor
+        path = folder / "step-2/__1_0.distcp"
+        metadata = pickle.loads((folder / "step-2/.metadata").read_bytes())
+        torch.save({"a": "b"}, path)
+        for info in metadata.storage_data.values():
+            if info.relative_path == path.name:
+                info.offset, info.length = 0, path.stat().st_size
+        (folder / "step-2/.metadata").write_bytes(pickle.dumps(metadata))
+        reseal(folder / "step-2", 2)
+    dist.barrier()
+    fresh = manager(folder, *build((2,)), counter := Counter())
+    step, found = fresh.load(), full(fresh)
+    return step, counter.state, all(torch.equal(found[name], value) for name, value in values.items())
+
+
+def test_all_ranks_fall_back_from_a_forged_checkpoint(tmp_path):
+    assert run_ranks(load_forged, 2, tmp_path) == [(1, {"samples": 1}, True)] * 2

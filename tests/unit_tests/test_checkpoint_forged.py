@@ -286,6 +286,7 @@ def test_the_messages_say_what_is_wrong(folder):
         "another step": "state.json: not the state of step 2",
         "part of a chunk": r"\.metadata: the chunks of 'model.0.weight' do not make up a tensor",
         "class for tensors": "reading .*step-2 failed on rank 0: .* holds a pickled object that is no tensor",
+        "long state": "state.json: refused: it has more than 16,777,216 bytes",
         "long manifest": "manifest.json: refused: it has more than 16,777,216 bytes",
     }.items():
         shutil.copytree(folder / "step-2", folder.parent / name.replace(" ", "-") / "checkpoint/step-2")
