@@ -188,7 +188,7 @@ class Trainer:
         """What watches a run that is not finished: the resolved TOML, metrics, the non-finite guard, validation."""
         config, steps = self.config, self.config.training.steps
         if self.rank == 0:
-            atomic_write(self.folder / "config.toml", dump(config))
+            atomic_write(self.folder / "config.toml", dump(config), "resolved configuration")
         self.cost = StepCost(self.args, config.activation_checkpoint, self.world_size // self.dims.dp)
         self.metrics = MetricsLogger(
             config.metrics, self.folder, self.rank, self.world_size, self.device, steps, self.step, self.loader.samples

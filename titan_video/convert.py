@@ -154,7 +154,10 @@ def _read_json(path: Path) -> dict:
 def convert(
     source: StepSource | PublicSource, path: Path, format_name: str, dtype: torch.dtype | None, max_shard_bytes: int
 ) -> None:
-    """Write the weights of `source` to `path`. dtype: None keeps each tensor's type. RuntimeError: writing failed."""
+    """Write the weights of `source` to `path`. dtype: None keeps each tensor's type.
+
+    StorageError or RuntimeError: it cannot be written.
+    """
     dtypes = {name: dtype or kind for name, kind in source.dtypes.items()}
     writer = Writer(WritePlan(path, source.spec, source.args, source.shapes, dtypes, format_name, max_shard_bytes))
     for tensor_slice in writer.plan.slices():
@@ -162,7 +165,7 @@ def convert(
             writer.write(tensor_slice.to_public(source.read(tensor_slice.ours), source.args))
     writer.commit()
     if writer.error is not None:
-        raise RuntimeError(f"{path} could not be written: {writer.error}")
+        raise writer.error
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -229,7 +232,7 @@ def main(argv: list[str]) -> None:
     init_logger()
     try:
         path = run(options)
-    except (ValueError, RuntimeError) as e:
+    except (OSError, ValueError, RuntimeError) as e:
         sys.exit(f"error: {e}")
     logger.info(f"{options.format} weights written to {path}, and read back")
 

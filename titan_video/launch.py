@@ -46,12 +46,9 @@ def check_run(argv: list[str], world_size: int) -> Path:
     with main_guard():
         config = parse_args(argv)
         check(config, world_size)
-    try:
         spec, text_length = get_spec(config.model.name), config.encoder.max_text_length
         args = get_args(spec, config.model.flavor, config.model.hf_assets_path, text_length)
         check_layout(config.parallelism, args, config.encoder.num_training_ranks(world_size))
-    except ValueError as e:
-        sys.exit(f"error: {e}")
     return Path(config.job.dump_folder)
 
 

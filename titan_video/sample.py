@@ -21,7 +21,7 @@ from titan_video import kernels
 from titan_video.checkpoint.files import is_valid_fast, list_steps, step_folder
 from titan_video.checkpoint.manager import load_weights
 from titan_video.config.job_config import JobConfig
-from titan_video.config.manager import load
+from titan_video.config.manager import load, main_guard
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.parallelize import parallelize
 from titan_video.distributed.utils import init_distributed
@@ -268,18 +268,15 @@ def fill_defaults(options: argparse.Namespace, config: JobConfig) -> None:
 def main(argv: list[str]) -> None:
     options = parse(argv)
     init_logger()
-    try:
+    with main_guard():
         folder, config = find_checkpoint(options.checkpoint)
         fill_defaults(options, config)
         check_options(options)
         init_distributed(get_device(int(os.environ.get("LOCAL_RANK", 0))), config.comm.init_timeout_seconds)
         frames = generate(config, folder, options)
-    except ValueError as e:
-        sys.exit(f"error: {e}")
-    if dist.get_rank() == 0:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_mp4(options.out, frames.numpy(), options.fps)
-        logger.info(f"{len(frames)} frames of {frames.shape[1]} x {frames.shape[2]} written to {options.out}")
+        if dist.get_rank() == 0:
+            write_mp4(options.out, frames.numpy(), options.fps, "sampled clip")
+            logger.info(f"{len(frames)} frames of {frames.shape[1]} x {frames.shape[2]} written to {options.out}")
     dist.destroy_process_group()
 
 

@@ -1,5 +1,6 @@
 """Checkpoints over ranks: other layouts, errors on all ranks at once, and saves that are killed."""
 
+import pickle
 import random
 import time
 
@@ -13,10 +14,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from tests.helpers import run_ranks, start_ranks
+from tests.unit_tests.test_checkpoint import reseal
 from titan_video.checkpoint import files
 from titan_video.checkpoint.manager import CheckpointManager, load_weights
 from titan_video.checkpoint.state import ModelState, OptimizerState
 from titan_video.config.job_config import Checkpoint
+from titan_video.tools.files import StorageError
 
 
 class Counter:
@@ -169,7 +172,7 @@ def errors_of_all_ranks(folder):
     try:
         saver.save(2)
         saver.wait()
-    except RuntimeError as error:
+    except StorageError as error:
         errors.append(str(error))
     files.TensorWriter.write_data = writer
     assert saver.save(2)
@@ -257,3 +260,60 @@ def test_kill_while_saving(tmp_path, mode, world, kills):
 @pytest.mark.parametrize(("mode", "world"), [("disabled", 1), ("async", 1), ("async", 2)])
 def test_fifty_kills_while_saving(tmp_path, mode, world):
     assert kill_saves(tmp_path / "run", 50, mode, world) >= 20
+
+
+def one_rank_cannot_write(folder, mode):
+    model, optimizer = build((2,))
+    saver = manager(folder, model, optimizer, async_mode=mode, on_error="continue")
+    write, found = files.TensorWriter.write_data, []
+    if dist.get_rank() == 1:
+        files.TensorWriter.write_data = lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    for step in (1, 2):
+        saver.save(step)
+        train(model, optimizer, [step])
+    try:
+        saver.wait()
+    except StorageError as error:
+        found.append(str(error))
+    files.TensorWriter.write_data = write
+    dist.barrier()
+    found.append([path.name for path in folder.iterdir()])
+    dist.barrier()
+    assert saver.save(3)
+    saver.close()
+    return [*found, files.list_steps(folder)]
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_all_ranks_go_on_when_one_cannot_write(tmp_path, mode):
+    first, second = run_ranks(one_rank_cannot_write, 2, tmp_path, mode)
+    assert first == second and first[1:] == [[], [3]]
+    assert "the checkpoint of step 2 could not be saved" in first[0] and "failed on rank 1" in first[0]
+
+
+def load_forged(folder):
+    model, optimizer = build((2,))
+    saver = manager(folder, model, optimizer, Counter(samples=1), async_mode="disabled")
+    train(model, optimizer, range(1))
+    saver.save(1)
+    values = full(saver)
+    train(model, optimizer, range(1, 2))
+    saver.save(2)
+    dist.barrier()
+    if dist.get_rank() == 0:  # what rank 1 wrote is no tensor
+        path = folder / "step-2/__1_0.distcp"
+        metadata = pickle.loads((folder / "step-2/.metadata").read_bytes())
+        torch.save({"a": "b"}, path)
+        for info in metadata.storage_data.values():
+            if info.relative_path == path.name:
+                info.offset, info.length = 0, path.stat().st_size
+        (folder / "step-2/.metadata").write_bytes(pickle.dumps(metadata))
+        reseal(folder / "step-2", 2)
+    dist.barrier()
+    fresh = manager(folder, *build((2,)), counter := Counter())
+    step, found = fresh.load(), full(fresh)
+    return step, counter.state, all(torch.equal(found[name], value) for name, value in values.items())
+
+
+def test_all_ranks_fall_back_from_a_forged_checkpoint(tmp_path):
+    assert run_ranks(load_forged, 2, tmp_path) == [(1, {"samples": 1}, True)] * 2

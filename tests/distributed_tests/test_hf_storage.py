@@ -8,6 +8,7 @@ import torch
 
 from tests.helpers import run_ranks
 from tests.unit_tests.test_hf_storage import ARGS, TOY, Toy, assert_holds, toy_model, toy_tensors, write_public
+from titan_video.tools.files import StorageError
 from titan_video.weights import safetensors_io
 from titan_video.weights.formats import public_names
 from titan_video.weights.hf_storage import load_hf, save_hf
@@ -232,7 +233,7 @@ def failing_rank(source, folder):
     model = sharded_model("fsdp")
     load_hf(model, source, TOY, ARGS)
     folder.write_text("a file in the way") if torch.distributed.get_rank() == 0 else None
-    with pytest.raises(RuntimeError, match="could not be exported.*FileExistsError"):
+    with pytest.raises(StorageError, match="could not be exported.*cannot write the export: File exists"):
         save_hf(model, folder, TOY, ARGS, torch.float32, 300)
     missing = source / "diffusion_pytorch_model.safetensors"
     torch.distributed.barrier()

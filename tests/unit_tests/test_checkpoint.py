@@ -18,6 +18,7 @@ from titan_video.checkpoint.files import InvalidCheckpoint
 from titan_video.checkpoint.manager import CheckpointManager, load_weights
 from titan_video.checkpoint.state import ModelState, OptimizerState
 from titan_video.config.job_config import Checkpoint
+from titan_video.tools.files import StorageError
 
 
 class Weights:
@@ -188,7 +189,7 @@ def test_failing_save_surfaces(tmp_path, monkeypatch, mode):
     saver.wait()
     with monkeypatch.context() as patch:
         patch.setattr(files, "write_manifest", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
-        with pytest.raises(RuntimeError, match="step-2.partial.*disk full"):
+        with pytest.raises(StorageError, match="step-2.partial.*disk full"):
             saver.save(2)
             saver.save(3)
     assert files.list_steps(tmp_path) == [1] and files.is_valid_fast(tmp_path / "step-1")
@@ -197,7 +198,7 @@ def test_failing_save_surfaces(tmp_path, monkeypatch, mode):
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-1", "step-2"]
     with monkeypatch.context() as patch:  # a failure inside DCP: it raises a BaseException
         patch.setattr(files.TensorWriter, "write_data", lambda *args: (_ for _ in ()).throw(OSError("no space")))
-        with pytest.raises(RuntimeError, match="no space"):
+        with pytest.raises(StorageError, match="no space"):
             saver.save(4)
             saver.wait()
 

@@ -14,6 +14,7 @@ from tests.helpers import diffusers_wan, hf_state_dict
 from titan_video.distributed.utils import clean_name
 from titan_video.models.spec import LatentGeometry, ModelSpec, NameRule, ParallelPlan
 from titan_video.models.wan import SPEC, WanArgs, WanModel
+from titan_video.tools.files import StorageError
 from titan_video.weights import safetensors_io
 from titan_video.weights.formats import public_names
 from titan_video.weights.hf_storage import load_hf, plan_shards, save_hf
@@ -215,14 +216,14 @@ def test_a_failed_export_leaves_the_old_one(tmp_path, monkeypatch):
         if file.file.tell() == file.size:
             file.file.truncate(file.size - 4)
 
-    for damage, message in (
-        (full_disk, "No space left"),
-        (flipped, "does not hold what was written to it: bytes 0 to"),
-        (short, "bytes 0 to"),
+    for damage, kind, message in (
+        (full_disk, StorageError, "No space left"),
+        (flipped, RuntimeError, "does not hold what was written to it: bytes 0 to"),
+        (short, RuntimeError, "bytes 0 to"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(safetensors_io.SafetensorsFile, "_put", damage)
-            with pytest.raises(RuntimeError, match=message):
+            with pytest.raises(kind, match=message):
                 save_hf(toy_model(toy_tensors(1)), folder, TOY, ARGS, torch.float32, 300)
     model = toy_model()
     load_hf(model, folder, TOY, ARGS)

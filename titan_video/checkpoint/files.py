@@ -40,14 +40,38 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from titan_video.tools.files import atomic_write, sha256
+from titan_video.tools.files import StorageError, atomic_write, sha256, writing
 
 FORMAT = 1
 MANIFEST, STATE, METADATA = "manifest.json", "state.json", ".metadata"
+MAX_BYTES = {MANIFEST: 16 << 20, STATE: 16 << 20, METADATA: 1 << 30}  # a manifest of 100,000 ranks has 15 MiB
 
 
 class InvalidCheckpoint(ValueError):
     """A checkpoint folder that must not be loaded. The message names the file and what is wrong with it."""
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """InvalidCheckpoint, which names `path`, if it is no file, or too large, or makes the body raise anything."""
+    try:
+        if not path.is_file():  # reading a pipe would wait for ever
+            raise InvalidCheckpoint(f"{path}: missing")
+        if path.stat().st_size > MAX_BYTES.get(path.name, 1 << 62):
+            raise InvalidCheckpoint(f"{path}: refused: it has more than {MAX_BYTES[path.name]:,} bytes")
+        yield
+    except InvalidCheckpoint:
+        raise
+    except Exception as error:  # damaged or forged content
+        raise InvalidCheckpoint(f"{path}: refused: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """One short line. torch's advice to load what was refused by other means is left out."""
+    if "weights_only" in str(error):
+        return "it holds a pickled object that is no tensor, which was not loaded"
+    kind = "" if isinstance(error, pickle.UnpicklingError) else f"{type(error).__name__}: "
+    return kind + " ".join(str(error).split())[:500]
 
 
 # --- folders ---
@@ -99,7 +123,7 @@ def _render(manifest: dict[str, Any]) -> str:
 def write_manifest(folder: Path, step: int, world_size: int, files: dict[str, dict[str, Any]]) -> None:
     """files: name -> `manifest_entry` of every other file of the checkpoint."""
     manifest = {"format": FORMAT, "step": step, "world_size": world_size, "torch": torch.__version__, "files": files}
-    atomic_write(folder / MANIFEST, _render(manifest))
+    atomic_write(folder / MANIFEST, _render(manifest), "checkpoint")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -108,7 +132,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     InvalidCheckpoint: it is missing or was altered.
     """
     path = folder / MANIFEST
-    try:
+    with _refusing(path):
         text = path.read_bytes().decode()
         manifest = json.loads(text)
         # Comparing whole texts, not only checksums, also detects changed white space.
@@ -116,28 +140,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise InvalidCheckpoint(f"{path}: the manifest was altered, it does not match its own checksum")
         if manifest["format"] != FORMAT:
             raise InvalidCheckpoint(f"{path}: format {manifest['format']}, this version reads {FORMAT}")
-        if not isinstance(manifest["step"], int) or not {METADATA, STATE} <= set(manifest["files"]):
+        if type(manifest["step"]) is not int or not {METADATA, STATE} <= set(manifest["files"]):
             raise InvalidCheckpoint(f"{path}: not a manifest of this program")
         for name, entry in manifest["files"].items():
-            if name != Path(name).name or not isinstance(entry["size"], int) or not isinstance(entry["sha256"], str):
-                raise InvalidCheckpoint(f"{path}: bad entry {name!r}")
-    except FileNotFoundError:
-        raise InvalidCheckpoint(f"{path}: missing") from None
-    except InvalidCheckpoint:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InvalidCheckpoint(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
+            if not re.fullmatch(r"[A-Za-z0-9_.]{1,255}", name) or not {"size", "sha256"} <= set(entry):
+                raise InvalidCheckpoint(f"{path}: bad entry {name[:99]!r}")
     return manifest
 
 
 def check_sizes(folder: Path, manifest: dict[str, Any]) -> None:
     """InvalidCheckpoint unless every listed file has its size and every tensor file of the folder is listed."""
     for name, entry in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise InvalidCheckpoint(f"{path}: missing")
-        if path.stat().st_size != entry["size"]:
-            raise InvalidCheckpoint(f"{path}: {path.stat().st_size} bytes, the manifest says {entry['size']}")
+        with _refusing(path := folder / name):
+            if path.stat().st_size != entry["size"]:
+                raise InvalidCheckpoint(f"{path}: {path.stat().st_size} bytes, the manifest says {entry['size']}")
     for path in sorted(folder.glob("*.distcp")):
         if path.name not in manifest["files"]:
             raise InvalidCheckpoint(f"{path}: not in the manifest")
@@ -161,13 +177,22 @@ def verify(folder: Path, rank: int = 0, world: int = 1) -> tuple[int, Metadata]:
     manifest = read_manifest(folder)
     check_sizes(folder, manifest)
     for name in sorted(manifest["files"])[rank::world]:
-        try:
-            found = sha256(folder / name)
-        except OSError as error:
-            raise InvalidCheckpoint(f"{folder / name}: cannot be read ({error})") from error
-        if found != manifest["files"][name]["sha256"]:
-            raise InvalidCheckpoint(f"{folder / name}: its content was altered, its SHA-256 is not the manifest's")
-    return manifest["step"], read_metadata(folder, set(manifest["files"]))
+        with _refusing(path := folder / name):
+            if sha256(path) != manifest["files"][name]["sha256"]:
+                raise InvalidCheckpoint(f"{path}: its content was altered, its SHA-256 is not the manifest's")
+    metadata = read_metadata(folder, set(manifest["files"]))
+    read_counters(folder, manifest["step"])
+    return manifest["step"], metadata
+
+
+def read_counters(folder: Path, step: int) -> dict[str, dict[str, Any]]:
+    """What state.json holds of a run that has done `step` steps: the states by name. InvalidCheckpoint: it does not."""
+    path = folder / STATE
+    with _refusing(path):
+        state = json.loads(path.read_bytes())
+        if state["step"] != step or not all(isinstance(counter, dict) for counter in state["counters"].values()):
+            raise InvalidCheckpoint(f"{path}: not the state of step {step}")
+    return state["counters"]
 
 
 # --- DCP's index ---
@@ -213,27 +238,27 @@ class _MetadataUnpickler(pickle.Unpickler):
 def read_metadata(folder: Path, files: set[str]) -> Metadata:
     """DCP's index of a checkpoint folder, read without executing anything.
 
-    files: names that the manifest lists. InvalidCheckpoint: the index names another file, or a value that is no tensor.
+    files: names that the manifest lists. InvalidCheckpoint: the index names another file, a value that is no tensor, or
+    a part of one.
     """
     path = folder / METADATA
-    try:
+    with _refusing(path):
         with open(path, "rb") as file:
             metadata = _MetadataUnpickler(file).load()
         if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
             raise InvalidCheckpoint(f"{path}: not an index of tensors")
         for name, entry in metadata.state_dict_metadata.items():
-            if not isinstance(entry, TensorStorageMetadata):
+            if not isinstance(entry, TensorStorageMetadata) or not isinstance(entry.properties.dtype, torch.dtype):
                 raise InvalidCheckpoint(f"{path}: entry {name!r} is not a tensor; pickled objects are never loaded")
+            # DCP would leave what no chunk covers as it is.
+            if not name.isprintable() or sum(c.sizes.numel() for c in entry.chunks) != entry.size.numel():
+                raise InvalidCheckpoint(f"{path}: the chunks of {name!r} do not make up a tensor {list(entry.size)}")
         for info in metadata.storage_data.values():
             if info.relative_path not in files or info.transform_descriptors:
                 raise InvalidCheckpoint(
                     f"{path}: refers to {info.relative_path!r}, which the manifest does not list, or to a "
                     f"transformed file"
                 )
-    except InvalidCheckpoint:
-        raise
-    except Exception as error:  # a damaged pickle may raise anything
-        raise InvalidCheckpoint(f"{path}: refused: {error}") from error
     return metadata
 
 
@@ -241,8 +266,18 @@ def read_metadata(folder: Path, files: set[str]) -> Metadata:
 
 
 class TensorWriter(FileSystemWriter):
+    size: int | None = None  # bytes of the checkpoint, for the message of StorageError
+
     def storage_meta(self) -> StorageMeta:
         return StorageMeta()  # DCP would record the temporary path, as a pathlib object
+
+    def write_data(self, *args: Any, **options: Any) -> Any:
+        with writing("checkpoint", self.path, self.size):
+            return super().write_data(*args, **options)
+
+    def finish(self, *args: Any, **options: Any) -> None:
+        with writing("checkpoint", self.path, self.size):
+            super().finish(*args, **options)
 
 
 class TensorSavePlanner(DefaultSavePlanner):
@@ -275,8 +310,10 @@ class TensorLoadPlanner(DefaultLoadPlanner):
 
 
 @contextmanager
-def plain_errors(action: str) -> Iterator[None]:
-    """Turn DCP's CheckpointException (a BaseException with pages of text) into a RuntimeError with one rank's cause."""
+def plain_errors(action: str, kind: type[Exception] | None = None) -> Iterator[None]:
+    """Turn DCP's CheckpointException (a BaseException with pages of text) into one rank's cause: `failure`, or `kind`
+    with its text.
+    """
     try:
         if dist.is_initialized():
             yield
@@ -286,4 +323,13 @@ def plain_errors(action: str) -> Iterator[None]:
                 yield
     except CheckpointException as error:
         rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
-        raise RuntimeError(f"{action} failed on rank {rank}: {type(cause).__name__}: {cause}") from error
+        found = failure(action, rank, cause)
+        raise (kind(str(found)) if kind else found) from error
+
+
+def failure(action: str, rank: int, cause: BaseException) -> StorageError | RuntimeError:
+    """The error, on all ranks, of what failed on one. It can be pickled."""
+    if isinstance(cause, StorageError):
+        return StorageError(f"{cause} (rank {rank})")
+    kind = StorageError if isinstance(cause, OSError) else RuntimeError
+    return kind(f"{action} failed on rank {rank}: {_reason(cause)}")

@@ -38,79 +38,20 @@ from titan_video.checkpoint.files import InvalidCheckpoint
 from titan_video.checkpoint.state import (
     ModelState,
     OptimizerState,
-    Saved,
+    Ranks,
     TensorState,
-    compare,
     read_tensors,
     saved_under,
     to_exact_json,
 )
+from titan_video.checkpoint.triggers import SaveTriggers
 from titan_video.config.job_config import Checkpoint, JobConfig
-from titan_video.distributed.utils import gather_objects, to_local
-from titan_video.tools.files import atomic_write, sync
+from titan_video.distributed.utils import to_local
+from titan_video.tools.files import StorageError, atomic_write, sync, writing
 from titan_video.tools.logging import logger
 
 # Writing and hashing hundreds of gigabytes on a slow file system takes longer than a collective of a training step may.
 _TIMEOUT = datetime.timedelta(hours=1)
-
-
-class _Ranks:
-    """The ranks that save and load together: those of a process group, or this process alone."""
-
-    def __init__(self, group: dist.ProcessGroup | None):
-        self.group = group
-        self.rank = dist.get_rank(group) if dist.is_initialized() else 0
-        self.world = dist.get_world_size(group) if dist.is_initialized() else 1
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value] if self.world == 1 else gather_objects(value, self.group)
-
-    def call(self, action: str, function: Callable[[], Any]) -> list[Any]:
-        """Call `function` on every rank and return all results. If it fails on one, RuntimeError is raised on all, so
-        that no rank waits for another.
-        """
-        value, error = None, None
-        try:
-            value = function()
-        except Exception as caught:
-            error = caught
-        results = self.gather((value, f"{type(error).__name__}: {error}" if error else None))
-        for rank, (_, text) in enumerate(results):
-            if text:
-                raise RuntimeError(f"{action} failed on rank {rank}: {text}") from error
-        return [value for value, _ in results]
-
-    def verify(self, folder: Path) -> tuple[int, Metadata]:
-        """`files.verify`, its hashing shared by the ranks. InvalidCheckpoint is raised on all ranks or on none."""
-        problem = result = None
-        try:
-            result = files.verify(folder, self.rank, self.world)
-        except InvalidCheckpoint as error:
-            problem = str(error)
-        problems = [text for text in self.gather(problem) if text]
-        if problems:
-            raise InvalidCheckpoint(problems[0])
-        assert result is not None
-        return result
-
-    def check_same(self, folder: Path, prefix: str, live: dict[str, Tensor], saved: Saved, same_dtype: bool) -> None:
-        """ValueError, on all ranks, unless the tensors that the ranks hold together are those of the checkpoint. Under
-        pipeline parallel each rank holds a part of them.
-        """
-        # A byte per saved name says whether this rank holds it. Names would make a large message: there are thousands,
-        # from hundreds of ranks.
-        held = bytes(name in live for name in saved)
-        answers = self.gather((compare(live, saved, same_dtype), held))
-        problems = dict.fromkeys(text for texts, _ in answers for text in texts)
-        for name, *flags in zip(saved, *(flags for _, flags in answers), strict=True):
-            if not any(flags):
-                problems[f"the run lacks {name}"] = None
-        if problems:
-            more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-            raise ValueError(
-                f"{folder}: its `{prefix}` tensors are not those of this run: {'; '.join(list(problems)[:3])}{more}. "
-                "Use the configuration that wrote it, or start in another job.dump_folder."
-            )
 
 
 def load_weights(
@@ -130,7 +71,7 @@ def load_weights(
     if not folder.is_dir() or files.list_steps(folder):
         reason = f"it holds {_names(files.list_steps(folder))}" if folder.is_dir() else "there is no such folder"
         raise ValueError(f"{folder}: give a step-N folder of a checkpoint; {reason}")
-    ranks = _Ranks(group)
+    ranks = Ranks(group)
     step, metadata = ranks.verify(folder)
     saved, live = saved_under(metadata, source), ModelState(model, which).state_dict()
     if not saved:
@@ -151,15 +92,17 @@ class CheckpointManager:
     def __init__(self, section: Checkpoint, folder: Path, tensors: dict[str, TensorState], states: dict[str, Stateful]):
         assert not any("." in name for name in tensors)
         self.section, self.folder = section, Path(folder)
+        dump_folder = self.folder.parents[len(Path(section.folder).parts) - 1]
+        self.triggers = SaveTriggers(dump_folder, section.interval_minutes)
         self.tensors, self.states = tensors, states
         group = None
         if dist.is_initialized():
             group = dist.new_group(backend="gloo", timeout=_TIMEOUT, group_desc="checkpoint")
-        self.ranks = _Ranks(group)
+        self.ranks = Ranks(group)
         self.last_step = -1  # step of the checkpoint that was loaded or saved last
         self._staged: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._error: StorageError | RuntimeError | None = None
 
     # --- load ---
 
@@ -185,13 +128,11 @@ class CheckpointManager:
         problems = []
         for step in [wanted] if wanted >= 0 else reversed(steps):
             try:
-                metadata = self._verify(step)
+                self._restore(step, self._verify(step))
+                return step
             except InvalidCheckpoint as error:
                 problems.append(str(error))
                 self._log(f"step-{step} is not valid and is skipped: {error}", logging.WARNING)
-                continue
-            self._restore(step, metadata)
-            return step
         if wanted >= 0:
             valid = [n for n in steps if n != wanted and files.is_valid_fast(files.step_folder(self.folder, n))]
             raise ValueError(
@@ -213,7 +154,7 @@ class CheckpointManager:
 
     def _restore(self, step: int, metadata: Metadata) -> None:
         folder = files.step_folder(self.folder, step)
-        saved_states = json.loads((folder / files.STATE).read_text(encoding="utf-8"))["counters"]
+        saved_states = files.read_counters(folder, step)
         missing = [name for name in self.states if name not in saved_states]
         if missing:
             raise ValueError(f"{folder / files.STATE}: holds no state of `{missing[0]}`, which this run has")
@@ -221,13 +162,18 @@ class CheckpointManager:
             saved = saved_under(metadata, name)
             if isinstance(owner, OptimizerState):
                 owner.allocate(saved)
+                if step and (missing := [n for n, p in owner.params.items() if not owner.optimizer.state.get(p)]):
+                    self._log(f"{folder} has no optimizer state of {len(missing)} tensors, as if new", logging.WARNING)
             self.ranks.check_same(folder, name, owner.state_dict(), saved, same_dtype=True)
         unused = sorted({name.partition(".")[0] for name in metadata.state_dict_metadata} - set(self.tensors))
         if unused:
             self._log(f"{folder} also holds {', '.join(unused)}, which this run does not use", logging.WARNING)
         read_tensors(folder, metadata, self._live_tensors(), self.ranks.group)
         for name, owner in self.states.items():
-            owner.load_state_dict(saved_states[name])
+            try:
+                owner.load_state_dict(saved_states[name])
+            except (TypeError, KeyError, AttributeError, OverflowError) as error:
+                raise InvalidCheckpoint(f"{folder / files.STATE}: the state of `{name}` is none: {error!r}") from error
         self.last_step = step
         self._log(f"loaded {folder}")
 
@@ -236,44 +182,63 @@ class CheckpointManager:
     def save(self, step: int, last: bool = False, force: bool = False) -> bool:
         """Save after `step` steps if the interval, `last` or `force` says so; True if a save was made or started.
 
-        First waits for the previous save, and raises its error. Tensors may be changed as soon as this returns.
+        First waits for the previous save. Its StorageError is raised, or with on_error = "continue" was a warning.
+        Tensors may be changed as soon as this returns.
         """
         due = self.section.enable and (force or last or step % self.section.interval == 0)
         if not due or step == self.last_step:
+            if due:
+                self.triggers.saved()  # by the save of this step
             return False
-        self.wait()
+        try:
+            self.wait()
+        except StorageError:
+            if self.section.on_error == "stop":
+                raise
         start, tensors = time.monotonic(), self._live_tensors()
         states = {name: to_exact_json(name, owner.state_dict()) for name, owner in self.states.items()}
-        if self.section.async_mode == "disabled":
-            self._write(step, tensors, None, states)
-            self.last_step = step
-            self._log(f"saved step-{step} in {time.monotonic() - start:.1f} s")
-            return True
-        self._stage(tensors)
-        blocked = time.monotonic() - start
-
-        def background() -> None:
-            try:
-                self._write(step, tensors, self._staged, states)
-                self._log(f"saved step-{step} in {time.monotonic() - start:.1f} s; training waited {blocked:.1f} s")
-            except BaseException as error:
-                self._error = error
-
         self.last_step = step
+        if self.section.async_mode == "disabled":
+            self._try_write(step, tensors, None, states, start)
+            if self.section.on_error == "stop":
+                self.wait()
+            return self._error is None
+        self._stage(tensors)
         # A daemon thread: a run that crashes must not wait until a collective of its unfinished save times out.
-        self._thread = threading.Thread(target=background, name=f"checkpoint-{step}", daemon=True)
+        arguments = step, tensors, self._staged, states, start
+        self._thread = threading.Thread(target=self._try_write, args=arguments, name=f"checkpoint-{step}", daemon=True)
         self._thread.start()
         return True
 
+    def _try_write(self, step: int, tensors: dict, staged: dict | None, states: dict[str, str], start: float) -> None:
+        waited = "" if staged is None else f"; training waited {time.monotonic() - start:.1f} s"
+        try:
+            self._write(step, tensors, staged, states)
+            self._log(f"saved step-{step} in {time.monotonic() - start:.1f} s{waited}")
+            self.triggers.saved()
+        except Exception as error:
+            kind = StorageError if isinstance(error, StorageError) else RuntimeError
+            self._error = kind(f"the checkpoint of step {step} could not be saved: {error}")
+            self._error.__cause__ = error
+            if self.ranks.rank == 0:  # all ranks have failed together, and none writes there any more
+                shutil.rmtree(self.folder / f"step-{step}.partial", ignore_errors=True)
+            self.triggers.failed()
+            if kind is StorageError and self.section.on_error == "continue":
+                self._log(f"{self._error}; training goes on, and the next save is tried", logging.WARNING)
+
+    def wanted(self) -> bool:
+        """Whether this rank asks all ranks for a save at the end of this step: they pass the answer as `force`."""
+        return self.section.enable and self.ranks.rank == 0 and self.triggers.wanted()
+
     def wait(self) -> None:
-        """Return when the save in the background is committed; raise its error if it failed."""
+        """Return when the save in the background is committed; raise the error of the last save if it failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         error, self._error = self._error, None
         if error is not None:
-            step, self.last_step = self.last_step, -1
-            raise RuntimeError(f"the checkpoint of step {step} could not be saved: {error}") from error
+            self.last_step = -1
+            raise error
 
     def close(self) -> None:
         """Wait for the last save, and free the staging memory."""
@@ -315,10 +280,12 @@ class CheckpointManager:
         # DCP's copy-ahead is for tensors on a device. For staged ones it would only create a CUDA context on device 0
         # in this thread.
         options = {} if staged is None else {"per_thread_copy_ahead": 0}
+        writer = files.TensorWriter(partial, **options)
+        writer.size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         with files.plain_errors(action):
             dcp.save(
                 tensors,
-                storage_writer=files.TensorWriter(partial, **options),
+                storage_writer=writer,
                 planner=files.TensorSavePlanner(staged),
                 process_group=self.ranks.group,
             )
@@ -333,23 +300,25 @@ class CheckpointManager:
         self.ranks.call(action, lambda: self._commit(step, partial, entries, states) if rank == 0 else None)
 
     def _make_partial(self, partial: Path) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for unfinished in files.list_partial(self.folder):
-            shutil.rmtree(unfinished)
-        partial.mkdir()
+        with writing("checkpoint", partial):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for unfinished in files.list_partial(self.folder):
+                shutil.rmtree(unfinished)
+            partial.mkdir()
 
     def _commit(self, step: int, partial: Path, entries: dict[str, dict[str, Any]], states: dict[str, str]) -> None:
         """On rank 0, when all tensor files are on disk: write state and manifest, rename, remove what is too old."""
         state = {"step": step, "counters": {name: json.loads(text) for name, text in states.items()}}
-        atomic_write(partial / files.STATE, json.dumps(state, indent=1, sort_keys=True) + "\n")
+        atomic_write(partial / files.STATE, json.dumps(state, indent=1, sort_keys=True) + "\n", "checkpoint")
         entries = entries | {name: files.manifest_entry(partial / name) for name in (files.METADATA, files.STATE)}
         files.write_manifest(partial, step, self.ranks.world, entries)
         final = files.step_folder(self.folder, step)
-        if final.exists():
-            # It is invalid, or of an abandoned branch (load_step): this run stands on another, older checkpoint.
-            files.remove(final)
-        os.rename(partial, final)
-        sync(self.folder)
+        with writing("checkpoint", final):
+            if final.exists():
+                # It is invalid, or of an abandoned branch (load_step): this run stands on another, older checkpoint.
+                files.remove(final)
+            os.rename(partial, final)
+            sync(self.folder)
         if self.section.keep_latest_k:
             self._remove_old(step)
 

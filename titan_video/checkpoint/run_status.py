@@ -15,7 +15,7 @@ from typing import Any
 from titan_video.checkpoint.files import list_steps
 from titan_video.config.job_config import JobConfig
 from titan_video.tools import heartbeat
-from titan_video.tools.files import atomic_write
+from titan_video.tools.files import atomic_write, optional_write, writing
 from titan_video.tools.logging import logger
 from titan_video.tools.parts import find_module, resolve
 from titan_video.tools.signals import STOPPED, Stopped, uninstall
@@ -68,7 +68,8 @@ class RunStatus:
     def __enter__(self) -> "RunStatus":
         if self.lock:
             try:
-                self.lock.acquire()
+                with writing("lock of the run", self.lock.path):
+                    self.lock.acquire()
             except FOR_USERS as e:
                 sys.exit(f"error: {e}")
         if self.is_first:
@@ -110,7 +111,5 @@ class RunStatus:
             "run_id": run_id(),
             "time": time.strftime("%Y-%m-%d %H:%M:%S%z"),
         }
-        try:
+        with optional_write("status of the run", self.folder / NAME):
             atomic_write(self.folder / NAME, json.dumps(content, indent=1) + "\n")
-        except OSError as e:  # the run's own error is more important
-            logger.warning(f"{self.folder / NAME} could not be written: {e}")

@@ -1,4 +1,6 @@
-"""What a checkpoint holds of a run: named tensors and JSON, the comparison with a run, and the reading of tensors."""
+"""What a checkpoint holds of a run (named tensors and JSON), the comparison with a run, the reading of tensors, and the
+ranks that do this together.
+"""
 
 import json
 from collections.abc import Callable
@@ -12,9 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from titan_video.checkpoint.files import TensorLoadPlanner, TensorReader, plain_errors
-from titan_video.distributed.utils import clean_name, zeros_like_sharded
-from titan_video.optim.optimizer import SLOTS
+from titan_video.checkpoint import files
+from titan_video.checkpoint.files import InvalidCheckpoint, TensorLoadPlanner, TensorReader, plain_errors
+from titan_video.distributed.utils import clean_name, gather_objects
+from titan_video.optim.optimizer import SLOTS, new_slot
 
 Saved = dict[str, TensorStorageMetadata]  # name -> entry of DCP's index: shape, dtype, chunks
 
@@ -58,7 +61,7 @@ class OptimizerState:
 
     def allocate(self, saved: Saved) -> None:
         """Replace the optimizer's state by zeros for the entries of `saved`, to be loaded into: a new optimizer has no
-        state before its first step.
+        state before its first step. Shapes and types are those of this run.
 
         ValueError: another kind of optimizer wrote them.
         """
@@ -67,7 +70,7 @@ class OptimizerState:
             name, _, slot = key.rpartition(".")
             if name not in self.params:
                 continue  # of another pipeline stage, or not of this run: `compare` reports it
-            self.optimizer.state[self.params[name]][slot] = self._empty(self.params[name], slot, entry)
+            self.optimizer.state[self.params[name]][slot] = self._empty(self.params[name], slot, entry.properties.dtype)
         for name, param in self.params.items():
             found = set(self.optimizer.state.get(param, ()))
             expected = SLOTS[self.param_group[param].get("kind", "AdamW")]
@@ -78,13 +81,13 @@ class OptimizerState:
                     f"its weights by checkpoint.initial_load_path"
                 )
 
-    def _empty(self, param: Tensor, slot: str, entry: TensorStorageMetadata) -> Tensor:
-        if slot != "step":
-            return zeros_like_sharded(param, entry.size[-1], entry.properties.dtype)
-        # torch keeps the step count on the weights' device for a fused or capturable step, else on the host.
+    def _empty(self, param: Tensor, slot: str, dtype: torch.dtype) -> Tensor:
         group = self.param_group[param]
+        if slot != "step":
+            return new_slot(param, group.get("kind", "AdamW"), slot)
+        # torch keeps the step count on the weights' device for a fused or capturable step, else on the host.
         device = param.device if group.get("fused") or group.get("capturable") else "cpu"
-        return torch.zeros((), dtype=entry.properties.dtype, device=device)
+        return torch.zeros((), dtype=dtype if dtype == torch.float64 else torch.float32, device=device)
 
 
 def to_exact_json(name: str, state: dict[str, Any]) -> str:
@@ -129,11 +132,72 @@ def compare(live: dict[str, Tensor], saved: Saved, same_dtype: bool) -> list[str
 def read_tensors(
     folder: Path, metadata: Metadata, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None
 ) -> None:
-    """Fill `tensors`, by the names in the checkpoint, from a verified folder. Collective over `group`."""
-    with plain_errors(f"reading {folder}"):
+    """Fill `tensors`, by the names in the checkpoint, from a verified folder. Collective over `group`.
+
+    InvalidCheckpoint, on all ranks: the content of a file is not what the index says; some tensors may be filled.
+    """
+    with plain_errors(f"reading {folder}", InvalidCheckpoint):
         dcp.load(
             tensors,
             storage_reader=TensorReader(folder, metadata),
             planner=TensorLoadPlanner(flatten_state_dict=False),
             process_group=group,
         )
+
+
+class Ranks:
+    """The ranks that save and load together: those of a process group, or this process alone."""
+
+    def __init__(self, group: dist.ProcessGroup | None):
+        self.group = group
+        self.rank = dist.get_rank(group) if dist.is_initialized() else 0
+        self.world = dist.get_world_size(group) if dist.is_initialized() else 1
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value] if self.world == 1 else gather_objects(value, self.group)
+
+    def call(self, action: str, function: Callable[[], Any]) -> list[Any]:
+        """Call `function` on every rank and return all results. If it fails on one, `files.failure` is raised on all,
+        so that no rank waits for another.
+        """
+        value, error = None, None
+        try:
+            value = function()
+        except Exception as caught:
+            error = files.failure(action, self.rank, caught)
+        results = self.gather((value, error))
+        for error in (error for _, error in results if error):
+            raise error
+        return [value for value, _ in results]
+
+    def verify(self, folder: Path) -> tuple[int, Metadata]:
+        """`files.verify`, its hashing shared by the ranks. InvalidCheckpoint is raised on all ranks or on none."""
+        problem = result = None
+        try:
+            result = files.verify(folder, self.rank, self.world)
+        except InvalidCheckpoint as error:
+            problem = str(error)
+        problems = [text for text in self.gather(problem) if text]
+        if problems:
+            raise InvalidCheckpoint(problems[0])
+        assert result is not None
+        return result
+
+    def check_same(self, folder: Path, prefix: str, live: dict[str, Tensor], saved: Saved, same_dtype: bool) -> None:
+        """ValueError, on all ranks, unless the tensors that the ranks hold together are those of the checkpoint. Under
+        pipeline parallel each rank holds a part of them.
+        """
+        # A byte per saved name says whether this rank holds it. Names would make a large message: there are thousands,
+        # from hundreds of ranks.
+        held = bytes(name in live for name in saved)
+        answers = self.gather((compare(live, saved, same_dtype), held))
+        problems = dict.fromkeys(text for texts, _ in answers for text in texts)
+        for name, *flags in zip(saved, *(flags for _, flags in answers), strict=True):
+            if not any(flags):
+                problems[f"the run lacks {name}"] = None
+        if problems:
+            more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise ValueError(
+                f"{folder}: its `{prefix}` tensors are not those of this run: {'; '.join(list(problems)[:3])}{more}. "
+                "Use the configuration that wrote it, or start in another job.dump_folder."
+            )

@@ -46,11 +46,13 @@ class ConfigError(ValueError):
 
 @contextmanager
 def main_guard() -> Iterator[None]:
-    """Ends the program with the message, and no traceback, when its body raises `ConfigError`."""
+    """Ends the program with the message, and no traceback, when its body raises what a user can mend."""
     try:
         yield
     except ConfigError as e:
         sys.exit(f"config error: {e}")
+    except (OSError, ValueError) as e:
+        sys.exit(f"error: {e}")
 
 
 def _read(

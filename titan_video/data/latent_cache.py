@@ -145,8 +145,8 @@ class LatentCache:
             return
         path = self.folder / "shards" / f"{content_hash(list(fresh))[:32]}.safetensors"
         header = {name: json.dumps(made, ensure_ascii=False, sort_keys=True) for name, (_, made) in fresh.items()}
-        with atomic_path(path) as temporary:
-            tensors = {name: tensor for name, (tensor, _) in fresh.items()}
+        tensors = {name: tensor for name, (tensor, _) in fresh.items()}
+        with atomic_path(path, "latent cache shard", sum(t.nbytes for t in tensors.values())) as temporary:
             save_file(tensors, temporary, metadata={"format": FORMAT, **header})
         self.shards[path.name] = path.stat().st_size
         self.where.update(dict.fromkeys(fresh, path.name))

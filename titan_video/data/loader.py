@@ -89,6 +89,13 @@ class EntryReader:
             "cond": cond,
         }
 
+    def read(self, spec: MicroBatchSpec) -> dict[str, Any] | ValueError:
+        """`self[spec]` in a thread, whose error torchdata would turn into the text of its traceback: it is returned."""
+        try:
+            return self[spec]
+        except ValueError as error:
+            return error
+
     def text(self, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Embeddings [B, max_text_length, text_dim], zero beyond each text's length, and the mask [B, max_text_length]
         of its own tokens.
@@ -296,6 +303,8 @@ class LatentLoader:
             while (step := next(pipeline[0], None)) is not None:
                 # Every thread of ParallelMapper sets torch's number of threads to 1 for all threads that start later.
                 torch.set_num_threads(num_threads)
+                for error in (fields for fields in step if isinstance(fields, ValueError)):
+                    raise error
                 yield sampler_state(pipeline[0]), [Batch(**fields) for fields in step]
         finally:
             atexit.unregister(pipeline.clear)
@@ -305,7 +314,7 @@ class LatentLoader:
         specs = RankMicroBatches(self.draw_plan, self.dp_rank, self.dp_size, num_steps, self._state)
         node: BaseNode = ParallelMapper(
             specs,
-            self.reader.__getitem__,
+            self.reader.read,
             num_workers=self.num_workers,
             method="thread",
             # Micro-batches in flight; None is two for each thread, which the class allows only as the default.

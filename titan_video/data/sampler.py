@@ -82,13 +82,15 @@ class GlobalSampler(BaseNode[list[MicroBatch]]):
         ValueError: the clips are not those of the checkpoint, so a position in their list means nothing.
         """
         super().reset(initial_state)
-        draws = [0] * len(self.sizes) if initial_state is None else [int(n) for n in initial_state["draws"]]
+        draws = [0] * len(self.sizes) if initial_state is None else list(initial_state["draws"])
         if initial_state and (initial_state["fingerprint"] != self.fingerprint or len(draws) != len(self.sizes)):
             raise ValueError(
                 "the training clips (files, captions, [data], validation.holdout, encoders) are not those of the "
                 "checkpoint, so its position among them is lost; restore them, or start a new run from its weights: "
                 "another job.dump_folder and checkpoint.initial_load_path = its step-N folder"
             )
+        if not all(type(n) is int and 0 <= n < 1 << 62 for n in draws):
+            raise ValueError(f"the position in the data is none: {draws} clips drawn; load an older checkpoint")
         self.draws = draws
         self._epochs: dict[int, tuple[int, np.ndarray]] = {}  # bucket -> its last epoch, and the order of that
 

@@ -29,6 +29,7 @@ from titan_video.ingest.report import decode_all, export, report
 from titan_video.models import get_args, get_spec
 from titan_video.models.layers import token_shape
 from titan_video.tools.device import get_device
+from titan_video.tools.files import writing
 from titan_video.tools.parts import resolve
 
 USAGE = """usage: python -m titan_video.data plan CONFIG.toml [--export N] [--ranks N] [--decode]
@@ -112,10 +113,8 @@ def import_toml(file: str, out: str = "") -> None:
     if not out:
         print(text, end="")
         return
-    try:
+    with writing("configuration", out, len(text.encode())):
         Path(out).write_text(text, encoding="utf-8")
-    except OSError as e:
-        raise ValueError(f"{out}: cannot be written ({e.strerror})") from e
 
 
 def plan_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -133,23 +132,17 @@ def main(argv: list[str]) -> None:
     if argv[0] == "import":
         if len(argv) > 3:
             sys.exit(f"error: {' '.join(argv[3:])}: import takes one file, and the name of one to write\n{USAGE}")
-        try:
+        with main_guard():
             return import_toml(*argv[1:])
-        except ValueError as e:
-            sys.exit(f"error: {e}")
     who = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
     logging.basicConfig(level=logging.INFO, format=f"{who}%(message)s")
     options, overrides = plan_options(argv[2:]) if argv[0] == "plan" else (None, argv[2:])
     with main_guard():
-        config = parse_args(["--job.config_file", argv[1], *overrides])
-    try:
-        command = DataCommand(config)
+        command = DataCommand(parse_args(["--job.config_file", argv[1], *overrides]))
         if options:
             command.show(options.ranks, options.export, options.decode)
         else:
             command.encode()
-    except ValueError as e:
-        sys.exit(f"error: {e}")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def write_manifest(cache: LatentCache) -> Counter[str]:
         {"shard": shard, "bytes": cache.shards[shard], "entries": sorted(names[shard])}
         for shard in sorted(cache.shards)
     ]
-    atomic_write(cache.folder / MANIFEST, "".join(json.dumps(row) + "\n" for row in rows))
+    atomic_write(cache.folder / MANIFEST, "".join(json.dumps(row) + "\n" for row in rows), "latent cache manifest")
     return Counter(name.partition("/")[0] for name in cache.where)
 
 

@@ -24,7 +24,7 @@ from titan_video.ingest.sources import ClipRecord, scan
 from titan_video.ingest.video import DecoderName, Probe, decode, frame_indices, probe, require
 from titan_video.ingest.worker import map_in_workers
 from titan_video.tools import heartbeat
-from titan_video.tools.files import atomic_path, atomic_write
+from titan_video.tools.files import atomic_path, atomic_write, optional_write
 from titan_video.tools.signals import Stopped, stop_requested
 
 NAMES_SHOWN = 20
@@ -153,7 +153,7 @@ class Plan:
 
     def write_jsonl(self, path: str | os.PathLike) -> None:
         """One line per clip, with everything that was decided, written atomically."""
-        with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
+        with atomic_path(path, "plan") as temporary, open(temporary, "w", encoding="utf-8") as f:
             for entry in self.entries:
                 row = {"kept": entry.kept, "status": entry.status, **asdict(entry), **self._geometry(entry)}
                 f.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -385,5 +385,6 @@ class _Probes:
         except OSError as e:
             return Probe(reason=f"unreadable: {e.strerror or e}")
         found = probe(path)
-        atomic_write(self._file(path), json.dumps({"of": identity, "found": asdict(found)}))
+        with optional_write("probes", self.folder):  # without them the next start probes again
+            atomic_write(self._file(path), json.dumps({"of": identity, "found": asdict(found)}))
         return found

@@ -150,7 +150,6 @@ def export(plan: Plan, count: int, folder: Path) -> list[Path]:
     for e in plan.kept:
         by_bucket.setdefault(e.bucket, []).append(e)
     turns = [e for i in range(count) for b in sorted(by_bucket) for e in by_bucket[b][i : i + 1]][:count]
-    folder.mkdir(parents=True, exist_ok=True)
     written = []
     for number, e in enumerate(turns):
         name = re.sub(r"[^A-Za-z0-9]+", "_", Path(e.path.partition("@")[0]).stem).strip("_")[-40:]

@@ -84,17 +84,16 @@ def generate(folder: Path, count: int, seed: int = 0) -> None:
         raise ValueError(
             f"{folder}: holds files that are not the generated shapes; delete it or choose another data.cache_folder"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(marker, json.dumps({**identity, "complete": False}))
+    atomic_write(marker, json.dumps({**identity, "complete": False}), "generated clips")
     for partial in folder.glob(".*.tmp"):
         partial.unlink()
     for index in range(count):
         clip = folder / f"{index:05d}.mp4"
         text = clip.with_suffix(".txt")
         if not (clip.is_file() and text.is_file()):
-            write_mp4(clip, render(index, seed), FPS)
-            atomic_write(text, caption(index) + "\n")
-    atomic_write(marker, json.dumps({**identity, "complete": True}))
+            write_mp4(clip, render(index, seed), FPS, "generated clip")
+            atomic_write(text, caption(index) + "\n", "caption")
+    atomic_write(marker, json.dumps({**identity, "complete": True}), "generated clips")
 
 
 def resolve_path(path: str, cache_folder: Path) -> Path:

@@ -192,7 +192,7 @@ def _to_public(
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    with atomic_path(path) as temporary:
+    with atomic_path(path, "exported adapters", sum(t.nbytes for t in tensors.values())) as temporary:
         file = SafetensorsFile(temporary, {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()})
         for name in file.entries:
             file.write(tensors[name])

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from titan_video.distributed.utils import derive_seed, to_local, zeros_like_sharded
+from titan_video.distributed.utils import derive_seed, to_local
 from titan_video.kernels import upcast
 from titan_video.optim.low_bit import BLOCK, dequantize, quantize, stochastic_round
-from titan_video.optim.optimizer import SLOTS
+from titan_video.optim.optimizer import SLOTS, new_slot
 from titan_video.tools.parts import resolve
 
 CHUNK_ELEMENTS = 1 << 24  # elements that are updated at a time, which bounds temporary memory
@@ -68,15 +68,7 @@ class MixedOptimizer(torch.optim.Optimizer):
                     self._adamw(p, group)
 
     def _new_state(self, p: Tensor, kind: str) -> dict[str, Tensor]:
-        opmath = torch.promote_types(p.dtype, torch.float32)
-        dtype = torch.uint8 if kind == "AdamW8bit" else opmath
-        state = {"step": torch.zeros(())}
-        for slot in SLOTS[kind][1:]:
-            if slot.endswith("_scale"):
-                state[slot] = zeros_like_sharded(p, -(-p.shape[-1] // BLOCK), torch.float32)
-            else:
-                state[slot] = zeros_like_sharded(p, p.shape[-1], dtype)
-        return state
+        return {"step": torch.zeros(()), **{slot: new_slot(p, kind, slot) for slot in SLOTS[kind][1:]}}
 
     def _adamw(self, p: Tensor, group: dict) -> None:
         beta1, beta2 = group["betas"]

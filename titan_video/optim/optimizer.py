@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from titan_video.config.job_config import JobConfig, Optimizer
-from titan_video.distributed.utils import clean_name, get_mesh
+from titan_video.distributed.utils import clean_name, get_mesh, zeros_like_sharded
 from titan_video.tools.parts import resolve
 
 # Names of a parameter's state tensors, by the kind of its group; checkpoints use these names.
@@ -35,6 +35,14 @@ OPTIONAL = {
     "bfloat16": "titan_video.optim.mixed:MixedOptimizer",
     "in_backward": "titan_video.optim.in_backward:InBackward",
 }
+
+
+def new_slot(p: Tensor, kind: str, slot: str) -> Tensor:
+    """Zeros for a state tensor (not "step") of a parameter that an optimizer of `kind` updates."""
+    if slot.endswith("_scale"):
+        return zeros_like_sharded(p, -(-p.shape[-1] // BLOCK), torch.float32)
+    dtype = torch.uint8 if kind == "AdamW8bit" else torch.promote_types(p.dtype, torch.float32)
+    return zeros_like_sharded(p, p.shape[-1], dtype)
 
 
 def updated_by(parameter: str, ndim: int, name: str, blocks: tuple[str, ...]) -> str:

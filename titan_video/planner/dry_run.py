@@ -48,6 +48,7 @@ from titan_video.planner.describe import OFFLOADED, STATE, Report, describe
 from titan_video.planner.memory import state_bytes
 from titan_video.planner.step_tracker import StepTracker
 from titan_video.tasks.denoising import Denoising, DenoisingInputs
+from titan_video.tools.files import writing
 from titan_video.training.parts import load_pipeline
 from titan_video.weights.trained import WeightsSettings, build_weights
 
@@ -295,13 +296,11 @@ def main(argv: list[str]) -> None:
         if options.world_size < 1:
             raise ConfigError(f"--world-size: given {options.world_size}; legal: at least 1")
         config = parse_args(["--job.config_file", str(options.config), *rest])
-    try:
         report = dry_run(config, options.world_size, options.rank)
-    except ValueError as e:
-        sys.exit(f"error: {e}")
-    print(describe(report, config.training.enable_cpu_offload))
-    if options.json:
-        options.json.write_text(json.dumps(asdict(report), indent=2) + "\n")
+        print(describe(report, config.training.enable_cpu_offload))
+        if options.json:
+            with writing("report", options.json):
+                options.json.write_text(json.dumps(asdict(report), indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from titan_video.flow.noise import draw_noise
 from titan_video.tasks.denoising import Denoising
 from titan_video.tasks.sampling import Prompt, SamplerSettings, sample_latents
 from titan_video.tasks.task import Evaluation
+from titan_video.tools.files import optional_write
 from titan_video.tools.video import write_mp4
 
 
@@ -174,11 +175,14 @@ class ClipWriter:
         return self.folder / f"step-{step}"
 
     def write(self, step: int, index: int, prompt: str, latents_BCFHW: Tensor) -> Tensor:
-        """Write `step-N/K_prompt.mp4` of a batch of one; return its frames, uint8 [F, H, W, 3], on the host."""
-        folder = self.step_folder(step)
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write `step-N/K_prompt.mp4` of a batch of one; return its frames, uint8 [F, H, W, 3], on the host.
+
+        A file that cannot be written is a warning.
+        """
         frames = self.decode(latents_BCFHW)[0].permute(1, 2, 3, 0).cpu()
-        write_mp4(folder / f"{index}_{file_name(prompt)}.mp4", frames.numpy(), self.fps)
+        path = self.step_folder(step) / f"{index}_{file_name(prompt)}.mp4"
+        with optional_write("sampled clips", path):
+            write_mp4(path, frames.numpy(), self.fps, "sampled clip")
         return frames
 
 

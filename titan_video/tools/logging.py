@@ -24,6 +24,8 @@ class _Handler(logging.Handler):
             # Removes the bar from the terminal, writes, and draws it again; without a bar it only writes.
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
+        except OSError:  # the log's own disk is full: the run does not depend on it
+            pass
         except Exception:
             self.handleError(record)
 

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from titan_video.tools.files import atomic_path
+from titan_video.tools.files import atomic_write
 
 MP4_QUALITY = "12"  # x264's constant rate factor; visually lossless
 
 
-def write_mp4(path: str | os.PathLike, frames_FHWC: np.ndarray, fps: float) -> None:
+def write_mp4(path: str | os.PathLike, frames_FHWC: np.ndarray, fps: float, what: str = "clip") -> None:
     """Write uint8 RGB frames [F, H, W, 3] as H.264 (yuv420p, which all players support), atomically.
 
     ValueError: another type or shape, an odd height or width, or a rate that is not positive.
+    StorageError, what: see tools.files.writing.
     """
     import av
 
@@ -24,7 +25,8 @@ def write_mp4(path: str | os.PathLike, frames_FHWC: np.ndarray, fps: float) -> N
     _, height, width, _ = frames_FHWC.shape
     if height % 2 or width % 2:
         raise ValueError(f"{path}: H.264 needs an even height and width, got {height} x {width}")
-    with atomic_path(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+    file = io.BytesIO()  # not on disk, where the library would take a full one for a fault of its own
+    with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width = width
         stream.height = height
@@ -36,6 +38,7 @@ def write_mp4(path: str | os.PathLike, frames_FHWC: np.ndarray, fps: float) -> N
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+    atomic_write(path, file.getvalue(), what)
 
 
 def write_gif_bytes(frames_FHWC: np.ndarray, fps: float) -> bytes:

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 from titan_video.config.job_config import Comm
+from titan_video.tools.files import writing
 from titan_video.tools.logging import logger
 
 # Variables that torch's ProcessGroupNCCL and FlightRecorder read. A name of torch before 2.8 is still read, with less
@@ -31,7 +32,8 @@ def start(section: Comm, dump_folder: str | Path) -> None:
     _set_default(DUMP_ON_TIMEOUT, "1")
     folder = (Path(dump_folder) / section.save_traces_folder).absolute()
     prefix = _set_default(FILE_PREFIX, f"{folder}/rank_")
-    Path(prefix).parent.mkdir(parents=True, exist_ok=True)  # torch does not make it
+    with writing("traces of collectives", prefix):
+        Path(prefix).parent.mkdir(parents=True, exist_ok=True)  # torch does not make it
     logger.info(f"at a timeout each rank writes its last {size:,} collectives to {prefix}RANK")
 
 

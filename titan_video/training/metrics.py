@@ -1,8 +1,11 @@
 """What a run reports: each step in metrics.jsonl; every log_freq steps a log line and TensorBoard points."""
 
 import datetime
+import errno
 import json
 import math
+import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +20,7 @@ from titan_video.config.job_config import ActivationCheckpoint, Metrics
 from titan_video.distributed.activation_checkpoint import recomputed_flops
 from titan_video.tasks.task import BatchInfo, Evaluation
 from titan_video.tools.device import DeviceMemory, peak_flops, resident_memory
-from titan_video.tools.files import atomic_write
+from titan_video.tools.files import atomic_write, optional_write, writing
 from titan_video.tools.logging import Progress, logger, paint
 from titan_video.tools.parts import resolve
 from titan_video.tools.video import write_gif_bytes
@@ -43,7 +46,7 @@ def truncate_records(path: Path, last_step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, TypeError, KeyError):
             continue
-    atomic_write(path, "".join(kept))
+    atomic_write(path, "".join(kept), "metrics")
 
 
 @dataclass(frozen=True)
@@ -160,15 +163,18 @@ class MetricsLogger:
         last_step = resume_step if resume_step else -1
         if path.exists():
             truncate_records(path, last_step)
-        self.file = path.open("a", encoding="utf-8")
-        self.tensorboard = None
+        with writing("metrics", path):
+            self.path, self.file = path, path.open("ab", buffering=0)
+        self.unwritten = b""  # whole records, while a full disk takes none
+        self.tensorboard, self.tb_folder = None, folder / section.save_tb_folder
         if section.enable_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
+            # Its thread prints what the next `add_scalar` raises, where it is a warning.
+            threading.excepthook = lambda a: isinstance(a.exc_value, OSError) or threading.__excepthook__(a)
             # purge_step hides the points of an earlier run from there on.
-            self.tensorboard = SummaryWriter(
-                str(folder / section.save_tb_folder), purge_step=last_step + 1, flush_secs=10
-            )
+            with writing("TensorBoard events", self.tb_folder):
+                self.tensorboard = SummaryWriter(str(self.tb_folder), purge_step=last_step + 1, flush_secs=10)
         self.sinks = [self.tensorboard] if self.tensorboard else []
         if section.enable_wandb:
             sink = resolve("titan_video.training.wandb_sink:WandbSink", asked_by="metrics.enable_wandb = true")
@@ -252,8 +258,9 @@ class MetricsLogger:
         image = Summary.Image(
             height=height, width=width, colorspace=3, encoded_image_string=write_gif_bytes(frames_FHWC, fps)
         )
-        self.tensorboard._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
-        self.tensorboard.flush()
+        with optional_write("TensorBoard events", self.tb_folder):
+            self.tensorboard._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+            self.tensorboard.flush()
 
     def log_evaluation(self, step: int, found: Evaluation, fps: float, seconds: float) -> None:
         """Numbers and sampled clips of a validation that took `seconds`."""
@@ -274,16 +281,26 @@ class MetricsLogger:
         self.progress.close()
         self.file.close()
         for sink in self.sinks:
-            sink.close()
+            with optional_write("TensorBoard events", self.tb_folder):
+                sink.close()
 
     def _record(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
-        self.file.flush()
+        self.unwritten += json.dumps(_plain(record), allow_nan=False).encode() + b"\n"
+        size, end = len(self.unwritten), self.file.seek(0, os.SEEK_END)
+        with optional_write("metrics", self.path, size):
+            try:
+                if self.file.write(self.unwritten) < size:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self.unwritten = b""
+            except OSError:
+                self.file.truncate(end)
+                raise
 
     def _scalars(self, step: int, scalars: dict[str, float]) -> None:
         for sink in self.sinks:
-            for name, value in scalars.items():
-                sink.add_scalar(name, value, step)
+            with optional_write("TensorBoard events", self.tb_folder):
+                for name, value in scalars.items():
+                    sink.add_scalar(name, value, step)
 
 
 _MEMORY_TAGS = (  # in the order of the fields of MemoryStats

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from titan_video.config.job_config import JobConfig, Profiling
-from titan_video.tools.files import atomic_write
+from titan_video.tools.files import atomic_write, optional_write
 from titan_video.tools.logging import logger
 
 MAX_ENTRIES = 100_000  # allocations in a memory snapshot
@@ -70,16 +70,18 @@ class Profiler(AbstractContextManager):
     def _write_trace(self, profiler: torch.profiler.profile) -> None:
         start = time.perf_counter()
         folder = self.traces / f"step-{self.step_number}"
-        folder.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(folder / f"rank{self.rank}_trace.json"))
-        logger.info(f"trace of step {self.step_number} in {folder} ({time.perf_counter() - start:.1f} s)")
+        with optional_write("traces", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(folder / f"rank{self.rank}_trace.json"))
+            logger.info(f"trace of step {self.step_number} in {folder} ({time.perf_counter() - start:.1f} s)")
 
     def _write_snapshot(self, name: str) -> None:
         if not self.section.enable_memory_snapshot:
             return
         path = self.snapshots / name / f"rank{self.rank}_memory_snapshot.pickle"
-        atomic_write(path, pickle.dumps(torch.cuda.memory._snapshot()))
-        logger.info(f"memory snapshot in {path}")
+        with optional_write("memory snapshots", path):
+            atomic_write(path, pickle.dumps(torch.cuda.memory._snapshot()), "memory snapshot")
+            logger.info(f"memory snapshot in {path}")
 
 
 def rules(config: JobConfig, world_size: int) -> Iterator[str]:

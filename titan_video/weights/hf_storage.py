@@ -13,7 +13,7 @@ holds some of the parameters; the shapes of the others follow from the architect
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from titan_video.distributed.fsdp import reshard
 from titan_video.distributed.utils import clean_name, gather_objects, to_local
 from titan_video.models.layers import is_adapter
 from titan_video.models.spec import ModelSpec
-from titan_video.tools.files import atomic_write, sync
+from titan_video.tools.files import StorageError, atomic_write, sync, writing
 from titan_video.weights.formats import (
     CONFIG,
     INDEX,
@@ -84,7 +84,7 @@ def save_hf(
 
     Collective: all ranks call it, each with the parameters that it has.
     A complete earlier export is replaced only after the new one is written and verified. When this returns, on any
-    rank, the export is on disk. RuntimeError, on all ranks: rank 0 could not write it.
+    rank, the export is on disk. StorageError or RuntimeError, on all ranks: rank 0 could not write it.
     """
     if dtype not in DTYPE_NAMES:
         raise ValueError(f"weights cannot be exported as {dtype}; use one of {', '.join(str(d) for d in DTYPE_NAMES)}")
@@ -182,14 +182,17 @@ class Writer:
 
     def __init__(self, plan: WritePlan):
         self.plan = plan
-        self.error: str | None = None
+        self.error: StorageError | RuntimeError | None = None
         self.steps = self._steps()
         with self._store_error():
             plan.folder.mkdir(parents=True, exist_ok=True)
-            unfinished = plan.files if plan.one_file else [f"{STEM}*", f".{STEM}*", f".{CONFIG}*"]
-            for name in unfinished:
-                for path in plan.folder.glob(f"{name}.tmp"):
-                    path.unlink()
+            self._remove_unfinished()
+
+    def _remove_unfinished(self) -> None:
+        unfinished = self.plan.files if self.plan.one_file else [f"{STEM}*", f".{STEM}*", f".{CONFIG}*"]
+        for name in unfinished:
+            for path in self.plan.folder.glob(f"{name}.tmp"):
+                path.unlink()
 
     def _steps(self) -> Iterator[tuple[SafetensorsFile, torch.dtype, bool]]:
         """For each slice: its file, the type in the file, and whether it is the last of the file."""
@@ -213,9 +216,12 @@ class Writer:
     @contextmanager
     def _store_error(self) -> Iterator[None]:
         try:
-            yield
+            with writing("export", self.plan.folder, self.plan.total_size):
+                yield
         except Exception as e:  # of any kind: the other ranks must learn of it
-            self.error = f"{type(e).__name__}: {e}"
+            self.error = e if isinstance(e, StorageError) else RuntimeError(f"{type(e).__name__}: {e}")
+            with suppress(OSError):
+                self._remove_unfinished()
 
     def commit(self) -> None:
         """Rename the written files. A folder without config.json or index is no export, so the old ones are removed
@@ -290,12 +296,12 @@ def send_to_rank0(full: Tensor | None, owner: int, shape: torch.Size, dtype: tor
 
 
 def _raise_on_all(writer: Writer | None, folder: Path | str) -> None:
-    """RuntimeError on every rank if rank 0's writer has failed."""
+    """The error of rank 0's writer, on every rank."""
     outcome = [writer.error if writer is not None else None]
     if dist.is_available() and dist.is_initialized():
         dist.broadcast_object_list(outcome, src=0)
     if outcome[0] is not None:
-        raise RuntimeError(f"the weights could not be exported to {folder}: {outcome[0]}")
+        raise type(outcome[0])(f"the weights could not be exported to {folder}: {outcome[0]}")
 
 
 def _fill(param: Tensor, file: Any, location: TensorLocation, args: Any) -> None:

@@ -117,7 +117,9 @@ class PickledFile:
             content = content.get("module", content)
             self.tensors = {name: t for name, t in content.items() if isinstance(t, Tensor)}
         except (OSError, RuntimeError, ValueError, AttributeError, EOFError, pickle.UnpicklingError) as e:
-            raise ValueError(f"{path} is missing, damaged, or no state dict of tensors: {e}") from e
+            # Without torch's advice to load what was refused by other means.
+            reason = "it holds other objects, which were not loaded" if "weights_only" in str(e) else e
+            raise ValueError(f"{path} is missing, damaged, or no state dict of tensors: {reason}") from e
 
     def keys(self) -> list[str]:
         return list(self.tensors)

@@ -62,7 +62,7 @@ def complete_pipeline(source: Path, target: Path, subfolder: str) -> None:
         if name != subfolder:
             for file in sorted(path for path in (source / name).rglob("*") if path.is_file()):
                 _link(file.resolve(), target / file.relative_to(source))
-    atomic_write(target / PIPELINE, index.read_text())
+    atomic_write(target / PIPELINE, index.read_text(), "exported pipeline")
 
 
 def _link(file: Path, target: Path) -> None:
@@ -74,7 +74,7 @@ def _link(file: Path, target: Path) -> None:
     try:
         os.link(file, target)
     except OSError:
-        with atomic_path(target) as temporary:
+        with atomic_path(target, "exported pipeline", file.stat().st_size) as temporary:
             shutil.copyfile(file, temporary)
             if sha256(temporary) != sha256(file):
                 raise RuntimeError(f"{target} does not hold what was copied from {file}") from None
