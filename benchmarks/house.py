@@ -45,6 +45,8 @@ OPTIONAL_PARTS = (  # each can be deleted alone; modules and packages, without `
     "training.flight_recorder",
     "training.wandb_sink",
     "training.out_of_memory",
+    "training.faults",
+    "training.gradient_check",
     "optim.low_bit",
     "optim.muon",
     "optim.mixed",
@@ -56,6 +58,7 @@ OPTIONAL_PARTS = (  # each can be deleted alone; modules and packages, without `
     "planner",
     "convert",
     "sample",
+    "replay",
 )
 MAX_COLUMNS, MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 120, 400, 60, 8
 

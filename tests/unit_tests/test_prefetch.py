@@ -122,7 +122,7 @@ def test_an_update_that_is_not_finite_leaves_no_trace(implementation):
         optimizer = torch.optim.AdamW([p], lr=0.1, **flags)
         for i, (loss, norm) in enumerate(numbers):
             p.grad = torch.full((5,), 1.0 + i) if norm == norm else torch.full((5,), norm)
-            NonFiniteGuard.update(optimizer, torch.tensor([loss, norm]))
+            NonFiniteGuard().update(optimizer, torch.tensor([loss, 1.0, norm]))
             assert not hasattr(optimizer, "found_inf")
         return p.detach(), optimizer.state[p]["step"].item(), optimizer.state[p]["exp_avg"]
 

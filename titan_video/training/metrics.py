@@ -81,13 +81,14 @@ class StepCost:
     checkpointing: ActivationCheckpoint
     ranks_per_sample: int
 
-    def flops(self, infos: Sequence[BatchInfo]) -> tuple[float, float]:
-        """(without, with recomputation) for this rank's micro-batches. Backward takes twice the forward's."""
+    def flops(self, infos: Sequence[BatchInfo]) -> dict[str, float]:
+        """Without and with recomputation, for this rank's micro-batches. Backward takes twice the forward's."""
         model = 3 * sum(info.flops for info in infos)
         recomputed = sum(
             recomputed_flops(self.checkpointing, self.args, info.num_tokens, info.num_clips) for info in infos
         )
-        return model / self.ranks_per_sample, (model + recomputed) / self.ranks_per_sample
+        hardware = model + recomputed
+        return {"model_flops": model / self.ranks_per_sample, "hardware_flops": hardware / self.ranks_per_sample}
 
 
 # Fields of StepMetrics in metrics.jsonl.
@@ -155,12 +156,12 @@ class MetricsLogger:
         self.progress = Progress(num_steps, resume_step)
         folder = Path(dump_folder)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
+        self.path = folder / "metrics.jsonl"
         # For a new run, the validation before the first step (a record of step 0) is removed too.
         last_step = resume_step if resume_step else -1
-        if path.exists():
-            truncate_records(path, last_step)
-        self.file = path.open("a", encoding="utf-8")
+        if self.path.exists():
+            truncate_records(self.path, last_step)
+        self.file = self.path.open("a", encoding="utf-8")
         self.tensorboard = None
         if section.enable_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -238,6 +239,18 @@ class MetricsLogger:
         if self.enabled:
             self._record({"step": step, "time": time.time(), name: scalars})
             self._scalars(step, {f"{name}/{key}": value for key, value in scalars.items()})
+
+    def log_event(self, step: int, name: str, event: dict[str, Any]) -> None:
+        """What happened beside the numbers: one record {"step", "time", name: event}."""
+        if self.enabled:
+            self._record({"step": step, "time": time.time(), name: event})
+
+    def rewind(self, step: int) -> None:
+        """Remove the records after `step`, from which the run goes on. TensorBoard keeps its points."""
+        if self.enabled:
+            self.file.close()
+            truncate_records(self.path, step)
+            self.file = self.path.open("a", encoding="utf-8")
 
     def log_video(self, tag: str, frames_FHWC: np.ndarray, fps: float, step: int) -> None:
         """A clip, uint8 RGB, as an animated image in TensorBoard.
