@@ -71,12 +71,12 @@ def injected(faults, go_on=False, kill_at=0):
 
     run_step, run_backward = train.Trainer.train_step, train.Trainer.forward_backward
 
-    def forward_backward(self, *args):
+    def forward_backward(self, *args, **kwargs):
         rank, kind, factor = faults.get(data_step(self), (-1, "", 1.0))
         if rank == self.rank and kind == "loss":
             with changed_loss(self, factor):
-                return run_backward(self, *args)
-        total = run_backward(self, *args)
+                return run_backward(self, *args, **kwargs)
+        total = run_backward(self, *args, **kwargs)
         if rank == self.rank and kind == "gradient":
             change_gradient(self, factor)
         return total
@@ -146,18 +146,18 @@ def flipped_bits(flips, seed=0):
 
         return hook
 
-    def forward_backward(self, *args):
+    def forward_backward(self, *args, **kwargs):
         now = data_step(self)
         state["runs"] = state["runs"] + 1 if state["step"] == now else 1
         state["step"] = now
         parameters = own_parameters(self.model)
         if flips.get(now) != self.rank or not parameters or state["runs"] != 1 + now % 2:
-            return run_backward(self, *args)
+            return run_backward(self, *args, **kwargs)
         rng = random.Random(f"{seed} {now}")
         name = rng.choice(sorted(parameters))
         handle = parameters[name].register_hook(flip(rng))
         try:
-            return run_backward(self, *args)
+            return run_backward(self, *args, **kwargs)
         finally:
             handle.remove()
             with open(self.folder / "flipped.jsonl", "a") as f:

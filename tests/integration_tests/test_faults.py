@@ -236,6 +236,89 @@ def test_a_difference_ends_the_run(front):
     assert len(run.records) == 3
 
 
+# ---- replay ----
+
+
+def poisoned(step):
+    """A hook: the latents of rank 1's second clip of a step are not numbers."""
+    from titan_video.data.prefetch import Prefetch
+
+    fetch = Prefetch._fetch
+
+    def _fetch(self):
+        fetched = fetch(self)
+        if fetched and sum(fetched[0]["draws"]) == 4 * step and self.loader.dp_rank == 1:
+            fetched[1][0].streams["video"][1] = NAN
+        return fetched
+
+    Prefetch._fetch = _fetch
+
+
+def replay(folder, capsys):
+    """The lines of the program."""
+    import torch.distributed as dist
+
+    from titan_video import replay
+
+    try:
+        replay.main([str(folder)])
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("interval", [2, 100])
+def test_replay_finds_the_clip_and_the_module(front, capsys, interval):
+    options = {**OPTIONS, "checkpoint.interval": interval, "training.steps": 3, "data.num_workers": 1}
+    run = front.run("run", options, RANKS, partial(poisoned, 3)).fails_with("step 3: loss nan", "sample 11, loss nan")
+    (kept,) = (run.folder / "bad_steps").iterdir()
+    assert str(kept) in run.output and kept.name == "step-3-sample-8"
+    clips = json.loads((kept / "step.json").read_text())["clips"]
+    assert [clip["sample_id"] for clip in clips] == [11] and clips[0]["path"] in run.output
+    lines = [line.partition(" - INFO - ")[2] for line in replay(kept, capsys)]
+    weights = "first ones" if interval == 100 else str(run.checkpoint(2))
+    assert any(line.startswith("weights: ") and weights in line for line in lines), lines
+    samples = {int(m[1]): float(m[2]) for line in lines if (m := re.match(r"  sample (\d+): loss (\S+)", line))}
+    assert list(samples) == [8, 9, 10, 11] and [i for i, loss in samples.items() if loss != loss] == [11]
+    first, second = (
+        next(i for i, line in enumerate(lines) if line.startswith(f"data-parallel rank-{r}")) for r in (0, 1)
+    )
+    assert "  all is finite with these weights" in lines[first:second]
+    assert "  inputs of the model that are not finite: x_BLP" in lines[second:]
+    assert any("first module whose output is not finite: patch_embedding" in line for line in lines[second:]), lines
+    assert any("gradient norm nan; not finite in" in line for line in lines[second:])
+    # The losses are those of the run, which had other weights after the first step.
+    if interval == 2:
+        assert run.records[2]["loss"] == "nan" and 1 < samples[8] < 5
+
+
+def test_replay_has_the_losses_of_the_run(front, capsys):
+    """Weights of the step before, as after each step saved; adapters and bfloat16."""
+    for name, options in {
+        "plain": {},
+        "bfloat16": {"training.mixed_precision_param": "bfloat16"},
+        "lora": {"lora.enable": "true", "lora.rank": 4},
+    }.items():
+        options = {**OPTIONS, "checkpoint.interval": 1, "training.steps": 3, "ema.enable": "false", **options}
+        run = front.run(name, options, hook=partial(injected, {3: (0, "gradient", NAN)})).fails_with("step 3:")
+        (kept,) = (run.folder / "bad_steps").iterdir()
+        lines = replay(kept, capsys)
+        losses = [float(m[1]) for line in lines if (m := re.search(r"sample \d+: loss (\S+)", line))]
+        assert sum(losses) / 2 == pytest.approx(run.records[2]["loss"], rel=1e-3)
+        assert "gradient norm" in lines[-2] and "all is finite" in lines[-1]
+
+
+def test_replay_refuses_another_folder(tmp_path):
+    from titan_video import replay
+
+    with pytest.raises(SystemExit, match="error: .*step.json"):
+        replay.main([str(tmp_path)])
+    (tmp_path / "step.json").write_text("{}")
+    with pytest.raises(SystemExit, match="error: .*config.toml"):
+        replay.main([str(tmp_path)])
+
+
 def inconsistent(step):
     """A hook: the loss of one run of a step is larger."""
     import train

@@ -127,7 +127,9 @@ def test_a_number_that_is_not_finite_follows_its_own_policy():
     guard = parts.build_guard(SPIKES)
     feed(guard, [1.0] * 8)
     assert "not finite" in guard.check(NAN, 1.0, 1) and guard.decide(5)[0] == "stop"
-    assert guard.check(9.0, 1.0, 1) and guard.decide(5)[0] == "skip"
+    guard.sum(0, torch.ones(2))
+    assert guard.check(9.0, 1.0, 1) and guard.decide(5)[0] == "skip" and len(guard.losses) == 1
+    assert guard.check(INF, 9.0, 1) and guard.decide(5)[0] == "stop"
 
 
 def test_without_spike_deviations_nothing_is_a_spike():

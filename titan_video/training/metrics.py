@@ -34,12 +34,15 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def truncate_records(path: Path, last_step: int) -> None:
-    """Remove the records of `path` after `last_step`, and incomplete lines, which a crash leaves. Atomic."""
+def truncate_records(path: Path, last_step: int, kept_name: str = "") -> None:
+    """Remove the records of `path` after `last_step`, but for events of that name, and incomplete lines, which a crash
+    leaves. Atomic.
+    """
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= last_step:
+            record = json.loads(line)
+            if record["step"] <= last_step or kept_name in record:
                 kept.append(line + "\n")
         except (ValueError, TypeError, KeyError):
             continue
@@ -246,10 +249,10 @@ class MetricsLogger:
             self._record({"step": step, "time": time.time(), name: event})
 
     def rewind(self, step: int) -> None:
-        """Remove the records after `step`, from which the run goes on. TensorBoard keeps its points."""
+        """Remove the records after `step`, from which the run goes on, but for faults. TensorBoard keeps its points."""
         if self.enabled:
             self.file.close()
-            truncate_records(self.path, step)
+            truncate_records(self.path, step, kept_name="fault")
             self.file = self.path.open("a", encoding="utf-8")
 
     def log_video(self, tag: str, frames_FHWC: np.ndarray, fps: float, step: int) -> None:

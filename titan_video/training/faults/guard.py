@@ -1,5 +1,6 @@
 """Which updates are left out, and what follows: skip, rollback, and a guard against spikes."""
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -48,25 +49,22 @@ class FaultGuard(NonFiniteGuard):
         return super().is_good(numbers) & (numbers[0] <= loss_limit) & (numbers[2] <= norm_limit)
 
     def check(self, loss: float, grad_norm: float, step: int) -> str:
-        fault = super().check(loss, grad_norm, step)
         found = [
             f"{name} {value:.6g} is above {limit:.6g}"
             for name, value, limit in zip(("loss", "gradient norm"), (loss, grad_norm), self.limits, strict=True)
             if value > limit
         ]
-        self.is_spike = not fault and bool(found)
+        self.is_spike = bool(found) and math.isfinite(loss) and math.isfinite(grad_norm)
         if self.is_spike:
             window, k = self.section.spike_window, self.section.spike_deviations
             return f"step {step}: {' and '.join(found)}, {k:g} deviations over the median of {window} good steps"
+        fault = super().check(loss, grad_norm, step)
         if not fault:
             self.num_skipped = 0
             if self.section.spike_deviations:
-                self._learn(loss, grad_norm)
+                self.history.append((loss, grad_norm))
+                self._set_limits()
         return fault
-
-    def _learn(self, loss: float, grad_norm: float) -> None:
-        self.history.append((loss, grad_norm))
-        self._set_limits()
 
     def _set_limits(self) -> None:
         is_full = len(self.history) == self.section.spike_window
