@@ -5,6 +5,7 @@ A fault is keyed by the step of the data, which goes on after a rollback, and no
 
 import hashlib
 import json
+import math
 import os
 import signal
 from contextlib import contextmanager
@@ -31,14 +32,13 @@ def state_digest(trainer):
 
 @contextmanager
 def changed_loss(trainer, factor):
-    """Inside, the loss of the first clip of each of this rank's micro-batches is `factor` times as high; its gradient
-    is not, where that is NaN."""
+    """Inside, the loss of the first clip of each of this rank's micro-batches is `factor` times as high. So is its
+    gradient, if the factor is finite."""
     task, original = trainer.task, trainer.task.loss
 
     def loss(*args):
-        loss_B = original(*args)
-        loss_B = loss_B.clone()
-        loss_B[0] = loss_B[0] + (factor - 1) * loss_B[0].detach() if factor != factor else loss_B[0] * factor
+        loss_B = original(*args).clone()
+        loss_B[0] = loss_B[0] * factor if math.isfinite(factor) else loss_B[0] + factor
         return loss_B
 
     task.loss = loss
@@ -53,7 +53,7 @@ def change_gradient(trainer, factor):
     from titan_video.distributed.utils import to_local
 
     gradients = [to_local(p.grad) for p in trainer.model.parameters() if p.grad is not None]
-    if factor != factor:
+    if not math.isfinite(factor):
         next(g for g in gradients if g.numel()).view(-1)[0] = factor
     else:
         for g in gradients:

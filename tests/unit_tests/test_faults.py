@@ -8,14 +8,19 @@ import statistics
 import pytest
 import torch
 
+from tests.helpers import run_ranks
 from tests.unit_tests.test_data_loader import data, make  # noqa: F401
 from titan_video.config.job_config import FaultTolerance
+from titan_video.distributed.utils import init_distributed
 from titan_video.training import parts
 from titan_video.training.fault_tolerance import NonFiniteGuard
 from titan_video.training.faults.guard import FaultGuard, limit
 from titan_video.training.faults.report import (
+    MAX_KEPT,
     MAX_NAMED,
     find_clips,
+    read_batches,
+    report,
     sample_losses,
     step_clips,
     to_batches,
@@ -39,11 +44,9 @@ def test_device_and_host_find_the_same(guard):
         assert not fault or fault == f"step 7: loss {loss}, gradient norm {norm} is not finite"
 
 
-def test_the_default_guard_stops_and_has_no_state():
+def test_the_default_guard_has_no_state():
     guard = parts.build_guard(FaultTolerance())
     assert type(guard) is NonFiniteGuard and guard.counters() == {}
-    action, words = guard.decide(last_saved=100)
-    assert action == "stop" and "optimizer.lr" in words and "rollback" in words
 
 
 def test_losses_of_clips_are_kept_until_the_step_is_known_to_be_good():
@@ -160,6 +163,26 @@ def test_device_and_host_agree_at_the_limit():
     assert statistics.median(loss for loss, _ in guard.history) < guard.limits[0]
 
 
+def _other_rounding():
+    """Rank 1 has added in another order, and got a number beyond the limit."""
+    import torch.distributed as dist
+
+    guard = parts.build_guard(SPIKES)
+    for step in range(8):
+        guard.check(1.0, 1.0, step)
+    p = torch.nn.Parameter(torch.zeros(2))
+    p.grad = torch.ones(2)
+    at = torch.tensor(guard.limits[0])
+    numbers = torch.stack([torch.nextafter(at, at + dist.get_rank()), at, torch.ones(())])
+    guard.update(torch.optim.SGD([p], lr=1.0), numbers)
+    loss, _, norm = numbers.tolist()
+    return p.tolist(), guard.check(loss, norm, 9)
+
+
+def test_ranks_that_round_otherwise_decide_the_same():
+    assert run_ranks(_other_rounding, 2) == [([-1.0, -1.0], "")] * 2
+
+
 # ---- the clips ----
 
 
@@ -216,6 +239,33 @@ def test_batches_are_kept_exactly(data, tmp_path):  # noqa: F811
     for ours, theirs in zip(to_tensors(again).items(), to_tensors(step).items(), strict=True):
         assert ours[0] == theirs[0] and torch.equal(ours[1], theirs[1])
     assert again[0].cond["image_BSD"].shape == (2, 4, 3)
+
+
+@pytest.fixture
+def alone():
+    init_distributed(torch.device("cpu"), 60)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_ten_steps_are_kept_and_a_full_disk_is_said(data, tmp_path, alone, monkeypatch):  # noqa: F811
+    loader = make(data, total=4)
+    for number, batches in enumerate(loader.steps(MAX_KEPT + 2), 1):
+        losses = [torch.tensor([NAN, 1.0]), torch.ones(2)]
+        text, record = report(tmp_path, number, "it was wrong", losses, batches, loader, None)
+        folder = tmp_path / "bad_steps" / f"step-{number}-sample-{4 * number - 4}"
+        is_kept = number <= MAX_KEPT
+        assert folder.exists() == is_kept == ("titan_video.replay" in text) == ("kept" in record)
+        assert is_kept or f"could not be kept: {tmp_path / 'bad_steps'} already holds {MAX_KEPT}" in text
+        if number == 2:
+            assert record["clips"][0]["loss"] == "nan" and "it was wrong" in (folder / "step.json").read_text()
+            kept = read_batches(folder / "rank-0.safetensors")
+            assert torch.equal(kept[1].streams["video"], batches[1].streams["video"])
+            again, _ = report(tmp_path, number, "it was wrong", losses, batches, loader, None)
+            assert again == text  # a run that was killed comes to it once more
+            with monkeypatch.context() as patch:
+                patch.setattr("safetensors.torch.save_file", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+                assert "could not be kept: disk full" in report(tmp_path, 2, "x", losses, batches, loader, None)[0]
 
 
 # ---- the check of gradients ----

@@ -196,10 +196,7 @@ class CheckpointManager:
         return wanted
 
     def roll_back(self) -> int:
-        """Load the tensors of this run's newest valid checkpoint, and return its step. The states stay as they are.
-
-        First waits for a save in the background, and raises its error. ValueError: no checkpoint is valid.
-        """
+        """Load the tensors, not the states, of this run's newest valid checkpoint, after a save under way; its step."""
         self.wait()
         steps = self.ranks.call("listing checkpoints", lambda: files.list_steps(self.folder))[0]
         return self._load_newest([n for n in steps if n <= self.last_step], {})  # newer: of an abandoned branch

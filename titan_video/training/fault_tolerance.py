@@ -4,7 +4,7 @@ import math
 import os
 import signal
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -102,11 +102,6 @@ class NonFiniteGuard:
             self.losses.clear()
             return ""
         return f"step {step}: loss {loss}, gradient norm {grad_norm} is not finite"
-
-    def decide(self, last_saved: int) -> tuple[Literal["stop", "skip", "rollback"], str]:
-        """What follows a fault, and the words for it. last_saved: step of the last checkpoint; below 1: none."""
-        fix = "lower optimizer.lr, or set fault_tolerance.nonfinite to skip or rollback"
-        return "stop", f"; the update was not applied. Resume from the last checkpoint with a {fix}"
 
     def counters(self) -> dict[str, Any]:
         """Further state of checkpoints."""

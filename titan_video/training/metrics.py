@@ -35,9 +35,7 @@ def _plain(value: Any) -> Any:
 
 
 def truncate_records(path: Path, last_step: int, kept_name: str = "") -> None:
-    """Remove the records of `path` after `last_step`, but for events of that name, and incomplete lines, which a crash
-    leaves. Atomic.
-    """
+    """Remove the records of `path` after `last_step`, but for events `kept_name`, and incomplete lines. Atomic."""
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:

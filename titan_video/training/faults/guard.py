@@ -16,6 +16,11 @@ from titan_video.training.fault_tolerance import NonFiniteGuard
 NORMAL = 1.4826  # standard deviations of a normal distribution in one median absolute deviation
 LEAST = 0.01  # a deviation is at least this fraction of the median: of equal numbers it would be 0
 INFINITE = (float("inf"), float("inf"))
+STOP = (
+    "stop",
+    "; the update was not applied. Resume from the last checkpoint with a lower optimizer.lr, or set "
+    "fault_tolerance.nonfinite to skip or rollback",
+)
 
 
 class FaultGuard(NonFiniteGuard):
@@ -72,11 +77,12 @@ class FaultGuard(NonFiniteGuard):
         self.limits = tuple(limit(c, self.section.spike_deviations) for c in columns) if is_full else INFINITE
 
     def decide(self, last_saved: int) -> tuple[Literal["stop", "skip", "rollback"], str]:
+        """What follows a fault, and the words for it. last_saved: step of the last checkpoint; below 1: none."""
         s = self.section
         if self.is_spike or s.nonfinite == "skip":
             return self._skip()
         if s.nonfinite == "stop":
-            return super().decide(last_saved)
+            return STOP
         if last_saved < 1:
             return "stop", ", and there is no checkpoint yet to roll back to; the run stops, the update was not applied"
         if self.num_rollbacks >= s.max_rollbacks:
@@ -114,7 +120,7 @@ class FaultGuard(NonFiniteGuard):
 
 
 def limit(values: Sequence[float], deviations: float) -> float:
-    """median + deviations x the robust deviation of the values, as a float32: device and host then compare alike."""
+    """median + deviations x the robust deviation of the values, as a float32: device and host then find the same."""
     median = statistics.median(values)
     deviation = NORMAL * statistics.median(abs(value - median) for value in values)
     largest = median + deviations * max(deviation, LEAST * abs(median))

@@ -10,6 +10,7 @@ from titan_video.data.batch import Batch
 from titan_video.data.prefetch import Prefetch
 from titan_video.tools.logging import logger
 from titan_video.training.fault_tolerance import NonFiniteGuard
+from titan_video.training.faults.guard import STOP, FaultGuard
 from titan_video.training.faults.report import report
 from titan_video.training.metrics import MetricsLogger
 
@@ -36,7 +37,8 @@ class FaultHandler:
         losses = [self.guard.losses[number] for number in sorted(self.guard.losses)]
         clips, record = report(self.folder, step, fault, losses, batches, self.steps.loader, self.group)
         self.guard.losses.clear()
-        action, words = self.guard.decide(self.checkpoint.last_step)
+        decides = isinstance(self.guard, FaultGuard)
+        action, words = self.guard.decide(self.checkpoint.last_step) if decides else STOP
         go_on_from = step
         if action == "rollback":
             go_on_from = self.checkpoint.roll_back()
