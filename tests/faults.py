@@ -60,12 +60,12 @@ def change_gradient(trainer, factor):
             g.mul_(factor)
 
 
-def injected(faults, go_on=False, kill_at=0):
+def injected(faults, go_on=False, kill_at=0, signum=signal.SIGKILL):
     """A hook. faults: {step of the data: (rank, "loss" or "gradient", factor)}.
 
     Each rank writes a line for each step to noted<rank>.jsonl beside the metrics.
     go_on: an error that would end the run is noted, and the run goes on. kill_at: step of the data at whose end the
-    process is killed, once.
+    process receives `signum`, once.
     """
     import train
 
@@ -103,7 +103,7 @@ def injected(faults, go_on=False, kill_at=0):
         flag = self.folder / f"killed{self.rank}"
         if data_step(self) == kill_at and not flag.exists():
             flag.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signum)
 
     train.Trainer.forward_backward, train.Trainer.train_step = forward_backward, train_step
 
