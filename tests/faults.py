@@ -3,11 +3,11 @@
 A fault is keyed by the step of the data, which goes on after a rollback, and not by the optimizer's step.
 """
 
-import hashlib
 import json
 import math
 import os
 import signal
+import zlib
 from contextlib import contextmanager
 
 NAN = float("nan")
@@ -22,12 +22,11 @@ def state_digest(trainer):
     """A hash of all that an update changes on this rank: weights, optimizer state, EMA weights."""
     from titan_video.distributed.utils import to_local
 
-    found = hashlib.sha256()
-    for name, owner in trainer.checkpoint.tensors.items():
-        for key, x in sorted(owner.state_dict().items()):
-            found.update(f"{name}.{key}".encode())
-            found.update(to_local(x).detach().float().cpu().numpy().tobytes())
-    return found.hexdigest()
+    found = 0
+    for owner in trainer.checkpoint.tensors.values():
+        for _, x in sorted(owner.state_dict().items()):
+            found = zlib.crc32(to_local(x).detach().float().cpu().contiguous().numpy(), found)
+    return found
 
 
 @contextmanager

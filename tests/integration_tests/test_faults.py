@@ -350,12 +350,12 @@ NUM_FAULTS = {"stop": 68, "skip": 66, "rollback": 66}
 
 
 def draw_faults(count, distance, factors, seed):
-    """{step of the data: (rank, kind, factor)}, `distance` to 2 x `distance` steps from one to the next."""
+    """{step of the data: (rank, kind, factor)}, `distance` or one more step from one to the next."""
     rng, step, faults = random.Random(seed), 10, {}
     for number in range(count):
         kind, factor = factors[number // RANKS % len(factors)]
         faults[step] = (number % RANKS, kind, factor)
-        step += rng.randrange(distance, 2 * distance)
+        step += distance + rng.randrange(2)
     return faults
 
 
