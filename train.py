@@ -23,7 +23,6 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from titan_video import kernels
 from titan_video.checkpoint.manager import CheckpointManager
-from titan_video.checkpoint.run_status import RunStatus
 from titan_video.checkpoint.state import ModelState, OptimizerState
 from titan_video.config.check import check
 from titan_video.config.job_config import JobConfig
@@ -55,7 +54,8 @@ from titan_video.tools.files import atomic_write
 from titan_video.tools.logging import init_logger, logger
 from titan_video.tools.signals import Stopped
 from titan_video.training import parts
-from titan_video.training.fault_tolerance import NonFiniteGuard, StopAgreement
+from titan_video.training.ending import RunEnd
+from titan_video.training.fault_tolerance import StopAgreement
 from titan_video.training.metrics import MetricsLogger, StepCost, StepMetrics
 from titan_video.weights.trained import WeightsSettings, build_weights
 
@@ -63,8 +63,8 @@ from titan_video.weights.trained import WeightsSettings, build_weights
 class Trainer:
     """Built in the order in which it is read; `train` is the loop, `train_step` one optimizer step."""
 
-    def __init__(self, config: JobConfig):
-        self.config = config
+    def __init__(self, config: JobConfig, supervisor: RunEnd):
+        self.config, self.supervisor = config, supervisor
         self.folder = Path(config.job.dump_folder)
         self.exit_stack = ExitStack()
         self.step, self.bucket = 0, "none yet"  # the current step, and the sizes of its clips
@@ -113,10 +113,9 @@ class Trainer:
         self.longest = max(num_tokens)
         check_save_min_kv(config.activation_checkpoint, self.longest)
         self.pp = parts.load_pipeline(self.dims.pp)
-        for tokens in num_tokens if self.pp else ():
-            clips = self.accumulation * self.batching.clips_per_micro_batch(tokens)
+        for clips in (self.batching.clips_per_micro_batch(tokens) for tokens in num_tokens if self.pp):
             size = config.parallelism.pipeline_parallel_microbatch_size
-            self.pp.check_microbatches(config.parallelism, clips // size)
+            self.pp.check_microbatches(config.parallelism, self.accumulation * clips // size)
 
     def build_data(self) -> None:
         """Plan the clips, encode what is to be encoded before training (each rank its share), build the loader."""
@@ -124,9 +123,8 @@ class Trainer:
         self.encoders = build_encoders(config.encoder, config.model.hf_assets_path, self.device)
         check_encoders(self.encoders, self.args, self.geometry, config)
         printed = f"configuration:\n{dump(config)}" if config.job.print_config else ""
-        for text in (config.job.description, printed) if self.rank == 0 else ():
-            if text:
-                logger.info(text)
+        for text in filter(None, (config.job.description, printed) if self.rank == 0 else ()):
+            logger.info(text)
         cache_folder = Path(c.cache_folder or self.folder / "cache")
         cache = open_cache(cache_folder, self.encoders, self.args.conditioning, group)
         is_ahead = config.encoder.placement == "cached"
@@ -164,17 +162,18 @@ class Trainer:
         if stages:
             self.pipeline = self.pp.Pipeline(model, stages, plan, meshes.pp, p, param_dtype, self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer, plan.blocks, config.debug.seed)
-        self.in_backward = step_in_backward(self.optimizer) if config.optimizer.in_backward else None
+        self.grad_norm = lambda: clip_grad_norm(model, config.training.max_norm, meshes.pp)
+        if config.optimizer.in_backward:
+            self.grad_norm = step_in_backward(self.optimizer).grad_norm
         self.scheduler = Scheduler(self.optimizer, config.lr_scheduler, config.optimizer.lr, config.training.steps)
         self.ema = EmaWeights(self.model, config.ema) if config.ema.enable else None
 
     def load(self) -> None:
         """A checkpoint of this run, else the weights from which the run starts."""
-        model = ModelState(self.model, self.weights.is_saved)
-        tensors = {"model": model, "optimizer": OptimizerState(self.model, self.optimizer)}
-        if self.ema:
-            tensors["ema"] = self.ema
-        counters = {"data": self.loader, **self.weights.counters()}
+        model, optimizer = ModelState(self.model, self.weights.is_saved), OptimizerState(self.model, self.optimizer)
+        tensors = {"model": model, "optimizer": optimizer, **({"ema": self.ema} if self.ema else {})}
+        self.guard = parts.build_guard(self.config.fault_tolerance)
+        counters = {"data": self.loader, **self.guard.counters(), **self.weights.counters()}
         self.weights.load_frozen(self.model)
         section = self.config.checkpoint
         self.checkpoint = CheckpointManager(section, self.folder / section.folder, tensors, counters)
@@ -185,7 +184,7 @@ class Trainer:
                 self.ema.reset()
 
     def build_loggers(self) -> None:
-        """What watches a run that is not finished: the resolved TOML, metrics, the non-finite guard, validation."""
+        """What watches a run that is not finished: the resolved TOML, metrics, the check of gradients, validation."""
         config, steps = self.config, self.config.training.steps
         if self.rank == 0:
             atomic_write(self.folder / "config.toml", dump(config), "resolved configuration")
@@ -196,7 +195,7 @@ class Trainer:
         self.exit_stack.callback(self.metrics.close)
         self.metrics.log_scalars(self.step, self.clips.numbers, "data")
         self.graphs = GraphLog()
-        self.guard = NonFiniteGuard(config.fault_tolerance.nonfinite, config.fault_tolerance.max_nonfinite_steps)
+        self.check_gradients = parts.build_gradient_check(config.debug, self.model, self.host_group)
         if config.validation.enable:
             model, size = self.stop.guard(self.pipeline or self.model), self.geometry.latent_shape(config.data.sizes[0])
             output = ClipWriter(self.encoders.decode_video, self.folder / "samples", config.data.fps)
@@ -207,7 +206,7 @@ class Trainer:
     # ---------------------------------------------------------------- step
 
     def train_step(self, batches: list[Batch], start: float) -> None:
-        """One optimizer step over this rank's micro-batches.
+        """One optimizer step over this rank's micro-batches. After a fault `step` may be that of a checkpoint.
 
         Losses are divided by the loss elements of all ranks, so gradients only need summing.
         """
@@ -217,22 +216,19 @@ class Trainer:
         elements = sum(self.task.num_loss_elements(b) for b in batches)
         tokens, frames = sum(i.num_tokens * i.num_clips for i in infos), sum(i.num_frames * i.num_clips for i in infos)
         counts = reduce_over(self.meshes.batch, torch.tensor([elements, tokens, frames]), "sum").tolist()
-        loss = self.forward_backward(batches, num_elements=counts[0])
-        if self.in_backward:
-            grad_norm = self.in_backward.grad_norm()
-        else:
-            grad_norm = clip_grad_norm(self.model, self.config.training.max_norm, self.meshes.pp)
+        loss = self.check_gradients(self.step, lambda: self.forward_backward(batches, num_elements=counts[0]))
+        grad_norm = self.grad_norm()
         loss = reduce_over(self.meshes.sequence, loss, "sum")
         max_loss = reduce_over(self.meshes.batch, loss / (elements / counts[0]), "max")
         losses = reduce_over(self.meshes.batch, loss, "sum"), max_loss
         numbers = torch.stack([*(x.to(grad_norm.device) for x in losses), grad_norm])
-        self.guard.update(self.optimizer, numbers[::2])
+        self.guard.update(self.optimizer, numbers)
         self.optimizer.zero_grad()
         self.steps.prefetch_next()
         loss, max_loss, norm = read(numbers)  # the first host-device synchronisation of the step
-        if self.guard.check(loss, norm, self.step) and self.ema:
+        fault = self.guard.check(loss, norm, self.step)
+        if self.ema and not fault:
             self.ema.update(self.step)
-        model_flops, hardware_flops = self.cost.flops(infos)
         metrics = StepMetrics(
             loss=loss,
             max_loss=max_loss,
@@ -241,26 +237,28 @@ class Trainer:
             samples=self.loader.samples,
             tokens=counts[1],
             video_seconds=counts[2] / self.config.data.fps,
-            model_flops=model_flops,
-            hardware_flops=hardware_flops,
             step_seconds=time.perf_counter() - start,
             data_seconds=self.steps.take_data_wait(),
             bucket=self.bucket,
             extra=self.loader.stats(),
+            **self.cost.flops(infos),
         )
         self.metrics.log(self.step, metrics)
         self.graphs.step(self.step, self.bucket)
+        if fault:
+            run = self.guard, self.checkpoint, self.metrics, self.steps, self.folder, self.host_group
+            self.step = parts.handle_fault(run, fault, self.step, self.config.training.steps, batches)
 
     def forward_backward(self, batches: list[Batch], num_elements: int) -> Tensor:
         """Accumulate the gradients of a step; return the sum of this rank's losses, detached."""
-        inputs = self.steps.micro_batches(batches)
+        inputs, task, guard = self.steps.micro_batches(batches), self.task, self.guard
         if self.pipeline:
             inputs = list(inputs)
-            return self.pipeline.step(inputs, lambda v, i: self.task.loss(v, inputs[i]).sum() / num_elements)
+            return self.pipeline.step(inputs, lambda v, i: guard.sum(i, task.loss(v, inputs[i])) / num_elements)
         total = torch.zeros((), device=self.device)
-        for micro_batch in inputs:
+        for i, micro_batch in enumerate(inputs):
             prediction = self.model(**micro_batch.kwargs)
-            loss = self.task.loss(prediction, micro_batch).sum() / num_elements
+            loss = guard.sum(i, task.loss(prediction, micro_batch)) / num_elements
             loss.backward()
             total += loss.detach()
         return total
@@ -299,22 +297,24 @@ class Trainer:
             while self.step < last_step:
                 start = time.perf_counter()
                 batches = self.steps.step()
-                self.step += 1
-                heartbeat.enter(f"step {self.step}")
+                self.step = step = self.step + 1
+                heartbeat.enter(f"step {step}")
                 self.train_step(batches, start)
+                if self.step < step:  # rolled back
+                    continue
                 profiler.step(self.step)
                 if c.validation.enable and (self.step % c.validation.freq == 0 or self.step == last_step):
                     self.validate()
-                stopping = self.stop.requested()
+                stopping, saving = self.stop.requested(self.checkpoint.wanted())
                 heartbeat.enter(f"saving step {self.step}")
-                self.checkpoint.save(self.step, last=self.step == last_step, force=stopping)
+                self.checkpoint.save(self.step, last=self.step == last_step, force=stopping or saving)
                 if stopping:
                     raise Stopped(f"stopped by a signal after step {self.step}; the same command resumes from there")
                 if self.step % c.training.gc_freq == 0:
                     gc.collect(1)
                 if self.step == first_step:
                     set_timeout(c.comm.train_timeout_seconds, self.meshes)
-                    heartbeat.start(c.comm.train_timeout_seconds)
+                    self.supervisor.set_limit(c.comm.train_timeout_seconds)
             self.checkpoint.wait()
         self.export()
         logger.info(f"finished: {self.folder}")
@@ -341,10 +341,10 @@ def main(argv: list[str]) -> None:
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         check(config, world_size)
     num_training = config.encoder.num_training_ranks(world_size)
-    with RunStatus(config):
+    with parts.supervise(config) as supervisor:
         if int(os.environ.get("RANK", 0)) >= num_training:
             return parts.run_encoder_rank(config, num_training)
-        trainer = Trainer(config)
+        trainer = Trainer(config, supervisor)
         try:
             trainer.train()
         except (FloatingPointError, Stopped):  # on all ranks at the same step: a save under way can finish

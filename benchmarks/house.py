@@ -27,7 +27,7 @@ LEVELS = (  # lowest first; a file imports its own floor and lower ones
     ("checkpoint",),
     ("weights",),
     ("ingest",),
-    ("lora", "online"),
+    ("lora", "online", "supervision"),
     ("planner",),
 )
 INGEST = ("ingest", "encoders")
@@ -41,11 +41,13 @@ OPTIONAL_PARTS = (  # each can be deleted alone; modules and packages, without `
     "distributed.async_tensor_parallel",
     "distributed.pipeline_parallel",
     "distributed.context_parallel.joint",
-    "training.run_lock",
+    "supervision",
     "training.profiling",
     "training.flight_recorder",
     "training.wandb_sink",
     "training.out_of_memory",
+    "training.faults",
+    "training.gradient_check",
     "optim.low_bit",
     "optim.muon",
     "optim.mixed",
@@ -57,6 +59,7 @@ OPTIONAL_PARTS = (  # each can be deleted alone; modules and packages, without `
     "planner",
     "convert",
     "sample",
+    "replay",
 )
 MAX_COLUMNS, MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 120, 400, 60, 8
 

@@ -13,7 +13,7 @@ started with them blocked, too: what arrives while Python starts there is held b
 take it. At the first signal the ranks get SIGUSR1, which asks them to save and end, however often they get it; at a
 second one, or SIGQUIT, they are killed. SIGUSR1 to this process asks for the same and never counts as a second one.
 
-Ranks: a rank whose heartbeat (tools/heartbeat.py) has stopped for longer than its limit is killed, and named. The exit
+Ranks: a rank whose heartbeat (supervision/watch.py) has stopped for longer than its limit is killed and named. The exit
 code is 0 if the run finished, 85 if it was stopped and is to be continued, else 1.
 """
 
@@ -25,7 +25,7 @@ import threading
 import time
 from pathlib import Path
 
-from titan_video.tools import heartbeat
+from titan_video.supervision import watch
 from titan_video.tools.signals import DIRECT, FORWARDED, GRACE, STOPPED
 
 STOP_SIGNALS = {FORWARDED, signal.SIGQUIT, *DIRECT}
@@ -126,7 +126,7 @@ class RankWatch:
     def silent(self, longer_than: float | None = None) -> list[tuple[int, str]]:
         """(process, description) of the ranks without a beat for longer than their limit, or than so many seconds."""
         found = []
-        for path in self.logs.rglob(heartbeat.NAME):
+        for path in self.logs.rglob(watch.NAME):
             try:
                 seconds = time.time() - path.stat().st_mtime
                 beat = json.loads(path.read_text(encoding="utf-8"))
@@ -141,14 +141,14 @@ class RankWatch:
     def _watch(self) -> None:
         while True:
             for pid, text in self.silent():
-                print(f"error: {text}. {heartbeat.FIX}", file=sys.stderr, flush=True)
+                print(f"error: {text}. {watch.FIX}", file=sys.stderr, flush=True)
                 send(signal.SIGKILL, [pid])  # torchrun then ends the others
-            time.sleep(heartbeat.SECONDS)
+            time.sleep(watch.SECONDS)
 
 
 def exit_code(folder: Path, run_id: str, num_nodes: int) -> int:
     """From the status of the run, which its first rank wrote; on several machines it may take a while to be seen."""
-    from titan_video.checkpoint.run_status import read_status
+    from titan_video.supervision.run_status import read_status
 
     deadline = time.monotonic() + (STATUS_SECONDS if num_nodes > 1 else 0)
     while True:
@@ -166,7 +166,7 @@ def main(argv: list[str]) -> None:
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    from titan_video.checkpoint.run_status import mark_failed
+    from titan_video.supervision.run_status import mark_failed
 
     options = torchrun.parse_args(argv)
     names = [Path(word).name for word in options.training_script_args]
@@ -175,11 +175,11 @@ def main(argv: list[str]) -> None:
     folder = check_run(train_args, num_nodes * int(options.nproc_per_node))
     if relay.requested:
         end(STOPPED, "stopped before the ranks were started; the same command starts the run")
-    watch = RankWatch(Path(options.log_dir))
+    rank_watch = RankWatch(Path(options.log_dir))
     try:
         torchrun.run(options)
     except ChildFailedError as e:
-        for _, text in watch.silent(longer_than=AGENT_SECONDS):
+        for _, text in rank_watch.silent(longer_than=AGENT_SECONDS):
             print(f"error: {text}", file=sys.stderr)
         print(e, file=sys.stderr)
         rank, failure = e.get_first_failure()

@@ -8,8 +8,8 @@ Prints these three; `unknown 1 0` if there is no status.json.
 import sys
 from pathlib import Path
 
-from titan_video.checkpoint.run_status import read_status
 from titan_video.config.manager import main_guard, parse_args
+from titan_video.supervision.run_status import read_status
 
 
 def main(argv: list[str]) -> None:

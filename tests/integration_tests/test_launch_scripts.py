@@ -23,6 +23,7 @@ SCRIPTS = (
     ".ci/run",
     "titan_video/launch.py",
     "titan_video/run_status.py",
+    "titan_video/supervision/watch.py",
     "titan_video/tools/heartbeat.py",
     "titan_video/tools/signals.py",
 )
@@ -34,11 +35,12 @@ TRAIN = """
 import json, os, pathlib, sys, time
 here = pathlib.Path(__file__).parent
 sys.path.insert(0, str(here))
-from titan_video.tools import heartbeat, signals
+from titan_video.supervision import watch
+from titan_video.tools import signals
 signals.install()
 rank, run_id = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_RUN_ID", "")
 if "--freeze" in sys.argv:
-    heartbeat.start(1.0)
+    watch.start(1.0)
 def status(code):
     status = {"status": "x", "exit_code": code, "run_id": run_id, "idle_starts": int(os.environ.get("IDLE", "0"))}
     (here / "status.json").write_text(json.dumps(status))
@@ -80,7 +82,7 @@ def check(argv, world_size):
 """,
     "titan_video/distributed/parallel_dims.py": "def check_layout(*args): pass\n",
     "titan_video/models/__init__.py": "def get_spec(*args): pass\n\nget_args = get_spec\n",
-    "titan_video/checkpoint/run_status.py": """
+    "titan_video/supervision/run_status.py": """
 import json, pathlib
 HERE = pathlib.Path(__file__).parent.parent.parent
 def read_status(folder):

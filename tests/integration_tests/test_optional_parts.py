@@ -9,9 +9,9 @@ import pytest
 
 from benchmarks.house import OPTIONAL_PARTS, PACKAGE, optional_part
 
-PROGRAMS = {"planner", "convert", "sample", "ingest.importers"}  # started by hand, not by an option
+PROGRAMS = {"planner", "convert", "sample", "replay", "ingest.importers"}  # started by hand, not by an option
 JOINT = "distributed.context_parallel.joint"  # asked for by a model and a degree together
-ALWAYS = {"training.run_lock"}  # every run uses it where it is there
+ALWAYS = {"supervision"}  # every run uses it where it is there
 AFTERWARDS = {"training.out_of_memory"}  # explains an error
 ASKING = {
     "models.hunyuan_video": {"model.name": "hunyuan_video"},
@@ -30,6 +30,8 @@ ASKING = {
     "weights.original": {"checkpoint.last_save_in_hf": "true", "checkpoint.export_format": "original"},
     "training.wandb_sink": {"metrics.enable_wandb": "true"},
     "training.flight_recorder": {"comm.trace_buf_size": 100},
+    "training.faults": {"fault_tolerance.nonfinite": "rollback"},
+    "training.gradient_check": {"debug.deterministic": "true", "debug.verify_every": 2},
     "lora": {"lora.enable": "true"},
     "online": {"encoder.placement": "colocated"},
 }

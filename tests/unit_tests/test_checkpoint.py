@@ -289,6 +289,51 @@ def test_falls_back_to_the_newest_valid(tmp_path, caplog):
     assert manager(tmp_path, weights).load() == 3
 
 
+def test_roll_back(tmp_path, monkeypatch):
+    """Tensors come back, states stay; a save in the background is waited for; what is newer is another branch's."""
+    save_steps(tmp_path, [9])
+    weights, counter = Weights(), Counter({"samples": 1})
+    saver = manager(tmp_path, weights, counter, async_mode="async")
+    gate, write = threading.Event(), files.TensorWriter.write_data
+    monkeypatch.setattr(files.TensorWriter, "write_data", lambda self, *args: (gate.wait(20), write(self, *args))[1])
+    weights.fill(3)
+    assert saver.save(3)
+    weights.fill(5)
+    counter.state = {"samples": 50}
+    threading.Timer(0.2, gate.set).start()
+    assert saver.roll_back() == 3 and weights.are(3) and counter.state == {"samples": 50}
+    assert saver.last_step == 3 and not saver.save(3, force=True)
+    weights.fill(4)
+    saver.save(4)
+    saver.wait()
+    (tmp_path / "step-4/__0_0.distcp").write_bytes(b"damaged")
+    weights.fill(6)
+    assert saver.roll_back() == 3 and weights.are(3) and files.list_steps(tmp_path) == [3, 4, 9]
+    weights.fill(40)
+    assert saver.save(4)  # replaces the damaged one
+    saver.close()
+    assert manager(tmp_path, weights, load_step=4).load() == 4 and weights.are(40)
+    (tmp_path / "step-3/manifest.json").unlink()
+    (tmp_path / "step-4/manifest.json").unlink()
+    with pytest.raises(ValueError, match="none is valid"):
+        saver.roll_back()
+
+
+def test_a_state_that_older_checkpoints_lack(tmp_path):
+    class Guard(Counter):
+        is_optional = True
+
+    save_steps(tmp_path, [1])
+    counter, guard = Counter(), Guard({"skipped": 7})
+    again = CheckpointManager(
+        Checkpoint(async_mode="disabled"), tmp_path, {"ema": Weights()}, {"train": counter, "guard": guard}
+    )
+    assert again.load() == 1 and counter.state == {"samples": 10} and guard.state == {"skipped": 7}
+    again.save(2, force=True)
+    guard.state = {}
+    assert again.load() == 2 and guard.state == {"skipped": 7}
+
+
 def test_none_valid_stops(tmp_path):
     save_steps(tmp_path, [1, 2])
     (tmp_path / "step-1/__0_0.distcp").unlink()

@@ -228,6 +228,37 @@ COMBINATIONS = [  # (what is set, fields the message names, a piece of the fix)
         "fault_tolerance.nonfinite",
     ),
     (
+        {"optimizer.in_backward": True, "fault_tolerance.spike_deviations": 10.0},
+        "optimizer.in_backward",
+        "fault_tolerance.spike_deviations",
+    ),
+    (
+        {"fault_tolerance.nonfinite": "rollback", "checkpoint.enable": False},
+        "fault_tolerance.nonfinite",
+        "checkpoint.enable",
+    ),
+    (
+        {"fault_tolerance.nonfinite": "rollback", "encoder.placement": "separate", "encoder.num_ranks": 1},
+        "fault_tolerance.nonfinite",
+        "encoder.placement",
+    ),
+    ({"debug.verify_every": 1}, "debug.verify_every", "debug.deterministic"),
+    (
+        {"debug.verify_every": 1, "debug.deterministic": True, "optimizer.in_backward": True, "training.max_norm": 0.0},
+        "debug.verify_every",
+        "optimizer.in_backward",
+    ),
+    (
+        {
+            "debug.verify_every": 1,
+            "debug.deterministic": True,
+            "parallelism.pipeline_parallel_degree": 2,
+            "parallelism.pipeline_parallel_schedule": "InterleavedZeroBubble",
+        },
+        "debug.verify_every",
+        "Interleaved1F1B",
+    ),
+    (
         {"training.dtype": "bfloat16", "training.mixed_precision_param": "float32"},
         "training.dtype",
         "training.mixed_precision_param",
@@ -328,6 +359,8 @@ def test_legal_combinations_pass(tmp_path):
         {"data.buckets": [], "data.resolutions": [256, 512], "data.frame_buckets": [1, 17]},
         {"data.path": str(tmp_path / "*.tar")},
         {"training.steps": 100, "lr_scheduler.warmup_steps": 50, "lr_scheduler.decay_ratio": 0.5},
+        {"fault_tolerance.nonfinite": "rollback", "optimizer.in_backward": True, "training.max_norm": 0.0},
+        {"debug.verify_every": 1, "debug.deterministic": True},
         {"checkpoint.folder": "a/b", "metrics.save_tb_folder": "a/c"},
         {"job.dump_folder": str(tmp_path / "new")},
     ]:

@@ -194,6 +194,28 @@ def test_resume_continues_the_same_files(tmp_path):
     assert [s.step for s in e.Scalars("validation/loss")] == [1, 2, 3, 4]
 
 
+def test_rewind_keeps_faults(tmp_path):
+    """As after a rollback from step 4 to step 2."""
+    m = make(tmp_path, enable_tensorboard=False)
+    for i in range(1, 5):
+        step(m, i)
+    m.log_event(3, "fault", {"step": 3, "loss": math.nan})
+    m.rewind(2)
+    m.log_event(3, "fault", {"step": 4})
+    step(m, 3, loss=7.0)
+    m.close()
+    rows = records(tmp_path)
+    assert [(row["step"], row.get("loss"), row.get("fault")) for row in rows] == [
+        (1, 1 / 3, None),
+        (2, 1 / 4, None),
+        (3, None, {"step": 3, "loss": "nan"}),
+        (3, None, {"step": 4}),
+        (3, 7.0, None),
+    ]
+    make(tmp_path, resume_step=2, enable_tensorboard=False).close()
+    assert len(records(tmp_path)) == 2
+
+
 def test_a_new_run_in_a_used_folder_starts_anew(tmp_path):
     first = make(tmp_path)
     first.log_scalars(0, {"loss": 1.0})

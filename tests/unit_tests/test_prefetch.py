@@ -44,6 +44,23 @@ def run(loader, num_steps, ahead=True, size=0):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_restart_goes_on_after_the_last_step_given(data, num_workers):  # noqa: F811
+    """Also where the following step is there already, and for more steps than were asked for."""
+    prefetch = Prefetch(make(data, num_workers=num_workers), 3, lambda batch: batch, CPU)
+    reference = [[ids(batch) for batch in step] for step in make(data).steps(8)]
+    seen = []
+    for number in range(8):
+        batches = prefetch.step()
+        seen.append([ids(batch) for batch in prefetch.micro_batches(batches)])
+        prefetch.prefetch_next()
+        if number == 1:
+            prefetch.restart(6)
+    assert seen == reference and prefetch.loader.samples == 32
+    with pytest.raises(TypeError):  # nothing more was asked for
+        prefetch.step()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
 def test_prefetching_changes_neither_steps_nor_state(data, num_workers):  # noqa: F811
     reference, loader = [], make(data)
     for step in loader.steps(5):
@@ -122,7 +139,7 @@ def test_an_update_that_is_not_finite_leaves_no_trace(implementation):
         optimizer = torch.optim.AdamW([p], lr=0.1, **flags)
         for i, (loss, norm) in enumerate(numbers):
             p.grad = torch.full((5,), 1.0 + i) if norm == norm else torch.full((5,), norm)
-            NonFiniteGuard.update(optimizer, torch.tensor([loss, norm]))
+            NonFiniteGuard().update(optimizer, torch.tensor([loss, 1.0, norm]))
             assert not hasattr(optimizer, "found_inf")
         return p.detach(), optimizer.state[p]["step"].item(), optimizer.state[p]["exp_avg"]
 

@@ -11,13 +11,13 @@ import time
 import pytest
 
 from tests.helpers import ROOT
-from titan_video.training import run_lock
-from titan_video.training.run_lock import NAME, RunLock
+from titan_video.supervision import run_lock
+from titan_video.supervision.run_lock import NAME, RunLock
 
 OWNER = """
 import sys, time
 from pathlib import Path
-from titan_video.training import run_lock
+from titan_video.supervision import run_lock
 run_lock.BEAT, run_lock.STALE = 0.1, 1.0
 lock = run_lock.RunLock(Path(sys.argv[1]))
 try:

@@ -5,17 +5,18 @@ import os
 
 import pytest
 
-from titan_video.checkpoint import run_status
-from titan_video.checkpoint.run_status import RunStatus, mark_failed, read_status
 from titan_video.config.manager import parse_args
+from titan_video.supervision import run_status
+from titan_video.supervision.run_status import RunStatus, mark_failed, read_status
+from titan_video.tools import signals
 from titan_video.tools.signals import Stopped
 
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     """No thread watches this process, and signals stay as they are."""
-    monkeypatch.setattr(run_status.heartbeat, "start", lambda limit: None)
-    monkeypatch.setattr(run_status, "uninstall", lambda: None)
+    monkeypatch.setattr(run_status.watch, "start", lambda limit: None)
+    monkeypatch.setattr(signals, "uninstall", lambda: None)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
 
 
@@ -46,7 +47,7 @@ def test_how_a_run_ends(tmp_path, monkeypatch):
     assert run(tmp_path, Stopped("stopped")) == 85 and status(tmp_path) == ("stopped", 85, 0, 2)
     assert run(tmp_path, Stopped("stopped"), saved=5) == 85 and status(tmp_path) == ("stopped", 85, 5, 0)
     assert run(tmp_path, ValueError("data.path: x")) == "error: data.path: x"
-    assert status(tmp_path) == ("failed", 1, 5, 1) and read_status(tmp_path)["message"] == "error: data.path: x"
+    assert status(tmp_path) == ("failed", 1, 5, 1) and read_status(tmp_path)["message"] == "data.path: x"
     assert run(tmp_path, OSError(28, "No space left on device", "/x")).startswith("error: [Errno 28] No space")
     with pytest.raises(AssertionError):  # ours: with its traceback
         run(tmp_path, AssertionError("ours"))

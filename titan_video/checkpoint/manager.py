@@ -85,7 +85,7 @@ class CheckpointManager:
     """Saves and loads the states of a run in `folder`. All ranks call every method.
 
     tensors: name -> state that is saved shard by shard ("model", "optimizer", "ema").
-    states: name -> small state, equal on all ranks, that JSON represents exactly (no tuples, no NaN).
+    states: name -> small state, equal on all ranks, exact as JSON (no tuples, no NaN). `is_optional`: may be missing.
     The manager makes a gloo group of its own: a save in the background does not mix with training's collectives.
     """
 
@@ -125,20 +125,34 @@ class CheckpointManager:
             if partial:
                 self._log(f"{self.folder} holds only {partial[0].name}, an unfinished save: starting from step 0")
             return 0
+        if wanted < 0:
+            return self._load_newest(steps, self.states)
+        try:
+            metadata = self._verify(wanted)
+        except InvalidCheckpoint as error:
+            valid = [n for n in steps if n != wanted and files.is_valid_fast(files.step_folder(self.folder, n))]
+            raise ValueError(
+                f"checkpoint.load_step = {wanted} is not valid: {error}. Other checkpoints, whose manifests and file "
+                f"sizes are right: {_names(valid)}."
+            ) from error
+        self._restore(wanted, metadata, self.states)
+        return wanted
+
+    def roll_back(self) -> int:
+        """Load the tensors, not the states, of this run's newest valid checkpoint, after a save under way; its step."""
+        self.wait()
+        steps = self.ranks.call("listing checkpoints", lambda: files.list_steps(self.folder))[0]
+        return self._load_newest([n for n in steps if n <= self.last_step], {})  # newer: of an abandoned branch
+
+    def _load_newest(self, steps: list[int], states: dict[str, Stateful]) -> int:
         problems = []
-        for step in [wanted] if wanted >= 0 else reversed(steps):
+        for step in reversed(steps):
             try:
-                self._restore(step, self._verify(step))
+                self._restore(step, self._verify(step), states)
                 return step
             except InvalidCheckpoint as error:
                 problems.append(str(error))
                 self._log(f"step-{step} is not valid and is skipped: {error}", logging.WARNING)
-        if wanted >= 0:
-            valid = [n for n in steps if n != wanted and files.is_valid_fast(files.step_folder(self.folder, n))]
-            raise ValueError(
-                f"checkpoint.load_step = {wanted} is not valid: {problems[0]}. Other checkpoints, whose manifests and "
-                f"file sizes are right: {_names(valid)}."
-            )
         raise ValueError(
             f"{self.folder} holds checkpoints, but none is valid; training does not restart from step 0 by itself:\n  "
             + "\n  ".join(problems)
@@ -152,10 +166,11 @@ class CheckpointManager:
             raise InvalidCheckpoint(f"{folder / files.MANIFEST}: written at step {written}; the folder was renamed")
         return metadata
 
-    def _restore(self, step: int, metadata: Metadata) -> None:
+    def _restore(self, step: int, metadata: Metadata, states: dict[str, Stateful]) -> None:
         folder = files.step_folder(self.folder, step)
         saved_states = files.read_counters(folder, step)
-        missing = [name for name in self.states if name not in saved_states]
+        states = {name: s for name, s in states.items() if name in saved_states or not getattr(s, "is_optional", False)}
+        missing = [name for name in states if name not in saved_states]
         if missing:
             raise ValueError(f"{folder / files.STATE}: holds no state of `{missing[0]}`, which this run has")
         for name, owner in self.tensors.items():
@@ -169,7 +184,7 @@ class CheckpointManager:
         if unused:
             self._log(f"{folder} also holds {', '.join(unused)}, which this run does not use", logging.WARNING)
         read_tensors(folder, metadata, self._live_tensors(), self.ranks.group)
-        for name, owner in self.states.items():
+        for name, owner in states.items():
             try:
                 owner.load_state_dict(saved_states[name])
             except (TypeError, KeyError, AttributeError, OverflowError) as error:

@@ -13,6 +13,7 @@ from titan_video.config.option import opt
 from titan_video.config.sections.checkpoint import Checkpoint
 from titan_video.config.sections.data import Data
 from titan_video.config.sections.data import Source as Source
+from titan_video.config.sections.fault_tolerance import FaultTolerance
 from titan_video.config.sections.float8 import Float8
 from titan_video.config.sections.lora import Lora
 from titan_video.config.sections.profiling import Profiling
@@ -330,22 +331,15 @@ class Comm:
 
 
 @dataclass(frozen=True)
-class FaultTolerance:
-    save_on_signal: bool = opt(
-        True,
-        "SIGTERM, SIGINT (Ctrl-C), SIGUSR2 and SIGHUP save after the current step and stop; a second one stops at "
-        "once. false: they end the run without saving.",
-    )
-    nonfinite: Literal["stop", "skip"] = opt(
-        "stop", "After a loss or gradient that is not finite: stop the run, or skip the update."
-    )
-    max_nonfinite_steps: int = opt(10, "The run stops after this many skipped updates in a row.", ge=1)
-
-
-@dataclass(frozen=True)
 class Debug:
     seed: int = opt(0, "Seed of weights, order of clips, noise, timesteps and caption dropout.", ge=0, lt=2**63)
     deterministic: bool = opt(False, "torch.use_deterministic_algorithms: slower, bitwise repeatable on a GPU.")
+    verify_every: int = opt(
+        0,
+        "Every so many steps each rank runs its micro-batches twice and compares its gradients bit by bit; a rank "
+        "that computes wrongly is named, and the run stops. 0: never. Needs deterministic.",
+        ge=0,
+    )
 
 
 @dataclass(frozen=True)

@@ -274,7 +274,7 @@ class LatentLoader:
         self.prefetch_factor = prefetch_factor
         self.pin_memory = pin_memory
         self.online = online
-        self._state = draw_plan.sampler.state_dict()
+        self._state = self.state_before = draw_plan.sampler.state_dict()
 
     def __iter__(self) -> Iterator[list[Batch]]:
         return self.steps(None)
@@ -287,7 +287,7 @@ class LatentLoader:
 
     def commit(self, state: dict[str, Any]) -> None:
         """The step that came with `state` has been given to training."""
-        self._state = state
+        self.state_before, self._state = self._state, state
 
     def iter_with_state(self, num_steps: int | None) -> Iterator[tuple[dict[str, Any], list[Batch]]]:
         """The same steps, each with the state after it. The caller commits a state when training has got the step."""

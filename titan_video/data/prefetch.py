@@ -43,7 +43,11 @@ class Prefetch:
         self.size = size
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.data_wait_seconds = 0.0
-        self._steps = loader.iter_with_state(num_steps)
+        self.restart(num_steps)
+
+    def restart(self, num_steps: int) -> None:
+        """Begin again with the step after the last one given to training; then `num_steps` steps follow."""
+        self._steps = self.loader.iter_with_state(num_steps)
         self._next: tuple[Any, list[Batch]] | None = None  # the following step, with the state after it
         self._first: tuple[Any, Any] | None = None  # the first micro-batch of that step, prepared
 

@@ -88,4 +88,6 @@ def rules(config: JobConfig, world_size: int) -> Iterator[str]:
     if t.enable_cpu_offload:
         yield f"{where} with training.enable_cpu_offload gradients are on the host anyway; set one of them to false"
     if config.fault_tolerance.nonfinite == "skip":
-        yield f"{where} a finished update cannot be skipped; set fault_tolerance.nonfinite to stop"
+        yield f"{where} a finished update cannot be skipped; set fault_tolerance.nonfinite to stop or rollback"
+    if config.fault_tolerance.spike_deviations:
+        yield f"{where} a finished update cannot be skipped; set fault_tolerance.spike_deviations to 0"

@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from titan_video.tools import signals
-from titan_video.tools.logging import logger
 
 
 class StopAgreement:
@@ -39,51 +38,43 @@ class StopAgreement:
 
 
 class NonFiniteGuard:
-    """Leaves out updates with a loss or gradient norm that is not finite.
+    """Leaves out updates with a loss or gradient norm that is not finite. What follows: training/faults (optional).
 
-    policy: `stop` raises at the first one; `skip` raises after max_steps of them in a row.
+    The numbers are global, so all ranks decide the same.
     """
 
-    def __init__(self, policy: Literal["stop", "skip"], max_steps: int):
-        self.policy = policy
-        self.max_steps = max_steps
-        self.num_skipped = 0
+    def __init__(self):
+        self.losses: dict[int, Tensor] = {}  # of a step's clips, by micro-batch, on the device
 
-    @staticmethod
-    def update(optimizer: torch.optim.Optimizer, numbers: Tensor) -> None:
-        """`optimizer.step()`, unless one of the numbers is not finite.
+    def sum(self, number: int, loss_B: Tensor) -> Tensor:
+        """The sum of the losses of micro-batch `number`. Those of its clips are kept, in case the step is wrong."""
+        self.losses[number] = loss_B.detach()
+        return loss_B.sum()
+
+    def update(self, optimizer: torch.optim.Optimizer, numbers: Tensor) -> None:
+        """`optimizer.step()`, unless the numbers forbid it: loss, largest loss of a rank, gradient norm.
 
         A fused optimizer checks this on the device. For others it costs a host-device synchronisation.
         """
-        finite = numbers.isfinite().all()
+        is_good = self.is_good(numbers)
         if getattr(optimizer, "_step_supports_amp_scaling", False):
-            optimizer.found_inf = (~finite).float()  # the attribute by which torch.amp.GradScaler skips a step
+            optimizer.found_inf = (~is_good).float()  # the attribute by which torch.amp.GradScaler skips a step
             optimizer.step()
             del optimizer.found_inf
-        elif finite:
+        elif is_good:
             optimizer.step()
 
-    def check(self, loss: float, grad_norm: float, step: int) -> bool:
-        """Whether the update was applied. loss and grad_norm are global, so all ranks decide the same.
+    def is_good(self, numbers: Tensor) -> Tensor:
+        """Whether a step's numbers allow its update: a truth value on their device."""
+        return numbers[::2].isfinite().all()
 
-        FloatingPointError: the run must stop.
-        """
+    def check(self, loss: float, grad_norm: float, step: int) -> str:
+        """The same on the host: what is wrong with the numbers of `step`; "": nothing, and the update was applied."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
-            self.num_skipped = 0
-            return True
-        what = f"step {step}: loss {loss}, gradient norm {grad_norm}"
-        if self.policy == "stop":
-            raise FloatingPointError(
-                f"{what} is not finite; the update was not applied. "
-                "Resume from the last checkpoint with a lower optimizer.lr, or set fault_tolerance.nonfinite to skip."
-            )
-        self.num_skipped += 1
-        if self.num_skipped >= self.max_steps:
-            raise FloatingPointError(
-                f"{what} is not finite, as in the {self.num_skipped - 1} steps before: "
-                "fault_tolerance.max_nonfinite_steps is reached."
-            )
-        logger.warning(
-            f"{what} is not finite: update skipped ({self.num_skipped} of at most {self.max_steps} in a row)"
-        )
-        return False
+            self.losses.clear()
+            return ""
+        return f"step {step}: loss {loss}, gradient norm {grad_norm} is not finite"
+
+    def counters(self) -> dict[str, Any]:
+        """Further state of checkpoints."""
+        return {}

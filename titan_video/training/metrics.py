@@ -37,12 +37,13 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def truncate_records(path: Path, last_step: int) -> None:
-    """Remove the records of `path` after `last_step`, and incomplete lines, which a crash leaves. Atomic."""
+def truncate_records(path: Path, last_step: int, kept_name: str = "") -> None:
+    """Remove the records of `path` after `last_step`, but for events `kept_name`, and incomplete lines. Atomic."""
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= last_step:
+            record = json.loads(line)
+            if record["step"] <= last_step or kept_name in record:
                 kept.append(line + "\n")
         except (ValueError, TypeError, KeyError):
             continue
@@ -84,13 +85,14 @@ class StepCost:
     checkpointing: ActivationCheckpoint
     ranks_per_sample: int
 
-    def flops(self, infos: Sequence[BatchInfo]) -> tuple[float, float]:
-        """(without, with recomputation) for this rank's micro-batches. Backward takes twice the forward's."""
+    def flops(self, infos: Sequence[BatchInfo]) -> dict[str, float]:
+        """Without and with recomputation, for this rank's micro-batches. Backward takes twice the forward's."""
         model = 3 * sum(info.flops for info in infos)
         recomputed = sum(
             recomputed_flops(self.checkpointing, self.args, info.num_tokens, info.num_clips) for info in infos
         )
-        return model / self.ranks_per_sample, (model + recomputed) / self.ranks_per_sample
+        hardware = model + recomputed
+        return {"model_flops": model / self.ranks_per_sample, "hardware_flops": hardware / self.ranks_per_sample}
 
 
 # Fields of StepMetrics in metrics.jsonl.
@@ -158,13 +160,13 @@ class MetricsLogger:
         self.progress = Progress(num_steps, resume_step)
         folder = Path(dump_folder)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
+        self.path = folder / "metrics.jsonl"
         # For a new run, the validation before the first step (a record of step 0) is removed too.
         last_step = resume_step if resume_step else -1
-        if path.exists():
-            truncate_records(path, last_step)
-        with writing("metrics", path):
-            self.path, self.file = path, path.open("ab", buffering=0)
+        if self.path.exists():
+            truncate_records(self.path, last_step)
+        with writing("metrics", self.path):
+            self.file = self.path.open("ab", buffering=0)
         self.unwritten = b""  # whole records, while a full disk takes none
         self.tensorboard, self.tb_folder = None, folder / section.save_tb_folder
         if section.enable_tensorboard:
@@ -244,6 +246,18 @@ class MetricsLogger:
         if self.enabled:
             self._record({"step": step, "time": time.time(), name: scalars})
             self._scalars(step, {f"{name}/{key}": value for key, value in scalars.items()})
+
+    def log_event(self, step: int, name: str, event: dict[str, Any]) -> None:
+        """What happened beside the numbers: one record {"step", "time", name: event}."""
+        if self.enabled:
+            self._record({"step": step, "time": time.time(), name: event})
+
+    def rewind(self, step: int) -> None:
+        """Remove the records after `step`, from which the run goes on, but for faults. TensorBoard keeps its points."""
+        if self.enabled:
+            self.file.close()
+            truncate_records(self.path, step, kept_name="fault")
+            self.file, self.unwritten = self.path.open("ab", buffering=0), b""
 
     def log_video(self, tag: str, frames_FHWC: np.ndarray, fps: float, step: int) -> None:
         """A clip, uint8 RGB, as an animated image in TensorBoard.

@@ -6,16 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import nn
 
-from titan_video.config.job_config import Encoder, JobConfig, Profiling
+from titan_video.config.job_config import Debug, Encoder, FaultTolerance, JobConfig, Profiling
+from titan_video.data.batch import Batch
 from titan_video.data.batching import Bucket
 from titan_video.data.latent_cache import LatentCache
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.utils import init_distributed
 from titan_video.tools.parts import find_module, resolve
+from titan_video.training.ending import RunEnd
+from titan_video.training.fault_tolerance import NonFiniteGuard
 
+FAULTS = "titan_video.training.faults"
 FLIGHT_RECORDER = "titan_video.training.flight_recorder"
 ONLINE = "titan_video.online.setup"
+SUPERVISION = "titan_video.supervision"  # every run uses it where it is there
 
 
 def init_process_groups(config: JobConfig, device: torch.device, num_training: int) -> Any:
@@ -61,6 +68,13 @@ def load_pipeline(degree: int) -> Any:
     return resolve("titan_video.distributed.pipeline_parallel", asked_by="parallelism.pipeline_parallel_degree")
 
 
+def supervise(config: JobConfig) -> RunEnd:
+    """A context around a run: how it ends, and where the part is there, its lock, heartbeat and status.json."""
+    if not find_module(SUPERVISION):
+        return RunEnd(config.fault_tolerance.save_on_signal)
+    return resolve(f"{SUPERVISION}.run_status:RunStatus", asked_by="job.dump_folder")(config)
+
+
 class NoProfiler(nullcontext):
     """Stands in for training.profiling.Profiler."""
 
@@ -76,6 +90,32 @@ def build_profiler(section: Profiling, folder: Path, device: torch.device) -> An
     if not (section.enable_profiling or section.enable_memory_snapshot):
         return NoProfiler()
     return resolve("titan_video.training.profiling:Profiler", asked_by="profiling")(section, folder, device)
+
+
+def build_guard(section: FaultTolerance) -> NonFiniteGuard:
+    """What decides whether a step's update is applied."""
+    if section.nonfinite == "stop" and not section.spike_deviations:
+        return NonFiniteGuard()
+    return resolve(f"{FAULTS}.guard:FaultGuard", asked_by=f"fault_tolerance.nonfinite = {section.nonfinite}")(section)
+
+
+def handle_fault(run: tuple, fault: str, step: int, num_steps: int, batches: list[Batch]) -> int:
+    """What follows a step whose update was left out; returns the step from which the run goes on.
+
+    run: see faults.handler.FaultHandler. FloatingPointError: the run stops, as always without this part.
+    """
+    if not find_module(FAULTS):
+        raise FloatingPointError(f"{fault}; the update was not applied")
+    handler = resolve(f"{FAULTS}.handler:FaultHandler", asked_by=fault)(*run)
+    return handler.handle(fault, step, num_steps, batches)
+
+
+def build_gradient_check(section: Debug, model: nn.Module, group: dist.ProcessGroup) -> Callable[..., Any]:
+    """(step, its forward and backward) -> the loss. With debug.verify_every they run twice. group: all, on the host."""
+    if not section.verify_every:
+        return lambda step, run: run()
+    check = resolve("titan_video.training.gradient_check:GradientCheck", asked_by="debug.verify_every")
+    return check(section.verify_every, model, group)
 
 
 def explain_out_of_memory(error: torch.OutOfMemoryError, config: JobConfig, step: int, bucket: str) -> str:

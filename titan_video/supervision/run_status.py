@@ -14,15 +14,13 @@ from typing import Any
 
 from titan_video.checkpoint.files import list_steps
 from titan_video.config.job_config import JobConfig
-from titan_video.tools import heartbeat
+from titan_video.supervision import watch
+from titan_video.supervision.run_lock import RunLock
 from titan_video.tools.files import atomic_write, optional_write, writing
-from titan_video.tools.logging import logger
-from titan_video.tools.parts import find_module, resolve
-from titan_video.tools.signals import STOPPED, Stopped, uninstall
+from titan_video.tools.signals import STOPPED, Stopped
+from titan_video.training.ending import FOR_USERS, RunEnd, run_id
 
 NAME = "status.json"
-LOCK = "titan_video.training.run_lock"  # an optional part that every run uses where it is there
-FOR_USERS = (ValueError, OSError, FloatingPointError)  # what the user can mend; our own errors are assertions
 
 
 def read_status(folder: Path) -> dict[str, Any]:
@@ -42,12 +40,7 @@ def mark_failed(folder: Path, run_id: str, message: str) -> None:
         atomic_write(folder / NAME, json.dumps(status, indent=1) + "\n")
 
 
-def run_id() -> str:
-    """Equal on all ranks of one start; "" without torchrun."""
-    return os.environ.get("TORCHELASTIC_RUN_ID", "")
-
-
-class RunStatus:
+class RunStatus(RunEnd):
     """A context around a run. Rank 0 holds the lock and writes status.json: status, step of the newest checkpoint, exit
     code, and how many starts in a row have made no progress.
 
@@ -58,12 +51,9 @@ class RunStatus:
         self.folder = Path(config.job.dump_folder)
         self.checkpoints = self.folder / config.checkpoint.folder
         self.is_first = int(os.environ.get("RANK", 0)) == 0
-        self.lock = None
-        if self.is_first and find_module(LOCK):
-            self.lock = resolve(f"{LOCK}:RunLock", asked_by="job.dump_folder")(self.folder)
+        self.lock = RunLock(self.folder) if self.is_first else None
         self.limit = float(config.comm.init_timeout_seconds)
-        if not config.fault_tolerance.save_on_signal:
-            uninstall()
+        super().__init__(config.fault_tolerance.save_on_signal)
 
     def __enter__(self) -> "RunStatus":
         if self.lock:
@@ -77,25 +67,24 @@ class RunStatus:
             ended_there = before.get("status") not in (None, "finished") and before.get("step") == self.first_step
             self.idle_starts = int(before.get("idle_starts", 0)) + 1 if ended_there else 0
             self._write("running", None)
-        heartbeat.start(self.limit)
+        watch.start(self.limit)
         return self
 
+    def set_limit(self, seconds: float) -> None:
+        """How long a rank's own work may make no progress."""
+        watch.start(seconds)
+
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        message = f"error: {error}" if isinstance(error, FOR_USERS) else None
         if self.is_first:
             if error is None:
                 self._write("finished", 0)
             elif isinstance(error, Stopped):
                 self._write("stopped", STOPPED)
             else:
-                self._write("failed", 1, str(message or error or kind))
+                self._write("failed", 1, f"{error or kind}")
         if self.lock:
             self.lock.release()
-        if isinstance(error, Stopped):
-            logger.info(str(error))
-            sys.exit(0 if run_id() else STOPPED)
-        if message:
-            sys.exit(message)
+        super().__exit__(kind, error, trace)
 
     def _step(self) -> int:
         return max(list_steps(self.checkpoints), default=0)
