@@ -173,7 +173,7 @@ class MetricsLogger:
             from torch.utils.tensorboard import SummaryWriter
 
             # Its thread prints what the next `add_scalar` raises, where it is a warning.
-            threading.excepthook = lambda a: isinstance(a.exc_value, OSError) or threading.__excepthook__(a)
+            threading.excepthook = lambda a: "board" in type(a.thread).__module__ or threading.__excepthook__(a)
             # purge_step hides the points of an earlier run from there on.
             with writing("TensorBoard events", self.tb_folder):
                 self.tensorboard = SummaryWriter(str(self.tb_folder), purge_step=last_step + 1, flush_secs=10)
