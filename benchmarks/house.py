@@ -40,7 +40,7 @@ OPTIONAL_PARTS = (  # each can be deleted alone; modules and packages, without `
     "distributed.offload",
     "distributed.async_tensor_parallel",
     "distributed.pipeline_parallel",
-    "distributed.context_parallel.joint",
+    "distributed.context_parallel",
     "supervision",
     "training.profiling",
     "training.flight_recorder",

@@ -10,7 +10,6 @@ import pytest
 from benchmarks.house import OPTIONAL_PARTS, PACKAGE, optional_part
 
 PROGRAMS = {"planner", "convert", "sample", "replay", "ingest.importers"}  # started by hand, not by an option
-JOINT = "distributed.context_parallel.joint"  # asked for by a model and a degree together
 ALWAYS = {"supervision"}  # every run uses it where it is there
 AFTERWARDS = {"training.out_of_memory"}  # explains an error
 ASKING = {
@@ -20,6 +19,7 @@ ASKING = {
     "kernels.attention_backends": {"model.attention": "flex"},
     "distributed.float8": {"float8.enable": "true", "float8.emulate": "true"},
     "distributed.async_tensor_parallel": {"parallelism.enable_async_tensor_parallel": "true"},
+    "distributed.context_parallel": {"parallelism.context_parallel_degree": 2},
     "distributed.pipeline_parallel": {"parallelism.pipeline_parallel_degree": 2},
     "training.profiling": {"profiling.enable_profiling": "true"},
     "distributed.offload": {"activation_checkpoint.mode": "full", "activation_checkpoint.offload": "true"},
@@ -65,7 +65,7 @@ def note_modules(path):
 
 
 def test_every_part_is_tried():
-    assert set(ASKING) | PROGRAMS | ALWAYS | AFTERWARDS | {JOINT} == set(OPTIONAL_PARTS)
+    assert set(ASKING) | PROGRAMS | ALWAYS | AFTERWARDS == set(OPTIONAL_PARTS)
 
 
 @pytest.mark.parametrize("part", OPTIONAL_PARTS)
@@ -79,12 +79,6 @@ def test_what_asks_for_a_missing_part_is_refused(part, front):
     path = f"{PACKAGE}.{part}".replace(".", "/")
     named = part.rpartition(".")[2] if part.endswith("hunyuan_video") else path
     front.run("run", ASKING[part], hook=partial(hide, part)).fails_with("config error", named)
-
-
-def test_joint_attention_over_ranks_names_its_missing_part(front):
-    options = {"model.name": "hunyuan_video", "model.flavor": "debug", "parallelism.context_parallel_degree": 2}
-    run = front.run("run", options, world=2, hook=partial(hide, JOINT))
-    run.fails_with("error: parallelism.context_parallel_degree", JOINT.replace(".", "/"))
 
 
 @pytest.fixture(scope="module")

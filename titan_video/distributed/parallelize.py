@@ -6,7 +6,6 @@ from torch import nn
 from titan_video.config.job_config import ActivationCheckpoint, Compile, Float8, Parallelism, Training
 from titan_video.distributed.activation_checkpoint import apply_activation_checkpoint
 from titan_video.distributed.compile import apply_compile
-from titan_video.distributed.context_parallel import apply_context_parallel
 from titan_video.distributed.fsdp import apply_fsdp
 from titan_video.distributed.parallel_dims import Meshes
 from titan_video.distributed.tensor_parallel import apply_tensor_parallel
@@ -14,6 +13,7 @@ from titan_video.models.spec import ParallelPlan
 from titan_video.tools.parts import resolve
 
 FLOAT8 = "titan_video.distributed.float8:apply_float8"  # optional
+CONTEXT_PARALLEL = "titan_video.distributed.context_parallel:apply_context_parallel"  # optional
 
 
 def parallelize(
@@ -39,6 +39,7 @@ def parallelize(
     if meshes.tp.size() > 1:
         apply_tensor_parallel(model, plan, meshes.tp, parallelism.enable_async_tensor_parallel)
     if meshes.ring.size() * meshes.ulysses.size() > 1:
+        apply_context_parallel = resolve(CONTEXT_PARALLEL, asked_by="parallelism.context_parallel_degree")
         apply_context_parallel(model, plan, meshes.ring, meshes.ulysses, parallelism.context_parallel_rotate_method)
     apply_activation_checkpoint(model, plan, checkpointing, checkpointed)
     if compilation.enable:

@@ -176,7 +176,7 @@ def dry_run(config: JobConfig, world_size: int, rank: int = 0) -> Report:
     with fake.fake_ranks(world_size, rank):
         meshes = dims.build_mesh("cpu")
         step = RankStep(config, spec, args, meshes, size)
-        tracker = StepTracker(fake.get_axes(meshes), bodies=fake.OPERATOR_BODIES)
+        tracker = StepTracker(fake.get_axes(meshes), bodies=fake.operator_bodies())
         step.run(tracker)
         static = static_bytes(step.model, config.optimizer.name, spec.plan.blocks, config.ema.enable)
     host = (OFFLOADED, *(STATE if config.training.enable_cpu_offload else ()))

@@ -3,7 +3,7 @@
 The `watch_*` functions attach a StepTracker to a model: they set its phase and the category of live tensors.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from titan_video import kernels
 from titan_video.data.batch import Batch
 from titan_video.distributed.activation_checkpoint import OFFLOAD
-from titan_video.distributed.context_parallel import ring
 from titan_video.distributed.fsdp import get_blocks
 from titan_video.distributed.parallel_dims import Meshes
 from titan_video.distributed.utils import to_local
@@ -25,18 +24,26 @@ from titan_video.models.spec import ParallelPlan
 from titan_video.planner.describe import OFFLOADED
 from titan_video.planner.step_tracker import Axis, StepTracker
 from titan_video.tasks.conditioning import COND_LATENTS
-from titan_video.tools.parts import resolve
+from titan_video.tools.parts import find_module, resolve
 
-# Custom operators whose Python function the tracker runs in their place, to count what they allocate.
-OPERATOR_BODIES = {
-    # Only pipelines read numbers: the index of a micro-batch (any index will do, as all cost the same), and once, in
-    # int32, whether shapes are known.
-    torch.ops.aten._local_scalar_dense: lambda number: int(number.dtype == torch.int32),
-    torch.ops.titan_video.attention: attention.own_attention._init_fn,
-    torch.ops.titan_video.attention_backward: attention.own_attention_backward._init_fn,
-    torch.ops.titan_video.ring_attention: ring.ring_attention._init_fn,
-    torch.ops.titan_video.ring_attention_backward: ring.ring_attention_backward._init_fn,
-}
+RING = "titan_video.distributed.context_parallel.ring"  # optional
+
+
+def operator_bodies() -> dict[Any, Callable[..., Any]]:
+    """Custom operators whose Python function the tracker runs in their place, to count what they allocate."""
+    ops = torch.ops.titan_video
+    bodies = {
+        # Only pipelines read numbers: the index of a micro-batch (any index will do, as all cost the same), and once,
+        # in int32, whether shapes are known.
+        torch.ops.aten._local_scalar_dense: lambda number: int(number.dtype == torch.int32),
+        ops.attention: attention.own_attention._init_fn,
+        ops.attention_backward: attention.own_attention_backward._init_fn,
+    }
+    if find_module(RING):
+        ring = resolve(RING, asked_by="the dry run")
+        bodies[ops.ring_attention] = ring.ring_attention._init_fn
+        bodies[ops.ring_attention_backward] = ring.ring_attention_backward._init_fn
+    return bodies
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from titan_video.distributed.fsdp import get_blocks
 from titan_video.models.spec import ParallelPlan
 from titan_video.tools.parts import resolve
 
-# Class of an inner attention -> what replaces it on the ring and on the ulysses axis. joint.py is optional.
+# Class of an inner attention -> what replaces it on the ring and on the ulysses axis.
 _REPLACEMENTS = {
     "InnerAttention": (
         "titan_video.distributed.context_parallel.ring:RingAttention",
