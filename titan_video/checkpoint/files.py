@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from titan_video.tools.bounded import refusal
 from titan_video.tools.files import atomic_write, sha256
 
 FORMAT = 1
@@ -286,4 +287,6 @@ def plain_errors(action: str) -> Iterator[None]:
                 yield
     except CheckpointException as error:
         rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
-        raise RuntimeError(f"{action} failed on rank {rank}: {type(cause).__name__}: {cause}") from error
+        is_refused = isinstance(cause, pickle.UnpicklingError)
+        text = refusal(cause) if is_refused else f"{type(cause).__name__}: {cause}"
+        raise RuntimeError(f"{action} failed on rank {rank}: {text}") from error

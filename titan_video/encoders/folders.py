@@ -1,23 +1,22 @@
 """Encoders in local diffusers folders: loading, checking and hashing their files. Nothing is downloaded."""
 
 import hashlib
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from titan_video.tools import bounded
 from titan_video.tools.files import sha256
 
 
 def read_config(folder: Path) -> dict:
     """config.json of a folder; ValueError if it cannot be read."""
-    path = folder / "config.json"
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path} cannot be read ({e}); model.hf_assets_path should be a diffusers folder") from e
+        return bounded.read_config(folder / "config.json")
+    except ValueError as e:
+        raise ValueError(f"{e}; model.hf_assets_path should be a diffusers folder") from e
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:
@@ -25,10 +24,7 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
     index = folder / f"{stem}.safetensors.index.json"
     names = [f"{stem}.safetensors"]
     if index.is_file():
-        try:
-            names = [index.name, *sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (ValueError, KeyError, AttributeError) as e:
-            raise ValueError(f"{index} is no index of safetensors files") from e
+        names = [index.name, *sorted(set(bounded.read_index(index).values()))]
     files = [folder / name for name in ("config.json", *names)]
     for path in files:
         if not path.is_file():

@@ -1,0 +1,214 @@
+"""Damaged and hostile files: how many end the program in any other way than with a reason.
+
+    python benchmarks/fuzz.py [--kinds media toml checkpoint forged] [--count N] [--seed S] [--only NUMBER]
+                              [--json benchmarks/results/fuzz.json]
+
+Each case runs in a child process that serves many of them and is replaced when it dies or hangs. What is counted:
+
+    accepted, refused   how a case ended; a mutated checkpoint must never be accepted
+    crashes             the child died
+    tracebacks          an exception that the program does not turn into a reason or a message
+    hangs               a case took more than 5 s, twice
+    executions          a program was started, or a payload in a pickle ran
+    writes outside      something outside the folder of the case was opened for writing, made, renamed or removed
+"""
+
+import argparse
+import hashlib
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+
+from benchmarks import fuzz_cases as cases  # noqa: E402
+from benchmarks.common import environment, markdown, write_json  # noqa: E402
+
+KINDS: dict[str, tuple[int, Callable[[cases.Case], str], Callable[[Path], None]]] = {
+    "media": (1000, cases.run_media, cases.make_media_seeds),
+    "toml": (2000, cases.run_toml, lambda folder: None),
+    "checkpoint": (1000, cases.run_checkpoint, cases.make_checkpoint_seeds),
+    "forged": (1000, cases.run_forged, cases.make_checkpoint_seeds),
+}
+COLUMNS = ("cases", "accepted", "refused", "crashes", "tracebacks", "hangs", "executions", "writes outside")
+HANG = 5.0  # seconds
+MEMORY = 4 << 30  # of a child, beside what it starts with, as data.decode_memory_gib limits a worker
+STARTS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "pty.spawn")
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
+HARMLESS = ("/dev/null", "/dev/shm/", "/proc/self/")
+
+
+class Watch:
+    """Sees, by Python's audit events, what a case starts and what it writes to. What libraries in C do is seen by
+    comparing the files outside afterwards.
+    """
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+        self.starts: list[str] = []
+        self.writes: list[str] = []
+        sys.addaudithook(self.hook)
+
+    def hook(self, event: str, args: tuple) -> None:
+        if self.folder is None:
+            return
+        if event in STARTS:
+            self.starts.append(f"{event} {str(args)[:200]}")
+        elif event in CHANGES:
+            self.writes += [str(p) for p in args[:2] if isinstance(p, str | bytes | os.PathLike) and self._outside(p)]
+        elif event == "open" and isinstance(args[0], str | bytes | os.PathLike):
+            _, mode, flags = args
+            is_write = (
+                flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC) if mode is None else set(mode) & set("wax+")
+            )
+            if is_write and self._outside(args[0]):
+                self.writes.append(str(args[0]))
+
+    def _outside(self, path: Any) -> bool:
+        text = os.path.abspath(os.fsdecode(path))
+        return not text.startswith((f"{self.folder}/", *HARMLESS)) and "__pycache__" not in text
+
+
+def serve(connection: Any, kind: str, seed: int, root: Path) -> None:
+    """The child: a number comes, an outcome goes."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries in C write there
+    with open("/proc/self/status") as f:
+        start = next(int(line.split()[1]) << 10 for line in f if line.startswith("VmData:"))
+    resource.setrlimit(resource.RLIMIT_DATA, (start + MEMORY, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    watch = Watch()
+    while True:
+        number = connection.recv()
+        folder = root / "cases" / str(number)
+        folder.mkdir(parents=True)
+        case = cases.Case(
+            number, random.Random(f"{kind} {seed} {number}"), folder, root / "seeds", root / "outside/file"
+        )
+        watch.folder, watch.starts, watch.writes = folder, [], []
+        detail = ""
+        try:
+            outcome = KINDS[kind][1](case)
+        except BaseException:
+            outcome, detail = "tracebacks", traceback.format_exc()
+        watch.folder = None
+        shutil.rmtree(folder, ignore_errors=True)
+        connection.send((outcome, detail, watch.starts, watch.writes))
+
+
+class Child:
+    def __init__(self, kind: str, seed: int, root: Path):
+        self.connection, theirs = multiprocessing.Pipe()
+        context = multiprocessing.get_context("fork")
+        self.process = context.Process(target=serve, args=(theirs, kind, seed, root), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def run(self, number: int) -> tuple[str, str, list[str], list[str]]:
+        self.connection.send(number)
+        if not self.connection.poll(HANG):
+            return "hangs", f"more than {HANG:g} s", [], []
+        try:
+            return self.connection.recv()
+        except EOFError:
+            self.process.join()
+            return "crashes", f"exit code {self.process.exitcode}", [], []
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def fingerprint(folder: Path) -> str:
+    """Of the names and contents of all files outside the cases."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        digest.update(f"{path.relative_to(folder)}\n".encode())
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    return digest.hexdigest()
+
+
+def run(kind: str, count: int, seed: int, first: int = 0) -> dict[str, Any]:
+    """The counts of `count` cases of a kind, and the details of what should not have been."""
+    counts, findings, start = Counter(dict.fromkeys(COLUMNS, 0)), [], time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        root = Path(folder)
+        for name in ("seeds", "outside", "cases"):
+            (root / name).mkdir()
+        (root / "outside/file").write_text("somebody else's")
+        KINDS[kind][2](root / "seeds")
+        before = fingerprint(root / "outside"), fingerprint(root / "seeds")
+        child, is_second = Child(kind, seed, root), False
+        number = first
+        while number < first + count:
+            outcome, detail, starts, writes = child.run(number)
+            if outcome in ("hangs", "crashes"):
+                child.end()
+                shutil.rmtree(root / "cases" / str(number), ignore_errors=True)
+                child = Child(kind, seed, root)
+                if outcome == "hangs" and not is_second:  # or is the machine busy?
+                    is_second = True
+                    continue
+            is_second = False
+            counts["cases"] += 1
+            counts[outcome] += 1
+            counts["executions"] += bool(starts)
+            counts["writes outside"] += bool(writes)
+            if detail or starts or writes or (outcome == "accepted" and kind == "checkpoint"):
+                findings.append({"number": number, "outcome": outcome, "detail": detail, "seen": [*starts, *writes]})
+            number += 1
+        child.end()
+        if before != (fingerprint(root / "outside"), fingerprint(root / "seeds")):
+            counts["writes outside"] += 1
+            findings.append({"number": None, "outcome": "writes outside", "detail": "files outside have changed"})
+        counts["executions"] += (root / "outside/executed").exists()
+    return {"kind": kind, "seed": seed, **counts, "seconds": round(time.monotonic() - start, 1), "findings": findings}
+
+
+def is_clean(result: dict[str, Any]) -> bool:
+    bad = COLUMNS[3:] if result["kind"] != "checkpoint" else ("accepted", *COLUMNS[3:])
+    return not any(result[name] for name in bad)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    rows = [[r["kind"], *(f"{r[name]:,}" for name in COLUMNS)] for r in results]
+    return markdown(["kind", *COLUMNS], rows)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument(
+        "--count", type=int, default=0, help="cases of each kind; 0: " + str({k: v[0] for k, v in KINDS.items()})
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", type=int, default=-1, help="run this case alone, and print all that is found")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    cli = parser.parse_args(argv)
+    results = []
+    for kind in cli.kinds:
+        count, first = (1, cli.only) if cli.only >= 0 else (cli.count or KINDS[kind][0], 0)
+        results.append(run(kind, count, cli.seed, first))
+        for finding in results[-1]["findings"][: 1000 if cli.only >= 0 else 20]:
+            print(f"{kind} {finding['number']}: {finding['outcome']} {finding['detail'][-1500:]} {finding.get('seen')}")
+    print(table(results))
+    if cli.json:
+        write_json(cli.json, "fuzz", cli, environment(torch.device("cpu")), results)
+    return 0 if all(is_clean(r) for r in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
