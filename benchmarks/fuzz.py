@@ -39,7 +39,7 @@ from benchmarks.common import environment, markdown, write_json  # noqa: E402
 
 KINDS: dict[str, tuple[int, Callable[[cases.Case], str], Callable[[Path], None]]] = {
     "media": (1000, cases.run_media, cases.make_media_seeds),
-    "toml": (2000, cases.run_toml, lambda folder: None),
+    "toml": (2000, cases.run_toml, cases.import_rules),
     "checkpoint": (1000, cases.run_checkpoint, cases.make_checkpoint_seeds),
     "forged": (1000, cases.run_forged, cases.make_checkpoint_seeds),
 }
@@ -68,7 +68,8 @@ class Watch:
         if event in STARTS:
             self.starts.append(f"{event} {str(args)[:200]}")
         elif event in CHANGES:
-            self.writes += [str(p) for p in args[:2] if isinstance(p, str | bytes | os.PathLike) and self._outside(p)]
+            paths = args[1:2] if event in ("os.symlink", "os.link") else args[:2]
+            self.writes += [str(p) for p in paths if isinstance(p, str | bytes | os.PathLike) and self._outside(p)]
         elif event == "open" and isinstance(args[0], str | bytes | os.PathLike):
             _, mode, flags = args
             is_write = (

@@ -213,7 +213,7 @@ class CheckpointManager:
 
     def _restore(self, step: int, metadata: Metadata) -> None:
         folder = files.step_folder(self.folder, step)
-        saved_states = json.loads((folder / files.STATE).read_text(encoding="utf-8"))["counters"]
+        saved_states = files.read_state(folder)
         missing = [name for name in self.states if name not in saved_states]
         if missing:
             raise ValueError(f"{folder / files.STATE}: holds no state of `{missing[0]}`, which this run has")
@@ -227,7 +227,10 @@ class CheckpointManager:
             self._log(f"{folder} also holds {', '.join(unused)}, which this run does not use", logging.WARNING)
         read_tensors(folder, metadata, self._live_tensors(), self.ranks.group)
         for name, owner in self.states.items():
-            owner.load_state_dict(saved_states[name])
+            try:
+                owner.load_state_dict(saved_states[name])
+            except (TypeError, LookupError, AttributeError) as error:
+                raise ValueError(f"{folder / files.STATE}: what it holds of `{name}` is no state of it") from error
         self.last_step = step
         self._log(f"loaded {folder}")
 

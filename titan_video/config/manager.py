@@ -48,6 +48,12 @@ class ConfigError(ValueError):
     """One or more mistakes in a configuration, one line each: the field, its value, and what is legal."""
 
 
+def listed(errors: list[str]) -> str:
+    """The first mistakes, one a line."""
+    more = ["and others"] if len(errors) > MAX_MISTAKES else []
+    return "\n".join([short(line, MAX_LINE) for line in errors[:MAX_MISTAKES]] + more)
+
+
 @contextmanager
 def main_guard() -> Iterator[None]:
     """Ends the program with the message, and no traceback, when its body raises `ConfigError`."""
@@ -104,8 +110,7 @@ def _build(typed: dict[str, dict[str, Any]], errors: list[str]) -> JobConfig:
         config = JobConfig(**{section: sections()[section](**values) for section, values in typed.items()})
         errors = list(missing_sections(config))
     if errors:
-        more = [f"and more than {MAX_MISTAKES} mistakes"] if len(errors) > MAX_MISTAKES else []
-        raise ConfigError("\n".join([short(line, MAX_LINE) for line in errors[:MAX_MISTAKES]] + more))
+        raise ConfigError(listed(errors))
     return config
 
 

@@ -36,7 +36,7 @@ def scan_tar(file: str, columns: tuple[str, ...]) -> list[ClipRecord]:
         size = f.seek(0, os.SEEK_END)
         f.seek(0)
         try:
-            with tarfile.open(fileobj=f, mode="r:") as tar:
+            with tarfile.open(fileobj=_Whole(f, size), mode="r:") as tar:
                 last = -1
                 for m in tar:
                     folder, _, name = m.name.rpartition("/")
@@ -51,6 +51,16 @@ def scan_tar(file: str, columns: tuple[str, ...]) -> list[ClipRecord]:
         except (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError) as e:
             broken.append(ClipRecord(file, reason=f"corrupt: the tar is broken off, or is none ({short(str(e))})"))
         return [_from_members(file, members, f, columns) for members in samples.values()] + broken
+
+
+class _Whole:
+    """A file that is never asked for more bytes than it has: a header may state any size."""
+
+    def __init__(self, file: BinaryIO, size: int):
+        self.file, self.size, self.seek, self.tell = file, size, file.seek, file.tell
+
+    def read(self, count: int) -> bytes:
+        return self.file.read(max(0, min(count, self.size - self.file.tell())))
 
 
 def _from_members(

@@ -106,10 +106,16 @@ def _stem(clip: Path) -> Path:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Visible files below `folder`, through links, each real folder once."""
-    seen = set()
+    """Visible files below `folder`, through links, each real folder once. A link to a folder around it, or to the
+    system's own, is not followed.
+    """
+    seen, root = set(), Path(os.path.realpath(folder))
     for where, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(where)
+        is_inside = Path(real).is_relative_to(root)
+        if not is_inside and (root.is_relative_to(real) or f"{real}/".startswith(("/proc/", "/sys/", "/dev/"))):
+            logger.warning(f"{where}: a link to {real}, which is not followed")
+            seen.add(real)
         folders[:] = sorted(f for f in folders if not f.startswith(".")) if real not in seen else []
         if real not in seen:
             yield from (Path(where, name) for name in names if not name.startswith("."))

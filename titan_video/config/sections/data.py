@@ -58,7 +58,7 @@ class Data:
     frame_buckets: tuple[int, ...] = opt((1, 33, 81), "Frames of derived buckets; 4k+1.", ge=1)
     min_ar: float = opt(0.5, "Lowest aspect ratio (width / height) of derived buckets.", gt=0)
     max_ar: float = opt(2.0, "Highest aspect ratio of derived buckets.", gt=0)
-    num_ar_buckets: int = opt(5, "Number of aspect ratios of derived buckets, in geometric steps.", ge=1)
+    num_ar_buckets: int = opt(5, "Number of aspect ratios of derived buckets, in geometric steps.", ge=1, le=1000)
     frame_extraction: Literal["head", "chunk", "slide", "uniform", "full"] = opt(
         "head",
         "Clips of a file that is longer than its bucket. head: the first frames. chunk: all consecutive chunks. "
