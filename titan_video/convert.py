@@ -21,7 +21,7 @@ from titan_video.checkpoint.state import read_tensors, saved_under
 from titan_video.config.manager import load
 from titan_video.models import FAMILIES, args_from_config, get_args, get_spec
 from titan_video.models.spec import ModelSpec
-from titan_video.tools.bounded import read_config
+from titan_video.tools.bounded import read_json
 from titan_video.tools.logging import init_logger, logger
 from titan_video.tools.parts import resolve
 from titan_video.weights.formats import (
@@ -119,7 +119,7 @@ def _architecture(stored: StoredWeights, spec: ModelSpec, layout: str, options: 
     if options.flavor:
         return get_args(spec, options.flavor, "", _text_len(spec, options.flavor))
     if options.config:
-        return args_from_config(spec, read_config(options.config), options.config)
+        return args_from_config(spec, read_json(options.config), options.config)
     if layout == "diffusers" and stored.root.is_dir():
         return args_from_config(spec, stored.config(), stored.root / CONFIG)
     fits: dict[str, tuple[str, Any]] = {}

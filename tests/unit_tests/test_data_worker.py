@@ -77,7 +77,7 @@ def test_clips_go_through_it(tmp_path):
         release(frames_CFHW)
 
 
-class Lost:
+class Failing:
     """A data set whose process is killed, stops, or is too slow at items 2 and 5, once or always."""
 
     def __init__(self, folder, how, times=1):
@@ -98,7 +98,7 @@ class Lost:
         return DecodeLimits(seconds=1.0)
 
 
-class Replaced(Lost):
+class Replaced(Failing):
     def failed(self, index, reason):
         return index, reason
 
@@ -115,7 +115,7 @@ def slow():
     time.sleep(60)
 
 
-WAYS = [
+FAULTS = [
     (killed, "crashed: its decoding process ended by SIGKILL"),
     (stopped, "too slow: nothing came for 1 s (data.decode_timeout_seconds)"),
     (slow, "too slow: decoding took more than 1 s (data.decode_timeout_seconds)"),
@@ -127,10 +127,10 @@ def short_grace(monkeypatch):
     monkeypatch.setattr(worker, "GRACE", 1.0)
 
 
-@pytest.mark.parametrize("how, reason", WAYS)
+@pytest.mark.parametrize("how, reason", FAULTS)
 def test_a_lost_worker_is_replaced(tmp_path, caplog, how, reason):
     """The items are the same, in the same order; the log names process, file and reason."""
-    found = list(map_in_workers(Lost(tmp_path, how), range(8), 2))
+    found = list(map_in_workers(Failing(tmp_path, how), range(8), 2))
     assert [index for index, _ in found] == list(range(8))
     assert os.getpid() not in {pid for _, pid in found} and len({pid for _, pid in found}) > 2
     for index in (2, 5):
@@ -138,7 +138,7 @@ def test_a_lost_worker_is_replaced(tmp_path, caplog, how, reason):
     assert "it is replaced, 2 of at most 20 times" in caplog.text
 
 
-@pytest.mark.parametrize("how, reason", WAYS[:2])
+@pytest.mark.parametrize("how, reason", FAULTS[:2])
 def test_an_item_that_costs_two_workers_is_given_up(tmp_path, how, reason):
     found = list(map_in_workers(Replaced(tmp_path, how, times=9), range(7), 2, prefetch_factor=3))
     assert [index for index, _ in found] == list(range(7))
@@ -149,7 +149,7 @@ def test_an_item_that_costs_two_workers_is_given_up(tmp_path, how, reason):
 def test_without_a_result_for_it_the_item_is_an_error_at_its_turn(tmp_path):
     found = []
     with pytest.raises(RuntimeError, match=r"^clips/2.mp4: crashed: .* by SIGKILL$"):
-        for index, _ in map_in_workers(Lost(tmp_path, killed, times=9), range(4), 1):
+        for index, _ in map_in_workers(Failing(tmp_path, killed, times=9), range(4), 1):
             found.append(index)
     assert found == [0, 1]
 
@@ -204,7 +204,7 @@ def test_an_error_of_the_data_set_is_raised_at_its_turn():
 
 
 def test_no_worker_is_left(tmp_path):
-    made = map_in_workers(Lost(tmp_path, stopped), range(8), 2)
+    made = map_in_workers(Failing(tmp_path, stopped), range(8), 2)
     pids = {next(made)[1], next(made)[1]}
     made.close()
     assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]

@@ -58,7 +58,7 @@ def test_names_of_parts_stay_in_the_folder(tmp_path, caplog, name):
     (tmp_path / "victim" / "config.json").write_text("theirs")
     complete_pipeline(source, tmp_path / "out" / "hf", "transformer")
     assert (victim / "config.json").read_text() == "mine" and not (tmp_path / "out" / "hf").exists()
-    assert "names a part" in caplog.text and "will hold the weights only" in caplog.text
+    assert "it lacks a folder of the name" in caplog.text and "will hold the weights only" in caplog.text
 
 
 @pytest.mark.parametrize("what", ["file", "folder"])
@@ -100,7 +100,7 @@ INDEXES = [
     ('{"weight_map": {"a": "../outside.safetensors"}}', "names files outside its folder: ../outside.safetensors"),
     ('{"weight_map": {"a": ".."}}', "names files outside its folder"),
     ('{"weight_map": {"a": "/etc/passwd"}}', "names files outside its folder"),
-    ('{"weight_map": {"a": ["b"]}}', "is no index of safetensors files"),
+    ('{"weight_map": {"a": ["b"]}}', "names files outside its folder"),
     ('{"weight_map": 5}', "is no index of safetensors files"),
     ('{"weight_map": ' + DEEP, "is no index of safetensors files .*nested more than 32 deep"),
     ('{"weight_map": ' + "[" * 40 + "]" * 40 + "}", "nested more than 32 deep"),
@@ -154,17 +154,16 @@ def wan_config(**changes):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"num_layers": 10**9}, "config.json: num_layers = 1000000000; legal: numbers from -1,024 to 1,024"),
+        ({"num_layers": 10**9}, "config.json: num_layers = 1000000000; legal: int from 1 to 1,024"),
         ({"ffn_dim": 10**9}, "config.json: ffn_dim = 1000000000; legal"),
-        ({"ffn_dim": -1}, "config.json: ffn_dim = -1; legal: integers from 1"),
+        ({"ffn_dim": -1}, "config.json: ffn_dim = -1; legal: int from 1"),
         ({"num_attention_heads": 0}, "config.json: dim = 0; legal"),
         ({"num_attention_heads": 60000, "attention_head_dim": 60000}, "config.json: dim = 3600000000; legal"),
         ({"text_dim": "wide"}, "config.json: text_dim = 'wide'; legal: int"),
-        ({"patch_size": [1, 0, 2]}, r"config.json: patch = \(1, 0, 2\); legal: integers from 1"),
+        ({"patch_size": [1, 0, 2]}, r"config.json: patch = \(1, 0, 2\); legal: int from 1"),
         ({"patch_size": 5}, "config.json: "),
         ({"eps": float("nan")}, "config.json: eps = nan; legal"),
         ({"eps": float("inf")}, "config.json: eps = inf; legal"),
-        ({"deep": json.loads("[" * 20 + "1e9" + "]" * 20)}, "config.json: deep = 1000000000.0; legal"),
     ],
 )
 def test_absurd_numbers_of_a_config(tmp_path, changes, message):
@@ -178,7 +177,8 @@ def test_absurd_numbers_of_a_config(tmp_path, changes, message):
 
 
 def test_a_config_that_is_no_table(tmp_path):
-    for text, message in (("[1]", "holds no table"), (DEEP, "nested"), ('{"a": 1e9}', "a = 1000000000.0; legal")):
+    deep = '{"a": ' + "[" * 20 + "1e9" + "]" * 20 + "}"
+    for text, message in (("[1]", "holds no table"), (DEEP, "nested"), (deep, "a = 1000000000.0; legal")):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             read_config(tmp_path)

@@ -168,16 +168,17 @@ def verify(folder: Path, rank: int = 0, world: int = 1) -> tuple[int, Metadata]:
             raise InvalidCheckpoint(f"{folder / name}: cannot be read ({error})") from error
         if found != manifest["files"][name]["sha256"]:
             raise InvalidCheckpoint(f"{folder / name}: its content was altered, its SHA-256 is not the manifest's")
+    metadata = read_metadata(folder, set(manifest["files"]))
     read_state(folder)
-    return manifest["step"], read_metadata(folder, set(manifest["files"]))
+    return manifest["step"], metadata
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """Name -> state of everything that is not a tensor. InvalidCheckpoint: the file is none of this program."""
     path = folder / STATE
     try:
-        return dict(read_json(path)["counters"])
-    except (ValueError, LookupError, TypeError) as error:
+        return dict(read_json(path).get("counters", {}))
+    except (ValueError, AttributeError, TypeError) as error:
         raise InvalidCheckpoint(f"{path}: holds no states ({type(error).__name__}: {error})") from error
 
 

@@ -95,13 +95,12 @@ def _read(
 
 
 def _unknown_section(name: str, value: Any) -> str:
-    shown = short(name)
     if not isinstance(value, dict):
-        return f"{shown}: outside every section; nearest known name: {nearest(name, options())}"
+        return f"{short(name)}: outside every section; nearest known name: {nearest(name, options())}"
     if not value:
-        return f"{shown}: unknown section; nearest known name: {nearest_word(name, sections())}"
+        return f"{short(name)}: unknown section; nearest known name: {nearest_word(name, sections())}"
     full = f"{name}.{next(iter(value))}"
-    return f"{short(full)}: unknown section {shown}; nearest known name: {nearest(full, options())}"
+    return f"{short(full)}: unknown section {short(name)}; nearest known name: {nearest(full, options())}"
 
 
 def _build(typed: dict[str, dict[str, Any]], errors: list[str]) -> JobConfig:
@@ -208,8 +207,8 @@ def _split(argv: list[str], errors: list[str]) -> tuple[list[str], dict[str, dic
         section, _, last = name.partition(".")
         option = options().get(f"{section}.{current_name(last, sections().get(section))}")
         if name != CONFIG_FILE and not option:
-            known = [CONFIG_FILE, *options()]
-            errors.append(f"{short(name)}: unknown option; nearest known name: {nearest(name, known)}")
+            closest = nearest(name, [CONFIG_FILE, *options()])
+            errors.append(f"{short(name)}: unknown option; nearest known name: {closest}")
         elif not has_value and not (option and option[0] is bool):
             legal = "a TOML file" if name == CONFIG_FILE else describe(option[0], get_limits(option[1]))
             errors.append(

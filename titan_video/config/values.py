@@ -127,23 +127,20 @@ def show(value: Any) -> str:
     return short(text, MAX_NAME)
 
 
-# ---- TOML ----
-
-
 def loads_toml(text: str) -> dict[str, Any]:
-    """The tables of a TOML text. ValueError: it is none, or one that takes too long to read; no message is long."""
+    """The tables of a TOML text. ValueError: it is none, or one that takes too long to read."""
     if len(text) > MAX_TOML_BYTES:
         raise ValueError(f"it has more than {MAX_TOML_BYTES >> 20} MiB")
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.count(".") > MAX_DOTS:
-            raise ValueError(f"more than {MAX_DOTS} dots (at line {number})")
+    if long := [n for n, line in enumerate(text.splitlines(), 1) if line.count(".") > MAX_DOTS]:
+        raise ValueError(f"more than {MAX_DOTS} dots (at line {long[0]})")
     try:
         return tomllib.loads(text)
     except RecursionError:
         raise ValueError("TOML nested too deeply") from None
-    except ValueError as e:
-        reason = str(e).replace("end of document", f"line {text.count(chr(10)) + 1}, end of document")
-        raise ValueError(reason if len(reason) <= 300 else f"{reason[:200]}...{reason[-100:]}") from None
+    except ValueError as e:  # the line is at the end of its message
+        raise ValueError(
+            str(e)[-300:].replace("end of document", f"line {text.count(chr(10)) + 1}, end of document")
+        ) from None
 
 
 # ---- raw values to typed ones ----

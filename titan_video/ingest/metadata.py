@@ -7,6 +7,7 @@ import errno
 import io
 import logging
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from titan_video.ingest import media
-from titan_video.tools.bounded import open_regular, parse_json, read_json, short, special_kind
+from titan_video.tools.bounded import KINDS, open_regular, parse_json, read_json, short
 
 logger = logging.getLogger(__name__)
 
@@ -103,10 +104,11 @@ def _is_path(name: str) -> bool:
 def not_a_clip(path: str, named: str = "") -> str:
     """Why `path` is neither a file nor a folder, or "". It is not opened."""
     try:
-        kind = special_kind(path)
+        mode = os.stat(path).st_mode
     except OSError as e:
         return f"missing file: {named}" if named and e.errno != errno.ELOOP else f"not a file: {e.strerror}"
-    return "" if kind in ("", "folder") else f"not a file: it is a {kind}"
+    is_usable = stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+    return "" if is_usable else f"not a file: it is a {KINDS.get(stat.S_IFMT(mode), 'device')}"
 
 
 def read_text(path: Path) -> bytes:

@@ -33,7 +33,7 @@ from titan_video.kernels import upcast
 from titan_video.lora.adapters import NAME, Adapter, add_adapters
 from titan_video.models.layers import is_adapter
 from titan_video.models.spec import ModelSpec
-from titan_video.tools.bounded import MAX_NUMBER, parse_json, short
+from titan_video.tools.bounded import parse_json, short
 from titan_video.tools.files import atomic_path
 from titan_video.tools.logging import logger
 from titan_video.weights.formats import TensorSlice, preview, public_tensors
@@ -309,7 +309,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], float]:
         raise ValueError(f"{where} is no table")
     settings = {key.removeprefix("transformer."): value for key, value in note.items()}
     alpha, rank = settings.get("lora_alpha", 1), settings.get("r", 1)
-    if not all(isinstance(x, int | float) and 0 < x <= MAX_NUMBER for x in (alpha, rank)):
+    if not all(isinstance(x, int | float) and 0 < x < 1e6 for x in (alpha, rank)):
         raise ValueError(f"{where} has lora_alpha = {short(alpha)} and r = {short(rank)}; legal: positive numbers")
     if settings.get("alpha_pattern") or settings.get("use_rslora"):
         raise ValueError(f"{path}: alpha_pattern and use_rslora are not supported; save the adapters with one alpha")

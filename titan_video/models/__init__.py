@@ -6,11 +6,11 @@ from typing import Any, get_origin, get_type_hints
 
 from titan_video.config.families import model_families
 from titan_video.models.spec import ModelSpec
-from titan_video.tools.bounded import read_config, short
+from titan_video.tools.bounded import read_json, short
 from titan_video.tools.parts import resolve
 
 FAMILIES = model_families()
-MAX_WIDTH = 1 << 16  # of anything in a model
+MAX_LAYERS, MAX_WIDTH = 1024, 1 << 16  # of any model
 
 
 def get_spec(name: str) -> ModelSpec:
@@ -32,7 +32,7 @@ def get_args(spec: ModelSpec, flavor: str, hf_assets_path: str, max_text_length:
                 f'model.flavor = "hf" reads {path}, which does not exist; set model.hf_assets_path to a '
                 f"diffusers folder"
             )
-        args = args_from_config(spec, read_config(path), path)
+        args = args_from_config(spec, read_json(path), path)
     elif flavor in spec.flavors:
         args = spec.flavors[flavor]
     else:
@@ -51,16 +51,14 @@ def args_from_config(spec: ModelSpec, config: dict[str, Any], path: Path) -> Any
         args = spec.args_from_hf(config)
     except (ValueError, TypeError, AttributeError) as e:
         raise ValueError(f"{path}: {short(str(e), 300)}") from e
-    kinds = get_type_hints(type(args))
     for f in fields(args):
-        value, kind = getattr(args, f.name), kinds[f.name]
-        numbers = value if get_origin(kind) is tuple and isinstance(value, tuple) else (value,)
-        kind = int if get_origin(kind) is tuple else kind
-        if not all(isinstance(x, int | float if kind is float else kind) for x in numbers):
-            raise ValueError(f"{path}: {f.name} = {short(repr(value))}; legal: {kind.__name__}")
-        least = 0 if f.default == 0 else 1  # 0: the model has no such part
-        if kind is int and not all(least <= x <= MAX_WIDTH for x in numbers):
-            raise ValueError(f"{path}: {f.name} = {short(value)}; legal: integers from {least} to {MAX_WIDTH:,}")
+        value, kind = getattr(args, f.name), get_type_hints(type(args))[f.name]
+        numbers, kind = (value, int) if get_origin(kind) is tuple else ((value,), kind)
+        least, most = int(kind is int and f.default != 0), MAX_LAYERS if f.name.endswith("layers") else MAX_WIDTH
+        types, is_number = int | float if kind is float else kind, kind in (int, float)
+        if not all(isinstance(x, types) and (not is_number or least <= x <= most) for x in numbers):
+            legal = f"{kind.__name__}{f' from {least} to {most:,}' if is_number else ''}"
+            raise ValueError(f"{path}: {f.name} = {short(repr(value))}; legal: {legal}")
     if args.dim % args.num_heads:
         raise ValueError(f"{path}: the width {args.dim} does not divide among {args.num_heads} heads")
     return args

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from titan_video.models.spec import ModelSpec, NameRule
-from titan_video.tools.bounded import read_config, read_index
+from titan_video.tools.bounded import read_index, read_json
 from titan_video.tools.parts import resolve
 from titan_video.weights.safetensors_io import DTYPES, SUFFIXES, Shape, read_header
 
@@ -227,10 +227,10 @@ class StoredWeights:
         """config.json beside the weights; None for a single file. ValueError: it cannot be read."""
         if self.root.is_file():
             return None
-        try:
-            return read_config(self.root / CONFIG)
-        except ValueError as e:
-            raise ValueError(f"{e}; it belongs to the weights beside it") from e
+        config = read_json(self.root / CONFIG)
+        if not isinstance(config, dict):
+            raise ValueError(f"{self.root / CONFIG} holds no table of settings")
+        return config
 
     def locate(self, spec: ModelSpec, args: Any, shapes: dict[str, torch.Size]) -> dict[str, TensorLocation]:
         """Our name -> location of every parameter.

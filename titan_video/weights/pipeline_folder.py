@@ -42,8 +42,7 @@ def complete_pipeline(source: Path, target: Path, subfolder: str) -> None:
     change a linked file in place: it is the same file as the source's. ValueError: both are the same folder, or
     model_index.json cannot be read.
 
-    Whoever made `source` decides nothing outside it: parts have plain names, and a link that leads out of it is not
-    followed, except into the blobs of the same repository in a Hugging Face cache.
+    Parts have plain names. A link out of `source` is not followed, but into the blobs of its repository in a cache.
     """
     index = source / PIPELINE
     if not index.is_file():
@@ -55,18 +54,15 @@ def complete_pipeline(source: Path, target: Path, subfolder: str) -> None:
         parts = [name for name, kind in content.items() if isinstance(kind, list) and kind and kind[0]]
     except (ValueError, AttributeError) as e:
         raise ValueError(f"{index} cannot be read ({e}); it should be that of a diffusers pipeline") from e
-    others = [name for name in parts if name != subfolder]
-    files: list[Path] = []
+    others, files = [name for name in parts if name != subfolder], []
+    missing = [name for name in others if not is_plain_name(name) or not (source / name).is_dir()]
     problem = "" if subfolder in parts else f"it names no {subfolder}"
-    if odd := [name for name in others if not is_plain_name(name)]:
-        problem = f"{PIPELINE} names a part {short(repr(odd[0]))}, which is no name of a folder in it"
-    elif missing := [name for name in others if not (source / name).is_dir()]:
-        problem = f"it lacks {short(', '.join(missing))}"
-    elif outside := [source / name for name in others if not _is_inside(source / name, source)]:
-        problem = f"{outside[0]} is a link to {outside[0].resolve()}, outside of it"
-    else:
-        files = [path for name in others for path in sorted((source / name).rglob("*")) if path.is_file()]
-        if outside := [path for path in files if not _is_inside(path, source)]:
+    if missing:
+        problem = f"it lacks a folder of the name {short(', '.join(missing))}"
+    elif not problem:
+        folders = [source / name for name in others]
+        files = [path for f in folders if _is_inside(f, source) for path in sorted(f.rglob("*")) if path.is_file()]
+        if outside := [path for path in folders + files if not _is_inside(path, source)]:
             problem = f"{outside[0]} is a link to {outside[0].resolve()}, outside of it"
     if problem:
         logger.warning(f"{target} will hold the weights only: {source} is no complete pipeline, {problem}")
