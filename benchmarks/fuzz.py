@@ -1,6 +1,6 @@
 """Damaged and hostile files: how many end the program in any other way than with a reason.
 
-    python benchmarks/fuzz.py [--kinds media toml checkpoint forged] [--count N] [--seed S] [--only NUMBER]
+    python benchmarks/fuzz.py [--kinds media toml checkpoint forged weights] [--count N] [--seed S] [--only NUMBER]
                               [--json benchmarks/results/fuzz.json]
 
 Each case runs in a child process that serves many of them and is replaced when it dies or hangs. What is counted:
@@ -42,6 +42,7 @@ KINDS: dict[str, tuple[int, Callable[[cases.Case], str], Callable[[Path], None]]
     "toml": (2000, cases.run_toml, cases.import_rules),
     "checkpoint": (1000, cases.run_checkpoint, cases.make_checkpoint_seeds),
     "forged": (1000, cases.run_forged, cases.make_checkpoint_seeds),
+    "weights": (1000, cases.run_weights, cases.make_weights_seeds),
 }
 COLUMNS = ("cases", "accepted", "refused", "crashes", "tracebacks", "hangs", "executions", "writes outside")
 HANG = 5.0  # seconds

@@ -1,9 +1,10 @@
-"""The cases of benchmarks/fuzz.py: damaged and hostile media files, configurations and checkpoints.
+"""The cases of benchmarks/fuzz.py: damaged and hostile media files, configurations, checkpoints and weights.
 
 A case is a function of (seed, number) alone, so that one can be run again. It is run in a folder of its own and returns
 "accepted" or "refused"; any exception that a user would see as a traceback is left to the runner.
 """
 
+import json
 import os
 import pickle
 import random
@@ -30,7 +31,12 @@ from titan_video.config.manager import ConfigError, dump, parse, parse_args
 from titan_video.ingest.images import UnusableClip
 from titan_video.ingest.media import DecodeLimits
 from titan_video.ingest.plan import make_plan, read_frames
+from titan_video.models import get_args
+from titan_video.models.wan import SPEC
+from titan_video.weights.hf_storage import load_hf, save_hf
+from titan_video.weights.pipeline_folder import complete_pipeline
 
+ARGS = SPEC.flavors["debug"]
 BUCKETS = [(5, 32, 32), (1, 32, 32)]
 LIMITS = DecodeLimits(max_pixels=1 << 22, max_frames=20_000)
 
@@ -381,7 +387,7 @@ SPECIAL_TOMLS: list[Callable[[], str | list[str]]] = [
     lambda: "[job]\ndescription = '" + "x" * MILLION + "'",
     lambda: "[data]\npath = '" + "x" * MILLION + "'",
     lambda: "[data]\npath = 'x{0..999999999999}.tar'",
-    lambda: "[data]\nbuckets = [" + "[5, 64, 64], " * 50_000 + "]",
+    lambda: "[data]\nbuckets = [" + "[5, 64, 64], " * 20_000 + "]",
     lambda: "[training]\nsteps = '''" + "\n" * MILLION,
     lambda: ["--" + "k" * MILLION],
     lambda: ["--optimizer.lr" + "r" * MILLION, "1"],
@@ -517,3 +523,68 @@ def _load(folder: Path) -> str:
             raise AssertionError(f"not a plain message: {str(e)[:300]}") from e
         return "refused"
     return "accepted" if loaded else "refused"
+
+
+# ---- public weights ----
+
+NUMBERS = (0, -1, 1.5, 1e9, 2**31, 2**62, float("nan"), float("inf"), True, None, "x", [], {}, [1], "../../x", "/etc")
+
+
+def make_weights_seeds(folder: Path) -> None:
+    """A diffusers folder of the debug model in two shards, with a VAE, as an export or a download is."""
+    model = SPEC.build(ARGS)
+    save_hf(model, folder / "transformer", SPEC, ARGS, torch.float32, max_shard_bytes=1 << 16)
+    (folder / "vae").mkdir()
+    (folder / "vae" / "config.json").write_text("{}")
+    parts = {"_class_name": "WanPipeline", "transformer": ["diffusers", "T"], "vae": ["diffusers", "V"]}
+    (folder / "model_index.json").write_text(json.dumps(parts))
+
+
+def run_weights(case: Case) -> str:
+    """A folder of weights of which one file is altered: its architecture read, its weights loaded, its other parts put
+    beside an export.
+    """
+    rng, source = case.rng, case.folder / "source"
+    shutil.copytree(case.seeds, source)
+    path = rng.choice(sorted(p for p in source.rglob("*") if p.is_file() and p.parent.name != "vae"))
+    data = path.read_bytes()
+    if rng.random() < 0.2:
+        (source / "vae" / "link").symlink_to(rng.choice([case.outside, case.outside.parent, "/", "link", "/dev/zero"]))
+    elif path.suffix == ".json":
+        path.write_bytes(_json(data, rng) if rng.random() < 0.7 else mutate(data, rng, [data]))
+    elif rng.random() < 0.6:
+        length = int.from_bytes(data[:8], "little")
+        text = _json(data[8 : 8 + length], rng)
+        path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    else:
+        path.write_bytes(mutate(data, rng, [data]))
+    try:
+        complete_pipeline(source, case.folder / "out" / "hf", "transformer")
+        args = get_args(SPEC, "hf", str(source), ARGS.text_len)
+        load_hf(SPEC.build(ARGS), source, SPEC, args)
+    except ValueError as e:
+        if len(str(e)) > 3000:
+            raise AssertionError(f"a message of {len(str(e))} characters") from e
+        return "refused"
+    return "accepted"
+
+
+def _json(data: bytes, rng: random.Random) -> bytes:
+    """JSON of which one value or key, at any depth, is another; or which is nested deeply."""
+    if rng.random() < 0.05:
+        return DEEP.encode()
+    root = json.loads(data)
+    value = root
+    while True:
+        key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        if not isinstance(value[key], dict | list) or not value[key] or rng.random() < 0.3:
+            break
+        value = value[key]
+    way = rng.randrange(4)
+    if way == 0 and isinstance(value, dict):
+        value[rng.choice(["../x", "", "k" * 10_000, "num_layers", "__metadata__"])] = value.pop(key)
+    elif way == 1:
+        del value[key]
+    else:
+        value[key] = rng.choice(NUMBERS)
+    return json.dumps(root).encode()

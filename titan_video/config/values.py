@@ -152,26 +152,29 @@ def convert(value: Any, kind: Any, limits: dict[str, Any], where: str = "") -> A
     where: the full name of the field, for notices about tables in it.
     ValueError: what is wrong and what is legal.
     """
-    wrong = ValueError(f"given {show(value)}; legal: {describe(kind, limits)}")
+
+    def wrong() -> ValueError:
+        return ValueError(f"given {show(value)}; legal: {describe(kind, limits)}")
+
     if get_origin(kind) is tuple:
         if not isinstance(value, list):
-            raise wrong
+            raise wrong()
         return tuple(_element(v, get_args(kind)[0], limits, f"{where}: item {i}") for i, v in enumerate(value))
     if is_dataclass(kind):
         return _table(value, kind, where)
     choices = get_args(kind) if get_origin(kind) is Literal else limits.get("names")
     if choices:
         if value not in choices:
-            raise wrong
+            raise wrong()
         return value
     if kind is float and type(value) is int and value in INT64:
         value = float(value)
     if type(value) is not kind or (kind is int and value not in INT64) or (kind is float and not math.isfinite(value)):
-        raise wrong
+        raise wrong()
     if kind is str and not _storable(value):
         raise ValueError(f"given {show(value)}; legal: text in UTF-8 without NUL characters")
     if not all(BOUNDS[name][1](value, bound) for name, bound in limits.items()):
-        raise wrong
+        raise wrong()
     return value
 
 

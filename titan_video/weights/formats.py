@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from titan_video.models.spec import ModelSpec, NameRule
-from titan_video.tools.bounded import read_index, read_json
+from titan_video.tools.bounded import read_index, read_json, short
 from titan_video.tools.parts import resolve
 from titan_video.weights.safetensors_io import DTYPES, SUFFIXES, Shape, read_header
 
@@ -58,7 +58,7 @@ def get_format(name: str) -> Format:
 
 def preview(names: Sequence[str]) -> str:
     """The first five names, for a message."""
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return ", ".join(map(short, names[:5])) + (", ..." if len(names) > 5 else "")
 
 
 # --- names and layouts ---
