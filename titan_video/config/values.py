@@ -28,7 +28,7 @@ BOUNDS = MappingProxyType(
     {"ge": (">=", operator.ge), "gt": (">", operator.gt), "le": ("<=", operator.le), "lt": ("<", operator.lt)}
 )
 INT64 = range(-(2**63), 2**63)  # what a TOML integer is
-MAX_NAME = 80  # characters of a name that are compared, and shown
+MAX_NAME, MAX_DIVISOR = 80, 1 << 16  # characters of a name that are compared and shown; the greatest divisor shown
 MAX_TOML_BYTES, MAX_DOTS = 4 << 20, 1000  # the time to read a key grows with the square of its dots
 
 
@@ -109,7 +109,7 @@ def _likeness(a: str, b: str) -> float:
 
 def divisors(*numbers: int) -> str:
     """The common divisors of the numbers, for a message: "1, 2, 4"."""
-    return ", ".join(str(d) for d in range(1, min(numbers) + 1) if all(n % d == 0 for n in numbers))
+    return ", ".join(str(d) for d in range(1, min(*numbers, MAX_DIVISOR) + 1) if all(n % d == 0 for n in numbers))
 
 
 def nearest_multiples(value: int, step: int, offset: int = 0) -> str:
