@@ -42,7 +42,7 @@ KINDS: dict[str, tuple[int, Callable[[cases.Case], str], Callable[[Path], None]]
     "toml": (2000, cases.run_toml, cases.import_rules),
     "checkpoint": (1000, cases.run_checkpoint, cases.make_checkpoint_seeds),
     "forged": (1000, cases.run_forged, cases.make_checkpoint_seeds),
-    "weights": (1000, cases.run_weights, cases.make_weights_seeds),
+    "weights": (300, cases.run_weights, cases.make_weights_seeds),
 }
 COLUMNS = ("cases", "accepted", "refused", "crashes", "tracebacks", "hangs", "executions", "writes outside")
 HANG = 5.0  # seconds
@@ -205,7 +205,7 @@ def main(argv: list[str]) -> int:
         count, first = (1, cli.only) if cli.only >= 0 else (cli.count or KINDS[kind][0], 0)
         results.append(run(kind, count, cli.seed, first))
         for finding in results[-1]["findings"][: 1000 if cli.only >= 0 else 20]:
-            print(f"{kind} {finding['number']}: {finding['outcome']} {finding['detail'][-1500:]} {finding.get('seen')}")
+            print(f"{kind} {finding['number']}: {finding['outcome']} {finding['detail'][-1500:]} {finding.get('seen')}", flush=True)
     print(table(results))
     if cli.json:
         write_json(cli.json, "fuzz", cli, environment(torch.device("cpu")), results)
