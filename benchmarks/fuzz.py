@@ -1,6 +1,6 @@
 """Damaged and hostile files: how many end the program in any other way than with a reason.
 
-    python benchmarks/fuzz.py [--kinds media toml checkpoint forged weights] [--count N] [--seed S] [--only NUMBER]
+    python benchmarks/fuzz.py [--kinds media toml checkpoint forged weights] [--count N] [--seed S] [--only NUMBER] [--processes N]
                               [--json benchmarks/results/fuzz.json]
 
 Each case runs in a child process that serves many of them and is replaced when it dies or hangs. What is counted:
@@ -8,7 +8,7 @@ Each case runs in a child process that serves many of them and is replaced when 
     accepted, refused   how a case ended; a mutated checkpoint must never be accepted
     crashes             the child died
     tracebacks          an exception that the program does not turn into a reason or a message
-    hangs               a case took more than 5 s, twice
+    hangs               a case took more than 5 s of the processor, or did nothing for 5 s
     executions          a program was started, or a payload in a pickle ran
     writes outside      something outside the folder of the case was opened for writing, made, renamed or removed
 """
@@ -27,6 +27,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -121,13 +122,26 @@ class Child:
 
     def run(self, number: int) -> tuple[str, str, list[str], list[str]]:
         self.connection.send(number)
-        if not self.connection.poll(HANG):
-            return "hangs", f"more than {HANG:g} s", [], []
+        start = last = self._cpu_seconds()
+        while not self.connection.poll(HANG):
+            now, state = self._cpu_seconds(), self._state()
+            if now - start > HANG or (now == last and state != "R"):  # else the machine is busy
+                return "hangs", f"{now - start:.1f} s of the processor, now in state {state}", [], []
+            last = now
         try:
             return self.connection.recv()
         except EOFError:
             self.process.join()
             return "crashes", f"exit code {self.process.exitcode}", [], []
+
+    def _stat(self) -> list[str]:
+        return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+
+    def _state(self) -> str:
+        return self._stat()[0]
+
+    def _cpu_seconds(self) -> float:
+        return sum(map(int, self._stat()[11:13])) / os.sysconf("SC_CLK_TCK")
 
     def end(self) -> None:
         self.process.kill()
@@ -153,31 +167,43 @@ def run(kind: str, count: int, seed: int, first: int = 0) -> dict[str, Any]:
         (root / "outside/file").write_text("somebody else's")
         KINDS[kind][2](root / "seeds")
         before = fingerprint(root / "outside"), fingerprint(root / "seeds")
-        child, is_second = Child(kind, seed, root), False
-        number = first
-        while number < first + count:
+        child = Child(kind, seed, root)
+        for number in range(first, first + count):
             outcome, detail, starts, writes = child.run(number)
             if outcome in ("hangs", "crashes"):
                 child.end()
                 shutil.rmtree(root / "cases" / str(number), ignore_errors=True)
                 child = Child(kind, seed, root)
-                if outcome == "hangs" and not is_second:  # or is the machine busy?
-                    is_second = True
-                    continue
-            is_second = False
             counts["cases"] += 1
             counts[outcome] += 1
             counts["executions"] += bool(starts)
             counts["writes outside"] += bool(writes)
             if detail or starts or writes or (outcome == "accepted" and kind == "checkpoint"):
                 findings.append({"number": number, "outcome": outcome, "detail": detail, "seen": [*starts, *writes]})
-            number += 1
         child.end()
         if before != (fingerprint(root / "outside"), fingerprint(root / "seeds")):
             counts["writes outside"] += 1
             findings.append({"number": None, "outcome": "writes outside", "detail": "files outside have changed"})
         counts["executions"] += (root / "outside/executed").exists()
     return {"kind": kind, "seed": seed, **counts, "seconds": round(time.monotonic() - start, 1), "findings": findings}
+
+
+def run_in_parts(kind: str, count: int, seed: int, processes: int) -> dict[str, Any]:
+    """`run`, its cases shared among processes."""
+    firsts = [count * i // processes for i in range(processes + 1)]
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        parts = [pool.submit(run, kind, b - a, seed, a) for a, b in zip(firsts, firsts[1:], strict=False)]
+        results = [part.result() for part in parts]
+    total = {name: sum(r[name] for r in results) for name in COLUMNS}
+    seconds = max(r["seconds"] for r in results)
+    return {
+        "kind": kind,
+        "seed": seed,
+        **total,
+        "seconds": seconds,
+        "findings": [f for r in results for f in r["findings"]],
+    }
 
 
 def is_clean(result: dict[str, Any]) -> bool:
@@ -198,14 +224,21 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, default=-1, help="run this case alone, and print all that is found")
+    parser.add_argument("--processes", type=int, default=1, help="the cases are shared among these")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     cli = parser.parse_args(argv)
     results = []
     for kind in cli.kinds:
         count, first = (1, cli.only) if cli.only >= 0 else (cli.count or KINDS[kind][0], 0)
-        results.append(run(kind, count, cli.seed, first))
+        if cli.processes > 1 and cli.only < 0:
+            results.append(run_in_parts(kind, count, cli.seed, cli.processes))
+        else:
+            results.append(run(kind, count, cli.seed, first))
         for finding in results[-1]["findings"][: 1000 if cli.only >= 0 else 20]:
-            print(f"{kind} {finding['number']}: {finding['outcome']} {finding['detail'][-1500:]} {finding.get('seen')}", flush=True)
+            print(
+                f"{kind} {finding['number']}: {finding['outcome']} {finding['detail'][-1500:]} {finding.get('seen')}",
+                flush=True,
+            )
     print(table(results))
     if cli.json:
         write_json(cli.json, "fuzz", cli, environment(torch.device("cpu")), results)
