@@ -1,7 +1,7 @@
 """Damaged and hostile files: how many end the program in any other way than with a reason.
 
-    python benchmarks/fuzz.py [--kinds media toml checkpoint forged weights] [--count N] [--seed S] [--only NUMBER] [--processes N]
-                              [--json benchmarks/results/fuzz.json]
+    python benchmarks/fuzz.py [--kinds media toml checkpoint forged weights] [--count N] [--seed S] [--only NUMBER]
+                              [--processes N] [--json benchmarks/results/fuzz.json] [--write docs/reliability.md]
 
 Each case runs in a child process that serves many of them and is replaced when it dies or hangs. What is counted:
 
@@ -18,6 +18,7 @@ import hashlib
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import sys
@@ -206,6 +207,12 @@ def run_in_parts(kind: str, count: int, seed: int, processes: int) -> dict[str, 
     }
 
 
+def write_table(page: Path, results: list[dict[str, Any]]) -> None:
+    """Replace the table of a page that begins with the columns."""
+    header = re.escape(table([]).splitlines()[0])
+    page.write_text(re.sub(rf"{header}\n(\|.*\n)*", lambda _: f"{table(results)}\n", page.read_text(), count=1))
+
+
 def is_clean(result: dict[str, Any]) -> bool:
     bad = COLUMNS[3:] if result["kind"] != "checkpoint" else ("accepted", *COLUMNS[3:])
     return not any(result[name] for name in bad)
@@ -226,6 +233,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", type=int, default=-1, help="run this case alone, and print all that is found")
     parser.add_argument("--processes", type=int, default=1, help="the cases are shared among these")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
+    parser.add_argument("--write", type=Path, help="page whose table of figures is rewritten")
     cli = parser.parse_args(argv)
     results = []
     for kind in cli.kinds:
@@ -242,6 +250,8 @@ def main(argv: list[str]) -> int:
     print(table(results))
     if cli.json:
         write_json(cli.json, "fuzz", cli, environment(torch.device("cpu")), results)
+    if cli.write:
+        write_table(cli.write, results)
     return 0 if all(is_clean(r) for r in results) else 1
 
 
