@@ -32,7 +32,7 @@ from titan_video.data.latent_cache import LatentCache  # noqa: E402
 from titan_video.ingest.encode import Decoder, Job  # noqa: E402
 from titan_video.ingest.plan import Plan, PlanEntry, make_plan  # noqa: E402
 from titan_video.ingest.video import interpolation  # noqa: E402
-from titan_video.ingest.worker import release  # noqa: E402
+from titan_video.ingest.worker import map_in_workers, release  # noqa: E402
 from titan_video.models.conditioning import TEXT_ONLY  # noqa: E402
 from titan_video.tools.video import write_mp4  # noqa: E402
 
@@ -95,7 +95,7 @@ def decode_rates(plan: Plan, processes: int, rounds: int) -> dict[str, Any]:
     workers = {"batch_size": None, "num_workers": processes if processes > 1 else 0}
 
     def ours() -> None:
-        for (decoded,) in DataLoader(Decoder(TEXT_ONLY), sampler=jobs, **workers):
+        for (decoded,) in map_in_workers(Decoder(TEXT_ONLY), jobs, workers["num_workers"]):
             assert not isinstance(decoded, str), decoded
             release(*decoded)
 

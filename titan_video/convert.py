@@ -19,11 +19,20 @@ from torch import Tensor
 from titan_video.checkpoint import files
 from titan_video.checkpoint.state import read_tensors, saved_under
 from titan_video.config.manager import load
-from titan_video.models import FAMILIES, get_args, get_spec
+from titan_video.models import FAMILIES, args_from_config, get_args, get_spec
 from titan_video.models.spec import ModelSpec
+from titan_video.tools.bounded import read_json
 from titan_video.tools.logging import init_logger, logger
 from titan_video.tools.parts import resolve
-from titan_video.weights.formats import FORMAT_NAMES, StoredWeights, get_format, is_diffusers, preview, read_slice
+from titan_video.weights.formats import (
+    CONFIG,
+    FORMAT_NAMES,
+    StoredWeights,
+    get_format,
+    is_diffusers,
+    preview,
+    read_slice,
+)
 from titan_video.weights.hf_storage import GIB, WritePlan, Writer, global_shapes
 from titan_video.weights.pipeline_folder import PIPELINE, complete_pipeline, is_checkpoint
 from titan_video.weights.safetensors_io import opened
@@ -110,9 +119,9 @@ def _architecture(stored: StoredWeights, spec: ModelSpec, layout: str, options: 
     if options.flavor:
         return get_args(spec, options.flavor, "", _text_len(spec, options.flavor))
     if options.config:
-        return spec.args_from_hf(_read_json(options.config))
+        return args_from_config(spec, read_json(options.config), options.config)
     if layout == "diffusers" and stored.root.is_dir():
-        return spec.args_from_hf(stored.config())
+        return args_from_config(spec, stored.config(), stored.root / CONFIG)
     fits: dict[str, tuple[str, Any]] = {}
     first_error = None
     for flavor, args in spec.flavors.items():
@@ -141,13 +150,6 @@ def _text_len(spec: ModelSpec, flavor: str) -> int:
 def _identity(spec: ModelSpec, args: Any) -> str:
     """Text that is equal for two architectures if their files are."""
     return json.dumps([spec.args_to_hf(args), spec.args_to_original(args) if spec.args_to_original else None])
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path} cannot be read: {e}") from e
 
 
 @torch.no_grad()

@@ -7,10 +7,11 @@ import os
 import pytest
 
 from tests.unit_tests.data_clips import captioned, write_clip
-from titan_video.ingest import plan as dataset
+from titan_video.ingest import probes
 from titan_video.ingest.bucketing import choose, cover
+from titan_video.ingest.metadata import CAPTION_COLUMNS, MEDIA_COLUMNS
 from titan_video.ingest.plan import make_plan
-from titan_video.ingest.sources import CAPTION_COLUMNS, MEDIA_COLUMNS, scan
+from titan_video.ingest.sources import scan
 
 
 def reasons(records):
@@ -273,8 +274,8 @@ def test_probes_are_kept_until_the_file_changes(folder, tmp_path, monkeypatch):
     buckets, cache = [[17, 32, 64]], tmp_path / "cache"
     first = make_plan(folder, buckets, 8, 0, cache)
     probed = []
-    real = dataset.probe
-    monkeypatch.setattr(dataset, "probe", lambda path: probed.append(os.path.basename(path)) or real(path))
+    real = probes.probe
+    monkeypatch.setattr(probes, "probe", lambda path, *a: probed.append(os.path.basename(path)) or real(path, *a))
     assert make_plan(folder, buckets, 8, 0, cache) == first and probed == []
     captioned(folder / "b.mkv", "a tall clip", count=31, fps=12, width=48, height=64)
     again = make_plan(folder, buckets, 8, 0, cache)

@@ -17,11 +17,11 @@ from PIL import Image
 from tests.helpers import ROOT
 from tests.unit_tests.data_clips import captioned, level, number, write_clip
 from titan_video.config.job_config import Data, Source
-from titan_video.ingest import media
-from titan_video.ingest import plan as dataset
+from titan_video.ingest import media, probes
 from titan_video.ingest.bucketing import ClipChoice, choose, starts
+from titan_video.ingest.metadata import CAPTION_COLUMNS, DECLARED_COLUMNS, MEDIA_COLUMNS
 from titan_video.ingest.plan import build_plan, make_plan, read_frames
-from titan_video.ingest.sources import CAPTION_COLUMNS, DECLARED_COLUMNS, MEDIA_COLUMNS, scan
+from titan_video.ingest.sources import scan
 from titan_video.ingest.video import decode, probe
 
 
@@ -274,8 +274,8 @@ def test_declared_metadata(tmp_path, clip, monkeypatch):
     ]
     (tmp_path / "metadata.csv").write_text("\n".join(lines))
     probed = []
-    real = dataset.probe
-    monkeypatch.setattr(dataset, "probe", lambda path: probed.append(path) or real(path))
+    real = probes.probe
+    monkeypatch.setattr(probes, "probe", lambda path, *args: probed.append(path) or real(path, *args))
     file = str(tmp_path / "metadata.csv")
     plan = make_plan([Source(path=file, trust_metadata=True)], [[5, 32, 64]], 5, 0, tmp_path / "cache")
     assert probed == [str(clip)]  # the row that does not state all

@@ -1,6 +1,7 @@
 """Decoding processes: the shared memory they decode into, and what happens when one hangs or dies."""
 
 import os
+import re
 import signal
 import time
 from collections import deque
@@ -10,6 +11,7 @@ import pytest
 from tests.unit_tests.data_clips import captioned, number
 from titan_video.ingest import worker
 from titan_video.ingest.encode import Decoder, Job
+from titan_video.ingest.media import DecodeLimits
 from titan_video.ingest.plan import make_plan
 from titan_video.ingest.worker import MAX_BLOCKS, alloc_shared, map_in_workers, release
 from titan_video.models.conditioning import TEXT_ONLY
@@ -76,27 +78,136 @@ def test_clips_go_through_it(tmp_path):
 
 
 class Failing:
-    """A worker that hangs, or is killed, at item 2."""
+    """A data set whose process is killed, stops, or is too slow at items 2 and 5, once or always."""
 
-    def __init__(self, is_killed):
-        self.is_killed = is_killed
+    def __init__(self, folder, how, times=1):
+        self.folder, self.how, self.times = folder, how, times
 
     def __getitem__(self, index):
-        if index == 2 and self.is_killed:
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif index == 2:
-            time.sleep(600)
+        if index in (2, 5):
+            marks = list(self.folder.glob(f"{index}-*"))
+            (self.folder / f"{index}-{len(marks)}").touch()
+            if len(marks) < self.times:
+                self.how()
+        return index, os.getpid()
+
+    def name(self, index):
+        return f"clips/{index}.mp4"
+
+    def limits(self, index):
+        return DecodeLimits(seconds=1.0)
+
+
+class Replaced(Failing):
+    def failed(self, index, reason):
+        return index, reason
+
+
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stopped():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def slow():
+    time.sleep(60)
+
+
+FAULTS = [
+    (killed, "crashed: its decoding process ended by SIGKILL"),
+    (stopped, "too slow: nothing came for 1 s (data.decode_timeout_seconds)"),
+    (slow, "too slow: decoding took more than 1 s (data.decode_timeout_seconds)"),
+]
+
+
+@pytest.fixture(autouse=True)
+def short_grace(monkeypatch):
+    monkeypatch.setattr(worker, "GRACE", 1.0)
+
+
+@pytest.mark.parametrize("how, reason", FAULTS)
+def test_a_lost_worker_is_replaced(tmp_path, caplog, how, reason):
+    """The items are the same, in the same order; the log names process, file and reason."""
+    found = list(map_in_workers(Failing(tmp_path, how), range(8), 2))
+    assert [index for index, _ in found] == list(range(8))
+    assert os.getpid() not in {pid for _, pid in found} and len({pid for _, pid in found}) > 2
+    for index in (2, 5):
+        assert re.search(rf"decoding process \d \(pid \d+\) at clips/{index}\.mp4: {re.escape(reason)}", caplog.text)
+    assert "it is replaced, 2 of at most 20 times" in caplog.text
+
+
+@pytest.mark.parametrize("how, reason", FAULTS[:2])
+def test_an_item_that_costs_two_workers_is_given_up(tmp_path, how, reason):
+    found = list(map_in_workers(Replaced(tmp_path, how, times=9), range(7), 2, prefetch_factor=3))
+    assert [index for index, _ in found] == list(range(7))
+    assert [(index, why) for index, why in found if isinstance(why, str)] == [(2, reason), (5, reason)]
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_without_a_result_for_it_the_item_is_an_error_at_its_turn(tmp_path):
+    found = []
+    with pytest.raises(RuntimeError, match=r"^clips/2.mp4: crashed: .* by SIGKILL$"):
+        for index, _ in map_in_workers(Failing(tmp_path, killed, times=9), range(4), 1):
+            found.append(index)
+    assert found == [0, 1]
+
+
+def test_restarts_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "MAX_RESTARTS", 3)
+    with pytest.raises(RuntimeError, match="at clips/[25].mp4: crashed: .* 3 such processes were lost: is the storage"):
+        list(map_in_workers(Replaced(tmp_path, killed, times=9), range(8), 2))
+
+
+class Greedy(Replaced):
+    def __init__(self):
+        pass
+
+    def __getitem__(self, index):
+        x = bytearray(200 << 20) if index == 1 else b""
+        return index, len(x)
+
+    def limits(self, index):
+        return DecodeLimits(memory_gib=0.1)
+
+
+def test_memory_of_a_worker_is_bounded():
+    (_, zero), (_, reason), (_, again) = map_in_workers(Greedy(), range(3), 1)
+    assert (zero, again) == (0, 0)
+    assert reason == "too large: decoding needs more than 0.1 GiB of memory (data.decode_memory_gib)"
+
+
+class Signalled(Filled):
+    def __getitem__(self, index):
+        os.kill(os.getpid(), [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGUSR1][index])
+        return os.getpid()
+
+
+def test_signals_to_every_process_leave_a_worker_alone():
+    """Some schedulers send them so; the trainer decides when its workers end."""
+    assert len(set(map_in_workers(Signalled([]), range(4), 1))) == 1
+
+
+class Raising(Filled):
+    def __getitem__(self, index):
+        if index == 1:
+            raise ValueError("no such package")
         return index
 
 
-@pytest.mark.parametrize("is_killed, message", [(False, "gave nothing for 2 s"), (True, "exited unexpectedly")])
-def test_a_worker_that_hangs_or_dies_is_an_error(monkeypatch, is_killed, message):
-    monkeypatch.setattr(worker, "TIMEOUT", 2)
-    found = []
-    with pytest.raises(RuntimeError, match=message):
-        for item in map_in_workers(Failing(is_killed), range(5), 1, prefetch_factor=1):
-            found.append(item)
-    assert found == [0, 1]
+def test_an_error_of_the_data_set_is_raised_at_its_turn():
+    made = map_in_workers(Raising([]), range(3), 2)
+    assert next(made) == 0
+    with pytest.raises(ValueError, match="^no such package$"):
+        next(made)
+
+
+def test_no_worker_is_left(tmp_path):
+    made = map_in_workers(Failing(tmp_path, stopped), range(8), 2)
+    pids = {next(made)[1], next(made)[1]}
+    made.close()
+    assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
 
 
 def test_without_workers_items_are_made_in_this_process():

@@ -5,10 +5,11 @@ file names these functions and collects what they yield. What one field alone ma
 """
 
 from collections.abc import Iterator
+from itertools import islice
 from types import MappingProxyType
 
 from titan_video.config.job_config import Encoder, JobConfig
-from titan_video.config.manager import ConfigError
+from titan_video.config.manager import MAX_MISTAKES, ConfigError, listed
 from titan_video.config.parts import installed_parts, missing_parts
 from titan_video.tools.parts import find_module, resolve
 
@@ -56,9 +57,9 @@ def check(config: JobConfig, world_size: int, files: bool = True) -> None:
     targets = [*RULES, *(rules for part, rules in PART_RULES.items() if part in parts), *(FILE_RULES if files else ())]
     for target in targets:
         if find_module(target.partition(":")[0]):  # folders such as ingest can be deleted
-            errors += resolve(target, "config.check")(config, world_size)
+            errors += islice(resolve(target, "config.check")(config, world_size), MAX_MISTAKES + 1)
     if errors:
-        raise ConfigError("\n".join(errors))
+        raise ConfigError(listed(errors))
 
 
 def encoder_rules(config: JobConfig, world_size: int) -> Iterator[str]:

@@ -9,6 +9,7 @@ All mistakes are collected and raised as one `ConfigError`, so that a user sees 
 """
 
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -21,19 +22,22 @@ from titan_video.config.job_config import JobConfig
 from titan_video.config.parts import missing_sections
 from titan_video.config.renames import current_name, with_current_names
 from titan_video.config.values import (
+    MAX_TOML_BYTES,
     convert,
     convert_text,
     default_text,
     describe,
     get_limits,
+    loads_toml,
     nearest,
     nearest_word,
     options,
     sections,
     show,
-    tomllib,
 )
+from titan_video.tools.bounded import short
 
+MAX_MISTAKES, MAX_LINE = 50, 1000  # shown, and characters of one
 CONFIG_FILE = "job.config_file"  # only on the command line
 USAGE = (
     "usage: train.py [--job.config_file FILE.toml] [--section.field VALUE | --section.field=VALUE | --section.flag] ..."
@@ -42,6 +46,12 @@ USAGE = (
 
 class ConfigError(ValueError):
     """One or more mistakes in a configuration, one line each: the field, its value, and what is legal."""
+
+
+def listed(errors: list[str]) -> str:
+    """The first mistakes, one a line."""
+    more = ["and others"] if len(errors) > MAX_MISTAKES else []
+    return "\n".join([short(line, MAX_LINE) for line in errors[:MAX_MISTAKES]] + more)
 
 
 @contextmanager
@@ -61,6 +71,8 @@ def _read(
     """{section: {field: typed value}} of the legal values in `raw`. A message for each other one goes to `errors`."""
     typed: dict[str, dict[str, Any]] = {}
     for section, table in raw.items():
+        if len(errors) > MAX_MISTAKES:
+            break
         if section not in sections():
             errors.append(_unknown_section(section, table))
             continue
@@ -73,7 +85,8 @@ def _read(
         for name, value in table.items():
             full = f"{section}.{name}"
             if full not in options():
-                errors.append(f"{full}: unknown field; nearest known name: {nearest(full, options())}")
+                if len(errors) <= MAX_MISTAKES:  # to find the nearest name takes milliseconds
+                    errors.append(f"{short(full)}: unknown field; nearest known name: {nearest(full, options())}")
                 continue
             kind, f = options()[full]
             try:
@@ -85,11 +98,11 @@ def _read(
 
 def _unknown_section(name: str, value: Any) -> str:
     if not isinstance(value, dict):
-        return f"{name}: outside every section; nearest known name: {nearest(name, options())}"
+        return f"{short(name)}: outside every section; nearest known name: {nearest(name, options())}"
     if not value:
-        return f"{name}: unknown section; nearest known name: {nearest_word(name, sections())}"
+        return f"{short(name)}: unknown section; nearest known name: {nearest_word(name, sections())}"
     full = f"{name}.{next(iter(value))}"
-    return f"{full}: unknown section {name}; nearest known name: {nearest(full, options())}"
+    return f"{short(full)}: unknown section {short(name)}; nearest known name: {nearest(full, options())}"
 
 
 def _build(typed: dict[str, dict[str, Any]], errors: list[str]) -> JobConfig:
@@ -98,7 +111,7 @@ def _build(typed: dict[str, dict[str, Any]], errors: list[str]) -> JobConfig:
         config = JobConfig(**{section: sections()[section](**values) for section, values in typed.items()})
         errors = list(missing_sections(config))
     if errors:
-        raise ConfigError("\n".join(errors))
+        raise ConfigError(listed(errors))
     return config
 
 
@@ -116,12 +129,9 @@ def from_dict(d: dict[str, Any]) -> JobConfig:
 
 def _toml(text: str, source: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(text)
-    except RecursionError:
-        raise ConfigError(f"{source}: TOML nested too deeply") from None
+        return loads_toml(text)
     except ValueError as e:
-        reason = str(e).replace("end of document", f"line {text.count(chr(10)) + 1}, end of document")
-        raise ConfigError(f"{source}: not valid TOML: {reason}") from None
+        raise ConfigError(f"{source}: not valid TOML: {e}") from None
 
 
 def parse(text: str, source: str = "TOML text") -> JobConfig:
@@ -132,7 +142,8 @@ def parse(text: str, source: str = "TOML text") -> JobConfig:
 def read_file(path: str | Path) -> dict[str, Any]:
     """The tables of a TOML file. Raises ConfigError."""
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        with open(path, "rb") as f:
+            text = f.read(MAX_TOML_BYTES + 1).decode("utf-8-sig")
     except (OSError, ValueError) as e:
         reason = e.strerror if isinstance(e, OSError) else str(e)
         raise ConfigError(f"{CONFIG_FILE}: cannot read {path}: {reason}; give an existing TOML file in UTF-8") from None
@@ -185,20 +196,21 @@ def _split(argv: list[str], errors: list[str]) -> tuple[list[str], dict[str, dic
     """(values of --job.config_file, {section: {field: text}}) of a command line."""
     files: list[str] = []
     raw: dict[str, dict[str, str]] = {}
-    rest = list(argv)
-    while rest:
-        word = rest.pop(0)
+    rest = deque(argv)
+    while rest and len(errors) <= MAX_MISTAKES:
+        word = rest.popleft()
         if not word.startswith("--") or word == "--":
-            errors.append(f"{word}: stray argument; legal: --section.field VALUE")
+            errors.append(f"{short(word)}: stray argument; legal: --section.field VALUE")
             continue
         name, equals, value = word[2:].partition("=")
         has_value = bool(equals) or bool(rest and not rest[0].startswith("--"))
         if not equals:
-            value = rest.pop(0) if has_value else "true"
+            value = rest.popleft() if has_value else "true"
         section, _, last = name.partition(".")
         option = options().get(f"{section}.{current_name(last, sections().get(section))}")
         if name != CONFIG_FILE and not option:
-            errors.append(f"{name}: unknown option; nearest known name: {nearest(name, [CONFIG_FILE, *options()])}")
+            closest = nearest(name, [CONFIG_FILE, *options()])
+            errors.append(f"{short(name)}: unknown option; nearest known name: {closest}")
         elif not has_value and not (option and option[0] is bool):
             legal = "a TOML file" if name == CONFIG_FILE else describe(option[0], get_limits(option[1]))
             errors.append(

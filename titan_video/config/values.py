@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from titan_video.config.job_config import JobConfig
 from titan_video.config.renames import with_current_names
+from titan_video.tools.bounded import short
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,6 +28,8 @@ BOUNDS = MappingProxyType(
     {"ge": (">=", operator.ge), "gt": (">", operator.gt), "le": ("<=", operator.le), "lt": ("<", operator.lt)}
 )
 INT64 = range(-(2**63), 2**63)  # what a TOML integer is
+MAX_NAME, MAX_DIVISOR = 80, 1 << 16  # characters of a name that are compared and shown; the greatest divisor shown
+MAX_TOML_BYTES, MAX_DOTS = 4 << 20, 1000  # the time to read a key grows with the square of its dots
 
 
 # ---- sections and fields ----
@@ -101,12 +104,12 @@ def nearest_word(word: str, known: Iterable[str]) -> str:
 
 
 def _likeness(a: str, b: str) -> float:
-    return SequenceMatcher(None, a, b).ratio()
+    return SequenceMatcher(None, a[:MAX_NAME], b).ratio()
 
 
 def divisors(*numbers: int) -> str:
     """The common divisors of the numbers, for a message: "1, 2, 4"."""
-    return ", ".join(str(d) for d in range(1, min(numbers) + 1) if all(n % d == 0 for n in numbers))
+    return ", ".join(str(d) for d in range(1, min(*numbers, MAX_DIVISOR) + 1) if all(n % d == 0 for n in numbers))
 
 
 def nearest_multiples(value: int, step: int, offset: int = 0) -> str:
@@ -119,9 +122,25 @@ def show(value: Any) -> str:
     """A value almost as the user wrote it: strings are quoted, floats have a point."""
     try:
         text = json.dumps(value, ensure_ascii=True, default=str)
-    except ValueError:  # Python does not print integers of thousands of digits
+    except (ValueError, RecursionError):  # integers of thousands of digits, tables in tables in tables
         text = "a value too long to print"
-    return text if len(text) <= 80 else f"{text[:80]}..."
+    return short(text, MAX_NAME)
+
+
+def loads_toml(text: str) -> dict[str, Any]:
+    """The tables of a TOML text. ValueError: it is none, or one that takes too long to read."""
+    if len(text) > MAX_TOML_BYTES:
+        raise ValueError(f"it has more than {MAX_TOML_BYTES >> 20} MiB")
+    if long := [n for n, line in enumerate(text.splitlines(), 1) if line.count(".") > MAX_DOTS]:
+        raise ValueError(f"more than {MAX_DOTS} dots (at line {long[0]})")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("TOML nested too deeply") from None
+    except ValueError as e:  # the line is at the end of its message
+        raise ValueError(
+            str(e)[-300:].replace("end of document", f"line {text.count(chr(10)) + 1}, end of document")
+        ) from None
 
 
 # ---- raw values to typed ones ----
@@ -133,26 +152,29 @@ def convert(value: Any, kind: Any, limits: dict[str, Any], where: str = "") -> A
     where: the full name of the field, for notices about tables in it.
     ValueError: what is wrong and what is legal.
     """
-    wrong = ValueError(f"given {show(value)}; legal: {describe(kind, limits)}")
+
+    def wrong() -> ValueError:
+        return ValueError(f"given {show(value)}; legal: {describe(kind, limits)}")
+
     if get_origin(kind) is tuple:
         if not isinstance(value, list):
-            raise wrong
+            raise wrong()
         return tuple(_element(v, get_args(kind)[0], limits, f"{where}: item {i}") for i, v in enumerate(value))
     if is_dataclass(kind):
         return _table(value, kind, where)
     choices = get_args(kind) if get_origin(kind) is Literal else limits.get("names")
     if choices:
         if value not in choices:
-            raise wrong
+            raise wrong()
         return value
     if kind is float and type(value) is int and value in INT64:
         value = float(value)
     if type(value) is not kind or (kind is int and value not in INT64) or (kind is float and not math.isfinite(value)):
-        raise wrong
+        raise wrong()
     if kind is str and not _storable(value):
         raise ValueError(f"given {show(value)}; legal: text in UTF-8 without NUL characters")
     if not all(BOUNDS[name][1](value, bound) for name, bound in limits.items()):
-        raise wrong
+        raise wrong()
     return value
 
 
@@ -174,7 +196,7 @@ def _table(value: Any, kind: Any, where: str) -> Any:
     typed = {}
     for name, item in table.items():
         if name not in kinds:
-            raise ValueError(f"{name}: unknown field; nearest known name: {nearest_word(name, kinds)}")
+            raise ValueError(f"{short(name)}: unknown field; nearest known name: {nearest_word(name, kinds)}")
         try:
             typed[name] = convert(item, kinds[name], get_limits(kind.__dataclass_fields__[name]))
         except ValueError as e:
@@ -212,7 +234,7 @@ def _is_nested(kind: Any) -> bool:
 
 def _toml_list(text: str) -> Any:
     try:
-        (value,) = tomllib.loads(f"x = {text}").values()
-    except (ValueError, RecursionError):
+        (value,) = loads_toml(f"x = {text}").values()
+    except ValueError:
         return text
     return value

@@ -34,6 +34,7 @@ from torch import Tensor
 from titan_video.data.batching import Bucket
 from titan_video.models.conditioning import TEXT_ONLY, ConditioningSpec
 from titan_video.tools import heartbeat
+from titan_video.tools.bounded import open_regular
 from titan_video.tools.files import atomic_path
 
 CODE_VERSION = 2  # raise it when decoding, resizing or cropping gives other pixels
@@ -165,6 +166,8 @@ class LatentCache:
         try:
             header, start = self.header(path.name)
             first, last = header[name]["data_offsets"]
+            if not 0 <= first <= last <= self.shards[path.name]:  # before as much memory is taken
+                raise ValueError("the file is too short")
             data = bytearray(last - first)
             with heartbeat.reading(path), open(path, "rb", buffering=0) as f:
                 f.seek(start + first)
@@ -207,7 +210,7 @@ class LatentCache:
     @staticmethod
     def _read_header(path: Path) -> tuple[dict[str, Any], int]:
         try:
-            with open(path, "rb") as f:
+            with open_regular(path) as f:
                 length = int.from_bytes(f.read(8), "little")
                 if length > path.stat().st_size:
                     raise ValueError("its header is longer than the file")
@@ -225,7 +228,7 @@ class LatentCache:
     def _read_manifest(self) -> dict[tuple[str, int], list[str]]:
         try:
             rows = [json.loads(line) for line in (self.folder / MANIFEST).read_text().splitlines()]
-            return {(row["shard"], row["bytes"]): row["entries"] for row in rows}
+            return {(row["shard"], row["bytes"]): list(map(str.strip, row["entries"])) for row in rows}
         except (OSError, *DAMAGE_ERRORS):  # missing or not ours: the shards hold the same
             return {}
 

@@ -1,23 +1,37 @@
 """Encoders in local diffusers folders: loading, checking and hashing their files. Nothing is downloaded."""
 
 import hashlib
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from titan_video.tools import bounded
 from titan_video.tools.files import sha256
+
+MAX_NUMBER, MAX_LAYERS = 1 << 24, 1024
 
 
 def read_config(folder: Path) -> dict:
-    """config.json of a folder; ValueError if it cannot be read."""
+    """config.json of a folder. ValueError: it cannot be read, or holds a number that no model has."""
     path = folder / "config.json"
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path} cannot be read ({e}); model.hf_assets_path should be a diffusers folder") from e
+        config = bounded.read_json(path)
+    except ValueError as e:
+        raise ValueError(f"{e}; model.hf_assets_path should be a diffusers folder") from e
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no table of settings; model.hf_assets_path should be a diffusers folder")
+    rest = list(config.items())
+    while rest:
+        key, value = rest.pop()
+        if isinstance(value, dict | list):
+            rest += value.items() if isinstance(value, dict) else [(key, item) for item in value]
+        elif isinstance(value, int | float):
+            limit = MAX_LAYERS if key.endswith("layers") else MAX_NUMBER
+            if not -limit <= value <= limit:
+                raise ValueError(f"{path}: {bounded.short(key)} = {value}; legal: numbers up to {limit:,}")
+    return config
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:
@@ -25,10 +39,7 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
     index = folder / f"{stem}.safetensors.index.json"
     names = [f"{stem}.safetensors"]
     if index.is_file():
-        try:
-            names = [index.name, *sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (ValueError, KeyError, AttributeError) as e:
-            raise ValueError(f"{index} is no index of safetensors files") from e
+        names = [index.name, *sorted(set(bounded.read_index(index).values()))]
     files = [folder / name for name in ("config.json", *names)]
     for path in files:
         if not path.is_file():

@@ -129,10 +129,12 @@ def _bucket_rules(data: Data, geometry: LatentGeometry, patch: tuple[int, int, i
         if (frames - 1) % stride:
             nearest = nearest_multiples(frames, stride, 1)
             yield f"data.frame_buckets: given {frames}; legal: {stride}k+1; nearest: {nearest}"
+    seen = set()
     for i, bucket in enumerate(data.buckets):
         where = f"data.buckets: item {i}, {list(bucket)}"
-        if bucket in data.buckets[:i]:
+        if bucket in seen:
             yield f"{where}, appears twice; remove one"
+        seen.add(bucket)
         yield from (f"{where}: {problem}" for problem in bucket_errors(bucket, geometry, patch))
 
 

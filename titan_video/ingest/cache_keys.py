@@ -6,8 +6,17 @@ import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Mapping
+from contextlib import suppress
 
-from titan_video.data.latent_cache import CODE_VERSION, GIVEN, MANIFEST, LatentCache, content_hash, entry_names
+from titan_video.data.latent_cache import (
+    CODE_VERSION,
+    DAMAGE_ERRORS,
+    GIVEN,
+    MANIFEST,
+    LatentCache,
+    content_hash,
+    entry_names,
+)
 from titan_video.ingest.plan import PlanEntry
 from titan_video.tools.files import atomic_write
 
@@ -75,8 +84,9 @@ def explain_stale(
     for shard in cache.shards:
         header = cache.header(shard)[0]
         for name in (name for name in entry_names(header) if name not in wanted):
-            made = json.loads(header["__metadata__"][name])
-            existing[name.partition("/")[0], made.get("of", "")].append(made)
+            with suppress(*DAMAGE_ERRORS):  # of a damaged entry nothing is known
+                made = json.loads(header["__metadata__"][name])
+                existing[name.partition("/")[0], made.get("of", "")].append(made)
     reasons: Counter[str] = Counter()
     for kind, made_from in missing:
         now = {**made_from, "encoder": cache.encoder(kind), "code version": str(CODE_VERSION)}

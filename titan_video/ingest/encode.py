@@ -20,11 +20,13 @@ from titan_video.encoders.spec import Encoders
 from titan_video.ingest.cache_keys import explain_stale, video_keys
 from titan_video.ingest.cached_clips import cached_clips
 from titan_video.ingest.conditioning_frames import encode_cond_frames, encode_images
+from titan_video.ingest.media import DEFAULT_LIMITS, DecodeLimits
 from titan_video.ingest.plan import Plan, PlanEntry, read_frames
 from titan_video.ingest.video import UnusableClip, read_image
 from titan_video.ingest.worker import map_in_workers, release
 from titan_video.models.conditioning import ConditioningSpec
 from titan_video.tools import heartbeat
+from titan_video.tools.bounded import short
 from titan_video.tools.signals import stop_requested
 
 LOG_EVERY = 15.0  # seconds
@@ -139,7 +141,7 @@ def read_cond_frames(e: PlanEntry, num_cond_frames: int, frames_CFHW: Tensor | N
     """
     if frames_CFHW is None:
         frames_CFHW = read_frames(e, first_only=num_cond_frames == 1)
-    first = read_image(e.image, e.bucket) if e.image else frames_CFHW[:, :1]
+    first = read_image(e.image, e.bucket, e.limits) if e.image else frames_CFHW[:, :1]
     return torch.cat([first, frames_CFHW[:, -1:]], dim=1) if num_cond_frames == 2 else first
 
 
@@ -153,6 +155,16 @@ class Decoder:
 
     def __getitem__(self, jobs: Sequence[Job]) -> list[Decoded | str]:
         return [self._decode(job) for job in jobs]
+
+    def limits(self, jobs: Sequence[Job]) -> DecodeLimits:
+        limits = next((job.entry.limits for job in jobs if job.entry), DEFAULT_LIMITS)
+        return replace(limits, seconds=limits.seconds * max(1, len(jobs)))
+
+    def name(self, jobs: Sequence[Job]) -> str:
+        return short(", ".join(job.entry.path if job.entry else job.caption for job in jobs), 300)
+
+    def failed(self, jobs: Sequence[Job], reason: str) -> list[Decoded | str]:
+        return [reason] * len(jobs)
 
     def _decode(self, job: Job) -> Decoded | str:
         c, e, kinds = self.conditioning, job.entry, job.kinds

@@ -7,6 +7,8 @@
     s3://bucket/000.tar!0007.mp4@1536+84213     a file or a member of a tar, by any URL that fsspec opens
 
 fsspec, its drivers and pyarrow are optional packages.
+
+What has the name of a clip may be anything, so a device, a fifo or a socket is refused before it is opened.
 """
 
 import glob
@@ -15,13 +17,40 @@ import io
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from titan_video.config.sections.data import Data
+from titan_video.tools.bounded import open_regular, short
+
+MAX_PATHS, MAX_BRACES = 1_000_000, 20  # of one pattern
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+MEDIA_SUFFIXES = VIDEO_SUFFIXES + IMAGE_SUFFIXES
+_BRACES = re.compile(r"\{([^{}]*)\}")
 _MEMBER = re.compile(r"(?P<container>.+\.(?:tar|parquet|arrow))!(?P<name>.*)@(?P<a>\d+)\+(?P<b>\d+)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class DecodeLimits:
+    """What one file may take: pixels of a frame, frames after resampling, and in a worker seconds and GiB of memory."""
+
+    max_pixels: int = Data.max_decoded_pixels
+    max_frames: int = Data.max_frames
+    seconds: float = Data.decode_timeout_seconds
+    memory_gib: float = Data.decode_memory_gib
+
+    @classmethod
+    def of(cls, section: Data) -> "DecodeLimits":
+        return cls(
+            section.max_decoded_pixels, section.max_frames, section.decode_timeout_seconds, section.decode_memory_gib
+        )
+
+
+DEFAULT_LIMITS = DecodeLimits()
 
 
 def member(container: str, name: str, a: int, b: int) -> str:
@@ -52,14 +81,28 @@ def _fsspec() -> Any:
 
 
 def expand(pattern: str) -> list[str]:
-    """The paths that match a pattern with braces ({000..012}, {a,b}) and wildcards, in order."""
-    opening = re.search(r"\{([^{}]*)\}", pattern)
-    if opening:
-        span = re.fullmatch(r"(\d+)\.\.(\d+)", opening[1])
-        items = (
-            [f"{i:0{len(span[1])}d}" for i in range(int(span[1]), int(span[2]) + 1)] if span else opening[1].split(",")
-        )
-        return [path for item in items for path in expand(pattern[: opening.start()] + item + pattern[opening.end() :])]
+    """The paths that match a pattern with braces ({000..012}, {a,b}) and wildcards, in order.
+
+    ValueError: there are more than MAX_PATHS.
+    """
+    patterns = [pattern]
+    while patterns and _BRACES.search(patterns[0]):
+        patterns = list(islice((path for one in patterns for path in _expand_braces(one)), MAX_PATHS + 1))
+        if len(patterns) > MAX_PATHS or pattern.count("{") > MAX_BRACES:
+            raise ValueError(f"data path {short(pattern)}: its braces give more than {MAX_PATHS:,} names")
+    return [path for one in patterns for path in _glob(one)]
+
+
+def _expand_braces(pattern: str) -> Iterator[str]:
+    """The pattern with each item of its first braces; itself without braces."""
+    opening = _BRACES.search(pattern)
+    span = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", opening[1])
+    numbers = range(int(span[1]), int(span[2]) + 1) if span else ()
+    items = (f"{i:0{len(span[1])}d}" for i in numbers) if span else opening[1].split(",")
+    return (pattern[: opening.start()] + item + pattern[opening.end() :] for item in items)
+
+
+def _glob(pattern: str) -> list[str]:
     if not glob.has_magic(pattern):
         return [pattern]
     if is_url(pattern):
@@ -97,7 +140,9 @@ class _Slice(io.RawIOBase):
 
 
 def open_binary(path: str) -> BinaryIO:
-    """A file, a member or a value, for reading. Raises OSError; ValueError when a package is missing."""
+    """A file, a member or a value, for reading. Raises OSError, also for what is no regular file; ValueError when a
+    package is missing.
+    """
     found = _MEMBER.fullmatch(path)
     if found and not found["container"].endswith(".tar"):
         return io.BytesIO(
@@ -106,13 +151,13 @@ def open_binary(path: str) -> BinaryIO:
     if is_url(path):
         return io.BytesIO(_fetched(path))
     if found:
-        return io.BufferedReader(_Slice(open(found["container"], "rb"), int(found["a"]), int(found["b"])))
-    return open(path, "rb")
+        return io.BufferedReader(_Slice(open_regular(found["container"]), int(found["a"]), int(found["b"])))
+    return open_regular(path)
 
 
 def open_container(file: str) -> BinaryIO:
     """A whole tar, for looking through it."""
-    return _fsspec().open(file, "rb").open() if is_url(file) else open(file, "rb")
+    return _fsspec().open(file, "rb").open() if is_url(file) else open_regular(file)
 
 
 @lru_cache(maxsize=1)

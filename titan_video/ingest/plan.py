@@ -19,16 +19,23 @@ from titan_video.config.job_config import Data, Source
 from titan_video.data.batching import Bucket
 from titan_video.ingest import bucketing, media
 from titan_video.ingest.bucketing import DEFAULT_GEOMETRY, HEAD, ClipChoice, whole_latents
+from titan_video.ingest.images import UnusableClip, check_pixels
+from titan_video.ingest.media import DEFAULT_LIMITS, DecodeLimits
+from titan_video.ingest.probes import probe_all
 from titan_video.ingest.shapes import resolve_path
 from titan_video.ingest.sources import ClipRecord, scan
-from titan_video.ingest.video import DecoderName, Probe, decode, frame_indices, probe, require
-from titan_video.ingest.worker import map_in_workers
-from titan_video.tools import heartbeat
-from titan_video.tools.files import atomic_path, atomic_write, optional_write
-from titan_video.tools.signals import Stopped, stop_requested
+from titan_video.ingest.video import (
+    DecoderName,
+    Probe,
+    check_count,
+    decode,
+    frame_indices,
+    require,
+    too_many_frames,
+)
+from titan_video.tools.files import atomic_path
 
 NAMES_SHOWN = 20
-PROBE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,7 @@ class PlanEntry:
     repeats: how often an epoch holds it. captions: all of them.
     declared_fps: the rate by metadata of a file that was not opened; the decoder compares it.
     image: replaces the clip's first frame as conditioning frame. decoder: what decodes it, if it is a video.
+    limits: what its decoding may take.
     """
 
     path: str
@@ -64,6 +72,7 @@ class PlanEntry:
     image: str = ""
     image_sha256: str = ""
     decoder: DecoderName = "pyav"
+    limits: DecodeLimits = DEFAULT_LIMITS
 
     @property
     def caption(self) -> str:
@@ -153,9 +162,13 @@ class Plan:
 
     def write_jsonl(self, path: str | os.PathLike) -> None:
         """One line per clip, with everything that was decided, written atomically."""
-        with atomic_path(path, "plan") as temporary, open(temporary, "w", encoding="utf-8") as f:
+        with (
+            atomic_path(path, "plan") as temporary,
+            open(temporary, "w", encoding="utf-8", errors="backslashreplace") as f,
+        ):
             for entry in self.entries:
                 row = {"kept": entry.kept, "status": entry.status, **asdict(entry), **self._geometry(entry)}
+                del row["limits"]  # the same for all, and in the configuration
                 f.write(json.dumps(row, ensure_ascii=False) + "\n")
             f.flush()  # before atomic_path syncs the file
 
@@ -215,7 +228,8 @@ def build_plan(section: Data, cache_folder: str | os.PathLike, temporal_stride: 
     """
     sources = [Source(path=path)] if path else section.sources
     choice = ClipChoice(section.frame_extraction, section.uniform_clips, section.slide_stride, temporal_stride)
-    return make_plan(sources, section.sizes, section.fps, section.num_workers, cache_folder, choice, section.decoder)
+    limits, n = DecodeLimits.of(section), section.num_workers
+    return make_plan(sources, section.sizes, section.fps, n, cache_folder, choice, section.decoder, limits)
 
 
 def make_plan(
@@ -226,6 +240,7 @@ def make_plan(
     cache_folder: str | os.PathLike,
     choice: ClipChoice = HEAD,
     decoder: DecoderName = "pyav",
+    limits: DecodeLimits = DEFAULT_LIMITS,
 ) -> Plan:
     """Scan the sources (or one path), probe each file in worker processes (0: in this one) and decide about each clip.
 
@@ -239,7 +254,7 @@ def make_plan(
     trusted = [s.trust_metadata and bool(r.declared) for s, r in scanned]  # not opened
     opened = [r.path for (_, r), is_trusted in zip(scanned, trusted, strict=True) if not r.reason and not is_trusted]
     paths = list(dict.fromkeys(opened))
-    probes = dict(zip(paths, probe_all(paths, num_workers, Path(cache_folder) / "probes"), strict=True))
+    probes = dict(zip(paths, probe_all(paths, num_workers, Path(cache_folder) / "probes", limits), strict=True))
     entries = []
     for (source, record), is_trusted in zip(scanned, trusted, strict=True):
         mode = choice.mode if source.frame_extraction == "default" else source.frame_extraction
@@ -250,8 +265,9 @@ def make_plan(
             sizes,
             source.fps or fps,
             replace(choice, mode=mode),
+            limits,
         )
-    entries = [replace(e, decoder=decoder) if media.kind(e.path) == "video" else e for e in entries]
+    entries = [replace(e, decoder=decoder) if e.kept and media.kind(e.path) == "video" else e for e in entries]
     plan = Plan(", ".join(str(s.path) for s in sources), fps, sizes, tuple(entries), choice.temporal_stride)
     plan.require_clips()
     return plan
@@ -263,11 +279,17 @@ def _scan(source: Source, cache_folder: Path) -> list[ClipRecord]:
 
 
 def _decide(
-    source: Source, record: ClipRecord, found: Probe | None, buckets: Sequence[Bucket], fps: float, choice: ClipChoice
+    source: Source,
+    record: ClipRecord,
+    found: Probe | None,
+    buckets: Sequence[Bucket],
+    fps: float,
+    choice: ClipChoice,
+    limits: DecodeLimits,
 ) -> list[PlanEntry]:
     """The training clips of a file, or one entry with the reason why there are none."""
     captions = tuple(source.caption_prefix + caption for caption in record.captions)
-    entry = PlanEntry(record.path, captions, record.reason, fps=fps, repeats=source.num_repeats, image=record.image)
+    entry = PlanEntry(record.path, captions, record.reason, fps, source.num_repeats, image=record.image, limits=limits)
     if record.reason:
         return [entry]
     kind = media.kind(record.path)
@@ -276,18 +298,16 @@ def _decide(
         rate = record.declared[3]
     else:
         rate = source.source_fps if kind == "frames" else 0.0
-    if found.reason:
-        return [replace(entry, reason=found.reason)]
+    if reason := found.reason or _beyond(found, limits):
+        return [replace(entry, reason=reason)]
     if kind == "frames" and not rate:
-        return [
-            replace(
-                entry,
-                reason="no rate: a folder of frames has no rate of its own; set source_fps in its [[data.source]]",
-            )
-        ]
+        reason = "no rate: a folder of frames has no rate of its own; set source_fps in its [[data.source]]"
+        return [replace(entry, reason=reason)]
     times, end = found.seconds()
     if rate:
         times, end = [i / rate for i in range(len(found.pts))], len(found.pts) / rate
+    if kind != "image" and (reason := too_many_frames(times, end, fps, limits.max_frames)):
+        return [replace(entry, reason=reason)]
     indices = [0] if kind == "image" else frame_indices(times, end, fps)
     entry = replace(
         entry,
@@ -300,15 +320,14 @@ def _decide(
     )
     chosen = bucketing.choose(len(indices), found.width, found.height, buckets, choice)
     if chosen is None:
-        return [
-            replace(
-                entry,
-                reason=f"too short: {len(indices)} frames at {fps:g} fps, the shortest bucket takes "
-                f"{min(b[0] for b in buckets)}",
-            )
-        ]
+        shortest = min(b[0] for b in buckets)
+        reason = f"too short: {len(indices)} frames at {fps:g} fps, the shortest bucket takes {shortest}"
+        return [replace(entry, reason=reason)]
     if entry.image:
-        entry = replace(entry, image_sha256=media.sha256(entry.image)[0])
+        try:
+            entry = replace(entry, image_sha256=media.sha256(entry.image)[0])
+        except OSError as e:
+            return [replace(entry, reason=f"unreadable: {entry.image}: {e.strerror or e}")]
     starts = bucketing.starts(len(indices), chosen[0], choice)
     return [
         replace(
@@ -322,6 +341,16 @@ def _decide(
     ]
 
 
+def _beyond(found: Probe, limits: DecodeLimits) -> str:
+    """Why a file is beyond the limits, or "". The probe may be an earlier one, within other limits."""
+    try:
+        check_pixels(found.width, found.height, limits.max_pixels)
+        check_count(len(found.pts), limits.max_frames)
+    except UnusableClip as e:
+        return str(e)
+    return ""
+
+
 def _declared(record: ClipRecord) -> Probe:
     """The metadata of a file in place of a probe. Its identity is its name, size and time, not its content."""
     width, height, count, rate = record.declared
@@ -331,60 +360,3 @@ def _declared(record: ClipRecord) -> Probe:
         return Probe(reason=f"unreadable: {e.strerror or e}")
     name = hashlib.sha256(json.dumps([identity, rate]).encode()).hexdigest()
     return Probe(name, int(width), int(height), "1", tuple(range(int(count))), int(count))
-
-
-# ---- probes, in worker processes, kept between runs ----
-
-
-def probe_all(paths: Sequence[str], num_workers: int, folder: Path) -> list[Probe]:
-    """The probe of each path, in order. Each is kept, so a stop request ends this early: Stopped."""
-    files = _Probes(list(paths), folder)
-    missing = [i for i in range(len(paths)) if files.read(i) is None]
-    fresh = map_in_workers(files, missing, min(num_workers, len(missing)))
-    found = {}
-    with heartbeat.own_work("looking at clips"):
-        for i, probed in zip(missing, fresh, strict=True):
-            found[i] = probed
-            heartbeat.progress(paths[i])
-            if stop_requested():
-                raise Stopped("stopped while looking at clips; the same command goes on from there")
-    return [found[i] if i in found else files.read(i) or probe(p) for i, p in enumerate(paths)]
-
-
-class _Probes:
-    """A data set for `map_in_workers`: probes by index of path. Each is saved in a small file, named by a hash of the
-    path, with the size and time of change it is valid for.
-    """
-
-    def __init__(self, paths: list[str], folder: Path):
-        self.paths = paths
-        self.folder = folder
-
-    def _identity(self, path: str) -> dict[str, Any]:
-        return {"probe": PROBE_VERSION, **media.version(path)}
-
-    def _file(self, path: str) -> Path:
-        name = hashlib.sha256(
-            (path if media.is_url(path) else os.path.abspath(path)).encode("utf-8", "surrogateescape")
-        ).hexdigest()
-        return self.folder / name[:2] / f"{name}.json"
-
-    def read(self, index: int) -> Probe | None:
-        path = self.paths[index]
-        try:
-            saved = json.loads(self._file(path).read_text(encoding="utf-8"))
-            found = Probe(**saved["found"])
-            return replace(found, pts=tuple(found.pts)) if saved["of"] == self._identity(path) else None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):  # not there, or not whole: probe again
-            return None
-
-    def __getitem__(self, index: int) -> Probe:
-        path = self.paths[index]
-        try:
-            identity = self._identity(path)
-        except OSError as e:
-            return Probe(reason=f"unreadable: {e.strerror or e}")
-        found = probe(path)
-        with optional_write("probes", self.folder):  # without them the next start probes again
-            atomic_write(self._file(path), json.dumps({"of": identity, "found": asdict(found)}))
-        return found

@@ -12,6 +12,7 @@ import numpy as np
 from titan_video.data.batching import Batching, Bucket, Work
 from titan_video.data.sampler import CostClass, GlobalSampler
 from titan_video.ingest.bucketing import cover
+from titan_video.ingest.media import DecodeLimits
 from titan_video.ingest.plan import Plan, PlanEntry, read_frames
 from titan_video.ingest.video import UnusableClip
 from titan_video.ingest.worker import map_in_workers
@@ -171,6 +172,15 @@ class _Decoded:
         except UnusableClip as e:
             return str(e)
         return ""
+
+    def limits(self, index: int) -> DecodeLimits:
+        return self.entries[index].limits
+
+    def name(self, index: int) -> str:
+        return self.entries[index].path
+
+    def failed(self, index: int, reason: str) -> str:
+        return reason
 
 
 def decode_all(plan: Plan, num_workers: int) -> Plan:

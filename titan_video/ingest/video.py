@@ -8,6 +8,7 @@ way in which one can be broken becomes an `UnusableClip` with its reason.
 """
 
 import bisect
+import errno
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,19 +23,20 @@ from torch import Tensor
 from titan_video.data.batching import Bucket
 from titan_video.ingest import media
 from titan_video.ingest.bucketing import cover
+from titan_video.ingest.images import MAX_SIDE, OUT_OF_MEMORY, UnusableClip, check_pixels, images
+from titan_video.ingest.media import DEFAULT_LIMITS, DecodeLimits
 from titan_video.ingest.worker import alloc_shared
 
 TOLERANCE = 0.0005  # seconds; containers round times to as coarse as a millisecond
 MISSING_TAIL = 0.1  # seconds by which the packets may end before the declared end
-MAX_SIDE = 16384
+# A file's kind follows from its content, not from its name, and some kinds open other files: playlists, lists of files.
+DEMUXERS = "mov,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,flv,asf,ogg,h264,hevc,m4v,ivf,nut,mxf,dv,wtv,webp,apng"
+# By which the frames of a file may have more pixels than its plan says: pixels that are not square, padding.
+PIXEL_SLACK, SMALL_FRAME = 16, 1 << 24
 SEEK_FROM = 2.0  # seconds; a clip that starts later is reached by seeking, not by decoding
 TORCHCODEC_BATCH = 8  # frames of one call
 
 DecoderName = Literal["pyav", "torchcodec"]
-
-
-class UnusableClip(ValueError):
-    """A file that gives no clip. The message is `category: detail`."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,14 @@ class Probe:
         return float(len(self.pts) / duration) if duration else 0.0
 
 
+def too_many_frames(times: Sequence[float], end: float, fps: float, max_frames: int) -> str:
+    """A reason if `frame_indices` would give more frames: a file may state any times. "" otherwise."""
+    count = (end - times[0]) * fps if times else 0.0
+    if count <= max_frames:
+        return ""
+    return f"too long: {count:.6g} frames at {fps:g} fps, more than data.max_frames = {max_frames}"
+
+
 def frame_indices(times: Sequence[float], end: float, fps: float) -> list[int]:
     """Source frames of a clip resampled to `fps`; every frame count in the program comes from here.
 
@@ -78,27 +88,36 @@ def frame_indices(times: Sequence[float], end: float, fps: float) -> list[int]:
 
 
 @contextmanager
-def _open(path: str) -> Iterator:
+def _open(path: str, max_pixels: int) -> Iterator:
     """(container, first video stream). An error of libav inside becomes an UnusableClip."""
     import av
 
+    # The decoder itself refuses larger frames: a stream may change its size at any frame.
+    options = {"max_pixels": str(max_pixels)}
+    only = {"format_whitelist": DEMUXERS, "protocol_whitelist": "file"}
     try:
-        source = path if os.path.isfile(path) else media.open_binary(path)
-        with av.open(source, metadata_errors="replace") as container:
+        source = f"file:{path}" if os.path.isfile(path) else media.open_binary(path)
+        with av.open(source, metadata_errors="replace", options=options, container_options=only) as container:
             if not container.streams.video:
                 raise UnusableClip("not a video: no video stream")
             stream = container.streams.video[0]
             if stream.codec_context is None:
                 raise UnusableClip("corrupt: no decoder for this stream")
+            check_pixels(stream.codec_context.width, stream.codec_context.height, max_pixels)
             stream.codec_context.thread_count = 1  # the workers are the parallelism
+            stream.codec_context.options = options
             yield container, stream
     except UnusableClip:
         raise
-    except (av.FFmpegError, OSError, EOFError, ValueError, ArithmeticError, MemoryError) as e:
-        raise UnusableClip(f"corrupt: {getattr(e, 'strerror', None) or e or type(e).__name__}") from e
+    except MemoryError as e:
+        raise UnusableClip(OUT_OF_MEMORY) from e
+    except (av.FFmpegError, OSError, EOFError, ValueError, ArithmeticError) as e:
+        # libav says no more than this of a frame that is larger than max_pixels.
+        size = f", or frames of more than {max_pixels} pixels" if getattr(e, "errno", 0) == errno.EINVAL else ""
+        raise UnusableClip(f"corrupt: {getattr(e, 'strerror', None) or e or type(e).__name__}{size}") from e
 
 
-def probe(path: str) -> Probe:
+def probe(path: str, limits: DecodeLimits = DEFAULT_LIMITS) -> Probe:
     """Read a file's packets and first frame; the other frames are not decoded. A bad file is a `reason`, not an error.
 
     The frames of an image and of a folder of images last one tick of a second each.
@@ -108,12 +127,12 @@ def probe(path: str) -> Probe:
         if not size:
             raise UnusableClip("corrupt: the file is empty")
         if media.kind(path) != "video":
-            return _probe_images(path, sha256)
-        with _open(path) as (container, stream):
+            return _probe_images(path, sha256, limits)
+        with _open(path, limits.max_pixels) as (container, stream):
             time_base = stream.time_base
-            frames = _packet_times(container, stream)
-        pts, end = frames or _decoded_times(path)
-        with _open(path) as (container, stream):
+            frames = _packet_times(container, stream, limits.max_frames)
+        pts, end = frames or _decoded_times(path, limits)
+        with _open(path, limits.max_pixels) as (container, stream):
             width, height = _shown_size(stream, next(container.decode(stream), None))
     except UnusableClip as e:
         return Probe(reason=str(e))
@@ -122,45 +141,29 @@ def probe(path: str) -> Probe:
     return Probe(sha256, width, height, str(time_base), pts, end)
 
 
-def _probe_images(path: str, sha256: str) -> Probe:
-    sizes = {(frame.width, frame.height) for _, frame in _images(path)}
+def _probe_images(path: str, sha256: str, limits: DecodeLimits) -> Probe:
+    sizes = {(frame.width, frame.height) for _, frame in images(path, limits.max_pixels)}
     if len(sizes) > 1:
         raise UnusableClip(
             f"corrupt: the frames differ in size: {', '.join(f'{w} x {h}' for w, h in sorted(sizes)[:4])}"
         )
     (width, height), count = sizes.pop(), 1 if media.kind(path) == "image" else len(media.frame_files(path))
-    if max(width, height) > MAX_SIDE:
-        raise UnusableClip(f"too large: {width} x {height}, more than {MAX_SIDE} a side")
+    check_count(count, limits.max_frames)
     return Probe(sha256, width, height, "1", tuple(range(count)), count)
 
 
-def _images(path: str) -> Iterator:
-    """(number, frame) of an image, or of a folder of images."""
-    import av
-    from PIL import Image, ImageOps
-
-    files = [path] if media.kind(path) == "image" else media.frame_files(path)
-    for number, file in enumerate(files):
-        try:
-            with media.open_binary(str(file)) as f, Image.open(f) as image:
-                pixels_HWC = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-            raise UnusableClip(f"corrupt: {'' if len(files) == 1 else f'{file.name}: '}{e or type(e).__name__}") from e
-        yield number, av.VideoFrame.from_ndarray(pixels_HWC, format="rgb24")
-
-
-def read_image(path: str, bucket: Bucket) -> Tensor:
+def read_image(path: str, bucket: Bucket, limits: DecodeLimits = DEFAULT_LIMITS) -> Tensor:
     """An image, or the first frame of a clip, resized and cropped like a clip of the bucket: uint8 RGB [3, 1, H, W].
 
     Raises UnusableClip.
     """
-    found = probe(path)
+    found = probe(path, limits)
     if found.reason:
         raise UnusableClip(f"unusable image: {path}: {found.reason}")
     return decode(path, found.pts[:1], found.width, found.height, bucket)
 
 
-def _packet_times(container, stream) -> tuple[tuple[int, ...], int] | None:
+def _packet_times(container, stream, max_frames: int) -> tuple[tuple[int, ...], int] | None:
     """(pts, end) from packets. None: packets lack times, or are of a codec with packets that are never shown."""
     declared_end = ((container.start_time or 0) + container.duration) / 1_000_000 if container.duration else 0.0
     if not stream.time_base:
@@ -180,14 +183,23 @@ def _packet_times(container, stream) -> tuple[tuple[int, ...], int] | None:
         is_complete &= packet.pts is not None
         if packet.pts is not None and not packet.is_discard:
             durations[packet.pts] = packet.duration or 0
+            check_count(len(durations), max_frames)
     if last_end < declared_end - MISSING_TAIL:
         raise UnusableClip(f"corrupt: broken off at {last_end:.2f} s of {declared_end:.2f} s")
     return frame_times(durations) if is_complete and durations else None
 
 
-def _decoded_times(path: str) -> tuple[tuple[int, ...], int]:
-    with _open(path) as (container, stream):
-        durations = {pts: frame.duration or 0 for pts, frame in _frames(container, stream)}
+def check_count(count: int, max_frames: int) -> None:
+    if count > max_frames:
+        raise UnusableClip(f"too long: more frames in the file than data.max_frames = {max_frames}")
+
+
+def _decoded_times(path: str, limits: DecodeLimits) -> tuple[tuple[int, ...], int]:
+    durations: dict[int, int] = {}
+    with _open(path, limits.max_pixels) as (container, stream):
+        for pts, frame in _frames(container, stream):
+            durations[pts] = frame.duration or 0
+            check_count(len(durations), limits.max_frames)
     if not durations:
         raise UnusableClip("corrupt: no frame has a presentation time")
     return frame_times(durations)
@@ -219,7 +231,7 @@ def _shown_size(stream, frame) -> tuple[int, int]:
         raise UnusableClip("corrupt: no frame can be decoded")
     aspect = stream.sample_aspect_ratio or 1  # of one pixel
     width, height = max(1, round(frame.width * aspect)), frame.height
-    if max(width, height) > MAX_SIDE:
+    if max(width, height) > MAX_SIDE:  # by pixels that are not square
         raise UnusableClip(f"too large: {width} x {height}, more than {MAX_SIDE} a side")
     return (height, width) if frame.rotation % 180 else (width, height)
 
@@ -247,10 +259,11 @@ def decode(
     shape = len(pts), *bucket[1:], 3
     frames_FHWC = alloc_shared(math.prod(shape)).view(shape)
     target = FrameTarget(frames_FHWC.numpy(), target_slots, width, height, bucket)
+    max_pixels = max(SMALL_FRAME, PIXEL_SLACK * width * height)
     if media.kind(path) != "video":
-        missing = copy_frames(_images(path), target)
+        missing = copy_frames(images(path, max_pixels), target)
     else:
-        with _open(path) as (container, stream):
+        with _open(path, max_pixels) as (container, stream):
             if rate:
                 _compare(stream, width, height, rate)
             tick = stream.time_base or Fraction(0)
@@ -264,7 +277,7 @@ def decode(
         if decoder == "torchcodec":
             missing = copy_frames(_torchcodec_frames(path, list(target_slots), tick, by_index), target)
         elif seek and missing:  # the index of the file is wrong
-            with _open(path) as (container, stream):
+            with _open(path, max_pixels) as (container, stream):
                 missing = copy_frames(_frames(container, stream), target)
     if missing:
         raise UnusableClip(f"corrupt: {missing} of {len(target_slots)} frames do not decode")

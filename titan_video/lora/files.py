@@ -16,7 +16,6 @@ in the public layout (HunyuanVideo's q, k, v), their adapters are joined into on
     down = [down_q; down_k; down_v]      up = diag(up_q, up_k, up_v)
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from titan_video.kernels import upcast
 from titan_video.lora.adapters import NAME, Adapter, add_adapters
 from titan_video.models.layers import is_adapter
 from titan_video.models.spec import ModelSpec
+from titan_video.tools.bounded import parse_json, short
 from titan_video.tools.files import atomic_path
 from titan_video.tools.logging import logger
 from titan_video.weights.formats import TensorSlice, preview, public_tensors
@@ -273,6 +273,8 @@ def load_lora(model: nn.Module, path: Path, spec: ModelSpec, args: Any, section:
                 f"it was trained with"
             )
         alpha = tensors.pop(f"{stem}.alpha", None)
+        if min(down.ndim, up.ndim) < 2 or not len(down) or (alpha is not None and alpha.numel() != 1):
+            raise ValueError(f"{path}: the adapter of {public.name} is none: its tensors have impossible shapes")
         scale = alpha.item() / len(down) if alpha is not None else default_scale
         found |= public.split_adapter(down, up * (scale * section.rank / section.alpha), args)
     if tensors:
@@ -301,11 +303,17 @@ def _read(path: Path) -> tuple[dict[str, Tensor], float]:
     if odd:
         raise ValueError(f"{path}: {preview(odd)} of a type that is no plain floating point")
     # diffusers writes alpha and rank into the metadata of its files.
-    note = json.loads((metadata or {}).get("lora_adapter_metadata", "{}"))
+    where = f"{path}: its lora_adapter_metadata"
+    note = parse_json((metadata or {}).get("lora_adapter_metadata", "{}"), where)
+    if not isinstance(note, dict):
+        raise ValueError(f"{where} is no table")
     settings = {key.removeprefix("transformer."): value for key, value in note.items()}
+    alpha, rank = settings.get("lora_alpha", 1), settings.get("r", 1)
+    if not all(isinstance(x, int | float) and 0 < x < 1e6 for x in (alpha, rank)):
+        raise ValueError(f"{where} has lora_alpha = {short(alpha)} and r = {short(rank)}; legal: positive numbers")
     if settings.get("alpha_pattern") or settings.get("use_rslora"):
         raise ValueError(f"{path}: alpha_pattern and use_rslora are not supported; save the adapters with one alpha")
-    return {name: t.float() for name, t in tensors.items()}, settings.get("lora_alpha", 1) / settings.get("r", 1)
+    return {name: t.float() for name, t in tensors.items()}, alpha / rank
 
 
 def _pop(tensors: dict[str, Tensor], stem: str, ends: tuple[str, ...]) -> Tensor | None:

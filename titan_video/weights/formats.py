@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from titan_video.models.spec import ModelSpec, NameRule
+from titan_video.tools.bounded import read_index, read_json, short
 from titan_video.tools.parts import resolve
 from titan_video.weights.safetensors_io import DTYPES, SUFFIXES, Shape, read_header
 
@@ -57,7 +58,7 @@ def get_format(name: str) -> Format:
 
 def preview(names: Sequence[str]) -> str:
     """The first five names, for a message."""
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return ", ".join(map(short, names[:5])) + (", ..." if len(names) > 5 else "")
 
 
 # --- names and layouts ---
@@ -181,15 +182,9 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
 
 
 def _indexed_files(index: Path) -> dict[Path, set[str] | None]:
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        files: dict[Path, set[str] | None] = {index.parent / file_name: set() for file_name in weight_map.values()}
-        for name, file_name in weight_map.items():
-            files[index.parent / file_name].add(name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{index} is no index of safetensors files") from e
-    if any(path.parent != index.parent for path in files):
-        raise ValueError(f"{index} names files outside its folder")
+    files: dict[Path, set[str] | None] = {}
+    for name, file_name in read_index(index).items():
+        files.setdefault(index.parent / file_name, set()).add(name)
     return files
 
 
@@ -232,11 +227,10 @@ class StoredWeights:
         """config.json beside the weights; None for a single file. ValueError: it cannot be read."""
         if self.root.is_file():
             return None
-        path = self.root / CONFIG
-        try:
-            return json.loads(path.read_text())
-        except (OSError, ValueError) as e:
-            raise ValueError(f"{path} cannot be read ({e}); it belongs to the weights beside it") from e
+        config = read_json(self.root / CONFIG)
+        if not isinstance(config, dict):
+            raise ValueError(f"{self.root / CONFIG} holds no table of settings")
+        return config
 
     def locate(self, spec: ModelSpec, args: Any, shapes: dict[str, torch.Size]) -> dict[str, TensorLocation]:
         """Our name -> location of every parameter.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from titan_video.models.spec import ModelSpec
+from titan_video.tools.bounded import open_regular, refusal
 from titan_video.weights.formats import (
     Format,
     PublicTensor,
@@ -113,13 +114,14 @@ class PickledFile:
 
     def __init__(self, path: Path):
         try:
+            open_regular(path).close()
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             content = content.get("module", content)
             self.tensors = {name: t for name, t in content.items() if isinstance(t, Tensor)}
-        except (OSError, RuntimeError, ValueError, AttributeError, EOFError, pickle.UnpicklingError) as e:
-            # Without torch's advice to load what was refused by other means.
-            reason = "it holds other objects, which were not loaded" if "weights_only" in str(e) else e
-            raise ValueError(f"{path} is missing, damaged, or no state dict of tensors: {reason}") from e
+        except (OSError, RuntimeError, ValueError, AttributeError, TypeError, LookupError, EOFError) as e:
+            raise ValueError(f"{path} is missing, damaged, or no state dict of tensors: {e}") from e
+        except pickle.UnpicklingError as e:
+            raise ValueError(f"{path} is no state dict of tensors: {refusal(e)}") from e
 
     def keys(self) -> list[str]:
         return list(self.tensors)

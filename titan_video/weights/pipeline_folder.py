@@ -1,12 +1,12 @@
 """Paths of a run's exports, and the rest of a diffusers pipeline around exported weights."""
 
-import json
 import os
 import shutil
 from pathlib import Path
 
 from titan_video.checkpoint.files import MANIFEST, list_steps
 from titan_video.models.spec import ModelSpec
+from titan_video.tools.bounded import is_plain_name, read_json, short
 from titan_video.tools.files import atomic_path, atomic_write, sha256
 from titan_video.tools.logging import logger
 from titan_video.weights.formats import CONFIG, INDEX, STEM, get_format
@@ -41,6 +41,8 @@ def complete_pipeline(source: Path, target: Path, subfolder: str) -> None:
     The other parts are linked, or copied if the file system does not link; model_index.json is written last. Do not
     change a linked file in place: it is the same file as the source's. ValueError: both are the same folder, or
     model_index.json cannot be read.
+
+    Parts have plain names. A link out of `source` is not followed, but into the blobs of its repository in a cache.
     """
     index = source / PIPELINE
     if not index.is_file():
@@ -48,21 +50,33 @@ def complete_pipeline(source: Path, target: Path, subfolder: str) -> None:
     if target.resolve() == source.resolve():
         raise ValueError(f"{target} is the source itself; give another folder")
     try:
-        parts = [
-            name for name, kind in json.loads(index.read_text()).items() if isinstance(kind, list) and kind and kind[0]
-        ]
+        content = read_json(index)
+        parts = [name for name, kind in content.items() if isinstance(kind, list) and kind and kind[0]]
     except (ValueError, AttributeError) as e:
         raise ValueError(f"{index} cannot be read ({e}); it should be that of a diffusers pipeline") from e
-    missing = [name for name in parts if name != subfolder and not (source / name).is_dir()]
-    if missing or subfolder not in parts:
-        problem = f"it lacks {', '.join(missing)}" if missing else f"it names no {subfolder}"
+    others, files = [name for name in parts if name != subfolder], []
+    missing = [name for name in others if not is_plain_name(name) or not (source / name).is_dir()]
+    problem = "" if subfolder in parts else f"it names no {subfolder}"
+    if missing:
+        problem = f"it lacks a folder of the name {short(', '.join(missing))}"
+    elif not problem:
+        folders = [source / name for name in others]
+        files = [path for f in folders if _is_inside(f, source) for path in sorted(f.rglob("*")) if path.is_file()]
+        if outside := [path for path in folders + files if not _is_inside(path, source)]:
+            problem = f"{outside[0]} is a link to {outside[0].resolve()}, outside of it"
+    if problem:
         logger.warning(f"{target} will hold the weights only: {source} is no complete pipeline, {problem}")
         return
-    for name in parts:
-        if name != subfolder:
-            for file in sorted(path for path in (source / name).rglob("*") if path.is_file()):
-                _link(file.resolve(), target / file.relative_to(source))
-    atomic_write(target / PIPELINE, index.read_text(), "exported pipeline")
+    for file in files:
+        _link(file.resolve(), target / file.relative_to(source))
+    atomic_write(target / PIPELINE, index.read_bytes(), "exported pipeline")
+
+
+def _is_inside(path: Path, source: Path) -> bool:
+    """Whether the file that `path` leads to is in `source`, or in the blobs of its repository in a cache."""
+    root, file = source.resolve(), path.resolve()
+    repositories = [p.parent for p in (root, *root.parents) if p.name == "snapshots" and "--" in p.parent.name]
+    return any(file.is_relative_to(folder) for folder in (root, *(r / "blobs" for r in repositories)))
 
 
 def _link(file: Path, target: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from titan_video.tools.bounded import open_regular, short
 from titan_video.tools.parts import resolve
 
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -23,6 +24,7 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 PICKLED = (".pt", ".pth")
 PICKLED_FILE = "titan_video.weights.original:PickledFile"
 SUFFIXES = (".safetensors", *PICKLED)
+MAX_HEADER = 32 << 20  # bytes: that of 200,000 tensors
 CHECK_EVERY = 1 << 30  # bytes; other ranks wait while rank 0 reads them back
 
 Shape = tuple[int, ...]
@@ -38,10 +40,13 @@ def opened(path: Path) -> Iterator[Any]:
         yield resolve(PICKLED_FILE, asked_by=f"{path}, a pickled state dict")(path)
         return
     try:
+        with open_regular(path) as f:
+            if int.from_bytes(f.read(8), "little") > MAX_HEADER:
+                raise SafetensorError("its header is larger than that of any model")
         with safe_open(path, framework="pt") as file:
             yield file
     except (OSError, SafetensorError) as e:
-        raise ValueError(f"{path} is missing, incomplete or damaged: {e}") from e
+        raise ValueError(f"{path} is missing, incomplete or damaged: {short(str(e), 300)}") from e
 
 
 def read_header(path: Path) -> dict[str, tuple[Shape, str]]:

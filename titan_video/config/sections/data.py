@@ -58,7 +58,7 @@ class Data:
     frame_buckets: tuple[int, ...] = opt((1, 33, 81), "Frames of derived buckets; 4k+1.", ge=1)
     min_ar: float = opt(0.5, "Lowest aspect ratio (width / height) of derived buckets.", gt=0)
     max_ar: float = opt(2.0, "Highest aspect ratio of derived buckets.", gt=0)
-    num_ar_buckets: int = opt(5, "Number of aspect ratios of derived buckets, in geometric steps.", ge=1)
+    num_ar_buckets: int = opt(5, "Number of aspect ratios of derived buckets, in geometric steps.", ge=1, le=1000)
     frame_extraction: Literal["head", "chunk", "slide", "uniform", "full"] = opt(
         "head",
         "Clips of a file that is longer than its bucket. head: the first frames. chunk: all consecutive chunks. "
@@ -73,6 +73,14 @@ class Data:
         "Video decoder. torchcodec must be installed; its pixels can differ slightly, so its clips have cache entries "
         "of their own.",
     )
+    max_decoded_pixels: int = opt(1 << 26, "Files whose frames have more pixels are dropped, not decoded.", ge=1)
+    max_frames: int = opt(500_000, "Files with more frames, also after resampling, are dropped.", ge=1)
+    decode_timeout_seconds: float = opt(
+        600.0,
+        "A worker that takes longer for a clip is replaced. Clips with which this happens twice are dropped.",
+        gt=0,
+    )
+    decode_memory_gib: float = opt(4.0, "Clips that take more memory of a worker are dropped; 0: no limit.", ge=0)
     caption_dropout: float = opt(
         0.1, "Fraction of samples trained with the empty caption, for classifier-free guidance.", ge=0, le=1
     )
