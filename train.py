@@ -33,7 +33,7 @@ from titan_video.data.loader import DrawPlan, build_loader
 from titan_video.data.prefetch import Prefetch
 from titan_video.distributed.activation_checkpoint import check_save_min_kv, select_blocks
 from titan_video.distributed.compile import GraphLog
-from titan_video.distributed.fsdp import reshard
+from titan_video.distributed.fsdp import count_parameters, reshard
 from titan_video.distributed.parallel_dims import ParallelDims, check_layout
 from titan_video.distributed.parallelize import parallelize
 from titan_video.distributed.sequence import SequenceShard
@@ -122,9 +122,6 @@ class Trainer:
         config, c, group = self.config, self.config.data, self.host_group
         self.encoders = build_encoders(config.encoder, config.model.hf_assets_path, self.device)
         check_encoders(self.encoders, self.args, self.geometry, config)
-        printed = f"configuration:\n{dump(config)}" if config.job.print_config else ""
-        for text in filter(None, (config.job.description, printed) if self.rank == 0 else ()):
-            logger.info(text)
         cache_folder = Path(c.cache_folder or self.folder / "cache")
         cache = open_cache(cache_folder, self.encoders, self.args.conditioning, group)
         is_ahead = config.encoder.placement == "cached"
@@ -177,6 +174,7 @@ class Trainer:
         self.weights.load_frozen(self.model)
         section = self.config.checkpoint
         self.checkpoint = CheckpointManager(section, self.folder / section.folder, tensors, counters)
+        self.exit_stack.callback(self.checkpoint.wait)
         self.step = self.checkpoint.load()
         if self.step == 0:
             self.weights.load_initial(self.model)
@@ -266,14 +264,11 @@ class Trainer:
     def validate(self) -> None:
         """Measure and sample the model. A stop request ends it early, without a result."""
         start, found = time.perf_counter(), None
-        heartbeat.enter(f"validation of step {self.step}")
-        with self.ema.swapped_in() if self.ema and self.config.validation.use_ema else nullcontext():
-            with suppress(Stopped):
-                found = self.task.evaluate(self.step)
+        with self.ema.swapped_in() if self.ema and self.config.validation.use_ema else nullcontext(), suppress(Stopped):
+            found = self.task.evaluate(self.step)
         reshard(self.model)
-        if found is None:
-            return
-        self.metrics.log_evaluation(self.step, found, self.config.data.fps, time.perf_counter() - start)
+        if found:
+            self.metrics.log_evaluation(self.step, found, self.config.data.fps, time.perf_counter() - start)
 
     # ---------------------------------------------------------------- loop
 
@@ -281,14 +276,12 @@ class Trainer:
         c, last_step = self.config, self.config.training.steps
         if self.step >= last_step:
             return self.finish_again()
-        num_params = reduce_over(self.meshes.pp, torch.tensor(sum(p.numel() for p in self.model.parameters())), "sum")
-        size = f"{num_params.item():,} parameters, {self.accumulation} micro-batches a step"
+        size = f"{count_parameters(self.model, self.meshes.pp):,} parameters, {self.accumulation} micro-batches a step"
         ranks = f"{self.world_size} x {self.device.type}"
         logger.info(f"training from step {self.step + 1} to {last_step} on {ranks}, {size}")
         if c.validation.enable and self.step == 0:
             self.validate()
-        if self.stop.requested():
-            raise Stopped("stopped by a signal before a step; the same command goes on")
+        self.stop.check("stopped by a signal before a step; the same command goes on")
         gc.disable()  # collected on all ranks at once: one rank's pause is every rank's pause
         first_step = self.step + 1
         clips = c.parallelism.pipeline_parallel_microbatch_size if self.pipeline else 0
@@ -306,7 +299,6 @@ class Trainer:
                 if c.validation.enable and (self.step % c.validation.freq == 0 or self.step == last_step):
                     self.validate()
                 stopping, saving = self.stop.requested(self.checkpoint.wanted())
-                heartbeat.enter(f"saving step {self.step}")
                 self.checkpoint.save(self.step, last=self.step == last_step, force=stopping or saving)
                 if stopping:
                     raise Stopped(f"stopped by a signal after step {self.step}; the same command resumes from there")
@@ -338,8 +330,7 @@ def main(argv: list[str]) -> None:
     signals.install()
     with main_guard():
         config = parse_args(argv)
-        world_size = int(os.environ.get("WORLD_SIZE", 1))
-        check(config, world_size)
+        check(config, world_size := int(os.environ.get("WORLD_SIZE", 1)))
     num_training = config.encoder.num_training_ranks(world_size)
     with parts.supervise(config) as supervisor:
         if int(os.environ.get("RANK", 0)) >= num_training:
@@ -347,8 +338,7 @@ def main(argv: list[str]) -> None:
         trainer = Trainer(config, supervisor)
         try:
             trainer.train()
-        except (FloatingPointError, Stopped):  # on all ranks at the same step: a save under way can finish
-            trainer.checkpoint.wait()
+        except (FloatingPointError, Stopped):  # on all ranks at the same step, so that a save under way can finish
             trainer.exit_stack.close()
             raise
         except torch.OutOfMemoryError as e:

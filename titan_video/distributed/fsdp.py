@@ -15,10 +15,11 @@ from itertools import pairwise
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from titan_video.distributed.parallel_dims import Meshes
-from titan_video.distributed.utils import clean_name
+from titan_video.distributed.utils import clean_name, reduce_over
 from titan_video.models.spec import ParallelPlan
 
 # A Linear of a 3-D input returns a view. The warning is about in-place changes of it, which no model here makes.
@@ -109,3 +110,8 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def count_parameters(model: nn.Module, pp_mesh: DeviceMesh) -> int:
+    """Of all pipeline stages."""
+    return int(reduce_over(pp_mesh, torch.tensor(sum(p.numel() for p in model.parameters())), "sum"))

@@ -22,6 +22,7 @@ from titan_video.flow.noise import draw_noise
 from titan_video.tasks.denoising import Denoising
 from titan_video.tasks.sampling import Prompt, SamplerSettings, sample_latents
 from titan_video.tasks.task import Evaluation
+from titan_video.tools import heartbeat
 from titan_video.tools.files import optional_write
 from titan_video.tools.video import write_mp4
 
@@ -102,6 +103,7 @@ class Validator:
         self.clips, self.reader, self.prompts, self.output = clips, reader, prompts, output
 
     def __call__(self, step: int) -> Evaluation:
+        heartbeat.enter(f"validation of step {step}")
         return Evaluation(self.losses(), self.sample(step), folder=str(self.output.step_folder(step)))
 
     @torch.no_grad()

@@ -26,12 +26,16 @@ class StopAgreement:
         agreed = [bool(flag) for flag in flags.tolist()]
         return agreed if others else agreed[0]
 
+    def check(self, message: str) -> None:
+        """Stopped, with the message, if any rank has received a signal. All ranks ask together."""
+        if self.requested():
+            raise signals.Stopped(message)
+
     def guard(self, model: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """The model, for validation: before each call the ranks agree whether to go on; Stopped if not."""
 
         def call(**kwargs: Tensor) -> Tensor:
-            if self.requested():
-                raise signals.Stopped("stopped during validation")
+            self.check("stopped during validation")
             return model(**kwargs)
 
         return call

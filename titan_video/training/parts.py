@@ -1,5 +1,6 @@
 """The optional parts that the trainer uses, each behind one function: what is not asked for is not loaded."""
 
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,11 +11,13 @@ import torch.distributed as dist
 from torch import nn
 
 from titan_video.config.job_config import Debug, Encoder, FaultTolerance, JobConfig, Profiling
+from titan_video.config.manager import dump
 from titan_video.data.batch import Batch
 from titan_video.data.batching import Bucket
 from titan_video.data.latent_cache import LatentCache
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.utils import init_distributed
+from titan_video.tools.logging import logger
 from titan_video.tools.parts import find_module, resolve
 from titan_video.training.ending import RunEnd
 from titan_video.training.fault_tolerance import NonFiniteGuard
@@ -69,7 +72,13 @@ def load_pipeline(degree: int) -> Any:
 
 
 def supervise(config: JobConfig) -> RunEnd:
-    """A context around a run: how it ends, and where the part is there, its lock, heartbeat and status.json."""
+    """A context around a run: how it ends, and where the part is there, its lock, heartbeat and status.json.
+
+    Logs what describes the run.
+    """
+    printed = f"configuration:\n{dump(config)}" if config.job.print_config else ""
+    for text in filter(None, (config.job.description, printed) if os.environ.get("RANK", "0") == "0" else ()):
+        logger.info(text)
     if not find_module(SUPERVISION):
         return RunEnd(config.fault_tolerance.save_on_signal)
     return resolve(f"{SUPERVISION}.run_status:RunStatus", asked_by="job.dump_folder")(config)
