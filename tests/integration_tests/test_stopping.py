@@ -49,13 +49,15 @@ def test_a_stuck_reader_is_named_with_its_file(front, world, num_workers):
     assert time.monotonic() - begun < 100  # not the 1000 s of the reader
 
 
-def slow_encoding(seconds):
-    """A hook: each clip takes so long to encode on the first rank."""
+def slow_encoding(seconds, begun=None):
+    """A hook: each clip takes so long to encode on the first rank. begun: a file that is made at the first."""
     from titan_video.ingest import encode
 
     make = encode.encode_job
 
     def encode_job(*args):
+        if begun:
+            begun.touch()
         if os.environ.get("RANK", "0") == "0":
             time.sleep(seconds)
         return make(*args)
@@ -84,10 +86,9 @@ def test_encoding_that_hangs_is_named_with_its_clip(front, tmp_path):
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_encoding_ends_it_cleanly(front, tmp_path, signum):
     options = {"data.cache_folder": tmp_path / "empty", "training.steps": 2}
-    program = front.start("run", options, 1, partial(slow_encoding, 0.2))
-    while not list((tmp_path / "empty").glob("*")):
+    program = front.start("run", options, 1, partial(slow_encoding, 0.2, tmp_path / "begun"))
+    while not (tmp_path / "begun").exists():
         time.sleep(0.05)
-    time.sleep(1)
     os.kill(program.ranks[0].pid, signum)
     stopped = front.finish("run", program).stopped()
     assert "stopped while encoding" in stopped.output and "Traceback" not in stopped.output
