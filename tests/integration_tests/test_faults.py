@@ -230,8 +230,9 @@ def errors_of_flips(run, ranks=RANKS):
         {},
         {"training.mixed_precision_param": "bfloat16", "activation_checkpoint.mode": "full"}
         | {"training.global_batch_size": 8, "parallelism.data_parallel_replicate_degree": 2},
+        {"parallelism.pipeline_parallel_degree": 2},
     ],
-    ids=["float32", "bfloat16"],
+    ids=["float32", "bfloat16", "pipeline"],
 )
 def test_a_flipped_bit_is_found_and_its_rank_named(front, options):
     flips = {2: 0, 3: 1, 5: 1, 6: 0}
