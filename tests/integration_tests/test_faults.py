@@ -359,11 +359,11 @@ def draw_faults(count, distance, factors, seed):
 
 
 def last_step(faults, interval):
-    """The optimizer's step after two good steps behind the last fault, each of which rolls the run back."""
-    step = 0
-    for data_step in range(1, max(faults) + 3):
-        step = step // interval * interval if data_step in faults else step + 1
-    return step
+    """A step of the optimizer that the run reaches after the last of the faults, each of which rolls it back."""
+    steps = [0]
+    for data_step in range(1, max(faults) + 1):
+        steps.append(steps[-1] // interval * interval if data_step in faults else steps[-1] + 1)
+    return max(steps) + 1
 
 
 @pytest.mark.slow
