@@ -264,7 +264,9 @@ def test_ten_steps_are_kept_and_a_full_disk_is_said(data, tmp_path, alone, monke
             kept = read_batches(folder / "rank-0.safetensors")
             assert torch.equal(kept[1].streams["video"], batches[1].streams["video"])
             with monkeypatch.context() as patch:
-                patch.setattr("safetensors.torch.save_file", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+                patch.setattr(
+                    f"{report.__module__}.atomic_write", lambda *args: (_ for _ in ()).throw(OSError("disk full"))
+                )
                 said = report(tmp_path, 2, "x", losses, batches, loader, None)[0]
                 assert "could not be kept: " in said and "disk full" in said
 

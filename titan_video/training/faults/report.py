@@ -11,6 +11,7 @@ the paths, of all ranks.
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from copy import copy
 from dataclasses import fields
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor
 from titan_video.data.batch import Batch
 from titan_video.data.loader import LatentLoader
 from titan_video.distributed.utils import broadcast_from_rank0, gather_objects
-from titan_video.tools.files import atomic_path, atomic_write
+from titan_video.tools.files import atomic_write
 
 FOLDER, STEP_FILE = "bad_steps", "step.json"
 MAX_KEPT = 10  # batches that a run keeps
@@ -103,23 +104,36 @@ def read_batches(path: Path) -> list[Batch]:
     return to_batches(load_file(path))
 
 
-def keep_batches(root: Path, folder: Path, batches: list[Batch], loader: LatentLoader, group: Any) -> list[str]:
-    """Write every data-parallel rank's micro-batches into `folder`; returns why some were not. Collective."""
-    from safetensors.torch import save_file
+def keep(
+    folder: Path, record: dict[str, Any], batches: list[Batch], loader: LatentLoader, group: dist.ProcessGroup | None
+) -> str:
+    """Write every data-parallel rank's micro-batches, then the record, into `folder`; returns why that was not done.
 
-    is_full = broadcast_from_rank0(lambda: len(list(root.glob("*"))) >= MAX_KEPT and not folder.exists(), group)
-    if is_full:
-        return [f"{root} already holds {MAX_KEPT} steps"]
+    Collective: the answer is the same on all ranks.
+    """
+    from safetensors.torch import save
+
+    others = broadcast_from_rank0(lambda: [path for path in folder.parent.glob("*") if path != folder], group)
+    if len(others) >= MAX_KEPT:
+        return f"{folder.parent} already holds {MAX_KEPT} steps"
     # Ranks that share their clips have the same batches; the first of them writes.
-    owners = gather_objects(loader.dp_rank, group)
-    error = ""
-    if owners.index(loader.dp_rank) == dist.get_rank(group):
-        try:
-            with atomic_path(folder / f"rank-{loader.dp_rank}.safetensors") as path:
-                save_file(to_tensors(batches), path)
-        except OSError as e:
-            error = str(e)
-    return [text for text in gather_objects(error, group) if text]
+    rank, first = dist.get_rank(group), gather_objects(loader.dp_rank, group).index(loader.dp_rank)
+    files = {f"rank-{loader.dp_rank}.safetensors": lambda: save(to_tensors(batches))} if rank == first else {}
+    text = json.dumps(record, indent=1) + "\n"
+    problems = gather_objects(write(folder, files), group)
+    if not any(problems):
+        problems = gather_objects(write(folder, {STEP_FILE: lambda: text} if rank == 0 else {}), group)
+    return next((problem for problem in problems if problem), "")
+
+
+def write(folder: Path, files: dict[str, Callable[[], bytes | str]]) -> str:
+    """Write files of these contents; returns what went wrong."""
+    try:
+        for name, content in files.items():
+            atomic_write(folder / name, content())
+    except OSError as e:
+        return str(e)
+    return ""
 
 
 def report(
@@ -132,15 +146,11 @@ def report(
     """
     clips, is_bad = find_clips(loader, gather_objects(sample_losses(losses, batches), group))
     first = min(clip["sample_id"] for clip in step_clips(loader))
-    root = folder / FOLDER
-    kept = root / f"step-{step}-sample-{first}"
-    problems = keep_batches(root, kept, batches, loader, group)
+    kept = folder / FOLDER / f"step-{step}-sample-{first}"
     record = {"step": step, "fault": fault, "clips": [{**c, "loss": to_json(c["loss"])} for c in clips]}
     text = to_text(clips, is_bad)
-    if problems:
-        return f" {text} The batch could not be kept: {problems[0]}.", record
-    if dist.get_rank(group) == 0:
-        atomic_write(kept / STEP_FILE, json.dumps(record, indent=1) + "\n")
+    if problem := keep(kept, record, batches, loader, group):
+        return f" {text} The batch could not be kept: {problem}.", record
     return f" {text} `python -m titan_video.replay {kept}` runs the step again.", {**record, "kept": str(kept)}
 
 
