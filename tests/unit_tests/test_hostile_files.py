@@ -322,6 +322,13 @@ def test_max_decoded_pixels_of_videos(tmp_path):
     assert probe(str(path), DecodeLimits(max_pixels=64 * 48 - 1)).reason.startswith("too large: frames of 64 x 48")
 
 
+def test_limits_of_the_decoder_at_their_largest(tmp_path):
+    """libav takes no larger number than 2^31 - 1, and 16 times the pixels of the plan are allowed."""
+    path = write_clip(tmp_path / "a.mp4", count=8, width=64, height=48)
+    assert probe(str(path), DecodeLimits(max_pixels=1 << 30)).reason == ""
+    assert decode(str(path), [0], 16384, 16384, (1, 32, 32)).shape == (3, 1, 32, 32)
+
+
 def test_limits_apply_to_probes_that_are_kept(tmp_path):
     captioned(tmp_path / "a.mp4", count=8, fps=8, width=64, height=48)
     captioned(tmp_path / "b.mp4", count=8, fps=8, width=32, height=32)

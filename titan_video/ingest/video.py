@@ -93,7 +93,7 @@ def _open(path: str, max_pixels: int) -> Iterator:
     import av
 
     # The decoder itself refuses larger frames: a stream may change its size at any frame.
-    options = {"max_pixels": str(max_pixels)}
+    options = {"max_pixels": str(min(max_pixels, 2**31 - 1))}
     only = {"format_whitelist": DEMUXERS, "protocol_whitelist": "file"}
     try:
         source = f"file:{path}" if os.path.isfile(path) else media.open_binary(path)

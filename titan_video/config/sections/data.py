@@ -73,14 +73,14 @@ class Data:
         "Video decoder. torchcodec must be installed; its pixels can differ slightly, so its clips have cache entries "
         "of their own.",
     )
-    max_decoded_pixels: int = opt(1 << 26, "Files whose frames have more pixels are dropped, not decoded.", ge=1)
+    max_decoded_pixels: int = opt(
+        1 << 26, "Files whose frames have more pixels are dropped, not decoded.", ge=1, le=1 << 30
+    )
     max_frames: int = opt(500_000, "Files with more frames, also after resampling, are dropped.", ge=1)
     decode_timeout_seconds: float = opt(
-        600.0,
-        "A worker that takes longer for a clip is replaced. Clips with which this happens twice are dropped.",
-        gt=0,
+        600.0, "A worker that takes longer for a clip is replaced; a clip of two such workers is dropped.", gt=0, le=1e6
     )
-    decode_memory_gib: float = opt(4.0, "Clips that take more memory of a worker are dropped; 0: no limit.", ge=0)
+    decode_memory_gib: float = opt(4.0, "Clips that take more of a worker are dropped; 0: no limit.", ge=0, le=1e6)
     caption_dropout: float = opt(
         0.1, "Fraction of samples trained with the empty caption, for classifier-free guidance.", ge=0, le=1
     )
