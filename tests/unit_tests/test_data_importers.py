@@ -267,7 +267,7 @@ def test_the_command(folder, capsys):
     assert "2 kept" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="error: .*no such file"):
         command.main(["import", str(folder / "gone.toml")])
-    with pytest.raises(SystemExit, match="nowhere/ours.toml: cannot be written"):
+    with pytest.raises(SystemExit, match="nowhere/ours.toml: cannot write the configuration"):
         command.main(["import", str(folder / "other.toml"), str(folder / "nowhere" / "ours.toml")])
     with pytest.raises(SystemExit, match="error: more: import takes one file"):
         command.main(["import", str(folder / "other.toml"), str(folder / "ours.toml"), "more"])

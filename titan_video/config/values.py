@@ -153,8 +153,8 @@ def convert(value: Any, kind: Any, limits: dict[str, Any], where: str = "") -> A
     ValueError: what is wrong and what is legal.
     """
 
-    def wrong() -> ValueError:
-        return ValueError(f"given {show(value)}; legal: {describe(kind, limits)}")
+    def wrong(given: Any = value) -> ValueError:  # as the user wrote it
+        return ValueError(f"given {show(given)}; legal: {describe(kind, limits)}")
 
     if get_origin(kind) is tuple:
         if not isinstance(value, list):

@@ -58,7 +58,7 @@ def get_format(name: str) -> Format:
 
 def preview(names: Sequence[str]) -> str:
     """The first five names, for a message."""
-    return ", ".join(map(short, names[:5])) + (", ..." if len(names) > 5 else "")
+    return ", ".join(short(name, 200) for name in names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 # --- names and layouts ---
