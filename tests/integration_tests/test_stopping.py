@@ -157,3 +157,32 @@ def test_a_signal_during_export_lets_it_finish(front, world):
     options = {"training.steps": 2, "checkpoint.last_save_in_hf": "true"}
     run = front.run("run", options, world, partial(signal_in_export, world - 1)).ok()
     assert list(run.folder.glob("hf/**/config.json")) and "finished" in run.output
+
+
+def ask_for_a_save(step):
+    """A hook: `touch DUMP/save` in the middle of a step, on the last rank."""
+    import train
+
+    run_step = train.Trainer.train_step
+
+    def train_step(self, *args):
+        if self.step == step and self.rank == self.world_size - 1:
+            (self.folder / "save").touch()
+        run_step(self, *args)
+
+    train.Trainer.train_step = train_step
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_save_is_asked_for_by_a_file(front, world):
+    options = {"training.steps": 6, "checkpoint.interval": 100, "checkpoint.keep_latest_k": 0}
+    run = front.run("run", {**options, "checkpoint.async_mode": "disabled"}, world, partial(ask_for_a_save, 3)).ok()
+    assert sorted(path.name for path in run.checkpoint(1).parent.iterdir()) == ["step-3", "step-6"]
+    assert len(run.records) == 6 and not (run.folder / "save").exists()
+
+
+def test_saves_by_the_clock(front):
+    """Each step takes longer than the interval, so each is saved."""
+    options = {"training.steps": 3, "checkpoint.interval": 100, "checkpoint.interval_minutes": 0.0001}
+    run = front.run("run", {**options, "checkpoint.async_mode": "disabled"}).ok()
+    assert sorted(path.name for path in run.checkpoint(1).parent.iterdir()) == ["step-1", "step-2", "step-3"]
