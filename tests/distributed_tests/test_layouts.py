@@ -172,8 +172,15 @@ def num_elements(task, num_batches):
     return sum(task.num_loss_elements(micro_batch(task.args, i, torch.float32)) for i in range(num_batches))
 
 
-def build(name, dtype):
+def model_for(name, layout):
+    """A pipeline has four stages at most, and a block for each; other layouts are shown by two blocks."""
     m = MODELS[name]
+    if layout.dims.pp > 1 or not isinstance(m.args, WanArgs):
+        return m
+    return replace(m, args=replace(m.args, num_layers=2))
+
+
+def build(m, dtype):
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -195,8 +202,8 @@ def gradients(model):
     return {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in grads.items()}
 
 
-def reference(name, num_batches, dtype):
-    m, model = MODELS[name], build(name, dtype).to_empty(device="cpu")
+def reference(m, num_batches, dtype):
+    model = build(m, dtype).to_empty(device="cpu")
     initialise(model, randomized_init(m.spec.init_parameter), 0)
     task, losses = build_task(m.spec, m.args), []
     for i in range(num_batches):
@@ -213,10 +220,10 @@ def one_process(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference")
 
     def path(name, layout):
-        num = LAYOUTS[layout].num_batches
-        file = folder / f"{name}-{num}.pt"
+        num, m = LAYOUTS[layout].num_batches, model_for(name, LAYOUTS[layout])
+        file = folder / f"{name}-{num}-{getattr(m.args, 'num_layers', '')}.pt"
         if not file.exists():
-            torch.save({dtype: reference(name, num, dtype) for dtype in LIMITS}, file)
+            torch.save({dtype: reference(m, num, dtype) for dtype in LIMITS}, file)
         return file
 
     return path
@@ -228,11 +235,12 @@ def run_step(name, layout, mode, dtype):
     # A graph for any length takes three times as long to trace as two for one length each; two ranks show that it is
     # right.
     torch._dynamo.config.automatic_dynamic_shapes = layout.world_size <= 2
-    spec, args, plan = MODELS[name].spec, MODELS[name].args, MODELS[name].spec.plan
+    m = model_for(name, layout)
+    spec, args, plan = m.spec, m.args, m.spec.plan
     meshes, kind = layout.dims.build_mesh("cpu"), str(dtype).removeprefix("torch.")
     checkpointing, compilation = EXECUTION_MODES[mode]
     section, training = Parallelism(**layout.options), Training(mixed_precision_param=kind, mixed_precision_reduce=kind)
-    model, pipelined = build(name, dtype), layout.dims.pp > 1
+    model, pipelined = build(m, dtype), layout.dims.pp > 1
     stages = keep_stages(model, plan, meshes.pp, section, args, 15) if pipelined else None
     parallelize(model, plan, meshes, section, training, checkpointing, compilation)
     model.to_empty(device="cpu")

@@ -8,6 +8,7 @@ from multiprocessing.util import Finalize
 import pytest
 
 from benchmarks.house import OPTIONAL_PARTS, PACKAGE, optional_part
+from tests.helpers import run_ranks
 
 PROGRAMS = {"planner", "convert", "sample", "replay", "ingest.importers"}  # started by hand, not by an option
 ALWAYS = {"supervision"}  # every run uses it where it is there
@@ -87,10 +88,20 @@ def resolved(shared_front):
     return shared_front.run("whole", {"training.steps": 1}).ok().folder / "config.toml"
 
 
+def read_without(part, path):
+    """The configuration of a TOML, where the part is hidden, as train.py reads it."""
+    hide(part)
+    from titan_video.config.check import check
+    from titan_video.config.manager import parse_args
+
+    config = parse_args(["--job.config_file", str(path)])
+    check(config, 1)
+    return config.training.steps
+
+
 @pytest.mark.parametrize("part", OPTIONAL_PARTS)
-def test_a_resolved_toml_is_read_without(part, front, resolved):
-    options = {"job.config_file": resolved, "training.steps": 1}
-    front.run("run", options, hook=partial(hide, part)).ok()
+def test_a_resolved_toml_is_read_without(part, resolved):
+    assert run_ranks(read_without, 1, part, resolved, init=False) == [1]
 
 
 def test_the_debug_run_loads_no_optional_part(front, tmp_path):
