@@ -30,7 +30,6 @@ milliseconds() {
     echo "$((10#${now%[.,]*} * 1000 + 10#${now#*[.,]} / 1000))"
 }
 on_stop() {
-    interrupted=1
     if [ -z "${!:-}" ]; then    # no program has been started
         echo "SIG$1: stopped before the run began; the same command starts it" >&2
         exit "$STOPPED"
@@ -101,6 +100,10 @@ else
         --rdzv_backend c10d --rdzv_id "${RDZV_ID:-$$.$(date +%s)}" --rdzv_endpoint "${RDZV_ENDPOINT:-localhost:0}"
         --log-dir "$logs" --local-ranks-filter "$LOG_RANK" --role rank --tee 3
     )
+    if ((NNODES == 1)); then    # on loopback, so that the host name need not resolve and others do not see it
+        options+=(--local-addr 127.0.0.1)
+        [ ! -e /sys/class/net/lo ] || export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
+    fi
     # titan_video.launch checks the configuration, is torchrun, and passes signals on to the ranks.
     PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} "${with_parent[@]}" "$PYTHON" -m titan_video.launch "${options[@]}" \
         --no-python "${with_parent[@]}" "$PYTHON" "${train[@]}" &
@@ -115,12 +118,14 @@ errors_of_others() {
     echo "The output of all ranks is in $logs" >&2
 }
 
-while :; do    # a trapped signal ends `wait` early, with a status that is not the program's
-    interrupted=0
+# A trapped signal, also one that came before, ends `wait` early with a status that is not the program's. bash keeps that
+# of a program that has ended.
+while kill -0 "$!" 2>/dev/null; do
     wait "$!"
-    status=$?
-    ((interrupted)) || break
 done 2>/dev/null    # bash would report a child that a signal has ended
+wait "$!"
+wait "$!"
+status=$?
 if [ -n "$logs" ]; then
     if ((status != 0 && status != STOPPED)) && [ -n "$(ls -A "$logs")" ]; then
         errors_of_others

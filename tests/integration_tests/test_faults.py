@@ -132,7 +132,7 @@ def test_a_save_before_the_step_of_the_fault_keeps_its_record(front):
     """The fault of step 6 takes the run back to step 3; a signal then saves step 4."""
     options = {**ROLLBACK, "training.steps": 7}
     hook = partial(injected, {6: (0, "loss", NAN)}, kill_at=7, signum=signal.SIGTERM)
-    stopped = front.run("run", options, hook=hook).ok()
+    stopped = front.run("run", options, hook=hook).stopped()
     assert stopped.checkpoint(4).is_dir() and len(stopped.records) == 4, stopped.output
     run = front.run("run", options).ok()
     assert len(run.records) == 7 and [event["step"] for event in events(run)] == [6]

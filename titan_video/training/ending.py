@@ -12,6 +12,7 @@ from titan_video.tools import signals
 from titan_video.tools.logging import logger
 
 FOR_USERS = (ValueError, OSError, FloatingPointError)  # what the user can mend; our own errors are assertions
+LOST = ("Connection closed by peer", "Connection reset by peer")  # what gloo says of a rank that has ended
 
 
 def run_id() -> str:
@@ -38,3 +39,5 @@ class RunEnd:
             sys.exit(0 if run_id() else signals.STOPPED)
         if isinstance(error, FOR_USERS):
             sys.exit(f"error: {error}")
+        if isinstance(error, RuntimeError) and any(text in str(error) for text in LOST):
+            sys.exit(f"error: another rank has ended; its own message says why ({error})")
