@@ -121,6 +121,7 @@ class RankWatch:
 
     def __init__(self, logs: Path):
         self.logs = logs
+        self.suspects: dict[int, str] = {}  # {process: what was said of it}; torchrun may end it before its limit
         threading.Thread(target=self._watch, name="rank watch", daemon=True).start()
 
     def silent(self, longer_than: float | None = None) -> list[tuple[int, str]]:
@@ -143,6 +144,7 @@ class RankWatch:
             for pid, text in self.silent():
                 print(f"error: {text}. {watch.FIX}", file=sys.stderr, flush=True)
                 send(signal.SIGKILL, [pid])  # torchrun then ends the others
+            self.suspects |= self.silent(longer_than=AGENT_SECONDS)
             time.sleep(watch.SECONDS)
 
 
@@ -179,7 +181,7 @@ def main(argv: list[str]) -> None:
     try:
         torchrun.run(options)
     except ChildFailedError as e:
-        for _, text in rank_watch.silent(longer_than=AGENT_SECONDS):
+        for text in rank_watch.suspects.values():
             print(f"error: {text}", file=sys.stderr)
         print(e, file=sys.stderr)
         rank, failure = e.get_first_failure()

@@ -12,7 +12,8 @@ from titan_video.tools import signals
 from titan_video.tools.logging import logger
 
 FOR_USERS = (ValueError, OSError, FloatingPointError)  # what the user can mend; our own errors are assertions
-LOST = ("Connection closed by peer", "Connection reset by peer")  # what gloo says of a rank that has ended
+# What gloo says of a rank that has ended, or gives no answer.
+LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting")
 
 
 def run_id() -> str:
@@ -40,4 +41,4 @@ class RunEnd:
         if isinstance(error, FOR_USERS):
             sys.exit(f"error: {error}")
         if isinstance(error, RuntimeError) and any(text in str(error) for text in LOST):
-            sys.exit(f"error: another rank has ended; its own message says why ({error})")
+            sys.exit(f"error: another rank has ended or hangs; its own message, or the launcher, says why ({error})")
