@@ -240,7 +240,7 @@ FORGERIES = {
     "small tensors": tensors(torch.zeros(1)),
     "tensors of another rank": tensors(torch.zeros(3, 3, 3, 3)),
     "meta tensors": tensors(torch.zeros(8, 8, device="meta")),
-}  # fmt: skip
+}
 
 # A run whose updates were all skipped has no state either.
 SAID = {"no optimizer": "has no optimizer state of 4 tensors", "no state": "has no optimizer state of 1 tensors"}

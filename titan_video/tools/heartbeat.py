@@ -18,12 +18,12 @@ def enter(name: str, own: bool = False) -> None:
 @contextmanager
 def own_work(name: str) -> Iterator[None]:
     """A part of a phase in which the rank waits for no other one."""
-    before = phase, is_own
+    name_before, own_before = phase, is_own
     enter(name, own=True)
     try:
         yield
     finally:
-        enter(*before)
+        enter(name_before, own_before)
 
 
 def progress(detail: str = "") -> None:

@@ -115,7 +115,9 @@ def handle_fault(run: tuple, fault: str, step: int, num_steps: int, batches: lis
     """
     if not find_module(FAULTS):
         raise FloatingPointError(f"{fault}; the update was not applied")
-    handler = resolve(f"{FAULTS}.handler:FaultHandler", asked_by=fault)(*run)
+    build = resolve(f"{FAULTS}.handler:FaultHandler", asked_by=fault)
+    guard, checkpoint, metrics, steps, folder, group = run
+    handler = build(guard, checkpoint=checkpoint, metrics=metrics, steps=steps, folder=folder, group=group)
     return handler.handle(fault, step, num_steps, batches)
 
 
