@@ -224,6 +224,17 @@ def errors_of_flips(run, ranks=RANKS):
     return {row["data_step"]: row["error"] for row in map(json.loads, by_rank[0])}
 
 
+def check_flips(run, flips):
+    """flips: {step: rank}. Each is found, with its rank and parameter, and nothing is in other steps."""
+    flipped = [json.loads(line) for line in (run.folder / "flipped.jsonl").read_text().splitlines()]
+    assert {row["data_step"]: row["rank"] for row in flipped} == flips
+    errors = errors_of_flips(run)
+    for row in flipped:
+        error = errors[row["data_step"]]
+        assert f"rank {row['rank']} ({row['parameter']})" in error and f"rank {1 - row['rank']}" not in error
+    assert [step for step, error in errors.items() if error] == sorted(flips)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -237,13 +248,7 @@ def errors_of_flips(run, ranks=RANKS):
 def test_a_flipped_bit_is_found_and_its_rank_named(front, options):
     flips = {2: 0, 3: 1, 5: 1, 6: 0}
     run = front.run("run", {**VERIFY, **options}, RANKS, partial(flipped_bits, flips)).ok()
-    flipped = [json.loads(line) for line in (run.folder / "flipped.jsonl").read_text().splitlines()]
-    assert {row["data_step"]: row["rank"] for row in flipped} == flips
-    errors = errors_of_flips(run)
-    for row in flipped:
-        error = errors[row["data_step"]]
-        assert f"rank {row['rank']} ({row['parameter']})" in error and f"rank {1 - row['rank']}" not in error
-    assert [step for step, error in errors.items() if error] == sorted(flips)
+    check_flips(run, flips)
 
 
 def test_verify_every_third_step_and_the_same_losses(front):
@@ -437,13 +442,7 @@ def test_a_hundred_flipped_bits(front):
     rng = random.Random("flips")
     flips = {step: rng.randrange(RANKS) for step in range(2, 102)}
     run = finish(front, "run", {**VERIFY, "training.steps": 102}, partial(flipped_bits, flips, seed=7))
-    flipped = [json.loads(line) for line in (run.folder / "flipped.jsonl").read_text().splitlines()]
-    assert {row["data_step"]: row["rank"] for row in flipped} == flips
-    errors = errors_of_flips(run)
-    for row in flipped:
-        error = errors[row["data_step"]]
-        assert f"rank {row['rank']} ({row['parameter']})" in error and f"rank {1 - row['rank']}" not in error
-    assert [step for step, error in errors.items() if error] == list(flips)
+    check_flips(run, flips)
     print(f"flipped bits: {len(flips)} of {len(flips)} found and the rank named, 0 in other steps")
 
 

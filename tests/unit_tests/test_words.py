@@ -137,3 +137,8 @@ def test_files_are_found():
     names = {str(path) for path in FILES}
     assert {"train.py", "run_train.sh", "titan_video/config/manager.py", "train_configs/debug.toml"} <= names
     assert len(names) > 200
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.suffix == ".py"], ids=str)
+def test_the_formatter_has_no_exceptions(path):
+    assert not re.search(r"# *fmt" + r": *(skip|off)", (ROOT / path).read_text())
