@@ -226,7 +226,7 @@ def forbid_process_group():
     ],
 )
 def test_parts_that_do_not_fit(front, options, words):
-    run = front.run("run", options).fails_with(*words)
+    run = front.run("run", {"job.description": "", **options}).fails_with(*words)
     assert run.output.count("\n") == 1 and not run.folder.exists()
 
 
