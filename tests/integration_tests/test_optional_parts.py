@@ -20,6 +20,7 @@ ASKING = {
     "kernels.attention_backends": {"model.attention": "flex"},
     "distributed.float8": {"float8.enable": "true", "float8.emulate": "true"},
     "distributed.async_tensor_parallel": {"parallelism.enable_async_tensor_parallel": "true"},
+    "distributed.tensor_parallel": {"parallelism.tensor_parallel_degree": 2},
     "distributed.context_parallel": {"parallelism.context_parallel_degree": 2},
     "distributed.pipeline_parallel": {"parallelism.pipeline_parallel_degree": 2},
     "training.profiling": {"profiling.enable_profiling": "true"},

@@ -18,7 +18,6 @@ RULES = (
     "titan_video.ingest.bucketing:rules",
     "titan_video.data.batching:rules",
     "titan_video.distributed.parallel_dims:rules",
-    "titan_video.distributed.tensor_parallel:rules",
     "titan_video.distributed.activation_checkpoint:rules",
     "titan_video.kernels.attention:rules",
     "titan_video.optim.optimizer:rules",
@@ -30,6 +29,7 @@ RULES = (
 )
 PART_RULES = MappingProxyType(  # {optional part: its rules}, loaded only where the configuration asks for the part
     {
+        "titan_video.distributed.async_tensor_parallel": "titan_video.distributed.async_tensor_parallel:rules",
         "titan_video.distributed.float8": "titan_video.distributed.float8:rules",
         "titan_video.distributed.pipeline_parallel": "titan_video.distributed.pipeline_parallel:rules",
         "titan_video.training.profiling": "titan_video.training.profiling:rules",

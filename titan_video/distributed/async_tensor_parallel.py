@@ -1,12 +1,13 @@
 """Tensor parallel whose communication the compiler overlaps with matmuls. Not yet run on GPUs."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from titan_video.config.job_config import JobConfig
 from titan_video.distributed.collectives import all_gather, rank_group
 from titan_video.distributed.tensor_parallel import STYLES, UnfusedLinear, colwise
 
@@ -57,3 +58,18 @@ def colwise_unfused(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
     """`colwise` with a matmul that the compiler's pass sees: the bias is added after it."""
     colwise(parent, name, mesh)
     parent.register_module(name, UnfusedLinear(parent.get_submodule(name), (lambda x: x,)))
+
+
+def rules(config: JobConfig, world_size: int) -> Iterator[str]:
+    """Rules of the configuration about asynchronous tensor parallel, one line per mistake."""
+    p = config.parallelism
+    if p.enable_async_tensor_parallel and not config.compile.enable:
+        yield (
+            "parallelism.enable_async_tensor_parallel: true, but the compiler does the overlap; set compile.enable, or "
+            "leave it false"
+        )
+    if p.enable_async_tensor_parallel and p.tensor_parallel_degree == 1:
+        yield (
+            "parallelism.enable_async_tensor_parallel: true, but parallelism.tensor_parallel_degree is 1; raise that, "
+            "or leave it false"
+        )

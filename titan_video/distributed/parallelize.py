@@ -8,11 +8,11 @@ from titan_video.distributed.activation_checkpoint import apply_activation_check
 from titan_video.distributed.compile import apply_compile
 from titan_video.distributed.fsdp import apply_fsdp
 from titan_video.distributed.parallel_dims import Meshes
-from titan_video.distributed.tensor_parallel import apply_tensor_parallel
 from titan_video.models.spec import ParallelPlan
 from titan_video.tools.parts import resolve
 
 FLOAT8 = "titan_video.distributed.float8:apply_float8"  # optional
+TENSOR_PARALLEL = "titan_video.distributed.tensor_parallel:apply_tensor_parallel"  # optional
 CONTEXT_PARALLEL = "titan_video.distributed.context_parallel:apply_context_parallel"  # optional
 
 
@@ -37,6 +37,7 @@ def parallelize(
         apply_float8 = resolve(FLOAT8, asked_by="float8.enable = true")
         apply_float8(model, plan, float8, meshes.world.device_type, meshes.tp.size())
     if meshes.tp.size() > 1:
+        apply_tensor_parallel = resolve(TENSOR_PARALLEL, asked_by="parallelism.tensor_parallel_degree")
         apply_tensor_parallel(model, plan, meshes.tp, parallelism.enable_async_tensor_parallel)
     if meshes.ring.size() * meshes.ulysses.size() > 1:
         apply_context_parallel = resolve(CONTEXT_PARALLEL, asked_by="parallelism.context_parallel_degree")

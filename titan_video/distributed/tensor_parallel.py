@@ -13,8 +13,7 @@ Which module is split how is data, `ParallelPlan.tensor`; `STYLES` implements ea
 and collectives are written out; parameters become DTensors, so that FSDP, checkpoints and the gradient norm work.
 """
 
-import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +21,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
-from titan_video.config.job_config import JobConfig
 from titan_video.distributed.collectives import all_gather, all_reduce, rank_group, reduce_scatter
 from titan_video.distributed.fsdp import get_blocks
+from titan_video.distributed.utils import has
 from titan_video.kernels import mean_square
 from titan_video.models.layers import Linear, local_shard
 from titan_video.models.spec import ParallelPlan
@@ -52,14 +51,6 @@ def apply_tensor_parallel(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh
             for name, parameter in module.named_parameters(recurse=False):
                 if not isinstance(parameter, DTensor):
                     distribute(module, name, mesh, Replicate())
-
-
-def has(block: nn.Module, name: str) -> bool:
-    """Whether a dotted name leads to a module or a parameter."""
-    try:
-        return operator.attrgetter(name)(block) is not None
-    except AttributeError:
-        return False
 
 
 # ---- styles: what becomes of attribute `name` of `parent` ----
@@ -185,18 +176,3 @@ class AllReduceRMS(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         means = all_reduce(torch.cat([mean_square(x) for x in tensors], dim=1), self.group) / self.group.size
         return means.split([x.shape[1] for x in tensors], dim=1)
-
-
-def rules(config: JobConfig, world_size: int) -> Iterator[str]:
-    """Rules of the configuration about asynchronous tensor parallel, one line per mistake."""
-    p = config.parallelism
-    if p.enable_async_tensor_parallel and not config.compile.enable:
-        yield (
-            "parallelism.enable_async_tensor_parallel: true, but the compiler does the overlap; set compile.enable, or "
-            "leave it false"
-        )
-    if p.enable_async_tensor_parallel and p.tensor_parallel_degree == 1:
-        yield (
-            "parallelism.enable_async_tensor_parallel: true, but parallelism.tensor_parallel_degree is 1; raise that, "
-            "or leave it false"
-        )

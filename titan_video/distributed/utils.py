@@ -1,6 +1,7 @@
 """Process groups, reductions over named axes, sharded tensors, and initial weights that do not depend on the layout."""
 
 import hashlib
+import operator
 import os
 from collections import defaultdict
 from collections.abc import Callable
@@ -154,3 +155,11 @@ def zeros_like_sharded(parameter: Tensor, columns: int, dtype: torch.dtype) -> T
 def get_mesh(parameter: Tensor) -> DeviceMesh | None:
     """The mesh that a parameter is sharded over."""
     return parameter.device_mesh if isinstance(parameter, DTensor) else None
+
+
+def has(block: nn.Module, name: str) -> bool:
+    """Whether a dotted name leads to a module or a parameter."""
+    try:
+        return operator.attrgetter(name)(block) is not None
+    except AttributeError:
+        return False

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from titan_video.distributed.tensor_parallel import has
+from titan_video.distributed.utils import has
 from titan_video.models.spec import ParallelPlan
 
 
