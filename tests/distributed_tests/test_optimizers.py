@@ -342,4 +342,4 @@ def test_float8_under_sharding(tmp_path):
     for apart in run_ranks(float8_steps, 2, "fsdp2", tmp_path):
         assert all(moved < 0.02 and norm < 1e-3 for moved, norm in apart), apart
     for apart in run_ranks(float8_steps, 2, "tp2", tmp_path):
-        assert all(1e-6 < norm < 0.1 for _, norm in apart), apart
+        assert all(max(moved, norm) > 1e-6 and norm < 0.1 for moved, norm in apart), apart
