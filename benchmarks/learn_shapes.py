@@ -126,41 +126,27 @@ def generate(dump_folder: Path, out: Path, per_prompt: int, seed: int) -> list[n
     from titan_video.encoders import build_encoders
     from titan_video.models import get_args, get_spec
     from titan_video.sample import pad
-    from titan_video.tasks.sampling import sample_latents
+    from titan_video.tasks.sampling import Prompt, SamplerSettings, sample_latents
     from titan_video.tools.video import write_mp4
 
     folder, config = find_checkpoint(dump_folder)
     spec = get_spec(config.model.name)
     args = get_args(spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
     encoders = build_encoders(config.encoder, config.model.hf_assets_path, torch.device("cpu"))
-    model = spec.build(args)
+    with torch.device("meta"):
+        model = spec.build(args)
+    model.to_empty(device="cpu")
     load_weights(folder, model, "ema" if config.ema.enable else "model")
     prompts = [caption(i) for i in range(COMBINATIONS)] * per_prompt
     padded = [pad(t, args.text_len) for t in encoders.encode_text([*prompts, ""])]
     text, mask = (torch.cat(parts) for parts in zip(*padded, strict=True))
-    (frames, height, width), v = config.data.buckets[0], config.validation
-    shape = (
-        encoders.channels,
-        (frames - 1) // encoders.stride_t + 1,
-        height // encoders.stride_s,
-        width // encoders.stride_s,
-    )
-    ids = list(range(len(prompts)))
-    latents = sample_latents(
-        model,
-        args.patch,
-        text[:-1],
-        mask[:-1],
-        text[-1:],
-        mask[-1:],
-        shape,
-        ids,
-        seed,
-        v.sample_steps,
-        v.guidance_scale,
-        v.sample_shift,
-    )
-    clips = [c.permute(1, 2, 3, 0).numpy() for c in encoders.decode_video(latents)]
+    v = config.validation
+    settings = SamplerSettings(v.sample_steps, v.guidance_scale, v.sample_shift, seed=seed)
+    size = spec.geometry(args).latent_shape(config.data.sizes[0])
+    prompt, null = Prompt(text[:-1], mask[:-1]), Prompt(text[-1:], mask[-1:])
+    latents = sample_latents(model, args, prompt, null, size, list(range(len(prompts))), settings)
+    decoded = encoders.decode_video(latents)
+    clips = [c.permute(1, 2, 3, 0).numpy() for c in decoded]
     out.mkdir(parents=True, exist_ok=True)
     for i, clip in enumerate(clips):
         write_mp4(out / f"{i:03d}_{prompts[i].replace(' ', '_')}.mp4", clip, config.data.fps)

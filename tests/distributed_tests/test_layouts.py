@@ -325,7 +325,7 @@ def modes_for(layout):
 
 
 TWO_RANKS = [name for name in LAYOUTS if LAYOUTS[name].world_size == 2 and modes_for(name) == tuple(EXECUTION_MODES)]
-COMPILED_LAYOUTS = ("fsdp2", "tp2", "ring2")  # those of two ranks that the suite compiles
+COMPILED_LAYOUTS = ("fsdp2", "ring2")  # those of two ranks that the suite compiles
 
 
 @pytest.mark.parametrize(

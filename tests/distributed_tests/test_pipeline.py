@@ -238,18 +238,22 @@ TWO = {
     "1f1b": {"schedule": "1F1B", "dtype": "float64"},
     "interleaved": {"schedule": "Interleaved1F1B", "dtype": "float64"},
     "zero bubble": {"schedule": "InterleavedZeroBubble", "dtype": "float64", "mode": "full"},
-    "1f1b, views": {"schedule": "1F1B", "dtype": "float64", "model_class": Strided},
     "zero bubble, views": {"schedule": "InterleavedZeroBubble", "dtype": "float64", "model_class": Strided},
     "1f1b, full, float32": {"schedule": "1F1B", "dtype": "float32", "mode": "full"},
-    "zero bubble, float32": {"schedule": "InterleavedZeroBubble", "dtype": "float32"},
-    "interleaved, compiled": {"schedule": "Interleaved1F1B", "dtype": "float32", "compiled": True},
     "1f1b, bfloat16": {"schedule": "1F1B", "dtype": "bfloat16"},
-    "zero bubble, bfloat16": {"schedule": "InterleavedZeroBubble", "dtype": "bfloat16", "mode": "full"},
 }
 FOUR = {
     "pp4": {"pp": 4, "schedule": "1F1B", "dtype": "float64"},
-    "pp2 x fsdp2, 1f1b": {"schedule": "1F1B", "dtype": "float64", "dp_shard": 2},
     "pp2 x fsdp2, interleaved": {"schedule": "Interleaved1F1B", "dtype": "float64", "dp_shard": 2, "mode": "full"},
+}
+SLOW_TWO = {
+    "1f1b, views": {"schedule": "1F1B", "dtype": "float64", "model_class": Strided},
+    "zero bubble, float32": {"schedule": "InterleavedZeroBubble", "dtype": "float32"},
+    "interleaved, compiled": {"schedule": "Interleaved1F1B", "dtype": "float32", "compiled": True},
+    "zero bubble, bfloat16": {"schedule": "InterleavedZeroBubble", "dtype": "bfloat16", "mode": "full"},
+}
+SLOW_FOUR = {
+    "pp2 x fsdp2, 1f1b": {"schedule": "1F1B", "dtype": "float64", "dp_shard": 2},
     "pp2 x fsdp2, zero bubble": {"schedule": "InterleavedZeroBubble", "dtype": "float64", "dp_shard": 2},
     "pp2 x fsdp2, zero bubble, full, float32": {
         "schedule": "InterleavedZeroBubble",
@@ -258,18 +262,25 @@ FOUR = {
         "mode": "full",
     },
 }
-CASES = {name: {"pp": 2, **case} for name, case in {**TWO, **FOUR}.items()}
+GROUPS = ((2, TWO), (4, FOUR), (2, SLOW_TWO), (4, SLOW_FOUR))  # (ranks, cases that run on the same ranks)
+CASES = {name: {"pp": 2, **case} for _, group in GROUPS for name, case in group.items()}
+QUICK = (*TWO, *FOUR)
 LIMITS = {"float64": 1e-10, "float32": 2e-5, "bfloat16": 1e-4}
 
 
 @pytest.fixture(scope="module")
 def results():
-    """All cases of one world size on the same ranks: a rank costs more to start than a case to run."""
+    """name -> what each rank knows. The cases of a group run at first use: a rank costs more to start than a case."""
     found = {}
-    for world, names in ((2, TWO), (4, FOUR)):
-        ranks = run_ranks(run_all, world, {name: CASES[name] for name in names}, timeout=300)
-        found |= {name: [rank[name] for rank in ranks] for name in names}
-    return found
+
+    def result(name):
+        if name not in found:
+            world, names = next((world, group) for world, group in GROUPS if name in group)
+            ranks = run_ranks(run_all, world, {name: CASES[name] for name in names}, timeout=300)
+            found.update({name: [rank[name] for rank in ranks] for name in names})
+        return found[name]
+
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -279,11 +290,11 @@ def expected():
     return {"float64": reference(torch.float64), "float32": reference(torch.float32), "bfloat16": mixed}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in CASES])
 def test_equals_one_process(name, expected, results):
     limit = LIMITS[CASES[name]["dtype"]]
     ref_steps, ref_velocity = expected[CASES[name]["dtype"]]
-    for rank in results[name]:
+    for rank in results(name):
         assert ((rank.velocity - ref_velocity).norm() / ref_velocity.norm()).item() <= limit
         for (loss, norm, grads), (ref_loss, ref_norm, ref_grads) in zip(rank.steps, ref_steps, strict=True):
             assert loss == pytest.approx(ref_loss, rel=limit) and norm == pytest.approx(ref_norm, rel=limit)
@@ -292,20 +303,20 @@ def test_equals_one_process(name, expected, results):
             assert {n: e for n, e in errors.items() if not e <= limit} == {}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in CASES])
 def test_parameters_are_partitioned_across_ranks(name, expected, results):
-    groups = {tuple(rank.own) for rank in results[name]}
+    groups = {tuple(rank.own) for rank in results(name)}
     assert len(groups) == CASES[name]["pp"]
     assert sorted(n for names in groups for n in names) == sorted(expected["float64"][0][0][2])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in CASES])
 def test_bytes_between_stages(name, results):
     """State of a clip of L tokens: x and text in the blocks' type, time and its projection in float32 at least.
 
     Forward sends it to the next stage, backward sends its gradient back.
     """
-    case, ranks = CASES[name], results[name]
+    case, ranks = CASES[name], results(name)
     low, upcast = {"float64": (8, 8), "float32": (4, 4), "bfloat16": (2, 4)}[case["dtype"]]
 
     def formula(num_tokens):
@@ -317,12 +328,13 @@ def test_bytes_between_stages(name, results):
 
 
 def test_time_stays_in_float32_between_stages(results):
-    assert results["1f1b, bfloat16"][0].types == ["bfloat16", "float32", "float32", "bfloat16"]
+    assert results("1f1b, bfloat16")[0].types == ["bfloat16", "float32", "float32", "bfloat16"]
 
 
-def test_stages_of_old_shapes_are_gone(results):
-    for name, ranks in results.items():
-        assert [rank.stages_alive for rank in ranks] == [ranks[0].num_stages // CASES[name]["pp"]] * len(ranks)
+@pytest.mark.parametrize("name", [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in CASES])
+def test_stages_of_old_shapes_are_gone(name, results):
+    ranks = results(name)
+    assert [rank.stages_alive for rank in ranks] == [ranks[0].num_stages // CASES[name]["pp"]] * len(ranks)
 
 
 def test_zero_bubble_refuses_compiled_blocks():

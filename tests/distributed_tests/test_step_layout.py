@@ -129,8 +129,15 @@ def accumulated(axis, compilation):
     return total.item(), get_gradients(model)
 
 
-@pytest.mark.parametrize("axis", ["ulysses", "ring"])
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "axis, compiled",
+    [
+        ("ulysses", False),
+        ("ring", False),
+        pytest.param("ulysses", True, marks=pytest.mark.slow),
+        pytest.param("ring", True, marks=pytest.mark.slow),
+    ],
+)
 def test_two_group_sizes_in_an_accumulated_step(axis, compiled):
     expected = reference(ACCUMULATED)
     compilation = Compile(enable=compiled, backend="aot_eager")

@@ -282,6 +282,7 @@ def extrapolated(monkeypatch, config, world_size):
     return measured[0] + (args.num_layers - 1) * (measured[1] - measured[0])
 
 
+@pytest.mark.slow
 def test_14b_on_512_ranks_in_under_a_minute():
     config = read("wan2.1_t2v_14b_720p", {"training.global_batch_size": -1})
     start = time.process_time()

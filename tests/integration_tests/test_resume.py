@@ -138,11 +138,12 @@ def test_one_rank(front, uninterrupted):
     stop.finish()
 
 
-def test_four_ranks(front, uninterrupted):
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_ranks(front, uninterrupted, world):
     """One rank has the signal, all save. Then one dies while saving."""
     options = {"ema.enable": "true", "checkpoint.async_mode": "disabled", "checkpoint.interval": 3}
-    stop = Stopper(front, uninterrupted({"ema.enable": "true"}, 4, 8), options, 4, 8)
-    stop.by_signal(2, signal.SIGTERM, rank=2)
+    stop = Stopper(front, uninterrupted({"ema.enable": "true"}, world, 8), options, world, 8)
+    stop.by_signal(2, signal.SIGTERM, rank=world // 2)
     stop.by_kill_in_save(6)
     stop.finish()
 
