@@ -16,6 +16,14 @@ def model_families() -> tuple[str, ...]:
     return tuple(sorted(name for name, spec in _modules("titan_video.models") if spec.submodule_search_locations))
 
 
+def model_flavors(family: str) -> str:
+    """The keys of the table FLAVORS in a family's file, which is not imported."""
+    text = Path(find_module(f"titan_video.models.{family}").origin).read_text(encoding="utf-8")
+    return ", ".join(
+        re.findall(r'^    "([^"]+)":', text.partition("\nFLAVORS = {")[2].partition("\n}")[0], re.MULTILINE)
+    )
+
+
 def encoder_families() -> tuple[str, ...]:
     """Names of the modules in titan_video/encoders that define a class `...Encoders`."""
     found = [

@@ -18,7 +18,7 @@ from typing import Any
 
 import tomli_w
 
-from titan_video.config.job_config import JobConfig
+from titan_video.config.job_config import Data, JobConfig
 from titan_video.config.parts import missing_sections
 from titan_video.config.renames import current_name, with_current_names
 from titan_video.config.values import (
@@ -38,7 +38,11 @@ from titan_video.config.values import (
 from titan_video.tools.bounded import short
 
 MAX_MISTAKES, MAX_LINE = 50, 1000  # shown, and characters of one
-CONFIG_FILE = "job.config_file"  # only on the command line
+CONFIG_FILE, DATA_FILE = "job.config_file", "data.file"  # only on the command line
+FILES = {  # and their help
+    CONFIG_FILE: "a TOML file; none: the defaults",
+    DATA_FILE: "a TOML file of [data] and [training], as `python -m titan_video.data import` writes; it is read second",
+}
 USAGE = (
     "usage: train.py [--job.config_file FILE.toml] [--section.field VALUE | --section.field=VALUE | --section.flag] ..."
 )
@@ -139,14 +143,14 @@ def parse(text: str, source: str = "TOML text") -> JobConfig:
     return from_dict(_toml(text, source))
 
 
-def read_file(path: str | Path) -> dict[str, Any]:
-    """The tables of a TOML file. Raises ConfigError."""
+def read_file(path: str | Path, option: str = CONFIG_FILE) -> dict[str, Any]:
+    """The tables of a TOML file, which `option` names. Raises ConfigError."""
     try:
         with open(path, "rb") as f:
             text = f.read(MAX_TOML_BYTES + 1).decode("utf-8-sig")
     except (OSError, ValueError) as e:
         reason = e.strerror if isinstance(e, OSError) else str(e)
-        raise ConfigError(f"{CONFIG_FILE}: cannot read {path}: {reason}; give an existing TOML file in UTF-8") from None
+        raise ConfigError(f"{option}: cannot read {path}: {reason}; give an existing TOML file in UTF-8") from None
     return _toml(text, str(path))
 
 
@@ -174,27 +178,44 @@ def _plain(value: Any) -> Any:
 def parse_args(argv: list[str]) -> JobConfig:
     """The configuration of a command line (without the program's name).
 
-    `--job.config_file X.toml` is read first. `--section.field value` or `--section.field=value` overrides it; the last
-    of several applies. A bare `--section.flag` is true. `--help` prints every option and exits 0. Raises ConfigError.
+    `--job.config_file X.toml` is read first, then `--data.file Y.toml`. `--section.field value` or
+    `--section.field=value` overrides both; the last of several applies. A bare `--section.flag` is true. `--help`
+    prints every option and exits 0. Raises ConfigError.
     """
     if "--help" in argv or "-h" in argv:
         print(help_text())
         sys.exit(0)
     errors: list[str] = []
     files, raw = _split(argv, errors)
-    typed: dict[str, dict[str, Any]] = {}
+    layers: list[dict[str, dict[str, Any]]] = []
     try:
-        typed = _read(read_file(files[-1]), errors) if files else {}
+        layers += [_read(read_file(files[CONFIG_FILE]), errors)] if CONFIG_FILE in files else []
+        layers += [_read_data(files[DATA_FILE], errors)] if DATA_FILE in files else []
     except ConfigError as e:
         errors.append(str(e))
-    for section, values in _read(raw, errors, convert_text).items():
-        typed[section] = typed.get(section, {}) | values
+    typed: dict[str, dict[str, Any]] = {}
+    for layer in (*layers, _read(raw, errors, convert_text)):
+        for section, values in layer.items():
+            typed[section] = typed.get(section, {}) | values
     return _build(typed, errors)
 
 
-def _split(argv: list[str], errors: list[str]) -> tuple[list[str], dict[str, dict[str, str]]]:
-    """(values of --job.config_file, {section: {field: text}}) of a command line."""
-    files: list[str] = []
+def _read_data(path: str, errors: list[str]) -> dict[str, dict[str, Any]]:
+    """The typed values of --data.file. Its clips and sizes take the place of other ones, however these are given."""
+    wrong: list[str] = []
+    typed = _read(read_file(path, DATA_FILE), wrong)
+    wrong += [f"{name}: legal here: [data] and [training]" for name in typed if name not in ("data", "training")]
+    errors += [f"{path}: {line}" for line in wrong]
+    data = typed.get("data", {})
+    for pair in (("path", "source"), ("buckets", "resolutions")):
+        if any(data.get(name) for name in pair):
+            typed["data"] = data = {name: type(getattr(Data(), name))() for name in pair} | data
+    return typed
+
+
+def _split(argv: list[str], errors: list[str]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """({option of FILES: file}, {section: {field: text}}) of a command line."""
+    files: dict[str, str] = {}
     raw: dict[str, dict[str, str]] = {}
     rest = deque(argv)
     while rest and len(errors) <= MAX_MISTAKES:
@@ -208,16 +229,16 @@ def _split(argv: list[str], errors: list[str]) -> tuple[list[str], dict[str, dic
             value = rest.popleft() if has_value else "true"
         section, _, last = name.partition(".")
         option = options().get(f"{section}.{current_name(last, sections().get(section))}")
-        if name != CONFIG_FILE and not option:
-            closest = nearest(name, [CONFIG_FILE, *options()])
+        if name not in FILES and not option:
+            closest = nearest(name, [*FILES, *options()])
             errors.append(f"{short(name)}: unknown option; nearest known name: {closest}")
         elif not has_value and not (option and option[0] is bool):
-            legal = "a TOML file" if name == CONFIG_FILE else describe(option[0], get_limits(option[1]))
+            legal = "a TOML file" if name in FILES else describe(option[0], get_limits(option[1]))
             errors.append(
                 f"{name}: given no value; legal: {legal} (a value that starts with -- is written --{name}=VALUE)"
             )
-        elif name == CONFIG_FILE:
-            files.append(value)
+        elif name in FILES:
+            files[name] = value
         else:
             raw.setdefault(section, {})[last] = value
     return files, raw
@@ -225,7 +246,7 @@ def _split(argv: list[str], errors: list[str]) -> tuple[list[str], dict[str, dic
 
 def help_text() -> str:
     """Every option with its type, default and help."""
-    lines = [USAGE, "", f"  --{CONFIG_FILE}  (a TOML file; none: the defaults)"]
+    lines = [USAGE, "", *(f"  --{name}  ({text})" for name, text in FILES.items())]
     for full, (kind, f) in options().items():
         section, _, name = full.partition(".")
         if name == fields(sections()[section])[0].name:

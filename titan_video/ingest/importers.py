@@ -156,9 +156,28 @@ class _Import:
             )
         if min(self.batch_sizes, default=1) > 1:
             config["training"] = {"local_batch_size": min(self.batch_sizes)}
-        text = tomli_w.dumps(config)
+        text = toml_text(config)
         check(parse(text, "the import"), 1, files=False)
         return text, self.lines
+
+
+def toml_text(config: Mapping[str, Mapping[str, Any]]) -> str:
+    """Sections as TOML, an array on one line, and an array of tables as `[[section.name]]`."""
+    lines: list[str] = []
+    for section, values in config.items():
+        tables = {name: rows for name, rows in values.items() if rows and isinstance(rows, list | tuple)}
+        tables = {name: rows for name, rows in tables.items() if isinstance(rows[0], Mapping)}
+        lines += [f"[{section}]", *(f"{k} = {_value(v)}" for k, v in values.items() if k not in tables), ""]
+        for name, rows in tables.items():
+            for row in rows:
+                lines += [f"[[{section}.{name}]]", *(f"{k} = {_value(v)}" for k, v in row.items()), ""]
+    return "\n".join(lines)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_value, value))}]"
+    return tomli_w.dumps({"x": value}).removeprefix("x = ").rstrip("\n")
 
 
 def import_file(path: str | os.PathLike) -> tuple[str, list[str]]:
