@@ -280,7 +280,7 @@ class Validation:
         "", "Held-out clips, in any form that data.path accepts. Empty: hold out `holdout` of the training clips."
     )
     holdout: float = opt(
-        0.05, "Fraction of the training clips held out if path is empty, chosen by content.", ge=0, lt=1
+        0.05, "Fraction of the training clips held out if path is empty, chosen by content; at least one.", ge=0, lt=1
     )
     max_clips: int = opt(64, "Maximum number of held-out clips measured.", ge=1)
     timesteps: tuple[float, ...] = opt(

@@ -171,9 +171,10 @@ class HunyuanVideoEncoders:
 
     def num_tokens(self, prompts: list[str]) -> list[int]:
         """Of LLaMA's tokens. CLIP's pooled vector is always of a prompt's first 77, as the model was trained."""
-        template, crop = (IMAGE_TEMPLATE, IMAGE_CROP) if self.has_images else (TEMPLATE, CROP)
+        template = IMAGE_TEMPLATE if self.has_images else TEMPLATE
         tokenizer = self._text[1] if self._text else load_tokenizer(self.root / "tokenizer")
-        return [len(ids) - crop for ids in tokenizer([template.format(p) for p in prompts], verbose=False).input_ids]
+        empty, *whole = tokenizer([template.format(p) for p in ["", *prompts]], verbose=False).input_ids
+        return [len(ids) - len(empty) for ids in whole]
 
     @torch.no_grad()
     def encode_text(

@@ -26,8 +26,8 @@ from titan_video.tools.device import get_device
 from titan_video.tools.files import writing
 from titan_video.tools.parts import resolve
 
-USAGE = """usage: python -m titan_video.data plan   CONFIG.toml [--export N] [--ranks N] [--decode] [--section.field V] ...
-       python -m titan_video.data encode CONFIG.toml [--section.field V] ...
+USAGE = """usage: python -m titan_video.data plan CONFIG.toml [--export N] [--ranks N] [--decode] [--section.field V]
+       python -m titan_video.data encode CONFIG.toml [--section.field V]
        python -m titan_video.data import FILE.toml [OUT.toml]"""
 HELP = {
     "": f"""{USAGE}
@@ -39,7 +39,7 @@ Look at the data of a run before it trains, or prepare it. CONFIG.toml is the TO
   import   the sections [data] and [training] for a data set TOML of diffusion-pipe or musubi-tuner
 
 `python -m titan_video.data COMMAND --help` has the options of one; docs/data.md explains all.""",
-    "plan": """usage: python -m titan_video.data plan CONFIG.toml [--export N] [--ranks N] [--decode] [--section.field V] ...
+    "plan": """usage: python -m titan_video.data plan CONFIG.toml [--export N] [--ranks N] [--decode] [--option V]...
 
 Examine every clip and say what becomes of it: buckets, what is dropped and why, what lies beside the clips and is not
 read, captions that the text encoder cuts, micro-batches and their cost. Every clip is in DUMP_FOLDER/data_plan.jsonl.
@@ -53,7 +53,7 @@ Nothing is encoded, and no weights are read.
   --section.field V        any option of train.py, above both: `python train.py --help` lists them
 
 example: python -m titan_video.data plan train_configs/wan2.1_t2v_1.3b.toml --data.path my_clips --export 8""",
-    "encode": """usage: python -m titan_video.data encode CONFIG.toml [--section.field V] ...
+    "encode": """usage: python -m titan_video.data encode CONFIG.toml [--section.field V]
 
 Plan the clips and encode what the latent cache lacks, on all ranks. It can be stopped at any moment and goes on from
 there; a run with the same [data], [encoder] and model finds everything in the cache (data.cache_folder).
@@ -62,7 +62,7 @@ there; a run with the same [data], [encoder] and model finds everything in the c
   --data.file FILE.toml    [data] and [training], as `import` writes them, above those of CONFIG.toml
   --section.field V        any option of train.py, above both: `python train.py --help` lists them
 
-example: torchrun --nproc_per_node 8 -m titan_video.data encode train_configs/wan2.1_t2v_1.3b.toml --data.path clips""",
+example: torchrun --nproc_per_node 8 -m titan_video.data encode train_configs/wan2.1_t2v_1.3b.toml --data.path A""",
     "import": """usage: python -m titan_video.data import FILE.toml [OUT.toml]
 
 Print [data] and [training] for a data set TOML of diffusion-pipe ([[directory]]) or musubi-tuner ([[datasets]]), or

@@ -13,7 +13,10 @@ MARGIN = 8  # tokens that an encoder adds to a text; no text has more tokens tha
 
 def with_cut_captions(plan: Plan, encoders: Encoders) -> Plan:
     """The plan with a remark about captions that the encoder cuts."""
-    first = {caption: e.path for e in reversed(plan.kept) for caption in reversed(e.captions)}
+    first: dict[str, str] = {}
+    for e in plan.kept:
+        for caption in e.captions:
+            first.setdefault(caption, e.path)
     cut = [f"{first[text]} ({count} tokens)" for text, count in _long_texts(list(first), encoders)]
     return replace(plan, remarks=(*plan.remarks, _remark("captions", cut, encoders))) if cut else plan
 

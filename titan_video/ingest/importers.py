@@ -18,6 +18,7 @@ from titan_video.config.check import check
 from titan_video.config.job_config import Data, Source
 from titan_video.config.manager import ConfigError, parse, read_file
 from titan_video.ingest.bucketing import DEFAULT_GEOMETRY, SPATIAL_MULTIPLE, whole_latents
+from titan_video.ingest.sources import CAPTION_SUFFIXES
 
 CHOICES = {
     "single_beginning": ("head", 4),
@@ -309,11 +310,11 @@ def _musubi_tuner(values: Mapping[str, Any]) -> tuple[str, list[str]]:
                 "image_directory and image_jsonl_file"
             )
         source = {"path": table.get(kinds[0], "", (str,)), "num_repeats": table.get("num_repeats", 1, (int,))}
-        if (suffix := table.get("caption_extension", ".txt", (str,))) != ".txt":
+        if (suffix := table.get("caption_extension", ".txt", (str,))) not in CAPTION_SUFFIXES:
             made.note(
                 table.name,
-                f"caption_extension: not supported: captions are .txt, not {suffix}; rename them, or give a "
-                f"metadata file",
+                f"caption_extension: not supported: captions are {' or '.join(CAPTION_SUFFIXES)}, not {suffix}; rename "
+                f"them, or give a metadata file",
             )
         made.batch_sizes.add(table.get("batch_size", 1, (int,)))
         frames = _frames(table, made, source) if kinds[0].startswith("video") else (1,)

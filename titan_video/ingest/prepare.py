@@ -125,9 +125,8 @@ def prepare_clips(
         held_out, _, _ = plan_clips(v.path, folder / "validation_plan.jsonl")
     elif v.enable:
         clips, held_out = split_holdout(clips, v.holdout, at_least)
-        logger.info(f"{len(held_out)} of {len(clips) + len(held_out)} clips are held out for validation")
-        if not held_out:
-            logger.info(f"no clip is held out: {_why_none(v, len(clips))}; there is no held-out loss")
+        why = "" if held_out else f": {_why_none(v, len(clips))}; there is no held-out loss"
+        logger.info(f"{len(held_out)} of {len(clips) + len(held_out)} clips are held out for validation{why}")
     held_out, captions = held_out[: v.max_clips], {}
     for clip in held_out or clips:
         captions.setdefault(clip.caption, clip)

@@ -8,13 +8,13 @@ from pathlib import Path
 from titan_video.checkpoint.files import InvalidCheckpoint, list_steps, read_counters, step_folder
 from titan_video.config.job_config import Checkpoint, Data, Validation
 from titan_video.config.manager import ConfigError, load
+from titan_video.config.values import show
 from titan_video.data.latent_cache import CachedClip, LatentCache
 from titan_video.data.loader import identity
 from titan_video.data.sampler import OTHER_CLIPS
 from titan_video.ingest.cache_keys import video_keys
 from titan_video.ingest.cached_clips import cached_clips, split_holdout
 from titan_video.ingest.plan import Plan
-from titan_video.tools.bounded import short
 
 # Fields of [data] that change no clip.
 NEUTRAL = """shuffle num_workers prefetch_factor cache_folder caption_dropout tokens_per_microbatch global_micro_batches
@@ -79,7 +79,7 @@ class EarlierClips:
         for section, name in (*names, ("validation", "enable"), ("validation", "path"), ("validation", "holdout")):
             was, now = getattr(getattr(earlier, section), name), getattr({"data": data}.get(section, validation), name)
             if was != now:
-                yield f"{section}.{name} was {short(was, 200)}, is {short(now, 200)}"
+                yield f"{section}.{name} was {show(was)}, is {show(now)}"
 
 
 def _fingerprint(section: Checkpoint, folder: Path) -> str:

@@ -196,7 +196,7 @@ def remarks(paths: Iterable[str], records: Sequence[ClipRecord]) -> list[str]:
         files = list(islice(_walk(folder), max(MAX_BESIDE, 2 * len(records))))
         captions = set(_Captions(p for p in files if p.suffix.lower() in CAPTION_SUFFIXES).exact.values())
         left: dict[str, list[str]] = {}
-        for p in files:
+        for p in sorted(files):
             suffix = p.suffix.lower()
             if p in used or known & {os.path.abspath(p), os.path.abspath(p.parent)}:
                 continue
