@@ -36,12 +36,6 @@ def file_rules(config: JobConfig, world_size: int) -> Iterator[str]:
             f"it empty"
         )
     yield from _assets(config)
-    source = initial or (config.model.hf_assets_path if config.checkpoint.initial_load_in_hf else "")
-    if config.lora.enable and not source and not config.model.flavor.startswith("debug"):
-        yield (
-            "lora.enable: the weights that are adapted would be drawn at random; give a diffusers folder in "
-            "model.hf_assets_path with checkpoint.initial_load_in_hf true, or weights in checkpoint.initial_load_path"
-        )
     if initial and not os.path.exists(initial):
         yield (
             f"checkpoint.initial_load_path: there is no {initial}; give a step-N folder, a folder or file of public "

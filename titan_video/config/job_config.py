@@ -34,8 +34,7 @@ class Model:
     flavor: str = opt(
         "debug",
         "Architecture: a flavor of the family, or `hf` to read `transformer/config.json` of hf_assets_path. Flavors: "
-        + "; ".join(f"{name}: {model_flavors(name)}" for name in model_families())
-        + ".",
+        f"{model_flavors()}.",
     )
     hf_assets_path: str = opt(
         "", "Local diffusers folder (transformer/, vae/, text_encoder/, tokenizer/). Nothing is downloaded."

@@ -18,7 +18,7 @@ from typing import Any
 
 import tomli_w
 
-from titan_video.config.job_config import Data, JobConfig
+from titan_video.config.job_config import JobConfig
 from titan_video.config.parts import missing_sections
 from titan_video.config.renames import current_name, with_current_names
 from titan_video.config.values import (
@@ -36,6 +36,7 @@ from titan_video.config.values import (
     show,
 )
 from titan_video.tools.bounded import short
+from titan_video.tools.parts import resolve
 
 MAX_MISTAKES, MAX_LINE = 50, 1000  # shown, and characters of one
 CONFIG_FILE, DATA_FILE = "job.config_file", "data.file"  # only on the command line
@@ -69,7 +70,7 @@ def main_guard() -> Iterator[None]:
         sys.exit(f"error: {e}")
 
 
-def _read(
+def read_tables(
     raw: dict, errors: list[str], convert: Callable[[Any, Any, dict, str], Any] = convert
 ) -> dict[str, dict[str, Any]]:
     """{section: {field: typed value}} of the legal values in `raw`. A message for each other one goes to `errors`."""
@@ -128,7 +129,7 @@ def from_dict(d: dict[str, Any]) -> JobConfig:
     Raises ConfigError.
     """
     errors: list[str] = []
-    return _build(_read(d, errors), errors)
+    return _build(read_tables(d, errors), errors)
 
 
 def _toml(text: str, source: str) -> dict[str, Any]:
@@ -189,28 +190,16 @@ def parse_args(argv: list[str]) -> JobConfig:
     files, raw = _split(argv, errors)
     layers: list[dict[str, dict[str, Any]]] = []
     try:
-        layers += [_read(read_file(files[CONFIG_FILE]), errors)] if CONFIG_FILE in files else []
-        layers += [_read_data(files[DATA_FILE], errors)] if DATA_FILE in files else []
+        layers += [read_tables(read_file(files[CONFIG_FILE]), errors)] if CONFIG_FILE in files else []
+        if DATA_FILE in files:
+            layers.append(resolve("titan_video.ingest.data_file:read_data_file", DATA_FILE)(files[DATA_FILE], errors))
     except ConfigError as e:
         errors.append(str(e))
     typed: dict[str, dict[str, Any]] = {}
-    for layer in (*layers, _read(raw, errors, convert_text)):
+    for layer in (*layers, read_tables(raw, errors, convert_text)):
         for section, values in layer.items():
             typed[section] = typed.get(section, {}) | values
     return _build(typed, errors)
-
-
-def _read_data(path: str, errors: list[str]) -> dict[str, dict[str, Any]]:
-    """The typed values of --data.file. Its clips and sizes take the place of other ones, however these are given."""
-    wrong: list[str] = []
-    typed = _read(read_file(path, DATA_FILE), wrong)
-    wrong += [f"{name}: legal here: [data] and [training]" for name in typed if name not in ("data", "training")]
-    errors += [f"{path}: {line}" for line in wrong]
-    data = typed.get("data", {})
-    for pair in (("path", "source"), ("buckets", "resolutions")):
-        if any(data.get(name) for name in pair):
-            typed["data"] = data = {name: type(getattr(Data(), name))() for name in pair} | data
-    return typed
 
 
 def _split(argv: list[str], errors: list[str]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:

@@ -282,17 +282,25 @@ class _Rows:
     def check_lines(self, clip: int) -> None:
         """ValueError: a field of the last row holds lines that are rows themselves. clip: the column of clips."""
         for number, line in self.taken[1:]:
-            fields = next(csv.reader([line], delimiter=self.delimiter))
+            fields = _fields(line, self.delimiter)
             name = fields[clip].strip().lower() if clip < len(fields) else ""
             if name.endswith(media.MEDIA_SUFFIXES) or (len(fields) > 1 and media.is_url(name)):
                 raise self.unclosed(number)
+
+
+def _fields(line: str, delimiter: str) -> list[str]:
+    """The fields of one line by itself; none where it is no row."""
+    try:
+        return next(csv.reader([line], delimiter=delimiter))
+    except csv.Error:
+        return []
 
 
 def _delimiter(header: str, suffix: str) -> str:
     """Of comma, semicolon and tab the first that gives a column of clips; without one the usual of the suffix."""
     usual = "\t" if suffix == ".tsv" else ","
     for delimiter in dict.fromkeys((usual, ",", ";", "\t")):
-        if {name.strip() for name in next(csv.reader([header], delimiter=delimiter))} & set(MEDIA_COLUMNS):
+        if {name.strip() for name in _fields(header, delimiter)} & set(MEDIA_COLUMNS):
             return delimiter
     return usual
 
