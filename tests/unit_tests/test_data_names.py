@@ -7,11 +7,11 @@ import unicodedata
 import pytest
 
 from tests.unit_tests.data_clips import captioned, number, write_clip
-from titan_video.config.job_config import Source
+from titan_video.config.job_config import Data, JobConfig, Source
 from titan_video.ingest import media
 from titan_video.ingest.metadata import UNREAD_SUFFIXES
 from titan_video.ingest.plan import make_plan, read_frames
-from titan_video.ingest.sources import remarks, scan
+from titan_video.ingest.sources import remarks, rules, scan
 
 CAFE = unicodedata.normalize("NFC", "café")
 
@@ -89,16 +89,33 @@ def test_the_image_of_a_row_is_found_too(folder):
     assert good.image == str(folder / "sub" / "i.png") and bad.reason.startswith("missing image: ")
 
 
-def test_paths_of_a_table(tmp_path):
-    pa = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
+class Rows:
+    """As much of a table of pyarrow as is asked for."""
+
+    def __init__(self, rows):
+        self.rows, self.column_names = rows, list(rows[0])
+
+    def select(self, names):
+        return Rows([{name: row[name] for name in names} for row in self.rows])
+
+    def to_pylist(self):
+        return self.rows
+
+
+def test_paths_of_a_table(tmp_path, monkeypatch):
     (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "a.mp4").write_bytes(b"x")
-    table = pa.table({"file": ["sub\\a.mp4", "gone.mp4"], "text": ["one\r\ntwo", "x"]})
-    parquet.write_table(table, tmp_path / "t.parquet")
-    good, bad = scan(tmp_path / "t.parquet")
-    assert (good.path, good.caption) == (str(tmp_path / "sub" / "a.mp4"), "one\ntwo")
-    assert "as 'gone.mp4'; correct the name" in bad.reason
+    for name in ("sub/a.mp4", "b.mpg"):
+        (tmp_path / name).write_bytes(b"x")
+    names = ["sub\\a.mp4", "gone.mp4", "b.mpg", "", "a\0.mp4", "sub/a.mp4"]
+    rows = [{"file": name, "text": text} for name, text in zip(names, ["one\r\ntwo", *"abcd", "\x07"], strict=True)]
+    monkeypatch.setattr(media, "row_groups", lambda file: [Rows(rows)])
+    monkeypatch.setattr(media, "stored_names", lambda table, clip: [(row[clip], False) for row in table.rows])
+    (tmp_path / "t.parquet").write_bytes(b"")
+    good, *bad = scan(tmp_path / "t.parquet")
+    assert (good.path, good.caption, good.written) == (str(tmp_path / "sub" / "a.mp4"), "one\ntwo", names[0])
+    assert "as 'gone.mp4'; correct the name" in bad[0].reason
+    kinds = ["missing file", "not read", "no clip named", "no clip named", "unreadable caption"]
+    assert [r.reason.partition(":")[0] for r in bad] == kinds
 
 
 # ---- captions of a folder ----
@@ -139,6 +156,28 @@ def test_files_that_metadata_does_not_list(tmp_path):
     (tmp_path / "rest.csv").write_text("file,text\nc.png,x\nd.mpg,x\nsub/b.mp4,y\n")
     both = [str(tmp_path / name) for name in ("metadata.csv", "rest.csv")]
     assert not any("not listed" in line for line in remarks(both, [r for p in both for r in scan(p)]))
+
+
+def test_metadata_by_another_case(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    (tmp_path / "Metadata.CSV").write_text("file,text\na.mp4,one\n")
+    assert [r.caption for r in scan(tmp_path)] == ["one"]
+
+
+def test_a_path_that_is_spelled_in_another_way(tmp_path, monkeypatch):
+    (tmp_path / "my" / "clips").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    config = JobConfig(data=Data(path="my\\Clips"))
+    (line,) = rules(config, 1)
+    assert (
+        line == "data.path: my\\Clips does not exist; my/clips does, a name that is spelled in another way; give that"
+    )
+
+
+def test_names_that_are_no_text(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.pdf")).write_bytes(b"x")
+    (line,) = remarks([str(tmp_path)], [])
+    line.encode()
 
 
 def test_the_plan_says_what_lies_beside(tmp_path):

@@ -152,6 +152,7 @@ STOPS = [
     ("", "rows.csv: holds no rows"),
     (HEAD, "rows.csv: holds no rows"),
     ('file,"text\na.mp4,one\n', "rows.csv: is not CSV: "),
+    (HEAD + "a.mp4" + ",x" * 600_000, "rows.csv: line 2 is longer than 1 MiB"),
     ("file," + "x" * 200_000 + "\na.mp4,one\n", "rows.csv: is not CSV: line 1: field larger than field limit"),
 ]
 

@@ -129,8 +129,8 @@ def scan_table(file: Path, captions: tuple[str, ...]) -> list[ClipRecord]:
             where, (name, inside) = f"row {number} of {file}", stored[row]
             path, written, reason = media.member(str(file), f"{clip}/{name}", group, row), "", ""
             if not inside:
-                path, written, reason = located(files, name, where) if name else ("", "", f"no clip named: {where}")
-                path, reason = path or str(file.parent), reason or unread(path)
+                path, written, reason = located(files, name, where)
+                reason = reason or unread(path)
             texts = texts_of(values[caption], f"column {caption!r} of {where}")
             if reason:
                 records.append(ClipRecord(path, reason=reason))

@@ -115,8 +115,7 @@ def _from_row(names: FileNames, where: str, row: dict, clip: str, caption: str) 
         return ClipRecord(path, reason=texts)
     given, image = row.get(IMAGE_COLUMN) or "", ""
     if given:
-        wrong = "" if isinstance(given, str) and _is_path(given) else "no name of a file"
-        image, _, wrong = ("", "", wrong) if wrong else located(names, given.strip(), where)
+        image, _, wrong = located(names, given.strip() if isinstance(given, str) else "", where)
         if wrong or not os.path.isfile(image):
             held = f"column {IMAGE_COLUMN!r} of {where} holds {short(repr(given))}"
             return ClipRecord(path, reason=f"missing image: {held}, which is no file")
@@ -127,6 +126,8 @@ def located(names: FileNames, name: str, where: str) -> tuple[str, str, str]:
     """(path, name as it was written where that is not the file's, reason) of a name in a row; the reason is "" where
     there is such a file. where: the row, for the reason.
     """
+    if not name.strip() or not _is_path(name):
+        return where, "", f"no clip named: {where} holds {short(repr(name))}"
     path = str(names.folder / name)
     reason = not_a_clip(path, f"named in {where}")
     if not reason.startswith("missing file"):
@@ -251,6 +252,8 @@ class _Rows:
         for number, line in chain([header], self.numbered):
             if (found := fault(line, number)).startswith("is not UTF-8"):
                 raise ValueError(f"{self.file}: {found}")
+            if len(line) > MAX_TEXT_BYTES:
+                raise ValueError(f"{self.file}: line {number} is longer than {MAX_TEXT_BYTES >> 20} MiB")
             self.taken.append((number, line))
             yield line + "\n"
 

@@ -23,7 +23,7 @@ from titan_video.ingest import media, metadata
 from titan_video.ingest.archives import scan_table, scan_tar
 from titan_video.ingest.media import IMAGE_SUFFIXES, MEDIA_SUFFIXES
 from titan_video.ingest.metadata import CAPTION_COLUMNS, ClipRecord, not_a_clip, scan_metadata, unread
-from titan_video.ingest.names import fold, quoted
+from titan_video.ingest.names import FileNames, fold, quoted
 from titan_video.ingest.text import TextFault, read_text
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,8 @@ def scan(path: str | Path, caption_column: str = "") -> list[ClipRecord]:
 
 def _inside(folder: Path) -> list[str]:
     """The metadata file, the tars or the tables of a folder; none where it holds clips as files."""
-    metadata = [str(folder / name) for name in METADATA_NAMES if (folder / name).is_file()]
+    metadata = [str(folder / name) for name in sorted(os.listdir(folder)) if name.lower() in METADATA_NAMES]
+    metadata = [file for file in metadata if os.path.isfile(file)]
     if len(metadata) > 1:
         raise ValueError(
             f"{folder}: holds both {' and '.join(Path(m).name for m in metadata)}; give the one to use as the path"
@@ -214,18 +215,21 @@ def remarks(paths: Iterable[str], records: Sequence[ClipRecord]) -> list[str]:
 
 
 def _folders(paths: Iterable[str]) -> dict[Path, set[Path]]:
-    """{folder of a source: the metadata files, tars or tables in it that are read; empty where its clips are files}."""
+    """{folder of a source: the metadata files in it that are read; empty where its clips are files}. Without those of
+    tars and tables, which hold their clips.
+    """
     found: dict[Path, set[Path]] = {}
     for path in paths:
         for file in map(Path, () if media.is_url(path) else media.expand(path)):
-            inside = _inside(file) if file.is_dir() else [str(file)]
-            found.setdefault(file if file.is_dir() else file.parent, set()).update(map(Path, inside))
+            inside = [Path(p) for p in (_inside(file) if file.is_dir() else [file])]
+            if all(p.suffix.lower() in METADATA_SUFFIXES for p in inside):
+                found.setdefault(file if file.is_dir() else file.parent, set()).update(inside)
     return found
 
 
 def _first(names: Sequence[str]) -> str:
     more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return ", ".join(names[:NAMES_SHOWN]) + more
+    return ", ".join(names[:NAMES_SHOWN]).encode("utf-8", "backslashreplace").decode() + more
 
 
 # ---- rules of the configuration: each yields one line per mistake ----
@@ -260,6 +264,12 @@ def _path_errors(name: str, path: str) -> Iterator[str]:
         if not path.lower().endswith(FILE_SUFFIXES):
             yield f"{name}: given {path}; a path with wildcards, braces or a URL must end in one of {suffixes}"
     elif not os.path.exists(path):
-        yield f"{name}: {path} does not exist; give a folder of clips, a file ({suffixes}), or {embedded}"
+        found = FileNames(Path()).find(path).path
+        hint = (
+            f"{found} does, a name that is spelled in another way; give that"
+            if found
+            else (f"give a folder of clips, a file ({suffixes}), or {embedded}")
+        )
+        yield f"{name}: {path} does not exist; {hint}"
     elif not os.path.isdir(path) and not path.lower().endswith(FILE_SUFFIXES):
         yield f"{name}: {path} is a file; legal: one that ends in {suffixes}, or a folder of clips"
