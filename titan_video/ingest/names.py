@@ -22,8 +22,7 @@ def fold(name: str) -> str:
     """What names share that differ in case, in the Unicode form of their letters, and in blanks and dots at the end:
     systems differ in whether these are the same.
     """
-    composed = unicodedata.normalize("NFC", name).casefold()
-    return unicodedata.normalize("NFC", composed).strip().rstrip(". ")
+    return unicodedata.normalize("NFC", name.casefold()).strip().rstrip(". ")
 
 
 def quoted(name: str) -> str:
