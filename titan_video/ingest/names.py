@@ -8,6 +8,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
@@ -32,12 +33,9 @@ def quoted(name: str) -> str:
 
 @dataclass(frozen=True)
 class Found:
-    """path: the file; "" with the `advice` to a user where there is none, or more than one. is_read: the name was not
-    taken as it stands.
-    """
+    """path: the file; "" with the `advice` to a user where there is none, or more than one."""
 
     path: str = ""
-    is_read: bool = False
     advice: str = ""
 
 
@@ -55,7 +53,7 @@ class FileNames:
         relative, anywhere = self._candidates(written)
         found = relative or anywhere
         if len(found) == 1:
-            return Found(str(next(iter(found))), is_read=True)
+            return Found(str(next(iter(found))))
         names = " and ".join(self._shown(path) for path in list(found)[:3])
         if found:
             return Found(advice=f"it may mean {names}; write the one that is meant")
@@ -96,8 +94,9 @@ class FileNames:
             return [folder / part]
         if folder not in self.entries:
             held: dict[str, list[str]] = {}
-            for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
-                held.setdefault(fold(name), []).append(name)
+            with suppress(OSError):  # no folder, or one that may not be read
+                for name in sorted(os.listdir(folder)):
+                    held.setdefault(fold(name), []).append(name)
             self.entries[folder] = held
         return [folder / name for name in self.entries[folder].get(fold(part), ())]
 
