@@ -119,13 +119,12 @@ class Trainer:
 
     def build_data(self) -> None:
         """Plan the clips, encode what is to be encoded before training (each rank its share), build the loader."""
-        config, c, group = self.config, self.config.data, self.host_group
+        config, c, v, group = self.config, self.config.data, self.config.validation, self.host_group
         self.encoders = build_encoders(config.encoder, config.model.hf_assets_path, self.device)
         check_encoders(self.encoders, self.args, self.geometry, config)
-        cache_folder = Path(c.cache_folder or self.folder / "cache")
-        cache = open_cache(cache_folder, self.encoders, self.args.conditioning, group)
+        cache = open_cache(Path(c.cache_folder or self.folder / "cache"), self.encoders, self.args.conditioning, group)
         is_ahead = config.encoder.placement == "cached"
-        self.clips = prepare_clips(c, is_ahead, config.validation, self.folder, self.encoders, cache, group)
+        self.clips = prepare_clips(c, is_ahead, v, self.folder, self.encoders, cache, group, config.checkpoint)
         self.encoders.free()
         channel, latent_shape, text_len = self.encoder_channel, self.geometry.latent_shape, self.args.text_len
         online = parts.build_online_encoder(config, self.encoders, cache, self.dims, channel, latent_shape, text_len)
@@ -180,6 +179,7 @@ class Trainer:
             self.weights.load_initial(self.model)
             if self.ema:
                 self.ema.reset()
+        logger.info(f"weights: {self.weights.origin(self.step)}")
 
     def build_loggers(self) -> None:
         """What watches a run that is not finished: the resolved TOML, metrics, the check of gradients, validation."""

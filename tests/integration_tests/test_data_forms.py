@@ -65,3 +65,27 @@ def test_forms_train_alike(forms, tmp_path):
 def test_forms_train_through_the_script(forms, tmp_path):
     front = Front(tmp_path, tmp_path / "cache")
     check({name: front.command(name, {**OPTIONS, "data.path": path}).ok() for name, path in forms.items()})
+
+
+def test_other_clips_are_refused_before_anything_is_encoded(front):
+    options = {
+        "data.path": "embedded:shapes-4",
+        "training.steps": 2,
+        "validation.enable": "true",
+        "validation.num_videos": 0,
+        "validation.timesteps": "0.5",
+    }
+    first = front.run("run", options).ok()
+    assert "1 of 4 clips are held out for validation" in first.output
+    assert "weights: drawn at random with debug.seed 0" in first.output
+    made = {path: path.read_bytes() for path in [first.folder / "data_plan.jsonl", *(front.cache / "shards").iterdir()]}
+    other = {**options, "training.steps": 4, "data.buckets": "[[5, 64, 64]]"}
+    refused = front.run("run", other).fails_with("are not those of the checkpoint", "data.buckets was [[9, 64, 64]")
+    assert "encoded" not in refused.output and made == {path: path.read_bytes() for path in made}
+    assert set(made) >= set((front.cache / "shards").iterdir())
+
+
+def test_prompts_that_are_no_text(front, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"a red circle\ncaf\xe9\n")
+    options = {"validation.enable": "true", "validation.prompts_path": tmp_path / "prompts.txt"}
+    front.run("run", options).fails_with("validation.prompts_path", "prompts.txt is not UTF-8 (line 2, byte 3 is 0xE9)")

@@ -63,6 +63,9 @@ def test_resumed_is_bitwise(front, full, options):
     front.run("cut", options, hook=partial(signal_at, 3, signal.SIGTERM)).stopped()
     run = front.run("cut", options).ok()
     assert run.records == full.records and adapters(run) == adapters(full)
+    base = f"weights: base from {options['checkpoint.initial_load_path']}; adapters"
+    assert f"{base} drawn at random with debug.seed 0" in full.output
+    assert f"{base} step 3 of this run's checkpoints" in run.output
 
 
 def test_another_scale_or_other_frozen_weights_are_refused(front, full, options):
@@ -111,7 +114,10 @@ def validated(shared_front, full):
         "lora.export": "diffusers",
     }
     run = shared_front.run("seeded", {**options, "training.steps": 2}).ok()
-    assert f"adapters from {start}" in run.output and not (run.folder / "hf").exists()
+    assert (
+        f"base drawn at random with debug.seed 0; adapters from {start}" in run.output
+        and not (run.folder / "hf").exists()
+    )
     return shared_front.run("seeded", options).ok()
 
 

@@ -319,6 +319,8 @@ def test_hunyuan_text(hunyuan_t2v):
         close(text, expected[0, : len(text)])
         close(vector, theirs[0])
     assert len(texts[2]) == LENGTH > len(texts[0]) > len(texts[1]) > 0
+    counts = hunyuan_encoders(hunyuan_t2v).num_tokens(PROMPTS)
+    assert counts[:2] == [len(text) - len(texts[1]) for text in texts[:2]] and counts[2] > LENGTH
     with pytest.raises(ValueError, match="text_encoder.*text-to-video"):
         encoders.encode_text(["a"], images=[frame(0)], image_tokens=144)
 
@@ -337,6 +339,7 @@ def test_hunyuan_image(hunyuan_i2v, flavor):
     conditioning, form = get_conditioning("hunyuan_video", flavor), flavor.removeprefix("i2v-13B-").replace("-", "_")
     images = [frame(k) for k in range(len(PROMPTS))]
     texts = encoders.encode_text(PROMPTS, images, conditioning.text_image_tokens)
+    assert [n > LENGTH for n in encoders.num_tokens(PROMPTS)] == [False, False, True]
     for prompt, image, text in zip(PROMPTS, images, texts, strict=True):
         stride = {"latent_concat": 2, "token_replace": 4}[form]
         expected, _, mask = pipeline.encode_prompt(

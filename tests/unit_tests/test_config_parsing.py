@@ -21,6 +21,7 @@ from titan_video.config import ConfigError, JobConfig, dump, from_dict, load, ma
 from titan_video.config.check import check
 from titan_video.config.job_config import Data, Source
 from titan_video.config.values import get_limits, nearest, options, sections
+from titan_video.models import get_spec
 
 
 def test_what_is_dumped_is_parsed_back():
@@ -175,6 +176,53 @@ def test_command_line_wins_over_the_file(tmp_path):
         assert parse_args(["--training.steps", "9", *form]) == config
     assert parse_args([]) == JobConfig()
     assert parse_args(["--training.steps", "3", "--training.steps=4"]).training.steps == 4
+
+
+def test_a_file_of_data_is_between_the_toml_and_the_command_line(tmp_path):
+    run, data = tmp_path / "run.toml", tmp_path / "data.toml"
+    run.write_text('[data]\npath = "embedded:shapes-9"\nfps = 7\nbuckets = [[5, 64, 64]]\n[training]\nsteps = 3\n')
+    data.write_text(
+        '[data]\nfps = 8\nuniform_clips = 2\nresolutions = [64]\n[[data.source]]\npath = "clips"\n'
+        "[training]\nlocal_batch_size = 5\n"
+    )
+    c = parse_args(["--data.file", str(data), "--data.uniform_clips=3", "--job.config_file", str(run)])
+    assert (c.data.fps, c.data.uniform_clips, c.training.steps, c.training.local_batch_size) == (8, 3, 3, 5)
+    assert (c.data.path, c.data.source) == ("", (Source(path="clips"),))  # its clips and sizes replace others
+    assert (c.data.buckets, c.data.resolutions) == ((), (64,))
+    assert parse(dump(c)) == c and "data.toml" not in dump(c)  # the resolved TOML holds the values
+    data.write_text('[data]\npath = "clips"\n')
+    c = parse_args(["--job.config_file", str(run), f"--data.file={data}"])
+    assert (c.data.path, c.data.buckets) == ("clips", ((5, 64, 64),))
+    assert parse_args([f"--data.file={data}"]).data.path == "clips"
+
+
+def test_mistakes_in_a_file_of_data(tmp_path):
+    data = tmp_path / "data.toml"
+    data.write_text('[data]\nfsp = 8\nfps = "x"\n[model]\nname = "wan"\n[moddel]\nname = "x"\n')
+    with pytest.raises(ConfigError) as caught:
+        parse_args(["--data.file", str(data), "--training.steps", "0"])
+    text = str(caught.value)
+    for words in (
+        f"{data}: data.fsp: unknown field; nearest known name: data.fps",
+        f'{data}: data.fps: given "x"; legal: a number > 0',
+        f"{data}: model: legal here: [data] and [training]",
+        f"{data}: moddel.name: unknown section",
+        "training.steps: given 0",
+    ):
+        assert words in text, text
+    with pytest.raises(ConfigError, match="data.file: cannot read /no/such.toml"):
+        parse_args(["--data.file", "/no/such.toml"])
+    with pytest.raises(ConfigError, match="data.file: given no value; legal: a TOML file"):
+        parse_args(["--data.file"])
+
+
+def test_help_names_files_and_flavors(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert "--job.config_file" in text and "--data.file  (a TOML file of [data] and [training]" in text
+    for name in ("wan", "hunyuan_video"):
+        assert f"{name}: {', '.join(get_spec(name).flavors)}" in text
 
 
 def test_command_line_forms():

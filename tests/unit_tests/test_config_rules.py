@@ -186,6 +186,12 @@ COMBINATIONS = [  # (what is set, fields the message names, a piece of the fix)
         "validation.holdout",
     ),
     ({"model.hf_assets_path": "/no/such/folder"}, "model.hf_assets_path", "/no/such/folder"),
+    ({"lora.enable": True, "model.flavor": "t2v-1.3B"}, "lora.enable", "checkpoint.initial_load_in_hf true"),
+    (
+        {"lora.enable": True, "model.flavor": "t2v-1.3B", "model.hf_assets_path": str(ROOT)},
+        "lora.enable",
+        "drawn at random",
+    ),
     ({"encoder.name": "wan"}, "model.hf_assets_path", "encoder.name"),
     ({"model.flavor": "hf"}, "model.hf_assets_path", "model.flavor"),
     ({"model.flavor": "hf", "model.hf_assets_path": str(ROOT)}, "model.hf_assets_path", "transformer/config.json"),
@@ -314,6 +320,14 @@ def test_legal_combinations_pass(tmp_path):
             "checkpoint.initial_load_in_hf": True,
         },
         {"checkpoint.initial_load_path": str(tmp_path), "checkpoint.initial_load_in_hf": True},
+        {"lora.enable": True, "model.flavor": "t2v-1.3B", "checkpoint.initial_load_path": str(tmp_path)},
+        {
+            "lora.enable": True,
+            "model.flavor": "t2v-1.3B",
+            "model.hf_assets_path": str(tmp_path),
+            "checkpoint.initial_load_in_hf": True,
+        },
+        {"lora.enable": True, "model.flavor": "debug-i2v"},
         {"validation.prompts_path": str(tmp_path / "prompts.txt")},
         {
             "validation.path": "embedded:shapes-3",

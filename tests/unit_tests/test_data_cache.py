@@ -519,4 +519,4 @@ def test_holdout_goes_by_content(clips, cache):
     assert {c.video_key for c in split_holdout(shuffled, 0.05)[1]} == {c.video_key for c in held}
     more = {c.video_key for c in split_holdout(many, 0.1)[1]}
     assert {c.video_key for c in held} < more and len(more) == 10
-    assert split_holdout(many[:5], 0.05) == (many[:5], [])
+    assert [len(part) for part in split_holdout(many[:5], 0.05)] == [4, 1]  # at least one

@@ -9,8 +9,9 @@ from tests.unit_tests.data_clips import captioned
 from titan_video.config.check import check
 from titan_video.config.job_config import Source
 from titan_video.config.manager import parse
+from titan_video.config.values import tomllib
 from titan_video.ingest import __main__ as command
-from titan_video.ingest.importers import UNSUPPORTED, import_file
+from titan_video.ingest.importers import UNSUPPORTED, import_file, toml_text
 from titan_video.ingest.plan import build_plan
 
 DIFFUSION_PIPE = """
@@ -93,10 +94,14 @@ def folder(tmp_path):
     return tmp_path
 
 
-def imported(folder, text):
+def write(folder, text):
     file = folder / "other.toml"
     file.write_text(text.replace("{0}", str(folder)))
-    made, lines = import_file(file)
+    return file
+
+
+def imported(folder, text):
+    made, lines = import_file(write(folder, text))
     config = parse(made)
     check(config, 1, files=False)
     return config, lines
@@ -265,9 +270,22 @@ def test_the_command(folder, capsys):
         ]
     )
     assert "2 kept" in capsys.readouterr().out
+    (folder / "run.toml").write_text('[data]\npath = "embedded:shapes-9"\n[encoder]\nname = "debug"\n')
+    files = [str(folder / "run.toml"), "--data.file", str(folder / "ours.toml")]
+    command.main(["plan", *files, "--job.dump_folder", str(folder / "out"), "--encoder.max_text_length", "16"])
+    assert "2 kept" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="error: .*no such file"):
         command.main(["import", str(folder / "gone.toml")])
     with pytest.raises(SystemExit, match="nowhere/ours.toml: cannot write the configuration"):
         command.main(["import", str(folder / "other.toml"), str(folder / "nowhere" / "ours.toml")])
     with pytest.raises(SystemExit, match="error: more: import takes one file"):
         command.main(["import", str(folder / "other.toml"), str(folder / "ours.toml"), "more"])
+
+
+def test_an_array_is_one_line(folder):
+    text = import_file(write(folder, MUSUBI_TUNER))[0]
+    assert "buckets = [[1, 32, 64], [9, 32, 64], " in text and text.count("[[data.source]]") == 2
+    names = {"data": {"path": 'a "b" \\c é\x7f', "source": [], "x": [True, 1.5, ["a,b", 1e-05]]}}
+    assert tomllib.loads(toml_text(names)) == names
+    for line in text.splitlines():
+        assert line == "" or line.startswith("[") or " = " in line

@@ -361,6 +361,20 @@ def test_commands(tmp_path, capsys):
     assert len(made["entries"]) == 16
 
 
+def test_help_of_the_commands(capsys):
+    for argv, words in (
+        (["--help"], ["plan ", "encode ", "import ", "COMMAND --help"]),
+        (["plan", "--help"], ["--export N", "--ranks N", "--decode", "--data.file", "example: python"]),
+        (["plan", "x.toml", "-h"], ["--export N"]),
+        (["encode", "--help"], ["torchrun", "data.cache_folder"]),
+        (["import", "--help"], ["OUT.toml", "diffusion-pipe", "musubi-tuner", "--data.file OUT.toml"]),
+    ):
+        command.main(argv)
+        text = capsys.readouterr().out
+        assert text.startswith("usage: ") and all(word in text for word in words), text
+        assert max(map(len, text.splitlines())) <= 120
+
+
 def test_commands_end_with_a_message(tmp_path, capsys):
     with pytest.raises(SystemExit, match="usage"):
         command.main(["plan"])

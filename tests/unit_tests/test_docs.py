@@ -13,7 +13,7 @@ from benchmarks import diagram, fits, house
 from tests.helpers import ROOT
 from titan_video.config.check import check
 from titan_video.config.job_config import JobConfig
-from titan_video.config.manager import parse_args
+from titan_video.config.manager import FILES, parse_args
 from titan_video.config.values import tomllib
 
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -165,7 +165,7 @@ def is_module(package, name):
 @pytest.mark.parametrize("page", PAGES)
 def test_options_that_are_named_exist(page):
     legal, sections = options()
-    legal.add("job.config_file")
+    legal |= set(FILES)
     text = read(page)
     names = set(re.findall(r"--(\w+\.\w+)", text)) - {"section.field"}
     for code in re.findall(r"`([^`\n]+)`", FENCE.sub("", text)):

@@ -108,3 +108,9 @@ PINNED = [0.607871, -0.432396, 0.479978]
 def test_identities():
     assert DebugEncoders(8).text_id() != DebugEncoders(9).text_id()
     assert DebugEncoders(8).video_id() == DebugEncoders(9).video_id()
+
+
+def test_tokens_are_counted_before_they_are_cut():
+    short, prompts = DebugEncoders(3), ["", "one, two!", "-- a  b c d"]
+    assert short.num_tokens(prompts) == [1, 3, 5]
+    assert [len(t) for t in short.encode_text(prompts)] == [1, 3, 3]

@@ -107,6 +107,16 @@ def test_first_latent_depends_on_the_first_frame_alone(saved):
     assert torch.equal(a[1:], encoders.encode_video(frames[1:]))
 
 
+def test_tokens_are_counted_before_they_are_cut(saved):
+    short, long = make(saved, length=4), make(saved, length=4000)
+    counts = short.num_tokens(PROMPTS)
+    assert counts == [len(text_LD) for text_LD in long.encode_text(PROMPTS)] == long.num_tokens(PROMPTS)
+    assert [len(text_LD) for text_LD in short.encode_text(PROMPTS)] == [min(4, n) for n in counts]
+    fresh = make(saved)
+    fresh.num_tokens(PROMPTS)
+    assert fresh._text_encoder is None  # no weights
+
+
 def test_tiling_encodes_large_frames_in_tiles(saved):
     frames = clip(1, 264, 264, batch=1)
     plain, tiled = make(saved), make(saved, tiling=True)

@@ -8,7 +8,7 @@ Names and meanings follow torchtitan v0.2 where it has them. Former names of ren
 from dataclasses import dataclass
 from typing import Literal
 
-from titan_video.config.families import encoder_families, model_families
+from titan_video.config.families import encoder_families, model_families, model_flavors
 from titan_video.config.option import opt
 from titan_video.config.sections.checkpoint import Checkpoint
 from titan_video.config.sections.data import Data
@@ -32,7 +32,9 @@ class Job:
 class Model:
     name: str = opt("wan", "Model family: a folder of titan_video/models.", names=model_families)
     flavor: str = opt(
-        "debug", "Architecture: a flavor of the family, or `hf` to read `transformer/config.json` of hf_assets_path."
+        "debug",
+        "Architecture: a flavor of the family, or `hf` to read `transformer/config.json` of hf_assets_path. Flavors: "
+        f"{model_flavors()}.",
     )
     hf_assets_path: str = opt(
         "", "Local diffusers folder (transformer/, vae/, text_encoder/, tokenizer/). Nothing is downloaded."
@@ -277,7 +279,7 @@ class Validation:
         "", "Held-out clips, in any form that data.path accepts. Empty: hold out `holdout` of the training clips."
     )
     holdout: float = opt(
-        0.05, "Fraction of the training clips held out if path is empty, chosen by content.", ge=0, lt=1
+        0.05, "Fraction of the training clips held out if path is empty, chosen by content; at least one.", ge=0, lt=1
     )
     max_clips: int = opt(64, "Maximum number of held-out clips measured.", ge=1)
     timesteps: tuple[float, ...] = opt(

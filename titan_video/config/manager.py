@@ -36,9 +36,14 @@ from titan_video.config.values import (
     show,
 )
 from titan_video.tools.bounded import short
+from titan_video.tools.parts import resolve
 
 MAX_MISTAKES, MAX_LINE = 50, 1000  # shown, and characters of one
-CONFIG_FILE = "job.config_file"  # only on the command line
+CONFIG_FILE, DATA_FILE = "job.config_file", "data.file"  # only on the command line
+FILES = {  # and their help
+    CONFIG_FILE: "a TOML file; none: the defaults",
+    DATA_FILE: "a TOML file of [data] and [training], as `python -m titan_video.data import` writes; it is read second",
+}
 USAGE = (
     "usage: train.py [--job.config_file FILE.toml] [--section.field VALUE | --section.field=VALUE | --section.flag] ..."
 )
@@ -65,7 +70,7 @@ def main_guard() -> Iterator[None]:
         sys.exit(f"error: {e}")
 
 
-def _read(
+def read_tables(
     raw: dict, errors: list[str], convert: Callable[[Any, Any, dict, str], Any] = convert
 ) -> dict[str, dict[str, Any]]:
     """{section: {field: typed value}} of the legal values in `raw`. A message for each other one goes to `errors`."""
@@ -124,7 +129,7 @@ def from_dict(d: dict[str, Any]) -> JobConfig:
     Raises ConfigError.
     """
     errors: list[str] = []
-    return _build(_read(d, errors), errors)
+    return _build(read_tables(d, errors), errors)
 
 
 def _toml(text: str, source: str) -> dict[str, Any]:
@@ -139,14 +144,14 @@ def parse(text: str, source: str = "TOML text") -> JobConfig:
     return from_dict(_toml(text, source))
 
 
-def read_file(path: str | Path) -> dict[str, Any]:
-    """The tables of a TOML file. Raises ConfigError."""
+def read_file(path: str | Path, option: str = CONFIG_FILE) -> dict[str, Any]:
+    """The tables of a TOML file, which `option` names. Raises ConfigError."""
     try:
         with open(path, "rb") as f:
             text = f.read(MAX_TOML_BYTES + 1).decode("utf-8-sig")
     except (OSError, ValueError) as e:
         reason = e.strerror if isinstance(e, OSError) else str(e)
-        raise ConfigError(f"{CONFIG_FILE}: cannot read {path}: {reason}; give an existing TOML file in UTF-8") from None
+        raise ConfigError(f"{option}: cannot read {path}: {reason}; give an existing TOML file in UTF-8") from None
     return _toml(text, str(path))
 
 
@@ -174,27 +179,32 @@ def _plain(value: Any) -> Any:
 def parse_args(argv: list[str]) -> JobConfig:
     """The configuration of a command line (without the program's name).
 
-    `--job.config_file X.toml` is read first. `--section.field value` or `--section.field=value` overrides it; the last
-    of several applies. A bare `--section.flag` is true. `--help` prints every option and exits 0. Raises ConfigError.
+    `--job.config_file X.toml` is read first, then `--data.file Y.toml`. `--section.field value` or
+    `--section.field=value` overrides both; the last of several applies. A bare `--section.flag` is true. `--help`
+    prints every option and exits 0. Raises ConfigError.
     """
     if "--help" in argv or "-h" in argv:
         print(help_text())
         sys.exit(0)
     errors: list[str] = []
     files, raw = _split(argv, errors)
-    typed: dict[str, dict[str, Any]] = {}
+    layers: list[dict[str, dict[str, Any]]] = []
     try:
-        typed = _read(read_file(files[-1]), errors) if files else {}
+        layers += [read_tables(read_file(files[CONFIG_FILE]), errors)] if CONFIG_FILE in files else []
+        if DATA_FILE in files:
+            layers.append(resolve("titan_video.ingest.data_file:read_data_file", DATA_FILE)(files[DATA_FILE], errors))
     except ConfigError as e:
         errors.append(str(e))
-    for section, values in _read(raw, errors, convert_text).items():
-        typed[section] = typed.get(section, {}) | values
+    typed: dict[str, dict[str, Any]] = {}
+    for layer in (*layers, read_tables(raw, errors, convert_text)):
+        for section, values in layer.items():
+            typed[section] = typed.get(section, {}) | values
     return _build(typed, errors)
 
 
-def _split(argv: list[str], errors: list[str]) -> tuple[list[str], dict[str, dict[str, str]]]:
-    """(values of --job.config_file, {section: {field: text}}) of a command line."""
-    files: list[str] = []
+def _split(argv: list[str], errors: list[str]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """({option of FILES: file}, {section: {field: text}}) of a command line."""
+    files: dict[str, str] = {}
     raw: dict[str, dict[str, str]] = {}
     rest = deque(argv)
     while rest and len(errors) <= MAX_MISTAKES:
@@ -208,16 +218,16 @@ def _split(argv: list[str], errors: list[str]) -> tuple[list[str], dict[str, dic
             value = rest.popleft() if has_value else "true"
         section, _, last = name.partition(".")
         option = options().get(f"{section}.{current_name(last, sections().get(section))}")
-        if name != CONFIG_FILE and not option:
-            closest = nearest(name, [CONFIG_FILE, *options()])
+        if name not in FILES and not option:
+            closest = nearest(name, [*FILES, *options()])
             errors.append(f"{short(name)}: unknown option; nearest known name: {closest}")
         elif not has_value and not (option and option[0] is bool):
-            legal = "a TOML file" if name == CONFIG_FILE else describe(option[0], get_limits(option[1]))
+            legal = "a TOML file" if name in FILES else describe(option[0], get_limits(option[1]))
             errors.append(
                 f"{name}: given no value; legal: {legal} (a value that starts with -- is written --{name}=VALUE)"
             )
-        elif name == CONFIG_FILE:
-            files.append(value)
+        elif name in FILES:
+            files[name] = value
         else:
             raw.setdefault(section, {})[last] = value
     return files, raw
@@ -225,7 +235,7 @@ def _split(argv: list[str], errors: list[str]) -> tuple[list[str], dict[str, dic
 
 def help_text() -> str:
     """Every option with its type, default and help."""
-    lines = [USAGE, "", f"  --{CONFIG_FILE}  (a TOML file; none: the defaults)"]
+    lines = [USAGE, "", *(f"  --{name}  ({text})" for name, text in FILES.items())]
     for full, (kind, f) in options().items():
         section, _, name = full.partition(".")
         if name == fields(sections()[section])[0].name:

@@ -123,6 +123,19 @@ class EntryReader:
         return Batch(**self[[ClipDraw(c, c.text_key, i) for c, i in zip(clips, sample_ids, strict=True)]])
 
 
+def by_bucket(clips: Sequence[CachedClip]) -> tuple[list[Bucket], list[list[CachedClip]]]:
+    """(sizes, ascending; the clips of each as often as an epoch holds them)."""
+    found: dict[Bucket, list[CachedClip]] = {}
+    for clip in clips:
+        found.setdefault(clip.bucket, []).extend([clip] * clip.repeats)
+    return sorted(found), [found[size] for size in sorted(found)]
+
+
+def identity(clips: Sequence[CachedClip]) -> str:
+    """What the state of a loader says about its clips."""
+    return fingerprint(("".join((c.video_key, *c.text_keys, c.cond_key)) for c in b) for b in by_bucket(clips)[1])
+
+
 class DrawPlan:
     """Which clips and captions each micro-batch of all ranks holds. It can be sent to another process.
 
@@ -139,17 +152,12 @@ class DrawPlan:
         shuffle: bool = True,
         caption_dropout: float = 0.0,
     ):
-        by_bucket: dict[Bucket, list[CachedClip]] = {}
-        for clip in clips:
-            by_bucket.setdefault(clip.bucket, []).extend([clip] * clip.repeats)
-        self.sizes = sorted(by_bucket)
-        self.buckets = [by_bucket[size] for size in self.sizes]
+        self.sizes, self.buckets = by_bucket(clips)
         self.null_text_key = null_text_key
         self.batching = batching
         self.seed = seed
         self.caption_dropout = caption_dropout
         counts = [len(bucket) for bucket in self.buckets]
-        keys = (["".join((c.video_key, *c.text_keys, c.cond_key)) for c in bucket] for bucket in self.buckets)
         self.sampler = GlobalSampler(
             counts,
             batching.classes(counts, [work(size) for size in self.sizes]),
@@ -157,7 +165,7 @@ class DrawPlan:
             batching.groups_per_step,
             seed,
             shuffle,
-            fingerprint(keys),
+            identity(clips),
         )
 
     def steps(self, num_steps: int | None, states: deque[dict[str, Any]]) -> Iterator[list[MicroBatch]]:

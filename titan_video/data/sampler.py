@@ -9,6 +9,11 @@ import numpy as np
 from torchdata.nodes import BaseNode
 
 _STREAM = 16  # top word of the Philox counter, apart from the streams of flow.noise
+OTHER_CLIPS = (
+    "the training clips (files, captions, [data], validation.holdout, encoders) are not those of the checkpoint, so "
+    "its position among them is lost; restore them, or start a new run from its weights: another job.dump_folder and "
+    "checkpoint.initial_load_path = its step-N folder"
+)
 
 
 @dataclass(frozen=True)
@@ -84,11 +89,7 @@ class GlobalSampler(BaseNode[list[MicroBatch]]):
         super().reset(initial_state)
         draws = [0] * len(self.sizes) if initial_state is None else list(initial_state["draws"])
         if initial_state and (initial_state["fingerprint"] != self.fingerprint or len(draws) != len(self.sizes)):
-            raise ValueError(
-                "the training clips (files, captions, [data], validation.holdout, encoders) are not those of the "
-                "checkpoint, so its position among them is lost; restore them, or start a new run from its weights: "
-                "another job.dump_folder and checkpoint.initial_load_path = its step-N folder"
-            )
+            raise ValueError(OTHER_CLIPS)
         if not all(type(n) is int and 0 <= n < 1 << 62 for n in draws):
             raise ValueError(f"the position in the data is none: {draws} clips drawn; load an older checkpoint")
         self.draws = draws

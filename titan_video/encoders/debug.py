@@ -118,6 +118,9 @@ class DebugEncoders:
         x_BCFHW = torch.cat([first, x_BCFHW[:, :, 4:]], dim=2)
         return ((x_BCFHW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
+    def num_tokens(self, prompts: list[str]) -> list[int]:
+        return [1 + len(_words(prompt)) for prompt in prompts]
+
     def encode_text(
         self, prompts: list[str], images: list[Tensor] | None = None, image_tokens: int = 0
     ) -> list[Tensor]:
@@ -126,9 +129,9 @@ class DebugEncoders:
 
         images: their tokens come first, repeated to `image_tokens`.
         """
-        words = [[w.strip(string.punctuation) for w in prompt.lower().split()] for prompt in prompts]
         texts = [
-            torch.stack([_word_vector(w) for w in [BEGIN, *filter(None, ws)][: self.max_text_length]]) for ws in words
+            torch.stack([_word_vector(w) for w in [BEGIN, *_words(prompt)][: self.max_text_length]])
+            for prompt in prompts
         ]
         if images is None:
             return texts
@@ -154,6 +157,10 @@ class DebugEncoders:
 
     def free(self) -> None:
         """No weights."""
+
+
+def _words(prompt: str) -> list[str]:
+    return list(filter(None, (word.strip(string.punctuation) for word in prompt.lower().split())))
 
 
 def _word_vector(word: str) -> Tensor:

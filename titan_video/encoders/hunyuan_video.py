@@ -169,6 +169,13 @@ class HunyuanVideoEncoders:
 
     # ---- text ----
 
+    def num_tokens(self, prompts: list[str]) -> list[int]:
+        """Of LLaMA's tokens. CLIP's pooled vector is always of a prompt's first 77, as the model was trained."""
+        template = IMAGE_TEMPLATE if self.has_images else TEMPLATE
+        tokenizer = self._text[1] if self._text else load_tokenizer(self.root / "tokenizer")
+        empty, *whole = tokenizer([template.format(p) for p in ["", *prompts]], verbose=False).input_ids
+        return [len(ids) - len(empty) for ids in whole]
+
     @torch.no_grad()
     def encode_text(
         self, prompts: list[str], images: list[Tensor] | None = None, image_tokens: int = 0

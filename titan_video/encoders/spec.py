@@ -35,6 +35,9 @@ class Encoders(Protocol):
 
     def decode_video(self, latents_BCFHW: Tensor) -> Tensor: ...
 
+    def num_tokens(self, prompts: list[str]) -> list[int]:
+        """Tokens of each prompt before it is cut at max_text_length. Loads the tokenizer, and no weights."""
+
     def encode_text(
         self, prompts: list[str], images: list[Tensor] | None = None, image_tokens: int = 0
     ) -> list[Tensor]:

@@ -152,6 +152,10 @@ class WanEncoders:
         z_BCFHW = latents_BCFHW.to(self.device, torch.float32) * self.std_11111 + self.mean_11111
         return ((self.vae.decode(z_BCFHW).sample + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
+    def num_tokens(self, prompts: list[str]) -> list[int]:
+        self._tokenizer = self._tokenizer or load_tokenizer(self.tokenizer_folder)
+        return [len(ids) for ids in self._tokenizer([clean_prompt(p) for p in prompts], verbose=False).input_ids]
+
     @torch.no_grad()
     def encode_text(
         self, prompts: list[str], images: list[Tensor] | None = None, image_tokens: int = 0

@@ -1,18 +1,11 @@
-"""The data commands.
-
-    python -m titan_video.data plan|encode CONFIG.toml [--section.field VALUE ...]
-        look at the data of a run, or encode it beforehand
-    python -m titan_video.data import FILE.toml
-        the section [data] for a data set TOML of diffusion-pipe or musubi-tuner
-
-`encode` also runs under torchrun: `torchrun --nproc_per_node 8 -m titan_video.data encode CONFIG.toml`.
-"""
+"""The data commands: `python -m titan_video.data COMMAND --help` says what each does, its options, and an example."""
 
 import argparse
 import logging
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,6 +16,7 @@ from titan_video.config.manager import main_guard, parse_args
 from titan_video.data.batching import Batching, Bucket, Work, batch_size_errors, gradient_accumulation
 from titan_video.distributed.utils import broadcast_from_rank0, init_distributed
 from titan_video.encoders import build_encoders
+from titan_video.ingest.captions import with_cut_captions
 from titan_video.ingest.plan import Plan, build_plan
 from titan_video.ingest.prepare import encode_plan, open_cache
 from titan_video.ingest.report import decode_all, export, report
@@ -32,10 +26,54 @@ from titan_video.tools.device import get_device
 from titan_video.tools.files import writing
 from titan_video.tools.parts import resolve
 
-USAGE = """usage: python -m titan_video.data plan CONFIG.toml [--export N] [--ranks N] [--decode]
-                                                 [--section.field VALUE] ...
-       python -m titan_video.data encode CONFIG.toml [--section.field VALUE] ...
+USAGE = """usage: python -m titan_video.data plan CONFIG.toml [--export N] [--ranks N] [--decode] [--section.field V]
+       python -m titan_video.data encode CONFIG.toml [--section.field V]
        python -m titan_video.data import FILE.toml [OUT.toml]"""
+HELP = {
+    "": f"""{USAGE}
+
+Look at the data of a run before it trains, or prepare it. CONFIG.toml is the TOML of the run.
+
+  plan     what becomes of each clip: kept, trimmed, split, or dropped with the reason; nothing is encoded
+  encode   the plan, then the latent cache: a run with the same [data], [encoder] and model starts at once
+  import   the sections [data] and [training] for a data set TOML of diffusion-pipe or musubi-tuner
+
+`python -m titan_video.data COMMAND --help` has the options of one; docs/data.md explains all.""",
+    "plan": """usage: python -m titan_video.data plan CONFIG.toml [--export N] [--ranks N] [--decode] [--option V]...
+
+Examine every clip and say what becomes of it: buckets, what is dropped and why, what lies beside the clips and is not
+read, captions that the text encoder cuts, micro-batches and their cost. Every clip is in DUMP_FOLDER/data_plan.jsonl.
+Nothing is encoded, and no weights are read.
+
+  CONFIG.toml              the TOML of the run
+  --export N               write N training clips as mp4 to DUMP_FOLDER/plan_clips: what the encoder will see
+  --ranks N                data-parallel ranks of the last table (default: 8, or the most that divide the step)
+  --decode                 decode every clip, as encoding will, and drop damaged ones
+  --data.file FILE.toml    [data] and [training], as `import` writes them, above those of CONFIG.toml
+  --section.field V        any option of train.py, above both: `python train.py --help` lists them
+
+example: python -m titan_video.data plan train_configs/wan2.1_t2v_1.3b.toml --data.path my_clips --export 8""",
+    "encode": """usage: python -m titan_video.data encode CONFIG.toml [--section.field V]
+
+Plan the clips and encode what the latent cache lacks, on all ranks. It can be stopped at any moment and goes on from
+there; a run with the same [data], [encoder] and model finds everything in the cache (data.cache_folder).
+
+  CONFIG.toml              the TOML of the run
+  --data.file FILE.toml    [data] and [training], as `import` writes them, above those of CONFIG.toml
+  --section.field V        any option of train.py, above both: `python train.py --help` lists them
+
+example: torchrun --nproc_per_node 8 -m titan_video.data encode train_configs/wan2.1_t2v_1.3b.toml --data.path A""",
+    "import": """usage: python -m titan_video.data import FILE.toml [OUT.toml]
+
+Print [data] and [training] for a data set TOML of diffusion-pipe ([[directory]]) or musubi-tuner ([[datasets]]), or
+write them to OUT.toml. Every key is mapped, or named on stderr with what becomes of it: read these lines.
+
+  FILE.toml                the data set TOML of the other trainer
+  OUT.toml                 the file to write; pass it to any command with --data.file OUT.toml
+
+example: python -m titan_video.data import dataset.toml data.toml
+         ./run_train.sh --data.file data.toml""",
+}
 
 
 class DataCommand:
@@ -54,9 +92,19 @@ class DataCommand:
         """Print the plan of data.path and write data_plan.jsonl."""
         plan = build_plan(self.config.data, self.cache_folder, self.geometry.temporal_stride)
         plan = plan.without_single_frames() if self.args.conditioning.num_cond_frames else plan
+        plan = self._with_cut_captions(plan)
         plan.write_jsonl(self.plan_file)
         print(f"{plan.summary()}\n  every clip: {self.plan_file}")
         return plan
+
+    def _with_cut_captions(self, plan: Plan) -> Plan:
+        """The tokenizer of the encoders decides; a plan can also be made where these are not there."""
+        config = self.config
+        try:
+            encoders = build_encoders(config.encoder, config.model.hf_assets_path, "cpu")
+            return with_cut_captions(plan, encoders)
+        except (ValueError, ImportError) as e:
+            return replace(plan, remarks=(*plan.remarks, f"the length of captions is not checked: {e}"))
 
     def work(self, bucket: Bucket) -> Work:
         tokens = token_shape(self.geometry.latent_shape(bucket)[1:], self.args.patch).num_tokens
@@ -127,6 +175,9 @@ def plan_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main(argv: list[str]) -> None:
+    if {"-h", "--help"} & set(argv):
+        print(HELP[argv[0] if argv[0] in HELP else ""])
+        return
     if len(argv) < 2 or argv[0] not in ("plan", "encode", "import") or argv[1].startswith("--"):
         sys.exit(USAGE)
     if argv[0] == "import":

@@ -11,14 +11,18 @@ from titan_video.ingest.media import MEDIA_SUFFIXES
 from titan_video.ingest.metadata import (
     DECLARED_COLUMNS,
     IMAGE_COLUMN,
-    MAX_TEXT_BYTES,
     MEDIA_COLUMNS,
     ClipRecord,
     column,
     declared_of,
-    not_a_clip,
+    located,
+    once_each,
     texts_of,
+    unread,
+    without_collisions,
 )
+from titan_video.ingest.names import FileNames
+from titan_video.ingest.text import MAX_TEXT_BYTES, TextFault, decode
 from titan_video.tools.bounded import parse_json, short
 
 logger = logging.getLogger(__name__)
@@ -66,28 +70,33 @@ class _Whole:
 def _from_members(
     file: str, members: dict[str, tuple[str, int, int]], f: BinaryIO, columns: tuple[str, ...]
 ) -> ClipRecord:
-    def content(suffix: str) -> bytes:
+    def content(suffix: str) -> str:
         name, offset, size = members[suffix]
         if size > MAX_TEXT_BYTES:
             raise ValueError(f"{name} is larger than {MAX_TEXT_BYTES >> 20} MiB")
         f.seek(offset)
-        return f.read(size)
+        try:
+            return decode(f.read(size))
+        except TextFault as e:
+            raise ValueError(f"{name} {e}") from None
 
     clips = [suffix for suffix in members if suffix.endswith(MEDIA_SUFFIXES)]
     path = media.member(file, *next(iter(members.values())))
     if not clips:
-        return ClipRecord(path, reason="caption without a clip: no video or image in the tar has this name")
+        for member in members.values():
+            if reason := unread(member[0]):
+                return ClipRecord(media.member(file, *member), reason=reason)
+        held = ", ".join(sorted(members))
+        return ClipRecord(path, reason=f"caption without a clip: of this name the tar has {short(held)}, no clip")
     path, row = media.member(file, *members[clips[0]]), {}
     try:
         if ".json" in members:
-            row = parse_json(content(".json").decode("utf-8-sig"), members[".json"][0])
+            row = parse_json(content(".json"), members[".json"][0], once_each)
         where = members[".json"][0] if ".json" in members else ""
         row = row if isinstance(row, dict) else {}
         caption = next((row[name] for name in columns if name in row), None)
         if ".txt" in members:
-            caption, where = content(".txt").decode("utf-8-sig"), members[".txt"][0]
-    except UnicodeDecodeError as e:
-        return ClipRecord(path, reason=f"unreadable caption: is not UTF-8 (byte {e.start})")
+            caption, where = content(".txt"), members[".txt"][0]
     except ValueError as e:
         return ClipRecord(path, reason=f"unreadable caption: {e}")
     texts = (
@@ -104,7 +113,7 @@ def _from_members(
 
 
 def scan_table(file: Path, captions: tuple[str, ...]) -> list[ClipRecord]:
-    records, number, columns = [], 0, None
+    records, number, columns, files = [], 0, None, FileNames(file.parent)
     for group, table in enumerate(media.row_groups(str(file))):
         names = table.column_names
         if columns is None:
@@ -118,14 +127,16 @@ def scan_table(file: Path, captions: tuple[str, ...]) -> list[ClipRecord]:
         stored = media.stored_names(table, clip)
         for row, values in enumerate(table.select(wanted).to_pylist()):
             where, (name, inside) = f"row {number} of {file}", stored[row]
-            path = media.member(str(file), f"{clip}/{name}", group, row) if inside else str(file.parent / name)
+            path, written, reason = media.member(str(file), f"{clip}/{name}", group, row), "", ""
+            if not inside:
+                path, written, reason = located(files, name, where)
+                reason = reason or unread(path)
             texts = texts_of(values[caption], f"column {caption!r} of {where}")
-            reason = "" if inside else not_a_clip(path, f"named in {where}") if name else f"no clip named: {where}"
             if reason:
                 records.append(ClipRecord(path, reason=reason))
             elif isinstance(texts, str):
                 records.append(ClipRecord(path, reason=texts))
             else:
-                records.append(ClipRecord(path, texts, declared=declared_of(values)))
+                records.append(ClipRecord(path, texts, declared=declared_of(values), written=written))
             number += 1
-    return records
+    return without_collisions(records)

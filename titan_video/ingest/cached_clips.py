@@ -29,11 +29,15 @@ def cached_clips(plan: Plan, cache: LatentCache, failures: Mapping[str, str] | N
     return sorted(clips, key=lambda c: (c.video_key, c.text_keys, c.path))
 
 
-def split_holdout(clips: Sequence[CachedClip], share: float) -> tuple[list[CachedClip], list[CachedClip]]:
-    """(train, held out). floor(share x clips) clips are held out, chosen by a hash of their content. Both lists keep
-    the order of `clips`.
+def split_holdout(
+    clips: Sequence[CachedClip], share: float, at_least: int = 1
+) -> tuple[list[CachedClip], list[CachedClip]]:
+    """(train, held out). floor(share x clips) clips are held out, chosen by a hash of their content; with a share above
+    0 no fewer than `at_least`, as long as one remains for training. Both lists keep the order of `clips`.
     """
     count = math.floor(share * len(clips) + 1e-9)
+    if share > 0:
+        count = max(count, min(at_least, len(clips) - 1))
     by_hash = sorted(range(len(clips)), key=lambda i: (content_hash("holdout", clips[i].video_key), i))
     held = set(by_hash[:count])
     return [c for i, c in enumerate(clips) if i not in held], [c for i, c in enumerate(clips) if i in held]

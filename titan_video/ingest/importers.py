@@ -18,6 +18,7 @@ from titan_video.config.check import check
 from titan_video.config.job_config import Data, Source
 from titan_video.config.manager import ConfigError, parse, read_file
 from titan_video.ingest.bucketing import DEFAULT_GEOMETRY, SPATIAL_MULTIPLE, whole_latents
+from titan_video.ingest.sources import CAPTION_SUFFIXES
 
 CHOICES = {
     "single_beginning": ("head", 4),
@@ -156,9 +157,28 @@ class _Import:
             )
         if min(self.batch_sizes, default=1) > 1:
             config["training"] = {"local_batch_size": min(self.batch_sizes)}
-        text = tomli_w.dumps(config)
+        text = toml_text(config)
         check(parse(text, "the import"), 1, files=False)
         return text, self.lines
+
+
+def toml_text(config: Mapping[str, Mapping[str, Any]]) -> str:
+    """Sections as TOML, an array on one line, and an array of tables as `[[section.name]]`."""
+    lines: list[str] = []
+    for section, values in config.items():
+        tables = {name: rows for name, rows in values.items() if rows and isinstance(rows, list | tuple)}
+        tables = {name: rows for name, rows in tables.items() if isinstance(rows[0], Mapping)}
+        lines += [f"[{section}]", *(f"{k} = {_value(v)}" for k, v in values.items() if k not in tables), ""]
+        for name, rows in tables.items():
+            for row in rows:
+                lines += [f"[[{section}.{name}]]", *(f"{k} = {_value(v)}" for k, v in row.items()), ""]
+    return "\n".join(lines)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_value, value))}]"
+    return tomli_w.dumps({"x": value}).removeprefix("x = ").rstrip("\n")
 
 
 def import_file(path: str | os.PathLike) -> tuple[str, list[str]]:
@@ -290,11 +310,11 @@ def _musubi_tuner(values: Mapping[str, Any]) -> tuple[str, list[str]]:
                 "image_directory and image_jsonl_file"
             )
         source = {"path": table.get(kinds[0], "", (str,)), "num_repeats": table.get("num_repeats", 1, (int,))}
-        if (suffix := table.get("caption_extension", ".txt", (str,))) != ".txt":
+        if (suffix := table.get("caption_extension", ".txt", (str,))) not in CAPTION_SUFFIXES:
             made.note(
                 table.name,
-                f"caption_extension: not supported: captions are .txt, not {suffix}; rename them, or give a "
-                f"metadata file",
+                f"caption_extension: not supported: captions are {' or '.join(CAPTION_SUFFIXES)}, not {suffix}; rename "
+                f"them, or give a metadata file",
             )
         made.batch_sizes.add(table.get("batch_size", 1, (int,)))
         frames = _frames(table, made, source) if kinds[0].startswith("video") else (1,)

@@ -27,7 +27,7 @@ from titan_video.config.sections.data import Data
 from titan_video.tools.bounded import open_regular, short
 
 MAX_PATHS, MAX_BRACES = 1_000_000, 20  # of one pattern
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
+VIDEO_SUFFIXES = tuple(".mp4 .mov .mkv .webm .avi .m4v .gif .ts .mts .m2ts .flv .f4v .wmv .asf .3gp .3g2".split())
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MEDIA_SUFFIXES = VIDEO_SUFFIXES + IMAGE_SUFFIXES
 _BRACES = re.compile(r"\{([^{}]*)\}")

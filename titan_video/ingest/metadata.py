@@ -1,21 +1,23 @@
-"""Metadata files: one clip a row of a .csv, .json or .jsonl file. And what all sources share: the record of a clip, the
-names of columns, captions, and bounds of what is read.
+"""Metadata files: one clip a row of a .csv, .tsv, .json or .jsonl file.
+
+And what all sources share: the record of a clip, the names of columns, captions, and bounds of what is read.
 """
 
 import csv
 import errno
-import io
 import logging
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from titan_video.ingest import media
-from titan_video.tools.bounded import KINDS, open_regular, parse_json, read_json, short
+from titan_video.ingest.names import FileNames, quoted
+from titan_video.ingest.text import MAX_TEXT_BYTES, TextFault, fault, read_lines, read_text, unix_line_ends
+from titan_video.tools.bounded import KINDS, open_regular, parse_json, short
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +26,13 @@ CAPTION_COLUMNS = ("text", "caption", "prompt", "cap")
 IMAGE_COLUMN = "image"
 DECLARED_COLUMNS = ("width", "height", "num_frames", "fps")
 MAX_ROWS, MAX_COLUMNS, MAX_PATH_BYTES = 10_000_000, 1000, 4096
-MAX_TEXT_BYTES, MAX_JSON_BYTES = 1 << 20, 1 << 30
+MAX_JSON_BYTES = 1 << 30
+# Known and not read: their frames have no times (.mpg), or no reader for them is tested here.
+UNREAD_IMAGES = tuple(".tif .tiff .avif .heic .heif .jxl .jp2 .tga .exr .dpx .psd .dng .cr2 .nef .svg .ico".split())
+UNREAD_SUFFIXES = (
+    *".mpg .mpeg .vob .m2v .m1v .mpv .ogv .ogm .rm .rmvb .mxf .dv .y4m .h264 .264 .h265 .265 .hevc .divx .swf".split(),
+    *UNREAD_IMAGES,
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,7 @@ class ClipRecord:
 
     declared: width, height, number of frames and rate, if the metadata holds all of them.
     image: replaces the clip's first frame as conditioning frame.
+    written: its name in the metadata, or that of its caption, where that is spelled in another way (names.py).
     """
 
     path: str
@@ -41,6 +50,7 @@ class ClipRecord:
     reason: str = ""
     image: str = ""
     declared: tuple[float, ...] = ()
+    written: str = ""
 
     @property
     def caption(self) -> str:
@@ -48,8 +58,8 @@ class ClipRecord:
 
 
 def scan_metadata(file: Path, captions: tuple[str, ...]) -> list[ClipRecord]:
-    read = {".csv": _read_csv, ".jsonl": _read_jsonl, ".json": _read_json}[file.suffix.lower()]
-    rows = list(islice(read(file), MAX_ROWS + 1))
+    read = {".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_jsonl, ".json": _read_json}[file.suffix.lower()]
+    rows = list(islice(read(file, captions), MAX_ROWS + 1))
     if len(rows) > MAX_ROWS:
         raise ValueError(f"{file}: holds more than {MAX_ROWS:,} rows; give several files, each a [[data.source]]")
     columns = list(dict.fromkeys(name for _, row in rows if isinstance(row, dict) for name in row))
@@ -60,9 +70,26 @@ def scan_metadata(file: Path, captions: tuple[str, ...]) -> list[ClipRecord]:
     clip = column(file, columns, MEDIA_COLUMNS, "the clip")
     caption = column(file, columns, captions, "the caption")
     logger.info(f"{file}: clips from column {clip!r}, captions from column {caption!r}")
-    return [
-        ClipRecord(where, reason=row) if isinstance(row, str) else _from_row(file, where, row, clip, caption)
+    names = FileNames(file.parent)
+    return without_collisions(
+        ClipRecord(where, reason=row) if isinstance(row, str) else _from_row(names, where, row, clip, caption)
         for where, row in rows
+    )
+
+
+def without_collisions(records: Iterable[ClipRecord]) -> list[ClipRecord]:
+    """The records; where names that were not taken as they stand mean one file, as other names do, with a reason."""
+    records, written = list(records), {}
+    for r in records:
+        if not r.reason:
+            written.setdefault(r.path, set()).add(r.written)
+    return [
+        replace(
+            r, reason=f"ambiguous name: {quoted(r.written)} and another row's name mean this file; correct one of them"
+        )
+        if r.written and len(written.get(r.path, ())) > 1
+        else r
+        for r in records
     ]
 
 
@@ -76,21 +103,50 @@ def column(file: Path, columns: Iterable[str], accepted: tuple[str, ...], what: 
     )
 
 
-def _from_row(file: Path, where: str, row: dict, clip: str, caption: str) -> ClipRecord:
+def _from_row(names: FileNames, where: str, row: dict, clip: str, caption: str) -> ClipRecord:
     name = row.get(clip)
     if not isinstance(name, str) or not name.strip() or not _is_path(name):
         return ClipRecord(where, reason=f"no clip named: column {clip!r} holds {short(repr(name))}")
-    path = name.strip() if media.is_url(name) else str(file.parent / name.strip())
-    if not media.is_url(name) and (reason := not_a_clip(path, f"named in {where}")):
+    path, written, reason = (name.strip(), "", "") if media.is_url(name) else located(names, name.strip(), where)
+    if reason := reason or unread(path):
         return ClipRecord(path, reason=reason)
     texts = texts_of(row.get(caption), f"column {caption!r} of {where}")
     if isinstance(texts, str):
         return ClipRecord(path, reason=texts)
-    image = row.get(IMAGE_COLUMN) or ""
-    if not isinstance(image, str) or (image and not (_is_path(image) and (file.parent / image).is_file())):
-        held = f"column {IMAGE_COLUMN!r} of {where} holds {short(repr(image))}"
-        return ClipRecord(path, reason=f"missing image: {held}, which is no file")
-    return ClipRecord(path, texts, image=str(file.parent / image) if image else "", declared=declared_of(row))
+    given, image = row.get(IMAGE_COLUMN) or "", ""
+    if given:
+        image, _, wrong = located(names, given.strip() if isinstance(given, str) else "", where)
+        if wrong or not os.path.isfile(image):
+            held = f"column {IMAGE_COLUMN!r} of {where} holds {short(repr(given))}"
+            return ClipRecord(path, reason=f"missing image: {held}, which is no file")
+    return ClipRecord(path, texts, image=image, declared=declared_of(row), written=written)
+
+
+def located(names: FileNames, name: str, where: str) -> tuple[str, str, str]:
+    """(path, name as it was written where that is not the file's, reason) of a name in a row; the reason is "" where
+    there is such a file. where: the row, for the reason.
+    """
+    if not name.strip() or not _is_path(name):
+        return where, "", f"no clip named: {where} holds {short(repr(name))}"
+    path = str(names.folder / name)
+    reason = not_a_clip(path, f"named in {where}")
+    if not reason.startswith("missing file"):
+        return path, "", reason
+    found = names.find(name)
+    if not found.path:
+        return path, "", f"{reason} as {quoted(name)}; {found.advice}"
+    return found.path, name, not_a_clip(found.path)
+
+
+def unread(path: str) -> str:
+    """The reason for a file of a suffix that is known and not read, or ""."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in media.MEDIA_SUFFIXES or suffix not in UNREAD_SUFFIXES:
+        return ""
+    name = os.path.basename(path)
+    new = f"{os.path.splitext(name)[0]}{'.png' if suffix in UNREAD_IMAGES else '.mp4'}"
+    how = f"ffmpeg -i '{name}' {'' if suffix in UNREAD_IMAGES else '-c:v libx264 -crf 12 '}'{new}'"
+    return f"not read: files of the suffix {suffix} are not read; convert it: {how}"
 
 
 def _is_path(name: str) -> bool:
@@ -111,15 +167,6 @@ def not_a_clip(path: str, named: str = "") -> str:
     return "" if is_usable else f"not a file: it is a {KINDS.get(stat.S_IFMT(mode), 'device')}"
 
 
-def read_text(path: Path) -> bytes:
-    """A caption's bytes. OSError: it is no regular file, cannot be read, or is larger than any caption."""
-    with open_regular(path) as f:
-        data = f.read(MAX_TEXT_BYTES + 1)
-    if len(data) > MAX_TEXT_BYTES:
-        raise OSError(errno.EFBIG, f"it is larger than {MAX_TEXT_BYTES >> 20} MiB")
-    return data
-
-
 def texts_of(value: Any, where: str) -> tuple[str, ...] | str:
     """The captions of a value, a text or a list of texts; or the reason why there is none."""
     values = value if isinstance(value, list) and value else [value]
@@ -127,9 +174,9 @@ def texts_of(value: Any, where: str) -> tuple[str, ...] | str:
         return f"no caption: {where} holds {short(repr(value))}"
     if sum(map(len, values)) > MAX_TEXT_BYTES:
         return f"unreadable caption: {where} holds more than {MAX_TEXT_BYTES >> 20} MiB"
-    if any("\ud800" <= letter <= "\udfff" for v in values for letter in v):
-        return f"unreadable caption: {where} holds half a character (a lone surrogate)"
-    texts = tuple(dict.fromkeys(v.strip() for v in values if v.strip()))
+    if found := next(filter(None, map(fault, values)), ""):
+        return f"unreadable caption: {where} {found}"
+    texts = tuple(dict.fromkeys(unix_line_ends(v).strip() for v in values if v.strip()))
     return texts or f"empty caption: {where}"
 
 
@@ -142,59 +189,144 @@ def declared_of(row: dict) -> tuple[float, ...]:
     return numbers if all(0 < n < 1e6 for n in numbers) else ()
 
 
-def _read_json(file: Path) -> Iterator[tuple[str, dict | str]]:
+def _read_json(file: Path, _: tuple[str, ...]) -> Iterator[tuple[str, dict | str]]:
     """(file[number], object or reason) of each item of the list that the file holds."""
-    rows = read_json(file, MAX_JSON_BYTES)
+    try:
+        rows = parse_json(read_text(file, MAX_JSON_BYTES), str(file), once_each)
+    except TextFault as e:
+        raise ValueError(f"{file}: {e}") from None
+    except OSError as e:
+        raise ValueError(f"{file} cannot be read: {e.strerror}") from e
     if not isinstance(rows, list):
         raise ValueError(f"{file}: holds no list of objects, one for each clip; one object a line is a .jsonl file")
     for number, row in enumerate(rows):
         yield f"{file}[{number}]", row if isinstance(row, dict) else "bad line: not a JSON object"
 
 
-def _read_jsonl(file: Path) -> Iterator[tuple[str, dict | str]]:
+def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs. ValueError: two have one name, of which JSON parsers keep the last."""
+    if len(found := dict(pairs)) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{short(next(n for n in names if names.count(n) > 1))!r} is there twice in one object")
+    return found
+
+
+def _read_jsonl(file: Path, _: tuple[str, ...]) -> Iterator[tuple[str, dict | str]]:
     """(file:line, object or reason) of each line that is not blank."""
-    with open_regular(file) as f:
-        for number, line in enumerate(_lines(f), 1):
-            where = f"{file}:{number}"
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if len(line) > MAX_TEXT_BYTES:
-                yield where, f"bad line: longer than {MAX_TEXT_BYTES >> 20} MiB"
-                continue
-            if not line.strip():
-                continue
+    for number, line in _lines(file):
+        where = f"{file}:{number}"
+        if len(line) > MAX_TEXT_BYTES:
+            yield where, f"bad line: longer than {MAX_TEXT_BYTES >> 20} MiB"
+        elif found := fault(line, number):
+            yield where, f"bad line: it {found}"
+        elif line.strip():
             try:
-                row = parse_json(line.decode("utf-8"), where)
-            except UnicodeDecodeError as e:
-                yield where, f"bad line: not UTF-8 (byte {e.start})"
+                row = parse_json(line, where, once_each)
             except ValueError as e:
                 yield where, f"bad line: not JSON ({e})"
             else:
                 yield where, row if isinstance(row, dict) else "bad line: not a JSON object"
 
 
-def _lines(f: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file; of one that is too long only the beginning."""
-    while line := f.readline(MAX_TEXT_BYTES + 2):
-        rest = line
-        while len(line) > MAX_TEXT_BYTES and not rest.endswith(b"\n") and (rest := f.readline(MAX_TEXT_BYTES)):
-            pass
-        yield from line.splitlines()
-
-
-def _read_csv(file: Path) -> Iterator[tuple[str, dict | str]]:
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
     try:
-        with open_regular(file) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as lines:
-            reader = csv.DictReader(lines, restkey="(more)")
-            if len(reader.fieldnames or ()) > MAX_COLUMNS:
-                raise csv.Error(f"its header names more than {MAX_COLUMNS:,} columns")
-            for row in reader:
-                where = f"{file}:{reader.line_num}"
-                if "(more)" in row:
-                    yield where, "bad line: more fields than the header names (quote captions that hold a comma)"
-                else:
-                    yield where, row
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{file}: is not UTF-8 (byte {e.start}); save it as UTF-8") from None
-    except csv.Error as e:
-        raise ValueError(f"{file}: is not CSV ({e})") from None
+        with open_regular(file) as f:
+            yield from read_lines(f)
+    except TextFault as e:
+        raise ValueError(f"{file}: {e}") from None
+
+
+class _Rows:
+    """The rows of a .csv or .tsv file, each with the lines that it takes: a quoted field may hold line ends."""
+
+    def __init__(self, file: Path):
+        self.file, self.numbered = file, _lines(file)
+        self.taken: list[tuple[int, str]] = []  # the lines of the row that was read last
+        header = next(((n, line) for n, line in self.numbered if line.strip()), (1, ""))
+        if found := fault(header[1], header[0]):
+            raise ValueError(f"{file}: {found}")
+        self.delimiter = _delimiter(header[1], file.suffix.lower())
+        self.reader = csv.reader(self._give(header), delimiter=self.delimiter, strict=True)
+
+    def _give(self, header: tuple[int, str]) -> Iterator[str]:
+        for number, line in chain([header], self.numbered):
+            if (found := fault(line, number)).startswith("is not UTF-8"):
+                raise ValueError(f"{self.file}: {found}")
+            if len(line) > MAX_TEXT_BYTES:
+                raise ValueError(f"{self.file}: line {number} is longer than {MAX_TEXT_BYTES >> 20} MiB")
+            self.taken.append((number, line))
+            yield line + "\n"
+
+    @property
+    def where(self) -> str:
+        return f"{self.file}:{self.taken[0][0]}"
+
+    def __iter__(self) -> Iterator[list[str] | str]:
+        """The fields of each row, or the reason why it has none. ValueError: where a row ends is not known."""
+        while True:
+            self.taken.clear()
+            try:
+                yield next(self.reader)
+            except StopIteration:
+                return
+            except csv.Error as e:
+                first, last = self.taken[0][0], self.taken[-1][0]
+                if first < last:
+                    raise self.unclosed(last) from None
+                hint = "" if "limit" in str(e) else "; close the quote, and double the quotes inside a quoted field"
+                yield f"bad line: {e}{hint}"
+
+    def unclosed(self, line: int) -> ValueError:
+        return ValueError(
+            f"{self.file}: is not CSV: a quoted field begins in line {self.taken[0][0]} and is not closed before line "
+            f"{line}, so where its row ends is not known; close it, and double the quotes inside a quoted field"
+        )
+
+    def check_lines(self, clip: int) -> None:
+        """ValueError: a field of the last row holds lines that are rows themselves. clip: the column of clips."""
+        for number, line in self.taken[1:]:
+            fields = _fields(line, self.delimiter)
+            name = fields[clip].strip().lower() if clip < len(fields) else ""
+            if name.endswith(media.MEDIA_SUFFIXES) or (len(fields) > 1 and media.is_url(name)):
+                raise self.unclosed(number)
+
+
+def _fields(line: str, delimiter: str) -> list[str]:
+    """The fields of one line by itself; none where it is no row."""
+    try:
+        return next(csv.reader([line], delimiter=delimiter))
+    except csv.Error:
+        return []
+
+
+def _delimiter(header: str, suffix: str) -> str:
+    """Of comma, semicolon and tab the first that gives a column of clips; without one the usual of the suffix."""
+    usual = "\t" if suffix == ".tsv" else ","
+    for delimiter in dict.fromkeys((usual, ",", ";", "\t")):
+        if {name.strip() for name in _fields(header, delimiter)} & set(MEDIA_COLUMNS):
+            return delimiter
+    return usual
+
+
+def _read_csv(file: Path, captions: tuple[str, ...]) -> Iterator[tuple[str, dict | str]]:
+    """(file:line, row or reason) of each row that is not blank."""
+    rows = _Rows(file)
+    every = iter(rows)
+    header = next(every, [])
+    if isinstance(header, str):
+        raise ValueError(f"{file}: is not CSV: line {rows.taken[0][0]}: {header.removeprefix('bad line: ')}")
+    header = [name.strip() for name in header]
+    if len(header) > MAX_COLUMNS:
+        raise ValueError(f"{file}: is not CSV (its header names more than {MAX_COLUMNS:,} columns)")
+    for name in (*MEDIA_COLUMNS, *captions, IMAGE_COLUMN, *DECLARED_COLUMNS):
+        if header.count(name) > 1:
+            raise ValueError(f"{file}: two columns are named {name!r}; rename one of them")
+    clip = next((header.index(name) for name in MEDIA_COLUMNS if name in header), 0)
+    for fields in every:
+        if isinstance(fields, str):
+            yield rows.where, fields
+        elif len(fields) > len(header):
+            yield rows.where, "bad line: more fields than the header names (quote captions that hold a comma)"
+        elif fields:
+            rows.check_lines(clip)
+            yield rows.where, dict(zip(header, fields, strict=False))

@@ -23,7 +23,7 @@ from titan_video.ingest.images import UnusableClip, check_pixels
 from titan_video.ingest.media import DEFAULT_LIMITS, DecodeLimits
 from titan_video.ingest.probes import probe_all
 from titan_video.ingest.shapes import resolve_path
-from titan_video.ingest.sources import ClipRecord, scan
+from titan_video.ingest.sources import ClipRecord, remarks, scan
 from titan_video.ingest.video import (
     DecoderName,
     Probe,
@@ -102,13 +102,17 @@ class PlanEntry:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every clip of `source`, kept and dropped, in scan order. temporal_stride: frames per latent, for advice."""
+    """Every clip of `source`, kept and dropped, in scan order. temporal_stride: frames per latent, for advice.
+
+    remarks: lines about what is in no entry, such as files that metadata does not list.
+    """
 
     source: str
     fps: float
     buckets: tuple[Bucket, ...]
     entries: tuple[PlanEntry, ...]
     temporal_stride: int = DEFAULT_GEOMETRY.temporal_stride
+    remarks: tuple[str, ...] = ()
 
     @property
     def kept(self) -> list[PlanEntry]:
@@ -210,7 +214,7 @@ class Plan:
             ]
             if len(entries) > NAMES_SHOWN:
                 lines.append(f"    and {len(entries) - NAMES_SHOWN} more")
-        return "\n".join(lines)
+        return "\n".join(lines + [f"  note: {remark}" for remark in self.remarks])
 
 
 def read_frames(entry: PlanEntry, first_only: bool = False) -> Tensor:
@@ -250,11 +254,14 @@ def make_plan(
     require(decoder)
     sources = [Source(path=str(sources))] if isinstance(sources, (str, os.PathLike)) else list(sources)
     sizes = tuple(tuple(b) for b in buckets)
-    scanned = [(source, record) for source in sources for record in _scan(source, Path(cache_folder))]
+    paths = [_resolved(source, Path(cache_folder)) for source in sources]
+    scanned = [
+        (source, r) for source, path in zip(sources, paths, strict=True) for r in scan(path, source.caption_column)
+    ]
     trusted = [s.trust_metadata and bool(r.declared) for s, r in scanned]  # not opened
     opened = [r.path for (_, r), is_trusted in zip(scanned, trusted, strict=True) if not r.reason and not is_trusted]
-    paths = list(dict.fromkeys(opened))
-    probes = dict(zip(paths, probe_all(paths, num_workers, Path(cache_folder) / "probes", limits), strict=True))
+    opened = list(dict.fromkeys(opened))
+    probes = dict(zip(opened, probe_all(opened, num_workers, Path(cache_folder) / "probes", limits), strict=True))
     entries = []
     for (source, record), is_trusted in zip(scanned, trusted, strict=True):
         mode = choice.mode if source.frame_extraction == "default" else source.frame_extraction
@@ -268,14 +275,15 @@ def make_plan(
             limits,
         )
     entries = [replace(e, decoder=decoder) if e.kept and media.kind(e.path) == "video" else e for e in entries]
-    plan = Plan(", ".join(str(s.path) for s in sources), fps, sizes, tuple(entries), choice.temporal_stride)
+    lines = remarks((p for p, s in zip(paths, sources, strict=True) if p == s.path), [r for _, r in scanned])
+    name = ", ".join(str(s.path) for s in sources)
+    plan = Plan(name, fps, sizes, tuple(entries), choice.temporal_stride, tuple(lines))
     plan.require_clips()
     return plan
 
 
-def _scan(source: Source, cache_folder: Path) -> list[ClipRecord]:
-    path = source.path if media.is_url(source.path) else str(resolve_path(source.path, cache_folder))
-    return scan(path, source.caption_column)
+def _resolved(source: Source, cache_folder: Path) -> str:
+    return source.path if media.is_url(source.path) else str(resolve_path(source.path, cache_folder))
 
 
 def _decide(

@@ -10,14 +10,17 @@ from typing import Any
 
 import torch.distributed as dist
 
-from titan_video.config.job_config import Data, JobConfig, Validation
+from titan_video.config.job_config import Checkpoint, Data, JobConfig, Validation
 from titan_video.data.latent_cache import CachedClip, LatentCache
 from titan_video.distributed.utils import broadcast_from_rank0, gather_objects
 from titan_video.encoders.spec import Encoders
 from titan_video.ingest.cache_keys import remove_partial_shards, write_manifest
 from titan_video.ingest.cached_clips import cached_clips, split_holdout
+from titan_video.ingest.captions import cut_prompts, with_cut_captions
 from titan_video.ingest.encode import encode_share, failed_clips, missing_jobs
 from titan_video.ingest.plan import Plan, build_plan
+from titan_video.ingest.resume import EarlierClips
+from titan_video.ingest.text import read_prompts
 from titan_video.models.conditioning import ConditioningSpec
 from titan_video.models.spec import LatentGeometry
 from titan_video.tools.logging import logger
@@ -90,37 +93,40 @@ def prepare_clips(
     encoders: Encoders,
     cache: LatentCache,
     group: dist.ProcessGroup | None,
+    checkpoint: Checkpoint | None = None,
 ) -> Clips:
     """Plan the clips and hold some out; encode all of them with `is_ahead`, else those that validation needs.
 
-    Plans are logged and written to `folder`. ValueError on all ranks when no clip is left.
+    Plans are logged and written to `folder`. ValueError on all ranks when no clip is left, or when `folder` holds
+    checkpoints of other clips (checkpoint: the section that says where; None: there are none).
     """
-    v, prompts, num_workers = validation, [], data.num_workers
-    if v.enable and v.prompts_path:
-        prompts = [
-            line.strip() for line in Path(v.prompts_path).read_text(encoding="utf-8").splitlines() if line.strip()
-        ]
+    v, num_workers = validation, data.num_workers
+    prompts = broadcast_from_rank0(lambda: _read_prompts(v, encoders), group)
 
-    def plan_clips(path: str, report: Path) -> tuple[list[CachedClip], dict[str, float]]:
-        def make() -> Plan:
-            plan = build_plan(data, cache.folder, encoders.stride_t, path)
+    def plan_clips(path: str, report: Path) -> tuple[list[CachedClip], dict[str, float], int]:
+        def make() -> tuple[Plan, int]:
+            plan, at_least = build_plan(data, cache.folder, encoders.stride_t, path), 1
             if cache.conditioning.num_cond_frames:
                 plan = plan.without_single_frames()
+            if not path:
+                at_least = EarlierClips.of(checkpoint, folder, report).least_held_out(plan, cache, data, v)
+            plan = with_cut_captions(plan, encoders)
             _report(plan, report)
             plan.require_clips()
-            return plan
+            return plan, at_least
 
-        plan = broadcast_from_rank0(make, group)
+        plan, at_least = broadcast_from_rank0(make, group)
         if is_ahead:
-            return encode_plan(plan, report, encoders, cache, group, num_workers, prompts)
-        return cached_clips(plan, cache), plan.counts()
+            return *encode_plan(plan, report, encoders, cache, group, num_workers, prompts), at_least
+        return cached_clips(plan, cache), plan.counts(), at_least
 
-    (clips, numbers), held_out = plan_clips("", folder / "data_plan.jsonl"), []
+    (clips, numbers, at_least), held_out = plan_clips("", folder / "data_plan.jsonl"), []
     if v.enable and v.path:
-        held_out, _ = plan_clips(v.path, folder / "validation_plan.jsonl")
+        held_out, _, _ = plan_clips(v.path, folder / "validation_plan.jsonl")
     elif v.enable:
-        clips, held_out = split_holdout(clips, v.holdout)
-        logger.info(f"{len(held_out)} of {len(clips) + len(held_out)} clips are held out for validation")
+        clips, held_out = split_holdout(clips, v.holdout, at_least)
+        why = "" if held_out else f": {_why_none(v, len(clips))}; there is no held-out loss"
+        logger.info(f"{len(held_out)} of {len(clips) + len(held_out)} clips are held out for validation{why}")
     held_out, captions = held_out[: v.max_clips], {}
     for clip in held_out or clips:
         captions.setdefault(clip.caption, clip)
@@ -131,6 +137,23 @@ def prepare_clips(
             "\n".join(f"{path}: {reason}; validation needs this clip: remove it" for path, reason in failed.items())
         )
     return Clips(clips, held_out, prompts[: v.num_videos] or [clip.caption for clip in shown], shown, numbers)
+
+
+def _read_prompts(v: Validation, encoders: Encoders) -> list[str]:
+    prompts = read_prompts(v.prompts_path, "validation.prompts_path") if v.enable and v.prompts_path else []
+    if remark := cut_prompts(prompts, encoders):
+        logger.info(f"{v.prompts_path}: {remark}")
+    return prompts
+
+
+def _why_none(v: Validation, count: int) -> str:
+    if v.holdout == 0:
+        return "validation.holdout is 0"
+    if count == 1:
+        return "there is one clip, which is trained; give more, or validation.path"
+    return (
+        "the checkpoints of this run are of one that held out none, and it goes on so; a new job.dump_folder holds out"
+    )
 
 
 def _report(plan: Plan, report: Path) -> None:

@@ -1,9 +1,9 @@
 """From the path of a source to a list of clips with captions, or with the reason why one cannot be used. No video is
 opened here.
 
-    a folder        searched recursively: clips and images with a same-name .txt; a folder of images that has such
-                    a .txt is one clip
-    metadata        .csv, .json or .jsonl, or a folder that holds metadata.*: one clip a row
+    a folder        searched recursively: clips and images with a same-name .txt or .caption; a folder of images that
+                    has such a caption is one clip
+    metadata        .csv, .tsv, .json or .jsonl, or a folder that holds metadata.*: one clip a row
     tars            WebDataset shards: a path with braces and wildcards, a folder of them, or a URL
     tables          .parquet and .arrow files, or a folder of them: Hugging Face data sets on disk
 
@@ -13,21 +13,27 @@ A column `image` may name an image that replaces the clip's first frame as condi
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from titan_video.config.job_config import JobConfig
-from titan_video.ingest import media
+from titan_video.ingest import media, metadata
 from titan_video.ingest.archives import scan_table, scan_tar
 from titan_video.ingest.media import IMAGE_SUFFIXES, MEDIA_SUFFIXES
-from titan_video.ingest.metadata import CAPTION_COLUMNS, ClipRecord, not_a_clip, read_text, scan_metadata
+from titan_video.ingest.metadata import CAPTION_COLUMNS, ClipRecord, not_a_clip, scan_metadata, unread
+from titan_video.ingest.names import FileNames, fold, quoted
+from titan_video.ingest.text import TextFault, read_text
 
 logger = logging.getLogger(__name__)
 
-METADATA_SUFFIXES = (".jsonl", ".csv", ".json")
+METADATA_SUFFIXES = (".jsonl", ".csv", ".tsv", ".json")
+CAPTION_SUFFIXES = (".txt", ".caption")  # of a clip that has both, the first
 TABLE_SUFFIXES = (".parquet", ".arrow")
-FILE_SUFFIXES = (".csv", ".json", ".jsonl", ".tar", *TABLE_SUFFIXES)
+FILE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".tar", *TABLE_SUFFIXES)
 MAX_EMBEDDED_CLIPS = 100_000
+MAX_BESIDE, NAMES_SHOWN = 100_000, 5  # files with a source that are looked at, and shown
 METADATA_NAMES = tuple("metadata" + suffix for suffix in METADATA_SUFFIXES)
 
 
@@ -67,7 +73,8 @@ def scan(path: str | Path, caption_column: str = "") -> list[ClipRecord]:
 
 def _inside(folder: Path) -> list[str]:
     """The metadata file, the tars or the tables of a folder; none where it holds clips as files."""
-    metadata = [str(folder / name) for name in METADATA_NAMES if (folder / name).is_file()]
+    metadata = [str(folder / name) for name in sorted(os.listdir(folder)) if name.lower() in METADATA_NAMES]
+    metadata = [file for file in metadata if os.path.isfile(file)]
     if len(metadata) > 1:
         raise ValueError(
             f"{folder}: holds both {' and '.join(Path(m).name for m in metadata)}; give the one to use as the path"
@@ -83,22 +90,60 @@ def _inside(folder: Path) -> list[str]:
 
 def _scan_folder(folder: Path) -> list[ClipRecord]:
     files = sorted(_walk(folder))
-    texts = {p.with_suffix(""): p for p in files if p.suffix.lower() == ".txt"}
     clips = [p for p in files if p.suffix.lower() in MEDIA_SUFFIXES]
+    captions = _Captions(p for p in files if p.suffix.lower() in CAPTION_SUFFIXES)
     # Images without captions of their own, in a folder that has one, are the frames of a clip.
-    frame_dirs = {p.parent for p in clips if p.parent in texts and p.suffix.lower() in IMAGE_SUFFIXES}
+    frame_dirs = {p.parent for p in clips if p.parent in captions.exact and p.suffix.lower() in IMAGE_SUFFIXES}
     clips = sorted([p for p in clips if p.parent not in frame_dirs] + list(frame_dirs))
-    others = len(files) - len(texts) - sum(p.suffix.lower() in MEDIA_SUFFIXES for p in files)
-    if others:
-        logger.info(
-            f"{folder}: {others} files are neither clips ({' '.join(MEDIA_SUFFIXES)}) nor .txt captions and are "
-            f"not looked at"
-        )
-    stems = {_stem(p) for p in clips}
-    orphans = [p for stem, p in texts.items() if stem not in stems]
-    return [_with_caption(clip, texts.get(_stem(clip))) for clip in clips] + [
-        ClipRecord(str(p), reason="caption without a clip: no video file has this name") for p in orphans
-    ]
+    found = captions.of_clips(clips)
+    records = [_with_caption(clip, *found.get(clip, (None, ""))) for clip in clips]
+    unread_files = {p: reason for p in files if (reason := unread(str(p)))}
+    records += [ClipRecord(str(p), reason=reason) for p, reason in unread_files.items()]
+    not_clips = {_stem(p) for p in clips} | {p.with_suffix("") for p in unread_files}
+    others: dict[Path, list[str]] = {}
+    for p in files:
+        if p.suffix.lower() not in (*CAPTION_SUFFIXES, *MEDIA_SUFFIXES):
+            others.setdefault(p.with_suffix(""), []).append(p.name)
+    for text in captions.left:
+        if text.with_suffix("") not in not_clips:
+            beside = ", ".join(others.get(text.with_suffix(""), []))
+            why = f"{beside} has a suffix that is not read" if beside else "no video or image has this name"
+            records.append(ClipRecord(str(text), reason=f"caption without a clip: {why}"))
+    return records
+
+
+class _Captions:
+    """Which caption file belongs to which clip: one of the clip's name without its suffix, or with it (a.mp4.txt); else
+    the only one of a name that systems take for the same (names.fold).
+
+    exact: {name without the suffix: file}. left: files that belong to no clip.
+    """
+
+    def __init__(self, files: Iterable[Path]):
+        self.files = list(files)
+        self.exact: dict[Path, Path] = {}
+        for p in sorted(self.files, key=lambda p: CAPTION_SUFFIXES.index(p.suffix.lower())):
+            self.exact.setdefault(p.with_suffix(""), p)
+        self.left: list[Path] = []
+
+    def of_clips(self, clips: Sequence[Path]) -> dict[Path, tuple[Path, str]]:
+        """{clip: (caption file, its name where that is spelled in another way)}."""
+        found, folded = {}, {}
+        for clip in clips:
+            if text := self.exact.get(_stem(clip)) or self.exact.get(clip):
+                found[clip] = text, ""
+        used = {text for text, _ in found.values()}
+        free = [p for p in self.exact.values() if p not in used]
+        for p in free:
+            folded.setdefault((p.parent, fold(p.with_suffix("").name)), []).append(p)
+        wanted = Counter((clip.parent, fold(_stem(clip).name)) for clip in clips if clip not in found)
+        for clip in clips:
+            name = clip.parent, fold(_stem(clip).name)
+            if clip not in found and wanted[name] == len(folded.get(name, ())) == 1:
+                found[clip] = folded[name][0], folded[name][0].name
+        used |= {text for text, _ in found.values()}
+        self.left = [p for p in free if p not in used]
+        return found
 
 
 def _stem(clip: Path) -> Path:
@@ -122,22 +167,69 @@ def _walk(folder: Path) -> Iterator[Path]:
         seen.add(real)
 
 
-def _with_caption(clip: Path, text: Path | None) -> ClipRecord:
+def _with_caption(clip: Path, text: Path | None, written: str) -> ClipRecord:
     if reason := not_a_clip(str(clip)):
         return ClipRecord(str(clip), reason=reason)
     if text is None:
         return ClipRecord(str(clip), reason=f"no caption: {_stem(clip).name}.txt is missing")
     try:
-        caption = read_text(text).decode("utf-8-sig").strip()
-    except UnicodeDecodeError as e:
-        return ClipRecord(str(clip), reason=f"unreadable caption: {text.name} is not UTF-8 (byte {e.start})")
+        caption = read_text(text, metadata.MAX_TEXT_BYTES).strip()
+    except TextFault as e:
+        return ClipRecord(str(clip), reason=f"unreadable caption: {text.name} {e}")
     except OSError as e:
         return ClipRecord(str(clip), reason=f"unreadable caption: {text.name}: {e.strerror}")
-    return (
-        ClipRecord(str(clip), (caption,))
-        if caption
-        else ClipRecord(str(clip), reason=f"empty caption: {text.name} holds no text")
-    )
+    if not caption:
+        return ClipRecord(str(clip), reason=f"empty caption: {text.name} holds no text")
+    return ClipRecord(str(clip), (caption,), written=written)
+
+
+# ---- what is beside the clips ----
+
+
+def remarks(paths: Iterable[str], records: Sequence[ClipRecord]) -> list[str]:
+    """Lines for the plan: files that lie with the sources at `paths` and are in no record, and names that were not
+    taken as they are written. records: of all sources.
+    """
+    spelled = [f"{quoted(r.written)} is taken for {r.path}" for r in records if r.written]
+    lines = [f"{len(spelled)} names are spelled in another way: {_first(spelled)}"] if spelled else []
+    known = {os.path.abspath(p) for r in records for p in (r.path, r.image) if p}
+    for folder, used in _folders(paths).items():
+        files = list(islice(_walk(folder), max(MAX_BESIDE, 2 * len(records))))
+        captions = set(_Captions(p for p in files if p.suffix.lower() in CAPTION_SUFFIXES).exact.values())
+        left: dict[str, list[str]] = {}
+        for p in sorted(files):
+            suffix = p.suffix.lower()
+            if p in used or known & {os.path.abspath(p), os.path.abspath(p.parent)}:
+                continue
+            if suffix in MEDIA_SUFFIXES or unread(str(p)):
+                what = f"are not listed in {_first(sorted(p.name for p in used))}, and not used"
+            elif suffix in CAPTION_SUFFIXES and (used or p in captions):
+                what = f"are not read, as captions are in {_first(sorted(p.name for p in used))}" if used else ""
+            elif suffix in CAPTION_SUFFIXES:
+                what = f"are not read, as {CAPTION_SUFFIXES[0]} files of the same names are there"
+            else:
+                what = "are neither clips nor captions, and not read"
+            left.setdefault(what, []).append(str(p.relative_to(folder)))
+        lines += [f"{len(names)} files in {folder} {what}: {_first(names)}" for what, names in left.items() if what]
+    return lines
+
+
+def _folders(paths: Iterable[str]) -> dict[Path, set[Path]]:
+    """{folder of a source: the metadata files in it that are read; empty where its clips are files}. Without those of
+    tars and tables, which hold their clips.
+    """
+    found: dict[Path, set[Path]] = {}
+    for path in paths:
+        for file in map(Path, () if media.is_url(path) else media.expand(path)):
+            inside = [Path(p) for p in (_inside(file) if file.is_dir() else [file])]
+            if all(p.suffix.lower() in METADATA_SUFFIXES for p in inside):
+                found.setdefault(file if file.is_dir() else file.parent, set()).update(inside)
+    return found
+
+
+def _first(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]).encode("utf-8", "backslashreplace").decode() + more
 
 
 # ---- rules of the configuration: each yields one line per mistake ----
@@ -172,6 +264,12 @@ def _path_errors(name: str, path: str) -> Iterator[str]:
         if not path.lower().endswith(FILE_SUFFIXES):
             yield f"{name}: given {path}; a path with wildcards, braces or a URL must end in one of {suffixes}"
     elif not os.path.exists(path):
-        yield f"{name}: {path} does not exist; give a folder of clips, a file ({suffixes}), or {embedded}"
+        found = FileNames(Path()).find(path).path
+        hint = (
+            f"{found} does, a name that is spelled in another way; give that"
+            if found
+            else (f"give a folder of clips, a file ({suffixes}), or {embedded}")
+        )
+        yield f"{name}: {path} does not exist; {hint}"
     elif not os.path.isdir(path) and not path.lower().endswith(FILE_SUFFIXES):
         yield f"{name}: {path} is a file; legal: one that ends in {suffixes}, or a folder of clips"

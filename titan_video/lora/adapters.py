@@ -97,6 +97,15 @@ def rules(config: JobConfig, world_size: int) -> Iterator[str]:
         )
     if lora.enable and "comfyui" in lora.export and not find_module(ORIGINAL):
         yield f"lora.export: comfyui needs the optional part {ORIGINAL.replace('.', '/')}, which is not installed here"
+    source = config.checkpoint.initial_load_path or (
+        config.model.hf_assets_path if config.checkpoint.initial_load_in_hf else ""
+    )
+    if lora.enable and not source and not config.model.flavor.startswith("debug"):
+        yield (
+            f"lora.enable: the weights of {config.model.flavor} that are adapted would be drawn at random; give a "
+            f"diffusers folder in model.hf_assets_path with checkpoint.initial_load_in_hf true, or weights in "
+            f"checkpoint.initial_load_path"
+        )
     if lora.initial_load_path and not lora.enable:
         yield (
             f"lora.initial_load_path: given {lora.initial_load_path}, but lora.enable is false; enable it, or leave "

@@ -13,7 +13,6 @@ from titan_video.distributed.utils import broadcast_from_rank0, initialise
 from titan_video.lora.adapters import add_adapters, init_adapter
 from titan_video.lora.files import MergedWeights, are_exported, load_lora, lora_path, save_lora
 from titan_video.models.layers import is_adapter
-from titan_video.tools.logging import logger
 from titan_video.weights.trained import FullWeights
 
 
@@ -33,9 +32,13 @@ class LoraWeights(FullWeights):
         path = self.settings.lora.initial_load_path
         if path:
             load_lora(model, Path(path), self.spec, self.args, self.settings.lora)
-            logger.info(f"adapters from {path}")
         else:
             initialise(model, init_adapter, self.settings.seed, is_adapter)
+
+    def origin(self, step: int) -> str:
+        drawn = f"drawn at random with debug.seed {self.settings.seed}"
+        adapters = f"from {self.settings.lora.initial_load_path}" if self.settings.lora.initial_load_path else drawn
+        return f"base {super().origin(0)}; adapters {super().origin(step) if step else adapters}"
 
     def counters(self) -> dict[str, Stateful]:
         frozen = f"drawn from seed {self.settings.seed}"

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,10 +50,10 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
     return parse_json(data, str(path))
 
 
-def parse_json(data: bytes | str, where: str) -> Any:
-    """The value of a JSON text. ValueError: `where` is no JSON, or is too deep."""
+def parse_json(data: bytes | str, where: str, make_object: Callable[[list], Any] | None = None) -> Any:
+    """The value of a JSON text. ValueError: `where` is no JSON, or is too deep. make_object: of its pairs."""
     try:
-        level = [value := json.loads(data)]
+        level = [value := json.loads(data, object_pairs_hook=make_object)]
         for _ in range(MAX_JSON_DEPTH + 1):
             parents = [x.values() if isinstance(x, dict) else x for x in level if isinstance(x, dict | list)]
             level = [child for parent in parents for child in parent]

@@ -80,7 +80,11 @@ class FullWeights:
             load_weights(Path(source), model, group=self.group, which=which)
         else:
             load_hf(model, source, self.spec, self.args, self.subfolder)
-        logger.info(f"weights from {source}")
+
+    def origin(self, step: int) -> str:
+        """Where the weights come from, for the log. step: of the checkpoint of this run that was loaded; 0: none."""
+        drawn = f"drawn at random with debug.seed {self.settings.seed}"
+        return f"step {step} of this run's checkpoints" if step else f"from {self.source}" if self.source else drawn
 
     def counters(self) -> dict[str, Stateful]:
         """Further state of checkpoints."""

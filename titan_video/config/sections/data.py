@@ -38,7 +38,7 @@ class Source:
 class Data:
     path: str = opt(
         "",
-        "Folder of clips with .txt captions of the same name, a metadata .csv/.json/.jsonl file, WebDataset tars "
+        "Folder of clips with .txt captions of the same name, a metadata .csv/.tsv/.json/.jsonl file, WebDataset tars "
         "(wildcards, braces, URLs), or .parquet/.arrow files. `embedded:shapes-N` generates N clips of moving shapes. "
         "Shorthand for a single data.source.",
     )

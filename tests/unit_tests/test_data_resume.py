@@ -1,0 +1,162 @@
+"""Before anything is encoded: whether the clips are those of the checkpoints, how many are held out, what is cut."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from tests.unit_tests.data_clips import captioned
+from titan_video.config.job_config import Checkpoint, Data, JobConfig, Validation
+from titan_video.config.manager import dump
+from titan_video.data.latent_cache import LatentCache
+from titan_video.data.loader import identity
+from titan_video.encoders.debug import DebugEncoders
+from titan_video.ingest.__main__ import main
+from titan_video.ingest.cached_clips import cached_clips, split_holdout
+from titan_video.ingest.captions import cut_prompts, with_cut_captions
+from titan_video.ingest.encode import encode_missing
+from titan_video.ingest.plan import build_plan
+from titan_video.ingest.resume import EarlierClips
+
+
+class Folder:
+    """A run's folder with clips, their plan, and a checkpoint of some of them."""
+
+    def __init__(self, root):
+        self.root, self.encoders = root, DebugEncoders(16)
+        (root / "clips").mkdir()
+        for k, name in enumerate("abcd"):
+            captioned(root / "clips" / f"{name}.mp4", f"clip {name}", count=9 + k, fps=8)
+        self.data = Data(path=str(root / "clips"), buckets=((5, 32, 32),), fps=8.0, num_workers=0)
+        self.cache = LatentCache(root / "cache", self.encoders.video_id(), self.encoders.text_id())
+        self.report = root / "data_plan.jsonl"
+
+    def plan(self, **changes):
+        return build_plan(replace(self.data, **changes), self.cache.folder, temporal_stride=4)
+
+    def clips(self, plan=None):
+        return cached_clips(plan or self.plan(), self.cache)
+
+    def save(self, clips, step=4):
+        folder = self.root / "checkpoint" / f"step-{step}"
+        folder.mkdir(parents=True)
+        state = {"step": step, "counters": {"data": {"draws": [4], "fingerprint": identity(clips)}}}
+        (folder / "state.json").write_text(json.dumps(state))
+
+    def least(self, validation=None, section=None, **changes):
+        earlier = EarlierClips.of(section or Checkpoint(), self.root, self.report)
+        data = replace(self.data, **changes)
+        return earlier.least_held_out(self.plan(**changes), self.cache, data, validation or Validation())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Folder(tmp_path)
+
+
+def test_the_same_clips_go_on(folder):
+    assert folder.least() == 1  # no checkpoint
+    folder.save(folder.clips())
+    assert folder.least() == 1 and folder.least(num_workers=3, shuffle=False) == 1
+    assert folder.least(path=str(folder.root / "clips" / "..") + "/clips") == 1  # names do not matter
+
+
+CHANGES = [
+    {"buckets": ((9, 32, 32),)},
+    {"buckets": ((5, 64, 64),)},
+    {"fps": 4.0},
+    {"frame_extraction": "chunk"},
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+def test_other_clips_are_refused(folder, changes):
+    folder.save(folder.clips())
+    (folder.root / "config.toml").write_text(dump(JobConfig(data=folder.data)))
+    with pytest.raises(ValueError, match="the training clips .* are not those of the checkpoint") as error:
+        folder.least(**changes)
+    (name,) = changes
+    assert f"What has changed: data.{name} was " in str(error.value)
+    assert folder.least(section=Checkpoint(enable=False), **changes) == 1
+
+
+def test_a_clip_or_caption_more_is_refused(folder):
+    folder.save(folder.clips())
+    (folder.root / "clips" / "a.txt").write_text("another caption")
+    with pytest.raises(ValueError, match="restore them, or start a new run"):
+        folder.least()
+    (folder.root / "clips" / "a.txt").write_text("clip a")
+    assert folder.least() == 1
+    with pytest.raises(ValueError, match="are not those"):
+        folder.least(Validation(enable=True, holdout=0.5))
+
+
+def test_clips_that_could_not_be_encoded_are_left_out(folder):
+    """The plan does not see them; the checkpoint is of the others."""
+    plan = folder.plan()
+    failed = {plan.kept[1].path: "corrupt: found in decoding"}
+    folder.save(folder.clips(plan.drop(failed)))
+    with pytest.raises(ValueError, match="are not those"):
+        folder.least()
+    plan.drop(failed).write_jsonl(folder.report)
+    assert folder.least() == 1
+    folder.report.unlink()
+    encode_missing(plan.drop(failed), folder.encoders, folder.cache, log=lambda _: None)
+    assert folder.least() == 1
+    folder.report.write_text("no json")
+    assert folder.least() == 1
+
+
+def test_the_checkpoint_that_will_be_loaded_counts(folder):
+    folder.save(folder.clips(), step=2)
+    folder.save(folder.clips(folder.plan(fps=4.0)), step=4)
+    with pytest.raises(ValueError, match="are not those"):
+        folder.least()
+    assert folder.least(section=Checkpoint(load_step=2)) == 1
+    (folder.root / "checkpoint" / "step-4" / "state.json").write_text("{")  # loading passes it over, too
+    assert folder.least() == 1
+
+
+# ---- held-out clips ----
+
+
+def test_a_small_set_holds_one_out(folder):
+    clips = folder.clips()
+    for share, count in ((0.05, 1), (0.5, 2), (0.0, 0), (0.99, 3)):
+        train, held = split_holdout(clips, share)
+        assert (len(train), len(held)) == (4 - count, count)
+    assert split_holdout(clips[:1], 0.5) == (clips[:1], [])
+    assert split_holdout(clips, 0.05, at_least=0) == (clips, [])
+
+
+def test_a_run_that_held_out_none_goes_on_so(folder):
+    folder.save(folder.clips())
+    assert folder.least(Validation(enable=True, holdout=0.05)) == 0
+    assert folder.least(Validation(enable=True, holdout=0.05, path="other")) == 1
+
+
+# ---- captions that are cut ----
+
+
+def test_captions_that_are_cut_are_named_once(folder):
+    texts = {"a": "word " * 15, "b": "word " * 16, "c": "w " * 2000, "d": "x" * 5000}  # and a token to begin with
+    for name, text in texts.items():
+        (folder.root / "clips" / f"{name}.txt").write_text(text)
+    (line,) = with_cut_captions(folder.plan(), folder.encoders).remarks
+    b, c = (str(folder.root / "clips" / f"{name}.mp4") for name in "bc")
+    assert line == f"2 captions are cut to encoder.max_text_length = 16: {b} (17 tokens), {c} (2001 tokens)"
+    assert with_cut_captions(folder.plan(), DebugEncoders(3000)).remarks == ()
+    assert cut_prompts(["short", "one two " * 9], folder.encoders).startswith(
+        "1 prompts are cut to encoder.max_text_length = 16: 'one two one two "
+    )
+    assert cut_prompts([], folder.encoders) == ""
+
+
+def test_the_command_says_what_is_cut(folder, capsys):
+    (folder.root / "clips" / "a.txt").write_text("word " * 99)
+    (folder.root / "run.toml").write_text(dump(JobConfig(data=folder.data)))
+    argv = ["plan", str(folder.root / "run.toml"), "--job.dump_folder", str(folder.root)]
+    main([*argv, "--encoder.name=debug", "--encoder.max_text_length=16"])
+    assert "note: 1 captions are cut to encoder.max_text_length = 16" in capsys.readouterr().out
+    main(argv)  # without the folder of the encoders
+    assert 'note: the length of captions is not checked: model.hf_assets_path = ""' in capsys.readouterr().out
