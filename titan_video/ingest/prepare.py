@@ -18,6 +18,7 @@ from titan_video.ingest.cache_keys import remove_partial_shards, write_manifest
 from titan_video.ingest.cached_clips import cached_clips, split_holdout
 from titan_video.ingest.encode import encode_share, failed_clips, missing_jobs
 from titan_video.ingest.plan import Plan, build_plan
+from titan_video.ingest.resumed import with_started_rules
 from titan_video.models.conditioning import ConditioningSpec
 from titan_video.models.spec import LatentGeometry
 from titan_video.tools.logging import logger
@@ -103,7 +104,7 @@ def prepare_clips(
 
     def plan_clips(path: str, report: Path) -> tuple[list[CachedClip], dict[str, float]]:
         def make() -> Plan:
-            plan = build_plan(data, cache.folder, encoders.stride_t, path)
+            plan = build_plan(with_started_rules(data, folder), cache.folder, encoders.stride_t, path)
             if cache.conditioning.num_cond_frames:
                 plan = plan.without_single_frames()
             _report(plan, report)

@@ -73,6 +73,27 @@ class Data:
         "Video decoder. torchcodec must be installed; its pixels can differ slightly, so its clips have cache entries "
         "of their own.",
     )
+    hdr: Literal["tonemap", "drop"] = opt(
+        "tonemap", "Video with the transfer function PQ or HLG: converted to SDR (formulas: docs/data.md), or dropped."
+    )
+    bt709_lines: int = opt(
+        720,
+        "Video whose tags do not name its matrix is BT.709 if its shorter side has at least so many pixels, else "
+        "BT.601; 0: always BT.601.",
+        ge=0,
+    )
+    video_as_image: bool = opt(
+        False,
+        "A video too short for every bucket of more than one frame is trained on as images, if there is a bucket of "
+        "one frame; without this it is dropped.",
+    )
+    media_rules: int = opt(
+        0,
+        "How colour, images and short videos are read. 2: as docs/data.md says. 1: as before these rules, without hdr, "
+        "bt709_lines and video_as_image. 0: what the run in job.dump_folder was started with; 2 for a new one.",
+        ge=0,
+        le=2,
+    )
     max_decoded_pixels: int = opt(
         1 << 26, "Files whose frames have more pixels are dropped, not decoded.", ge=1, le=1 << 30
     )
