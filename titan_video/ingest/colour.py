@@ -15,7 +15,8 @@ HDR and wide gamuts, in three steps on 16-bit R'G'B' at the bucket's size:
    HLG (BT.2100-2, table 5): E = E'^2 / 3 up to E' = 1/2, (exp((E' - c) / a) + b) / 12 beyond, divided by the value at
    75 %. Both are the reference white of BT.2408-7, table 1. HLG is taken as scene light: its system gamma,
    1.2 + 0.42 log10(L / 1000) for a display of L nit (BT.2100-2, note 5f), is 1 at 334 nit, about where SDR is seen.
-   SDR: E'^2.4 (BT.1886); the curves of sRGB, gamma 2.2, gamma 2.8 and linear light where these are tagged.
+   SDR: the inverse of BT.709's curve (BT.709-6, item 1.2; BT.2087, scene-referred; FFmpeg's filter colorspace does
+   the same); those of sRGB, gamma 2.2, gamma 2.8 and linear light where these are tagged.
 2. A matrix to the primaries of BT.709, by way of XYZ; another white is adapted to D65 by Bradford. Negative light is 0.
 3. HDR: a tone curve, identity up to 0.9 and then 0.9 + a ln(1 + (E - 0.9) / a), which has the same slope there and
    reaches 1 at 1000 nit (the form of BT.2446-1, method C); so what SDR can show keeps its values to within 8 levels.
@@ -52,7 +53,7 @@ TRANSFERS = MappingProxyType(
     | {17: "smpte428", 18: "arib-std-b67"}
 )
 HDR = MappingProxyType({"smpte2084": "PQ", "arib-std-b67": "HLG"})
-SDR_CURVES = MappingProxyType({"iec61966-2-1": "srgb", "gamma22": 2.2, "gamma28": 2.8})  # others: BT.1886
+SDR_CURVES = MappingProxyType({"iec61966-2-1": "srgb", "gamma22": 2.2, "gamma28": 2.8})  # others: BT.709
 PRIMARIES = MappingProxyType(
     {1: "bt709", 4: "bt470m", 5: "bt470bg", 6: "smpte170m", 7: "smpte240m", 8: "film", 9: "bt2020", 10: "smpte428"}
     | {11: "smpte431", 12: "smpte432", 22: "ebu3213"}
@@ -239,7 +240,9 @@ def linear(signal: np.ndarray, transfer: str) -> np.ndarray:
         c = 0.5 - a * math.log(4 * a)
         scene = np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - c) / a) + b) / 12)
         return scene / ((math.exp((0.75 - c) / a) + b) / 12)
-    curve = SDR_CURVES.get(transfer, 1.0 if transfer == "linear" else 2.4)
+    curve = SDR_CURVES.get(transfer, 1.0 if transfer == "linear" else "bt709")
+    if curve == "bt709":
+        return np.where(signal < 0.081, signal / 4.5, ((signal + 0.099) / 1.099) ** (1 / 0.45))
     if curve == "srgb":
         return np.where(signal <= 0.04045, signal / 12.92, ((signal + 0.055) / 1.055) ** 2.4)
     return signal**curve
@@ -247,9 +250,11 @@ def linear(signal: np.ndarray, transfer: str) -> np.ndarray:
 
 def encoded(light: np.ndarray, transfer: str) -> np.ndarray:
     """The end of step 3: what SDR shows, 0 to 1, to R'G'B'."""
-    curve = SDR_CURVES.get(transfer, 2.4)
+    curve = SDR_CURVES.get(transfer, "bt709")
     if transfer in HDR or transfer == "linear" or curve == "srgb":
         return np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)
+    if curve == "bt709":
+        return np.where(light < 0.018, 4.5 * light, 1.099 * light**0.45 - 0.099)
     return light ** (1 / curve)
 
 

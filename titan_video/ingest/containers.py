@@ -2,7 +2,7 @@
 
 A container is whole when its packets reach the end that it declares. Most declare a length, which counts from the first
 packet. Matroska has a Duration, in which mkvmerge stores the length and FFmpeg the absolute end, so either may be
-reached; that nothing is cut off, the size of its Segment tells (RFC 9559, section 4.5).
+reached; that nothing is cut off, the size of its Segment tells (RFC 9559).
 """
 
 import errno
@@ -19,6 +19,7 @@ MISSING_TAIL = 0.1  # seconds by which the packets may end before the declared e
 # A file's kind follows from its content, not from its name, and some kinds open other files: playlists, lists of files.
 DEMUXERS = "mov,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,flv,asf,ogg,h264,hevc,m4v,ivf,nut,mxf,dv,wtv,webp,apng"
 EBML_HEADER, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
+EBML_HEAD = 12  # bytes of an element's number and size
 
 
 @contextmanager
@@ -102,28 +103,34 @@ def _declared_ends(container) -> list[float]:
 
 
 def cut_matroska(path: str, size: int) -> str:
-    """How a Matroska file of `size` bytes is cut off, by its Segment's size; "" for a whole one and for other kinds."""
+    """How a Matroska file of `size` bytes is cut off, by the size of its Segment; "" for whole ones and other kinds.
+
+    Of one that was written as a stream, without that size, the elements inside are looked at; a cut between two of
+    them leaves no trace.
+    """
     with media.open_binary(path) as f:
-        head = f.read(4096)
-    if not head.startswith(EBML_HEADER):
-        return ""
-    length, at = _ebml_size(head, 4)
-    at += length or 0
-    if head[at : at + 4] != SEGMENT:
-        return ""
-    length, at = _ebml_size(head, at + 4)
-    if length is None or size >= at + length:  # unknown: it was written as a stream
-        return ""
-    return f"broken off after {size:,} of {at + length:,} bytes"
+        at = 0
+        while at < size:
+            f.seek(at)
+            head = f.read(EBML_HEAD)
+            if at == 0 and not head.startswith(EBML_HEADER):
+                return ""
+            _, content = _ebml_number(head, 0)
+            length, content = _ebml_number(head, content)
+            if content > len(head):
+                return f"broken off at {size:,} bytes, inside an element" if at else ""
+            at += content + (length or 0)
+            if head.startswith(SEGMENT) and length is not None:
+                break
+    return f"broken off after {size:,} of at least {at:,} bytes" if size < at else ""
 
 
-def _ebml_size(data: bytes, at: int) -> tuple[int | None, int]:
-    """(value, position behind it) of an EBML size (RFC 8794, section 6); None: unknown, or not in `data`."""
+def _ebml_number(data: bytes, at: int) -> tuple[int | None, int]:
+    """(value, position behind it) of an EBML number of 1 to 8 bytes (RFC 8794, section 4); None: unknown, all ones."""
     first = data[at] if at < len(data) else 0
     width = 9 - first.bit_length()
-    if not first or at + width > len(data):
-        return None, at
-    value, ones = int.from_bytes(data[at : at + width], "big") & ((1 << 7 * width) - 1), (1 << 7 * width) - 1
+    ones = (1 << 7 * width) - 1
+    value = int.from_bytes(data[at : at + width], "big") & ones
     return None if value == ones else value, at + width
 
 
