@@ -18,7 +18,7 @@ MAX_SIDE = 16384
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 ANIMATED = ("PNG", "WEBP", "GIF")  # further pictures in a JPEG are previews, depth, the other eye
 OUT_OF_MEMORY = "too large: decoding takes more memory than data.decode_memory_gib, or than there is"
-WHITE = 255  # what is transparent is seen over white, as in a GIF that FFmpeg decodes
+ALPHA_MODES = ("LA", "PA", "La", "RGBA", "RGBa")
 MICROSECONDS = 1_000_000  # ticks of an animation
 SHORTEST, INSTEAD = 0.0101, 0.1  # seconds: browsers show a frame of up to 10 ms for 100 ms
 NEAR = 2  # levels by which a colour profile may differ from sRGB and be taken for it
@@ -148,8 +148,8 @@ def rgb(image: Any) -> tuple[np.ndarray, list[str]]:
     icc=srgb   the pixels go through the file's colour profile to sRGB, unless that is sRGB to within 2 levels, does
                not fit the mode or cannot be read
     lab        CIE L*a*b* of white D50 becomes sRGB
-    alpha      what is transparent (LA, PA, La, RGBA, RGBa, a colour of L, P, RGB or I;16 that is named so) is laid over
-               white, in sRGB values
+    alpha      what is transparent (LA, PA, La, RGBA, RGBa, a colour of 1, L, P, RGB or I;16 that is named so) is laid
+               over white, in sRGB values, as FFmpeg does for GIF
 
     Everything else (1, L, P, RGB, RGBX, CMYK without a profile, YCbCr, HSV) is Pillow's conversion. PNG's gAMA, cHRM
     and cICP are not read. Of PNGs with 16 bits per colour Pillow reads the upper 8.
@@ -163,7 +163,8 @@ def rgb(image: Any) -> tuple[np.ndarray, list[str]]:
         grey_HW = grey_HW.astype(np.float32) * (255 if image.mode == "F" else 1 / 257)
         pixels_HWC = np.repeat(np.clip(np.rint(np.nan_to_num(grey_HW)), 0, 255).astype(np.uint8)[..., None], 3, axis=2)
     else:
-        if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
+        palette_mode = image.palette.mode if image.mode == "P" and image.palette else ""
+        if image.mode in ALPHA_MODES or "transparency" in image.info or palette_mode == "RGBA":
             straight = image.convert("LA") if image.mode == "La" else image
             image, icc = straight.convert("RGBA"), image.info.get("icc_profile")
             alpha_HW = np.asarray(image.getchannel("A"), np.float32) / 255

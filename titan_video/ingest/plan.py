@@ -155,6 +155,8 @@ class Plan:
         if too_short:
             longest = max(e.num_frames for e in too_short)
             fits = whole_latents(longest, self.temporal_stride)
+            if fits == 1 and any(b[0] == 1 for b in self.buckets):
+                return f"The longest clip has {longest} frames: raise data.fps, or set data.video_as_image = true"
             return (
                 f"The longest clip has {longest} frames at data.fps = {self.fps:g}: add a bucket of {fits} frames or "
                 f"fewer, or change data.fps"

@@ -9,6 +9,7 @@ import numpy as np
 
 from titan_video.tools.files import atomic_write
 
+HD_LINES = 720  # from here on players take the matrix for BT.709; below for BT.601, which such a file leaves untagged
 MP4_QUALITY = "12"  # x264's constant rate factor; visually lossless
 
 
@@ -34,8 +35,13 @@ def write_mp4(path: str | os.PathLike, frames_FHWC: np.ndarray, fps: float, what
         # Without mbtree: x264's gives other bits for the same frames from one process to the next.
         stream.options = {"crf": MP4_QUALITY, "preset": "veryfast", "x264-params": "mbtree=0"}
         stream.codec_context.thread_count = 1  # clips are short, and the bytes are the same on every machine
+        matrix = "ITU709" if min(height, width) >= HD_LINES else "ITU601"
+        if matrix == "ITU709":  # smaller files keep the bytes that they have always had
+            context = stream.codec_context
+            context.colorspace = context.color_primaries = context.color_trc = context.color_range = 1
         for frame_HWC in frames_FHWC:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
+            frame = frame.reformat(format="yuv420p", dst_colorspace=matrix)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     atomic_write(path, file.getvalue(), what)
