@@ -44,7 +44,7 @@ def patches(plan):
     return np.stack([frame[h // 2, w // 4], frame[h // 2, 3 * w // 4]])
 
 
-def plan_of(path, **policy):
+def plan_in(path, **policy):
     return make_plan(path.parent, [(5, 48, 64)], 10, 0, path.parent / "cache", policy=MediaPolicy(**policy))
 
 
@@ -60,11 +60,11 @@ def assert_near(found, expected=SRGB, levels=4):
 def test_hdr_is_tone_mapped(tmp_path, curve, pix_fmt):
     light = srgb_light(SRGB) @ TO_2020.T
     signals, transfer = (pq(light * 203), 16) if curve == "PQ" else (hlg(light * 0.265), 18)
-    plan = plan_of(write_patches(tmp_path / "a.mkv", signals, BT2020, pix_fmt, tags=(9, 9, transfer, 1)))
+    plan = plan_in(write_patches(tmp_path / "a.mkv", signals, BT2020, pix_fmt, tags=(9, 9, transfer, 1)))
     assert_near(patches(plan))
     assert f"converted, HDR ({curve}, bt2020) tone-mapped to SDR: 1 file\n    {tmp_path / 'a.mkv'}" in plan.summary()
     with pytest.raises(ValueError, match=rf"(?s)dropped, HDR: 1\n.*a.mkv: transfer function {curve}"):
-        plan_of(tmp_path / "a.mkv", hdr="drop")
+        plan_in(tmp_path / "a.mkv", hdr="drop")
 
 
 def test_hdr_of_a_phone(tmp_path):
@@ -75,9 +75,9 @@ def test_hdr_of_a_phone(tmp_path):
     for name, tags in (("both", (9, 9, 18, 1)), ("none", (2, 2, 2, 0))):
         (tmp_path / name).mkdir()
         write_patches(tmp_path / name / "a.mp4", hlg(light * 0.265), BT2020, "yuv420p10le", tags, **kwargs)
-    assert_near(patches(plan_of(tmp_path / "both" / "a.mp4")), levels=6)
+    assert_near(patches(plan_in(tmp_path / "both" / "a.mp4")), levels=6)
     remux_with_tags(tmp_path / "none" / "a.mp4", (9, 9, 18))
-    plan = plan_of(tmp_path / "none" / "a.mp4")
+    plan = plan_in(tmp_path / "none" / "a.mp4")
     assert plan.kept[0].conversion == "matrix=bt2020nc transfer=arib-std-b67 primaries=bt2020"
     assert_near(patches(plan), levels=6)
 
@@ -126,7 +126,7 @@ def test_wide_gamuts(tmp_path, primaries, to, luma, matrix, transfer):
     as_srgb = np.where(wide <= 0.0031308, 12.92 * wide, 1.055 * wide ** (1 / 2.4) - 0.055)
     as_709 = np.where(wide < 0.018, 4.5 * wide, 1.099 * wide**0.45 - 0.099)
     signals = as_srgb if transfer == 13 else as_709
-    plan = plan_of(write_patches(tmp_path / "a.mkv", signals, luma, "yuv444p10le", (matrix, primaries, transfer, 1)))
+    plan = plan_in(write_patches(tmp_path / "a.mkv", signals, luma, "yuv444p10le", (matrix, primaries, transfer, 1)))
     assert_near(patches(plan))
     assert "converted to BT.709: 1 file" in plan.summary()
 
@@ -138,10 +138,10 @@ def test_wide_gamuts(tmp_path, primaries, to, luma, matrix, transfer):
 @pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuv422p", "yuv444p10le"])
 def test_plain_video_is_left_to_libswscale(tmp_path, luma, tags, pix_fmt):
     """Matrices and ranges as tagged; nothing is added to the identity of such clips."""
-    plan = plan_of(write_patches(tmp_path / "a.mkv", SRGB / 255, luma, pix_fmt, tags))
+    plan = plan_in(write_patches(tmp_path / "a.mkv", SRGB / 255, luma, pix_fmt, tags))
     assert_near(patches(plan))
     assert plan.kept[0].conversion == "" and "converted" not in plan.summary()
-    assert plan.kept[0].content == plan_of(tmp_path / "a.mkv", rules=1).kept[0].content
+    assert plan.kept[0].content == plan_in(tmp_path / "a.mkv", rules=1).kept[0].content
 
 
 def test_plain_pixels_are_those_of_libswscale_alone(tmp_path):
@@ -175,10 +175,10 @@ def test_untagged_video_is_bt709_from_some_lines_on(width, height, policy, is_hd
 
 def test_untagged_hd(tmp_path):
     path = write_patches(tmp_path / "a.mkv", SRGB / 255, BT709, width=1280, height=720)
-    plan = plan_of(path)
+    plan = plan_in(path)
     assert_near(patches(plan))
     assert "converted, untagged video of HD size read as BT.709: 1 file" in plan.summary()
-    before = plan_of(path, rules=1)
+    before = plan_in(path, rules=1)
     assert abs(patches(before) - SRGB).max() > 10 and before.kept[0].content != plan.kept[0].content
     rotated = write_clip(tmp_path / "r.mp4", count=3, width=1280, height=720, rotation=90)
     found = probe(str(rotated))
@@ -188,7 +188,7 @@ def test_untagged_hd(tmp_path):
 @pytest.mark.parametrize("tags, name", [((8, 1, 1, 1), "matrix ycgco"), ((1, 8, 1, 1), "primaries film")])
 def test_what_cannot_be_read_is_named(tmp_path, tags, name):
     with pytest.raises(ValueError, match=f"(?s)dropped, colour: 1.*the {name} .*is|are not read"):
-        plan_of(write_patches(tmp_path / "a.mkv", SRGB / 255, BT709, tags=tags))
+        plan_in(write_patches(tmp_path / "a.mkv", SRGB / 255, BT709, tags=tags))
 
 
 def test_grey_of_limited_range(tmp_path):
@@ -204,7 +204,7 @@ def test_grey_of_limited_range(tmp_path):
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     (tmp_path / "a.txt").write_text("grey")
-    assert_near(patches(plan_of(tmp_path / "a.mkv")), np.full((2, 3), round((125 - 16) / 219 * 255)), levels=2)
+    assert_near(patches(plan_in(tmp_path / "a.mkv")), np.full((2, 3), round((125 - 16) / 219 * 255)), levels=2)
 
 
 def test_transparent_video_is_laid_over_white(tmp_path):
@@ -222,10 +222,10 @@ def test_transparent_video_is_laid_over_white(tmp_path):
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     (tmp_path / "a.txt").write_text("half there")
-    plan = plan_of(tmp_path / "a.mov")
+    plan = plan_in(tmp_path / "a.mov")
     assert_near(patches(plan), np.array([(200, 50, 25), (127, 127, 127)]), levels=2)
     assert "transparency laid over white: 1 file" in plan.summary()
-    assert_near(patches(plan_of(tmp_path / "a.mov", rules=1)), np.array([(200, 50, 25), (0, 0, 0)]), levels=2)
+    assert_near(patches(plan_in(tmp_path / "a.mov", rules=1)), np.array([(200, 50, 25), (0, 0, 0)]), levels=2)
 
 
 # ---- options ----
@@ -246,7 +246,7 @@ def test_torchcodec_leaves_conversions_to_pyav(tmp_path, monkeypatch):
     monkeypatch.setattr("titan_video.ingest.plan.require", lambda decoder: None)
     light = srgb_light(SRGB) @ TO_2020.T
     path = write_patches(tmp_path / "a.mkv", pq(light * 203), BT2020, "yuv420p10le", tags=(9, 9, 16, 1))
-    plan = plan_of(path, decoder="torchcodec")
+    plan = plan_in(path, decoder="torchcodec")
     assert plan.kept[0].decoder == "pyav"
     assert_near(patches(plan))
 

@@ -129,7 +129,7 @@ def write(folder, name, image, **kwargs):
     return folder / name
 
 
-def plan_of(folder, **policy):
+def plan_in(folder, **policy):
     return make_plan(folder, [(1, 24, 32), (5, 24, 32)], 10, 0, folder / "cache", policy=MediaPolicy(**policy))
 
 
@@ -142,28 +142,28 @@ def shown(entry, frame=0):
 def test_all_formats_give_the_same(tmp_path, name):
     options = {"lossless": True} if name == "a.webp" else {}
     write(tmp_path, name, two((*RED, 128), (*GREEN, 255), "RGBA"), **options)
-    (entry,) = plan_of(tmp_path).kept
+    (entry,) = plan_in(tmp_path).kept
     if name != "a.bmp":  # Pillow reads its fourth channel as padding
         assert entry.conversion == "alpha"
         assert abs(np.array(shown(entry)) - [HALF, GREEN]).max() <= 1
-    (before,) = plan_of(tmp_path, rules=1).kept
+    (before,) = plan_in(tmp_path, rules=1).kept
     assert before.conversion == "" and (before.content != entry.content) == (name != "a.bmp")
 
 
 def test_16_bit_png_is_scaled_and_not_clipped(tmp_path):
     path = write(tmp_path, "a.png", Image.fromarray(grey16(10000, 51400)))
-    plan = plan_of(tmp_path)
+    plan = plan_in(tmp_path)
     assert shown(plan.kept[0]) == [(39,) * 3, (200,) * 3]
     assert "converted, 16 bits scaled to 8: 1 file" in plan.summary()
     assert read_image(str(path), (1, 24, 32))[:, 0, 12, 8].tolist() == [39] * 3
-    assert shown(plan_of(tmp_path, rules=1).kept[0])[1] == (255,) * 3
+    assert shown(plan_in(tmp_path, rules=1).kept[0])[1] == (255,) * 3
 
 
 def test_plain_images_keep_their_identity(tmp_path):
     write(tmp_path, "a.png", two(RED, GREEN))
     write(tmp_path, "b.png", two((*RED, 255), (*GREEN, 255), "RGBA"))
     write(tmp_path, "c.jpg", two(RED, GREEN).convert("CMYK"))
-    now, before = plan_of(tmp_path), plan_of(tmp_path, rules=1)
+    now, before = plan_in(tmp_path), plan_in(tmp_path, rules=1)
     assert [e.content for e in now.kept] == [e.content for e in before.kept] and len(now.kept) == 3
 
 
@@ -194,34 +194,34 @@ def test_an_animation_is_a_clip_with_its_own_times(tmp_path, name):
     path = animation(tmp_path, name, disposal=2) if name == "a.gif" else animation(tmp_path, name)
     times, end = probe(str(path)).seconds()
     assert times == pytest.approx([0, 0.1, 0.4, 0.6]) and end == pytest.approx(1.0)
-    (entry,) = plan_of(tmp_path).kept
+    (entry,) = plan_in(tmp_path).kept
     assert (entry.num_frames, entry.source_frames, entry.bucket[0]) == (10, 4, 5)
     expected = [COLOURS[0][:3], *[COLOURS[1][:3]] * 3, COLOURS[2][:3]]
     assert abs(np.array([shown(entry, k)[0] for k in range(5)]) - expected).max() <= 4
     last = make_plan(tmp_path, [(9, 24, 32)], 10, 0, tmp_path / "cache").kept[0]
     if name != "a.gif":  # in which Pillow writes no frame that is empty
         assert shown(last, 8) == [(255,) * 3] * 2  # transparent, so white
-    still = plan_of(tmp_path, rules=1).kept[0]
+    still = plan_in(tmp_path, rules=1).kept[0]
     assert still.bucket[0] == (5 if name == "a.gif" else 1)  # FFmpeg has always read GIF
 
 
 def test_an_apng_with_a_picture_for_other_readers(tmp_path):
     animation(tmp_path, "a.png", default_image=True)
-    (entry,) = plan_of(tmp_path).kept
+    (entry,) = plan_in(tmp_path).kept
     assert entry.source_frames == 3 and shown(entry)[0] == COLOURS[1][:3]  # the first is not of the animation
 
 
 @pytest.mark.parametrize("name", ["a.webp", "a.png"])
 def test_an_animation_of_one_frame_is_a_still(tmp_path, name):
     animation(tmp_path, name, DURATIONS[:1])
-    (entry,) = plan_of(tmp_path).kept
+    (entry,) = plan_in(tmp_path).kept
     assert entry.bucket[0] == 1 and entry.pts == (0,)
 
 
 def test_a_short_animation_is_no_still(tmp_path):
     animation(tmp_path, "a.webp", DURATIONS[:2])
     write(tmp_path, "b.png", two(RED, GREEN))
-    assert [e.reason.partition(":")[0] for e in plan_of(tmp_path).entries] == ["would be a still", ""]
+    assert [e.reason.partition(":")[0] for e in plan_in(tmp_path).entries] == ["would be a still", ""]
 
 
 def test_transparent_parts_of_a_gif_are_white(tmp_path):
@@ -229,7 +229,7 @@ def test_transparent_parts_of_a_gif_are_white(tmp_path):
     for k, frame in enumerate(frames):
         frame.paste((*GREEN, 255), (0, 0, 1 + k, 3))
     write(tmp_path, "a.gif", frames[0], save_all=True, append_images=frames[1:], duration=100, disposal=2)
-    (entry,) = plan_of(tmp_path).kept
+    (entry,) = plan_in(tmp_path).kept
     assert entry.conversion == "" and [shown(entry, k) for k in range(5)] == [[RED, (255,) * 3]] * 5
 
 

@@ -154,7 +154,7 @@ def test_hostile_sizes_end(tmp_path):
 # ---- short videos ----
 
 
-def plan_of(folder, buckets, fps=25, **policy):
+def plan_in(folder, buckets, fps=25, **policy):
     return make_plan(folder, buckets, fps, 0, folder / "cache", policy=MediaPolicy(**policy))
 
 
@@ -165,17 +165,17 @@ def test_a_video_that_fills_no_longer_bucket_is_no_still(tmp_path):
     for name in ("short", "long", "one"):
         (tmp_path / f"{name}.txt").write_text(name)
     buckets = [[1, 32, 32], [33, 32, 32], [41, 32, 32]]
-    plan = plan_of(tmp_path, buckets)
+    plan = plan_in(tmp_path, buckets)
     long, one, short = plan.entries
     assert short.reason.startswith(
         "would be a still: 20 frames at 25 fps, the shortest bucket of more than one frame takes 33; add a shorter"
     )
     assert plan.counts() == {"clips": 2, "dropped": 1, "dropped/would be a still": 1}
     assert (long.bucket[0], one.bucket[0]) == (33, 1)  # a video of one frame is an image
-    assert all(e.kept for e in plan_of(tmp_path, buckets, video_as_image=True).entries)
-    assert all(e.kept for e in plan_of(tmp_path, buckets, rules=1).entries)
-    assert all(e.kept for e in plan_of(tmp_path, [[1, 32, 32]]).entries)  # nothing else was asked for
+    assert all(e.kept for e in plan_in(tmp_path, buckets, video_as_image=True).entries)
+    assert all(e.kept for e in plan_in(tmp_path, buckets, rules=1).entries)
+    assert all(e.kept for e in plan_in(tmp_path, [[1, 32, 32]]).entries)  # nothing else was asked for
     with pytest.raises(ValueError, match="add a bucket of 17 frames or fewer"):
         (tmp_path / "long.txt").unlink()
         (tmp_path / "one.txt").unlink()
-        plan_of(tmp_path, buckets)
+        plan_in(tmp_path, buckets)

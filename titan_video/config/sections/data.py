@@ -73,30 +73,11 @@ class Data:
         "Video decoder. torchcodec must be installed; its pixels can differ slightly, so its clips have cache entries "
         "of their own.",
     )
-    hdr: Literal["tonemap", "drop"] = opt(
-        "tonemap", "Video with the transfer function PQ or HLG: converted to SDR (formulas: docs/data.md), or dropped."
-    )
-    bt709_lines: int = opt(
-        720,
-        "Video whose tags do not name its matrix is BT.709 if its shorter side has at least so many pixels, else "
-        "BT.601; 0: always BT.601.",
-        ge=0,
-    )
-    video_as_image: bool = opt(
-        False,
-        "A video too short for every bucket of more than one frame is trained on as images, if there is a bucket of "
-        "one frame; without this it is dropped.",
-    )
-    media_rules: int = opt(
-        0,
-        "How colour, images and short videos are read. 2: as docs/data.md says. 1: as before these rules, without hdr, "
-        "bt709_lines and video_as_image. 0: what the run in job.dump_folder was started with; 2 for a new one.",
-        ge=0,
-        le=2,
-    )
-    max_decoded_pixels: int = opt(
-        1 << 26, "Files whose frames have more pixels are dropped, not decoded.", ge=1, le=1 << 30
-    )
+    hdr: Literal["tonemap", "drop"] = opt("tonemap", "Video in PQ or HLG: converted to SDR (docs/data.md), or dropped.")
+    bt709_lines: int = opt(720, "Untagged video is BT.709 from so many pixels a side on; 0: always BT.601.", ge=0)
+    video_as_image: bool = opt(False, "Video that fills no bucket but those of one frame: trained on as images.")
+    media_rules: int = opt(0, "1: media as before these options; 2: by them; 0: as the run began.", ge=0, le=2)
+    max_decoded_pixels: int = opt(1 << 26, "Files whose frames have more pixels are dropped.", ge=1, le=1 << 30)
     max_frames: int = opt(500_000, "Files with more frames, also after resampling, are dropped.", ge=1)
     decode_timeout_seconds: float = opt(
         600.0, "A worker that takes longer for a clip is replaced; a clip of two such workers is dropped.", gt=0, le=1e6
@@ -149,9 +130,5 @@ class Data:
 
 def _size(side: int, ratio: float) -> tuple[int, int]:
     """(height, width) with about the area of a square of this side, width / height about `ratio`."""
-    height, width = side * ratio**-0.5, side * ratio**0.5
-    return _round(height), _round(width)
-
-
-def _round(pixels: float) -> int:
-    return max(1, round(pixels / DERIVED_MULTIPLE)) * DERIVED_MULTIPLE
+    height, width = (side * ratio**half / DERIVED_MULTIPLE for half in (-0.5, 0.5))
+    return max(1, round(height)) * DERIVED_MULTIPLE, max(1, round(width)) * DERIVED_MULTIPLE
