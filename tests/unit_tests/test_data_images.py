@@ -116,9 +116,9 @@ def test_a_colour_profile_is_applied():
     image.info["icc_profile"] = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     assert halves(image) == ([RED, GREEN], [])  # to pass through sRGB's own would cost a level here and there
     image.info["icc_profile"] = wide_profile()
-    swapped, traits = halves(image)
+    exchanged, traits = halves(image)
     assert traits == ["icc=srgb"]
-    assert swapped[0][1] > swapped[0][0] and swapped[1][0] > swapped[1][1]
+    assert exchanged[0][1] > exchanged[0][0] and exchanged[1][0] > exchanged[1][1]
     image.info["icc_profile"] = b"no profile"
     assert halves(image) == ([RED, GREEN], [])
 
