@@ -67,6 +67,17 @@ def test_hdr_is_tone_mapped(tmp_path, curve, pix_fmt):
         plan_in(tmp_path / "a.mkv", hdr="drop")
 
 
+@pytest.mark.parametrize("curve", ["PQ", "HLG"])
+def test_white_and_highlights_of_hdr(tmp_path, curve):
+    """The white of SDR loses at most 8 levels; what is brighter stays brighter, up to 1000 nit."""
+    light = np.array([[1.0] * 3, [2.5] * 3])
+    signals, transfer = (pq(light * 203), 16) if curve == "PQ" else (hlg(light * 0.265), 18)
+    white, highlight = patches(
+        plan_in(write_patches(tmp_path / "a.mkv", signals, BT2020, "yuv444p10le", (9, 9, transfer, 1)))
+    )
+    assert 247 <= white.min() and white.max() <= 249 and 251 <= highlight.min() and highlight.max() <= 254
+
+
 def test_hdr_of_a_phone(tmp_path):
     """HEVC in mp4: with tags in the bitstream, and in the container alone, which libavcodec forgets."""
     light = srgb_light(SRGB) @ TO_2020.T

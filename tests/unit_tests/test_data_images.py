@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from titan_video.config.job_config import Source
 from titan_video.ingest.colour import MediaPolicy
 from titan_video.ingest.images import rgb
 from titan_video.ingest.plan import make_plan, read_frames
@@ -175,6 +176,19 @@ def test_the_orientation_comes_first(tmp_path):
     assert (found.width, found.height, found.colour) == (24, 32, "alpha")
 
 
+def test_trusted_metadata_does_not_hide_the_mode(tmp_path):
+    write(tmp_path, "a.png", two((*RED, 128), (*GREEN, 255), "RGBA"))
+    write(tmp_path, "b.png", two(RED, GREEN))
+    animation(tmp_path, "c.webp")
+    rows = ["file_name,caption,width,height,num_frames,fps", *(f"{n},two,32,24,1,10" for n in ("a.png", "b.png"))]
+    (tmp_path / "list.csv").write_text("\n".join([*rows, "c.webp,four,32,24,3,10"]) + "\n")
+    source = Source(path=str(tmp_path / "list.csv"), trust_metadata=True)
+    one, other, clip = make_plan([source], [(1, 24, 32), (3, 24, 32)], 10, 0, tmp_path / "cache").kept
+    with pytest.raises(ValueError, match="wrong metadata: with trust_metadata its colour is not read"):
+        read_frames(one)
+    assert shown(other) == [RED, GREEN] and shown(clip, 2)[0] == COLOURS[2][:3]
+
+
 # ---- animations ----
 
 DURATIONS = [100, 300, 200, 400]
@@ -231,6 +245,12 @@ def test_transparent_parts_of_a_gif_are_white(tmp_path):
     write(tmp_path, "a.gif", frames[0], save_all=True, append_images=frames[1:], duration=100, disposal=2)
     (entry,) = plan_in(tmp_path).kept
     assert entry.conversion == "" and [shown(entry, k) for k in range(5)] == [[RED, (255,) * 3]] * 5
+
+
+def test_a_jpeg_with_several_pictures_is_a_still(tmp_path):
+    write(tmp_path, "a.jpg", two(RED, GREEN), format="MPO", save_all=True, append_images=[two(GREEN, RED)])
+    (entry,) = plan_in(tmp_path).kept
+    assert entry.bucket[0] == 1 and abs(np.array(shown(entry)) - [RED, GREEN]).max() < 12
 
 
 def test_frames_without_a_time_last_a_tenth_of_a_second(tmp_path):

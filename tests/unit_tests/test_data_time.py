@@ -128,6 +128,12 @@ def test_the_frames_of_a_late_file_are_its_own(tmp_path):
     assert [number(f) for f in frames.permute(1, 2, 3, 0).numpy()] == [3, 4, 5, 6, 7]
 
 
+def test_bytes_behind_a_whole_matroska_do_not_matter(tmp_path):
+    path = write_late(tmp_path / "a.mkv", 3)
+    path.write_bytes(path.read_bytes() + b"\x81" * 7)
+    assert probe(str(path)).reason == ""
+
+
 def test_members_of_tars_too(tmp_path):
     path = write_late(tmp_path / "a.mkv", 3)
     data = path.read_bytes()

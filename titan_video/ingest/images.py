@@ -44,17 +44,24 @@ def check_count(count: int, max_frames: int) -> None:
         raise UnusableClip(f"too long: more frames in the file than data.max_frames = {max_frames}")
 
 
-def images(path: str, max_pixels: int, colour: str = "") -> Iterator:
+def images(path: str, max_pixels: int, colour: str = "", is_probed: bool = True) -> Iterator:
     """(time, frame) of an image, an animation, or a folder of images: 0; microseconds; numbers.
 
     The size is known before an image is decoded. colour: of the probe; "": pixels as Pillow's own `convert("RGB")`
-    gives them, which is right for the images that the probe finds nothing about.
+    gives them, which is right for the images that the probe finds nothing about. With is_probed off such images are
+    compared, and refused where it is not; frames have numbers.
     """
     import av
 
-    for time, _, image in _opened(path, max_pixels):
-        pixels_HWC = rgb(image)[0] if colour else np.asarray(image.convert("RGB"))
-        yield time, av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels_HWC), format="rgb24")
+    for number, (time, _, image) in enumerate(_opened(path, max_pixels)):
+        pixels_HWC = rgb(image)[0] if colour or not is_probed else np.asarray(image.convert("RGB"))
+        if not is_probed and not _is_plain(image, pixels_HWC):
+            raise UnusableClip(
+                "wrong metadata: with trust_metadata its colour is not read (transparency, 16 bits or a profile); set "
+                "that to false for its source"
+            )
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels_HWC), format="rgb24")
+        yield (time if is_probed else number), frame
 
 
 def probe_images(path: str, max_pixels: int, max_frames: int) -> tuple[tuple[int, int], tuple[int, ...], int, str]:

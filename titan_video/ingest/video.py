@@ -199,7 +199,8 @@ def decode(
     target = FrameTarget(frames_FHWC.numpy(), target_slots, width, height, bucket, reading.conversion)
     max_pixels = max(SMALL_FRAME, PIXEL_SLACK * width * height)
     if media.kind(path) != "video":
-        missing = copy_frames(images(path, max_pixels, reading.conversion), target)
+        is_probed = not reading.rate or reading.rules < 2
+        missing = copy_frames(images(path, max_pixels, reading.conversion, is_probed), target)
     else:
         missing = _copy_video(path, target, max_pixels, reading)
     if missing:

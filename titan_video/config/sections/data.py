@@ -74,9 +74,9 @@ class Data:
         "of their own.",
     )
     hdr: Literal["tonemap", "drop"] = opt("tonemap", "Video in PQ or HLG: converted to SDR (docs/data.md), or dropped.")
-    bt709_lines: int = opt(720, "Untagged video is BT.709 from so many pixels a side on; 0: always BT.601.", ge=0)
+    bt709_lines: int = opt(720, "Untagged video is BT.709 if its shorter side has so many pixels; 0: never.", ge=0)
     video_as_image: bool = opt(False, "Video that fills no bucket but those of one frame: trained on as images.")
-    media_rules: int = opt(0, "1: media as before these options; 2: by them; 0: as the run began.", ge=0, le=2)
+    media_rules: int = opt(0, "1: media are read without these options; 2: with them; 0: as the run began.", ge=0, le=2)
     max_decoded_pixels: int = opt(1 << 26, "Files whose frames have more pixels are dropped.", ge=1, le=1 << 30)
     max_frames: int = opt(500_000, "Files with more frames, also after resampling, are dropped.", ge=1)
     decode_timeout_seconds: float = opt(
