@@ -99,7 +99,7 @@ def too_short(
     needed = choice.temporal_stride + 1 if choice.mode == "full" else min(longer)
     return (
         f"would be a still: {num_frames} frames at {fps:g} fps, the shortest bucket of more than one frame takes "
-        f"{needed}; add a shorter bucket, or set data.video_as_image = true to train on its frames as images"
+        f"{needed}; add a shorter bucket, or set data.video_as_image = true"
     )
 
 
