@@ -239,6 +239,25 @@ def test_transparent_video_is_laid_over_white(tmp_path):
     assert_near(patches(plan_in(tmp_path / "a.mov", rules=1)), np.array([(200, 50, 25), (0, 0, 0)]), levels=2)
 
 
+@pytest.mark.parametrize("fourth, alpha", [(0, ""), (128, "alpha")])
+def test_the_fourth_byte_of_an_avi_may_be_padding(tmp_path, fourth, alpha):
+    import av
+
+    with av.open(str(tmp_path / "a.avi"), "w") as container:
+        stream = container.add_stream("rawvideo", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "bgra"
+        for k in range(10):
+            image = np.full((48, 64, 4), (200, 50, 25, fourth), np.uint8)
+            frame = av.VideoFrame.from_ndarray(image, format="rgba")
+            frame.pts = k
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    (tmp_path / "a.txt").write_text("one colour")
+    plan = plan_in(tmp_path / "a.avi")
+    assert plan.kept[0].conversion == alpha
+    assert_near(patches(plan)[:1], np.array([(227, 152, 140) if alpha else SRGB[0]]), levels=2)
+
+
 # ---- options ----
 
 

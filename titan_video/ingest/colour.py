@@ -139,11 +139,20 @@ def facts(stream: Any, frame: Any, container: tuple[int, int, int] = (UNSPECIFIE
         found["primaries"] = gamut
         if curve in SDR_CURVES:
             found["transfer"] = curve
-    if any(c.is_alpha for c in components) and stream.codec_context.name != "gif":  # where it is white already
+    if any(c.is_alpha for c in components) and _has_alpha(stream, frame):
         found["alpha"] = ""
     if "untagged" in found and any("DOVI" in str(getattr(d.type, "name", "")) for d in frame.side_data):
         found = {"matrix": "ipt-c2"}  # Dolby Vision profile 5, which tags nothing
     return _text(found)
+
+
+def _has_alpha(stream: Any, frame: Any) -> bool:
+    """Whether the fourth channel of a stream's first frame is transparency that is still to be seen to."""
+    if stream.codec_context.name == "gif":  # it is white already
+        return False
+    if stream.container.format.name == "avi":  # in which the fourth byte of a pixel is often padding
+        return bool(frame.reformat(format="rgba").to_ndarray()[..., 3].any())
+    return True
 
 
 def settle(found: str, width: int, height: int, policy: MediaPolicy) -> tuple[str, str]:
