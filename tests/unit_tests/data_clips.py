@@ -110,3 +110,46 @@ def captioned(path, caption="a clip", **kwargs):
     write_clip(path, **kwargs)
     path.with_suffix(".txt").write_text(caption)
     return path
+
+
+def write_patches(path, signals, luma, pix_fmt="yuv420p", tags=(2, 2, 2, 0), codec="ffv1", **kwargs):
+    """Ten frames, of which the left and the right half have one R'G'B' each, in 0 to 1.
+
+    luma: (Kr, Kb) of the matrix. tags: matrix, primaries, transfer, range (2: full) as numbers of H.273. kwargs: width,
+    height, and options of the encoder.
+    """
+    import av
+
+    width, height = kwargs.get("width", 64), kwargs.get("height", 48)
+    bits = int("".join(c for c in pix_fmt.split("p", 1)[1] if c.isdigit()) or 8)
+    matrix, primaries, transfer, color_range = tags
+    with av.open(str(path), "w", options=kwargs.get("container", {})) as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.width, stream.height, stream.pix_fmt, stream.options = width, height, pix_fmt, kwargs.get("options", {})
+        context = stream.codec_context
+        context.colorspace, context.color_primaries, context.color_trc, context.color_range = tags
+        frame = av.VideoFrame(width, height, pix_fmt)
+        for component, plane in zip(range(3), frame.planes, strict=True):
+            values = [round(v) for v in (_yuv(s, luma, bits, color_range == 2)[component] for s in signals)]
+            rows = np.empty((plane.height, plane.line_size // (1 + (bits > 8))), np.uint8 if bits == 8 else "<u2")
+            rows[:, : plane.width // 2], rows[:, plane.width // 2 :] = values
+            plane.update(rows.tobytes())
+        frame.colorspace, frame.color_range = matrix, color_range
+        frame.color_primaries, frame.color_trc = primaries, transfer
+        for k in range(10):
+            frame.pts = k
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    path.with_suffix(".txt").write_text("two patches")
+    return path
+
+
+def _yuv(signal, luma, bits, is_full):
+    """Y'CbCr of BT.709, table 4, as numbers of `bits` bits."""
+    (kr, kb), (r, g, b), one = luma, signal, 1 << bits - 8
+    y = kr * r + (1 - kr - kb) * g + kb * b
+    chroma = (b - y) / (2 - 2 * kb), (r - y) / (2 - 2 * kr)
+    if is_full:
+        top = (1 << bits) - 1
+        return y * top, *(c * top + (top + 1) / 2 for c in chroma)
+    return (16 + 219 * y) * one, *((128 + 224 * c) * one for c in chroma)

@@ -8,6 +8,7 @@ import pytest
 from tests.unit_tests.data_clips import captioned, number, write_clip
 from titan_video.data.batching import Batching, Work
 from titan_video.ingest import __main__ as command
+from titan_video.ingest.colour import MediaPolicy
 from titan_video.ingest.plan import make_plan, read_frames
 from titan_video.ingest.report import decode_all, export, report
 from titan_video.ingest.video import decode, probe
@@ -28,7 +29,7 @@ def plan(tmp_path_factory):
         [(40, 64, 48), (8, 64, 32), (7, 32, 64), (6, 30, 60), (3, 48, 48), (2, 90, 90)]
     ):
         captioned(folder / "clips" / f"{k}.mp4", f"clip {k}", count=count, width=width, height=height, fps=10)
-    return make_plan(folder / "clips", BUCKETS, 10, 0, folder / "cache")
+    return make_plan(folder / "clips", BUCKETS, 10, 0, folder / "cache", policy=MediaPolicy(video_as_image=True))
 
 
 def test_table(plan):

@@ -19,6 +19,7 @@ from tests.unit_tests.data_clips import captioned, level, number, write_clip
 from titan_video.config.job_config import Data, Source
 from titan_video.ingest import media, probes
 from titan_video.ingest.bucketing import ClipChoice, choose, starts
+from titan_video.ingest.colour import MediaPolicy
 from titan_video.ingest.metadata import CAPTION_COLUMNS, DECLARED_COLUMNS, MEDIA_COLUMNS
 from titan_video.ingest.plan import build_plan, make_plan, read_frames
 from titan_video.ingest.sources import scan
@@ -223,7 +224,8 @@ def test_folders_of_frames(tmp_path):
     picture(3).save(folder / "images" / "a.png")
     (folder / "images" / "a.txt").write_text("an image")
     source = Source(path=str(folder), source_fps=12.0)
-    plan = make_plan([source], [[1, 32, 32], [5, 32, 64]], 6, 0, tmp_path / "cache")
+    buckets, short = [[1, 32, 32], [5, 32, 64]], MediaPolicy(video_as_image=True)
+    plan = make_plan([source], buckets, 6, 0, tmp_path / "cache", policy=short)
     by_name = {os.path.basename(e.path): e for e in plan.entries}
     assert set(by_name) == {"walk", "run", "odd", "a.png"}
     assert (
@@ -239,7 +241,7 @@ def test_folders_of_frames(tmp_path):
     unknown = make_plan(folder, [[1, 32, 32]], 6, 0, tmp_path / "cache")
     assert [e.reason.partition(":")[0] for e in unknown.entries if "walk" in e.path] == ["no rate"]
     picture(20).save(folder / "walk" / "frame4.png")
-    changed = make_plan([source], [[1, 32, 32], [5, 32, 64]], 6, 0, tmp_path / "cache")
+    changed = make_plan([source], buckets, 6, 0, tmp_path / "cache")
     assert numbers(next(e for e in changed.kept if e.path.endswith("walk"))) == [0, 2, 20, 6, 8]
 
 

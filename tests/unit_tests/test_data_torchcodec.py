@@ -12,9 +12,10 @@ from PIL import Image
 
 from tests.unit_tests.data_clips import captioned, damaged, number, write_clip
 from tests.unit_tests.test_data_video import CONTAINERS
+from titan_video.ingest.colour import MediaPolicy
 from titan_video.ingest.media import member
 from titan_video.ingest.plan import make_plan, read_frames
-from titan_video.ingest.video import UnusableClip, decode, frame_indices, probe, require
+from titan_video.ingest.video import Reading, UnusableClip, decode, frame_indices, probe, require
 
 try:
     require("torchcodec")
@@ -30,7 +31,7 @@ def test_without_it_a_plan_is_refused(tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match="(?s)data.decoder is torchcodec.*install the torchcodec.*or set pyav.*torchcodec"
     ):
-        make_plan(tmp_path, [(5, 32, 32)], 16, 0, tmp_path / "cache", decoder="torchcodec")
+        make_plan(tmp_path, [(5, 32, 32)], 16, 0, tmp_path / "cache", policy=MediaPolicy(decoder="torchcodec"))
 
 
 def test_its_pixels_have_an_identity_of_their_own(tmp_path, monkeypatch):
@@ -39,7 +40,9 @@ def test_its_pixels_have_an_identity_of_their_own(tmp_path, monkeypatch):
     (tmp_path / "image.txt").write_text("an image")
     monkeypatch.setattr("titan_video.ingest.plan.require", lambda decoder: None)
     one, other = (
-        make_plan(tmp_path, [(5, 32, 32), (1, 32, 32)], 16, 0, tmp_path / "cache", decoder=name).kept
+        make_plan(
+            tmp_path, [(5, 32, 32), (1, 32, 32)], 16, 0, tmp_path / "cache", policy=MediaPolicy(decoder=name)
+        ).kept
         for name in ("pyav", "torchcodec")
     )
     assert [e.decoder for e in one] == ["pyav", "pyav"] and [e.decoder for e in other] == ["torchcodec", "pyav"]
@@ -51,7 +54,8 @@ def both(path, found, indices, bucket=None):
     bucket = bucket or (len(indices), found.height, found.width)
     pts = [found.pts[i] for i in indices]
     one, other = (
-        decode(str(path), pts, found.width, found.height, bucket, decoder=name) for name in ("pyav", "torchcodec")
+        decode(str(path), pts, found.width, found.height, bucket, Reading(decoder=name))
+        for name in ("pyav", "torchcodec")
     )
     assert one.shape == other.shape and (one.float() - other.float()).abs().mean() < 2
     return other.permute(1, 2, 3, 0).numpy()
@@ -73,7 +77,7 @@ def test_variable_rate_repeats_and_numbers(tmp_path):
     found = probe(str(path))
     indices = frame_indices(*found.seconds(), 10)
     assert [number(f) for f in both(path, found, indices)] == indices
-    by_number = decode(str(path), [1, 4, 4], 64, 48, (3, 48, 64), by_index=True, decoder="torchcodec")
+    by_number = decode(str(path), [1, 4, 4], 64, 48, (3, 48, 64), Reading(by_index=True, decoder="torchcodec"))
     assert [number(f) for f in by_number.permute(1, 2, 3, 0).numpy()] == [1, 4, 4]
 
 
@@ -118,7 +122,7 @@ def test_damage_never_escapes_as_another_error(tmp_path):
         if found.reason:
             continue
         try:
-            decode(str(path), found.pts[:5], found.width, found.height, (5, 32, 32), decoder="torchcodec")
+            decode(str(path), found.pts[:5], found.width, found.height, (5, 32, 32), Reading(decoder="torchcodec"))
             outcomes.add("read")
         except UnusableClip as e:
             outcomes.add(str(e).partition(":")[0])
@@ -130,13 +134,15 @@ def test_a_frame_that_is_not_there_is_named(tmp_path):
     path = write_clip(tmp_path / "a.mp4", count=5)
     found = probe(str(path))
     with pytest.raises(UnusableClip, match="corrupt: "):
-        decode(str(path), [*found.pts, found.end], 64, 48, (6, 48, 64), decoder="torchcodec")
+        decode(str(path), [*found.pts, found.end], 64, 48, (6, 48, 64), Reading(decoder="torchcodec"))
     with pytest.raises(UnusableClip, match="corrupt: 1 of 6 frames"):
-        decode(str(path), sorted([*found.pts, found.pts[2] + 1]), 64, 48, (6, 48, 64), decoder="torchcodec")
+        decode(str(path), sorted([*found.pts, found.pts[2] + 1]), 64, 48, (6, 48, 64), Reading(decoder="torchcodec"))
 
 
 @needs_torchcodec
 def test_a_plan_is_read(tmp_path):
     captioned(tmp_path / "a.mp4", count=30, fps=16)
-    entry = make_plan(tmp_path, [(9, 48, 64)], 16, 0, tmp_path / "cache", decoder="torchcodec").kept[0]
+    entry = make_plan(
+        tmp_path, [(9, 48, 64)], 16, 0, tmp_path / "cache", policy=MediaPolicy(decoder="torchcodec")
+    ).kept[0]
     assert [number(f) for f in read_frames(entry).permute(1, 2, 3, 0).numpy()] == list(range(9))

@@ -20,6 +20,7 @@ from titan_video.ingest.captions import with_cut_captions
 from titan_video.ingest.plan import Plan, build_plan
 from titan_video.ingest.prepare import encode_plan, open_cache
 from titan_video.ingest.report import decode_all, export, report
+from titan_video.ingest.resumed import with_started_rules
 from titan_video.models import get_args, get_spec
 from titan_video.models.layers import token_shape
 from titan_video.tools.device import get_device
@@ -90,7 +91,8 @@ class DataCommand:
 
     def plan(self) -> Plan:
         """Print the plan of data.path and write data_plan.jsonl."""
-        plan = build_plan(self.config.data, self.cache_folder, self.geometry.temporal_stride)
+        data = with_started_rules(self.config.data, self.folder)
+        plan = build_plan(data, self.cache_folder, self.geometry.temporal_stride)
         plan = plan.without_single_frames() if self.args.conditioning.num_cond_frames else plan
         plan = self._with_cut_captions(plan)
         plan.write_jsonl(self.plan_file)

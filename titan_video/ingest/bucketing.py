@@ -78,6 +78,31 @@ def choose(
     return min(fitting, key=order)
 
 
+def too_short(
+    num_frames: int,
+    fps: float,
+    buckets: Sequence[Bucket],
+    chosen: Bucket | None,
+    choice: ClipChoice,
+    may_be_still: bool,
+) -> str:
+    """Why a clip of `num_frames` frames at `fps` is not trained on, or "". chosen: its bucket.
+
+    may_be_still: it may fall to a bucket of one frame though there are longer ones.
+    """
+    if chosen is None:
+        shortest = min(b[0] for b in buckets)
+        return f"too short: {num_frames} frames at {fps:g} fps, the shortest bucket takes {shortest}"
+    longer = [b[0] for b in buckets if b[0] > 1]
+    if chosen[0] > 1 or not longer or may_be_still:
+        return ""
+    needed = choice.temporal_stride + 1 if choice.mode == "full" else min(longer)
+    return (
+        f"would be a still: {num_frames} frames at {fps:g} fps, the shortest bucket of more than one frame takes "
+        f"{needed}; add a shorter bucket, or set data.video_as_image = true"
+    )
+
+
 def cover(width: int, height: int, bucket: Bucket) -> tuple[int, int, int, int]:
     """(width, height, left, top): resize to width x height, which keeps the aspect ratio and covers the bucket, then
     crop from this corner.
@@ -96,6 +121,10 @@ def rules(config: JobConfig, world_size: int) -> Iterator[str]:
     """Rules of the configuration about the sizes that clips are brought to, one line per mistake."""
     geometry, patch = _geometry(config)
     yield from _bucket_rules(config.data, geometry, patch)
+    for name in ("hdr", "bt709_lines", "video_as_image"):
+        value = getattr(config.data, name)
+        if config.data.media_rules == 1 and value != getattr(Data, name):
+            yield f"data.{name}: given {value!r}, without effect under data.media_rules = 1; set that to 2, or leave it"
 
 
 def _geometry(config: JobConfig) -> tuple[LatentGeometry, tuple[int, int, int]]:

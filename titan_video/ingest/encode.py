@@ -141,7 +141,7 @@ def read_cond_frames(e: PlanEntry, num_cond_frames: int, frames_CFHW: Tensor | N
     """
     if frames_CFHW is None:
         frames_CFHW = read_frames(e, first_only=num_cond_frames == 1)
-    first = read_image(e.image, e.bucket, e.limits) if e.image else frames_CFHW[:, :1]
+    first = read_image(e.image, e.bucket, e.limits, e.image_conversion) if e.image else frames_CFHW[:, :1]
     return torch.cat([first, frames_CFHW[:, -1:]], dim=1) if num_cond_frames == 2 else first
 
 

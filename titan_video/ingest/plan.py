@@ -19,15 +19,16 @@ from titan_video.config.job_config import Data, Source
 from titan_video.data.batching import Bucket
 from titan_video.ingest import bucketing, media
 from titan_video.ingest.bucketing import DEFAULT_GEOMETRY, HEAD, ClipChoice, whole_latents
-from titan_video.ingest.images import UnusableClip, check_pixels
+from titan_video.ingest.colour import NEWEST_RULES, DecoderName, MediaPolicy, summarise
 from titan_video.ingest.media import DEFAULT_LIMITS, DecodeLimits
 from titan_video.ingest.probes import probe_all
 from titan_video.ingest.shapes import resolve_path
 from titan_video.ingest.sources import ClipRecord, remarks, scan
 from titan_video.ingest.video import (
-    DecoderName,
+    DEFAULT_POLICY,
     Probe,
-    check_count,
+    Reading,
+    by_policy,
     decode,
     frame_indices,
     require,
@@ -49,7 +50,8 @@ class PlanEntry:
     repeats: how often an epoch holds it. captions: all of them.
     declared_fps: the rate by metadata of a file that was not opened; the decoder compares it.
     image: replaces the clip's first frame as conditioning frame. decoder: what decodes it, if it is a video.
-    limits: what its decoding may take.
+    limits: what its decoding may take. conversion, image_conversion: of its colour and the image's, "" for plain SDR.
+    media_rules: those by which this was decided.
     """
 
     path: str
@@ -73,6 +75,9 @@ class PlanEntry:
     image_sha256: str = ""
     decoder: DecoderName = "pyav"
     limits: DecodeLimits = DEFAULT_LIMITS
+    conversion: str = ""
+    image_conversion: str = ""
+    media_rules: int = NEWEST_RULES
 
     @property
     def caption(self) -> str:
@@ -91,12 +96,11 @@ class PlanEntry:
 
     @property
     def content(self) -> str:
-        """Identity of the pixels that `read_frames` returns: the file's content, the frames taken, their size and, but
-        for PyAV, the decoder.
+        """Identity of the pixels that `read_frames` returns: the file's content, the frames taken, their size and,
+        where they are not the usual ones, the decoder and the conversion of colour.
         """
-        source_key = [self.sha256, self.by_index, list(self.pts), list(self.bucket or ())] + [self.decoder] * (
-            self.decoder != "pyav"
-        )
+        source_key = [self.sha256, self.by_index, list(self.pts), list(self.bucket or ())]
+        source_key += [self.decoder] * (self.decoder != "pyav") + [{"colour": self.conversion}] * bool(self.conversion)
         return hashlib.sha256(json.dumps(source_key).encode()).hexdigest()
 
 
@@ -151,10 +155,12 @@ class Plan:
             raise ValueError(f"no usable clip\n{self.summary()}\n  {self._fix()}")
 
     def _fix(self) -> str:
-        too_short = [e for e in self.entries if e.reason.startswith("too short")]
+        too_short = [e for e in self.entries if e.reason.startswith(("too short", "would be a still"))]
         if too_short:
             longest = max(e.num_frames for e in too_short)
             fits = whole_latents(longest, self.temporal_stride)
+            if fits == 1 and any(b[0] == 1 for b in self.buckets):
+                return f"The longest clip has {longest} frames: raise data.fps, or set data.video_as_image = true"
             return (
                 f"The longest clip has {longest} frames at data.fps = {self.fps:g}: add a bucket of {fits} frames or "
                 f"fewer, or change data.fps"
@@ -203,6 +209,8 @@ class Plan:
         if unused := [b for b in self.buckets if b not in counts]:
             more = f" and {len(unused) - NAMES_SHOWN} more" if len(unused) > NAMES_SHOWN else ""
             lines.append(f"  without a clip: {', '.join('x'.join(map(str, b)) for b in unused[:NAMES_SHOWN])}{more}")
+        converted = [(e.path, e.conversion) for e in kept] + [(e.image, e.image_conversion) for e in kept]
+        lines += summarise(converted)
         dropped: dict[str, list[PlanEntry]] = {}
         for e in self.entries:
             if not e.kept:
@@ -220,9 +228,8 @@ class Plan:
 def read_frames(entry: PlanEntry, first_only: bool = False) -> Tensor:
     """The training clip of a kept entry, or its first frame alone: uint8 RGB [3, F, H, W]. Raises UnusableClip."""
     pts = entry.pts[:1] if first_only else entry.pts
-    return decode(
-        entry.path, pts, entry.width, entry.height, entry.bucket, entry.by_index, entry.declared_fps, entry.decoder
-    )
+    reading = Reading(entry.by_index, entry.declared_fps, entry.decoder, entry.conversion, entry.media_rules)
+    return decode(entry.path, pts, entry.width, entry.height, entry.bucket, reading)
 
 
 def build_plan(section: Data, cache_folder: str | os.PathLike, temporal_stride: int, path: str = "") -> Plan:
@@ -233,7 +240,7 @@ def build_plan(section: Data, cache_folder: str | os.PathLike, temporal_stride: 
     sources = [Source(path=path)] if path else section.sources
     choice = ClipChoice(section.frame_extraction, section.uniform_clips, section.slide_stride, temporal_stride)
     limits, n = DecodeLimits.of(section), section.num_workers
-    return make_plan(sources, section.sizes, section.fps, n, cache_folder, choice, section.decoder, limits)
+    return make_plan(sources, section.sizes, section.fps, n, cache_folder, choice, MediaPolicy.of(section), limits)
 
 
 def make_plan(
@@ -243,7 +250,7 @@ def make_plan(
     num_workers: int,
     cache_folder: str | os.PathLike,
     choice: ClipChoice = HEAD,
-    decoder: DecoderName = "pyav",
+    policy: MediaPolicy = DEFAULT_POLICY,
     limits: DecodeLimits = DEFAULT_LIMITS,
 ) -> Plan:
     """Scan the sources (or one path), probe each file in worker processes (0: in this one) and decide about each clip.
@@ -251,7 +258,7 @@ def make_plan(
     Probes are kept in cache_folder. A later plan reads a file again only if its size or time of change differs.
     ValueError: a path or metadata of no known layout, a decoder that is not installed, or no usable clip.
     """
-    require(decoder)
+    require(policy.decoder)
     sources = [Source(path=str(sources))] if isinstance(sources, (str, os.PathLike)) else list(sources)
     sizes = tuple(tuple(b) for b in buckets)
     paths = [_resolved(source, Path(cache_folder)) for source in sources]
@@ -260,8 +267,8 @@ def make_plan(
     ]
     trusted = [s.trust_metadata and bool(r.declared) for s, r in scanned]  # not opened
     opened = [r.path for (_, r), is_trusted in zip(scanned, trusted, strict=True) if not r.reason and not is_trusted]
-    opened = list(dict.fromkeys(opened))
-    probes = dict(zip(opened, probe_all(opened, num_workers, Path(cache_folder) / "probes", limits), strict=True))
+    files = list(dict.fromkeys([*opened, *(r.image for _, r in scanned if r.image and not r.reason)]))
+    probes = dict(zip(files, probe_all(files, num_workers, Path(cache_folder) / "probes", limits), strict=True))
     entries = []
     for (source, record), is_trusted in zip(scanned, trusted, strict=True):
         mode = choice.mode if source.frame_extraction == "default" else source.frame_extraction
@@ -272,9 +279,10 @@ def make_plan(
             sizes,
             source.fps or fps,
             replace(choice, mode=mode),
+            policy,
             limits,
         )
-    entries = [replace(e, decoder=decoder) if e.kept and media.kind(e.path) == "video" else e for e in entries]
+    entries = [_with_image(e, probes[e.image], policy) if e.kept and e.image else e for e in entries]
     lines = remarks((p for p, s in zip(paths, sources, strict=True) if p == s.path), [r for _, r in scanned])
     name = ", ".join(str(s.path) for s in sources)
     plan = Plan(name, fps, sizes, tuple(entries), choice.temporal_stride, tuple(lines))
@@ -293,49 +301,47 @@ def _decide(
     buckets: Sequence[Bucket],
     fps: float,
     choice: ClipChoice,
+    policy: MediaPolicy,
     limits: DecodeLimits,
 ) -> list[PlanEntry]:
     """The training clips of a file, or one entry with the reason why there are none."""
     captions = tuple(source.caption_prefix + caption for caption in record.captions)
     entry = PlanEntry(record.path, captions, record.reason, fps, source.num_repeats, image=record.image, limits=limits)
+    entry = replace(entry, media_rules=policy.rules)
     if record.reason:
         return [entry]
-    kind = media.kind(record.path)
     if found is None:
         found, entry = _declared(record), replace(entry, by_index=True, declared_fps=record.declared[3])
-        rate = record.declared[3]
-    else:
-        rate = source.source_fps if kind == "frames" else 0.0
-    if reason := found.reason or _beyond(found, limits):
-        return [replace(entry, reason=reason)]
+    found, conversion = by_policy(found, record.path, policy, limits)
+    kind, rate = media.kind(record.path), entry.declared_fps
     if kind == "frames" and not rate:
-        reason = "no rate: a folder of frames has no rate of its own; set source_fps in its [[data.source]]"
-        return [replace(entry, reason=reason)]
+        rate = source.source_fps
+    reason = "no rate: a folder of frames has no rate of its own; set source_fps in its [[data.source]]"
+    if found.reason or (kind == "frames" and not rate):
+        return [replace(entry, reason=found.reason or reason)]
+    is_still = kind == "image" and len(found.pts) == 1
     times, end = found.seconds()
     if rate:
         times, end = [i / rate for i in range(len(found.pts))], len(found.pts) / rate
-    if kind != "image" and (reason := too_many_frames(times, end, fps, limits.max_frames)):
+    if not is_still and (reason := too_many_frames(times, end, fps, limits.max_frames)):
         return [replace(entry, reason=reason)]
-    indices = [0] if kind == "image" else frame_indices(times, end, fps)
+    indices = [0] if is_still else frame_indices(times, end, fps)
     entry = replace(
         entry,
         width=found.width,
         height=found.height,
-        source_fps=round(rate or found.fps, 3) if kind != "image" else 0.0,
+        source_fps=round(rate or found.fps, 3) if not is_still else 0.0,
         source_frames=len(found.pts),
         num_frames=len(indices),
         sha256=found.sha256,
+        conversion=conversion,
+        # Another decoder gives no frames to convert.
+        decoder=policy.decoder if kind == "video" and not conversion else "pyav",
     )
     chosen = bucketing.choose(len(indices), found.width, found.height, buckets, choice)
-    if chosen is None:
-        shortest = min(b[0] for b in buckets)
-        reason = f"too short: {len(indices)} frames at {fps:g} fps, the shortest bucket takes {shortest}"
+    may_be_still = policy.video_as_image or policy.rules < 2 or len(found.pts) == 1
+    if reason := bucketing.too_short(len(indices), fps, buckets, chosen, choice, may_be_still):
         return [replace(entry, reason=reason)]
-    if entry.image:
-        try:
-            entry = replace(entry, image_sha256=media.sha256(entry.image)[0])
-        except OSError as e:
-            return [replace(entry, reason=f"unreadable: {entry.image}: {e.strerror or e}")]
     starts = bucketing.starts(len(indices), chosen[0], choice)
     return [
         replace(
@@ -349,14 +355,14 @@ def _decide(
     ]
 
 
-def _beyond(found: Probe, limits: DecodeLimits) -> str:
-    """Why a file is beyond the limits, or "". The probe may be an earlier one, within other limits."""
-    try:
-        check_pixels(found.width, found.height, limits.max_pixels)
-        check_count(len(found.pts), limits.max_frames)
-    except UnusableClip as e:
-        return str(e)
-    return ""
+def _with_image(entry: PlanEntry, found: Probe, policy: MediaPolicy) -> PlanEntry:
+    """The entry with the identity of its conditioning image, or dropped because that cannot be used."""
+    found, conversion = by_policy(found, entry.image, policy, entry.limits)
+    if found.reason:
+        category, _, detail = found.reason.partition(": ")
+        return replace(entry, reason=f"{category}: {entry.image}: {detail}", bucket=None)
+    identity = f"{found.sha256} {conversion}" if conversion else found.sha256
+    return replace(entry, image_sha256=identity, image_conversion=conversion)
 
 
 def _declared(record: ClipRecord) -> Probe:
@@ -367,4 +373,6 @@ def _declared(record: ClipRecord) -> Probe:
     except OSError as e:
         return Probe(reason=f"unreadable: {e.strerror or e}")
     name = hashlib.sha256(json.dumps([identity, rate]).encode()).hexdigest()
-    return Probe(name, int(width), int(height), "1", tuple(range(int(count))), int(count))
+    is_video = media.kind(record.path) == "video"
+    untagged = "untagged" if is_video else ""  # as far as is known; only frames without a tag are concerned
+    return Probe(name, int(width), int(height), "1", tuple(range(int(count))), int(count), colour=untagged)

@@ -20,6 +20,7 @@ from titan_video.ingest.captions import cut_prompts, with_cut_captions
 from titan_video.ingest.encode import encode_share, failed_clips, missing_jobs
 from titan_video.ingest.plan import Plan, build_plan
 from titan_video.ingest.resume import EarlierClips
+from titan_video.ingest.resumed import with_started_rules
 from titan_video.ingest.text import read_prompts
 from titan_video.models.conditioning import ConditioningSpec
 from titan_video.models.spec import LatentGeometry
@@ -105,7 +106,7 @@ def prepare_clips(
 
     def plan_clips(path: str, report: Path) -> tuple[list[CachedClip], dict[str, float], int]:
         def make() -> tuple[Plan, int]:
-            plan, at_least = build_plan(data, cache.folder, encoders.stride_t, path), 1
+            plan, at_least = build_plan(with_started_rules(data, folder), cache.folder, encoders.stride_t, path), 1
             if cache.conditioning.num_cond_frames:
                 plan = plan.without_single_frames()
             if not path:

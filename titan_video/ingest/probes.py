@@ -18,7 +18,7 @@ from titan_video.tools import heartbeat
 from titan_video.tools.files import atomic_write, optional_write
 from titan_video.tools.signals import Stopped, stop_requested
 
-PROBE_VERSION = 2
+PROBE_VERSION = 3
 
 
 def probe_all(paths: Sequence[str], num_workers: int, folder: Path, limits: DecodeLimits) -> list[Probe]:
@@ -68,7 +68,7 @@ class _Probes:
             saved = json.loads(self._file(path).read_text(encoding="utf-8"))
             found = Probe(**saved["found"])
             whole = all(isinstance(n, int) for n in (found.width, found.height, found.end, *found.pts))
-            if not whole or Fraction(found.time_base) <= 0 or not isinstance(found.sha256, str):
+            if not whole or Fraction(found.time_base) <= 0 or not isinstance(found.sha256 + found.colour, str):
                 return None
             return replace(found, pts=tuple(found.pts)) if saved["of"] == self._identity(path) else None
         except (OSError, ArithmeticError, *DAMAGE_ERRORS):  # not there, or not whole: probe again

@@ -8,14 +8,11 @@ way in which one can be broken becomes an `UnusableClip` with its reason.
 """
 
 import bisect
-import errno
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Literal
 
 import numpy as np
 from torch import Tensor
@@ -23,27 +20,44 @@ from torch import Tensor
 from titan_video.data.batching import Bucket
 from titan_video.ingest import media
 from titan_video.ingest.bucketing import cover
-from titan_video.ingest.images import MAX_SIDE, OUT_OF_MEMORY, UnusableClip, check_pixels, images
+from titan_video.ingest.colour import (
+    NEWEST_RULES,
+    Converter,
+    DecoderName,
+    MediaPolicy,
+    container_tags,
+    describe,
+    facts,
+    settle,
+)
+from titan_video.ingest.containers import (
+    cut_matroska,
+    decoded_frames,
+    decoded_times,
+    is_avi,
+    open_video,
+    packet_times,
+    shown_size,
+)
+from titan_video.ingest.images import MICROSECONDS, UnusableClip, check_count, check_pixels, images, probe_images
 from titan_video.ingest.media import DEFAULT_LIMITS, DecodeLimits
 from titan_video.ingest.worker import alloc_shared
 
 TOLERANCE = 0.0005  # seconds; containers round times to as coarse as a millisecond
-MISSING_TAIL = 0.1  # seconds by which the packets may end before the declared end
-# A file's kind follows from its content, not from its name, and some kinds open other files: playlists, lists of files.
-DEMUXERS = "mov,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,flv,asf,ogg,h264,hevc,m4v,ivf,nut,mxf,dv,wtv,webp,apng"
 # By which the frames of a file may have more pixels than its plan says: pixels that are not square, padding.
 PIXEL_SLACK, SMALL_FRAME = 16, 1 << 24
 SEEK_FROM = 2.0  # seconds; a clip that starts later is reached by seeking, not by decoding
 TORCHCODEC_BATCH = 8  # frames of one call
 
-DecoderName = Literal["pyav", "torchcodec"]
+DEFAULT_POLICY = MediaPolicy()
 
 
 @dataclass(frozen=True)
 class Probe:
     """Content of a video file. width, height: as shown, after rotation and for square pixels. pts: presentation times
-    of the frames in ticks of `time_base` seconds, ascending; `end`: when the last one ends. With a `reason` the rest
-    means nothing."""
+    of the frames in ticks of `time_base` seconds, ascending; `end`: when the last one ends. colour: what is not plain
+    SDR about it (colour.py, images.py). formerly: how rules 1 would take it for cut. With a `reason` the rest means
+    nothing."""
 
     sha256: str = ""
     width: int = 0
@@ -52,6 +66,8 @@ class Probe:
     pts: tuple[int, ...] = ()
     end: int = 0
     reason: str = ""
+    colour: str = ""
+    formerly: str = ""
 
     def seconds(self) -> tuple[list[float], float]:
         """Times of the frames and the end of the last."""
@@ -87,201 +103,136 @@ def frame_indices(times: Sequence[float], end: float, fps: float) -> list[int]:
     return indices
 
 
-@contextmanager
-def _open(path: str, max_pixels: int) -> Iterator:
-    """(container, first video stream). An error of libav inside becomes an UnusableClip."""
-    import av
-
-    # The decoder itself refuses larger frames: a stream may change its size at any frame.
-    options = {"max_pixels": str(min(max_pixels, 2**31 - 1))}
-    only = {"format_whitelist": DEMUXERS, "protocol_whitelist": "file"}
-    try:
-        source = f"file:{path}" if os.path.isfile(path) else media.open_binary(path)
-        with av.open(source, metadata_errors="replace", options=options, container_options=only) as container:
-            if not container.streams.video:
-                raise UnusableClip("not a video: no video stream")
-            stream = container.streams.video[0]
-            if stream.codec_context is None:
-                raise UnusableClip("corrupt: no decoder for this stream")
-            check_pixels(stream.codec_context.width, stream.codec_context.height, max_pixels)
-            stream.codec_context.thread_count = 1  # the workers are the parallelism
-            stream.codec_context.options = options
-            yield container, stream
-    except UnusableClip:
-        raise
-    except MemoryError as e:
-        raise UnusableClip(OUT_OF_MEMORY) from e
-    except (av.FFmpegError, OSError, EOFError, ValueError, ArithmeticError) as e:
-        # libav says no more than this of a frame that is larger than max_pixels.
-        size = f", or frames of more than {max_pixels} pixels" if getattr(e, "errno", 0) == errno.EINVAL else ""
-        raise UnusableClip(f"corrupt: {getattr(e, 'strerror', None) or e or type(e).__name__}{size}") from e
-
-
 def probe(path: str, limits: DecodeLimits = DEFAULT_LIMITS) -> Probe:
     """Read a file's packets and first frame; the other frames are not decoded. A bad file is a `reason`, not an error.
 
-    The frames of an image and of a folder of images last one tick of a second each.
+    The frames of an image and of a folder of images last one tick of a second each; those of an animation have their
+    own times.
     """
     try:
         sha256, size = media.sha256(path)
         if not size:
             raise UnusableClip("corrupt: the file is empty")
         if media.kind(path) != "video":
-            return _probe_images(path, sha256, limits)
-        with _open(path, limits.max_pixels) as (container, stream):
+            (width, height), pts, end, colour = probe_images(path, limits.max_pixels, limits.max_frames)
+            is_animated = len(pts) > 1 and media.kind(path) == "image"
+            return Probe(sha256, width, height, f"1/{MICROSECONDS}" if is_animated else "1", pts, end, colour=colour)
+        cut = cut_matroska(path, size)
+        with open_video(path, limits.max_pixels) as (container, stream):
             time_base = stream.time_base
-            frames = _packet_times(container, stream, limits.max_frames)
-        pts, end = frames or _decoded_times(path, limits)
-        with _open(path, limits.max_pixels) as (container, stream):
-            width, height = _shown_size(stream, next(container.decode(stream), None))
+            frames, formerly = packet_times(container, stream, limits.max_frames, cut)
+        pts, end = frames or decoded_times(path, limits)
+        with open_video(path, limits.max_pixels) as (container, stream):
+            tags, frame = container_tags(stream), next(container.decode(stream), None)
+            (width, height), colour = shown_size(stream, frame), facts(stream, frame, tags)
     except UnusableClip as e:
         return Probe(reason=str(e))
     except OSError as e:
         return Probe(reason=f"unreadable: {e.strerror or e}")
-    return Probe(sha256, width, height, str(time_base), pts, end)
+    return Probe(sha256, width, height, str(time_base), pts, end, colour=colour, formerly=formerly)
 
 
-def _probe_images(path: str, sha256: str, limits: DecodeLimits) -> Probe:
-    sizes = {(frame.width, frame.height) for _, frame in images(path, limits.max_pixels)}
-    if len(sizes) > 1:
-        raise UnusableClip(
-            f"corrupt: the frames differ in size: {', '.join(f'{w} x {h}' for w, h in sorted(sizes)[:4])}"
-        )
-    (width, height), count = sizes.pop(), 1 if media.kind(path) == "image" else len(media.frame_files(path))
-    check_count(count, limits.max_frames)
-    return Probe(sha256, width, height, "1", tuple(range(count)), count)
+def by_policy(found: Probe, path: str, policy: MediaPolicy, limits: DecodeLimits) -> tuple[Probe, str]:
+    """(a probe as [data] wants the file to be read, with the reason if it is not to be; the conversion of its colour).
+
+    The probe may be an earlier one, within other limits.
+    """
+    if policy.rules < 2:
+        reason = found.reason or (f"corrupt: {found.formerly}" if found.formerly else "")
+        found = replace(found, reason=reason, colour="")
+        if media.kind(path) == "image" and found.pts:  # of an animation only the first frame was seen
+            found = replace(found, pts=(0,), end=1, time_base="1")
+    conversion, refused = settle(found.colour, found.width, found.height, policy)
+    try:
+        check_pixels(found.width, found.height, limits.max_pixels)
+        check_count(len(found.pts), limits.max_frames)
+    except UnusableClip as e:
+        refused = str(e)
+    return replace(found, reason=found.reason or refused), conversion
 
 
-def read_image(path: str, bucket: Bucket, limits: DecodeLimits = DEFAULT_LIMITS) -> Tensor:
+def read_image(
+    path: str, bucket: Bucket, limits: DecodeLimits = DEFAULT_LIMITS, conversion: str | None = None
+) -> Tensor:
     """An image, or the first frame of a clip, resized and cropped like a clip of the bucket: uint8 RGB [3, 1, H, W].
 
-    Raises UnusableClip.
+    conversion: of its colour, where a plan has settled it; None: by the defaults of [data]. Raises UnusableClip.
     """
-    found = probe(path, limits)
-    if found.reason:
-        raise UnusableClip(f"unusable image: {path}: {found.reason}")
-    return decode(path, found.pts[:1], found.width, found.height, bucket)
+    found, reason = probe(path, limits), ""
+    if conversion is None:
+        conversion, reason = settle(found.colour, found.width, found.height, DEFAULT_POLICY)
+    if reason := found.reason or reason:
+        raise UnusableClip(f"unusable image: {path}: {reason}")
+    return decode(path, found.pts[:1], found.width, found.height, bucket, Reading(conversion=conversion))
 
 
-def _packet_times(container, stream, max_frames: int) -> tuple[tuple[int, ...], int] | None:
-    """(pts, end) from packets. None: packets lack times, or are of a codec with packets that are never shown."""
-    declared_end = ((container.start_time or 0) + container.duration) / 1_000_000 if container.duration else 0.0
-    if not stream.time_base:
-        raise UnusableClip("corrupt: no time base")
-    durations, last_end = {}, 0.0
-    is_complete = stream.codec_context.name != "vp8" and not _is_avi(container)
-    for packet in container.demux():
-        if not packet.size:  # the end of a stream
-            continue
-        start = packet.pts if packet.pts is not None else packet.dts
-        if start is not None:
-            last_end = max(last_end, float((start + (packet.duration or 0)) * packet.time_base))
-        if packet.stream_index != stream.index:
-            continue
-        if packet.is_corrupt:
-            raise UnusableClip(f"corrupt: broken off after {last_end:.2f} s")
-        is_complete &= packet.pts is not None
-        if packet.pts is not None and not packet.is_discard:
-            durations[packet.pts] = packet.duration or 0
-            check_count(len(durations), max_frames)
-    if last_end < declared_end - MISSING_TAIL:
-        raise UnusableClip(f"corrupt: broken off at {last_end:.2f} s of {declared_end:.2f} s")
-    return frame_times(durations) if is_complete and durations else None
+@dataclass(frozen=True)
+class Reading:
+    """How `decode` reads a file.
 
+    by_index: frames are named by number. rate: by metadata, of a file that was not probed; it is compared with the
+    file's. conversion: of its colour (colour.py); it is by PyAV's frames. rules: as in MediaPolicy.
+    """
 
-def check_count(count: int, max_frames: int) -> None:
-    if count > max_frames:
-        raise UnusableClip(f"too long: more frames in the file than data.max_frames = {max_frames}")
-
-
-def _decoded_times(path: str, limits: DecodeLimits) -> tuple[tuple[int, ...], int]:
-    durations: dict[int, int] = {}
-    with _open(path, limits.max_pixels) as (container, stream):
-        for pts, frame in _frames(container, stream):
-            durations[pts] = frame.duration or 0
-            check_count(len(durations), limits.max_frames)
-    if not durations:
-        raise UnusableClip("corrupt: no frame has a presentation time")
-    return frame_times(durations)
-
-
-def _is_avi(container) -> bool:
-    """AVI stores the order of decoding and no presentation times; its frames are evenly spaced, one tick each."""
-    return container.format.name == "avi"
-
-
-def _frames(container, stream, by_index: bool = False) -> Iterator:
-    """(presentation time in ticks, or number, decoded frame), in order."""
-    by_index |= _is_avi(container)
-    for count, frame in enumerate(container.decode(stream)):
-        if by_index or frame.pts is not None:
-            yield count if by_index else frame.pts, frame
-
-
-def frame_times(durations: dict[int, int]) -> tuple[tuple[int, ...], int]:
-    """(ascending pts, end of the last frame), in ticks, from {pts: duration, 0 if unknown}."""
-    pts = tuple(sorted(durations))
-    gaps = sorted(b - a for a, b in zip(pts, pts[1:], strict=False))
-    last = durations[pts[-1]] or (gaps[len(gaps) // 2] if gaps else 1)
-    return pts, pts[-1] + last
-
-
-def _shown_size(stream, frame) -> tuple[int, int]:
-    if frame is None:
-        raise UnusableClip("corrupt: no frame can be decoded")
-    aspect = stream.sample_aspect_ratio or 1  # of one pixel
-    width, height = max(1, round(frame.width * aspect)), frame.height
-    if max(width, height) > MAX_SIDE:  # by pixels that are not square
-        raise UnusableClip(f"too large: {width} x {height}, more than {MAX_SIDE} a side")
-    return (height, width) if frame.rotation % 180 else (width, height)
+    by_index: bool = False
+    rate: float = 0.0
+    decoder: DecoderName = "pyav"
+    conversion: str = ""
+    rules: int = NEWEST_RULES
 
 
 def decode(
-    path: str,
-    pts: Sequence[int],
-    width: int,
-    height: int,
-    bucket: Bucket,
-    by_index: bool = False,
-    rate: float = 0.0,
-    decoder: DecoderName = "pyav",
+    path: str, pts: Sequence[int], width: int, height: int, bucket: Bucket, reading: Reading | None = None
 ) -> Tensor:
     """The frames shown at `pts` (ticks, or numbers with by_index; ascending, may repeat), resized to cover the bucket
     and cropped to its centre.
 
-    width, height: of the probe. rate: by metadata, of a file that was not probed; it is compared with the file's.
-    Returns uint8 RGB [3, F, H, W], in memory as decoded: colours innermost.
+    width, height: of the probe. Returns uint8 RGB [3, F, H, W], in memory as decoded: colours innermost.
     UnusableClip: a frame is missing or damaged.
     """
+    reading = reading or Reading()
     target_slots: dict[int, list[int]] = {}
     for i, time in enumerate(pts):
         target_slots.setdefault(time, []).append(i)
     shape = len(pts), *bucket[1:], 3
     frames_FHWC = alloc_shared(math.prod(shape)).view(shape)
-    target = FrameTarget(frames_FHWC.numpy(), target_slots, width, height, bucket)
+    target = FrameTarget(frames_FHWC.numpy(), target_slots, width, height, bucket, reading.conversion)
     max_pixels = max(SMALL_FRAME, PIXEL_SLACK * width * height)
     if media.kind(path) != "video":
-        missing = copy_frames(images(path, max_pixels), target)
+        is_probed = not reading.rate or reading.rules < 2
+        missing = copy_frames(images(path, max_pixels, reading.conversion, is_probed), target)
     else:
-        with _open(path, max_pixels) as (container, stream):
-            if rate:
-                _compare(stream, width, height, rate)
-            tick = stream.time_base or Fraction(0)
-            if _is_avi(container):  # has no times, which torchcodec needs
-                by_index, decoder = True, "pyav"
-            seek = decoder == "pyav" and not by_index and (pts[0] - (stream.start_time or 0)) * tick > SEEK_FROM
-            if seek:
-                container.seek(pts[0], stream=stream)
-            if decoder == "pyav":
-                missing = copy_frames(_frames(container, stream, by_index), target)
-        if decoder == "torchcodec":
-            missing = copy_frames(_torchcodec_frames(path, list(target_slots), tick, by_index), target)
-        elif seek and missing:  # the index of the file is wrong
-            with _open(path, max_pixels) as (container, stream):
-                missing = copy_frames(_frames(container, stream), target)
+        missing = _copy_video(path, target, max_pixels, reading)
     if missing:
         raise UnusableClip(f"corrupt: {missing} of {len(target_slots)} frames do not decode")
     return frames_FHWC.permute(3, 0, 1, 2)
+
+
+def _copy_video(path: str, target: "FrameTarget", max_pixels: int, reading: Reading) -> int:
+    """As `copy_frames`, of a video file."""
+    by_index, decoder, times = reading.by_index, reading.decoder, list(target.target_slots)
+    with open_video(path, max_pixels) as (container, stream):
+        if reading.rate:
+            _compare(stream, target.width, target.height, reading.rate)
+        tick = stream.time_base or Fraction(0)
+        if is_avi(container):  # has no times, which torchcodec needs
+            by_index, decoder = True, "pyav"
+        seek = decoder == "pyav" and not by_index and (times[0] - (stream.start_time or 0)) * tick > SEEK_FROM
+        if seek:
+            container.seek(times[0], stream=stream)
+        frames = decoded_frames(container, stream, by_index)
+        if reading.rate and reading.rules > 1:
+            frames = _compare_colour(frames, stream, reading.conversion)
+        if decoder == "pyav":
+            missing = copy_frames(frames, target)
+        elif reading.rate:
+            next(frames, None)  # looks at its colour
+    if decoder == "torchcodec":
+        return copy_frames(_torchcodec_frames(path, times, tick, by_index), target)
+    if seek and missing:  # the index of the file is wrong
+        with open_video(path, max_pixels) as (container, stream):
+            return copy_frames(decoded_frames(container, stream), target)
+    return missing
 
 
 def require(decoder: DecoderName) -> None:
@@ -329,6 +280,22 @@ def _compare(stream, width: int, height: int, rate: float) -> None:
         )
 
 
+def _compare_colour(frames: Iterator, stream, conversion: str) -> Iterator:
+    """The frames of a file that was not probed, if by their tags they need no conversion but this."""
+    tags = container_tags(stream)
+    for number, (time, frame) in enumerate(frames):
+        if number == 0:
+            policy = MediaPolicy(bt709_lines=0)  # which lets the size of untagged video decide nothing
+            needed, refused = settle(facts(stream, frame, tags), frame.width, frame.height, policy)
+            if (needed and needed != conversion) or refused:
+                colour = describe(needed) or refused
+                raise UnusableClip(
+                    f"wrong metadata: with trust_metadata its colour is not read ({colour}); set that to false for its "
+                    "source"
+                )
+        yield time, frame
+
+
 def interpolation(width: int, new_width: int) -> str:
     """The filter of a resize, as PyAV names it: areas are averaged when a frame shrinks, which does not alias."""
     return "AREA" if new_width < width else "BICUBIC"
@@ -338,7 +305,7 @@ def interpolation(width: int, new_width: int) -> str:
 class FrameTarget:
     """Where decoded frames go: uint8 frames_FHWC at the bucket's size. target_slots: {time: frames of it}.
 
-    width, height: of the source.
+    width, height: of the source. conversion: of its colour.
     """
 
     frames_FHWC: np.ndarray
@@ -346,27 +313,25 @@ class FrameTarget:
     width: int
     height: int
     bucket: Bucket
+    conversion: str = ""
 
 
 def copy_frames(frames: Iterator, target: FrameTarget) -> int:
     """Copy the frames at the times of `target`, resized and cropped. Returns how many are not found."""
-    from av.video.reformatter import VideoReformatter
-
     frames_FHWC, slots = target.frames_FHWC, target.target_slots
     _, bucket_height, bucket_width = target.bucket
     new_width, new_height, left, top = cover(target.width, target.height, target.bucket)
     method = interpolation(target.width, new_width)
     found: set[int] = set()
     last = max(slots)
-    scaler = VideoReformatter()  # one for all frames: it keeps its tables
+    convert = Converter(target.conversion)
     for time, frame in frames:
         if time in slots:
             if frame.is_corrupt:
                 raise UnusableClip(f"corrupt: the frame at {float(time * (frame.time_base or 1)):.2f} s is damaged")
             turns = round(frame.rotation / 90) % 4  # counter-clockwise, as np.rot90
             stored_width, stored_height = (new_height, new_width) if turns % 2 else (new_width, new_height)
-            scaled = scaler.reformat(frame, stored_width, stored_height, format="rgb24", interpolation=method)
-            image_HWC = np.rot90(scaled.to_ndarray(), turns)
+            image_HWC = np.rot90(convert(frame, stored_width, stored_height, method), turns)
             first, *others = slots[time]
             frames_FHWC[first] = image_HWC[top : top + bucket_height, left : left + bucket_width]
             for i in others:

@@ -9,6 +9,7 @@ import numpy as np
 
 from titan_video.tools.files import atomic_write
 
+HD_LINES = 720  # players take files without a tag for BT.709 from here on, smaller ones for BT.601
 MP4_QUALITY = "12"  # x264's constant rate factor; visually lossless
 
 
@@ -28,14 +29,16 @@ def write_mp4(path: str | os.PathLike, frames_FHWC: np.ndarray, fps: float, what
     file = io.BytesIO()  # not on disk, where the library would take a full one for a fault of its own
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.width = width
-        stream.height = height
-        stream.pix_fmt = "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         # Without mbtree: x264's gives other bits for the same frames from one process to the next.
         stream.options = {"crf": MP4_QUALITY, "preset": "veryfast", "x264-params": "mbtree=0"}
         stream.codec_context.thread_count = 1  # clips are short, and the bytes are the same on every machine
+        matrix, tag = ("ITU709", 1) if min(height, width) >= HD_LINES else ("ITU601", 2)  # 2: none
+        for name in ("colorspace", "color_primaries", "color_trc"):
+            setattr(stream.codec_context, name, tag)
         for frame_HWC in frames_FHWC:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
+            frame = frame.reformat(format="yuv420p", dst_colorspace=matrix)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     atomic_write(path, file.getvalue(), what)

@@ -73,9 +73,11 @@ class Data:
         "Video decoder. torchcodec must be installed; its pixels can differ slightly, so its clips have cache entries "
         "of their own.",
     )
-    max_decoded_pixels: int = opt(
-        1 << 26, "Files whose frames have more pixels are dropped, not decoded.", ge=1, le=1 << 30
-    )
+    hdr: Literal["tonemap", "drop"] = opt("tonemap", "Video in PQ or HLG: converted to SDR (docs/data.md), or dropped.")
+    bt709_lines: int = opt(720, "Untagged video is BT.709 if its shorter side has so many pixels; 0: never.", ge=0)
+    video_as_image: bool = opt(False, "Video that fills no bucket but those of one frame: trained on as images.")
+    media_rules: int = opt(0, "1: media are read without these options; 2: with them; 0: as the run began.", ge=0, le=2)
+    max_decoded_pixels: int = opt(1 << 26, "Files whose frames have more pixels are dropped.", ge=1, le=1 << 30)
     max_frames: int = opt(500_000, "Files with more frames, also after resampling, are dropped.", ge=1)
     decode_timeout_seconds: float = opt(
         600.0, "A worker that takes longer for a clip is replaced; a clip of two such workers is dropped.", gt=0, le=1e6
@@ -128,9 +130,5 @@ class Data:
 
 def _size(side: int, ratio: float) -> tuple[int, int]:
     """(height, width) with about the area of a square of this side, width / height about `ratio`."""
-    height, width = side * ratio**-0.5, side * ratio**0.5
-    return _round(height), _round(width)
-
-
-def _round(pixels: float) -> int:
-    return max(1, round(pixels / DERIVED_MULTIPLE)) * DERIVED_MULTIPLE
+    height, width = (side * ratio**half / DERIVED_MULTIPLE for half in (-0.5, 0.5))
+    return max(1, round(height)) * DERIVED_MULTIPLE, max(1, round(width)) * DERIVED_MULTIPLE
