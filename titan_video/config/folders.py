@@ -41,7 +41,7 @@ def file_rules(config: JobConfig, world_size: int) -> Iterator[str]:
             f"checkpoint.initial_load_path: there is no {initial}; give a step-N folder, a folder or file of public "
             f"weights, or leave it empty"
         )
-    if adapters and not os.path.isfile(adapters):
+    if adapters and not os.path.exists(adapters):
         yield (
             f"lora.initial_load_path: there is no file {adapters}; give a safetensors file of adapters, or leave it "
             f"empty"

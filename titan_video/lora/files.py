@@ -252,6 +252,7 @@ def load_lora(model: nn.Module, path: Path, spec: ModelSpec, args: Any, section:
     if unused:
         raise ValueError(
             f"{path} has adapters that lora.target_modules does not ask for, or other tensors: {preview(unused)}"
+            f"{_targets(adapters, spec, args) or '; only Linears of blocks have adapters here'}"
         )
     full: dict[str, Tensor] = {}
     for module, pair in adapters.items():
@@ -260,7 +261,7 @@ def load_lora(model: nn.Module, path: Path, spec: ModelSpec, args: Any, section:
             raise ValueError(
                 f"{path}: the adapter of {pair.name} has rank {len(pair.down)}, {pair.down.shape[1]} inputs and "
                 f"{len(pair.up)} outputs, in this run {section.rank}, {down[1]} and {up[0]}: set lora.rank and "
-                f"model.flavor to fit"
+                f"model.flavor to fit (the highest rank in the file is {max(len(p.down) for p in adapters.values())})"
             )
         full |= _fill_up(module, pair, down, up, section)
     lower = [len(pair.down) for pair in adapters.values() if len(pair.down) < section.rank]
@@ -290,5 +291,7 @@ def _fill_up(module: str, pair: AdapterPair, down: torch.Size, up: torch.Size, s
 def _targets(adapters: Mapping[str, AdapterPair], spec: ModelSpec, args: Any) -> str:
     """lora.target_modules of the adapters, for a message; "" if they are not those of all blocks."""
     ends = list(dict.fromkeys(name.split(".", 2)[-1] for name in adapters))
-    shapes = adapter_shapes(spec, args, Lora(enable=True, target_modules=tuple(ends))) if ends else {}
+    if any(name.split(".")[0] not in spec.plan.blocks for name in adapters):
+        return ""
+    shapes = adapter_shapes(spec, args, Lora(enable=True, target_modules=tuple(ends)))
     return f": lora.target_modules = {','.join(ends)}" if len(shapes) == 2 * len(adapters) else ""

@@ -43,11 +43,11 @@ class LoraWeights(FullWeights):
             frozen = broadcast_from_rank0(lambda: fingerprint(Path(self.source), self.subfolder), self.group)
         return {"lora": LoraState(self.settings.lora, frozen)}
 
-    def is_exported(self, folder: Path) -> bool:
+    def is_written(self, folder: Path) -> bool:
         lora = self.settings.lora
-        return are_exported(folder, lora) and (lora.only_adapters or super().is_exported(folder))
+        return are_exported(folder, lora) and (lora.only_adapters or super().is_written(folder))
 
-    def export(self, model: nn.Module, folder: Path, ema: dict[str, Tensor] | None = None) -> None:
+    def write(self, model: nn.Module, folder: Path, ema: dict[str, Tensor] | None) -> None:
         """Files of adapters in the formats of lora.export; with "merged" also full weights with the adapters added."""
         lora, dtype = self.settings.lora, getattr(torch, self.settings.checkpoint.export_dtype)
         for form in lora.forms:

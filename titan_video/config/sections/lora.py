@@ -21,12 +21,14 @@ class Lora:
         "Empty: all Linears of attention and feed-forward except those of image tokens.",
     )
     initial_load_path: str = opt(
-        "", "File of adapters to start from if there is no checkpoint yet, in the format of diffusers or ComfyUI."
+        "",
+        "File or folder of adapters to start from if there is no checkpoint yet, in the form of diffusers, ComfyUI, "
+        "diffusion-pipe, musubi-tuner (kohya), DiffSynth or PEFT.",
     )
     export: tuple[Literal["diffusers", "comfyui", "merged"], ...] = opt(
         ("diffusers", "comfyui"),
-        "Files that checkpoint.last_save_in_hf writes: `lora/pytorch_lora_weights.safetensors` for diffusers, "
-        "`lora/comfyui.safetensors`, or all weights with the adapters merged, in checkpoint.export_format.",
+        "Files that checkpoint.last_save_in_hf and export_every write: `lora/pytorch_lora_weights.safetensors` for "
+        "diffusers, `lora/comfyui.safetensors`, or all weights with the adapters merged, in checkpoint.export_format.",
     )
 
     @property
