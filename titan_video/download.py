@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 from titan_video.tools.bounded import is_plain_name, short
 from titan_video.tools.files import StorageError, sha256, sync, writing
@@ -61,13 +62,14 @@ class Hub:
     """
 
     def __init__(self, repository: str, revision: str):
-        os.environ["HF_HUB_DISABLE_XET"] = "1"  # its cache is outside the folder, and does not resume by bytes
+        os.environ["HF_HUB_DISABLE_XET"] = "1"  # its cache would be outside the folder
         import huggingface_hub
-        from huggingface_hub import constants, errors, utils
+        from huggingface_hub import constants, errors, file_download, utils
 
         if not sys.stderr.isatty():
             utils.disable_progress_bars()
         self.hub, self.errors, self.is_offline = huggingface_hub, errors, constants.HF_HUB_OFFLINE
+        self.get, self.build_headers = file_download.http_get, utils.build_hf_headers
         self.repository, self.revision = repository, revision
         self.endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or constants.ENDPOINT
         self.token: str | bool = os.environ.get("HF_TOKEN", "").strip() or False  # False: no stored token either
@@ -84,10 +86,23 @@ class Hub:
             found.append(RemoteFile(f.rfilename, f.size, f.lfs.sha256 if f.lfs else "", f.blob_id or ""))
         return found
 
-    def fetch(self, file: RemoteFile, folder: Path) -> Path:
-        """The file below `folder`; what an earlier call has fetched of it is not fetched again."""
-        options = {"revision": self.commit, "local_dir": folder, "token": self.token, "endpoint": self.endpoint}
-        return Path(self._ask(lambda: self.hub.hf_hub_download(self.repository, file.name, **options)))
+    def fetch(self, file: RemoteFile, path: Path) -> None:
+        """Make `path` that file. What an interrupted call has fetched of it, in `path.part`, is not fetched again."""
+        part = path.with_name(f"{path.name}.part")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._ask(lambda: self._continue(file, part))
+        part.rename(path)
+
+    def _continue(self, file: RemoteFile, part: Path) -> None:
+        # hf_hub_download begins a file anew when another process goes on with it, so its parts are used alone.
+        url = self.hub.hf_hub_url(self.repository, file.name, revision=self.commit, endpoint=self.endpoint)
+        place = self.hub.get_hf_file_metadata(url, token=self.token).location
+        is_here = urlparse(place).netloc == urlparse(url).netloc
+        headers = self.build_headers(token=self.token if is_here else False)  # the token is for no other server
+        with part.open("ab") as f:
+            if f.tell() > file.size:
+                f.truncate(0)
+            self.get(place, f, resume_size=f.tell(), headers=headers, expected_size=file.size)
 
     def _ask(self, call: Any) -> Any:
         try:
@@ -169,7 +184,7 @@ def download(hub: Hub, folder: Path) -> None:
             path = partial / file.name
             if not file.fits(path):
                 path.unlink(missing_ok=True)
-                path = hub.fetch(file, partial)
+                hub.fetch(file, path)
             if not file.fits(path):
                 path.unlink()
                 raise ValueError(

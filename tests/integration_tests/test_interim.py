@@ -1,7 +1,6 @@
-"""`checkpoint.export_every`: exports while a run goes on, what is in them, and what becomes of them when it is stopped."""
+"""`checkpoint.export_every`: exports while a run goes on: what is in them, and what a kill or a full disk leaves."""
 
 import shutil
-from argparse import Namespace
 from functools import partial
 
 import numpy as np
@@ -9,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers import kill_in_save
 from tests.integration_tests.test_sample import decode
 from titan_video import convert, sample
 from titan_video.config.manager import load
+from titan_video.models import get_spec
 from titan_video.models.layers import patchify, token_shape, unpatchify
 from titan_video.tools.video import write_mp4
 
@@ -72,24 +71,15 @@ class Diffusers:
 
 
 def sampled(model, run, clip, path, monkeypatch):
-    """The frames that sampling with diffusers' model gives for the prompt of a validated clip, through the same codec."""
+    """The frames that diffusers' model gives for the prompt of a validated clip, through the same codec."""
     config = load(run.folder / "config.toml")
     prompt = clip.stem.partition("_")[2].replace("_", " ")
-    options = Namespace(prompt=prompt, low=None, image=None, last_image=None, weights=None, seed=0)
-    for name in (
-        "size",
-        "fps",
-        "steps",
-        "guidance",
-        "embedded_guidance",
-        "shift",
-        *vars(sample.parse(["x", "--prompt=x", "--out=x"])),
-    ):
-        if not hasattr(options, name):
-            setattr(options, name, None)
+    options = sample.parse(["x", "--out", "x", "--prompt", prompt])
     sample.fill_defaults(options, config)
-    wrap = lambda config, spec, args, *_: Diffusers(model, spec.geometry(args).latent_shape(options.size), args.patch)  # noqa: E731
-    monkeypatch.setattr(sample, "load_model", wrap)
+    spec = get_spec(config.model.name)
+    args = spec.flavors[config.model.flavor]
+    theirs = Diffusers(model, spec.geometry(args).latent_shape(options.size), args.patch)
+    monkeypatch.setattr(sample, "load_model", lambda *_: theirs)
     write_mp4(path, sample.generate(config, run.folder, options).numpy(), options.fps, "clip")
     return decode(path).astype(int)
 
@@ -122,7 +112,7 @@ def test_interim_adapters_load_in_diffusers_and_give_the_clips_of_that_step(watc
 
 
 def test_exports_change_nothing_and_a_kill_leaves_no_half(watched, front, base):
-    """The same run with a kill at step 4, without validation: the same losses, and the exports of the uninterrupted run."""
+    """The same run without validation and with a kill: the losses and the exports of the uninterrupted run."""
     options = {**LORA, "checkpoint.initial_load_path": base, "checkpoint.keep_exports": 1}
     run = front.run("cut", options, hook=partial(kill_in_export, 2))
     exports = run.folder / "exports"
@@ -157,18 +147,28 @@ def kill_in_export(step):
 
 def refuse_export(step):
     """A hook: the disk is full when the export of `step` is written."""
-    import errno
-
     from titan_video.lora import files
+    from titan_video.tools.files import StorageError
 
     write = files._write
 
     def _write(path, *args):
         if f"step-{step}." in str(path):
-            raise files.StorageError(errno.ENOSPC, "cannot write the exported adapters: No space left on device")
+            raise StorageError(f"{path}: cannot write the exported adapters: No space left on device")
         write(path, *args)
 
     files._write = _write
+
+
+def test_a_full_disk(front, base):
+    options = {**LORA, "checkpoint.initial_load_path": base, "training.steps": 3, "checkpoint.export_every": 1}
+    run = front.run("stop", options, hook=partial(refuse_export, 2)).fails_with("cannot write the exported adapters")
+    assert [p.name for p in (run.folder / "exports").iterdir()] == ["step-1"]
+    options |= {"checkpoint.on_error": "continue", "checkpoint.last_save_in_hf": "true"}
+    run = front.run("go_on", options, hook=partial(refuse_export, 2)).ok()
+    assert "training goes on, and the next export is tried" in run.output
+    assert [p.name for p in (run.folder / "exports").iterdir()] == ["step-1"]
+    assert (run.folder / "lora" / "comfyui.safetensors").is_file()  # of step 3, which is not exported twice
 
 
 def test_two_ranks_full_weights_and_the_last_export(front):

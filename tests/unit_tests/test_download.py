@@ -1,4 +1,4 @@
-"""`python -m titan_video.download` against a small server with the paths of the hub: whole, resumed, refused folders."""
+"""`python -m titan_video.download` against a small server with the hub's paths: whole, resumed, refused folders."""
 
 import hashlib
 import json
