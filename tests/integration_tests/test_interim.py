@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.integration_tests.test_sample import decode
+from tests.helpers import run_ranks
+from tests.integration_tests.test_sample import decode, run_sample
 from titan_video import convert, sample
 from titan_video.config.manager import load
 from titan_video.models import get_spec
@@ -109,6 +110,17 @@ def test_interim_adapters_load_in_diffusers_and_give_the_clips_of_that_step(watc
         (written,) = (tmp_path / form).iterdir()
         exported, converted = load_file(kept / "lora" / written.name), load_file(written)
         assert exported.keys() == converted.keys() and all(exported[n].equal(converted[n]) for n in exported)
+
+
+def test_adapters_of_a_file_are_sampled(watched, base, tmp_path):
+    """Added to the weights of a full run, or in the place of a LoRA run's own: the clip of the step that wrote them."""
+    (clip,) = (watched.folder / "samples" / "step-2").glob("*.mp4")
+    prompt = clip.stem.partition("_")[2].replace("_", " ")
+    convert.main([str(watched.checkpoint(2)), str(tmp_path / "x"), "--format", "peft", "--weights", "ema"])
+    for checkpoint in (base, watched.checkpoint(4)):
+        more = ["--weights", "model", "--steps", 3, "--lora", tmp_path / "x", "--out", tmp_path / "x.mp4"]
+        run_ranks(run_sample, 1, [checkpoint, "--prompt", prompt, *more], init=False)
+        assert np.abs(decode(tmp_path / "x.mp4").astype(int) - decode(clip).astype(int)).mean() < 0.05
 
 
 def test_exports_change_nothing_and_a_kill_leaves_no_half(watched, front, base):

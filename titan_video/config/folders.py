@@ -4,6 +4,7 @@ Paths of clips: ingest/sources.py.
 """
 
 import os
+import re
 from collections.abc import Iterator
 
 from titan_video.config.job_config import JobConfig
@@ -39,7 +40,7 @@ def file_rules(config: JobConfig, world_size: int) -> Iterator[str]:
     if initial and not os.path.exists(initial):
         yield (
             f"checkpoint.initial_load_path: there is no {initial}; give a step-N folder, a folder or file of public "
-            f"weights, or leave it empty"
+            f"weights{_fetch(initial)}, or leave it empty"
         )
     if adapters and not os.path.exists(adapters):
         yield (
@@ -53,12 +54,18 @@ def file_rules(config: JobConfig, world_size: int) -> Iterator[str]:
         )
 
 
+def _fetch(path: str) -> str:
+    """What fetches a model, if the path that does not exist looks like the id of one on the hub."""
+    is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path)
+    return f" (`python -m titan_video.download {path} --revision main` fetches one from the hub)" if is_id else ""
+
+
 def _assets(config: JobConfig) -> Iterator[str]:
     """The local folder of pretrained weights."""
     name, assets, encoder = "model.hf_assets_path", config.model.hf_assets_path, config.encoder.name
     model_config = os.path.join(assets, "transformer", "config.json")
     if assets and not os.path.isdir(assets):
-        yield f"{name}: there is no folder {assets}; give a local diffusers folder, or leave it empty"
+        yield f"{name}: there is no folder {assets}; give a local diffusers folder{_fetch(assets)}, or leave it empty"
     if encoder != "debug" and not assets:
         yield (
             f"{name}: empty, but encoder.name {encoder} reads the VAE and the text encoder there; give a diffusers "

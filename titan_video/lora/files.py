@@ -275,6 +275,14 @@ def load_lora(model: nn.Module, path: Path, spec: ModelSpec, args: Any, section:
             p.copy_(values)
 
 
+def section_of(path: Path, spec: ModelSpec, args: Any) -> Lora:
+    """[lora] with which a model takes all adapters of a file in blocks, and starts from them."""
+    adapters, _ = find_modules(read_adapters(path), spec, args)
+    rank = max(len(pair.down) for pair in adapters.values())
+    targets = tuple(name for name in adapters if name.split(".")[0] in spec.plan.blocks)
+    return Lora(enable=True, rank=rank, alpha=rank, target_modules=targets, initial_load_path=str(path))
+
+
 def _fill_up(module: str, pair: AdapterPair, down: torch.Size, up: torch.Size, section: Lora) -> dict[str, Tensor]:
     rank, parameters = (
         len(pair.down),
