@@ -242,7 +242,7 @@ def test_one_adapter_over_several_of_our_matrices_is_split(tmp_path):
     tensors = load_file(file)
     tensors = {name: t if name.endswith("alpha") else torch.randn(t.shape) for name, t in tensors.items()}
     save_file(tensors, file)
-    with pytest.raises(ValueError, match="has rank 12, .* in this run 4, .*: set lora.rank"):
+    with pytest.raises(ValueError, match="has rank 12, in this run 4: set lora.rank"):
         load_lora(build(family, lora), file, spec, args, lora)
     lora = replace(lora, rank=12)
     model = build(family, lora)

@@ -55,9 +55,9 @@ def file_rules(config: JobConfig, world_size: int) -> Iterator[str]:
 
 
 def _fetch(path: str) -> str:
-    """What fetches a model, if the path that does not exist looks like the id of one on the hub."""
-    is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path)
-    return f" (`python -m titan_video.download {path} --revision main` fetches one from the hub)" if is_id else ""
+    """The command that fetches a model, where `path` looks like its id on the hub."""
+    is_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path)
+    return f" (`python -m titan_video.download {path} --revision main` fetches one)" if is_id else ""
 
 
 def _assets(config: JobConfig) -> Iterator[str]:

@@ -35,9 +35,7 @@ class Model:
         "debug", "Architecture: a flavor of the family, or `hf` to read `transformer/config.json` of hf_assets_path."
     )
     hf_assets_path: str = opt(
-        "",
-        "Local diffusers folder (transformer/, vae/, text_encoder/, tokenizer/), no id of a hub: "
-        "`python -m titan_video.download ID` fetches one.",
+        "", "Local diffusers folder, no id of the hub: `python -m titan_video.download ID` fetches one."
     )
     expert: Literal["all", "high", "low"] = opt(
         "all",

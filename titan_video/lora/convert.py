@@ -31,7 +31,6 @@ from titan_video.models.spec import ModelSpec
 from titan_video.tools.bounded import read_json
 from titan_video.tools.files import atomic_write
 from titan_video.weights.formats import preview
-from titan_video.weights.hf_storage import global_shapes
 
 FORMS = ADAPTER_FORMATS | {
     "musubi": AdapterFormat(
@@ -105,20 +104,16 @@ def _candidates(options: argparse.Namespace) -> Iterator[tuple[ModelSpec, Any]]:
 
 def _find_model(stored: StoredAdapters, candidates: list[tuple[ModelSpec, Any]]) -> tuple:
     """(adapters by our modules, modules without one, spec, arguments) of the model with the most of the modules."""
-    fits, problems = [], []
+    fits, problems, widths = [], [], {pair.down.shape[1] for pair in stored.pairs.values()}
     for spec, args in candidates:
+        if not widths & {args.dim, args.ffn_dim, args.dim + args.ffn_dim}:  # of the inputs of a block's Linears
+            continue
         try:
             adapters, unknown = find_modules(stored, spec, args)
         except ValueError as e:
             problems.append(str(e))
             continue
-        shapes = {name: shape for name, shape in global_shapes(spec, args).items() if name.endswith(".weight")}
-        odd = [n for n, p in adapters.items() if shapes[f"{n}.weight"] != (len(p.up), p.down.shape[1])]
-        if odd:
-            found = [len(adapters[odd[0]].up), adapters[odd[0]].down.shape[1]]
-            problems.append(f"{stored.path}: {odd[0]} is {found} in the file, {list(shapes[f'{odd[0]}.weight'])} there")
-        else:
-            fits.append((adapters, unknown, spec, args))
+        fits.append((adapters, unknown, spec, args))
     fewest = min((len(unknown) for _, unknown, _, _ in fits), default=0)
     fits = [fit for fit in fits if len(fit[1]) == fewest]
     sizes = {(spec.name, args.dim, args.num_heads, args.ffn_dim) for _, _, spec, args in fits}

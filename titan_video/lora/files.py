@@ -92,7 +92,7 @@ def lora_path(folder: Path, format_name: str) -> Path:
 
 def are_exported(folder: Path, section: Lora) -> bool:
     """Whether all adapter files that `section` asks for exist."""
-    return all(lora_path(folder, format_name).is_file() for format_name in section.forms)
+    return all(lora_path(folder, form).is_file() for form in section.export if form != "merged")
 
 
 # --- export ---
@@ -250,20 +250,20 @@ def load_lora(model: nn.Module, path: Path, spec: ModelSpec, args: Any, section:
         )
     unused = [*stored.others, *unknown, *(pair.name for name, pair in adapters.items() if name not in ours)]
     if unused:
+        targets = "" if unknown else _targets(adapters, spec, args)
         raise ValueError(
             f"{path} has adapters that lora.target_modules does not ask for, or other tensors: {preview(unused)}"
-            f"{_targets(adapters, spec, args) or '; only Linears of blocks have adapters here'}"
+            f"; {f'it was trained with {targets[2:]}' if targets else 'only Linears of blocks have adapters here'}"
         )
     full: dict[str, Tensor] = {}
     for module, pair in adapters.items():
-        down, up = shapes[f"{module}.{NAME}.down"], shapes[f"{module}.{NAME}.up"]
-        if len(pair.down) > section.rank or (pair.down.shape[1], len(pair.up)) != (down[1], up[0]):
+        if len(pair.down) > section.rank:
+            highest = max(len(p.down) for p in adapters.values())
             raise ValueError(
-                f"{path}: the adapter of {pair.name} has rank {len(pair.down)}, {pair.down.shape[1]} inputs and "
-                f"{len(pair.up)} outputs, in this run {section.rank}, {down[1]} and {up[0]}: set lora.rank and "
-                f"model.flavor to fit (the highest rank in the file is {max(len(p.down) for p in adapters.values())})"
+                f"{path}: the adapter of {pair.name} has rank {len(pair.down)}, in this run {section.rank}: set "
+                f"lora.rank and model.flavor to fit (the highest rank in the file is {highest})"
             )
-        full |= _fill_up(module, pair, down, up, section)
+        full |= _fill_up(module, pair, shapes, section)
     lower = [len(pair.down) for pair in adapters.values() if len(pair.down) < section.rank]
     if lower:
         logger.info(f"{path}: {len(lower)} adapters of a lower rank, from {min(lower)}, are filled up with zeros")
@@ -283,11 +283,9 @@ def section_of(path: Path, spec: ModelSpec, args: Any) -> Lora:
     return Lora(enable=True, rank=rank, alpha=rank, target_modules=targets, initial_load_path=str(path))
 
 
-def _fill_up(module: str, pair: AdapterPair, down: torch.Size, up: torch.Size, section: Lora) -> dict[str, Tensor]:
-    rank, parameters = (
-        len(pair.down),
-        {f"{module}.{NAME}.down": torch.empty(down), f"{module}.{NAME}.up": torch.empty(up)},
-    )
+def _fill_up(module: str, pair: AdapterPair, shapes: dict[str, torch.Size], section: Lora) -> dict[str, Tensor]:
+    names, rank = [f"{module}.{NAME}.{end}" for end in ("down", "up")], len(pair.down)
+    parameters = {name: torch.empty(shapes[name]) for name in names}
     for name, tensor in parameters.items():
         init_adapter(name, tensor, torch.Generator().manual_seed(derive_seed(name, 0)))
     full_down, full_up = parameters.values()
@@ -302,4 +300,4 @@ def _targets(adapters: Mapping[str, AdapterPair], spec: ModelSpec, args: Any) ->
     if any(name.split(".")[0] not in spec.plan.blocks for name in adapters):
         return ""
     shapes = adapter_shapes(spec, args, Lora(enable=True, target_modules=tuple(ends)))
-    return f": lora.target_modules = {','.join(ends)}" if len(shapes) == 2 * len(adapters) else ""
+    return f", lora.target_modules = {','.join(ends)}" if len(shapes) == 2 * len(adapters) else ""

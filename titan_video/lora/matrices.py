@@ -17,11 +17,12 @@ from titan_video.weights.hf_storage import global_shapes
 class PublicMatrix:
     """A matrix in a public layout that adapters of ours belong to.
 
-    height: its rows. parts: (module name, slice of the matrix) of our Linears, in row order.
+    height, width: its rows and columns. parts: (module name, slice of the matrix) of our Linears, in row order.
     """
 
     name: str
     height: int
+    width: int
     parts: tuple[tuple[str, TensorSlice], ...]
 
     def join(self, adapters: Mapping[str, AdapterPair], args: Any) -> AdapterPair | None:
@@ -76,7 +77,7 @@ def public_matrices(spec: ModelSpec, args: Any, layout: str) -> list[PublicMatri
         fits = all(p.ours.split(".")[0] in spec.plan.blocks or not p.changes_layout for p in tensor.slices)
         if name.endswith(".weight") and len(tensor.shape) == 2 and fits:
             parts = tuple((part.ours.removesuffix(".weight"), part) for part in tensor.slices)
-            matrices.append(PublicMatrix(name.removesuffix(".weight"), tensor.shape[0], parts))
+            matrices.append(PublicMatrix(name.removesuffix(".weight"), *tensor.shape, parts))
     return matrices
 
 
@@ -99,10 +100,10 @@ def find_modules(stored: StoredAdapters, spec: ModelSpec, args: Any) -> tuple[di
     adapters: dict[str, AdapterPair] = {}
     for module, name in table.items():
         pair, matrix = stored.pairs[module], known[name]
-        if len(pair.up) != matrix.height:
+        if (len(pair.up), pair.down.shape[1]) != (matrix.height, matrix.width):
             raise ValueError(
-                f"{stored.path}: the adapter of {module} has {len(pair.up)} outputs, and the matrix of {spec.name} has "
-                f"{matrix.height}: set lora.rank and model.flavor to fit"
+                f"{stored.path}: the adapter of {module} has {pair.down.shape[1]} inputs and {len(pair.up)} outputs, "
+                f"the matrix of {spec.name} {matrix.width} and {matrix.height}: set lora.rank and model.flavor to fit"
             )
         adapters |= matrix.split(pair, args)
     return adapters, sorted(stored.pairs.keys() - table.keys())

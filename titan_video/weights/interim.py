@@ -43,11 +43,13 @@ def is_complete(section: Checkpoint, folder: Path, step: int) -> bool:
 def export_interim(
     section: Checkpoint, folder: Path, step: int, write: Callable[[Path], None], group: dist.ProcessGroup | None
 ) -> None:
-    """Export the weights after `step` steps. All ranks call it.
+    """Export the weights after `step` steps, if it is time to. All ranks call it.
 
     folder: of the run. write: exports into the folder that it is given; all ranks call it. group: for what rank 0 does
     alone. StorageError, on all ranks: it cannot be written, and checkpoint.on_error is not "continue".
     """
+    if not is_due(section, step):
+        return
     final = folder / FOLDER / f"step-{step}"
     partial = final.with_name(f"{final.name}.partial")
     heartbeat.enter(f"exporting step {step}")

@@ -64,9 +64,7 @@ class SafetensorsFile:
     this for the rest, and compares names, shapes and types. RuntimeError: something differs.
     """
 
-    def __init__(
-        self, path: Path, entries: dict[str, tuple[Shape, torch.dtype]], metadata: dict[str, str] | None = None
-    ):
+    def __init__(self, path: Path, entries: dict[str, tuple[Shape, torch.dtype]], metadata: dict | None = None):
         self.path, self.entries = path, entries
         header: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}
         end = 0

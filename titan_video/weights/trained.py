@@ -91,33 +91,27 @@ class FullWeights:
     def is_exported(self, folder: Path, step: int) -> bool:
         """Whether what is exported at the end of a run, after `step` steps, is in its folder."""
         c = self.settings.checkpoint
-        if not c.last_save_in_hf:
-            return not c.export_every or self._interim("is_complete")(c, folder, step)
-        return self.is_written(folder)
+        if c.export_every and not c.last_save_in_hf:
+            return resolve(f"{INTERIM}:is_complete", asked_by="checkpoint.export_every")(c, folder, step)
+        return not c.last_save_in_hf or self.is_written(folder)
+
+    def export(self, model: nn.Module, folder: Path, step: int, ema: EmaWeights | None, last: bool) -> None:
+        """Export the weights after `step` steps, or the EMA weights, if the run's configuration asks for it."""
+        c = self.settings.checkpoint
+        if last and c.last_save_in_hf:
+            self.write(model, folder, ema.state_dict() if ema else None)
+        elif c.export_every:
+            export = resolve(f"{INTERIM}:export_interim", asked_by="checkpoint.export_every")
+            export(c, folder, step, lambda to: self.write(model, to, ema.state_dict() if ema else None), self.group)
 
     def is_written(self, folder: Path) -> bool:
         """Whether `write` has written all to `folder`."""
         format_name = self.settings.checkpoint.export_format
         return is_exported(export_path(folder, format_name, self.subfolder), format_name, self.spec)
 
-    def export(self, model: nn.Module, folder: Path, step: int, ema: EmaWeights | None, last: bool) -> None:
-        """Export the weights after `step` steps, or the EMA weights, if it is asked for: the last ones into the run's
-        folder (last_save_in_hf), others into one of their own (export_every).
-        """
-        c = self.settings.checkpoint
-        if last and c.last_save_in_hf:
-            self.write(model, folder, ema.state_dict() if ema else None)
-        elif c.export_every and self._interim("is_due")(c, step):
-            weights = ema.state_dict() if ema else None
-            export = self._interim("export_interim")
-            export(c, folder, step, lambda target: self.write(model, target, weights), self.group)
-
     def write(self, model: nn.Module, folder: Path, ema: dict[str, Tensor] | None) -> None:
         """Write the weights, or the EMA weights, to `folder`, as checkpoint.export_format says."""
         self._export_full(model, folder, ema)
-
-    def _interim(self, name: str) -> Callable[..., Any]:
-        return resolve(f"{INTERIM}:{name}", asked_by="checkpoint.export_every")
 
     def _export_full(self, model: nn.Module, folder: Path, weights: Any) -> None:
         c, assets = self.settings.checkpoint, self.settings.model.hf_assets_path

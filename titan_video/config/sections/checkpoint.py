@@ -34,10 +34,7 @@ class Checkpoint:
         "in export_format.",
     )
     export_every: int = opt(
-        0,
-        "Steps between exports into the folders `exports/step-N` of job.dump_folder, in the form of last_save_in_hf, "
-        "while training goes on; 0: none. The last step is exported once: with last_save_in_hf not here.",
-        ge=0,
+        0, "Steps between such exports during training, into `exports/step-N` of job.dump_folder; 0: none.", ge=0
     )
     keep_exports: int = opt(0, "Number of the newest folders in `exports` to keep; 0: all.", ge=0)
     export_format: Literal["diffusers", "original", "single_file", "comfyui"] = opt(
