@@ -147,6 +147,8 @@ def test_what_is_cut_off_is_no_model_and_goes_on(server, tmp_path, capsys, monke
 def test_other_bytes_are_found(server, tmp_path, capsys):
     server.content = {"transformer/config.json": b'{"a": 2}'}
     assert "transformer/config.json came with other bytes" in fails(capsys)
+    server.content = {"text_encoder/model.safetensors": WEIGHTS[1:5001]}
+    assert "text_encoder/model.safetensors came with other bytes" in fails(capsys)
     server.content = {}
     download.main([ID])
     (tmp_path / "Tiny-Diffusers" / "tokenizer" / "spiece.model").write_bytes(b"\0\2")
