@@ -288,6 +288,7 @@ class Trainer:
         self.steps = Prefetch(self.loader, last_step - self.step, self.task.prepare, self.device, clips)
         with parts.build_profiler(c.profiling, self.folder, self.device) as profiler:
             while self.step < last_step:
+                self.export()  # of the step before; a resumed run makes up for it
                 start = time.perf_counter()
                 batches = self.steps.step()
                 self.step = step = self.step + 1
@@ -308,20 +309,19 @@ class Trainer:
                     set_timeout(c.comm.train_timeout_seconds, self.meshes)
                     self.supervisor.set_limit(c.comm.train_timeout_seconds)
             self.checkpoint.wait()
-        self.export()
+        self.export(last=True)
         logger.info(f"finished: {self.folder}")
 
     def finish_again(self) -> None:
         """A run that has all its steps: export what was asked for later, or prevented by a kill after the last save."""
         steps, fix = self.config.training.steps, "raise training.steps to train further, or change job.dump_folder"
         logger.info(f"{self.folder} is already at step {self.step} of {steps}: {fix}")
-        is_exported = broadcast_from_rank0(lambda: self.weights.is_exported(self.folder), self.host_group)
+        is_exported = broadcast_from_rank0(lambda: self.weights.is_exported(self.folder, self.step), self.host_group)
         if self.step == steps and not is_exported:
-            self.export()
+            self.export(last=True)
 
-    def export(self) -> None:
-        if self.config.checkpoint.last_save_in_hf:
-            self.weights.export(self.model, self.folder, self.ema.state_dict() if self.ema else None)
+    def export(self, last: bool = False) -> None:
+        self.weights.export(self.model, self.folder, self.step, self.ema, last)
 
 
 @record

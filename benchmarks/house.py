@@ -54,11 +54,13 @@ OPTIONAL_PARTS = (  # each can be deleted alone; modules and packages, without `
     "optim.mixed",
     "optim.in_backward",
     "weights.original",
+    "weights.interim",
     "ingest.importers",
     "lora",
     "online",
     "planner",
     "convert",
+    "download",
     "sample",
     "replay",
 )

@@ -1,9 +1,11 @@
-"""Converts weights between formats:
+"""Converts weights, or adapters, between formats:
 
     python -m titan_video.convert SRC DST --format diffusers|original|single_file|comfyui
+    python -m titan_video.convert SRC DST --format diffusers|comfyui|musubi|diffsynth|peft      SRC holds adapters
 
-SRC is a folder or file in any of these formats, which is detected from its names, or a step-N folder of a run. One
-tensor at a time is read and written, so memory does not grow with the model. What was written is read back.
+SRC is a folder or file of weights in any of these formats, which is detected from its names, a file or folder of
+adapters (lora/convert.py), or a step-N folder of a run. One tensor of weights at a time is read and written, so memory
+does not grow with the model. What was written is read back.
 """
 
 import argparse
@@ -18,12 +20,13 @@ from torch import Tensor
 
 from titan_video.checkpoint import files
 from titan_video.checkpoint.state import read_tensors, saved_under
+from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import load
 from titan_video.models import FAMILIES, args_from_config, get_args, get_spec
 from titan_video.models.spec import ModelSpec
 from titan_video.tools.bounded import read_json
 from titan_video.tools.logging import init_logger, logger
-from titan_video.tools.parts import resolve
+from titan_video.tools.parts import find_module, resolve
 from titan_video.weights.formats import (
     CONFIG,
     FORMAT_NAMES,
@@ -38,6 +41,23 @@ from titan_video.weights.pipeline_folder import PIPELINE, complete_pipeline, is_
 from titan_video.weights.safetensors_io import opened
 
 DETECT = "titan_video.weights.original:detect"  # an optional part
+LORA = "titan_video.lora"  # an optional part
+ADAPTER_FORMATS = ("diffusers", "comfyui", "musubi", "diffsynth", "peft")
+
+
+def run_config(folder: Path) -> tuple[JobConfig, Path]:
+    """(configuration of the run that wrote a step-N folder, its file). ValueError: it is none, or outside its run."""
+    if not (folder / files.MANIFEST).is_file():
+        steps = ", ".join(f"step-{step}" for step in files.list_steps(folder))
+        raise ValueError(f"{folder} is no step-N folder; it holds {steps}: give one of them")
+    config_paths = [parent / "config.toml" for parent in folder.resolve().parents[:3]]
+    config_path = next((path for path in config_paths if path.is_file()), None)
+    if config_path is None:
+        raise ValueError(
+            f"{folder}: there is no config.toml above it to define the model's architecture; leave the folder "
+            f"inside its run's folder"
+        )
+    return load(config_path), config_path
 
 
 class StepSource:
@@ -47,21 +67,12 @@ class StepSource:
     """
 
     def __init__(self, folder: Path, weights: str):
-        if not (folder / files.MANIFEST).is_file():
-            steps = ", ".join(f"step-{step}" for step in files.list_steps(folder))
-            raise ValueError(f"{folder} is no step-N folder; it holds {steps}: give one of them")
-        config_paths = [parent / "config.toml" for parent in folder.resolve().parents[:3]]
-        config_path = next((path for path in config_paths if path.is_file()), None)
-        if config_path is None:
-            raise ValueError(
-                f"{folder}: there is no config.toml above it to define the model's architecture; leave the folder "
-                f"inside its run's folder"
-            )
-        config = load(config_path)
+        config, config_path = run_config(folder)
         if config.lora.enable:
             raise ValueError(
-                f"{folder} is of a run with lora.enable and holds adapters, not the full weights; run it to its end "
-                'with checkpoint.last_save_in_hf true and "merged" in lora.export'
+                f"{folder} is of a run with lora.enable and holds adapters, not the full weights: --format is one of "
+                f"{', '.join(ADAPTER_FORMATS)}; for full weights run it to its end with checkpoint.last_save_in_hf "
+                f'true and "merged" in lora.export'
             )
         self.spec = get_spec(config.model.name)
         self.args = get_args(
@@ -171,10 +182,17 @@ def convert(
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    about = "Convert weights between public formats, and from a run's checkpoint. The names in SRC identify its format."
+    about = (
+        "Convert weights or adapters (LoRA) between public formats, and from a run's checkpoint. The names in SRC "
+        "identify its format: weights in the formats of diffusers, of the models' public code (also in one file, or "
+        "with ComfyUI's prefix); adapters of diffusers, ComfyUI, diffusion-pipe, musubi-tuner, kohya, DiffSynth, PEFT."
+    )
     parser = argparse.ArgumentParser(prog="python -m titan_video.convert", description=about, allow_abbrev=False)
     parser.add_argument(
-        "source", type=Path, metavar="SRC", help="folder or file of weights, pipeline folder, or step-N folder of a run"
+        "source",
+        type=Path,
+        metavar="SRC",
+        help="folder or file of weights or of adapters, pipeline folder, or step-N folder of a run, also of a LoRA run",
     )
     parser.add_argument(
         "target",
@@ -182,7 +200,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="DST",
         help="file or folder to make; a diffusers folder gets its weights in transformer/",
     )
-    parser.add_argument("--format", choices=FORMAT_NAMES, required=True)
+    parser.add_argument(
+        "--format",
+        choices=list(dict.fromkeys((*FORMAT_NAMES, *ADAPTER_FORMATS))),
+        required=True,
+        help=f"of weights: {', '.join(FORMAT_NAMES)}; of adapters: {', '.join(ADAPTER_FORMATS)}",
+    )
     parser.add_argument("--model", choices=FAMILIES, help="model family (else detected from the names)")
     parser.add_argument("--flavor", help="architecture (else config.json, or the flavor with these shapes)")
     parser.add_argument(
@@ -203,12 +226,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> Path:
-    """Convert; return the folder or file with the weights. ValueError: the source or an option is not valid."""
+    """Convert; return the folder or file with the result. ValueError: the source or an option is not valid."""
     source, target = options.source, options.target
     if not source.exists():
         raise ValueError(f"SRC {source} does not exist")
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ValueError(f"DST {target} exists; give a new path")
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    if adapters := find_adapters(source, options):
+        return resolve(f"{LORA}.convert:write", asked_by=f"{source}")(adapters, target, options.format, dtype)
+    if options.format not in FORMAT_NAMES:
+        raise ValueError(f"--format {options.format} is of adapters, and SRC {source} holds none")
     if get_format(options.format).one_file and target.suffix != ".safetensors":
         raise ValueError(f"DST {target}: --format {options.format} is one file, whose name should end in .safetensors")
     if options.max_shard_gib <= 0:
@@ -224,9 +252,22 @@ def run(options: argparse.Namespace) -> Path:
         )
         if pipeline:
             complete_pipeline(pipeline, target, subfolder)
-    dtype = getattr(torch, options.dtype) if options.dtype else None
     convert(weights, path, options.format, dtype, int(options.max_shard_gib * GIB))
     return path
+
+
+def find_adapters(source: Path, options: argparse.Namespace) -> Any:
+    """The adapters of `source`, for lora/convert.py; None: it holds weights. ValueError: they are not valid."""
+    if is_checkpoint(source):
+        config, _ = run_config(source)
+        if config.lora.enable and options.format in ADAPTER_FORMATS:
+            read = resolve(f"{LORA}.convert:read_step", asked_by=f"{source}, of a run with lora.enable")
+            return read(source, config, options.weights)
+    elif find_module(LORA) and resolve(f"{LORA}.names:holds_adapters", asked_by=f"{source}")(source):
+        if options.format in ADAPTER_FORMATS:
+            return resolve(f"{LORA}.convert:read_file", asked_by=f"{source}")(source, options)
+        raise ValueError(f"SRC {source} holds adapters: --format is one of {', '.join(ADAPTER_FORMATS)}")
+    return None
 
 
 def main(argv: list[str]) -> None:
@@ -236,7 +277,7 @@ def main(argv: list[str]) -> None:
         path = run(options)
     except (OSError, ValueError, RuntimeError) as e:
         sys.exit(f"error: {e}")
-    logger.info(f"{options.format} weights written to {path}, and read back")
+    logger.info(f"written to {path} in the format {options.format}, and read back")
 
 
 if __name__ == "__main__":

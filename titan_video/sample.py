@@ -34,13 +34,17 @@ from titan_video.ingest.prepare import check_encoders
 from titan_video.ingest.video import read_image
 from titan_video.models import get_args, get_spec
 from titan_video.models.conditioning import ConditioningSpec
+from titan_video.models.layers import is_adapter
 from titan_video.models.spec import LatentGeometry, ModelSpec
 from titan_video.tasks.conditioning import COND_LATENTS
 from titan_video.tasks.sampling import Prompt, SamplerSettings, sample_latents
 from titan_video.tools.device import get_device
 from titan_video.tools.logging import init_logger, logger
+from titan_video.tools.parts import resolve
 from titan_video.tools.video import write_mp4
 from titan_video.weights.trained import WeightsSettings, build_weights
+
+LORA_SECTION = "titan_video.lora.files:section_of"  # an optional part
 
 
 class Experts:
@@ -94,27 +98,40 @@ def find_low(high: JobConfig, path: Path) -> tuple[Path, JobConfig]:
 
 
 def load_model(
-    config: JobConfig, spec: ModelSpec, args: Any, folder: Path, source: str | None, device: torch.device
+    config: JobConfig,
+    spec: ModelSpec,
+    args: Any,
+    folder: Path,
+    source: str | None,
+    device: torch.device,
+    lora: Path | None = None,
 ) -> nn.Module:
     """The model of a run with the weights of one of its checkpoints, sharded over all ranks.
 
-    source: "model" or "ema"; None: the weights that the run validated.
+    source: "model" or "ema"; None: the weights that the run validated. lora: a file of adapters, which are added, or
+    take the place of the run's own.
     """
-    settings = WeightsSettings(config.model, config.checkpoint, config.training, config.lora, seed=config.debug.seed)
+    section = resolve(LORA_SECTION, asked_by=f"--lora {lora}")(lora, spec, args) if lora else config.lora
+    settings = WeightsSettings(config.model, config.checkpoint, config.training, section, seed=config.debug.seed)
     weights = build_weights(settings, spec, args)
     with torch.device("meta"):
         model = spec.build(args)
-    if config.lora.enable:  # without adapters the weights stay in float32: EMA weights are, and FSDP casts for compute
+    if section.enable:  # without adapters the weights stay in float32: EMA weights are, and FSDP casts for compute
         weights.prepare(model)
     meshes = ParallelDims(dp_shard=dist.get_world_size()).build_mesh(device.type)
     parallelize(
         model, spec.plan, meshes, config.parallelism, config.training, config.activation_checkpoint, config.compile
     )
     model.to_empty(device=device)
-    weights.load_frozen(model)
     source = source or ("ema" if config.ema.enable and config.validation.use_ema else "model")
-    step = load_weights(folder, model, source, which=weights.is_saved)
-    logger.info(f"{source} weights of step {step} from {folder}")
+    if config.lora.enable:
+        weights.load_frozen(model)
+    if not (config.lora.enable and lora):  # else the file stands for all that the checkpoint holds
+        which = (lambda name: not is_adapter(name)) if lora else weights.is_saved
+        step = load_weights(folder, model, source, which=which)
+        logger.info(f"{source} weights of step {step} from {folder}")
+    if lora:
+        weights.load_initial(model)
     return model
 
 
@@ -167,10 +184,10 @@ def generate(config: JobConfig, folder: Path, options: argparse.Namespace) -> Te
     prompt, null = encode_prompts(encoders, args, options)
     encoders.free()
 
-    model = load_model(config, spec, args, folder, options.weights, device)
+    model = load_model(config, spec, args, folder, options.weights, device, options.lora)
     if low:
         low_folder, low_config = low
-        low_model = load_model(low_config, spec, args, low_folder, options.weights, device)
+        low_model = load_model(low_config, spec, args, low_folder, options.weights, device, options.low_lora)
         model = Experts(model, low_model, config.model.boundary or args.boundary)
     settings = SamplerSettings(
         num_steps=options.steps,
@@ -207,6 +224,8 @@ def check_size(size: tuple[int, int, int], geometry: LatentGeometry, patch: tupl
 
 def check_options(options: argparse.Namespace) -> None:
     """ValueError, with all mistakes, unless the numbers are legal."""
+    if options.low_lora and not options.low:
+        raise ValueError("--low-lora: given without --low, the expert that it is for")
     problems = [f"--{name} must be above 0" for name in ("steps", "shift", "fps") if not getattr(options, name) > 0]
     problems += ["--embedded-guidance must be above 0"] * (not options.embedded_guidance > 0)
     problems += ["--guidance must be at least 1"] * (not options.guidance >= 1)
@@ -232,6 +251,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--image", type=Path, help="first frame, for image-to-video")
     parser.add_argument("--last-image", type=Path, help="last frame, for models that take one")
     parser.add_argument("--low", type=Path, help="the low-noise expert's step-N or dump folder")
+    parser.add_argument(
+        "--lora",
+        type=Path,
+        help="file or folder of adapters (diffusers, ComfyUI, diffusion-pipe, musubi-tuner, kohya, DiffSynth, PEFT), "
+        "added to the checkpoint's weights; of a LoRA run they take the place of its own",
+    )
+    parser.add_argument("--low-lora", type=Path, help="the same for the low-noise expert")
     parser.add_argument("--size", type=parse_size, help="FRAMESxHEIGHTxWIDTH (default: the first of data.buckets)")
     parser.add_argument("--steps", type=int, help="Euler steps (validation.sample_steps)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance (validation.guidance_scale)")

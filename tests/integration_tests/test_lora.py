@@ -132,9 +132,9 @@ def test_a_checkpoint_is_sampled_as_it_validated(validated, tmp_path):
     assert np.array_equal(decode(tmp_path / "x.mp4"), decode(seen))
 
 
-def test_full_weights_are_exported_and_not_converted(full):
-    with pytest.raises(ValueError, match="holds adapters, not the full weights"):
-        convert.StepSource(full.checkpoint(4), "model")
+def test_full_weights_are_exported_and_not_converted(full, tmp_path):
+    with pytest.raises(ValueError, match="holds adapters, not the full weights: --format is one of diffusers, comfyui"):
+        convert.run(convert.parse([str(full.checkpoint(4)), str(tmp_path / "x"), "--format", "original"]))
     merged = load_file(full.folder / "hf" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert len(merged) > 100 and (full.folder / "hf" / "transformer" / "config.json").is_file()
 

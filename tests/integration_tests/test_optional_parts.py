@@ -10,7 +10,14 @@ import pytest
 from benchmarks.house import OPTIONAL_PARTS, PACKAGE, optional_part
 from tests.helpers import run_ranks
 
-PROGRAMS = {"planner", "convert", "sample", "replay", "ingest.importers"}  # started by hand, not by an option
+PROGRAMS = {
+    "planner",
+    "convert",
+    "download",
+    "sample",
+    "replay",
+    "ingest.importers",
+}  # started by hand, not by an option
 ALWAYS = {"supervision"}  # every run uses it where it is there
 AFTERWARDS = {"training.out_of_memory"}  # explains an error
 ASKING = {
@@ -30,6 +37,7 @@ ASKING = {
     "optim.mixed": {"optimizer.name": "AdamW8bit"},
     "optim.in_backward": {"optimizer.in_backward": "true", "training.max_norm": 0},
     "weights.original": {"checkpoint.last_save_in_hf": "true", "checkpoint.export_format": "original"},
+    "weights.interim": {"checkpoint.export_every": 1},
     "training.wandb_sink": {"metrics.enable_wandb": "true"},
     "training.flight_recorder": {"comm.trace_buf_size": 100},
     "training.faults": {"fault_tolerance.nonfinite": "rollback"},

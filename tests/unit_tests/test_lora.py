@@ -230,20 +230,30 @@ def test_refused_files(trained, tmp_path):
         with pytest.raises(ValueError, match="does not ask for.*elsewhere"):
             load_lora(model, file, spec, args, LORA)
         save_file({"model.x": torch.zeros(1)}, file)
-        with pytest.raises(
-            ValueError, match="holds no adapters: all names should begin with transformer. or with diffusion_model."
-        ):
+        with pytest.raises(ValueError, match=r"holds no adapters.*lora_unet_.*kohya.*found model.x"):
             load_lora(model, file, spec, args, LORA)
 
 
-def test_one_adapter_over_several_of_our_matrices_is_refused(tmp_path):
+def test_one_adapter_over_several_of_our_matrices_is_split(tmp_path):
     family, file = "hunyuan_video", tmp_path / "x.safetensors"
-    spec, args, lora = get_spec(family), ARGS[family], replace(LORA, target_modules=("attn.q", "attn.k", "attn.v"))
+    targets = tuple(f"double_blocks.0.attn.{x}" for x in "qkv")
+    spec, args, lora = get_spec(family), ARGS[family], replace(LORA, target_modules=targets)
     save_lora(build(family, lora), file, spec, args, lora, "comfyui", torch.float32)
     tensors = load_file(file)
-    save_file({name: torch.ones_like(t) for name, t in tensors.items()}, file)
-    with pytest.raises(ValueError, match="is one adapter of 3 matrices that each have their own here"):
+    tensors = {name: t if name.endswith("alpha") else torch.randn(t.shape) for name, t in tensors.items()}
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match="has rank 12, in this run 4: set lora.rank"):
         load_lora(build(family, lora), file, spec, args, lora)
+    lora = replace(lora, rank=12)
+    model = build(family, lora)
+    load_lora(model, file, spec, args, lora)
+    linear = model.double_blocks["0"].attn
+    delta = torch.cat([x.adapter.scale * x.adapter.up @ x.adapter.down for x in (linear.q, linear.k, linear.v)])
+    stem = "diffusion_model.double_blocks.0.img_attn_qkv"
+    down, up, alpha = (tensors[f"{stem}.{end}"] for end in ("lora_down.weight", "lora_up.weight", "alpha"))
+    torch.testing.assert_close(delta.detach(), alpha / 12 * up @ down)
+    save_lora(model, tmp_path / "y.safetensors", spec, args, lora, "comfyui", torch.float32)
+    assert load_file(tmp_path / "y.safetensors")[f"{stem}.lora_down.weight"].equal(down)  # one adapter again
 
 
 def test_layouts_of_block_weights_change_inputs_only():

@@ -4,6 +4,7 @@ Paths of clips: ingest/sources.py.
 """
 
 import os
+import re
 from collections.abc import Iterator
 
 from titan_video.config.job_config import JobConfig
@@ -39,9 +40,9 @@ def file_rules(config: JobConfig, world_size: int) -> Iterator[str]:
     if initial and not os.path.exists(initial):
         yield (
             f"checkpoint.initial_load_path: there is no {initial}; give a step-N folder, a folder or file of public "
-            f"weights, or leave it empty"
+            f"weights{_fetch(initial)}, or leave it empty"
         )
-    if adapters and not os.path.isfile(adapters):
+    if adapters and not os.path.exists(adapters):
         yield (
             f"lora.initial_load_path: there is no file {adapters}; give a safetensors file of adapters, or leave it "
             f"empty"
@@ -53,12 +54,18 @@ def file_rules(config: JobConfig, world_size: int) -> Iterator[str]:
         )
 
 
+def _fetch(path: str) -> str:
+    """The command that fetches a model, where `path` looks like its id on the hub."""
+    is_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path)
+    return f" (`python -m titan_video.download {path} --revision main` fetches one)" if is_id else ""
+
+
 def _assets(config: JobConfig) -> Iterator[str]:
     """The local folder of pretrained weights."""
     name, assets, encoder = "model.hf_assets_path", config.model.hf_assets_path, config.encoder.name
     model_config = os.path.join(assets, "transformer", "config.json")
     if assets and not os.path.isdir(assets):
-        yield f"{name}: there is no folder {assets}; give a local diffusers folder, or leave it empty"
+        yield f"{name}: there is no folder {assets}; give a local diffusers folder{_fetch(assets)}, or leave it empty"
     if encoder != "debug" and not assets:
         yield (
             f"{name}: empty, but encoder.name {encoder} reads the VAE and the text encoder there; give a diffusers "

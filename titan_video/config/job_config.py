@@ -37,7 +37,7 @@ class Model:
         f"{model_flavors()}.",
     )
     hf_assets_path: str = opt(
-        "", "Local diffusers folder (transformer/, vae/, text_encoder/, tokenizer/). Nothing is downloaded."
+        "", "Local diffusers folder, no id of the hub: `python -m titan_video.download ID` fetches one."
     )
     expert: Literal["all", "high", "low"] = opt(
         "all",

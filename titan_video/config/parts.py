@@ -20,6 +20,8 @@ PARTS = (  # (section or option, the values that ask for a part, the part)
     ("training.dtype", ("bfloat16",), "titan_video.optim.mixed"),
     ("optimizer.in_backward", (True,), "titan_video.optim.in_backward"),
     ("checkpoint.export_format", ("original", "single_file", "comfyui"), "titan_video.weights.original"),
+    ("checkpoint.export_every", CHANGED, "titan_video.weights.interim"),
+    ("checkpoint.keep_exports", CHANGED, "titan_video.weights.interim"),
     ("activation_checkpoint.offload", (True,), "titan_video.distributed.offload"),
     ("parallelism.tensor_parallel_degree", CHANGED, "titan_video.distributed.tensor_parallel"),
     ("parallelism.context_parallel_degree", CHANGED, "titan_video.distributed.context_parallel"),

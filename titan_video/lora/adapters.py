@@ -90,11 +90,13 @@ def rules(config: JobConfig, world_size: int) -> Iterator[str]:
         values = getattr(lora, name)
         if len(set(values)) < len(values):
             yield f"lora.{name}: given {list(values)}; remove what appears twice"
-    if lora.enable and config.checkpoint.last_save_in_hf and not lora.export:
-        yield (
-            "lora.export: empty, but checkpoint.last_save_in_hf is true; give at least one of diffusers, comfyui, "
-            "merged, or set that to false"
-        )
+    c = config.checkpoint
+    for name, value in (("last_save_in_hf", c.last_save_in_hf), ("export_every", c.export_every)):
+        if lora.enable and value and not lora.export:
+            yield (
+                f"lora.export: empty, but checkpoint.{name} is {str(value).lower()}; give at least one of diffusers, "
+                f"comfyui, merged, or set that to {'false' if value is True else 0}"
+            )
     if lora.enable and "comfyui" in lora.export and not find_module(ORIGINAL):
         yield f"lora.export: comfyui needs the optional part {ORIGINAL.replace('.', '/')}, which is not installed here"
     source = config.checkpoint.initial_load_path or (

@@ -1,4 +1,4 @@
-"""Files of adapters (lora/adapters.py) in two public formats, and weights with the adapters merged in.
+"""Files of adapters (lora/adapters.py) in public formats, and weights with the adapters merged in.
 
     format      names                                                     loaded by
     diffusers   transformer.blocks.0.attn1.to_q.lora_A.weight             pipeline.load_lora_weights
@@ -7,13 +7,16 @@
                 diffusion_model.blocks.0.self_attn.q.lora_up.weight
                 diffusion_model.blocks.0.self_attn.q.alpha
 
-An adapter is scaled by alpha / rank. The comfyui format stores alpha. The diffusers format has no name for it, and not
-every reader knows it from the metadata, so the scale is multiplied into lora_B, which is right for all readers.
+names.py has the others, and reads all. An adapter is scaled by alpha / rank. The comfyui format stores alpha. The
+diffusers format has no name for it, and not every reader knows it from the metadata, so the scale is multiplied into
+lora_B, which is right for all readers.
 
 Names come from the model's table of names (weights/formats.py). If several of our matrices are the rows of one matrix
 in the public layout (HunyuanVideo's q, k, v), their adapters are joined into one, of the sum of their ranks:
 
     down = [down_q; down_k; down_v]      up = diag(up_q, up_k, up_v)
+
+or into one of their own rank if they share `down`, as in the files of trainers that adapt the public matrix.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -28,34 +31,56 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from titan_video.config.job_config import Lora
 from titan_video.distributed.fsdp import reshard
-from titan_video.distributed.utils import broadcast_from_rank0, clean_name
+from titan_video.distributed.utils import broadcast_from_rank0, clean_name, derive_seed
 from titan_video.kernels import upcast
-from titan_video.lora.adapters import NAME, Adapter, add_adapters
+from titan_video.lora.adapters import NAME, Adapter, add_adapters, init_adapter
+from titan_video.lora.matrices import find_modules, public_matrices
+from titan_video.lora.names import DIFFUSERS_FILE, AdapterPair, flat, read_adapters
 from titan_video.models.layers import is_adapter
 from titan_video.models.spec import ModelSpec
-from titan_video.tools.bounded import parse_json, short
 from titan_video.tools.files import atomic_path
 from titan_video.tools.logging import logger
-from titan_video.weights.formats import TensorSlice, preview, public_tensors
-from titan_video.weights.hf_storage import gather_full_tensor, get_owners, global_shapes, send_to_rank0
-from titan_video.weights.safetensors_io import DTYPES, SafetensorsFile, opened
+from titan_video.weights.formats import preview
+from titan_video.weights.hf_storage import gather_full_tensor, get_owners, send_to_rank0
+from titan_video.weights.safetensors_io import SafetensorsFile
 
 
 @dataclass(frozen=True)
 class AdapterFormat:
+    """A form in which adapters are written.
+
+    prefix, down, up: around a module's name. is_flat: `_` instead of `.` in it. has_alpha: the scale is stored as
+    alpha; else it is multiplied into `up`. note: in the file's metadata, for people.
+    """
+
     file: str
     layout: str
     prefix: str
     down: str
     up: str
+    note: str
+    has_alpha: bool = False
+    is_flat: bool = False
 
 
+FOR_COMFYUI = "ComfyUI wants the other form: python -m titan_video.convert THIS_FILE NEW.safetensors --format comfyui"
 ADAPTER_FORMATS = {
     "diffusers": AdapterFormat(
-        "pytorch_lora_weights.safetensors", "diffusers", "transformer.", "lora_A.weight", "lora_B.weight"
+        f"{DIFFUSERS_FILE}.safetensors",
+        "diffusers",
+        "transformer.",
+        "lora_A.weight",
+        "lora_B.weight",
+        f"the form of diffusers (pipeline.load_lora_weights). {FOR_COMFYUI}",
     ),
     "comfyui": AdapterFormat(
-        "comfyui.safetensors", "original", "diffusion_model.", "lora_down.weight", "lora_up.weight"
+        "comfyui.safetensors",
+        "original",
+        "diffusion_model.",
+        "lora_down.weight",
+        "lora_up.weight",
+        "the form of ComfyUI. diffusers loads it for Wan, and the diffusers form for all models",
+        has_alpha=True,
     ),
 }
 
@@ -67,53 +92,10 @@ def lora_path(folder: Path, format_name: str) -> Path:
 
 def are_exported(folder: Path, section: Lora) -> bool:
     """Whether all adapter files that `section` asks for exist."""
-    return all(lora_path(folder, format_name).is_file() for format_name in section.forms)
+    return all(lora_path(folder, form).is_file() for form in section.export if form != "merged")
 
 
-# --- names and shapes ---
-
-
-@dataclass(frozen=True)
-class PublicAdapter:
-    """The adapter of one matrix in a public layout.
-
-    name: of the matrix. height: its rows. parts: (module name, slice of the matrix) of our adapters, in row order.
-    """
-
-    name: str
-    height: int
-    parts: tuple[tuple[str, TensorSlice], ...]
-
-    def join(self, adapters: dict[str, Tensor], args: Any) -> tuple[Tensor, Tensor]:
-        """(down, up) of the public matrix."""
-        downs = [adapters[f"{module}.{NAME}.down"] for module, _ in self.parts]
-        ups = [adapters[f"{module}.{NAME}.up"] for module, _ in self.parts]
-        rank = downs[0].shape[0]
-        joined_up = ups[0].new_zeros(self.height, rank * len(ups))
-        for i, ((_, part), up) in enumerate(zip(self.parts, ups, strict=True)):
-            joined_up[_rows(part), i * rank : (i + 1) * rank] = up
-        downs = [part.to_public(down, args) for (_, part), down in zip(self.parts, downs, strict=True)]
-        return torch.cat(downs), joined_up
-
-    def split_adapter(self, down: Tensor, up: Tensor, args: Any) -> dict[str, Tensor]:
-        """The inverse of `join`. ValueError: `join` cannot have made this adapter."""
-        rank, rest = down.shape[0] // len(self.parts), up.clone()
-        adapters = {}
-        for i, (module, part) in enumerate(self.parts):
-            columns = slice(i * rank, (i + 1) * rank)
-            adapters[f"{module}.{NAME}.down"] = part.to_ours(down[columns], args)
-            adapters[f"{module}.{NAME}.up"] = up[_rows(part), columns]
-            rest[_rows(part), columns] = 0
-        if len(self.parts) > 1 and (down.shape[0] % len(self.parts) or rest.any()):
-            raise ValueError(
-                f"{self.name} is one adapter of {len(self.parts)} matrices that each have their own here; "
-                "use the file in diffusers' format"
-            )
-        return adapters
-
-
-def _rows(part: TensorSlice) -> slice:
-    return slice(*part.rows) if part.rows else slice(None)
+# --- export ---
 
 
 def adapter_shapes(spec: ModelSpec, args: Any, section: Lora) -> dict[str, torch.Size]:
@@ -122,23 +104,6 @@ def adapter_shapes(spec: ModelSpec, args: Any, section: Lora) -> dict[str, torch
         model = spec.build(args)
     add_adapters(model, spec, section, torch.float32)
     return {name: p.shape for name, p in model.named_parameters() if is_adapter(name)}
-
-
-def public_adapters(spec: ModelSpec, args: Any, layout: str, names: Mapping[str, Any]) -> list[PublicAdapter]:
-    """The adapters of the public layout that consist of ours. names: contains the names of our adapters' parameters.
-
-    ValueError: the model has no such layout, or the optional part of the layout is not installed.
-    """
-    adapters = []
-    for public, tensor in public_tensors(spec, layout, global_shapes(spec, args), args).items():
-        modules = [(part.ours.removesuffix(".weight"), part) for part in tensor.slices]
-        ours = tuple((module, part) for module, part in modules if f"{module}.{NAME}.up" in names)
-        if ours:
-            adapters.append(PublicAdapter(public.removesuffix(".weight"), tensor.shape[0], ours))
-    return adapters
-
-
-# --- export ---
 
 
 @torch.no_grad()
@@ -166,34 +131,53 @@ def save_lora(
         full = send_to_rank0(full, owners[name], shape, torch.float32)
         if full is not None:
             adapters[name] = full.cpu()
-
-    def write() -> None:
-        public = _to_public(adapters, spec, args, section, ADAPTER_FORMATS[format_name])
-        _write(path, {name: t if name.endswith(".alpha") else t.to(dtype) for name, t in public.items()})
-
-    run_on_rank0(write)
+    kind, scale = ADAPTER_FORMATS[format_name], section.alpha / section.rank
+    run_on_rank0(lambda: write_adapters(path, pair_up(adapters, scale), spec, args, kind, dtype))
     logger.info(f"adapters exported to {path}")
 
 
-def _to_public(
-    adapters: dict[str, Tensor], spec: ModelSpec, args: Any, section: Lora, kind: AdapterFormat
-) -> dict[str, Tensor]:
-    scale, tensors = section.alpha / section.rank, {}
-    for public in public_adapters(spec, args, kind.layout, adapters):
-        down, up = public.join(adapters, args)
-        stem = f"{kind.prefix}{public.name}"
-        if kind.layout == "diffusers":
-            up = up * scale
-        else:
-            tensors[f"{stem}.alpha"] = torch.tensor(scale * len(down), dtype=torch.float32)
-        tensors[f"{stem}.{kind.down}"] = down
-        tensors[f"{stem}.{kind.up}"] = up
-    return tensors
+def pair_up(parameters: Mapping[str, Tensor], scale: float) -> dict[str, AdapterPair]:
+    """{module: adapter} of the parameters of adapters by name."""
+    stems = {name.removesuffix(".up") for name in parameters if name.endswith(f".{NAME}.up")}
+    return {
+        stem.removesuffix(f".{NAME}"): AdapterPair(parameters[f"{stem}.down"], parameters[f"{stem}.up"], scale)
+        for stem in sorted(stems)
+    }
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_adapters(
+    path: Path,
+    adapters: Mapping[str, AdapterPair],
+    spec: ModelSpec,
+    args: Any,
+    kind: AdapterFormat,
+    dtype: torch.dtype | None,
+) -> None:
+    """Write adapters of our modules to a file in a public form, and read it back. dtype: None keeps each type.
+
+    ValueError: an adapter belongs to no matrix of the form's layout.
+    """
+    tensors, left = {}, set(adapters)
+    for public in public_matrices(spec, args, kind.layout):
+        pair = public.join(adapters, args)
+        if pair is None:
+            continue
+        left -= {module for module, _ in public.parts}
+        stem = f"{kind.prefix}{flat(public.name) if kind.is_flat else public.name}"
+        if kind.has_alpha:
+            tensors[f"{stem}.alpha"] = torch.tensor(pair.scale * len(pair.down), dtype=torch.float32)
+        up = pair.up if kind.has_alpha or pair.scale == 1 else pair.scaled_up
+        tensors[f"{stem}.{kind.down}"] = pair.down.to(dtype or pair.down.dtype)
+        tensors[f"{stem}.{kind.up}"] = up.to(dtype or pair.down.dtype)
+    if left:
+        raise ValueError(f"{path}: the form has no matrices of {preview(sorted(left))}")
+    _write(path, tensors, {"format": "pt", "adapters": kind.note})
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))  # each at a multiple of its size
     with atomic_path(path, "exported adapters", sum(t.nbytes for t in tensors.values())) as temporary:
-        file = SafetensorsFile(temporary, {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()})
+        file = SafetensorsFile(temporary, {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}, metadata)
         for name in file.entries:
             file.write(tensors[name])
         file.close()
@@ -248,73 +232,72 @@ def _full_tensor(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def load_lora(model: nn.Module, path: Path, spec: ModelSpec, args: Any, section: Lora) -> None:
-    """Fill the adapters from a file in either format. The model then computes what the file says, whatever alpha is
-    here and there.
+    """Fill the adapters from a file of a public trainer (names.py). The model then computes what the file says,
+    whatever alpha is here and there. An adapter of a lower rank than lora.rank gets rows of `down` that are drawn as at
+    the start of a run, and columns of zeros in `up`.
 
-    Each rank reads the file on its own. ValueError: the file is in neither format, has adapters of other matrices or of
-    another rank, or has tensors that belong to none.
+    Each rank reads the file on its own. ValueError: the file holds other kinds of adapters, adapters of other modules
+    or of a higher rank, or tensors that belong to none.
     """
-    tensors, default_scale = _read(path)
-    formats = list(ADAPTER_FORMATS.values())
-    kind = next((kind for kind in formats if all(name.startswith(kind.prefix) for name in tensors)), None)
-    if kind is None or not tensors:
+    stored, shapes = read_adapters(path), adapter_shapes(spec, args, section)
+    adapters, unknown = find_modules(stored, spec, args)
+    ours = {name.removesuffix(f".{NAME}.up") for name in shapes if name.endswith(f".{NAME}.up")}
+    missing = [name for name in shapes if name.removesuffix(f".{NAME}.up") in ours - adapters.keys()]
+    if missing:
         raise ValueError(
-            f"{path} holds no adapters: all names should begin with {' or with '.join(f.prefix for f in formats)}; "
-            f"found {preview(sorted(tensors))}"
+            f"{path} has no adapter of {missing[0].removesuffix(f'.{NAME}.up')}, which lora.target_modules asks for: "
+            f"give the targets it was trained with{_targets(adapters, spec, args)}"
         )
-    shapes, found = adapter_shapes(spec, args, section), {}
-    for public in public_adapters(spec, args, kind.layout, shapes):
-        stem = f"{kind.prefix}{public.name}"
-        down = _pop(tensors, stem, ("lora_A.weight", "lora_down.weight"))
-        up = _pop(tensors, stem, ("lora_B.weight", "lora_up.weight"))
-        if down is None or up is None:
+    unused = [*stored.others, *unknown, *(pair.name for name, pair in adapters.items() if name not in ours)]
+    if unused:
+        targets = "" if unknown else _targets(adapters, spec, args)
+        raise ValueError(
+            f"{path} has adapters that lora.target_modules does not ask for, or other tensors: {preview(unused)}"
+            f"; {f'it was trained with {targets[2:]}' if targets else 'only Linears of blocks have adapters here'}"
+        )
+    full: dict[str, Tensor] = {}
+    for module, pair in adapters.items():
+        if len(pair.down) > section.rank:
+            highest = max(len(p.down) for p in adapters.values())
             raise ValueError(
-                f"{path} has no adapter of {public.name}, which lora.target_modules asks for: give the targets "
-                f"it was trained with"
+                f"{path}: the adapter of {pair.name} has rank {len(pair.down)}, in this run {section.rank}: set "
+                f"lora.rank and model.flavor to fit (the highest rank in the file is {highest})"
             )
-        alpha = tensors.pop(f"{stem}.alpha", None)
-        if min(down.ndim, up.ndim) < 2 or not len(down) or (alpha is not None and alpha.numel() != 1):
-            raise ValueError(f"{path}: the adapter of {public.name} is none: its tensors have impossible shapes")
-        scale = alpha.item() / len(down) if alpha is not None else default_scale
-        found |= public.split_adapter(down, up * (scale * section.rank / section.alpha), args)
-    if tensors:
-        unused = preview(sorted(tensors))
-        raise ValueError(f"{path} has adapters that lora.target_modules does not ask for, or other tensors: {unused}")
-    for name, shape in shapes.items():
-        if found[name].shape != shape:
-            raise ValueError(
-                f"{path}: {name} has shape {list(found[name].shape)}, in this run {list(shape)}: "
-                "set lora.rank and model.flavor to fit"
-            )
+        full |= _fill_up(module, pair, shapes, section)
+    lower = [len(pair.down) for pair in adapters.values() if len(pair.down) < section.rank]
+    if lower:
+        logger.info(f"{path}: {len(lower)} adapters of a lower rank, from {min(lower)}, are filled up with zeros")
     for name, p in model.named_parameters():
-        if (name := clean_name(name)) in found:
-            full = found[name].to(p.device, p.dtype)
+        if (name := clean_name(name)) in full:
+            values = full[name].to(p.device, p.dtype)
             if isinstance(p, DTensor):
-                full = distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None)
-            p.copy_(full)
+                values = distribute_tensor(values, p.device_mesh, p.placements, src_data_rank=None)
+            p.copy_(values)
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], float]:
-    """(tensors in float32, scale of the adapters that have no alpha of their own)."""
-    with opened(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        metadata = file.metadata() if hasattr(file, "metadata") else None
-    odd = [name for name, t in tensors.items() if t.dtype not in DTYPES.values()]
-    if odd:
-        raise ValueError(f"{path}: {preview(odd)} of a type that is no plain floating point")
-    # diffusers writes alpha and rank into the metadata of its files.
-    where = f"{path}: its lora_adapter_metadata"
-    note = parse_json((metadata or {}).get("lora_adapter_metadata", "{}"), where)
-    if not isinstance(note, dict):
-        raise ValueError(f"{where} is no table")
-    settings = {key.removeprefix("transformer."): value for key, value in note.items()}
-    alpha, rank = settings.get("lora_alpha", 1), settings.get("r", 1)
-    if not all(isinstance(x, int | float) and 0 < x < 1e6 for x in (alpha, rank)):
-        raise ValueError(f"{where} has lora_alpha = {short(alpha)} and r = {short(rank)}; legal: positive numbers")
-    if settings.get("alpha_pattern") or settings.get("use_rslora"):
-        raise ValueError(f"{path}: alpha_pattern and use_rslora are not supported; save the adapters with one alpha")
-    return {name: t.float() for name, t in tensors.items()}, alpha / rank
+def section_of(path: Path, spec: ModelSpec, args: Any) -> Lora:
+    """[lora] with which a model takes all adapters of a file in blocks, and starts from them."""
+    adapters, _ = find_modules(read_adapters(path), spec, args)
+    rank = max(len(pair.down) for pair in adapters.values())
+    targets = tuple(name for name in adapters if name.split(".")[0] in spec.plan.blocks)
+    return Lora(enable=True, rank=rank, alpha=rank, target_modules=targets, initial_load_path=str(path))
 
 
-def _pop(tensors: dict[str, Tensor], stem: str, ends: tuple[str, ...]) -> Tensor | None:
-    return next((tensors.pop(f"{stem}.{end}") for end in ends if f"{stem}.{end}" in tensors), None)
+def _fill_up(module: str, pair: AdapterPair, shapes: dict[str, torch.Size], section: Lora) -> dict[str, Tensor]:
+    names, rank = [f"{module}.{NAME}.{end}" for end in ("down", "up")], len(pair.down)
+    parameters = {name: torch.empty(shapes[name]) for name in names}
+    for name, tensor in parameters.items():
+        init_adapter(name, tensor, torch.Generator().manual_seed(derive_seed(name, 0)))
+    full_down, full_up = parameters.values()
+    full_down[:rank] = pair.down
+    full_up[:, :rank] = pair.scaled_up * (section.rank / section.alpha)
+    return parameters
+
+
+def _targets(adapters: Mapping[str, AdapterPair], spec: ModelSpec, args: Any) -> str:
+    """lora.target_modules of the adapters, for a message; "" if they are not those of all blocks."""
+    ends = list(dict.fromkeys(name.split(".", 2)[-1] for name in adapters))
+    if any(name.split(".")[0] not in spec.plan.blocks for name in adapters):
+        return ""
+    shapes = adapter_shapes(spec, args, Lora(enable=True, target_modules=tuple(ends)))
+    return f", lora.target_modules = {','.join(ends)}" if len(shapes) == 2 * len(adapters) else ""

@@ -46,17 +46,18 @@ class LoraWeights(FullWeights):
             frozen = broadcast_from_rank0(lambda: fingerprint(Path(self.source), self.subfolder), self.group)
         return {"lora": LoraState(self.settings.lora, frozen)}
 
-    def is_exported(self, folder: Path) -> bool:
+    def is_written(self, folder: Path) -> bool:
         lora = self.settings.lora
-        return are_exported(folder, lora) and (lora.only_adapters or super().is_exported(folder))
+        return are_exported(folder, lora) and ("merged" not in lora.export or super().is_written(folder))
 
-    def export(self, model: nn.Module, folder: Path, ema: dict[str, Tensor] | None = None) -> None:
+    def write(self, model: nn.Module, folder: Path, ema: dict[str, Tensor] | None) -> None:
         """Files of adapters in the formats of lora.export; with "merged" also full weights with the adapters added."""
         lora, dtype = self.settings.lora, getattr(torch, self.settings.checkpoint.export_dtype)
-        for form in lora.forms:
-            save_lora(model, lora_path(folder, form), self.spec, self.args, lora, form, dtype, ema)
-        if not lora.only_adapters:
-            self._export_full(model, folder, MergedWeights(model, ema))
+        for form in lora.export:
+            if form == "merged":
+                self._export_full(model, folder, MergedWeights(model, ema))
+            else:
+                save_lora(model, lora_path(folder, form), self.spec, self.args, lora, form, dtype, ema)
 
 
 class LoraState:

@@ -64,9 +64,9 @@ class SafetensorsFile:
     this for the rest, and compares names, shapes and types. RuntimeError: something differs.
     """
 
-    def __init__(self, path: Path, entries: dict[str, tuple[Shape, torch.dtype]]):
+    def __init__(self, path: Path, entries: dict[str, tuple[Shape, torch.dtype]], metadata: dict | None = None):
         self.path, self.entries = path, entries
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}
         end = 0
         for name, (shape, dtype) in self.entries.items():
             size = torch.Size(shape).numel() * dtype.itemsize

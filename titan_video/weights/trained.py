@@ -18,12 +18,14 @@ from titan_video.config.job_config import Checkpoint, Lora, Model, Training
 from titan_video.distributed.utils import broadcast_from_rank0, initialise
 from titan_video.models.layers import cast_params
 from titan_video.models.spec import ModelSpec
+from titan_video.optim.ema import EmaWeights
 from titan_video.tools.logging import logger
 from titan_video.tools.parts import resolve
 from titan_video.weights.hf_storage import load_hf, save_hf
 from titan_video.weights.pipeline_folder import complete_pipeline, export_path, is_checkpoint, is_exported
 
 LORA = "titan_video.lora.training:LoraWeights"  # optional
+INTERIM = "titan_video.weights.interim"  # optional
 
 
 @dataclass(frozen=True)
@@ -90,13 +92,29 @@ class FullWeights:
         """Further state of checkpoints."""
         return {}
 
-    def is_exported(self, folder: Path) -> bool:
-        """Whether the export of a run is in its folder."""
+    def is_exported(self, folder: Path, step: int) -> bool:
+        """Whether what is exported at the end of a run, after `step` steps, is in its folder."""
+        c = self.settings.checkpoint
+        if c.export_every and not c.last_save_in_hf:
+            return resolve(f"{INTERIM}:is_complete", asked_by="checkpoint.export_every")(c, folder, step)
+        return not c.last_save_in_hf or self.is_written(folder)
+
+    def export(self, model: nn.Module, folder: Path, step: int, ema: EmaWeights | None, last: bool) -> None:
+        """Export the weights after `step` steps, or the EMA weights, if the run's configuration asks for it."""
+        c = self.settings.checkpoint
+        if last and c.last_save_in_hf:
+            self.write(model, folder, ema.state_dict() if ema else None)
+        elif c.export_every:
+            export = resolve(f"{INTERIM}:export_interim", asked_by="checkpoint.export_every")
+            export(c, folder, step, lambda to: self.write(model, to, ema.state_dict() if ema else None), self.group)
+
+    def is_written(self, folder: Path) -> bool:
+        """Whether `write` has written all to `folder`."""
         format_name = self.settings.checkpoint.export_format
         return is_exported(export_path(folder, format_name, self.subfolder), format_name, self.spec)
 
-    def export(self, model: nn.Module, folder: Path, ema: dict[str, Tensor] | None = None) -> None:
-        """Write the weights, or the EMA weights, to the run's folder, as checkpoint.export_format says."""
+    def write(self, model: nn.Module, folder: Path, ema: dict[str, Tensor] | None) -> None:
+        """Write the weights, or the EMA weights, to `folder`, as checkpoint.export_format says."""
         self._export_full(model, folder, ema)
 
     def _export_full(self, model: nn.Module, folder: Path, weights: Any) -> None:

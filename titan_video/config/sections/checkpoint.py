@@ -33,6 +33,10 @@ class Checkpoint:
         "After the last step also export the weights (the EMA weights with ema.enable) into job.dump_folder, "
         "in export_format.",
     )
+    export_every: int = opt(
+        0, "Steps between such exports during training, into `exports/step-N` of job.dump_folder; 0: none.", ge=0
+    )
+    keep_exports: int = opt(0, "Number of the newest folders in `exports` to keep; 0: all.", ge=0)
     export_format: Literal["diffusers", "original", "single_file", "comfyui"] = opt(
         "diffusers",
         "diffusers: a folder `hf`, a complete pipeline if model.hf_assets_path is one. original: a folder `original` "

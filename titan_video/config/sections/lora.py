@@ -21,20 +21,11 @@ class Lora:
         "Empty: all Linears of attention and feed-forward except those of image tokens.",
     )
     initial_load_path: str = opt(
-        "", "File of adapters to start from if there is no checkpoint yet, in the format of diffusers or ComfyUI."
+        "",
+        "File or folder of adapters of any known trainer (docs/lora.md) to start from if there is no checkpoint yet.",
     )
     export: tuple[Literal["diffusers", "comfyui", "merged"], ...] = opt(
         ("diffusers", "comfyui"),
-        "Files that checkpoint.last_save_in_hf writes: `lora/pytorch_lora_weights.safetensors` for diffusers, "
-        "`lora/comfyui.safetensors`, or all weights with the adapters merged, in checkpoint.export_format.",
+        "Files that checkpoint.last_save_in_hf and export_every write: `lora/pytorch_lora_weights.safetensors` for "
+        "diffusers, `lora/comfyui.safetensors`, or all weights with the adapters merged, in checkpoint.export_format.",
     )
-
-    @property
-    def forms(self) -> tuple[str, ...]:
-        """Formats of the exported adapter files."""
-        return tuple(form for form in self.export if form != "merged") if self.enable else ()
-
-    @property
-    def only_adapters(self) -> bool:
-        """Whether an export holds the adapters without the full weights."""
-        return self.enable and "merged" not in self.export
