@@ -78,6 +78,16 @@ class Encoder:
         ge=1,
     )
     vae_tiling: bool = opt(False, "Encode and decode the VAE in spatial tiles, to save memory at large sizes.")
+    vae_temporal_tiling: bool = opt(
+        False,
+        "HunyuanVideo: encode in chunks of 16 frames, which saves memory; false: over the whole clip, as its training "
+        "code does (at 720p with vae_tiling). A run started before the option keeps its chunks.",
+    )
+    clip_resize: Literal["squeeze", "crop"] = opt(
+        "squeeze",
+        "Wan 2.1 image-to-video: how CLIP sees an image. squeeze: all of it, stretched to 224 x 224, as in Wan's own "
+        "code; crop: its middle, as in diffusers. A run started before the option keeps crop.",
+    )
     placement: Literal["cached", "colocated", "separate"] = opt(
         "cached",
         "Where clips and captions are encoded. cached: before training. colocated: during training, on the training "
