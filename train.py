@@ -41,13 +41,14 @@ from titan_video.distributed.utils import broadcast_from_rank0, clip_grad_norm, 
 from titan_video.encoders import build_encoders
 from titan_video.flow.matching import FlowMatching, expert_sigma_range
 from titan_video.ingest.prepare import check_encoders, open_cache, prepare_clips
+from titan_video.ingest.started import as_started
 from titan_video.kernels import attention
 from titan_video.models import get_args, get_spec
 from titan_video.optim.ema import EmaWeights
 from titan_video.optim.lr_scheduler import Scheduler
 from titan_video.optim.optimizer import build_optimizer, step_in_backward
 from titan_video.tasks.denoising import Denoising
-from titan_video.tasks.validation import ClipWriter, build_validator
+from titan_video.tasks.validation import ClipWriter, build_validator, sampling_section
 from titan_video.tools import heartbeat, signals
 from titan_video.tools.device import get_device, read, set_deterministic
 from titan_video.tools.files import atomic_write
@@ -82,9 +83,8 @@ class Trainer:
         """The architecture, whether it can be laid out as asked, ranks, device, process groups."""
         config = self.config
         self.spec = get_spec(config.model.name)
-        self.args = get_args(
-            self.spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length
-        )
+        m, length = config.model, config.encoder.max_text_length
+        self.args = get_args(self.spec, m.flavor, m.hf_assets_path, length)
         self.geometry = self.spec.geometry(self.args)
         world_size = config.encoder.num_training_ranks(int(os.environ.get("WORLD_SIZE", 1)))
         check_layout(config.parallelism, self.args, world_size)
@@ -104,10 +104,11 @@ class Trainer:
 
     def build_task(self) -> None:
         """What a step trains on, and whether a step of every bucket can be run."""
-        config = self.config
+        config, t, seed = self.config, self.config.training, self.config.debug.seed
         flow = expert_sigma_range(config.flow, config.model.expert, config.model.boundary or self.args.boundary)
-        shard, seed, guidance = SequenceShard.from_meshes(self.meshes), config.debug.seed, config.training.guidance
-        self.task = Denoising(self.spec, self.args, FlowMatching(flow), shard, self.device, seed, guidance)
+        shard, dtype = SequenceShard.from_meshes(self.meshes), t.mixed_precision_param
+        self.task = Denoising(self.spec, self.args, FlowMatching(flow), shard, self.device, seed, t.guidance, dtype)
+        self.sampling = sampling_section(config, self.spec, self.args, config.data.sizes[0])
         self.batching = Batching.of(config.data, config.training, config.parallelism, self.accumulation * self.dims.dp)
         num_tokens = [self.task.work(bucket).tokens for bucket in config.data.sizes]
         self.longest = max(num_tokens)
@@ -122,17 +123,16 @@ class Trainer:
         config, c, group = self.config, self.config.data, self.host_group
         self.encoders = build_encoders(config.encoder, config.model.hf_assets_path, self.device)
         check_encoders(self.encoders, self.args, self.geometry, config)
-        cache_folder = Path(c.cache_folder or self.folder / "cache")
+        cache_folder, is_ahead = Path(c.cache_folder or self.folder / "cache"), config.encoder.placement == "cached"
         cache = open_cache(cache_folder, self.encoders, self.args.conditioning, group)
-        is_ahead = config.encoder.placement == "cached"
-        self.clips = prepare_clips(c, is_ahead, config.validation, self.folder, self.encoders, cache, group)
+        self.clips = prepare_clips(c, is_ahead, self.sampling, self.folder, self.encoders, cache, group)
         self.encoders.free()
         channel, latent_shape, text_len = self.encoder_channel, self.geometry.latent_shape, self.args.text_len
         online = parts.build_online_encoder(config, self.encoders, cache, self.dims, channel, latent_shape, text_len)
         if online:
             self.exit_stack.callback(online.close)
-        clips, null_key, seed = self.clips.training, cache.text_key(""), config.debug.seed
-        draw_plan = DrawPlan(clips, null_key, self.batching, self.task.work, seed, c.shuffle, c.caption_dropout)
+        clips, null, seed, b = self.clips.training, cache.text_key(""), config.debug.seed, self.batching
+        draw_plan = DrawPlan(clips, null, b, self.task.work, seed, c.shuffle, c.caption_dropout, c.image_dropout)
         text_shape, dp = (self.args.text_len, self.args.text_dim), (self.meshes.batch.get_local_rank(), self.dims.dp)
         self.loader = build_loader(c, draw_plan, cache, text_shape, dp, self.device.type == "cuda", online)
 
@@ -198,7 +198,7 @@ class Trainer:
             model, size = self.stop.guard(self.pipeline or self.model), self.geometry.latent_shape(config.data.sizes[0])
             output = ClipWriter(self.encoders.decode_video, self.folder / "samples", config.data.fps)
             self.task.evaluator = build_validator(
-                config.validation, self.task, model, self.meshes, self.clips, self.loader.reader, size, output
+                self.sampling, self.task, model, self.meshes, self.clips, self.loader.reader, size, output
             )
 
     # ---------------------------------------------------------------- step
@@ -329,7 +329,7 @@ def main(argv: list[str]) -> None:
     init_logger()
     signals.install()
     with main_guard():
-        config = parse_args(argv)
+        config = as_started(parse_args(argv))
         check(config, world_size := int(os.environ.get("WORLD_SIZE", 1)))
     num_training = config.encoder.num_training_ranks(world_size)
     with parts.supervise(config) as supervisor:

@@ -31,6 +31,7 @@ from titan_video.data.latent_cache import GIVEN, CachedClip, LatentCache
 from titan_video.data.sampler import GlobalSampler, MicroBatch, fingerprint
 from titan_video.flow.noise import choose_caption, drop_caption
 
+IMAGE_DROPOUT = 0.1  # sematic_cond_drop_p in hyvideo/config.py of HunyuanVideo-I2V
 MEMORY_LIMIT = 1 << 30  # bytes of entries that a reader with `keep` holds
 
 
@@ -126,7 +127,8 @@ class EntryReader:
 class DrawPlan:
     """Which clips and captions each micro-batch of all ranks holds. It can be sent to another process.
 
-    null_text_key: of the empty caption. work: the cost of one clip of a bucket.
+    null_text_key: of the empty caption. work: the cost of one clip of a bucket. image_dropout: of clips whose caption
+    and image are dropped apart; -1: the share of HunyuanVideo-I2V's own training code.
     """
 
     def __init__(
@@ -138,6 +140,7 @@ class DrawPlan:
         seed: int = 0,
         shuffle: bool = True,
         caption_dropout: float = 0.0,
+        image_dropout: float = 0.0,
     ):
         by_bucket: dict[Bucket, list[CachedClip]] = {}
         for clip in clips:
@@ -148,6 +151,7 @@ class DrawPlan:
         self.batching = batching
         self.seed = seed
         self.caption_dropout = caption_dropout
+        self.image_dropout = image_dropout if image_dropout >= 0 else IMAGE_DROPOUT
         counts = [len(bucket) for bucket in self.buckets]
         keys = (["".join((c.video_key, *c.text_keys, c.cond_key)) for c in bucket] for bucket in self.buckets)
         self.sampler = GlobalSampler(
@@ -175,9 +179,13 @@ class DrawPlan:
         ]
 
     def _draw(self, clip: CachedClip, sample_id: int) -> ClipDraw:
-        if drop_caption(self.seed, sample_id, self.caption_dropout):
-            return ClipDraw(clip, self.null_text_key, sample_id)
-        return ClipDraw(clip, clip.text_keys[choose_caption(self.seed, sample_id, len(clip.text_keys))], sample_id)
+        which, keys = choose_caption(self.seed, sample_id, len(clip.text_keys)), clip.text_keys
+        null_key, no_caption = self.null_text_key, drop_caption(self.seed, sample_id, self.caption_dropout)
+        if clip.imageless_keys and drop_caption(self.seed, sample_id, self.image_dropout, "image"):
+            keys = clip.imageless_keys[1:]
+        elif clip.imageless_keys:
+            null_key = clip.imageless_keys[0]
+        return ClipDraw(clip, null_key if no_caption else keys[which], sample_id)
 
 
 class RankMicroBatches(BaseNode[MicroBatchSpec]):

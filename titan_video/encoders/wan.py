@@ -53,8 +53,8 @@ class WanEncoders:
     on the rest of its batch, and memory does not grow with the batch.
 
     dtype: compute dtype of the text encoder; the VAE runs in float32. max_text_length: tokens a prompt is cut to.
-    vae_tiling: run the VAE in spatial tiles of 256 x 256. clip_resize: how an image becomes CLIP's square: "squeeze", as
-    in Wan's own code, or "crop", its middle, as in diffusers. ValueError names the file or folder that is missing or
+    vae_tiling: run the VAE in spatial tiles of 256 x 256. clip_resize: how an image becomes CLIP's square: "squeeze",
+    as in Wan's own code, or "crop", its middle, as in diffusers. ValueError names the file or folder that is missing or
     wrong.
     """
 
@@ -128,7 +128,9 @@ class WanEncoders:
     def image_id(self) -> str:
         """SHA-256 of the image encoder, its processor and clip_resize."""
         self._check_images()
-        settings = "" if self.clip_resize == "crop" else f"resize={self.clip_resize}"  # "": caches made before the option
+        settings = (
+            "" if self.clip_resize == "crop" else f"resize={self.clip_resize}"
+        )  # "": caches made before the option
         return digest(weight_files(self.image_folder, "model") + settings_files(self.processor_folder), settings)
 
     @torch.no_grad()

@@ -76,6 +76,11 @@ def check_encoders(encoders: Encoders, args: Any, geometry: LatentGeometry, conf
             f"{flavor} takes latents of strides {geometry.temporal_stride} in time and {geometry.spatial_stride} in "
             f"space, {encoder} gives {strides[0]} and {strides[1]}: choose the two to fit"
         )
+    if config.data.image_dropout > 0 and not conditioning.text_image_tokens:
+        raise ValueError(
+            f"data.image_dropout: given {config.data.image_dropout:g}, but the text of {flavor} has no image; leave it "
+            f"at -1"
+        )
     if conditioning.num_cond_frames and config.validation.prompts_path:
         raise ValueError(
             f"validation.prompts_path: {flavor} starts from an image, which a prompt does not have; leave it empty"
@@ -93,15 +98,17 @@ def prepare_clips(
 ) -> Clips:
     """Plan the clips and hold some out; encode all of them with `is_ahead`, else those that validation needs.
 
+    validation: as tasks.validation.sampling_section returns it.
+
     Plans are logged and written to `folder`. ValueError on all ranks when no clip is left.
     """
-    v, prompts, num_workers = validation, [], data.num_workers
-    if v.enable and v.prompts_path:
-        prompts = [
-            line.strip() for line in Path(v.prompts_path).read_text(encoding="utf-8").splitlines() if line.strip()
-        ]
+    v, num_workers = validation, data.num_workers
+    prompts = read_prompts(v.prompts_path) if v.enable and v.prompts_path else []
+    texts = prompts + sampled_negatives(v)
 
     def plan_clips(path: str, report: Path) -> tuple[list[CachedClip], dict[str, float]]:
+        drop_apart = not path and data.image_dropout != 0
+
         def make() -> Plan:
             plan = build_plan(data, cache.folder, encoders.stride_t, path)
             if cache.conditioning.num_cond_frames:
@@ -112,8 +119,8 @@ def prepare_clips(
 
         plan = broadcast_from_rank0(make, group)
         if is_ahead:
-            return encode_plan(plan, report, encoders, cache, group, num_workers, prompts)
-        return cached_clips(plan, cache), plan.counts()
+            return encode_plan(plan, report, encoders, cache, group, num_workers, texts, drop_apart)
+        return cached_clips(plan, cache, drop_apart=drop_apart), plan.counts()
 
     (clips, numbers), held_out = plan_clips("", folder / "data_plan.jsonl"), []
     if v.enable and v.path:
@@ -125,12 +132,29 @@ def prepare_clips(
     for clip in held_out or clips:
         captions.setdefault(clip.caption, clip)
     shown = list(captions.values())[: v.num_videos]
-    failed, _ = encode_clips(held_out + shown if v.enable else [], encoders, cache, group, num_workers, prompts)
+    failed, _ = encode_clips(held_out + shown if v.enable else [], encoders, cache, group, num_workers, texts)
     if failed:
         raise ValueError(
             "\n".join(f"{path}: {reason}; validation needs this clip: remove it" for path, reason in failed.items())
         )
     return Clips(clips, held_out, prompts[: v.num_videos] or [clip.caption for clip in shown], shown, numbers)
+
+
+def read_prompts(path: str) -> list[str]:
+    """The prompts of a text file, one a line; empty lines are passed over. ValueError names the file and the fix."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path}: cannot be read ({e}); give a text file in UTF-8 with one prompt a line") from e
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path}: holds no prompt; write one a line")
+    return prompts
+
+
+def sampled_negatives(v: Validation) -> list[str]:
+    """The negative prompt, where validation samples with one."""
+    return [v.negative_prompt] if v.enable and v.num_videos and v.guidance_scale != 1 and v.negative_prompt else []
 
 
 def _report(plan: Plan, report: Path) -> None:
@@ -187,16 +211,19 @@ def encode_plan(
     group: dist.ProcessGroup | None,
     num_workers: int,
     prompts: Sequence[str] = (),
+    drop_apart: bool = False,
 ) -> tuple[list[CachedClip], dict[str, float]]:
     """Encode the clips of a plan. Returns the clips, and numbers of the plan and of the encoding for the log.
 
+    drop_apart: see `cached_clips`.
+
     Clips that turn out to be unusable are dropped, and the report is written anew. ValueError: no clip is left.
     """
-    clips = cached_clips(plan, cache)
+    clips = cached_clips(plan, cache, drop_apart=drop_apart)
     failures, numbers = encode_clips(clips, encoders, cache, group, num_workers, prompts)
     if failures:
         plan = plan.drop(failures)
         broadcast_from_rank0(lambda: _report(plan, report), group)
         plan.require_clips()
-        clips = cached_clips(plan, cache)
+        clips = cached_clips(plan, cache, drop_apart=drop_apart)
     return clips, plan.counts() | numbers

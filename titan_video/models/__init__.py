@@ -33,6 +33,9 @@ def get_args(spec: ModelSpec, flavor: str, hf_assets_path: str, max_text_length:
                 f"diffusers folder"
             )
         args = args_from_config(spec, read_json(path), path)
+        index = Path(hf_assets_path) / "model_index.json"
+        if index.is_file() and (boundary := read_json(index).get("boundary_ratio")):  # Wan 2.2 A14B
+            args = replace(args, boundary=boundary)
     elif flavor in spec.flavors:
         args = spec.flavors[flavor]
     else:

@@ -6,7 +6,7 @@ axes share each clip's work.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from titan_video.data.loader import EntryReader
 from titan_video.distributed.parallel_dims import Meshes
 from titan_video.distributed.utils import gather_objects, reduce_over
 from titan_video.flow.noise import draw_noise
+from titan_video.models.spec import ModelSpec, SamplingDefaults
 from titan_video.tasks.denoising import Denoising
 from titan_video.tasks.sampling import Prompt, SamplerSettings, sample_latents
 from titan_video.tasks.task import Evaluation
@@ -26,10 +27,30 @@ from titan_video.tools import heartbeat
 from titan_video.tools.files import optional_write
 from titan_video.tools.video import write_mp4
 
+OFFICIAL = "official"  # validation.negative_prompt
+
+
+def sampling_section(config: JobConfig, spec: ModelSpec, args: Any, size: tuple[int, ...]) -> Validation:
+    """[validation] with the model's own values where it leaves them to the model.
+
+    args: the model's. size: [frames, height, width] of the clips in pixels.
+    """
+    v, own = config.validation, spec.sampling(args, size)
+    scale = v.guidance_scale or (own.low_guidance_scale if config.model.expert == "low" else own.guidance_scale)
+    negative = negative_prompt(config, own) if scale != 1 else ""  # without guidance it is not encoded
+    return replace(v, guidance_scale=scale, negative_prompt=negative, sample_shift=v.sample_shift or own.shift)
+
+
+def negative_prompt(config: JobConfig, own: SamplingDefaults) -> str:
+    """What validation.negative_prompt means. The debug encoders know no language, so they have no official one."""
+    if config.validation.negative_prompt != OFFICIAL:
+        return config.validation.negative_prompt
+    return "" if config.encoder.name == "debug" else own.negative_prompt
+
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts to sample, on the host, with the size of each clip; null: the empty prompt."""
+    """Prompts to sample, on the host, with the size of each clip; null: the negative prompt."""
 
     texts: list[str]
     prompts: list[Prompt]
@@ -38,19 +59,26 @@ class PromptSet:
 
 
 def build_prompts(
-    reader: EntryReader, texts: Sequence[str], clips: Sequence[CachedClip], latent_CFHW: tuple[int, ...]
+    reader: EntryReader,
+    texts: Sequence[str],
+    clips: Sequence[CachedClip],
+    latent_CFHW: tuple[int, ...],
+    negative: str = "",
 ) -> PromptSet | None:
-    """What validation samples: with conditioning frames those of `clips`, else `texts` at the size latent_CFHW."""
+    """What validation samples: with conditioning frames those of `clips`, else `texts` at the size latent_CFHW.
+
+    negative: the negative prompt.
+    """
     if not texts:
         return None
-    cache = reader.cache
+    cache, null_key = reader.cache, reader.cache.text_key(negative)
     if cache.conditioning.num_cond_frames:
-        return prompts_of_clips(reader, clips, cache.text_key(""))
-    return prompts_of_texts(reader, texts, [cache.text_key(text) for text in texts], cache.text_key(""), latent_CFHW)
+        return prompts_of_clips(reader, clips, null_key)
+    return prompts_of_texts(reader, texts, [cache.text_key(text) for text in texts], null_key, latent_CFHW)
 
 
 def prompts_of_clips(reader: EntryReader, clips: Sequence[CachedClip], null_key: str) -> PromptSet:
-    """For image-to-video: captions of clips, with their conditioning frames and sizes. null_key: of the empty text."""
+    """For image-to-video: captions of clips, with their conditioning frames and sizes. null_key: of the negative."""
     batches = [reader.batch([clip], [0]) for clip in clips]
     return PromptSet(
         texts=[clip.caption for clip in clips],
@@ -146,6 +174,8 @@ class Validator:
             shift=c.sample_shift,
             embedded_guidance=c.embedded_guidance,
             seed=task.seed,
+            solver=c.solver,
+            param_dtype=task.param_dtype,
         )
         sampled = []
         for index, is_counted in self._own_items(len(p.prompts)):
@@ -204,14 +234,18 @@ def build_validator(
     latent_CFHW: tuple[int, ...],
     output: ClipWriter,
 ) -> Validator:
-    """The validator of a run. clips: ingest.prepare.Clips. latent_CFHW: size of clips that are sampled from a text."""
-    prompts = build_prompts(reader, clips.prompts, clips.of_prompts, latent_CFHW)
+    """The validator of a run. section: of sampling_section. clips: ingest.prepare.Clips. latent_CFHW: size of clips
+    that are sampled from a text.
+    """
+    prompts = build_prompts(reader, clips.prompts, clips.of_prompts, latent_CFHW, section.negative_prompt)
     return Validator(section, task, model, meshes, clips.held_out, prompts, reader=reader, output=output)
 
 
 def rules(config: JobConfig, world_size: int) -> Iterator[str]:
     """Rules of the configuration about validation, one line per mistake."""
     v = config.validation
+    if 0 < v.guidance_scale < 1:
+        yield f"validation.guidance_scale: given {v.guidance_scale}; legal: 0 (the model's own), or 1 (off) and above"
     if not v.timesteps:
         yield "validation.timesteps: empty; give at least one sigma, such as [0.5]"
     if len(set(v.timesteps)) < len(v.timesteps):

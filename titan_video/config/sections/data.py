@@ -84,6 +84,14 @@ class Data:
     caption_dropout: float = opt(
         0.1, "Fraction of samples trained with the empty caption, for classifier-free guidance.", ge=0, le=1
     )
+    image_dropout: float = opt(
+        -1.0,
+        "HunyuanVideo image-to-video: fraction of samples whose text sees a black image; the conditioning frame stays. "
+        "It is drawn apart from caption_dropout. -1: 0.1, as in its own training code. 0: a dropped caption takes the "
+        "image along, as in runs started before the option. Other models: leave it.",
+        ge=-1,
+        le=1,
+    )
     tokens_per_microbatch: int = opt(
         0,
         "Instead of training.local_batch_size: a micro-batch has as many clips of a bucket as fit into this number of "
