@@ -41,6 +41,7 @@ from titan_video.distributed.utils import broadcast_from_rank0, clip_grad_norm, 
 from titan_video.encoders import build_encoders
 from titan_video.flow.matching import FlowMatching, expert_sigma_range
 from titan_video.ingest.prepare import check_encoders, open_cache, prepare_clips
+from titan_video.ingest.sampling_defaults import sampling_section
 from titan_video.ingest.started import as_started
 from titan_video.kernels import attention
 from titan_video.models import get_args, get_spec
@@ -48,7 +49,7 @@ from titan_video.optim.ema import EmaWeights
 from titan_video.optim.lr_scheduler import Scheduler
 from titan_video.optim.optimizer import build_optimizer, step_in_backward
 from titan_video.tasks.denoising import Denoising
-from titan_video.tasks.validation import ClipWriter, build_validator, sampling_section
+from titan_video.tasks.validation import ClipWriter, build_validator
 from titan_video.tools import heartbeat, signals
 from titan_video.tools.device import get_device, read, set_deterministic
 from titan_video.tools.files import atomic_write
@@ -81,9 +82,8 @@ class Trainer:
 
     def build_layout(self) -> None:
         """The architecture, whether it can be laid out as asked, ranks, device, process groups."""
-        config = self.config
-        self.spec = get_spec(config.model.name)
-        m, length = config.model, config.encoder.max_text_length
+        config, m, length = self.config, self.config.model, self.config.encoder.max_text_length
+        self.spec = get_spec(m.name)
         self.args = get_args(self.spec, m.flavor, m.hf_assets_path, length)
         self.geometry = self.spec.geometry(self.args)
         world_size = config.encoder.num_training_ranks(int(os.environ.get("WORLD_SIZE", 1)))
@@ -108,7 +108,7 @@ class Trainer:
         flow = expert_sigma_range(config.flow, config.model.expert, config.model.boundary or self.args.boundary)
         shard, dtype = SequenceShard.from_meshes(self.meshes), t.mixed_precision_param
         self.task = Denoising(self.spec, self.args, FlowMatching(flow), shard, self.device, seed, t.guidance, dtype)
-        self.sampling = sampling_section(config, self.spec, self.args, config.data.sizes[0])
+        self.sampling = sampling_section(config, self.args, config.data.sizes[0])
         self.batching = Batching.of(config.data, config.training, config.parallelism, self.accumulation * self.dims.dp)
         num_tokens = [self.task.work(bucket).tokens for bucket in config.data.sizes]
         self.longest = max(num_tokens)

@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from titan_video.flow.matching import NUM_TRAIN_TIMESTEPS
 from titan_video.ingest.bucketing import bucket_errors
 from titan_video.ingest.conditioning_frames import encode_cond_frames, encode_images
 from titan_video.ingest.prepare import check_encoders, read_prompts
+from titan_video.ingest.sampling_defaults import OFFICIAL, sampling_defaults, sampling_section
 from titan_video.ingest.started import load_run
 from titan_video.ingest.video import read_image
 from titan_video.models import get_args, get_spec
@@ -39,7 +40,7 @@ from titan_video.models.conditioning import ConditioningSpec
 from titan_video.models.spec import LatentGeometry, ModelSpec
 from titan_video.tasks.conditioning import COND_LATENTS
 from titan_video.tasks.sampling import Prompt, SamplerSettings, sample_latents
-from titan_video.tasks.validation import file_name, negative_prompt, sampling_section
+from titan_video.tasks.validation import file_name
 from titan_video.tools.device import get_device
 from titan_video.tools.logging import init_logger, logger
 from titan_video.tools.video import write_mp4
@@ -157,24 +158,20 @@ def encode_prompts(
 # ---- clips ----
 
 
-@dataclass(frozen=True)
-class Guidance:
-    """Scales of classifier-free guidance at and above the sigma `boundary`, and below it; 0: one scale for all."""
+def find_guidance(options: argparse.Namespace, low: JobConfig | None, args: Any) -> float | Callable[[float], float]:
+    """The scale of classifier-free guidance; with two experts as a function of sigma.
 
-    high: float
-    low: float = 1.0
-    boundary: float = 0.0
-
-
-def find_guidance(options: argparse.Namespace, low: JobConfig | None, spec: ModelSpec, args: Any) -> Guidance:
-    """low: configuration of the low-noise expert, whose own scale it samples with; None: there is one model."""
+    low: configuration of the low-noise expert, whose own scale it samples with; None: there is one model.
+    """
+    high = options.guidance
     if low is None:
         if options.low_guidance is not None:
             raise ValueError("--low-guidance: there is no low-noise expert; give it by --low, or leave this out")
-        return Guidance(options.guidance)
-    own = sampling_section(low, spec, args, options.size).guidance_scale
-    scale = own if options.low_guidance is None else options.low_guidance
-    return Guidance(options.guidance, scale, low.model.boundary or args.boundary)
+        return high
+    scale, boundary = options.low_guidance, low.model.boundary or args.boundary
+    if scale is None:
+        scale = sampling_section(low, args, options.size).guidance_scale
+    return high if scale == high else lambda sigma: high if sigma >= boundary else scale
 
 
 @torch.no_grad()
@@ -190,7 +187,7 @@ def generate(config: JobConfig, folder: Path, texts: list[str], options: argpars
     low = find_low(config, options.low) if options.low else None
     encoders = build_encoders(config.encoder, config.model.hf_assets_path, device)
     check_encoders(encoders, args, geometry, config)
-    guidance = find_guidance(options, low[1] if low else None, spec, args)
+    guidance = find_guidance(options, low[1] if low else None, args)
     prompts, null = encode_prompts(encoders, args, texts, options)
     encoders.free()
 
@@ -201,14 +198,12 @@ def generate(config: JobConfig, folder: Path, texts: list[str], options: argpars
         model = Experts(model, low_model, config.model.boundary or args.boundary)
     settings = SamplerSettings(
         num_steps=options.steps,
-        guidance_scale=guidance.high,
+        guidance_scale=guidance,
         shift=options.shift,
         embedded_guidance=options.embedded_guidance,
         seed=options.seed,
         solver=options.solver,
         param_dtype=config.training.mixed_precision_param,
-        low_guidance_scale=guidance.low,
-        boundary=guidance.boundary,
     )
     latent_CFHW = geometry.latent_shape(options.size)
     for index, prompt in enumerate(prompts):  # with the noise that validation gives the prompt of this number
@@ -300,10 +295,10 @@ def fill_defaults(options: argparse.Namespace, config: JobConfig) -> None:
     options.size = options.size or config.data.sizes[0]
     spec = get_spec(config.model.name)
     args = get_args(spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
-    validation = sampling_section(config, spec, args, options.size)
-    if options.negative_prompt is not None:
-        config = replace(config, validation=replace(validation, negative_prompt=options.negative_prompt))
-    options.negative_prompt = negative_prompt(config, spec.sampling(args, options.size))
+    validation, own = sampling_section(config, args, options.size), sampling_defaults(config, args, options.size)
+    negative = options.negative_prompt
+    negative = config.validation.negative_prompt if negative is None else negative
+    options.negative_prompt = own.negative_prompt if negative == OFFICIAL else negative
     defaults = {
         "fps": config.data.fps,
         "solver": validation.solver,

@@ -101,8 +101,6 @@ def num_data_ranks(config: JobConfig, world_size: int) -> int:
 
 def rules(config: JobConfig, world_size: int) -> Iterator[str]:
     yield from batch_size_errors(config, num_data_ranks(config, world_size))
-    if -1 < (share := config.data.image_dropout) < 0:
-        yield f"data.image_dropout: given {share}; legal: -1 (the model's own), or a fraction from 0 to 1"
 
 
 def batch_size_errors(config: JobConfig, dp: int) -> Iterator[str]:

@@ -31,7 +31,6 @@ from titan_video.data.latent_cache import GIVEN, CachedClip, LatentCache
 from titan_video.data.sampler import GlobalSampler, MicroBatch, fingerprint
 from titan_video.flow.noise import choose_caption, drop_caption
 
-IMAGE_DROPOUT = 0.1  # sematic_cond_drop_p in hyvideo/config.py of HunyuanVideo-I2V
 MEMORY_LIMIT = 1 << 30  # bytes of entries that a reader with `keep` holds
 
 
@@ -128,7 +127,7 @@ class DrawPlan:
     """Which clips and captions each micro-batch of all ranks holds. It can be sent to another process.
 
     null_text_key: of the empty caption. work: the cost of one clip of a bucket. image_dropout: of clips whose caption
-    and image are dropped apart; -1: the share of HunyuanVideo-I2V's own training code.
+    and image are dropped apart; -1: the share of HunyuanVideo-I2V's own code (sematic_cond_drop_p, hyvideo/config.py).
     """
 
     def __init__(
@@ -150,8 +149,7 @@ class DrawPlan:
         self.null_text_key = null_text_key
         self.batching = batching
         self.seed = seed
-        self.caption_dropout = caption_dropout
-        self.image_dropout = image_dropout if image_dropout >= 0 else IMAGE_DROPOUT
+        self.caption_dropout, self.image_dropout = caption_dropout, image_dropout if image_dropout >= 0 else 0.1
         counts = [len(bucket) for bucket in self.buckets]
         keys = (["".join((c.video_key, *c.text_keys, c.cond_key)) for c in bucket] for bucket in self.buckets)
         self.sampler = GlobalSampler(
@@ -179,13 +177,13 @@ class DrawPlan:
         ]
 
     def _draw(self, clip: CachedClip, sample_id: int) -> ClipDraw:
-        which, keys = choose_caption(self.seed, sample_id, len(clip.text_keys)), clip.text_keys
-        null_key, no_caption = self.null_text_key, drop_caption(self.seed, sample_id, self.caption_dropout)
-        if clip.imageless_keys and drop_caption(self.seed, sample_id, self.image_dropout, "image"):
-            keys = clip.imageless_keys[1:]
-        elif clip.imageless_keys:
-            null_key = clip.imageless_keys[0]
-        return ClipDraw(clip, null_key if no_caption else keys[which], sample_id)
+        null_key, keys = self.null_text_key, clip.text_keys
+        if apart := clip.imageless_keys:
+            is_black = drop_caption(self.seed, sample_id, self.image_dropout, "image")
+            null_key, keys = (null_key, apart[1:]) if is_black else (apart[0], keys)
+        if drop_caption(self.seed, sample_id, self.caption_dropout):
+            return ClipDraw(clip, null_key, sample_id)
+        return ClipDraw(clip, keys[choose_caption(self.seed, sample_id, len(keys))], sample_id)
 
 
 class RankMicroBatches(BaseNode[MicroBatchSpec]):

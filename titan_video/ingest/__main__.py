@@ -26,10 +26,10 @@ from titan_video.encoders import build_encoders
 from titan_video.ingest.plan import Plan, build_plan
 from titan_video.ingest.prepare import encode_plan, open_cache, sampled_negatives
 from titan_video.ingest.report import decode_all, export, report
+from titan_video.ingest.sampling_defaults import sampling_section
 from titan_video.ingest.started import as_started
 from titan_video.models import get_args, get_spec
 from titan_video.models.layers import token_shape
-from titan_video.tasks.validation import sampling_section
 from titan_video.tools.device import get_device
 from titan_video.tools.files import writing
 from titan_video.tools.parts import resolve
@@ -45,9 +45,9 @@ class DataCommand:
 
     def __init__(self, config: JobConfig):
         self.config = config
-        self.spec, model = get_spec(config.model.name), config.model
-        self.args = get_args(self.spec, model.flavor, model.hf_assets_path, config.encoder.max_text_length)
-        self.geometry = self.spec.geometry(self.args)
+        spec, model = get_spec(config.model.name), config.model
+        self.args = get_args(spec, model.flavor, model.hf_assets_path, config.encoder.max_text_length)
+        self.geometry = spec.geometry(self.args)
         self.folder = Path(config.job.dump_folder)
         self.cache_folder = Path(config.data.cache_folder or self.folder / "cache")
         self.plan_file = self.folder / "data_plan.jsonl"
@@ -99,7 +99,7 @@ class DataCommand:
             device = get_device(int(os.environ.get("LOCAL_RANK", 0)))
             encoders = build_encoders(config.encoder, config.model.hf_assets_path, device)
             cache = open_cache(self.cache_folder, encoders, self.args.conditioning, None)
-            validation = sampling_section(config, self.spec, self.args, config.data.sizes[0])
+            validation = sampling_section(config, self.args, config.data.sizes[0])
             texts, drop_apart = sampled_negatives(validation), config.data.image_dropout != 0
             clips, _ = encode_plan(
                 plan, self.plan_file, encoders, cache, None, config.data.num_workers, texts, drop_apart

@@ -76,6 +76,10 @@ def check_encoders(encoders: Encoders, args: Any, geometry: LatentGeometry, conf
             f"{flavor} takes latents of strides {geometry.temporal_stride} in time and {geometry.spatial_stride} in "
             f"space, {encoder} gives {strides[0]} and {strides[1]}: choose the two to fit"
         )
+    if not 0 <= config.data.image_dropout and config.data.image_dropout != -1:
+        raise ValueError(
+            f"data.image_dropout: given {config.data.image_dropout:g}; legal: -1 (the model's own), or from 0 to 1"
+        )
     if config.data.image_dropout > 0 and not conditioning.text_image_tokens:
         raise ValueError(
             f"data.image_dropout: given {config.data.image_dropout:g}, but the text of {flavor} has no image; leave it "
@@ -98,7 +102,7 @@ def prepare_clips(
 ) -> Clips:
     """Plan the clips and hold some out; encode all of them with `is_ahead`, else those that validation needs.
 
-    validation: as tasks.validation.sampling_section returns it.
+    validation: as `sampling_section` returns it.
 
     Plans are logged and written to `folder`. ValueError on all ranks when no clip is left.
     """

@@ -114,20 +114,6 @@ class NameRule:
 
 
 @dataclass(frozen=True)
-class SamplingDefaults:
-    """How the model's own code samples it.
-
-    shift: of the schedule. guidance_scale: classifier-free, 1: none; low: of the expert for low noise.
-    negative_prompt: what guidance moves away from.
-    """
-
-    shift: float = 3.0
-    guidance_scale: float = 5.0
-    low_guidance_scale: float = 5.0
-    negative_prompt: str = ""
-
-
-@dataclass(frozen=True)
 class ModelSpec:
     """A model family.
 
@@ -144,7 +130,6 @@ class ModelSpec:
     args_to_original: arguments -> config.json of the original layout; None where it has no such file.
     lora_targets: suffixes of the names of those Linears in blocks that get an adapter by default.
     masks_text: whether the blocks' attention leaves out the padding of the text.
-    sampling: (arguments, pixel size [frames, height, width]) -> how the model's own code samples it.
     """
 
     name: str
@@ -161,4 +146,3 @@ class ModelSpec:
     args_to_original: Callable[[Any], dict] | None = None
     lora_targets: tuple[str, ...] = ()
     masks_text: bool = False
-    sampling: Callable[[Any, tuple[int, ...]], SamplingDefaults] = lambda args, size: SamplingDefaults()

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titan_video.distributed.sequence import SequenceShard
-from titan_video.flow.matching import NUM_TRAIN_TIMESTEPS
 from titan_video.models.conditioning import ConditioningSpec
 from titan_video.models.layers import Patch, patchify, token_shape
 
@@ -64,13 +63,9 @@ class FrameConditioning:
         return {} if self.mask_BL is None else {"cond_mask_BL": self.mask_BL}
 
 
-def guidance_kwargs(
-    spec: ConditioningSpec, scale: float, like_B: Tensor, param_dtype: str = "float32"
-) -> dict[str, Any]:
-    """The guidance scale as an argument, x1000 and float32, of models that take it.
-
-    param_dtype: the model's; the public code multiplies in it, so bfloat16 makes 6016 of 6 (HunyuanVideo-I2V's
-    hyvideo/diffusion/flow/transport.py, diffusers' HunyuanVideoPipeline).
+def guidance_kwargs(spec: ConditioningSpec, scale: float, like_B: Tensor, dtype: str = "float32") -> dict[str, Any]:
+    """The guidance scale as an argument, float32, of models that take it: x1000 in the model's dtype, as in
+    HunyuanVideo-I2V's hyvideo/diffusion/flow/transport.py and in diffusers. bfloat16 makes 6016 of 6.
     """
-    scale_B = torch.full(like_B.shape, scale, dtype=getattr(torch, param_dtype), device=like_B.device)
-    return {"guidance_B": (NUM_TRAIN_TIMESTEPS * scale_B).float()} if spec.guidance else {}
+    scale_B = torch.full(like_B.shape, scale, dtype=getattr(torch, dtype), device=like_B.device)
+    return {"guidance_B": (1000 * scale_B).float()} if spec.guidance else {}

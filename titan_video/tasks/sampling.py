@@ -15,8 +15,6 @@ from titan_video.models.layers import patchify, token_shape, unpatchify
 from titan_video.tasks.conditioning import COND_LATENTS, FrameConditioning, guidance_kwargs
 from titan_video.tools.parts import resolve
 
-UNIPC = "titan_video.flow.unipc:unipc"
-
 
 @dataclass(frozen=True)
 class Prompt:
@@ -36,26 +34,20 @@ class Prompt:
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """guidance_scale: classifier-free guidance; 1 runs the model once a step, any other with twice the batch.
-    low_guidance_scale replaces it below the sigma `boundary`.
+    """guidance_scale: classifier-free guidance; 1 runs the model once a step, any other with twice the batch. Or the
+    scale as a function of sigma.
 
-    shift: of the schedule of sigmas. embedded_guidance: input of models that take a guidance scale, rounded as in
-    param_dtype. seed: with the clips' ids it keys their first noise. solver: "euler" or "unipc".
+    shift: of the schedule of sigmas. embedded_guidance: input of models that take a guidance scale, and param_dtype, in
+    which they round it. seed: with the clips' ids it keys their first noise. solver: as in [validation].
     """
 
     num_steps: int
-    guidance_scale: float
+    guidance_scale: float | Callable[[float], float]
     shift: float
     embedded_guidance: float = 1.0
     seed: int = 0
     solver: str = "euler"
     param_dtype: str = "float32"
-    low_guidance_scale: float = 1.0
-    boundary: float = 0.0
-
-    def scale(self, sigma: float) -> float:
-        """Of classifier-free guidance at a noise level."""
-        return self.guidance_scale if sigma >= self.boundary else self.low_guidance_scale
 
 
 @torch.no_grad()
@@ -80,7 +72,7 @@ def sample_latents(
     cond = dict(prompt.cond)
     cond_latents = cond.pop(COND_LATENTS, None)
     frames = FrameConditioning(spec, cond_latents, latent_CFHW[1:], patch, shard)
-    use_guidance = settings.guidance_scale != 1 or (settings.boundary > 0 and settings.low_guidance_scale != 1)
+    use_guidance = settings.guidance_scale != 1
     copies = 2 if use_guidance else 1
     text_BLD, mask_BL = prompt.text_BLD, prompt.mask_BL
     if use_guidance:
@@ -100,11 +92,11 @@ def sample_latents(
         x_BLP = frames.build_input(x_BLP).repeat(copies, 1, 1)
         t_B = NUM_TRAIN_TIMESTEPS * sigma_B.repeat(copies)
         guidance = guidance_kwargs(spec, settings.embedded_guidance, t_B, settings.param_dtype)
-        v = model(x_BLP=x_BLP, t_B=t_B, **fixed, **guidance).float()
-        return guided(*v.chunk(2), settings.scale(sigma_B[0].item())) if use_guidance else v
+        v, scale = model(x_BLP=x_BLP, t_B=t_B, **fixed, **guidance).float(), settings.guidance_scale
+        return guided(*v.chunk(2), scale(sigma_B[0].item()) if callable(scale) else scale) if use_guidance else v
 
     noise = draw_noise(settings.seed, torch.tensor(ids), latent_CFHW, device, stream="sampling")
     x_BLP = shard.slice(patchify(spec.initial_latents(noise, cond_latents), patch))
-    solve = euler if settings.solver == "euler" else resolve(UNIPC, asked_by="validation.solver = unipc")
+    solve = euler if settings.solver == "euler" else resolve("titan_video.flow.unipc:unipc", "validation.solver")
     x_BLP = frames.apply(solve(velocity, x_BLP, settings.num_steps, settings.shift))
     return unpatchify(shard.gather(x_BLP, shape.num_tokens), shape, patch)

@@ -6,7 +6,7 @@ axes share each clip's work.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +19,12 @@ from titan_video.data.loader import EntryReader
 from titan_video.distributed.parallel_dims import Meshes
 from titan_video.distributed.utils import gather_objects, reduce_over
 from titan_video.flow.noise import draw_noise
-from titan_video.models.spec import ModelSpec, SamplingDefaults
 from titan_video.tasks.denoising import Denoising
 from titan_video.tasks.sampling import Prompt, SamplerSettings, sample_latents
 from titan_video.tasks.task import Evaluation
 from titan_video.tools import heartbeat
 from titan_video.tools.files import optional_write
 from titan_video.tools.video import write_mp4
-
-OFFICIAL = "official"  # validation.negative_prompt
-
-
-def sampling_section(config: JobConfig, spec: ModelSpec, args: Any, size: tuple[int, ...]) -> Validation:
-    """[validation] with the model's own values where it leaves them to the model.
-
-    args: the model's. size: [frames, height, width] of the clips in pixels.
-    """
-    v, own = config.validation, spec.sampling(args, size)
-    scale = v.guidance_scale or (own.low_guidance_scale if config.model.expert == "low" else own.guidance_scale)
-    negative = negative_prompt(config, own) if scale != 1 else ""  # without guidance it is not encoded
-    return replace(v, guidance_scale=scale, negative_prompt=negative, sample_shift=v.sample_shift or own.shift)
-
-
-def negative_prompt(config: JobConfig, own: SamplingDefaults) -> str:
-    """What validation.negative_prompt means. The debug encoders know no language, so they have no official one."""
-    if config.validation.negative_prompt != OFFICIAL:
-        return config.validation.negative_prompt
-    return "" if config.encoder.name == "debug" else own.negative_prompt
 
 
 @dataclass(frozen=True)
@@ -58,42 +37,21 @@ class PromptSet:
     latent_CFHW: list[tuple[int, ...]]
 
 
-def build_prompts(
-    reader: EntryReader,
-    texts: Sequence[str],
-    clips: Sequence[CachedClip],
-    latent_CFHW: tuple[int, ...],
-    negative: str = "",
-) -> PromptSet | None:
-    """What validation samples: with conditioning frames those of `clips`, else `texts` at the size latent_CFHW.
-
-    negative: the negative prompt.
+def build_prompts(reader: EntryReader, clips: Any, latent_CFHW: tuple[int, ...], negative: str) -> PromptSet | None:
+    """What validation samples: for image-to-video the clips of the prompts, with their conditioning frames and sizes;
+    else the prompts, at the size latent_CFHW. clips: ingest.prepare.Clips. negative: the negative prompt.
     """
+    cache, texts = reader.cache, clips.prompts
     if not texts:
         return None
-    cache, null_key = reader.cache, reader.cache.text_key(negative)
-    if cache.conditioning.num_cond_frames:
-        return prompts_of_clips(reader, clips, null_key)
-    return prompts_of_texts(reader, texts, [cache.text_key(text) for text in texts], null_key, latent_CFHW)
-
-
-def prompts_of_clips(reader: EntryReader, clips: Sequence[CachedClip], null_key: str) -> PromptSet:
-    """For image-to-video: captions of clips, with their conditioning frames and sizes. null_key: of the negative."""
-    batches = [reader.batch([clip], [0]) for clip in clips]
-    return PromptSet(
-        texts=[clip.caption for clip in clips],
-        prompts=[Prompt(b.text_BLD, b.text_mask_BL, b.cond) for b in batches],
-        null=_read_prompt(reader, null_key),
-        latent_CFHW=[tuple(b.streams["video"].shape[1:]) for b in batches],
-    )
-
-
-def prompts_of_texts(
-    reader: EntryReader, texts: Sequence[str], keys: Sequence[str], null_key: str, latent_CFHW: tuple[int, ...]
-) -> PromptSet:
-    """For text-to-video: texts by their cache keys, all sampled at one size."""
-    prompts = [_read_prompt(reader, key) for key in keys]
-    return PromptSet(list(texts), prompts, _read_prompt(reader, null_key), [latent_CFHW] * len(keys))
+    null = _read_prompt(reader, cache.text_key(negative))
+    if not cache.conditioning.num_cond_frames:
+        prompts = [_read_prompt(reader, cache.text_key(text)) for text in texts]
+        return PromptSet(texts, prompts, null, [latent_CFHW] * len(texts))
+    batches = [reader.batch([clip], [0]) for clip in clips.of_prompts]
+    prompts = [Prompt(b.text_BLD, b.text_mask_BL, b.cond) for b in batches]
+    sizes = [tuple(b.streams["video"].shape[1:]) for b in batches]
+    return PromptSet([clip.caption for clip in clips.of_prompts], prompts, null, sizes)
 
 
 def _read_prompt(reader: EntryReader, key: str) -> Prompt:
@@ -234,18 +192,16 @@ def build_validator(
     latent_CFHW: tuple[int, ...],
     output: ClipWriter,
 ) -> Validator:
-    """The validator of a run. section: of sampling_section. clips: ingest.prepare.Clips. latent_CFHW: size of clips
-    that are sampled from a text.
+    """The validator of a run. section: with the model's own values (ingest.sampling_defaults). clips, latent_CFHW: see
+    build_prompts.
     """
-    prompts = build_prompts(reader, clips.prompts, clips.of_prompts, latent_CFHW, section.negative_prompt)
+    prompts = build_prompts(reader, clips, latent_CFHW, section.negative_prompt)
     return Validator(section, task, model, meshes, clips.held_out, prompts, reader=reader, output=output)
 
 
 def rules(config: JobConfig, world_size: int) -> Iterator[str]:
     """Rules of the configuration about validation, one line per mistake."""
     v = config.validation
-    if 0 < v.guidance_scale < 1:
-        yield f"validation.guidance_scale: given {v.guidance_scale}; legal: 0 (the model's own), or 1 (off) and above"
     if not v.timesteps:
         yield "validation.timesteps: empty; give at least one sigma, such as [0.5]"
     if len(set(v.timesteps)) < len(v.timesteps):

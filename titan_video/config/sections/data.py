@@ -86,9 +86,8 @@ class Data:
     )
     image_dropout: float = opt(
         -1.0,
-        "HunyuanVideo image-to-video: fraction of samples whose text sees a black image; the conditioning frame stays. "
-        "It is drawn apart from caption_dropout. -1: 0.1, as in its own training code. 0: a dropped caption takes the "
-        "image along, as in runs started before the option. Other models: leave it.",
+        "HunyuanVideo image-to-video: fraction of samples whose text sees a black image, apart from caption_dropout. "
+        "-1: 0.1, as in its own code. 0: a dropped caption takes the image along, as before the option.",
         ge=-1,
         le=1,
     )

@@ -6,14 +6,7 @@ Names of parameters: names.py.
 from titan_video.models.hunyuan_video.args import HunyuanVideoArgs
 from titan_video.models.hunyuan_video.model import HunyuanVideoModel, init_parameter
 from titan_video.models.hunyuan_video.names import HF_NAMES
-from titan_video.models.spec import LatentGeometry, ModelSpec, ParallelPlan, SamplingDefaults
-
-# hyvideo/constants.py of Tencent-Hunyuan/HunyuanVideo and HunyuanVideo-I2V.
-NEGATIVE_PROMPT = (
-    "Aerial view, aerial view, overexposed, low quality, deformation, a poor composition, bad hands, bad teeth, "
-    "bad eyes, bad limbs, distortion"
-)
-NEGATIVE_PROMPT_I2V = "deformation, a poor composition and deformed video, bad teeth, bad eyes, bad limbs"
+from titan_video.models.spec import LatentGeometry, ModelSpec, ParallelPlan
 
 _13B = {"dim": 3072, "num_heads": 24, "num_double_layers": 20, "num_single_layers": 40, "ffn_dim": 12288}
 _DEBUG = {
@@ -40,14 +33,6 @@ FLAVORS = {
     "i2v-13B-latent-concat": HunyuanVideoArgs(**_13B, **_LATENT_CONCAT, text_len=288 + 256),
     "i2v-13B-token-replace": HunyuanVideoArgs(**_13B, **_TOKEN_REPLACE, text_len=144 + 256),
 }
-
-
-def sampling_defaults(args: HunyuanVideoArgs, size: tuple[int, ...]) -> SamplingDefaults:
-    """As in sample_video.py of Tencent-Hunyuan/HunyuanVideo and sample_image2video.py of HunyuanVideo-I2V: without
-    classifier-free guidance, which the models have learned; the negative prompt is for runs that use it.
-    """
-    negative = NEGATIVE_PROMPT_I2V if args.image_condition else NEGATIVE_PROMPT
-    return SamplingDefaults(shift=7.0, guidance_scale=1.0, low_guidance_scale=1.0, negative_prompt=negative)
 
 
 def args_to_hf(args: HunyuanVideoArgs) -> dict:
@@ -163,7 +148,6 @@ SPEC = ModelSpec(
         *(f"{ffn}.{part}" for ffn in ("ffn", "text_ffn") for part in ("up", "down")),
     ),
     masks_text=True,
-    sampling=sampling_defaults,
 )
 
 __all__ = ["SPEC", "HunyuanVideoArgs", "HunyuanVideoModel"]

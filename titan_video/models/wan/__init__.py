@@ -5,17 +5,11 @@ Names of parameters: names.py.
 
 from dataclasses import replace
 
-from titan_video.models.spec import LatentGeometry, ModelSpec, ParallelPlan, SamplingDefaults
+from titan_video.models.spec import LatentGeometry, ModelSpec, ParallelPlan
 from titan_video.models.wan.model import WanArgs, WanModel, init_parameter
 from titan_video.models.wan.names import HF_NAMES
 
 CLIP_TOKENS, CLIP_WIDTH = 257, 1280  # of one image: 16 x 16 patches and the class token of CLIP's ViT-H/14
-
-MAX_480P = 600_000  # pixels of a frame: 480 x 832 is sampled with a smaller shift than 720 x 1280
-NEGATIVE_PROMPT = (
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，"
-    "画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
-)
 
 _DEBUG = WanArgs(dim=128, num_heads=4, num_layers=4, ffn_dim=512, text_dim=64, text_len=16, freq_dim=64)
 _14B = WanArgs(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824)
@@ -45,18 +39,6 @@ FLAVORS = {
     "ti2v-5B": _5B,
     "t2v-5B": replace(_5B, clean_first_frame=False),
 }
-
-
-def sampling_defaults(args: WanArgs, size: tuple[int, ...]) -> SamplingDefaults:
-    """As in generate.py and wan/configs of Wan-Video/Wan2.1 and Wan2.2; text-to-video at 480p as diffusers advises."""
-    negative = NEGATIVE_PROMPT
-    if args.image_len:  # Wan 2.1: no shaking camera, and between two frames no cut
-        negative = "镜头切换，" * args.image_positions + "镜头晃动，" + negative
-    if args.boundary or (args.in_channels > args.out_channels and not args.image_len):  # A14B
-        shift, high, low = (5.0, 3.5, 3.5) if args.in_channels > args.out_channels else (12.0, 4.0, 3.0)
-        return SamplingDefaults(shift, high, low, negative)
-    is_small = size[1] * size[2] <= MAX_480P and args.out_channels == 16
-    return SamplingDefaults(16.0 if args.image_positions else 3.0 if is_small else 5.0, negative_prompt=negative)
 
 
 def args_to_hf(args: WanArgs) -> dict:
@@ -212,7 +194,6 @@ SPEC = ModelSpec(
     args_from_hf=args_from_hf,
     args_to_hf=args_to_hf,
     args_to_original=args_to_original,
-    sampling=sampling_defaults,
     lora_targets=(*(f"{a}.{part}" for a in ("self_attn", "cross_attn") for part in "qkvo"), "ffn.up", "ffn.down"),
 )
 
