@@ -92,11 +92,19 @@ def load(classes: Any, folder: Path, stem: str, **kwargs: Any) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer saved there; ValueError naming the folder."""
-    from transformers import AutoTokenizer
+    """The tokenizer saved there; ValueError naming the folder.
+
+    HunyuanVideo's splits bytes, but is published as a LlamaTokenizerFast, whose class in transformers 5.0 to 5.5 would
+    split words in spite of tokenizer.json. The general class follows the file.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        settings = folder / "tokenizer_config.json"
+        name = str(bounded.read_json(settings).get("tokenizer_class")) if settings.is_file() else ""
+        is_general = name.startswith("Llama") and (folder / "tokenizer.json").is_file()
+        cls = PreTrainedTokenizerFast if is_general else AutoTokenizer
+        return cls.from_pretrained(folder, local_files_only=True)
     except Exception as e:  # the tokenizer library raises bare Exception for a file that it cannot parse
         raise ValueError(f"{folder} holds no tokenizer that can be read: {e}") from e
 

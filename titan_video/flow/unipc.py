@@ -23,7 +23,7 @@ MAX_SIGMA = 1 - 1e-6  # at 1 lambda is infinite
 
 def unipc_sigmas(num_steps: int, shift: float) -> Tensor:
     """num_steps + 1 decreasing sigmas, float64, from nearly 1 to 0."""
-    # numpy's grid: the last bit decides which whole timestep the model is told.
+    # numpy's grid: the last bit decides which whole timestep the model gets.
     grid = torch.from_numpy(np.linspace(1, LAST_SIGMA, num_steps + 1)[:-1])
     return torch.cat([time_shift(grid, shift).clamp(max=MAX_SIGMA), grid.new_zeros(1)])
 
