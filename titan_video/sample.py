@@ -53,11 +53,16 @@ class Experts:
     high: used at and above the sigma `boundary`; low: below it.
     """
 
+    @staticmethod
+    def is_high(time: float, boundary: float) -> bool:
+        """Whether a time, 1000 sigma, is the high-noise expert's. 0.9 in float32 is below 0.9."""
+        return round(time, 3) >= round(NUM_TRAIN_TIMESTEPS * boundary, 3)
+
     def __init__(self, high: Callable[..., Tensor], low: Callable[..., Tensor], boundary: float):
         self.high, self.low, self.boundary = high, low, boundary
 
     def __call__(self, *, t_B: Tensor, **kwargs: Any) -> Tensor:
-        model = self.high if t_B[0].item() >= NUM_TRAIN_TIMESTEPS * self.boundary else self.low
+        model = self.high if self.is_high(t_B[0].item(), self.boundary) else self.low
         return model(t_B=t_B, **kwargs)
 
 
@@ -171,7 +176,9 @@ def find_guidance(options: argparse.Namespace, low: JobConfig | None, args: Any)
     scale, boundary = options.low_guidance, low.model.boundary or args.boundary
     if scale is None:
         scale = sampling_section(low, args, options.size).guidance_scale
-    return high if scale == high else lambda sigma: high if sigma >= boundary else scale
+    if scale == high:
+        return high
+    return lambda sigma: high if Experts.is_high(NUM_TRAIN_TIMESTEPS * sigma, boundary) else scale
 
 
 @torch.no_grad()

@@ -11,14 +11,20 @@ import torch
 import torch.nn.functional as F
 
 from tests.helpers import build_denoising, randomized_init
+from tests.unit_tests.data_clips import captioned
 from tests.unit_tests.test_encoder_wan import saved as wan_folder  # noqa: F401
 from titan_video.config.job_config import Encoder
 from titan_video.data.batch import Batch
+from titan_video.data.latent_cache import LatentCache
 from titan_video.distributed.sequence import whole_sequence
 from titan_video.distributed.utils import initialise
 from titan_video.encoders import build_encoders
+from titan_video.encoders.debug import DebugEncoders
 from titan_video.encoders.folders import digest, settings_files, weight_files
+from titan_video.ingest.cached_clips import cached_clips
 from titan_video.ingest.conditioning_frames import encode_cond_frames, encode_images
+from titan_video.ingest.encode import Decoder, draw_job, encode_job, encode_share, missing_jobs
+from titan_video.ingest.plan import make_plan
 from titan_video.models import get_spec
 from titan_video.models.conditioning import ConditioningSpec
 from titan_video.models.layers import patchify, token_shape, unpatchify
@@ -434,6 +440,39 @@ def test_hunyuan_clips_are_encoded_whole_or_in_chunks(hunyuan_t2v):
     assert torch.equal(encoders.decode_video(whole), tiled.decode_video(whole))  # as sampling does, in both
     assert encoders.video_id() != tiled.video_id() and encoders.text_id() == tiled.text_id()
     assert tiled.video_id() == digest(weight_files(hunyuan_t2v / "vae", "diffusion_pytorch_model"), "tiling=False")
+
+
+def test_texts_without_their_image_or_caption_are_encoded(tmp_path):
+    """The entries of a clip whose caption and image are dropped apart, before and during training."""
+    (tmp_path / "clips").mkdir()
+    captioned(tmp_path / "clips" / "0.mp4", "a red circle", width=64, height=32)
+    plan = make_plan(tmp_path / "clips", [[5, 32, 64]], 8, 0, tmp_path / "cache")
+    conditioning, encoders = get_conditioning("hunyuan_video", "debug-i2v-token-replace"), DebugEncoders(6)
+    cache = LatentCache(tmp_path / "cache", encoders.video_id(), encoders.text_id(), conditioning=conditioning)
+    (together,), (clip,) = cached_clips(plan, cache), cached_clips(plan, cache, drop_apart=True)
+    assert together == replace(clip, imageless_keys=()) and len(clip.imageless_keys) == 2
+    alone, black = clip.imageless_keys
+    assert len({clip.text_key, alone, black, cache.text_key("")}) == 4 and black == cache.text_key("a red circle")
+    texts = [key for job in missing_jobs([clip], cache)[0] for kind, key in job.keys if kind == "text"]
+    assert sorted(texts) == sorted({clip.text_key, alone, black, cache.text_key("")})
+    assert encode_share(missing_jobs([clip], cache, log=lambda _: None), encoders, cache, log=lambda _: None) == {}
+    read = {key: cache.read("text", key) for key in texts}
+    tokens = conditioning.text_image_tokens
+    image, none = read[clip.text_key][:tokens], read[cache.text_key("")][:tokens]
+    assert not torch.equal(image, none)
+    assert torch.equal(read[alone][:tokens], image) and torch.equal(
+        read[alone][tokens:], read[cache.text_key("")][tokens:]
+    )
+    assert torch.equal(read[black][:tokens], none) and torch.equal(read[black][tokens:], read[clip.text_key][tokens:])
+    for key, caption, is_imageless in (
+        (clip.text_key, "a red circle", False),
+        (alone, "", False),
+        (black, "a red circle", True),
+    ):
+        job = draw_job(cache, clip, key)
+        assert (job.caption, job.is_imageless) == (caption, is_imageless) and ("video", clip.video_key) in job.keys
+        (decoded,) = Decoder(conditioning)[[job]]
+        assert torch.equal(encode_job(encoders, conditioning, job, decoded)["text", key], read[key])
 
 
 @torch.no_grad()
