@@ -202,6 +202,8 @@ def build_validator(
 def rules(config: JobConfig, world_size: int) -> Iterator[str]:
     """Rules of the configuration about validation, one line per mistake."""
     v = config.validation
+    if 0 < v.guidance_scale < 1:
+        yield f"validation.guidance_scale: given {v.guidance_scale:g}; legal: 0 (the model's own), 1 (off) and above"
     if not v.timesteps:
         yield "validation.timesteps: empty; give at least one sigma, such as [0.5]"
     if len(set(v.timesteps)) < len(v.timesteps):
