@@ -422,6 +422,10 @@ def test_the_guidance_scale_is_rounded_in_the_models_dtype_as_in_public_code(dty
         assert ours.dtype == torch.float32 and torch.equal(ours, theirs.float())
     assert guidance_kwargs(conditioning, 6.0, torch.zeros(1), "bfloat16")["guidance_B"].item() == 6016
     assert guidance_kwargs(conditioning, 1.0, torch.zeros(1), "bfloat16")["guidance_B"].item() == 1000
+    task = task_of(conditioning, guidance_scale=6.0)
+    task.param_dtype = dtype
+    given = task.prepare(make_batch(None)).kwargs["guidance_B"]
+    assert given.tolist() == [{"bfloat16": 6016.0, "float32": 6000.0}[dtype]] * 2
 
 
 @torch.no_grad()
