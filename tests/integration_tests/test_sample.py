@@ -29,6 +29,7 @@ def trained(shared_front):
         "validation.enable": "true",
         "validation.num_videos": 1,
         "validation.sample_steps": 3,
+        "validation.solver": "unipc",
         "validation.negative_prompt": "a yellow circle moves down",
         "validation.path": "embedded:shapes-12",
         "training.steps": 4,
@@ -56,7 +57,7 @@ def test_every_option_is_heard(trained, tmp_path):
         ["--guidance", 1],
         ["--shift", 9],
         ["--weights", "model"],
-        ["--solver", "unipc"],
+        ["--solver", "euler"],
         ["--negative-prompt", ""],
         ["--prompt", "a blue square moves up"],
     ):

@@ -136,6 +136,18 @@ def test_every_published_folder_is_read(name, request, tmp_path):
     assert tuple(shifts) == case.shifts
 
 
+@pytest.mark.parametrize("index, words", [('{"boundary_ratio": "x"}', "boundary"), ("[", "model_index.json")])
+def test_an_unreadable_boundary_is_named(tmp_path, index, words):
+    spec = get_spec("wan")
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(spec.args_to_hf(spec.flavors["t2v-A14B"])))
+    (tmp_path / "model_index.json").write_text(index)
+    with pytest.raises(ValueError, match=words):
+        get_args(spec, "hf", str(tmp_path), LENGTH)
+    (tmp_path / "model_index.json").write_text("[]")
+    assert get_args(spec, "hf", str(tmp_path), LENGTH).boundary == 0
+
+
 @pytest.mark.parametrize("variant", ["fp16", "bf16"])
 @pytest.mark.parametrize("is_sharded", [False, True])
 @torch.no_grad()
