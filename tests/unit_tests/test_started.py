@@ -71,6 +71,16 @@ def test_what_is_encoded_is_fixed_and_how_to_sample_is_not(tmp_path, caplog):
     assert as_started(left).validation.negative_prompt == "blurred"
 
 
+def test_a_shipped_toml_that_has_changed_does_not_stop_a_run(tmp_path, caplog):
+    """HunyuanVideo's TOMLs now encode in spatial tiles and drop images: a run that was started with them goes on."""
+    old = run_of(tmp_path, "hunyuan_video")
+    write(tmp_path, old, without=[option for option in OPTIONS if option != "encoder.vae_tiling"])
+    new = replace(old, encoder=replace(old.encoder, vae_tiling=True), data=replace(old.data, image_dropout=0.1))
+    started = as_started(new)
+    assert (started.encoder.vae_tiling, started.encoder.vae_temporal_tiling) == (False, True)
+    assert started.data.image_dropout == 0 and caplog.text.count(" stays ") == 3
+
+
 def test_programs_that_read_a_run_see_what_it_did(tmp_path):
     """`titan_video.sample` encodes the image as the run did."""
     config = run_of(tmp_path, validation=Validation(enable=True))

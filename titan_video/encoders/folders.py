@@ -49,8 +49,8 @@ def _find_weights(folder: Path, stem: str) -> tuple[list[Path], str | None]:
         index, single = folder / f"{stem}.safetensors.index{part}.json", folder / f"{stem}{part}.safetensors"
         if index.is_file() or single.is_file():
             break
-    else:
-        variant, index, single = None, folder, folder / f"{stem}.safetensors"
+    else:  # the message names this one
+        variant, single = None, folder / f"{stem}.safetensors"
     names = [single.name]
     if index.is_file():
         names = [index.name, *sorted(set(bounded.read_index(index).values()))]

@@ -76,7 +76,7 @@ def check_encoders(encoders: Encoders, args: Any, geometry: LatentGeometry, conf
             f"{flavor} takes latents of strides {geometry.temporal_stride} in time and {geometry.spatial_stride} in "
             f"space, {encoder} gives {strides[0]} and {strides[1]}: choose the two to fit"
         )
-    if not 0 <= config.data.image_dropout and config.data.image_dropout != -1:
+    if -1 < config.data.image_dropout < 0:
         raise ValueError(
             f"data.image_dropout: given {config.data.image_dropout:g}; legal: -1 (the model's own), or from 0 to 1"
         )

@@ -30,12 +30,13 @@ class KeptOption:
 
 KEPT = (
     KeptOption("encoder.clip_resize", "crop", lambda c: c.encoder.name == "wan"),
+    KeptOption("encoder.vae_tiling", False, lambda c: c.encoder.name != "debug"),  # is older; shipped TOMLs set it now
     KeptOption("encoder.vae_temporal_tiling", True, lambda c: c.encoder.name == "hunyuan_video"),
     KeptOption("data.image_dropout", 0.0, lambda c: c.model.name == "hunyuan_video"),
     KeptOption(
         "validation.negative_prompt",
         "",
-        lambda c: c.validation.enable and c.encoder.name != "debug",
+        lambda c: c.validation.enable and c.validation.guidance_scale != 1 and c.encoder.name != "debug",
         is_fixed=False,
     ),
 )
