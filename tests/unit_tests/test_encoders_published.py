@@ -197,3 +197,18 @@ def test_a_byte_level_tokenizer_keeps_its_splitting_under_the_name_of_llama(huny
     for name in ("LlamaTokenizerFast", "LlamaTokenizer", "PreTrainedTokenizerFast"):
         settings.write_text(json.dumps(json.loads(settings.read_text()) | {"tokenizer_class": name}))
         assert load_tokenizer(folder)(text).input_ids == expected
+
+
+def test_clips_tokenizer_is_read_from_its_vocabulary_and_merges(tmp_path):
+    """HunyuanVideo's tokenizer_2 has no tokenizer.json."""
+    from titan_video.encoders.folders import load_tokenizer
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = [*letters, *(f"{c}</w>" for c in letters), "re", "red</w>", "<|startoftext|>", "<|endoftext|>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nr e\nre d</w>\n")
+    names = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "unk_token": "<|endoftext|>", **names}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ids = load_tokenizer(tmp_path)("a Red", padding="max_length", max_length=6, truncation=True).input_ids
+    assert [words[i] for i in ids] == ["<|startoftext|>", "a</w>", "red</w>", *["<|endoftext|>"] * 3]
