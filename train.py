@@ -41,6 +41,8 @@ from titan_video.distributed.utils import broadcast_from_rank0, clip_grad_norm, 
 from titan_video.encoders import build_encoders
 from titan_video.flow.matching import FlowMatching, expert_sigma_range
 from titan_video.ingest.prepare import check_encoders, open_cache, prepare_clips
+from titan_video.ingest.sampling_defaults import sampling_section
+from titan_video.ingest.started import as_started
 from titan_video.kernels import attention
 from titan_video.models import get_args, get_spec
 from titan_video.optim.ema import EmaWeights
@@ -80,11 +82,9 @@ class Trainer:
 
     def build_layout(self) -> None:
         """The architecture, whether it can be laid out as asked, ranks, device, process groups."""
-        config = self.config
-        self.spec = get_spec(config.model.name)
-        self.args = get_args(
-            self.spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length
-        )
+        config, m, length = self.config, self.config.model, self.config.encoder.max_text_length
+        self.spec = get_spec(m.name)
+        self.args = get_args(self.spec, m.flavor, m.hf_assets_path, length)
         self.geometry = self.spec.geometry(self.args)
         world_size = config.encoder.num_training_ranks(int(os.environ.get("WORLD_SIZE", 1)))
         check_layout(config.parallelism, self.args, world_size)
@@ -104,10 +104,11 @@ class Trainer:
 
     def build_task(self) -> None:
         """What a step trains on, and whether a step of every bucket can be run."""
-        config = self.config
+        config, t, seed = self.config, self.config.training, self.config.debug.seed
         flow = expert_sigma_range(config.flow, config.model.expert, config.model.boundary or self.args.boundary)
-        shard, seed, guidance = SequenceShard.from_meshes(self.meshes), config.debug.seed, config.training.guidance
-        self.task = Denoising(self.spec, self.args, FlowMatching(flow), shard, self.device, seed, guidance)
+        shard, dtype = SequenceShard.from_meshes(self.meshes), t.mixed_precision_param
+        self.task = Denoising(self.spec, self.args, FlowMatching(flow), shard, self.device, seed, t.guidance, dtype)
+        self.sampling = sampling_section(config, self.args, config.data.sizes[0])
         self.batching = Batching.of(config.data, config.training, config.parallelism, self.accumulation * self.dims.dp)
         num_tokens = [self.task.work(bucket).tokens for bucket in config.data.sizes]
         self.longest = max(num_tokens)
@@ -119,20 +120,20 @@ class Trainer:
 
     def build_data(self) -> None:
         """Plan the clips, encode what is to be encoded before training (each rank its share), build the loader."""
-        config, c, v, group = self.config, self.config.data, self.config.validation, self.host_group
+        config, c, group = self.config, self.config.data, self.host_group
         self.encoders = build_encoders(config.encoder, config.model.hf_assets_path, self.device)
         check_encoders(self.encoders, self.args, self.geometry, config)
         cache = open_cache(Path(c.cache_folder or self.folder / "cache"), self.encoders, self.args.conditioning, group)
-        is_ahead = config.encoder.placement == "cached"
-        self.clips = prepare_clips(c, is_ahead, v, self.folder, self.encoders, cache, group, config.checkpoint)
+        is_ahead, checkpoint = config.encoder.placement == "cached", config.checkpoint
+        self.clips = prepare_clips(c, is_ahead, self.sampling, self.folder, self.encoders, cache, group, checkpoint)
         self.encoders.free()
         channel, latent_shape, text_len = self.encoder_channel, self.geometry.latent_shape, self.args.text_len
         online = parts.build_online_encoder(config, self.encoders, cache, self.dims, channel, latent_shape, text_len)
         if online:
             self.exit_stack.callback(online.close)
-        clips, null_key, seed = self.clips.training, cache.text_key(""), config.debug.seed
-        draw_plan = DrawPlan(clips, null_key, self.batching, self.task.work, seed, c.shuffle, c.caption_dropout)
-        text_shape, dp = (self.args.text_len, self.args.text_dim), (self.meshes.batch.get_local_rank(), self.dims.dp)
+        clips, null, seed, b = self.clips.training, cache.text_key(""), config.debug.seed, self.batching
+        draw_plan = DrawPlan(clips, null, b, self.task.work, seed, c.shuffle, c.caption_dropout, c.image_dropout)
+        text_shape, dp = (text_len, self.args.text_dim), (self.meshes.batch.get_local_rank(), self.dims.dp)
         self.loader = build_loader(c, draw_plan, cache, text_shape, dp, self.device.type == "cuda", online)
 
     def build_model(self) -> None:
@@ -198,7 +199,7 @@ class Trainer:
             model, size = self.stop.guard(self.pipeline or self.model), self.geometry.latent_shape(config.data.sizes[0])
             output = ClipWriter(self.encoders.decode_video, self.folder / "samples", config.data.fps)
             self.task.evaluator = build_validator(
-                config.validation, self.task, model, self.meshes, self.clips, self.loader.reader, size, output
+                self.sampling, self.task, model, self.meshes, self.clips, self.loader.reader, size, output
             )
 
     # ---------------------------------------------------------------- step
@@ -329,7 +330,7 @@ def main(argv: list[str]) -> None:
     init_logger()
     signals.install()
     with main_guard():
-        config = parse_args(argv)
+        config = as_started(parse_args(argv))
         check(config, world_size := int(os.environ.get("WORLD_SIZE", 1)))
     num_training = config.encoder.num_training_ranks(world_size)
     with parts.supervise(config) as supervisor:

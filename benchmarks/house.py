@@ -36,6 +36,7 @@ OPTIONAL_PARTS = (  # each can be deleted alone; modules and packages, without `
     "encoders.hunyuan_video",
     "kernels.triton",
     "kernels.attention_backends",
+    "flow.unipc",
     "distributed.float8",
     "distributed.offload",
     "distributed.tensor_parallel",

@@ -43,6 +43,7 @@ ASKING = {
     "training.faults": {"fault_tolerance.nonfinite": "rollback"},
     "training.gradient_check": {"debug.deterministic": "true", "debug.verify_every": 2},
     "lora": {"lora.enable": "true"},
+    "flow.unipc": {"validation.solver": "unipc"},
     "online": {"encoder.placement": "colocated"},
 }
 

@@ -29,6 +29,8 @@ def trained(shared_front):
         "validation.enable": "true",
         "validation.num_videos": 1,
         "validation.sample_steps": 3,
+        "validation.solver": "unipc",
+        "validation.negative_prompt": "a yellow circle moves down",
         "validation.path": "embedded:shapes-12",
         "training.steps": 4,
         "checkpoint.interval": 2,
@@ -55,6 +57,8 @@ def test_every_option_is_heard(trained, tmp_path):
         ["--guidance", 1],
         ["--shift", 9],
         ["--weights", "model"],
+        ["--solver", "euler"],
+        ["--negative-prompt", ""],
         ["--prompt", "a blue square moves up"],
     ):
         run_ranks(run_sample, 1, [*base, *extra], init=False)
@@ -63,6 +67,29 @@ def test_every_option_is_heard(trained, tmp_path):
     assert not any(np.array_equal(seen[0], clip) for clip in seen[1:])
     run_ranks(run_sample, 1, [*base, "--size", "5x32x48", "--fps", 12], init=False)
     assert decode(tmp_path / "x.mp4").shape == (5, 32, 48, 3)
+
+
+def test_a_file_of_prompts_gives_a_clip_of_each(trained, tmp_path):
+    """The first line's clip is that of --prompt alone; the model is loaded once."""
+    prompts, one = ["a red circle moves left", "a blue square moves up"], tmp_path / "one.mp4"
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join([prompts[0], "", prompts[1], ""]).encode())
+    run_ranks(run_sample, 1, [trained.folder, "--prompt", prompts[0], "--out", one], init=False)
+    argv = [trained.folder, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "clips"]
+    run_ranks(run_sample, 1, argv, init=False)
+    names = [f"{i}_{prompt.replace(' ', '_')}.mp4" for i, prompt in enumerate(prompts)]
+    assert sorted(path.name for path in (tmp_path / "clips").iterdir()) == names
+    first, second = (decode(tmp_path / "clips" / name) for name in names)
+    assert np.array_equal(first, decode(one)) and not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("content, words", [(b"\xff\xfe", "UTF-8"), (b"\n \n", "no prompt"), (None, "cannot be read")])
+def test_a_file_of_prompts_that_cannot_be_read_is_named(tmp_path, content, words):
+    from titan_video.ingest.prepare import read_prompts
+
+    if content is not None:
+        (tmp_path / "p.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=f"p.txt: .*{words}"):
+        read_prompts(str(tmp_path / "p.txt"))
 
 
 @pytest.mark.parametrize(
@@ -74,6 +101,7 @@ def test_every_option_is_heard(trained, tmp_path):
         (["{folder}", "--size", "16x64x64"], "4k+1"),
         (["{folder}", "--steps", "0"], "--steps"),
         (["{folder}", "--guidance", "0.5"], "--guidance"),
+        (["{folder}", "--low-guidance", "3"], "--low"),
     ],
 )
 def test_mistakes_end_with_a_message(trained, tmp_path, argv, words):

@@ -49,6 +49,27 @@ def losses(run):
     return [row["loss"] for row in run.records]
 
 
+@pytest.mark.slow
+def test_captions_and_images_dropped_apart(front):
+    """HunyuanVideo image-to-video: the same batches whether encoded ahead or during training; the old way resumes."""
+    drops = {"data__caption_dropout": 0.5, "data__image_dropout": 0.5, "training__local_batch_size": 2}
+    options = get_options("hunyuan_video", "debug-i2v-token-replace", training__steps=5, **drops)
+    ahead = front.run("ahead", options).ok()
+    online = {"encoder.placement": "colocated", "data.cache_folder": front.root / "another"}
+    during = front.run("during", {**options, **online}).ok()
+    assert losses(ahead) == losses(during)
+    together = front.run("together", {**options, "data.image_dropout": 0}).ok()
+    assert losses(ahead) != losses(together)
+    front.run("old", {**options, "data.image_dropout": 0, "training.steps": 2}).ok()
+    config = front.root / "old" / "config.toml"
+    lines = [line for line in config.read_text().splitlines(keepends=True) if "image_dropout" not in line]
+    config.write_text("".join(lines))  # as before the option
+    old = front.run("old", {**options, "data.image_dropout": -1}).ok()
+    assert "data.image_dropout stays 0.0" in old.output and losses(old) == losses(together)
+    refused = front.run("text", {**get_options("hunyuan_video", "debug"), "data.image_dropout": 0.1})
+    refused.fails_with("data.image_dropout: given 0.1")
+
+
 RESUMED = [("wan", "debug-i2v"), ("hunyuan_video", "debug-i2v-token-replace")]
 
 

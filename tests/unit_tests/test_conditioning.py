@@ -11,13 +11,20 @@ import torch
 import torch.nn.functional as F
 
 from tests.helpers import build_denoising, randomized_init
+from tests.unit_tests.data_clips import captioned
 from tests.unit_tests.test_encoder_wan import saved as wan_folder  # noqa: F401
 from titan_video.config.job_config import Encoder
 from titan_video.data.batch import Batch
+from titan_video.data.latent_cache import LatentCache
 from titan_video.distributed.sequence import whole_sequence
 from titan_video.distributed.utils import initialise
 from titan_video.encoders import build_encoders
+from titan_video.encoders.debug import DebugEncoders
+from titan_video.encoders.folders import digest, settings_files, weight_files
+from titan_video.ingest.cached_clips import cached_clips
 from titan_video.ingest.conditioning_frames import encode_cond_frames, encode_images
+from titan_video.ingest.encode import Decoder, draw_job, encode_job, encode_share, missing_jobs
+from titan_video.ingest.plan import make_plan
 from titan_video.models import get_spec
 from titan_video.models.conditioning import ConditioningSpec
 from titan_video.models.layers import patchify, token_shape, unpatchify
@@ -116,8 +123,8 @@ def wan22(wan_folder, tmp_path_factory):  # noqa: F811
     return root
 
 
-def wan_encoders(root):
-    return build_encoders(Encoder(name="wan", dtype="float32", max_text_length=LENGTH), str(root), "cpu")
+def wan_encoders(root, **options):
+    return build_encoders(Encoder(name="wan", dtype="float32", max_text_length=LENGTH, **options), str(root), "cpu")
 
 
 def wan_pipeline(root, expand_timesteps=False):
@@ -147,7 +154,8 @@ def prepared(pipeline, images, num_channels, latents):
 @pytest.mark.parametrize("flavor", ["i2v-14B", "flf2v-14B", "i2v-A14B"])
 @torch.no_grad()
 def test_wan_channels_and_image_tokens(wan21, flavor):
-    conditioning, encoders, pipeline = get_conditioning("wan", flavor), wan_encoders(wan21), wan_pipeline(wan21)
+    conditioning, pipeline = get_conditioning("wan", flavor), wan_pipeline(wan21)
+    encoders = wan_encoders(wan21, clip_resize="crop")  # as diffusers does
     images = [frame(k) for k in range(conditioning.num_cond_frames)]
     latents = torch.randn(1, 16, *LATENT)
     _, expected = prepared(pipeline, images, 16, latents)
@@ -167,6 +175,37 @@ def test_wan_channels_and_image_tokens(wan21, flavor):
         assert len(tokens) == conditioning.image_tokens
         close(tokens, theirs.flatten(0, 1))
     assert len(encoders.image_id()) == 64
+
+
+def official_pixels(frames_BCHW, size, mean, std):
+    """wan/modules/clip.py of Wan-Video/Wan2.1, `visual`: frames from -1 to 1, stretched to the square."""
+    x = F.interpolate(frames_BCHW.float() / 127.5 - 1, size=(size, size), mode="bicubic", align_corners=False)
+    return (x.mul(0.5).add(0.5) - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+@pytest.mark.parametrize("cls", ["CLIPVisionModel", "CLIPVisionModelWithProjection"])
+@torch.no_grad()
+def test_clip_sees_the_whole_frame_squeezed_under_both_published_classes(wan21, tmp_path, cls):
+    import transformers
+
+    root = shutil.copytree(wan21, tmp_path / "wan")
+    shutil.rmtree(root / "image_encoder")
+    torch.manual_seed(1)
+    model = randomise(getattr(transformers, cls)(clip_vision(root, 224, 14)), 0.1)
+    model.save_pretrained(root / "image_encoder")
+    assert json.loads((root / "image_encoder" / "config.json").read_text())["architectures"] == [cls]
+    squeezed, cropped = wan_encoders(root), wan_encoders(root, clip_resize="crop")
+    frames = torch.stack([frame(0), frame(1)])  # twice as wide as high
+    processor = squeezed.image_encoder[1]
+    pixels = official_pixels(frames, 224, processor.image_mean, processor.image_std)
+    expected = model(pixels, output_hidden_states=True).hidden_states[-2]
+    close(squeezed.encode_images(frames), expected)
+    assert not torch.allclose(cropped.encode_images(frames), expected, atol=1e-3)
+    assert squeezed.image_id() != cropped.image_id()  # of the entries of images alone
+    assert (squeezed.video_id(), squeezed.text_id()) == (cropped.video_id(), cropped.text_id())
+    # Caches that were made before the option hold cropped images under this identity.
+    files = weight_files(root / "image_encoder", "model") + settings_files(root / "image_processor")
+    assert cropped.image_id() == digest(files, "")
 
 
 @torch.no_grad()
@@ -285,8 +324,9 @@ def hunyuan_i2v(tmp_path_factory):
     return hunyuan_folder(tmp_path_factory.mktemp("hunyuan_i2v"), True)
 
 
-def hunyuan_encoders(root):
-    return build_encoders(Encoder(name="hunyuan_video", dtype="float32", max_text_length=LENGTH), str(root), "cpu")
+def hunyuan_encoders(root, **options):
+    section = Encoder(name="hunyuan_video", dtype="float32", max_text_length=LENGTH, **options)
+    return build_encoders(section, str(root), "cpu")
 
 
 def hunyuan_pipeline(root, cls, text_class, **more):
@@ -374,6 +414,72 @@ def test_hunyuan_image(hunyuan_i2v, flavor):
     assert guidance_kwargs(conditioning, 6.0, torch.zeros(2)) == {} or guidance_kwargs(
         conditioning, 6.0, torch.zeros(2)
     )["guidance_B"].tolist() == [6000.0, 6000.0]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_guidance_scale_is_rounded_in_the_models_dtype_as_in_public_code(dtype):
+    conditioning = ConditioningSpec(guidance=True)
+    for scale in (1.0, 3.5, 6.0, 7.3):
+        theirs = torch.tensor([scale] * 2, dtype=getattr(torch, dtype)) * 1000.0
+        ours = guidance_kwargs(conditioning, scale, torch.zeros(2), dtype)["guidance_B"]
+        assert ours.dtype == torch.float32 and torch.equal(ours, theirs.float())
+    assert guidance_kwargs(conditioning, 6.0, torch.zeros(1), "bfloat16")["guidance_B"].item() == 6016
+    assert guidance_kwargs(conditioning, 1.0, torch.zeros(1), "bfloat16")["guidance_B"].item() == 1000
+    task = task_of(conditioning, guidance_scale=6.0)
+    task.param_dtype = dtype
+    given = task.prepare(make_batch(None)).kwargs["guidance_B"]
+    assert given.tolist() == [{"bfloat16": 6016.0, "float32": 6000.0}[dtype]] * 2
+
+
+@torch.no_grad()
+def test_hunyuan_clips_are_encoded_whole_or_in_chunks(hunyuan_t2v):
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    vae = AutoencoderKLHunyuanVideo.from_pretrained(hunyuan_t2v / "vae").eval()
+    frames = torch.stack([frame(k) for k in range(21)], dim=1)[None]  # diffusers' chunks have 16 frames
+    pixels = frames.float() / 127.5 - 1
+    chunks = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
+    whole = vae.quant_conv(vae.encoder(pixels)).chunk(2, dim=1)[0] * vae.config.scaling_factor
+    encoders, tiled = hunyuan_encoders(hunyuan_t2v), hunyuan_encoders(hunyuan_t2v, vae_temporal_tiling=True)
+    close(encoders.encode_video(frames), whole)
+    close(tiled.encode_video(frames), chunks)
+    assert (whole - chunks).abs().max() > 1e-3
+    assert torch.equal(encoders.decode_video(whole), tiled.decode_video(whole))  # as sampling does, in both
+    assert encoders.video_id() != tiled.video_id() and encoders.text_id() == tiled.text_id()
+    assert tiled.video_id() == digest(weight_files(hunyuan_t2v / "vae", "diffusion_pytorch_model"), "tiling=False")
+
+
+def test_texts_without_their_image_or_caption_are_encoded(tmp_path):
+    """The entries of a clip whose caption and image are dropped apart, before and during training."""
+    (tmp_path / "clips").mkdir()
+    captioned(tmp_path / "clips" / "0.mp4", "a red circle", width=64, height=32)
+    plan = make_plan(tmp_path / "clips", [[5, 32, 64]], 8, 0, tmp_path / "cache")
+    conditioning, encoders = get_conditioning("hunyuan_video", "debug-i2v-token-replace"), DebugEncoders(6)
+    cache = LatentCache(tmp_path / "cache", encoders.video_id(), encoders.text_id(), conditioning=conditioning)
+    (together,), (clip,) = cached_clips(plan, cache), cached_clips(plan, cache, drop_apart=True)
+    assert together == replace(clip, imageless_keys=()) and len(clip.imageless_keys) == 2
+    alone, black = clip.imageless_keys
+    assert len({clip.text_key, alone, black, cache.text_key("")}) == 4 and black == cache.text_key("a red circle")
+    texts = [key for job in missing_jobs([clip], cache)[0] for kind, key in job.keys if kind == "text"]
+    assert sorted(texts) == sorted({clip.text_key, alone, black, cache.text_key("")})
+    assert encode_share(missing_jobs([clip], cache, log=lambda _: None), encoders, cache, log=lambda _: None) == {}
+    read = {key: cache.read("text", key) for key in texts}
+    tokens = conditioning.text_image_tokens
+    image, none = read[clip.text_key][:tokens], read[cache.text_key("")][:tokens]
+    assert not torch.equal(image, none)
+    assert torch.equal(read[alone][:tokens], image) and torch.equal(
+        read[alone][tokens:], read[cache.text_key("")][tokens:]
+    )
+    assert torch.equal(read[black][:tokens], none) and torch.equal(read[black][tokens:], read[clip.text_key][tokens:])
+    for key, caption, is_imageless in (
+        (clip.text_key, "a red circle", False),
+        (alone, "", False),
+        (black, "a red circle", True),
+    ):
+        job = draw_job(cache, clip, key)
+        assert (job.caption, job.is_imageless) == (caption, is_imageless) and ("video", clip.video_key) in job.keys
+        (decoded,) = Decoder(conditioning)[[job]]
+        assert torch.equal(encode_job(encoders, conditioning, job, decoded)["text", key], read[key])
 
 
 @torch.no_grad()

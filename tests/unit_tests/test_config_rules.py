@@ -179,6 +179,7 @@ COMBINATIONS = [  # (what is set, fields the message names, a piece of the fix)
     ({"validation.prompts_path": "/no/such/file"}, "validation.prompts_path", "one prompt a line"),
     ({"validation.prompts_path": str(ROOT)}, "validation.prompts_path", "one prompt a line"),
     ({"validation.timesteps": []}, "validation.timesteps", "at least one"),
+    ({"validation.guidance_scale": 0.5}, "validation.guidance_scale", "1 (off) and above"),
     ({"validation.timesteps": [0.5, 0.5]}, "validation.timesteps", "twice"),
     (
         {"validation.enable": True, "validation.holdout": 0.0, "validation.num_videos": 0},

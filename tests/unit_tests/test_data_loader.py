@@ -327,6 +327,37 @@ def test_a_draw_chooses_one_of_the_captions(data):
     assert counts.keys() == {0, 1, None} and 0.5 < counts[0] / counts[1] < 2
 
 
+def draws(draw_plan, num_steps=400):
+    """{sample id: (clip, key)} of the first steps."""
+    found = {}
+    for step in draw_plan.steps(num_steps, deque()):
+        for micro_batch in step:
+            found |= {sample_id: (clip, key) for clip, key, sample_id in draw_plan.spec(micro_batch)}
+    return found
+
+
+def test_captions_and_images_are_dropped_apart(data):
+    """As HunyuanVideo-I2V's training code does: the caption, the image that the text sees, both, or neither."""
+    clips, cache = data
+    apart = [replace(c, imageless_keys=(f"{c.path} alone", f"{c.path} black")) for c in clips]
+    old, new = (make((some, cache), caption_dropout=0.3).draw_plan for some in (clips, apart))
+    new.image_dropout = 0.2
+    before, after = draws(old), draws(new)
+    null, counts = cache.text_key(""), Counter()
+    for sample_id, (clip, key) in after.items():
+        drops_caption = before[sample_id][1] == null
+        assert before[sample_id][0].path == clip.path  # the draws of a run do not move
+        kinds = {clip.text_key: (0, 0), f"{clip.path} black": (0, 1), f"{clip.path} alone": (1, 0), null: (1, 1)}
+        assert kinds[key][0] == drops_caption
+        counts[kinds[key]] += 1
+    total, captions, images = len(after), counts[1, 0] + counts[1, 1], counts[0, 1] + counts[1, 1]
+    assert 0.25 < captions / total < 0.35 and 0.15 < images / total < 0.25
+    assert counts[1, 1] / total == pytest.approx(captions * images / total**2, abs=0.02)
+    seed, work, batching = new.seed, lambda bucket: Work(1, 1), new.batching
+    assert DrawPlan(apart, null, batching, work, seed, image_dropout=-1).image_dropout == 0.1
+    assert old.sampler.fingerprint == new.sampler.fingerprint  # an old run goes on
+
+
 def test_so_many_steps_and_no_more(data):
     for num_workers in (0, 1):
         loader = make(data, num_workers=num_workers)

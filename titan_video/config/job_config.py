@@ -80,6 +80,16 @@ class Encoder:
         ge=1,
     )
     vae_tiling: bool = opt(False, "Encode and decode the VAE in spatial tiles, to save memory at large sizes.")
+    vae_temporal_tiling: bool = opt(
+        False,
+        "HunyuanVideo: encode in chunks of 16 frames, to save memory; false: whole clips, as its training code does "
+        "(at 720p with vae_tiling). A run started before the option keeps its chunks.",
+    )
+    clip_resize: Literal["squeeze", "crop"] = opt(
+        "squeeze",
+        "Wan 2.1 image-to-video: CLIP sees the whole image, stretched to 224 x 224, as in Wan's own code; crop: its "
+        "middle, as in diffusers. A run started before the option keeps crop.",
+    )
     placement: Literal["cached", "colocated", "separate"] = opt(
         "cached",
         "Where clips and captions are encoded. cached: before training. colocated: during training, on the training "
@@ -122,7 +132,7 @@ class Training:
         "updates use stochastic rounding.",
     )
     guidance: float = opt(
-        1.0, "Guidance scale that models with a guidance input (HunyuanVideo) receive in training.", gt=0
+        1.0, "Guidance scale that models with a guidance input receive in training; HunyuanVideo's own code: 6.", gt=0
     )
     enable_cpu_offload: bool = opt(
         False, "Keep master weights, gradients and optimizer state in host memory; the update runs there."
@@ -295,14 +305,20 @@ class Validation:
         "out). Image-to-video uses those captions with the first frames of their clips.",
     )
     num_videos: int = opt(2, "Clips sampled at each validation; 0: none.", ge=0)
-    sample_steps: int = opt(30, "Euler steps of the sampler.", ge=1)
-    guidance_scale: float = opt(5.0, "Classifier-free guidance; 1: off.", ge=1)
+    solver: Literal["euler", "unipc"] = opt("euler", "Solver of the sampler; unipc is that of Wan's own code.")
+    sample_steps: int = opt(30, "Steps of the sampler.", ge=1)
+    guidance_scale: float = opt(0.0, "Classifier-free guidance; 1: off; 0: that of the model's own code.", ge=0)
+    negative_prompt: str = opt(
+        "official",
+        "What classifier-free guidance moves away from: a text, empty for the empty prompt, or `official`: that of the "
+        "model's own code (none with the debug encoders). A run started before the option keeps the empty prompt.",
+    )
     embedded_guidance: float = opt(
         6.0,
         "Guidance scale that models with a guidance input receive in sampling. Set guidance_scale to 1 for these.",
         gt=0,
     )
-    sample_shift: float = opt(3.0, "Time shift of the sampler's schedule.", gt=0)
+    sample_shift: float = opt(0.0, "Time shift of the sampler's schedule; 0: that of the model's own code.", ge=0)
     use_ema: bool = opt(True, "Use the EMA weights if ema.enable is true.")
 
 

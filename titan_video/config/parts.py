@@ -34,6 +34,7 @@ PARTS = (  # (section or option, the values that ask for a part, the part)
     ("fault_tolerance.nonfinite", ("skip", "rollback"), "titan_video.training.faults"),
     ("fault_tolerance.spike_deviations", CHANGED, "titan_video.training.faults"),
     ("debug.verify_every", CHANGED, "titan_video.training.gradient_check"),
+    ("validation.solver", ("unipc",), "titan_video.flow.unipc"),
     ("encoder.placement", ("colocated", "separate"), "titan_video.online"),
     ("model.kernels", ("triton",), "titan_video.kernels.triton"),
     ("model.attention", ("flash3", "flash4", "flex"), "titan_video.kernels.attention_backends"),

@@ -249,7 +249,9 @@ def _crc32(tensor: Tensor) -> str:
 class CachedClip:
     """A clip by the keys of its entries.
 
-    text_keys: of `captions`. cond_key, image_key: of its conditioning frames and image tokens; "": none.
+    text_keys: of `captions`, with the clip's image where the text sees one. cond_key, image_key: of its conditioning
+    frames and image tokens; "": none. imageless_keys: of the empty caption with the clip's image, then of `captions`
+    with a black one; (): caption and image are not dropped apart.
     repeats: how often an epoch holds it. entry: the plan's entry it is made from.
     """
 
@@ -262,6 +264,7 @@ class CachedClip:
     image_key: str = ""
     repeats: int = 1
     entry: Any = field(default=None, compare=False, repr=False)
+    imageless_keys: tuple[str, ...] = ()
 
     @property
     def text_key(self) -> str:

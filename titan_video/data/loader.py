@@ -139,7 +139,8 @@ def identity(clips: Sequence[CachedClip]) -> str:
 class DrawPlan:
     """Which clips and captions each micro-batch of all ranks holds. It can be sent to another process.
 
-    null_text_key: of the empty caption. work: the cost of one clip of a bucket.
+    null_text_key: of the empty caption. work: the cost of one clip of a bucket. image_dropout: of clips whose caption
+    and image are dropped apart; -1: the share of HunyuanVideo-I2V's own code (sematic_cond_drop_p, hyvideo/config.py).
     """
 
     def __init__(
@@ -151,12 +152,13 @@ class DrawPlan:
         seed: int = 0,
         shuffle: bool = True,
         caption_dropout: float = 0.0,
+        image_dropout: float = 0.0,
     ):
         self.sizes, self.buckets = by_bucket(clips)
         self.null_text_key = null_text_key
         self.batching = batching
         self.seed = seed
-        self.caption_dropout = caption_dropout
+        self.caption_dropout, self.image_dropout = caption_dropout, image_dropout if image_dropout >= 0 else 0.1
         counts = [len(bucket) for bucket in self.buckets]
         self.sampler = GlobalSampler(
             counts,
@@ -183,9 +185,13 @@ class DrawPlan:
         ]
 
     def _draw(self, clip: CachedClip, sample_id: int) -> ClipDraw:
+        null_key, keys = self.null_text_key, clip.text_keys
+        if apart := clip.imageless_keys:
+            is_black = drop_caption(self.seed, sample_id, self.image_dropout, "image")
+            null_key, keys = (null_key, apart[1:]) if is_black else (apart[0], keys)
         if drop_caption(self.seed, sample_id, self.caption_dropout):
-            return ClipDraw(clip, self.null_text_key, sample_id)
-        return ClipDraw(clip, clip.text_keys[choose_caption(self.seed, sample_id, len(clip.text_keys))], sample_id)
+            return ClipDraw(clip, null_key, sample_id)
+        return ClipDraw(clip, keys[choose_caption(self.seed, sample_id, len(keys))], sample_id)
 
 
 class RankMicroBatches(BaseNode[MicroBatchSpec]):

@@ -11,6 +11,7 @@ from titan_video.tools import bounded
 from titan_video.tools.files import sha256
 
 MAX_NUMBER, MAX_LAYERS = 1 << 24, 1024
+VARIANTS = ("fp16", "bf16")  # part of a file's name where a folder is published in several types
 
 
 def read_config(folder: Path) -> dict:
@@ -36,8 +37,21 @@ def read_config(folder: Path) -> dict:
 
 def weight_files(folder: Path, stem: str) -> list[Path]:
     """config.json and the safetensors files that make up the weights; ValueError naming the first that is missing."""
-    index = folder / f"{stem}.safetensors.index.json"
-    names = [f"{stem}.safetensors"]
+    return _find_weights(folder, stem)[0]
+
+
+def _find_weights(folder: Path, stem: str) -> tuple[list[Path], str | None]:
+    """(the files of `weight_files`, their variant). Files without a variant come first, as in diffusers and
+    transformers: `model.safetensors`, else `model.fp16.safetensors`; an index is `model.safetensors.index[.fp16].json`.
+    """
+    for variant in (None, *VARIANTS):
+        part = f".{variant}" if variant else ""
+        index, single = folder / f"{stem}.safetensors.index{part}.json", folder / f"{stem}{part}.safetensors"
+        if index.is_file() or single.is_file():
+            break
+    else:  # the message names this one
+        variant, single = None, folder / f"{stem}.safetensors"
+    names = [single.name]
     if index.is_file():
         names = [index.name, *sorted(set(bounded.read_index(index).values()))]
     files = [folder / name for name in ("config.json", *names)]
@@ -47,18 +61,22 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
                 f"{path} is missing; model.hf_assets_path should be a complete diffusers folder with safetensors "
                 f"weights"
             )
-    return files
+    return files, variant
 
 
-def load(cls: Any, folder: Path, stem: str, **kwargs: Any) -> Any:
-    """`cls.from_pretrained`, frozen, in evaluation mode.
+def load(classes: Any, folder: Path, stem: str, **kwargs: Any) -> Any:
+    """`from_pretrained` of the class that config.json names, frozen, in evaluation mode.
 
+    classes: one class, or those under which the same encoder is published; the first where config.json names none.
     ValueError for missing weights, about which the libraries only warn: they would stay random.
     """
-    weight_files(folder, stem)
+    classes = classes if isinstance(classes, tuple) else (classes,)
+    named = read_config(folder).get("architectures") or ()
+    cls = next((cls for cls in classes if cls.__name__ in named), classes[0])
+    variant = _find_weights(folder, stem)[1]
     try:
         model, info = cls.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **kwargs
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, variant=variant, **kwargs
         )
     except Exception as e:  # SafetensorError derives from Exception alone
         raise ValueError(f"{folder} cannot be loaded as {cls.__name__}: {e}") from e
@@ -74,11 +92,19 @@ def load(cls: Any, folder: Path, stem: str, **kwargs: Any) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer saved there; ValueError naming the folder."""
-    from transformers import AutoTokenizer
+    """The tokenizer saved there; ValueError naming the folder.
+
+    HunyuanVideo's splits bytes, but is published as a LlamaTokenizerFast, whose class in transformers 5.0 to 5.5 would
+    split words in spite of tokenizer.json. The general class follows the file.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        settings = folder / "tokenizer_config.json"
+        name = str(bounded.read_json(settings).get("tokenizer_class")) if settings.is_file() else ""
+        is_general = name.startswith("Llama") and (folder / "tokenizer.json").is_file()
+        cls = PreTrainedTokenizerFast if is_general else AutoTokenizer
+        return cls.from_pretrained(folder, local_files_only=True)
     except Exception as e:  # the tokenizer library raises bare Exception for a file that it cannot parse
         raise ValueError(f"{folder} holds no tokenizer that can be read: {e}") from e
 

@@ -64,8 +64,9 @@ class HunyuanVideoEncoders:
 
     dtype: compute dtype of the text encoders; the VAE runs in float32.
     max_text_length: tokens a prompt is cut to, without those of an image.
-    vae_tiling: run the VAE in spatial tiles of 256 x 256; in time it always works in chunks of 16 frames, as diffusers
-        does.
+    vae_tiling: run the VAE in spatial tiles of 256 x 256. vae_temporal_tiling: encode in overlapping chunks of 16
+        frames, as diffusers does; else over the whole clip, as HunyuanVideo-I2V extracts its training latents
+        (hyvideo/hyvae_extract/run.py). Decoding always works in chunks, as both sample.
     ValueError names the file or folder that is missing or wrong.
     """
 
@@ -78,6 +79,7 @@ class HunyuanVideoEncoders:
         max_text_length: int,
         vae_tiling: bool,
         device: torch.device | str,
+        vae_temporal_tiling: bool = False,
     ):
         self.root = Path(hf_assets_path)
         if not hf_assets_path or not self.root.is_dir():
@@ -87,7 +89,7 @@ class HunyuanVideoEncoders:
             )
         self.dtype = dtype
         self.max_text_length = max_text_length
-        self.vae_tiling = vae_tiling
+        self.vae_tiling, self.vae_temporal_tiling = vae_tiling, vae_temporal_tiling
         self.device = torch.device(device)
         vae, text, pooled = (read_config(self.root / name) for name in ("vae", "text_encoder", "text_encoder_2"))
         strides = vae.get("temporal_compression_ratio", 4), vae.get("spatial_compression_ratio", 8)
@@ -131,7 +133,9 @@ class HunyuanVideoEncoders:
 
     @cached_property
     def _video_id(self) -> str:
-        return digest(weight_files(self.root / "vae", "diffusion_pytorch_model"), f"tiling={self.vae_tiling}")
+        # Caches made before the option hold latents encoded in chunks.
+        time = "" if self.vae_temporal_tiling else " time=whole"
+        return digest(weight_files(self.root / "vae", "diffusion_pytorch_model"), f"tiling={self.vae_tiling}{time}")
 
     @cached_property
     def _text_id(self) -> str:
@@ -261,16 +265,17 @@ class HunyuanVideoEncoders:
             )
             if self.vae_tiling:
                 self._vae.enable_tiling()
+            self._vae.use_framewise_encoding = self.vae_temporal_tiling
         return self._vae.to(self.device)
 
     @property
     def text(self) -> tuple:
         """LLaMA or LLaVA, its tokenizer, and the LLaVA's image processor; loaded at the first use."""
         if self._text is None:
-            from transformers import CLIPImageProcessor, LlamaModel, LlavaForConditionalGeneration
+            from transformers import CLIPImageProcessor, LlamaForCausalLM, LlamaModel, LlavaForConditionalGeneration
 
-            cls = LlavaForConditionalGeneration if self.has_images else LlamaModel
-            model = load(cls, self.root / "text_encoder", "model", dtype=self.dtype).to(self.device)
+            classes = (LlavaForConditionalGeneration,) if self.has_images else (LlamaModel, LlamaForCausalLM)
+            model = load(classes, self.root / "text_encoder", "model", dtype=self.dtype).to(self.device)
             processor = (
                 CLIPImageProcessor.from_pretrained(self.root / "image_processor", local_files_only=True)
                 if self.has_images
@@ -304,4 +309,5 @@ class HunyuanVideoEncoders:
 
 def build(section: Encoder, hf_assets_path: str, device: torch.device | str) -> HunyuanVideoEncoders:
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[section.dtype]
-    return HunyuanVideoEncoders(hf_assets_path, dtype, section.max_text_length, section.vae_tiling, device)
+    length, in_time = section.max_text_length, section.vae_temporal_tiling
+    return HunyuanVideoEncoders(hf_assets_path, dtype, length, section.vae_tiling, device, in_time)

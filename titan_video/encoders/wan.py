@@ -3,7 +3,7 @@ image-to-video `image_encoder/`, `image_processor/`. Nothing is downloaded.
 
     uint8 frames -> AutoencoderKLWan, posterior mode -> (mu - mean) / std -> latents
     prompt -> cleaned -> tokenizer -> UMT5 encoder -> the prompt's own tokens
-    uint8 image -> CLIP's resize, crop and normalisation -> CLIP vision, last layer but one -> image tokens
+    uint8 image -> squeezed to CLIP's square, normalised -> CLIP vision, last layer but one -> image tokens
 
 Two VAEs are known: that of Wan 2.1 and A14B, 4x8x8 to 16 channels, and that of Wan 2.2's TI2V-5B, 4x16x16 to 48.
 Letters: B batch, C channels, F frames, H height, W width, L tokens, D width.
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from titan_video.config.job_config import Encoder
@@ -52,7 +53,9 @@ class WanEncoders:
     on the rest of its batch, and memory does not grow with the batch.
 
     dtype: compute dtype of the text encoder; the VAE runs in float32. max_text_length: tokens a prompt is cut to.
-    vae_tiling: run the VAE in spatial tiles of 256 x 256. ValueError names the file or folder that is missing or wrong.
+    vae_tiling: run the VAE in spatial tiles of 256 x 256. clip_resize: how an image becomes CLIP's square: "squeeze",
+    as in Wan's own code, or "crop", its middle, as in diffusers. ValueError names the file or folder that is missing or
+    wrong.
     """
 
     stride_t = 4
@@ -65,6 +68,7 @@ class WanEncoders:
         max_text_length: int,
         vae_tiling: bool,
         device: torch.device | str,
+        clip_resize: str = "squeeze",
     ):
         root = Path(hf_assets_path)
         if not hf_assets_path or not root.is_dir():
@@ -78,6 +82,7 @@ class WanEncoders:
         self.dtype = dtype
         self.max_text_length = max_text_length
         self.vae_tiling = vae_tiling
+        self.clip_resize = clip_resize
         self.device = torch.device(device)
         self.image_folder, self.processor_folder = root / "image_encoder", root / "image_processor"
         mean, std, self.stride_s = _latent_statistics(self.vae_folder)
@@ -121,9 +126,12 @@ class WanEncoders:
         return digest(files, f"dtype={self.dtype} length={self.max_text_length}")
 
     def image_id(self) -> str:
-        """SHA-256 of the image encoder and its processor."""
+        """SHA-256 of the image encoder, its processor and clip_resize."""
         self._check_images()
-        return digest(weight_files(self.image_folder, "model") + settings_files(self.processor_folder), "")
+        settings = (
+            "" if self.clip_resize == "crop" else f"resize={self.clip_resize}"
+        )  # "": caches made before the option
+        return digest(weight_files(self.image_folder, "model") + settings_files(self.processor_folder), settings)
 
     @torch.no_grad()
     def encode_video(self, frames_BCFHW: Tensor) -> Tensor:
@@ -171,15 +179,22 @@ class WanEncoders:
 
     @torch.no_grad()
     def encode_images(self, frames_BCHW: Tensor) -> Tensor:
-        """Uint8 RGB [B, 3, H, W] -> tokens [B, 257, D] of CLIP's last layer but one, float32, as in diffusers'
-        WanImageToVideoPipeline.
-        """
-        from PIL import Image
-
+        """Uint8 RGB [B, 3, H, W] -> tokens [B, 257, D] of CLIP's last layer but one, float32."""
         encoder, processor = self.image_encoder
-        images = [Image.fromarray(frame_CHW.permute(1, 2, 0).cpu().numpy()) for frame_CHW in frames_BCHW]
-        pixels_BCHW = processor(images=images, return_tensors="pt").pixel_values.to(self.device)
+        pixels = self._squeezed(frames_BCHW) if self.clip_resize == "squeeze" else _cropped(processor, frames_BCHW)
+        pixels_BCHW = pixels.to(self.device)
         return torch.cat([encoder(pixels[None], output_hidden_states=True).hidden_states[-2] for pixels in pixels_BCHW])
+
+    def _squeezed(self, frames_BCHW: Tensor) -> Tensor:
+        """The whole frame at CLIP's size, whatever its sides: Wan2.1's wan/modules/clip.py, `CLIPModel.visual`. There
+        the frame is float, from -1 to 1, resized without antialiasing, then moved to 0 to 1 without clamping.
+        """
+        encoder, processor = self.image_encoder
+        size = (encoder.config.image_size,) * 2
+        x_BCHW = frames_BCHW.to(self.device).float() / 127.5 - 1
+        x_BCHW = F.interpolate(x_BCHW, size=size, mode="bicubic", align_corners=False) * 0.5 + 0.5
+        mean, std = (x_BCHW.new_tensor(v).view(1, 3, 1, 1) for v in (processor.image_mean, processor.image_std))
+        return (x_BCHW - mean) / std
 
     def _check_images(self) -> None:
         for folder in (self.image_folder, self.processor_folder):
@@ -229,14 +244,17 @@ class WanEncoders:
 
     @property
     def image_encoder(self):
-        """The float32 CLIPVisionModel and its processor, loaded at the first use."""
+        """The float32 CLIP vision model and its processor, loaded at the first use. With a projection it is published
+        too; the projection follows the last layer, so it changes nothing here.
+        """
         if self._image_encoder is None:
-            from transformers import CLIPImageProcessor, CLIPVisionModel
+            from transformers import CLIPImageProcessor, CLIPVisionModel, CLIPVisionModelWithProjection
 
             self._check_images()
             processor = CLIPImageProcessor.from_pretrained(self.processor_folder, local_files_only=True)
+            classes = CLIPVisionModel, CLIPVisionModelWithProjection
             self._image_encoder = (
-                load(CLIPVisionModel, self.image_folder, "model", dtype=torch.float32).to(self.device),
+                load(classes, self.image_folder, "model", dtype=torch.float32).to(self.device),
                 processor,
             )
         self._image_encoder[0].to(self.device)
@@ -251,6 +269,14 @@ class WanEncoders:
         self._vae = self._text_encoder = self._tokenizer = self._image_encoder = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _cropped(processor: Any, frames_BCHW: Tensor) -> Tensor:
+    """The short side at CLIP's size, then the middle: what diffusers' WanImageToVideoPipeline does."""
+    from PIL import Image
+
+    images = [Image.fromarray(frame_CHW.permute(1, 2, 0).cpu().numpy()) for frame_CHW in frames_BCHW]
+    return processor(images=images, return_tensors="pt").pixel_values
 
 
 def _latent_statistics(folder: Path) -> tuple[list[float], list[float], int]:
@@ -275,4 +301,5 @@ def _latent_statistics(folder: Path) -> tuple[list[float], list[float], int]:
 
 def build(section: Encoder, hf_assets_path: str, device: torch.device | str) -> WanEncoders:
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[section.dtype]
-    return WanEncoders(hf_assets_path, dtype, section.max_text_length, section.vae_tiling, device)
+    length, resize = section.max_text_length, section.clip_resize
+    return WanEncoders(hf_assets_path, dtype, length, section.vae_tiling, device, resize)

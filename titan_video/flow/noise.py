@@ -12,7 +12,7 @@ from torch import Tensor
 
 from titan_video.tools.device import send
 
-_STREAMS = {"noise": 1, "timestep": 2, "caption": 3, "validation": 4, "sampling": 5, "which caption": 6}
+_STREAMS = {"noise": 1, "timestep": 2, "caption": 3, "validation": 4, "sampling": 5, "which caption": 6, "image": 7}
 
 
 def generator(seed: int, sample_id: int, stream: str) -> np.random.Generator:
@@ -37,9 +37,9 @@ def draw_uniform(seed: int, sample_ids_B: Tensor) -> Tensor:
     return torch.tensor(draws, dtype=torch.float64).clamp_(1e-7, 1 - 1e-7)
 
 
-def drop_caption(seed: int, sample_id: int, probability: float) -> bool:
-    """Whether this draw is trained with the empty caption."""
-    return bool(generator(seed, sample_id, "caption").random() < probability)
+def drop_caption(seed: int, sample_id: int, probability: float, stream: str = "caption") -> bool:
+    """Whether this draw is trained with the empty caption, or, with the stream "image", without its image."""
+    return bool(generator(seed, sample_id, stream).random() < probability)
 
 
 def choose_caption(seed: int, sample_id: int, count: int) -> int:

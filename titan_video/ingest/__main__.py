@@ -18,9 +18,10 @@ from titan_video.distributed.utils import broadcast_from_rank0, init_distributed
 from titan_video.encoders import build_encoders
 from titan_video.ingest.captions import with_cut_captions
 from titan_video.ingest.plan import Plan, build_plan
-from titan_video.ingest.prepare import encode_plan, open_cache
+from titan_video.ingest.prepare import encode_plan, open_cache, sampled_negatives
 from titan_video.ingest.report import decode_all, export, report
-from titan_video.ingest.resumed import with_started_rules
+from titan_video.ingest.sampling_defaults import sampling_section
+from titan_video.ingest.started import as_started
 from titan_video.models import get_args, get_spec
 from titan_video.models.layers import token_shape
 from titan_video.tools.device import get_device
@@ -91,8 +92,7 @@ class DataCommand:
 
     def plan(self) -> Plan:
         """Print the plan of data.path and write data_plan.jsonl."""
-        data = with_started_rules(self.config.data, self.folder)
-        plan = build_plan(data, self.cache_folder, self.geometry.temporal_stride)
+        plan = build_plan(self.config.data, self.cache_folder, self.geometry.temporal_stride)
         plan = plan.without_single_frames() if self.args.conditioning.num_cond_frames else plan
         plan = self._with_cut_captions(plan)
         plan.write_jsonl(self.plan_file)
@@ -147,7 +147,11 @@ class DataCommand:
             device = get_device(int(os.environ.get("LOCAL_RANK", 0)))
             encoders = build_encoders(config.encoder, config.model.hf_assets_path, device)
             cache = open_cache(self.cache_folder, encoders, self.args.conditioning, None)
-            clips, _ = encode_plan(plan, self.plan_file, encoders, cache, None, config.data.num_workers)
+            validation = sampling_section(config, self.args, config.data.sizes[0])
+            texts, drop_apart = sampled_negatives(validation), config.data.image_dropout != 0
+            clips, _ = encode_plan(
+                plan, self.plan_file, encoders, cache, None, config.data.num_workers, texts, drop_apart
+            )
             if dist.get_rank() == 0:
                 print(f"{len(clips)} clips in {self.cache_folder}")
         finally:
@@ -191,7 +195,7 @@ def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format=f"{who}%(message)s")
     options, overrides = plan_options(argv[2:]) if argv[0] == "plan" else (None, argv[2:])
     with main_guard():
-        command = DataCommand(parse_args(["--job.config_file", argv[1], *overrides]))
+        command = DataCommand(as_started(parse_args(["--job.config_file", argv[1], *overrides])))
         if options:
             command.show(options.ranks, options.export, options.decode)
         else:

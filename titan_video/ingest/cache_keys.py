@@ -50,6 +50,14 @@ def text_keys(cache: LatentCache, entry: PlanEntry) -> tuple[str, ...]:
     return tuple(cache.text_key(caption, frames_id) for caption in entry.captions)
 
 
+def imageless_keys(cache: LatentCache, entry: PlanEntry) -> tuple[str, ...]:
+    """Text keys of a clip whose caption and image are dropped apart: of the empty caption with the clip's image, then
+    of each caption with a black one.
+    """
+    captions = (cache.text_key(caption) for caption in entry.captions)
+    return cache.text_key("", cond_frames_id(entry)), *captions
+
+
 def write_manifest(cache: LatentCache) -> Counter[str]:
     """List the entries of each shard in manifest.jsonl; return the number of entries by kind.
 

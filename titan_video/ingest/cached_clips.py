@@ -4,13 +4,18 @@ import math
 from collections.abc import Mapping, Sequence
 
 from titan_video.data.latent_cache import GIVEN, CachedClip, LatentCache, content_hash
-from titan_video.ingest.cache_keys import text_keys, video_keys
+from titan_video.ingest.cache_keys import imageless_keys, text_keys, video_keys
 from titan_video.ingest.plan import Plan
 
 
-def cached_clips(plan: Plan, cache: LatentCache, failures: Mapping[str, str] | None = None) -> list[CachedClip]:
-    """The kept clips without the failures {path: reason}. Their order depends on content alone."""
-    clips = []
+def cached_clips(
+    plan: Plan, cache: LatentCache, failures: Mapping[str, str] | None = None, drop_apart: bool = False
+) -> list[CachedClip]:
+    """The kept clips without the failures {path: reason}. Their order depends on content alone.
+
+    drop_apart: captions and images in the text, where the model has them, are dropped independently of each other.
+    """
+    clips, drop_apart = [], drop_apart and cache.conditioning.text_image_tokens > 0
     for e in plan.drop(failures or {}).kept:
         keys, texts = video_keys(cache, e), text_keys(cache, e)
         clips.append(
@@ -24,6 +29,7 @@ def cached_clips(plan: Plan, cache: LatentCache, failures: Mapping[str, str] | N
                 keys.get("image", ""),
                 e.repeats,
                 e,
+                imageless_keys(cache, e) if drop_apart else (),
             )
         )
     return sorted(clips, key=lambda c: (c.video_key, c.text_keys, c.path))

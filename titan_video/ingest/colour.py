@@ -88,8 +88,7 @@ class MediaPolicy:
 
     @classmethod
     def of(cls, section: Data) -> "MediaPolicy":
-        rules = section.media_rules or NEWEST_RULES
-        return cls(section.decoder, section.hdr, section.bt709_lines, section.video_as_image, rules)
+        return cls(section.decoder, section.hdr, section.bt709_lines, section.video_as_image, section.media_rules)
 
 
 def words(text: str) -> dict[str, str]:

@@ -39,11 +39,15 @@ Decoded = tuple[Tensor | None, Tensor | None]
 
 @dataclass(frozen=True)
 class Job:
-    """Entries to make of one clip or caption. keys: (kind, key) of each. entry: None for a text without a clip."""
+    """Entries to make of one clip or caption. keys: (kind, key) of each. entry: None for a text without a clip.
+
+    is_imageless: where a text sees an image, this one sees a black one.
+    """
 
     keys: tuple[tuple[str, str], ...]
     caption: str
     entry: PlanEntry | None = None
+    is_imageless: bool = False
 
     @property
     def kinds(self) -> set[str]:
@@ -86,12 +90,20 @@ def text_job(cache: LatentCache, key: str, caption: str, entry: PlanEntry | None
 
 
 def draw_job(cache: LatentCache, clip: CachedClip, text_key: str) -> Job:
-    """All entries of a clip with one of its captions. The empty caption is always in the cache."""
+    """All entries of a clip with one of its texts. The empty caption is always in the cache."""
     frames = frames_job(cache, clip.entry)
-    if text_key not in clip.text_keys:
-        return frames
-    text = text_job(cache, text_key, clip.captions[clip.text_keys.index(text_key)], clip.entry)
-    return replace(text, keys=frames.keys + text.keys)
+    text = next((job for job in text_jobs(cache, clip) if ("text", text_key) in job.keys), None)
+    return replace(text, keys=frames.keys + text.keys, entry=clip.entry) if text else frames
+
+
+def text_jobs(cache: LatentCache, clip: CachedClip) -> Iterator[Job]:
+    """The texts of a clip: its captions, and those of which a part is dropped."""
+    for key, caption in zip(clip.text_keys, clip.captions, strict=True):
+        yield text_job(cache, key, caption, clip.entry)
+    if clip.imageless_keys:
+        yield text_job(cache, clip.imageless_keys[0], "", clip.entry)
+        for key, caption in zip(clip.imageless_keys[1:], clip.captions, strict=True):
+            yield replace(text_job(cache, key, caption), is_imageless=True)
 
 
 def missing_part(cache: LatentCache, job: Job) -> Job:
@@ -109,8 +121,7 @@ def missing_jobs(
     texts = {cache.text_key(text): text_job(cache, cache.text_key(text), text) for text in ["", *prompts]}
     frames = {}  # copies of a file share their keys
     for clip in clips:
-        for key, text in zip(clip.text_keys, clip.captions, strict=True):
-            texts[key] = text_job(cache, key, text, clip.entry)
+        texts.update({job.keys[0][1]: job for job in text_jobs(cache, clip)})
         frames[clip.video_key, clip.cond_key, clip.image_key] = frames_job(cache, clip.entry)
     jobs = [[rest for job in some.values() if (rest := missing_part(cache, job)).keys] for some in (texts, frames)]
     if cache.shards and any(jobs):
@@ -192,7 +203,8 @@ def encode_job(
     frames_CFHW, cond_frames_CNHW = decoded
     options = {}
     if tokens := conditioning.text_image_tokens:
-        image = torch.zeros(3, *BLACK, dtype=torch.uint8) if cond_frames_CNHW is None else cond_frames_CNHW[:, 0]
+        is_black = job.is_imageless or cond_frames_CNHW is None
+        image = torch.zeros(3, *BLACK, dtype=torch.uint8) if is_black else cond_frames_CNHW[:, 0]
         options = {"images": [image], "image_tokens": tokens}
     make = {
         "video": lambda: encoders.encode_video(frames_CFHW[None])[0].float(),
@@ -325,7 +337,8 @@ def failed_clips(clips: Iterable[CachedClip], cache: LatentCache, failed: dict[t
     by_entry = {name: reason for keys, reason in failed.items() for name in keys}
 
     def names(clip: CachedClip) -> list[tuple[str, str]]:
-        return [*video_keys(cache, clip.entry).items(), *(("text", key) for key in clip.text_keys)]
+        texts = (*clip.text_keys, *clip.imageless_keys)
+        return [*video_keys(cache, clip.entry).items(), *(("text", key) for key in texts)]
 
     return {clip.path: by_entry[name] for clip in clips for name in names(clip) if name in by_entry}
 

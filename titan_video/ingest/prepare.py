@@ -20,7 +20,6 @@ from titan_video.ingest.captions import cut_prompts, with_cut_captions
 from titan_video.ingest.encode import encode_share, failed_clips, missing_jobs
 from titan_video.ingest.plan import Plan, build_plan
 from titan_video.ingest.resume import EarlierClips
-from titan_video.ingest.resumed import with_started_rules
 from titan_video.ingest.text import read_prompts
 from titan_video.models.conditioning import ConditioningSpec
 from titan_video.models.spec import LatentGeometry
@@ -80,6 +79,15 @@ def check_encoders(encoders: Encoders, args: Any, geometry: LatentGeometry, conf
             f"{flavor} takes latents of strides {geometry.temporal_stride} in time and {geometry.spatial_stride} in "
             f"space, {encoder} gives {strides[0]} and {strides[1]}: choose the two to fit"
         )
+    if -1 < config.data.image_dropout < 0:
+        raise ValueError(
+            f"data.image_dropout: given {config.data.image_dropout:g}; legal: -1 (the model's own), or from 0 to 1"
+        )
+    if config.data.image_dropout > 0 and not conditioning.text_image_tokens:
+        raise ValueError(
+            f"data.image_dropout: given {config.data.image_dropout:g}, but the text of {flavor} has no image; leave it "
+            f"at -1"
+        )
     if conditioning.num_cond_frames and config.validation.prompts_path:
         raise ValueError(
             f"validation.prompts_path: {flavor} starts from an image, which a prompt does not have; leave it empty"
@@ -98,15 +106,20 @@ def prepare_clips(
 ) -> Clips:
     """Plan the clips and hold some out; encode all of them with `is_ahead`, else those that validation needs.
 
+    validation: as `sampling_section` returns it.
+
     Plans are logged and written to `folder`. ValueError on all ranks when no clip is left, or when `folder` holds
     checkpoints of other clips (checkpoint: the section that says where; None: there are none).
     """
     v, num_workers = validation, data.num_workers
     prompts = broadcast_from_rank0(lambda: _read_prompts(v, encoders), group)
+    texts = prompts + sampled_negatives(v)
 
     def plan_clips(path: str, report: Path) -> tuple[list[CachedClip], dict[str, float], int]:
+        drop_apart = not path and data.image_dropout != 0
+
         def make() -> tuple[Plan, int]:
-            plan, at_least = build_plan(with_started_rules(data, folder), cache.folder, encoders.stride_t, path), 1
+            plan, at_least = build_plan(data, cache.folder, encoders.stride_t, path), 1
             if cache.conditioning.num_cond_frames:
                 plan = plan.without_single_frames()
             if not path:
@@ -118,8 +131,8 @@ def prepare_clips(
 
         plan, at_least = broadcast_from_rank0(make, group)
         if is_ahead:
-            return *encode_plan(plan, report, encoders, cache, group, num_workers, prompts), at_least
-        return cached_clips(plan, cache), plan.counts(), at_least
+            return *encode_plan(plan, report, encoders, cache, group, num_workers, texts, drop_apart), at_least
+        return cached_clips(plan, cache, drop_apart=drop_apart), plan.counts(), at_least
 
     (clips, numbers, at_least), held_out = plan_clips("", folder / "data_plan.jsonl"), []
     if v.enable and v.path:
@@ -132,7 +145,7 @@ def prepare_clips(
     for clip in held_out or clips:
         captions.setdefault(clip.caption, clip)
     shown = list(captions.values())[: v.num_videos]
-    failed, _ = encode_clips(held_out + shown if v.enable else [], encoders, cache, group, num_workers, prompts)
+    failed, _ = encode_clips(held_out + shown if v.enable else [], encoders, cache, group, num_workers, texts)
     if failed:
         raise ValueError(
             "\n".join(f"{path}: {reason}; validation needs this clip: remove it" for path, reason in failed.items())
@@ -155,6 +168,11 @@ def _why_none(v: Validation, count: int) -> str:
     return (
         "the checkpoints of this run are of one that held out none, and it goes on so; a new job.dump_folder holds out"
     )
+
+
+def sampled_negatives(v: Validation) -> list[str]:
+    """The negative prompt, where validation samples with one."""
+    return [v.negative_prompt] if v.enable and v.num_videos and v.guidance_scale != 1 and v.negative_prompt else []
 
 
 def _report(plan: Plan, report: Path) -> None:
@@ -211,16 +229,19 @@ def encode_plan(
     group: dist.ProcessGroup | None,
     num_workers: int,
     prompts: Sequence[str] = (),
+    drop_apart: bool = False,
 ) -> tuple[list[CachedClip], dict[str, float]]:
     """Encode the clips of a plan. Returns the clips, and numbers of the plan and of the encoding for the log.
 
+    drop_apart: see `cached_clips`.
+
     Clips that turn out to be unusable are dropped, and the report is written anew. ValueError: no clip is left.
     """
-    clips = cached_clips(plan, cache)
+    clips = cached_clips(plan, cache, drop_apart=drop_apart)
     failures, numbers = encode_clips(clips, encoders, cache, group, num_workers, prompts)
     if failures:
         plan = plan.drop(failures)
         broadcast_from_rank0(lambda: _report(plan, report), group)
         plan.require_clips()
-        clips = cached_clips(plan, cache)
+        clips = cached_clips(plan, cache, drop_apart=drop_apart)
     return clips, plan.counts() | numbers

@@ -32,7 +32,10 @@ def get_args(spec: ModelSpec, flavor: str, hf_assets_path: str, max_text_length:
                 f'model.flavor = "hf" reads {path}, which does not exist; set model.hf_assets_path to a '
                 f"diffusers folder"
             )
-        args = args_from_config(spec, read_json(path), path)
+        config, index = read_json(path), Path(hf_assets_path) / "model_index.json"
+        if index.is_file() and isinstance(config, dict) and isinstance(found := read_json(index), dict):
+            config |= {"boundary_ratio": found.get("boundary_ratio")}  # of Wan 2.2 A14B: the only file that says it
+        args = args_from_config(spec, config, path)
     elif flavor in spec.flavors:
         args = spec.flavors[flavor]
     else:

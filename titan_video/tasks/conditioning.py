@@ -63,6 +63,9 @@ class FrameConditioning:
         return {} if self.mask_BL is None else {"cond_mask_BL": self.mask_BL}
 
 
-def guidance_kwargs(spec: ConditioningSpec, scale: float, like_B: Tensor) -> dict[str, Any]:
-    """The guidance scale as an argument, x1000 and float32, of models that take it."""
-    return {"guidance_B": torch.full(like_B.shape, 1000 * scale, device=like_B.device)} if spec.guidance else {}
+def guidance_kwargs(spec: ConditioningSpec, scale: float, like_B: Tensor, dtype: str = "float32") -> dict[str, Any]:
+    """The guidance scale as an argument, float32, of models that take it: x1000 in the model's dtype, as in
+    HunyuanVideo-I2V's hyvideo/diffusion/flow/transport.py and in diffusers. bfloat16 makes 6016 of 6.
+    """
+    scale_B = torch.full(like_B.shape, scale, dtype=getattr(torch, dtype), device=like_B.device)
+    return {"guidance_B": (1000 * scale_B).float()} if spec.guidance else {}

@@ -38,7 +38,8 @@ class DenoisingInputs(ModelInputs):
 class Denoising:
     """Velocity prediction for one model on one rank.
 
-    args: the model's (see ModelSpec). guidance_scale: input of models that take one, in training.
+    args: the model's (see ModelSpec). guidance_scale: input of models that take one, in training; rounded as in
+    param_dtype, the model's.
     evaluator: step -> Evaluation (validation.py); None: `evaluate` finds nothing.
     """
 
@@ -51,9 +52,10 @@ class Denoising:
         device: torch.device,
         seed: int = 0,
         guidance_scale: float = 1.0,
+        param_dtype: str = "float32",
     ):
         self.spec, self.args, self.flow, self.shard = spec, args, flow, shard
-        self.device, self.seed, self.guidance_scale = device, seed, guidance_scale
+        self.device, self.seed, self.guidance_scale, self.param_dtype = device, seed, guidance_scale, param_dtype
         self.evaluator: Callable[[int], Evaluation] | None = None
 
     def work(self, bucket: Bucket) -> Work:
@@ -97,7 +99,7 @@ class Denoising:
             "layout": shard.layout(shape.num_tokens),
             **cond,
             **frames.kwargs,
-            **guidance_kwargs(self.args.conditioning, self.guidance_scale, t_B),
+            **guidance_kwargs(self.args.conditioning, self.guidance_scale, t_B, self.param_dtype),
         }
         return DenoisingInputs(
             kwargs=kwargs,

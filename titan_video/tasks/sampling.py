@@ -1,4 +1,4 @@
-"""Generating clips with the training model itself: noise -> Euler steps with guidance -> latents."""
+"""Generating clips with the training model itself: noise -> steps of a solver with guidance -> latents."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from titan_video.flow.noise import draw_noise
 from titan_video.flow.solver import euler, guided
 from titan_video.models.layers import patchify, token_shape, unpatchify
 from titan_video.tasks.conditioning import COND_LATENTS, FrameConditioning, guidance_kwargs
+from titan_video.tools.parts import resolve
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,20 @@ class Prompt:
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """guidance_scale: classifier-free guidance; 1 runs the model once a step, any other with twice the batch.
+    """guidance_scale: classifier-free guidance; 1 runs the model once a step, any other with twice the batch. Or the
+    scale as a function of sigma.
 
-    shift: of the schedule of sigmas. embedded_guidance: input of models that take a guidance scale. seed: with the
-    clips' ids it keys their first noise.
+    shift: of the schedule of sigmas. embedded_guidance: input of models that take a guidance scale, and param_dtype, in
+    which they round it. seed: with the clips' ids it keys their first noise. solver: as in [validation].
     """
 
     num_steps: int
-    guidance_scale: float
+    guidance_scale: float | Callable[[float], float]
     shift: float
     embedded_guidance: float = 1.0
     seed: int = 0
+    solver: str = "euler"
+    param_dtype: str = "float32"
 
 
 @torch.no_grad()
@@ -59,7 +63,7 @@ def sample_latents(
 ) -> Tensor:
     """Normalised latents [B, C, F, H, W], float32, on the device of the prompt.
 
-    args: the model's (see ModelSpec). null: the empty prompt, [B or 1, ...]; its cond holds only what differs.
+    args: the model's (see ModelSpec). null: the negative prompt, [B or 1, ...]; its cond holds only what differs.
     ids: one number per clip. shard: each rank integrates its own tokens, and all return the whole clips.
     """
     shard = shard or whole_sequence()
@@ -87,11 +91,12 @@ def sample_latents(
     def velocity(x_BLP: Tensor, sigma_B: Tensor) -> Tensor:
         x_BLP = frames.build_input(x_BLP).repeat(copies, 1, 1)
         t_B = NUM_TRAIN_TIMESTEPS * sigma_B.repeat(copies)
-        guidance = guidance_kwargs(spec, settings.embedded_guidance, t_B)
-        v = model(x_BLP=x_BLP, t_B=t_B, **fixed, **guidance).float()
-        return guided(*v.chunk(2), settings.guidance_scale) if use_guidance else v
+        guidance = guidance_kwargs(spec, settings.embedded_guidance, t_B, settings.param_dtype)
+        v, scale = model(x_BLP=x_BLP, t_B=t_B, **fixed, **guidance).float(), settings.guidance_scale
+        return guided(*v.chunk(2), scale(sigma_B[0].item()) if callable(scale) else scale) if use_guidance else v
 
     noise = draw_noise(settings.seed, torch.tensor(ids), latent_CFHW, device, stream="sampling")
     x_BLP = shard.slice(patchify(spec.initial_latents(noise, cond_latents), patch))
-    x_BLP = frames.apply(euler(velocity, x_BLP, settings.num_steps, settings.shift))
+    solve = euler if settings.solver == "euler" else resolve("titan_video.flow.unipc:unipc", "validation.solver")
+    x_BLP = frames.apply(solve(velocity, x_BLP, settings.num_steps, settings.shift))
     return unpatchify(shard.gather(x_BLP, shape.num_tokens), shape, patch)

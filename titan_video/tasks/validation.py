@@ -29,7 +29,7 @@ from titan_video.tools.video import write_mp4
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts to sample, on the host, with the size of each clip; null: the empty prompt."""
+    """Prompts to sample, on the host, with the size of each clip; null: the negative prompt."""
 
     texts: list[str]
     prompts: list[Prompt]
@@ -37,35 +37,21 @@ class PromptSet:
     latent_CFHW: list[tuple[int, ...]]
 
 
-def build_prompts(
-    reader: EntryReader, texts: Sequence[str], clips: Sequence[CachedClip], latent_CFHW: tuple[int, ...]
-) -> PromptSet | None:
-    """What validation samples: with conditioning frames those of `clips`, else `texts` at the size latent_CFHW."""
+def build_prompts(reader: EntryReader, clips: Any, latent_CFHW: tuple[int, ...], negative: str) -> PromptSet | None:
+    """What validation samples: for image-to-video the clips of the prompts, with their conditioning frames and sizes;
+    else the prompts, at the size latent_CFHW. clips: ingest.prepare.Clips. negative: the negative prompt.
+    """
+    cache, texts = reader.cache, clips.prompts
     if not texts:
         return None
-    cache = reader.cache
-    if cache.conditioning.num_cond_frames:
-        return prompts_of_clips(reader, clips, cache.text_key(""))
-    return prompts_of_texts(reader, texts, [cache.text_key(text) for text in texts], cache.text_key(""), latent_CFHW)
-
-
-def prompts_of_clips(reader: EntryReader, clips: Sequence[CachedClip], null_key: str) -> PromptSet:
-    """For image-to-video: captions of clips, with their conditioning frames and sizes. null_key: of the empty text."""
-    batches = [reader.batch([clip], [0]) for clip in clips]
-    return PromptSet(
-        texts=[clip.caption for clip in clips],
-        prompts=[Prompt(b.text_BLD, b.text_mask_BL, b.cond) for b in batches],
-        null=_read_prompt(reader, null_key),
-        latent_CFHW=[tuple(b.streams["video"].shape[1:]) for b in batches],
-    )
-
-
-def prompts_of_texts(
-    reader: EntryReader, texts: Sequence[str], keys: Sequence[str], null_key: str, latent_CFHW: tuple[int, ...]
-) -> PromptSet:
-    """For text-to-video: texts by their cache keys, all sampled at one size."""
-    prompts = [_read_prompt(reader, key) for key in keys]
-    return PromptSet(list(texts), prompts, _read_prompt(reader, null_key), [latent_CFHW] * len(keys))
+    null = _read_prompt(reader, cache.text_key(negative))
+    if not cache.conditioning.num_cond_frames:
+        prompts = [_read_prompt(reader, cache.text_key(text)) for text in texts]
+        return PromptSet(texts, prompts, null, [latent_CFHW] * len(texts))
+    batches = [reader.batch([clip], [0]) for clip in clips.of_prompts]
+    prompts = [Prompt(b.text_BLD, b.text_mask_BL, b.cond) for b in batches]
+    sizes = [tuple(b.streams["video"].shape[1:]) for b in batches]
+    return PromptSet([clip.caption for clip in clips.of_prompts], prompts, null, sizes)
 
 
 def _read_prompt(reader: EntryReader, key: str) -> Prompt:
@@ -146,6 +132,8 @@ class Validator:
             shift=c.sample_shift,
             embedded_guidance=c.embedded_guidance,
             seed=task.seed,
+            solver=c.solver,
+            param_dtype=task.param_dtype,
         )
         sampled = []
         for index, is_counted in self._own_items(len(p.prompts)):
@@ -204,14 +192,18 @@ def build_validator(
     latent_CFHW: tuple[int, ...],
     output: ClipWriter,
 ) -> Validator:
-    """The validator of a run. clips: ingest.prepare.Clips. latent_CFHW: size of clips that are sampled from a text."""
-    prompts = build_prompts(reader, clips.prompts, clips.of_prompts, latent_CFHW)
+    """The validator of a run. section: with the model's own values (ingest.sampling_defaults). clips, latent_CFHW: see
+    build_prompts.
+    """
+    prompts = build_prompts(reader, clips, latent_CFHW, section.negative_prompt)
     return Validator(section, task, model, meshes, clips.held_out, prompts, reader=reader, output=output)
 
 
 def rules(config: JobConfig, world_size: int) -> Iterator[str]:
     """Rules of the configuration about validation, one line per mistake."""
     v = config.validation
+    if 0 < v.guidance_scale < 1:
+        yield f"validation.guidance_scale: given {v.guidance_scale:g}; legal: 0 (the model's own), 1 (off) and above"
     if not v.timesteps:
         yield "validation.timesteps: empty; give at least one sigma, such as [0.5]"
     if len(set(v.timesteps)) < len(v.timesteps):

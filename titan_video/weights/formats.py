@@ -169,7 +169,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
         return _indexed_files(folder / INDEX)
     if (folder / f"{STEM}.safetensors").is_file():
         return {folder / f"{STEM}.safetensors": None}
-    for pattern in ("*.safetensors.index.json", "*.safetensors", "*.pt"):
+    for pattern in ("*.safetensors.index*.json", "*.safetensors", "*.pt"):
         found = sorted(folder.glob(pattern))
         if len(found) > 1:
             raise ValueError(

@@ -76,7 +76,9 @@ class Data:
     hdr: Literal["tonemap", "drop"] = opt("tonemap", "Video in PQ or HLG: converted to SDR (docs/data.md), or dropped.")
     bt709_lines: int = opt(720, "Untagged video is BT.709 if its shorter side has so many pixels; 0: never.", ge=0)
     video_as_image: bool = opt(False, "Video that fills no bucket but those of one frame: trained on as images.")
-    media_rules: int = opt(0, "1: media are read without these options; 2: with them; 0: as the run began.", ge=0, le=2)
+    media_rules: int = opt(
+        2, "1: media are read as before these options; 2: with them. A resumed run keeps its own.", ge=1, le=2
+    )
     max_decoded_pixels: int = opt(1 << 26, "Files whose frames have more pixels are dropped.", ge=1, le=1 << 30)
     max_frames: int = opt(500_000, "Files with more frames, also after resampling, are dropped.", ge=1)
     decode_timeout_seconds: float = opt(
@@ -85,6 +87,13 @@ class Data:
     decode_memory_gib: float = opt(4.0, "Clips that take more of a worker are dropped; 0: no limit.", ge=0, le=1e6)
     caption_dropout: float = opt(
         0.1, "Fraction of samples trained with the empty caption, for classifier-free guidance.", ge=0, le=1
+    )
+    image_dropout: float = opt(
+        -1.0,
+        "HunyuanVideo image-to-video: fraction of samples whose text sees a black image, apart from caption_dropout. "
+        "-1: 0.1, as in its own code. 0: a dropped caption takes the image along, as before the option.",
+        ge=-1,
+        le=1,
     )
     tokens_per_microbatch: int = opt(
         0,

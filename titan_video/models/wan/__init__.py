@@ -67,7 +67,8 @@ def args_to_hf(args: WanArgs) -> dict:
 def args_from_hf(config: dict) -> WanArgs:
     """Arguments from diffusers' `transformer/config.json`. ValueError: a class or feature that this model lacks.
 
-    The file does not mention the first frame: 48 latent channels mean TI2V-5B, where it may be clean.
+    The file does not mention the first frame: 48 latent channels mean TI2V-5B, where it may be clean. The key
+    boundary_ratio comes from model_index.json.
     """
     if config.get("_class_name", "WanTransformer3DModel") != "WanTransformer3DModel":
         raise ValueError(
@@ -76,17 +77,9 @@ def args_from_hf(config: dict) -> WanArgs:
     for key, value in {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads"}.items():
         if config.get(key, value) != value:
             raise ValueError(f"transformer/config.json: {key} = {config[key]!r} is not supported, only {value!r}")
-    names = {
-        "num_layers": "num_layers",
-        "ffn_dim": "ffn_dim",
-        "in_channels": "in_channels",
-        "out_channels": "out_channels",
-        "text_dim": "text_dim",
-        "freq_dim": "freq_dim",
-        "eps": "eps",
-    }
+    names = "num_layers", "ffn_dim", "in_channels", "out_channels", "text_dim", "freq_dim", "eps"
     try:
-        sizes = {ours: config[theirs] for ours, theirs in names.items()}
+        sizes = {name: config[name] for name in names}
         heads, width = config["num_attention_heads"], config["attention_head_dim"]
         args = WanArgs(dim=heads * width, num_heads=heads, patch=tuple(config["patch_size"]), **sizes)
     except KeyError as e:
@@ -106,20 +99,13 @@ def args_from_hf(config: dict) -> WanArgs:
         )
     if image_dim:
         args = replace(args, image_dim=image_dim, image_len=positions or CLIP_TOKENS, image_positions=bool(positions))
-    return replace(args, clean_first_frame=args.in_channels == 48)
+    return replace(args, clean_first_frame=args.in_channels == 48, boundary=config.get("boundary_ratio") or 0.0)
 
 
 def args_to_original(args: WanArgs) -> dict:
     """The public code's config.json for these arguments."""
-    kind = (
-        "flf2v"
-        if args.image_positions
-        else "ti2v"
-        if args.in_channels == 48
-        else "i2v"
-        if args.in_channels > args.out_channels
-        else "t2v"
-    )
+    kind = "i2v" if args.in_channels > args.out_channels else "t2v"
+    kind = "flf2v" if args.image_positions else "ti2v" if args.in_channels == 48 else kind
     return {
         "_class_name": "WanModel",
         "model_type": kind,
