@@ -52,6 +52,7 @@ OPTIONAL_PARTS = (  # each can be deleted alone; modules and packages, without `
     "optim.muon",
     "optim.mixed",
     "optim.in_backward",
+    "optim.by_name",
     "weights.original",
     "ingest.importers",
     "lora",

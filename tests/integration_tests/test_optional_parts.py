@@ -28,6 +28,7 @@ ASKING = {
     "optim.muon": {"optimizer.name": "Muon"},
     "optim.mixed": {"optimizer.name": "AdamW8bit"},
     "optim.in_backward": {"optimizer.in_backward": "true", "training.max_norm": 0},
+    "optim.by_name": {"optimizer.name": "torch.optim.RAdam"},
     "weights.original": {"checkpoint.last_save_in_hf": "true", "checkpoint.export_format": "original"},
     "training.wandb_sink": {"metrics.enable_wandb": "true"},
     "training.flight_recorder": {"comm.trace_buf_size": 100},

@@ -18,6 +18,7 @@ from titan_video.checkpoint import files
 from titan_video.checkpoint.files import InvalidCheckpoint, TensorLoadPlanner, TensorReader, plain_errors
 from titan_video.distributed.utils import clean_name, gather_objects
 from titan_video.optim.optimizer import SLOTS, new_slot
+from titan_video.tools.parts import resolve
 
 Saved = dict[str, TensorStorageMetadata]  # name -> entry of DCP's index: shape, dtype, chunks
 
@@ -51,8 +52,14 @@ class OptimizerState:
         self.param_group = {param: group for group in optimizer.param_groups for param in group["params"]}
         self.params = {clean_name(name): param for name, param in model.named_parameters() if param in self.param_group}
         assert len(self.params) == len(self.param_group), "the optimizer holds parameters that are not the model's"
+        kind, self.named = next((g.get("kind", "") for g in optimizer.param_groups), ""), None
+        if "." in kind:  # of another package
+            build = resolve("titan_video.optim.by_name:NamedState", asked_by=f"optimizer.name = {kind}")
+            self.named = build(optimizer, self.params)
 
     def state_dict(self) -> dict[str, Tensor]:
+        if self.named:
+            return self.named.state_dict()
         return {
             f"{name}.{slot}": value
             for name, param in self.params.items()
@@ -65,6 +72,8 @@ class OptimizerState:
 
         ValueError: another kind of optimizer wrote them.
         """
+        if self.named:
+            return self.named.allocate(saved)
         self.optimizer.state.clear()
         for key, entry in saved.items():
             name, _, slot = key.rpartition(".")
@@ -80,6 +89,11 @@ class OptimizerState:
                     f"needs {', '.join(expected)}: resume with the optimizer that wrote it, or start another run from "
                     f"its weights by checkpoint.initial_load_path"
                 )
+
+    def loaded(self) -> None:
+        """A load has filled the tensors of `state_dict`."""
+        if self.named:
+            self.named.loaded()
 
     def _empty(self, param: Tensor, slot: str, dtype: torch.dtype) -> Tensor:
         group = self.param_group[param]

@@ -131,10 +131,16 @@ class Training:
 
 @dataclass(frozen=True)
 class Optimizer:
-    name: Literal["AdamW", "AdamW8bit", "Muon"] = opt(
+    name: str = opt(
         "AdamW",
-        "AdamW8bit: AdamW with 8-bit moments for matrices. Muon: Muon for the matrices of the blocks and AdamW for all "
-        "other parameters, with one learning rate.",
+        "AdamW; AdamW8bit: AdamW with 8-bit moments for matrices; Muon: Muon for the matrices of the blocks and AdamW "
+        "for all other parameters, with one learning rate. Or `package.module.Class`: a subclass of "
+        "torch.optim.Optimizer of an installed package, such as torch.optim.RAdam.",
+    )
+    args: dict = opt(
+        {},
+        "For package.module.Class: further arguments of its constructor, the table [optimizer.args] or "
+        "`--optimizer.args.NAME VALUE`. lr and weight_decay are those of [optimizer].",
     )
     lr: float = opt(1e-4, "Peak learning rate.", gt=0)
     beta1: float = opt(0.9, "Decay of the first moment.", ge=0, lt=1)

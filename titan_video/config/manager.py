@@ -188,7 +188,8 @@ def parse_args(argv: list[str]) -> JobConfig:
     except ConfigError as e:
         errors.append(str(e))
     for section, values in _read(raw, errors, convert_text).items():
-        typed[section] = typed.get(section, {}) | values
+        table = typed.setdefault(section, {})
+        table |= {k: table.get(k, {}) | v if isinstance(v, dict) else v for k, v in values.items()}
     return _build(typed, errors)
 
 
@@ -207,7 +208,10 @@ def _split(argv: list[str], errors: list[str]) -> tuple[list[str], dict[str, dic
         if not equals:
             value = rest.popleft() if has_value else "true"
         section, _, last = name.partition(".")
+        last, _, key = last.partition(".")  # of a table whose names the user chooses
         option = options().get(f"{section}.{current_name(last, sections().get(section))}")
+        if key and option and option[0] is not dict:
+            option = None
         if name != CONFIG_FILE and not option:
             closest = nearest(name, [CONFIG_FILE, *options()])
             errors.append(f"{short(name)}: unknown option; nearest known name: {closest}")
@@ -219,7 +223,9 @@ def _split(argv: list[str], errors: list[str]) -> tuple[list[str], dict[str, dic
         elif name == CONFIG_FILE:
             files.append(value)
         else:
-            raw.setdefault(section, {})[last] = value
+            table = raw.setdefault(section, {})
+            earlier = table.get(last) if isinstance(table.get(last), dict) else {}
+            table[last] = {**earlier, key: value} if key else value
     return files, raw
 
 

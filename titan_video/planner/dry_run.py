@@ -166,6 +166,11 @@ def dry_run(config: JobConfig, world_size: int, rank: int = 0) -> Report:
             "activation_checkpoint.mode: memory_budget needs the compiler, which a dry run does not use; try "
             "selective and full"
         )
+    if "." in config.optimizer.name:
+        raise ValueError(
+            f"optimizer.name: the state of {config.optimizer.name} is not known here; try AdamW, whose state is 8 "
+            f"bytes for an element"
+        )
     spec = get_spec(config.model.name)
     args = get_args(spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
     dtype = getattr(torch, config.training.mixed_precision_param)
