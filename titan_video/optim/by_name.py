@@ -55,7 +55,7 @@ def find_class(name: str) -> type[torch.optim.Optimizer]:
 def _check_installed(module: str) -> None:
     """ValueError unless the module is a file of an installed distribution. Nothing of it is imported."""
     top = module.partition(".")[0]
-    names = metadata.packages_distributions().get(top, [])
+    names = sorted(set(metadata.packages_distributions().get(top, [])))
     if not names:
         raise ValueError(f"given a class of {module}, but no installed package has {top}; install it with pip")
     spec = find_module(module)
@@ -69,7 +69,7 @@ def _check_installed(module: str) -> None:
             return
     raise ValueError(
         f"given a class of {module}, which is {origin}: that is no file of the installed {', '.join(names)}; what "
-        f"lies in a working folder is not imported, also where it is installed with pip -e"
+        f"lies in a working folder is not imported, and `pip install -e` leaves a package there"
     )
 
 
