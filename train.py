@@ -40,7 +40,7 @@ from titan_video.distributed.sequence import SequenceShard
 from titan_video.distributed.utils import broadcast_from_rank0, clip_grad_norm, reduce_over, set_timeout
 from titan_video.encoders import build_encoders
 from titan_video.flow.matching import FlowMatching, expert_sigma_range
-from titan_video.ingest.prepare import check_encoders, open_cache, prepare_clips
+from titan_video.ingest.prepare import check_encoders, open_cache, prepare_clips, with_steps
 from titan_video.kernels import attention
 from titan_video.models import get_args, get_spec
 from titan_video.optim.ema import EmaWeights
@@ -73,7 +73,7 @@ class Trainer:
         self.build_data()
         self.build_model()
         self.load()
-        if self.step < config.training.steps:
+        if self.step < self.config.training.steps:
             self.build_loggers()
 
     # ---------------------------------------------------------------- build
@@ -104,10 +104,10 @@ class Trainer:
 
     def build_task(self) -> None:
         """What a step trains on, and whether a step of every bucket can be run."""
-        config = self.config
+        config, t, seed = self.config, self.config.training, self.config.debug.seed
         flow = expert_sigma_range(config.flow, config.model.expert, config.model.boundary or self.args.boundary)
-        shard, seed, guidance = SequenceShard.from_meshes(self.meshes), config.debug.seed, config.training.guidance
-        self.task = Denoising(self.spec, self.args, FlowMatching(flow), shard, self.device, seed, guidance)
+        shard, flow = SequenceShard.from_meshes(self.meshes), FlowMatching(flow, t.pseudo_huber_c)
+        self.task = Denoising(self.spec, self.args, flow, shard, self.device, seed, t.guidance)
         self.batching = Batching.of(config.data, config.training, config.parallelism, self.accumulation * self.dims.dp)
         num_tokens = [self.task.work(bucket).tokens for bucket in config.data.sizes]
         self.longest = max(num_tokens)
@@ -135,6 +135,7 @@ class Trainer:
         draw_plan = DrawPlan(clips, null_key, self.batching, self.task.work, seed, c.shuffle, c.caption_dropout)
         text_shape, dp = (self.args.text_len, self.args.text_dim), (self.meshes.batch.get_local_rank(), self.dims.dp)
         self.loader = build_loader(c, draw_plan, cache, text_shape, dp, self.device.type == "cuda", online)
+        self.config = with_steps(config, self.loader)
 
     def build_model(self) -> None:
         """Meta device, trained weights, stages, parallelize, memory; optimizer, schedule and EMA."""
@@ -169,10 +170,9 @@ class Trainer:
         """A checkpoint of this run, else the weights from which the run starts."""
         model, optimizer = ModelState(self.model, self.weights.is_saved), OptimizerState(self.model, self.optimizer)
         tensors = {"model": model, "optimizer": optimizer, **({"ema": self.ema} if self.ema else {})}
-        self.guard = parts.build_guard(self.config.fault_tolerance)
+        self.guard, section = parts.build_guard(self.config.fault_tolerance), self.config.checkpoint
         counters = {"data": self.loader, **self.guard.counters(), **self.weights.counters()}
         self.weights.load_frozen(self.model)
-        section = self.config.checkpoint
         self.checkpoint = CheckpointManager(section, self.folder / section.folder, tensors, counters)
         self.exit_stack.callback(self.checkpoint.wait)
         self.step = self.checkpoint.load()
@@ -191,7 +191,7 @@ class Trainer:
             config.metrics, self.folder, self.rank, self.world_size, self.device, steps, self.step, self.loader.samples
         )
         self.exit_stack.callback(self.metrics.close)
-        self.metrics.log_scalars(self.step, self.clips.numbers, "data")
+        self.metrics.log_table(self.step, self.clips.numbers, "data")
         self.graphs = GraphLog()
         self.check_gradients = parts.build_gradient_check(config.debug, self.model, self.host_group)
         if config.validation.enable:

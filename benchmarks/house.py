@@ -45,6 +45,7 @@ OPTIONAL_PARTS = (  # each can be deleted alone; modules and packages, without `
     "training.profiling",
     "training.flight_recorder",
     "training.wandb_sink",
+    "training.tensorboard_sink",
     "training.out_of_memory",
     "training.faults",
     "training.gradient_check",

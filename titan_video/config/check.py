@@ -22,7 +22,6 @@ RULES = (
     "titan_video.distributed.activation_checkpoint:rules",
     "titan_video.kernels.attention:rules",
     "titan_video.optim.optimizer:rules",
-    "titan_video.optim.lr_scheduler:rules",
     "titan_video.flow.matching:rules",
     "titan_video.tasks.validation:rules",
     "titan_video.checkpoint.manager:rules",

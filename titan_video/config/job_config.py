@@ -110,6 +110,17 @@ class Training:
         ge=-1,
     )
     steps: int = opt(10000, "Optimizer steps of the whole run.", ge=1)
+    epochs: int = opt(
+        0,
+        "Instead of steps: passes over the training clips. The last step is filled with clips of the next pass.",
+        ge=0,
+    )
+    loss: Literal["mse", "pseudo_huber"] = opt(
+        "mse",
+        "Of each element's error d: d^2, or 2c (sqrt(d^2 + c^2) - c), which is near d^2 for errors below huber_c = c "
+        "and grows like 2c |d| above.",
+    )
+    huber_c: float = opt(0.1, "For pseudo_huber: the c above.", gt=0)
     max_norm: float = opt(1.0, "Clip the gradient norm to this value; 0: no clipping.", ge=0)
     mixed_precision_param: Literal["bfloat16", "float32"] = opt(
         "bfloat16", "Compute dtype of the model. Master weights, time embedding and modulation stay in float32."
@@ -127,6 +138,11 @@ class Training:
     )
     mixed_precision_reduce: Literal["float32"] = opt("float32", "Dtype of the gradient reduction.")
     gc_freq: int = opt(50, "Steps between two runs of Python's garbage collector, on all ranks at once.", ge=1)
+
+    @property
+    def pseudo_huber_c(self) -> float:
+        """The c of the pseudo-Huber loss; 0: squared error."""
+        return self.huber_c if self.loss == "pseudo_huber" else 0.0
 
 
 @dataclass(frozen=True)
@@ -159,7 +175,9 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class LrScheduler:
-    warmup_steps: int = opt(200, "Linear warm-up from 0.", ge=0)
+    warmup_steps: int = opt(
+        200, "Linear warm-up from 0; shorter, with a notice, in a run of fewer steps than this and the decay.", ge=0
+    )
     decay_ratio: float = opt(
         0.0, "The rate decays over this fraction of training.steps, at the end; 0: it stays constant.", ge=0, le=1
     )

@@ -4,7 +4,8 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch.distributed as dist
 
 from titan_video.config.job_config import Data, JobConfig, Validation
 from titan_video.data.latent_cache import CachedClip, LatentCache
+from titan_video.data.loader import LatentLoader
+from titan_video.data.sampler import GlobalSampler
 from titan_video.distributed.utils import broadcast_from_rank0, gather_objects
 from titan_video.encoders.spec import Encoders
 from titan_video.ingest.cache_keys import remove_partial_shards, write_manifest
@@ -200,3 +203,32 @@ def encode_plan(
         plan.require_clips()
         clips = cached_clips(plan, cache)
     return clips, plan.counts() | numbers
+
+
+def with_steps(config: JobConfig, loader: LatentLoader) -> JobConfig:
+    """The configuration with training.epochs as training.steps; the same if it has none."""
+    if not (epochs := config.training.epochs):
+        return config
+    sampler = loader.draw_plan.sampler
+    steps = num_steps(sampler, epochs)
+    logger.info(f"training.epochs: {epochs} epochs of {sum(sampler.sizes)} clips = {steps} steps")
+    return replace(config, training=replace(config.training, epochs=0, steps=steps))
+
+
+def num_steps(sampler: GlobalSampler, epochs: int) -> int:
+    """The fewest steps that draw as many clips as `epochs` epochs have; each bucket has then had its share of them to
+    within one group.
+    """
+    classes = sampler.classes
+    per_group = [c.clips * sampler.micro_batches for c in classes]
+    total = epochs * sum(sampler.sizes)
+    if min(per_group) == max(per_group):
+        return -(-total // (per_group[0] * sampler.groups_per_step))
+    counter, steps = copy(sampler), 0
+    counter.draws = [0] * len(sampler.sizes)
+    while sum(counter.draws) < total:
+        for _ in range(sampler.groups_per_step):
+            turn = counter.next_turn([c.buckets for c in classes], per_group)
+            counter.draws[classes[turn].buckets[0]] += per_group[turn]  # turns depend on the sum over a class
+        steps += 1
+    return steps

@@ -82,9 +82,8 @@ class RankStep:
                 self.model, self.stages, spec.plan, meshes.pp, config.parallelism, dtype, cpu
             )
         self.shard = SequenceShard.from_meshes(meshes)
-        self.task = Denoising(
-            spec, args, FlowMatching(config.flow), self.shard, cpu, guidance_scale=config.training.guidance
-        )
+        flow, guidance = FlowMatching(config.flow, config.training.pseudo_huber_c), config.training.guidance
+        self.task = Denoising(spec, args, flow, self.shard, cpu, guidance_scale=guidance)
 
     def run(self, tracker: StepTracker) -> None:
         """Forward and backward of the micro-batches that are counted, on fake tensors."""
