@@ -11,7 +11,7 @@ from benchmarks.house import OPTIONAL_PARTS, PACKAGE, optional_part
 from tests.helpers import run_ranks
 
 PROGRAMS = {"planner", "convert", "sample", "replay", "ingest.importers"}  # started by hand, not by an option
-ALWAYS = {"supervision"}  # every run uses it where it is there
+ALWAYS = {"supervision", "training.tensorboard_sink"}  # every run uses them where they are there
 AFTERWARDS = {"training.out_of_memory"}  # explains an error
 ASKING = {
     "models.hunyuan_video": {"model.name": "hunyuan_video"},
@@ -72,8 +72,9 @@ def test_every_part_is_tried():
 
 @pytest.mark.parametrize("part", OPTIONAL_PARTS)
 def test_the_debug_run_trains_without(part, front):
-    run = front.run("run", {"training.steps": 2}, hook=partial(hide, part)).ok()
-    assert len(run.records) == 2
+    options = {"training.steps": 2, "metrics.enable_tensorboard": str(part in ALWAYS).lower()}
+    run = front.run("run", options, hook=partial(hide, part)).ok()
+    assert len(run.records) == 2 and not (run.folder / "tb").exists() or part == "supervision"
 
 
 @pytest.mark.parametrize("part", ASKING)
@@ -106,7 +107,8 @@ def test_a_resolved_toml_is_read_without(part, resolved):
 
 
 def test_the_debug_run_loads_no_optional_part(front, tmp_path):
-    front.run("run", {"training.steps": 1}, hook=partial(note_modules, tmp_path / "modules.json")).ok()
+    options = {"training.steps": 1, "metrics.enable_tensorboard": "true"}
+    front.run("run", options, hook=partial(note_modules, tmp_path / "modules.json")).ok()
     loaded = json.loads((tmp_path / "modules.json").read_text())
     ours = [name for name in loaded if name.startswith(f"{PACKAGE}.")]
     assert len(ours) > 40

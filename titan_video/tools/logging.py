@@ -21,7 +21,7 @@ def paint(text: str, color: str) -> str:
 class _Handler(logging.Handler):
     """prefix: of every line."""
 
-    def __init__(self, prefix: str):
+    def __init__(self, prefix: str = "[titan] "):
         super().__init__()
         self.formats = [logging.Formatter(f"{prefix}%(asctime)s {text}", TIME) for text in FORMATS]
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from titan_video.config.job_config import ActivationCheckpoint, Metrics
@@ -213,14 +214,14 @@ class MetricsLogger:
         if self.peak_flops is not None:
             scalars |= {"mfu(%)": 100 * flops / self.peak_flops, "hfu(%)": 100 * hardware_flops / self.peak_flops}
         self._scalars(step, scalars)
-        mfu, wait = scalars.get("mfu(%)"), scalars["time_metrics/data_loading(%)"]
+        gib, mfu, wait = memory.max_reserved_gib, scalars.get("mfu(%)"), scalars["time_metrics/data_loading(%)"]
         minutes = math.ceil((self.num_steps - step) * w.seconds / w.steps / 60)
         words = {
             "red": f"step: {step}",
             "green": f"loss: {metrics.loss:#.4g}",
             "yellow": f"grad_norm: {metrics.grad_norm:#.3g}",
             "": f"lr: {metrics.lr:#.2g}",
-            "cyan": f"mem: {memory.max_reserved_gib:.3g}GiB",
+            "cyan": f"mem: {gib:.{1 if gib < 10 else 0}f}GiB",
             "blue": f"tps: {tps:,.0f}",
             "magenta": "" if mfu is None else f"mfu: {mfu:.0f}%",
             "wait": f"data_wait: {wait:.0f}%" if wait >= 5 else "",
@@ -254,6 +255,11 @@ class MetricsLogger:
             truncate_records(self.path, step, kept_name="fault")
             self.file, self.unwritten = self.path.open("ab", buffering=0), b""
 
+    def log_video(self, tag: str, frames_FHWC: np.ndarray, fps: float, step: int) -> None:
+        """A clip, uint8 RGB."""
+        if self.enabled:
+            self._each_sink("add_clip", tag, frames_FHWC, fps, step)
+
     def log_evaluation(self, step: int, found: Evaluation, fps: float, seconds: float) -> None:
         """Numbers and sampled clips of a validation that took `seconds`."""
         if not self.enabled:
@@ -263,7 +269,7 @@ class MetricsLogger:
             numbers = "  ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in found.scalars.items())
             logger.info(f"validation at step {step}: {numbers}")
         for i, (prompt, frames) in enumerate(found.clips):
-            self._each_sink("add_clip", f"{i} {prompt}", frames.numpy(), fps, step)
+            self.log_video(f"samples/{i} {prompt.replace('/', ' ')}", frames.numpy(), fps, step)
         sampled = f", {len(found.clips)} clips sampled to {found.folder}" if found.clips else ""
         logger.info(f"validation took {seconds:.1f} s{sampled}")
 

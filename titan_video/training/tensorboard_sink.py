@@ -35,7 +35,7 @@ class TensorboardSink:
         threading.excepthook = lambda a: "board" in type(a.thread).__module__ or threading.__excepthook__(a)
         with writing("TensorBoard events", tb_folder):
             self.writer = SummaryWriter(str(tb_folder), purge_step=first_step, flush_secs=10)
-        self.has_hparams, path = False, folder / "config.toml"
+        self.session_end, path = None, folder / "config.toml"
         if path.exists():
             self.writer.add_text("config", f"```toml\n{path.read_text(encoding='utf-8')}\n```", first_step)
             self._add_hparams(changed_options(load(path)))
@@ -50,7 +50,7 @@ class TensorboardSink:
         rows = "".join(f"| {key.replace('|', '/')} | {value:,.6g} |\n" for key, value in numbers.items())
         self.writer.add_text(name, f"| {name} | |\n|---|---:|\n{rows}", step)
 
-    def add_clip(self, name: str, frames_FHWC: np.ndarray, fps: float, step: int) -> None:
+    def add_clip(self, tag: str, frames_FHWC: np.ndarray, fps: float, step: int) -> None:
         """A clip, uint8 RGB, as an animated image: SummaryWriter.add_video needs an old version of moviepy."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -58,24 +58,22 @@ class TensorboardSink:
         image = Summary.Image(
             height=height, width=width, colorspace=3, encoded_image_string=write_gif_bytes(frames_FHWC, fps)
         )
-        title = " ".join(name.replace("/", " ").split())
+        title = " ".join(tag.split())
         title = title if len(title) <= MAX_TITLE else f"{title[: MAX_TITLE - 3]}..."
-        value = Summary.Value(tag=f"samples/{title}", image=image)
+        value = Summary.Value(tag=title, image=image)
         self.writer._get_file_writer().add_summary(Summary(value=[value]), step)
         self.writer.flush()
 
     def close(self) -> None:
-        if self.has_hparams:
-            from tensorboard.plugins.hparams.summary_v2 import session_end_pb
-
-            self.writer._get_file_writer().add_summary(session_end_pb("STATUS_SUCCESS"))
+        if self.session_end:
+            self.writer._get_file_writer().add_summary(self.session_end)
         self.writer.close()
 
     def _add_hparams(self, options: dict[str, Any]) -> None:
         """As SummaryWriter.add_hparams, which would make a second run folder."""
         from torch.utils.tensorboard.summary import hparams
 
-        experiment, start, _ = hparams(options, dict.fromkeys(METRICS, 0.0))
+        experiment, start, self.session_end = hparams(options, dict.fromkeys(METRICS, 0.0))
         self.writer._get_file_writer().add_summary(experiment)
         self.writer._get_file_writer().add_summary(start)
 

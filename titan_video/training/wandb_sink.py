@@ -52,7 +52,7 @@ class WandbSink:
         for key, value in numbers.items():
             self.add_scalar(f"{name}/{key}", value, step)
 
-    def add_clip(self, name: str, frames_FHWC: np.ndarray, fps: float, step: int) -> None:
+    def add_clip(self, tag: str, frames_FHWC: np.ndarray, fps: float, step: int) -> None:
         """Nothing: clips stay here."""
 
     def close(self) -> None:
