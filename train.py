@@ -106,7 +106,7 @@ class Trainer:
         """What a step trains on, and whether a step of every bucket can be run."""
         config, t, seed = self.config, self.config.training, self.config.debug.seed
         flow = expert_sigma_range(config.flow, config.model.expert, config.model.boundary or self.args.boundary)
-        shard, flow = SequenceShard.from_meshes(self.meshes), FlowMatching(flow, t.pseudo_huber_c)
+        shard, flow = SequenceShard.from_meshes(self.meshes), FlowMatching(flow, t.loss, t.huber_c)
         self.task = Denoising(self.spec, self.args, flow, shard, self.device, seed, t.guidance)
         self.batching = Batching.of(config.data, config.training, config.parallelism, self.accumulation * self.dims.dp)
         num_tokens = [self.task.work(bucket).tokens for bucket in config.data.sizes]

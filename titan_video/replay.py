@@ -147,8 +147,8 @@ def run(folder: Path) -> None:
     checkpoint = find_checkpoint(dump_folder / config.checkpoint.folder, step["step"])
     model = load_model(config, spec, args, checkpoint, device)
     flow = expert_sigma_range(config.flow, config.model.expert, config.model.boundary or args.boundary)
-    seed, guidance, c = config.debug.seed, config.training.guidance, config.training.pseudo_huber_c
-    task = Denoising(spec, args, FlowMatching(flow, c), whole_sequence(), device, seed, guidance)
+    t, seed = config.training, config.debug.seed
+    task = Denoising(spec, args, FlowMatching(flow, t.loss, t.huber_c), whole_sequence(), device, seed, t.guidance)
     paths = {clip["sample_id"]: clip["path"] for clip in step["clips"]}
     logger.info(f"it was: {step['fault']}")
     for path in sorted(folder.glob("rank-*.safetensors"), key=lambda path: int(path.stem.partition("-")[2])):

@@ -132,11 +132,11 @@ def test_guidance_extrapolates():
 
 def test_pseudo_huber_is_the_square_of_small_errors_and_linear_in_large_ones():
     c, error = 0.1, torch.tensor([0.0, 1e-6, -0.1, 0.5, -30.0], dtype=torch.float64)
-    penalty = FlowMatching(Flow(), huber_c=c).penalty
+    penalty = FlowMatching(Flow(), "pseudo_huber", c).penalty
     expected = 2 * c * ((error.square() + c**2).sqrt() - c)
     assert torch.allclose(penalty(error), expected, rtol=1e-4, atol=1e-15)
     assert torch.equal(FlowMatching(Flow()).penalty(error), error.square())
-    assert torch.allclose(FlowMatching(Flow(), huber_c=1e6).penalty(error), error.square(), rtol=1e-9)
+    assert torch.allclose(FlowMatching(Flow(), "pseudo_huber", 1e6).penalty(error), error.square(), rtol=1e-9)
     small = torch.tensor([1e-4, 1e-6])  # where float32 would lose the difference of the formula
     assert torch.allclose(penalty(small), small.square(), rtol=1e-5)
     error = torch.tensor([0.0, 3.0, -3.0], requires_grad=True)

@@ -18,7 +18,6 @@ from titan_video.checkpoint import files
 from titan_video.checkpoint.files import InvalidCheckpoint, TensorLoadPlanner, TensorReader, plain_errors
 from titan_video.distributed.utils import clean_name, gather_objects
 from titan_video.optim.optimizer import SLOTS, new_slot
-from titan_video.tools.parts import resolve
 
 Saved = dict[str, TensorStorageMetadata]  # name -> entry of DCP's index: shape, dtype, chunks
 
@@ -52,10 +51,8 @@ class OptimizerState:
         self.param_group = {param: group for group in optimizer.param_groups for param in group["params"]}
         self.params = {clean_name(name): param for name, param in model.named_parameters() if param in self.param_group}
         assert len(self.params) == len(self.param_group), "the optimizer holds parameters that are not the model's"
-        kind, self.named = next((g.get("kind", "") for g in optimizer.param_groups), ""), None
-        if "." in kind:  # of another package
-            build = resolve("titan_video.optim.by_name:NamedState", asked_by=f"optimizer.name = {kind}")
-            self.named = build(optimizer, self.params)
+        # Of an optimizer of another package: optim.by_name.NamedState.
+        self.named = optimizer.checkpoint_state(self.params) if hasattr(optimizer, "checkpoint_state") else None
 
     def state_dict(self) -> dict[str, Tensor]:
         if self.named:

@@ -139,11 +139,6 @@ class Training:
     mixed_precision_reduce: Literal["float32"] = opt("float32", "Dtype of the gradient reduction.")
     gc_freq: int = opt(50, "Steps between two runs of Python's garbage collector, on all ranks at once.", ge=1)
 
-    @property
-    def pseudo_huber_c(self) -> float:
-        """The c of the pseudo-Huber loss; 0: squared error."""
-        return self.huber_c if self.loss == "pseudo_huber" else 0.0
-
 
 @dataclass(frozen=True)
 class Optimizer:

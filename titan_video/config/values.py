@@ -164,9 +164,11 @@ def convert(value: Any, kind: Any, limits: dict[str, Any], where: str = "") -> A
     if is_dataclass(kind):
         return _table(value, kind, where)
     if kind is dict:
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) or not all(
+            type(item) in (bool, int, float, str, list) for item in value.values()
+        ):
             raise wrong()
-        return {name: plain_value(item, f"{short(name)}: ") for name, item in value.items()}
+        return value
     choices = get_args(kind) if get_origin(kind) is Literal else limits.get("names")
     if choices:
         if value not in choices:
@@ -181,15 +183,6 @@ def convert(value: Any, kind: Any, limits: dict[str, Any], where: str = "") -> A
     if not all(BOUNDS[name][1](value, bound) for name, bound in limits.items()):
         raise wrong()
     return value
-
-
-def plain_value(value: Any, where: str = "") -> Any:
-    """A value of a table whose names the user chooses: a number, a string, a boolean, or a list of these."""
-    if isinstance(value, list):
-        return [plain_value(item, where) for item in value]
-    if type(value) not in (bool, int, float, str):
-        raise ValueError(f"{where}given {show(value)}; legal: a number, a string, true, false, or a list of these")
-    return convert(value, type(value), {})
 
 
 def _element(value: Any, kind: Any, limits: dict[str, Any], where: str) -> Any:

@@ -100,12 +100,6 @@ def num_data_ranks(config: JobConfig, world_size: int) -> int:
 
 
 def rules(config: JobConfig, world_size: int) -> Iterator[str]:
-    t = config.training
-    if t.epochs and t.steps != Training.steps:
-        yield (
-            f"training.epochs: given {t.epochs}, and training.steps {t.steps} too; remove one of them "
-            f"(--training.steps {Training.steps}, the default, takes back what a TOML says)"
-        )
     yield from batch_size_errors(config, num_data_ranks(config, world_size))
 
 

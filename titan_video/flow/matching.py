@@ -3,8 +3,6 @@
     u ~ U(0,1)  ->  density's inverse CDF  ->  time shift  ->  sigma in [min_t, max_t]
     x_sigma = (1 - sigma) x_0 + sigma eps,   target v = eps - x_0,   loss = w(sigma) |v_pred - v|^2,   t = 1000 sigma
 
-The square can be the pseudo-Huber function instead (`FlowMatching.penalty`).
-
 sigma = 1 is pure noise. Sigmas and times are float32 throughout: bfloat16 has 8 bits, and steps of 1000 sigma would
 collapse.
 Sources: Liu et al. 2022 (rectified flow); Esser et al. 2024, "Scaling rectified flow transformers", eq. 19
@@ -56,14 +54,14 @@ def expert_sigma_range(section: Flow, expert: str, boundary: float) -> Flow:
 
 
 class FlowMatching:
-    """Sigmas, loss weights and the penalty of errors of one run. huber_c: see `penalty`; 0: squared error.
+    """Sigmas, loss weights and the penalty of errors of one run. loss, huber_c: see `Training`.
 
     The density is truncated to [min_t, max_t] by drawing u between the values of its CDF there, so an expert trained on
     part of the range sees the shape of the full density over its part.
     """
 
-    def __init__(self, section: Flow, huber_c: float = 0.0):
-        self.section, self.huber_c = section, huber_c
+    def __init__(self, section: Flow, loss: str = "mse", huber_c: float = 0.0):
+        self.section, self.loss, self.huber_c = section, loss, huber_c
         self._mean_weights: dict[int, float] = {}
 
     @property
@@ -123,9 +121,9 @@ class FlowMatching:
         where d is far above c. Scaled as loss_type = "huber" of kohya's sd-scripts; diffusion-pipe's pseudo_huber_c
         leaves out the factor 2c. Charbonnier et al. 1997.
         """
-        c = self.huber_c
-        # The difference of two nearly equal numbers, for d far below c, as a quotient.
-        return 2 * c * error.square() / ((error.square() + c * c).sqrt() + c) if c else error.square()
+        square, c = error.square(), self.huber_c
+        # The difference of two numbers, nearly equal for d far below c, as a quotient.
+        return square if self.loss == "mse" else 2 * c * square / ((square + c * c).sqrt() + c)
 
 
 def _bell(sigma: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, partial
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
@@ -103,10 +103,14 @@ def arguments(cls: type, section: Optimizer) -> dict[str, Any]:
 
 
 def build(groups: list[dict], section: Optimizer) -> torch.optim.Optimizer:
-    """The optimizer of these groups. ValueError: see `find_class` and `arguments`."""
+    """The optimizer of these groups, which brings what checkpoints hold of it. ValueError: see `find_class` and
+    `arguments`.
+    """
     cls = find_class(section.name)
     try:
-        return cls(groups, **arguments(cls, section))
+        optimizer = cls(groups, **arguments(cls, section))
+        optimizer.checkpoint_state = partial(NamedState, optimizer)
+        return optimizer
     except (TypeError, AssertionError) as e:
         raise ValueError(f"optimizer.args: {section.name} does not take these: {e}") from None
 

@@ -82,8 +82,9 @@ class RankStep:
                 self.model, self.stages, spec.plan, meshes.pp, config.parallelism, dtype, cpu
             )
         self.shard = SequenceShard.from_meshes(meshes)
-        flow, guidance = FlowMatching(config.flow, config.training.pseudo_huber_c), config.training.guidance
-        self.task = Denoising(spec, args, flow, self.shard, cpu, guidance_scale=guidance)
+        t = config.training
+        flow = FlowMatching(config.flow, t.loss, t.huber_c)
+        self.task = Denoising(spec, args, flow, self.shard, cpu, guidance_scale=t.guidance)
 
     def run(self, tracker: StepTracker) -> None:
         """Forward and backward of the micro-batches that are counted, on fake tensors."""

@@ -145,7 +145,7 @@ class MetricsLogger:
         resume_step: int = 0,
         samples: int = 0,
     ):
-        self.enabled = rank == 0
+        self.enabled, self.sinks = rank == 0, []
         if not self.enabled:
             return
         self.log_freq = section.log_freq
@@ -167,7 +167,7 @@ class MetricsLogger:
         with writing("metrics", self.path):
             self.file = self.path.open("ab", buffering=0)
         self.unwritten = b""  # whole records, while a full disk takes none
-        self.sinks, self.tb_folder = [], folder / section.save_tb_folder
+        self.tb_folder = folder / section.save_tb_folder
         if section.enable_tensorboard and find_module(TENSORBOARD):
             sink = resolve(f"{TENSORBOARD}:TensorboardSink", asked_by="metrics.enable_tensorboard = true")
             self.sinks.append(sink(folder, self.tb_folder, last_step + 1))
@@ -233,15 +233,13 @@ class MetricsLogger:
         """Numbers that do not belong to a training step: one record {"step", "time", name: scalars} without a `loss`,
         and TensorBoard points `name/key`.
         """
-        if self.enabled:
-            self._record({"step": step, "time": time.time(), name: scalars})
-            self._scalars(step, {f"{name}/{key}": value for key, value in scalars.items()})
+        self.log_event(step, name, scalars)
+        self._scalars(step, {f"{name}/{key}": value for key, value in scalars.items()})
 
     def log_table(self, step: int, numbers: dict[str, float], name: str) -> None:
         """Numbers of a whole start, which TensorBoard shows as a table of text; the same record."""
-        if self.enabled:
-            self._record({"step": step, "time": time.time(), name: numbers})
-            self._each_sink("add_table", name, numbers, step)
+        self.log_event(step, name, numbers)
+        self._each_sink("add_table", name, numbers, step)
 
     def log_event(self, step: int, name: str, event: dict[str, Any]) -> None:
         """What happened beside the numbers: one record {"step", "time", name: event}."""
@@ -257,8 +255,7 @@ class MetricsLogger:
 
     def log_video(self, tag: str, frames_FHWC: np.ndarray, fps: float, step: int) -> None:
         """A clip, uint8 RGB."""
-        if self.enabled:
-            self._each_sink("add_clip", tag, frames_FHWC, fps, step)
+        self._each_sink("add_clip", tag, frames_FHWC, fps, step)
 
     def log_evaluation(self, step: int, found: Evaluation, fps: float, seconds: float) -> None:
         """Numbers and sampled clips of a validation that took `seconds`."""
@@ -311,11 +308,5 @@ def _fit(words: dict[str, str]) -> str:
     return gap.join(paint(word, color) for color, word in words.items())
 
 
-_MEMORY_TAGS = (  # in the order of the fields of MemoryStats
-    "max_active(GiB)",
-    "max_active(%)",
-    "max_reserved(GiB)",
-    "max_reserved(%)",
-    "num_alloc_retries",
-    "num_ooms",
-)
+# In the order of the fields of MemoryStats.
+_MEMORY_TAGS = "max_active(GiB) max_active(%) max_reserved(GiB) max_reserved(%) num_alloc_retries num_ooms".split()
