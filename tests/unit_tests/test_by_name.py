@@ -159,7 +159,6 @@ def test_what_is_no_table_of_plain_values(text, words):
         ({"name": "torch.optim.RAdam", "args": {"beta": 1}}, "optimizer.args.beta: torch.optim.RAdam has no such"),
         ({"name": "torch.optim.RAdam", "args": {"lr": 1.0}}, "optimizer.args.lr: not for this table; set optimizer.lr"),
         ({"name": "torch.optim.RAdam", "args": {"eps": -1.0}}, "Invalid epsilon value: -1.0"),
-        ({"name": "torch.optim.RAdam", "beta2": 0.9}, "optimizer.beta2: given 0.9, which torch.optim.RAdam does not"),
         ({"name": "torch.optim.Rprop"}, "optimizer.weight_decay: given 0.01, but torch.optim.Rprop has no"),
         ({"name": "torch.optim.RAdam", "in_backward": True}, "optimizer.in_backward: true, which needs an optimizer"),
         ({"name": "AdamW", "args": {"x": 1}}, "optimizer.args: has no effect with optimizer.name AdamW"),
@@ -167,6 +166,16 @@ def test_what_is_no_table_of_plain_values(text, words):
 )
 def test_refusals(values, words):
     assert words in message({f"optimizer.{name}": value for name, value in values.items()})
+
+
+def test_what_it_does_not_read_is_said(caplog):
+    """A TOML's betas are for AdamW; another class is often tried by `--optimizer.name` alone."""
+    caplog.set_level("INFO")
+    build_optimizer(nn.Linear(3, 2), Optimizer(name="torch.optim.RAdam"))
+    assert not caplog.records
+    optimizer = build_optimizer(nn.Linear(3, 2), Optimizer(name="torch.optim.RAdam", beta2=0.5, momentum=0.1))
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+    assert "optimizer.beta2, optimizer.momentum of the TOML" in caplog.records[0].getMessage()
 
 
 def test_bfloat16_weights_are_refused():

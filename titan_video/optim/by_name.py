@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from titan_video.config.job_config import JobConfig, Optimizer
+from titan_video.tools.logging import logger
 from titan_video.tools.parts import find_module
 
 OURS = ("params", "lr", "weight_decay", "kind", "lr_scale")  # entries of a group that the run itself sets
@@ -106,6 +107,16 @@ def build(groups: list[dict], section: Optimizer) -> torch.optim.Optimizer:
     """The optimizer of these groups, which brings what checkpoints hold of it. ValueError: see `find_class` and
     `arguments`.
     """
+    names = [f.name for f in fields(section) if f.name not in USED and getattr(section, f.name) != f.default]
+    if names:
+        logger.info(
+            f"optimizer.name = {section.name}: {', '.join(f'optimizer.{name}' for name in names)} of the TOML is for "
+            f"AdamW and Muon, and not read; arguments of this class are in [optimizer.args]"
+        )
+    return _make(groups, section)
+
+
+def _make(groups: list[dict], section: Optimizer) -> torch.optim.Optimizer:
     cls = find_class(section.name)
     try:
         optimizer = cls(groups, **arguments(cls, section))
@@ -256,7 +267,7 @@ def try_class(section: Optimizer) -> None:
     params = {"matrix": nn.Parameter(torch.ones(4, 6)), "vector": nn.Parameter(torch.ones(6))}
     kinds = {"kind": section.name, "lr_scale": 1.0, "weight_decay": section.weight_decay, "lr": section.lr}
     try:
-        optimizer = build([{"params": [p], **kinds} for p in params.values()], section)
+        optimizer = _make([{"params": [p], **kinds} for p in params.values()], section)
     except ValueError as e:
         raise e if str(e).startswith("optimizer.") else ValueError(f"optimizer.args: {section.name}: {e}") from None
     except Exception as e:  # whatever the package raises
@@ -267,13 +278,8 @@ def try_class(section: Optimizer) -> None:
 def rules(config: JobConfig, world_size: int) -> Iterator[str]:
     """Rules of the configuration about an optimizer of another package, one line per mistake."""
     o, found = config.optimizer, None
-    for field in fields(o):
-        value = getattr(o, field.name)
-        if field.name == "in_backward" and value:
-            yield f"optimizer.in_backward: true, which needs an optimizer of ours, but optimizer.name is {o.name}"
-        elif field.name not in USED and value != field.default:
-            fix = "put it into [optimizer.args] as the class calls it"
-            yield f"optimizer.{field.name}: given {value}, which {o.name} does not read; leave it out, and {fix}"
+    if o.in_backward:
+        yield f"optimizer.in_backward: true, which needs an optimizer of ours, but optimizer.name is {o.name}"
     if config.training.dtype == "bfloat16":
         yield (
             f"training.dtype: bfloat16, whose updates are rounded stochastically, which {o.name} does not do; choose "

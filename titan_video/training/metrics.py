@@ -94,34 +94,9 @@ class StepCost:
         return {"model_flops": model / self.ranks_per_sample, "hardware_flops": hardware / self.ranks_per_sample}
 
 
-# Fields of StepMetrics in metrics.jsonl.
+# Fields of StepMetrics in metrics.jsonl, and those whose sums over the steps since the last log line make rates.
 _RECORDED = ("loss", "max_loss", "grad_norm", "lr", "samples", "tokens", "step_seconds", "data_seconds")
-
-
-@dataclass
-class _Window:
-    """Sums over the steps since the last log line."""
-
-    steps: int = 0
-    seconds: float = 0.0
-    data_seconds: float = 0.0
-    tokens: int = 0
-    samples: int = 0
-    video_seconds: float = 0.0
-    model_flops: float = 0.0
-    hardware_flops: float = 0.0
-    buckets: Counter[str] = field(default_factory=Counter)
-
-    def add(self, metrics: StepMetrics, num_samples: int) -> None:
-        self.steps += 1
-        self.seconds += metrics.step_seconds
-        self.data_seconds += metrics.data_seconds
-        self.tokens += metrics.tokens
-        self.samples += num_samples
-        self.video_seconds += metrics.video_seconds
-        self.model_flops += metrics.model_flops
-        self.hardware_flops += metrics.hardware_flops
-        self.buckets[metrics.bucket] += 1
+_SUMMED = ("tokens", "video_seconds", "model_flops", "hardware_flops", "step_seconds", "data_seconds")
 
 
 class MetricsLogger:
@@ -154,7 +129,7 @@ class MetricsLogger:
         self.peak_flops = peak_flops(device)
         self.memory = DeviceMemory(device)
         self.memory.reset_peak()
-        self.window = _Window()
+        self.window: Counter[str] = Counter()
         self.samples = samples
         self.progress = Progress(num_steps, resume_step)
         folder = Path(dump_folder)
@@ -182,19 +157,20 @@ class MetricsLogger:
         extra = {**resident_memory(), **metrics.extra}
         numbers = {name: getattr(metrics, name) for name in _RECORDED}
         self._record({"step": step, **numbers, "time": time.time(), "bucket": metrics.bucket, **extra})
-        self.window.add(metrics, num_samples=metrics.samples - self.samples)
+        self.window.update({name: getattr(metrics, name) for name in _SUMMED})
+        self.window.update({"steps": 1, "samples": metrics.samples - self.samples, f"bucket/{metrics.bucket}": 1})
         self.samples = metrics.samples
         self.progress.update(step, f"loss {metrics.loss:.4f}")
         if step == 1 or step % self.log_freq == 0 or step == self.num_steps:
             self._report(step, metrics, extra)
-            self.window = _Window()
+            self.window.clear()
             self.memory.reset_peak()
 
     def _report(self, step: int, metrics: StepMetrics, extra: dict[str, float]) -> None:
         w, memory = self.window, self.memory.stats()
-        seconds = max(w.seconds, 1e-9)
-        tps = w.tokens / seconds / self.world_size
-        flops, hardware_flops = w.model_flops / seconds, w.hardware_flops / seconds
+        seconds, steps = max(w["step_seconds"], 1e-9), w["steps"]
+        tps = w["tokens"] / seconds / self.world_size
+        flops, hardware_flops = w["model_flops"] / seconds, w["hardware_flops"] / seconds
         scalars = {
             "loss_metrics/global_avg_loss": metrics.loss,
             "loss_metrics/global_max_loss": metrics.max_loss,
@@ -202,20 +178,20 @@ class MetricsLogger:
             "lr": metrics.lr,
             **extra,
             "throughput(tps)": tps,
-            "throughput(samples_per_s)": w.samples / seconds,
-            "throughput(video_s_per_s)": w.video_seconds / seconds,
+            "throughput(samples_per_s)": w["samples"] / seconds,
+            "throughput(video_s_per_s)": w["video_seconds"] / seconds,
             "tflops": flops / 1e12,
-            "time_metrics/end_to_end(s)": w.seconds / w.steps,
-            "time_metrics/data_loading(s)": w.data_seconds / w.steps,
-            "time_metrics/data_loading(%)": 100 * w.data_seconds / seconds,
-            **{f"bucket/{bucket}": count / w.steps for bucket, count in w.buckets.items() if bucket},
+            "time_metrics/end_to_end(s)": w["step_seconds"] / steps,
+            "time_metrics/data_loading(s)": w["data_seconds"] / steps,
+            "time_metrics/data_loading(%)": 100 * w["data_seconds"] / seconds,
+            **{name: count / steps for name, count in w.items() if name.startswith("bucket/") and metrics.bucket},
             **{f"memory/{name}": value for name, value in zip(_MEMORY_TAGS, asdict(memory).values(), strict=True)},
         }
         if self.peak_flops is not None:
             scalars |= {"mfu(%)": 100 * flops / self.peak_flops, "hfu(%)": 100 * hardware_flops / self.peak_flops}
         self._scalars(step, scalars)
         gib, mfu, wait = memory.max_reserved_gib, scalars.get("mfu(%)"), scalars["time_metrics/data_loading(%)"]
-        minutes = math.ceil((self.num_steps - step) * w.seconds / w.steps / 60)
+        minutes = math.ceil((self.num_steps - step) * w["step_seconds"] / steps / 60)
         words = {
             "red": f"step: {step}",
             "green": f"loss: {metrics.loss:#.4g}",
