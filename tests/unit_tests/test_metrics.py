@@ -173,7 +173,7 @@ def test_tensorboard_names_and_values(tmp_path):
         "memory/num_ooms",
         "validation/loss",
         "validation/loss_t0.5",
-        "memory/host(GiB)",
+        "resident_gib",
         "bucket/17x64x64",
         "bucket/1x32x32",
     }

@@ -18,7 +18,6 @@ from titan_video.tools.files import writing
 from titan_video.tools.video import write_gif_bytes
 
 FIRST = {"loss_metrics/global_avg_loss": "Loss/training", "validation/loss": "Loss/held_out"}
-GROUPED = {"resident_gib": "memory/host(GiB)", "workers_resident_gib": "memory/host_workers(GiB)"}  # else groups of one
 METRICS = ("loss_metrics/global_avg_loss", "validation/loss")  # beside the hyperparameters
 MAX_TITLE = 80
 
@@ -41,7 +40,7 @@ class TensorboardSink:
             self._add_hparams(changed_options(load(path)))
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
-        self.writer.add_scalar(GROUPED.get(name, name), value, step)
+        self.writer.add_scalar(name, value, step)
         if name in FIRST:
             self.writer.add_scalar(FIRST[name], value, step)
 
