@@ -148,7 +148,7 @@ def test_pseudo_huber_is_the_square_of_small_errors_and_linear_in_large_ones():
 
 
 def test_the_loss_of_a_task_is_the_sum_of_its_penalties_and_validation_squares():
-    task = build_denoising(SPEC, WanArgs(), seed=3)
+    task = build_denoising(SPEC, WanArgs(dim=128, num_heads=2, num_layers=1, ffn_dim=64), seed=3)
     latents, text = torch.randn(2, 16, 3, 4, 4), torch.zeros(2, 1, 1)
     batch = Batch({"video": latents}, text, torch.ones(2, 1, dtype=torch.bool), torch.tensor([4, 5]))
     inputs = task.prepare(batch)
