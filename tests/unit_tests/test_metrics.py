@@ -304,16 +304,16 @@ def test_config_tables_and_hyperparameters(tmp_path):
     text = "[optimizer]\nlr = 0.5\nname = 'Muon'\n[ema]\nenable = true\n[job]\ndescription = 'not this'\n"
     (tmp_path / "config.toml").write_text(text)
     m = make(tmp_path)
-    m.log_table(0, {"clips": 12, "dropped/no caption": 3, "a|b": 0.5}, "data")
+    m.log_table(0, {"clips": 1234567, "dropped/no caption": 3, "a|b": 0.5}, "data")
     step(m, 1)
     m.close()
-    assert records(tmp_path)[0]["data"] == {"clips": 12, "dropped/no caption": 3, "a|b": 0.5}
+    assert records(tmp_path)[0]["data"] == {"clips": 1234567, "dropped/no caption": 3, "a|b": 0.5}
     e = events(tmp_path)
     assert not [tag for tag in e.Tags()["scalars"] if tag.startswith("data")]
     shown = {tag: e.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in e.Tags()["tensors"] if "text" in tag}
     assert shown["config/text_summary"] == f"```toml\n{text}\n```"
     rows = shown["data/text_summary"].splitlines()
-    assert rows[2:] == ["| clips | 12 |", "| dropped/no caption | 3 |", "| a/b | 0.5 |"]
+    assert rows[2:] == ["| clips | 1,234,567 |", "| dropped/no caption | 3 |", "| a/b | 0.5 |"]
     start = e.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     assert all(word in start for word in (b"optimizer.lr", b"optimizer.name", b"Muon", b"ema.enable"))
     assert b"description" not in start

@@ -46,7 +46,8 @@ class TensorboardSink:
 
     def add_table(self, name: str, numbers: dict[str, float], step: int) -> None:
         """Numbers of one moment, for which a chart would have a single point."""
-        rows = "".join(f"| {key.replace('|', '/')} | {value:,.6g} |\n" for key, value in numbers.items())
+        texts = {key.replace("|", "/"): f"{v:,}" if isinstance(v, int) else f"{v:,.6g}" for key, v in numbers.items()}
+        rows = "".join(f"| {key} | {text} |\n" for key, text in texts.items())
         self.writer.add_text(name, f"| {name} | |\n|---|---:|\n{rows}", step)
 
     def add_clip(self, tag: str, frames_FHWC: np.ndarray, fps: float, step: int) -> None:
