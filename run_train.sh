@@ -5,8 +5,9 @@
 #                folder of this script.
 #   NGPU         processes on this machine; default: the number of GPUs, or 1. Without GPUs NGPU=4 starts four CPU
 #                processes.
-#   LOG_RANK     ranks whose output is shown, default 0. If a run fails, the last error of the other ranks of this
-#                machine is shown too.
+#   LOG_RANK     ranks of this machine whose output is shown, default 0; each line begins with the rank's number in the
+#                whole run. Of the other ranks warnings are shown, and if the run fails their last error. Of several
+#                machines only the first one shows more than that of its rank 0.
 #   PYTHON       interpreter to use without checks. Default: the active python3 if it has the requirements, otherwise
 #                .venv, which is made on first use.
 #   NNODES, RDZV_ID, RDZV_ENDPOINT   set by multinode_trainer.slurm, which starts this script once on each node.

@@ -40,8 +40,7 @@ from titan_video.distributed.sequence import SequenceShard
 from titan_video.distributed.utils import broadcast_from_rank0, clip_grad_norm, reduce_over, set_timeout
 from titan_video.encoders import build_encoders
 from titan_video.flow.matching import FlowMatching, expert_sigma_range
-from titan_video.ingest.prepare import check_encoders, open_cache, prepare_clips
-from titan_video.ingest.sampling_defaults import sampling_section
+from titan_video.ingest.prepare import check_encoders, open_cache, prepare_clips, with_steps
 from titan_video.ingest.started import as_started
 from titan_video.kernels import attention
 from titan_video.models import get_args, get_spec
@@ -75,7 +74,7 @@ class Trainer:
         self.build_data()
         self.build_model()
         self.load()
-        if self.step < config.training.steps:
+        if self.step < self.config.training.steps:
             self.build_loggers()
 
     # ---------------------------------------------------------------- build
@@ -105,10 +104,10 @@ class Trainer:
     def build_task(self) -> None:
         """What a step trains on, and whether a step of every bucket can be run."""
         config, t, seed = self.config, self.config.training, self.config.debug.seed
-        flow = expert_sigma_range(config.flow, config.model.expert, config.model.boundary or self.args.boundary)
-        shard, dtype = SequenceShard.from_meshes(self.meshes), t.mixed_precision_param
-        self.task = Denoising(self.spec, self.args, FlowMatching(flow), shard, self.device, seed, t.guidance, dtype)
-        self.sampling = sampling_section(config, self.args, config.data.sizes[0])
+        shard, boundary = SequenceShard.from_meshes(self.meshes), config.model.boundary or self.args.boundary
+        sigmas, dtype = expert_sigma_range(config.flow, config.model.expert, boundary), t.mixed_precision_param
+        flow = FlowMatching(sigmas, t.loss, t.huber_c)
+        self.task = Denoising(self.spec, self.args, flow, shard, self.device, seed, t.guidance, dtype)
         self.batching = Batching.of(config.data, config.training, config.parallelism, self.accumulation * self.dims.dp)
         num_tokens = [self.task.work(bucket).tokens for bucket in config.data.sizes]
         self.longest = max(num_tokens)
@@ -124,8 +123,7 @@ class Trainer:
         self.encoders = build_encoders(config.encoder, config.model.hf_assets_path, self.device)
         check_encoders(self.encoders, self.args, self.geometry, config)
         cache = open_cache(Path(c.cache_folder or self.folder / "cache"), self.encoders, self.args.conditioning, group)
-        is_ahead, checkpoint = config.encoder.placement == "cached", config.checkpoint
-        self.clips = prepare_clips(c, is_ahead, self.sampling, self.folder, self.encoders, cache, group, checkpoint)
+        self.clips = prepare_clips(config, self.args, self.encoders, cache, group)
         self.encoders.free()
         channel, latent_shape, text_len = self.encoder_channel, self.geometry.latent_shape, self.args.text_len
         online = parts.build_online_encoder(config, self.encoders, cache, self.dims, channel, latent_shape, text_len)
@@ -135,6 +133,7 @@ class Trainer:
         draw_plan = DrawPlan(clips, null, b, self.task.work, seed, c.shuffle, c.caption_dropout, c.image_dropout)
         text_shape, dp = (text_len, self.args.text_dim), (self.meshes.batch.get_local_rank(), self.dims.dp)
         self.loader = build_loader(c, draw_plan, cache, text_shape, dp, self.device.type == "cuda", online)
+        self.config = with_steps(config, self.loader)
 
     def build_model(self) -> None:
         """Meta device, trained weights, stages, parallelize, memory; optimizer, schedule and EMA."""
@@ -169,10 +168,9 @@ class Trainer:
         """A checkpoint of this run, else the weights from which the run starts."""
         model, optimizer = ModelState(self.model, self.weights.is_saved), OptimizerState(self.model, self.optimizer)
         tensors = {"model": model, "optimizer": optimizer, **({"ema": self.ema} if self.ema else {})}
-        self.guard = parts.build_guard(self.config.fault_tolerance)
+        self.guard, section = parts.build_guard(self.config.fault_tolerance), self.config.checkpoint
         counters = {"data": self.loader, **self.guard.counters(), **self.weights.counters()}
         self.weights.load_frozen(self.model)
-        section = self.config.checkpoint
         self.checkpoint = CheckpointManager(section, self.folder / section.folder, tensors, counters)
         self.exit_stack.callback(self.checkpoint.wait)
         self.step = self.checkpoint.load()
@@ -192,14 +190,14 @@ class Trainer:
             config.metrics, self.folder, self.rank, self.world_size, self.device, steps, self.step, self.loader.samples
         )
         self.exit_stack.callback(self.metrics.close)
-        self.metrics.log_scalars(self.step, self.clips.numbers, "data")
+        self.metrics.log_table(self.step, self.clips.numbers, "data")
         self.graphs = GraphLog()
         self.check_gradients = parts.build_gradient_check(config.debug, self.model, self.host_group)
         if config.validation.enable:
             model, size = self.stop.guard(self.pipeline or self.model), self.geometry.latent_shape(config.data.sizes[0])
             output = ClipWriter(self.encoders.decode_video, self.folder / "samples", config.data.fps)
             self.task.evaluator = build_validator(
-                self.sampling, self.task, model, self.meshes, self.clips, self.loader.reader, size, output
+                self.clips.sampling, self.task, model, self.meshes, self.clips, self.loader.reader, size, output
             )
 
     # ---------------------------------------------------------------- step

@@ -13,12 +13,16 @@ started with them blocked, too: what arrives while Python starts there is held b
 take it. At the first signal the ranks get SIGUSR1, which asks them to save and end, however often they get it; at a
 second one, or SIGQUIT, they are killed. SIGUSR1 to this process asks for the same and never counts as a second one.
 
+Output: torchrun shows the local ranks that LOG_RANK names, each line labelled with the global rank. Warnings of the
+other ones are shown too (WarningRelay).
+
 Ranks: a rank whose heartbeat (supervision/watch.py) has stopped for longer than its limit is killed and named. The exit
 code is 0 if the run finished, 85 if it was stopped and is to be continued, else 1.
 """
 
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -32,6 +36,8 @@ STOP_SIGNALS = {FORWARDED, signal.SIGQUIT, *DIRECT}
 START_SECONDS = 60.0  # how long a stop request waits for ranks that have not been started yet
 STATUS_SECONDS = 60.0  # until other machines see a file that was written on one
 AGENT_SECONDS = 5.0  # a rank is silent for so long before a failure's report names it
+LABEL = "[${role_name}${rank}]:"  # of torchrun's lines; its own default has the local rank
+WARNING = re.compile(r"^\d\d-\d\d \d\d:\d\d:\d\d (?=(WARNING|ERROR|CRITICAL) )")  # of tools/logging.py
 
 
 def check_run(argv: list[str], world_size: int) -> Path:
@@ -116,11 +122,55 @@ class StopRelay:
         send(FORWARDED, child_processes())  # those that torchrun was just starting
 
 
-class RankWatch:
-    """A thread that reads the heartbeats of this machine's ranks, and ends the job when one is frozen."""
+class WarningRelay:
+    """Prints the warnings of this machine's ranks whose output is not shown, from the files that torchrun writes.
 
-    def __init__(self, logs: Path):
-        self.logs = logs
+    A warning that another rank gave in the same words is not repeated.
+    """
+
+    def __init__(self, logs: Path, shown: set[str]):
+        self.logs, self.shown, self.lock = logs, shown, threading.Lock()
+        self.seen: set[str] = set()
+        self.offsets: dict[Path, int] = {}  # bytes that have been read
+
+    def pass_on(self) -> None:
+        with self.lock:
+            paths = sorted(self.logs.glob("*/attempt_*/*/stdout.log"), key=lambda path: int(path.parent.name))
+            for path in sorted(
+                paths, key=lambda path: path.parent.name not in self.shown
+            ):  # those that are shown first
+                for line in self._new_lines(path):
+                    if (match := WARNING.match(line)) and (text := line[match.end() :]) not in self.seen:
+                        self.seen.add(text)
+                        if path.parent.name not in self.shown:
+                            print(f"{_rank_label(path.parent)}{line}", flush=True)
+
+    def _new_lines(self, path: Path) -> list[str]:
+        try:
+            with path.open("rb") as file:
+                file.seek(self.offsets.get(path, 0))
+                whole, newline, _ = file.read().rpartition(b"\n")
+        except OSError:
+            return []
+        self.offsets[path] = self.offsets.get(path, 0) + len(whole + newline)
+        return whole.decode(errors="replace").splitlines()
+
+
+def _rank_label(folder: Path) -> str:
+    """As torchrun's; the global rank is in the heartbeat."""
+    try:
+        return f"[rank{json.loads((folder / watch.NAME).read_text(encoding='utf-8'))['rank']}]:"
+    except (OSError, ValueError, KeyError):
+        return f"[local rank {folder.name}]:"
+
+
+class RankWatch:
+    """A thread that reads the heartbeats of this machine's ranks, and ends the job when one is frozen. It also passes
+    warnings on.
+    """
+
+    def __init__(self, logs: Path, shown: set[str]):
+        self.logs, self.warnings = logs, WarningRelay(logs, shown)
         self.suspects: dict[int, str] = {}  # {process: what was said of it}; torchrun may end it before its limit
         threading.Thread(target=self._watch, name="rank watch", daemon=True).start()
 
@@ -145,6 +195,7 @@ class RankWatch:
                 print(f"error: {text}. {watch.FIX}", file=sys.stderr, flush=True)
                 send(signal.SIGKILL, [pid])  # torchrun then ends the others
             self.suspects |= self.silent(longer_than=AGENT_SECONDS)
+            self.warnings.pass_on()
             time.sleep(watch.SECONDS)
 
 
@@ -177,16 +228,19 @@ def main(argv: list[str]) -> None:
     folder = check_run(train_args, num_nodes * int(options.nproc_per_node))
     if relay.requested:
         end(STOPPED, "stopped before the ranks were started; the same command starts the run")
-    rank_watch = RankWatch(Path(options.log_dir))
+    rank_watch = RankWatch(Path(options.log_dir), set(options.local_ranks_filter.split(",")))
+    os.environ.setdefault("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", LABEL)
     try:
         torchrun.run(options)
     except ChildFailedError as e:
+        rank_watch.warnings.pass_on()
         for text in rank_watch.suspects.values():
             print(f"error: {text}", file=sys.stderr)
         print(e, file=sys.stderr)
         rank, failure = e.get_first_failure()
         mark_failed(folder, options.rdzv_id, f"rank {rank} ended with exit code {failure.exitcode}")
         sys.exit(1)
+    rank_watch.warnings.pass_on()
     sys.exit(exit_code(folder, options.rdzv_id, num_nodes))
 
 

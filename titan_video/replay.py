@@ -147,10 +147,9 @@ def run(folder: Path) -> None:
     checkpoint = find_checkpoint(dump_folder / config.checkpoint.folder, step["step"])
     model = load_model(config, spec, args, checkpoint, device)
     flow = expert_sigma_range(config.flow, config.model.expert, config.model.boundary or args.boundary)
-    seed, c = config.debug.seed, config.training
-    task = Denoising(
-        spec, args, FlowMatching(flow), whole_sequence(), device, seed, c.guidance, c.mixed_precision_param
-    )
+    t, seed = config.training, config.debug.seed
+    flow = FlowMatching(flow, t.loss, t.huber_c)
+    task = Denoising(spec, args, flow, whole_sequence(), device, seed, t.guidance, t.mixed_precision_param)
     paths = {clip["sample_id"]: clip["path"] for clip in step["clips"]}
     logger.info(f"it was: {step['fault']}")
     for path in sorted(folder.glob("rank-*.safetensors"), key=lambda path: int(path.stem.partition("-")[2])):

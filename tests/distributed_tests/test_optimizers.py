@@ -44,6 +44,7 @@ LAYOUTS = {
     "fsdp2 x tp2": {"dp_shard": 2, "tp": 2},
 }
 NAMES = ("AdamW", "AdamW8bit", "Muon")
+EVERY = (*NAMES, "torch.optim.NAdam")  # and one of another package, by name
 NUM_BATCHES = 4
 NO_FLOAT8 = Float8()
 
@@ -137,7 +138,7 @@ class Run:
 def one_process(tmp_path_factory):
     """Three steps; the state after two as step-2."""
     folder = tmp_path_factory.mktemp("one")
-    for name in NAMES:
+    for name in EVERY:
         run = Run("one", name)
         norms = [run.step(), run.step()]
         run.checkpoint(folder / name).save(2)
@@ -163,7 +164,7 @@ def differences(tensors, expected):
 def three_steps(layout, folder):
     """Names of what differs from one process in this layout."""
     wrong, run = [], None
-    for name in NAMES:
+    for name in EVERY:
         expected = torch.load(folder / f"{name}.pt")
         run = Run(layout, name)
         norms = [run.step(), run.step()]
@@ -190,7 +191,7 @@ def three_steps(layout, folder):
 def test_three_steps_equal_one_process(layout, one_process):
     world = 4 if "x" in layout else 2
     assert run_ranks(three_steps, world, layout, one_process, timeout=250) == [[]] * world
-    for name in NAMES:  # back to one process
+    for name in EVERY:  # back to one process
         run, expected = Run("one", name), torch.load(one_process / f"{name}.pt")["tensors"]
         assert run.checkpoint(one_process / layout / name).load() == 2
         run.step()

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from tests.helpers import free_port, run_ranks
 from tests.unit_tests.data_clips import captioned, flat_frames
 from titan_video.config.check import check
-from titan_video.config.job_config import Comm, Data, Encoder, JobConfig, Parallelism, Validation
+from titan_video.config.job_config import Comm, Data, Encoder, Job, JobConfig, Parallelism
 from titan_video.config.manager import ConfigError
 from titan_video.data.batching import Batching, Work
 from titan_video.data.loader import DrawPlan, EntryReader, LatentLoader
@@ -23,6 +23,7 @@ from titan_video.ingest import encode
 from titan_video.ingest.prepare import open_cache, prepare_clips
 from titan_video.ingest.video import UnusableClip
 from titan_video.models.conditioning import ConditioningSpec
+from titan_video.models.wan import FLAVORS
 from titan_video.online.setup import build_online_encoder, init_process_groups, run_encoder_rank
 
 ALL = ConditioningSpec(num_cond_frames=1, form="mask_first", image_tokens=257, pooled_text=True)
@@ -44,13 +45,12 @@ def build_loader(folder, section, data, conditioning, dims, channel, cache_name)
     """As train.py builds it, without a model."""
     encoders = build_encoders(section, "", "cpu")
     cache = open_cache(folder / cache_name, encoders, conditioning, None)
-    is_ahead = section.placement == "cached"
-    clips = prepare_clips(data, is_ahead, Validation(), folder / cache_name, encoders, cache, None)
+    config = JobConfig(job=Job(dump_folder=str(folder / cache_name)), encoder=section, data=data, comm=COMM)
+    clips = prepare_clips(config, FLAVORS["debug"], encoders, cache, None)
 
     def shape(bucket):
         return 16, (bucket[0] - 1) // 4 + 1, bucket[1] // 8, bucket[2] // 8
 
-    config = JobConfig(encoder=section, data=data, comm=COMM)
     online = build_online_encoder(config, encoders, cache, dims, channel, shape, 6)
     dp_rank = next(r for r, ranks in enumerate(dims.sample_groups()) if dist.get_rank() in ranks)
     draw_plan = DrawPlan(

@@ -252,6 +252,34 @@ def test_a_frozen_rank_ends_the_run_and_is_named(repo):
     assert (repo / "failed").read_text() == "rank 1 ended with exit code -9"
 
 
+def test_warnings_of_hidden_ranks_are_shown_once_with_the_rank_of_the_whole_run(repo):
+    """Two machines on this one: ranks 0 and 1, 2 and 3. Local rank 0 is shown."""
+    code = """
+import os
+rank = os.environ["RANK"]
+print("11-30 06:54:06 step of", rank, flush=True)
+if rank in "13":
+    print("11-30 06:54:06 WARNING a disk of rank", rank, "is full", flush=True)
+print("11-30 06:54:07 WARNING all say this", flush=True)
+watch.start(60.0)
+time.sleep(2.5)
+"""
+    text = TRAIN.replace("signals.install()\n", "signals.install()\n" + code)
+    (repo / "train.py").write_text(text.replace("status(int", "time.sleep(1); status(int"))
+    port = 29600 + os.getpid() % 300
+    env = {"NGPU": "2", "NNODES": "2", "RDZV_ID": "two", "RDZV_ENDPOINT": f"localhost:{port}"}
+    machines = [start(repo, "--end", "0", **env) for _ in range(2)]
+    outputs = [p.communicate(timeout=100)[0] for p in machines]
+    assert [p.returncode for p in machines] == [0, 0], outputs
+    whole = "".join(outputs)
+    for rank in "02":
+        assert whole.count(f"[rank{rank}]:11-30 06:54:06 step of {rank}\n") == 1, whole
+    for rank in "13":
+        assert whole.count(f"[rank{rank}]:11-30 06:54:06 WARNING a disk of rank {rank} is full\n") == 1, whole
+        assert f"step of {rank}" not in whole
+    assert all(output.count("WARNING all say this") == 1 for output in outputs), outputs
+
+
 @pytest.mark.parametrize("ranks, code", [("1", 0), ("1", 3), ("2", 3), ("2", 0)])
 def test_exit_code(repo, ranks, code):
     p = start(repo, "--end", str(code), NGPU=ranks)
@@ -533,6 +561,97 @@ def test_slurm_script(repo, signalled, status, code, requeued):
     assert words[-4:] == ["--job.config_file", "train_configs/debug.toml", "--training.steps", "9 9"]
     if signalled:
         assert (repo / "saved0").exists()
+
+
+SQUEUE = """#!/bin/bash
+[[ "$*" == "--noheader --jobs 4321 --format %o" ]] && echo "$ORIGINAL --training.steps 9"
+"""
+
+
+def submit(repo, cwd, *args, **env):
+    """Run the script as Slurm does, on a node whose train.py ends at once; returns its output and train.py's words."""
+    tools = repo / "tools"
+    tools.mkdir(exist_ok=True)
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("squeue", SQUEUE)):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    (repo / "python").write_text(TORCHRUN)
+    (repo / "python").chmod(0o755)
+    (repo / "train.py").write_text("")
+    spool = repo.parent / "spool"
+    spool.mkdir(exist_ok=True)
+    shutil.copy(repo / "multinode_trainer.slurm", spool / "slurm_script")
+    env = environment(
+        PYTHON=str(repo / "python"),
+        SLURM_SUBMIT_DIR=str(cwd),
+        SLURM_JOB_ID="4321",
+        SLURM_JOB_NODELIST="node[07-08]",
+        SLURM_JOB_NUM_NODES="2",
+        STATUS="finished 0 0",
+        **{"ORIGINAL": str(repo / "multinode_trainer.slurm"), **env},
+    )
+    env["PATH"] = f"{tools}:{env['PATH']}"
+    p = subprocess.run(["bash", str(spool / "slurm_script"), *args], cwd=cwd, env=env, timeout=60, **PIPES)
+    seen = [cwd / "torchrun.args", cwd / "status.args"]
+    words = [path.read_text().splitlines() for path in seen if path.exists()]
+    for path in seen:
+        path.unlink(missing_ok=True)
+    return p, [w[w.index("--job.config_file") :] for w in words]
+
+
+def test_sbatch_from_any_folder(repo, tmp_path):
+    """The script's own repository is used, also from the folder of another one; paths are relative to that folder."""
+    cwd = tmp_path / "work"
+    cwd.mkdir()
+    p, (run, status) = submit(repo, cwd, "--training.steps", "9")
+    assert p.returncode == 0, p.stdout
+    assert run == status == ["--job.config_file", f"{repo}/train_configs/debug.toml", "--training.steps", "9"]
+    (cwd / "ensure_env.sh").write_text("echo another repository; exit 3\n")
+    (cwd / "my.toml").touch()
+    p, (run, status) = submit(repo, cwd, CONFIG_FILE="my.toml")
+    assert p.returncode == 0 and run == status == ["--job.config_file", "my.toml"], p.stdout
+    (cwd / "ensure_env.sh").unlink()
+    p, words = submit(repo, cwd, ORIGINAL="/moved/multinode_trainer.slurm")
+    assert p.returncode == 1 and not words and "error: the repository is not found" in p.stdout
+
+
+def test_tasks_of_an_array_take_their_line(repo, tmp_path):
+    lines = (
+        "--optimizer.lr 1e-4\r\n# a comment\n--data.buckets '[[17, 64, 64]]' --job.description=\"two $HOME words\"\n"
+    )
+    (tmp_path / "sweep.txt").write_text(lines + "--job.dump_folder mine --optimizer.lr 3e-4\n--job.description 'open\n")
+    toml = ["--job.config_file", f"{repo}/train_configs/debug.toml"]
+
+    def task(number, *args, **env):
+        return submit(repo, tmp_path, *args, SLURM_ARRAY_TASK_ID=str(number), **env)
+
+    env = {"OPTIONS_FILE": "sweep.txt"}
+    folder = "--job.dump_folder"
+    p, (run, status) = task(1, "--training.steps", "9", **env)
+    assert p.returncode == 0, p.stdout
+    assert run == status == [*toml, "--training.steps", "9", folder, "outputs/sweep/1", "--optimizer.lr", "1e-4"]
+    _, (run, _) = task(3, folder, "there/x", **env)
+    buckets = ["--data.buckets", "[[17, 64, 64]]", "--job.description=two $HOME words"]
+    assert run == [*toml, folder, "there/x", folder, "there/x/3", *buckets]
+    _, (run, _) = task(4, f"{folder}=there", **env)
+    assert run[2:5] == [f"{folder}=there", folder, "there/4"] and run[5:] == [folder, "mine", "--optimizer.lr", "3e-4"]
+    for number, given, message in (
+        (2, env, "has no options on line 2"),
+        (9, env, "has no options on line 9"),
+        (5, env, "line 5 of sweep.txt has an open quote"),
+        (1, {"OPTIONS_FILE": "none.txt"}, "OPTIONS_FILE=none.txt is not a readable file"),
+        (1, {}, "a job array needs OPTIONS_FILE"),
+    ):
+        p, words = task(number, **given)
+        assert p.returncode == 1 and message in p.stdout and not words, p.stdout
+
+
+def test_tomls_of_several_machines_say_how_to_submit_them():
+    for path in (ROOT / "train_configs").glob("*.toml"):
+        head = path.read_text().partition("[job]")[0]
+        ranks = int(head.split()[3])
+        command = f"#   CONFIG_FILE=train_configs/{path.name} sbatch --nodes={ranks // 8} multinode_trainer.slurm "
+        assert (command in head) == (ranks > 8), path
 
 
 def test_a_mistake_is_reported_before_torchrun_starts(repo, tmp_path):

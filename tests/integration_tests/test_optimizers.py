@@ -5,6 +5,7 @@ for bit.
 import pytest
 
 from tests.integration_tests.test_resume import assert_same_checkpoint
+from titan_video.config.values import tomllib
 
 STEPS = {
     "training.steps": 24,
@@ -62,6 +63,26 @@ def test_low_precision_learns_and_resumes_bitwise(front, adamw):
     front.run("stopped", STEPS | BFLOAT16 | {"training.steps": 30}).fails_with(
         "resume with the optimizer that wrote it"
     )
+
+
+def test_an_optimizer_by_name_a_robust_loss_and_epochs(front):
+    """A run of one epoch on one rank; the same begun on two ranks, and resumed on one."""
+    options = {"optimizer.name": "torch.optim.NAdam", "optimizer.args.momentum_decay": 0.01}
+    options |= {"training.loss": "pseudo_huber", "training.huber_c": 0.5, "training.max_norm": 0.1}
+    epoch = {"training.steps": 10000, "training.epochs": 1, "lr_scheduler.warmup_steps": 4}
+    whole = front.run("whole", options | epoch).ok()
+    assert "training.epochs: 1 epochs of 12 clips = 6 steps" in whole.output and len(whole.records) == 6
+    config = tomllib.loads((whole.folder / "config.toml").read_text())
+    assert (config["training"]["steps"], config["training"]["epochs"]) == (6, 0)
+    assert config["optimizer"]["args"] == {"momentum_decay": 0.01}
+    assert [row["lr"] for row in whole.records][3:] == 3 * [config["optimizer"]["lr"]]
+    two = {"training.local_batch_size": 1, "training.steps": 4, "lr_scheduler.warmup_steps": 4}
+    front.run("begun", options | two, world=2).ok()
+    resumed = front.run("begun", options | epoch).ok()
+    for key in ("loss", "grad_norm", "lr"):
+        assert [row[key] for row in resumed.records] == pytest.approx([row[key] for row in whole.records], rel=1e-4)
+    squared = front.run("squared", {"training.steps": 1}).ok()
+    assert whole.records[0]["loss"] < 0.7 * squared.records[0]["loss"]
 
 
 def test_attention_and_kernels_are_chosen_by_name(front, adamw):

@@ -10,15 +10,8 @@ import pytest
 from benchmarks.house import OPTIONAL_PARTS, PACKAGE, optional_part
 from tests.helpers import run_ranks
 
-PROGRAMS = {
-    "planner",
-    "convert",
-    "download",
-    "sample",
-    "replay",
-    "ingest.importers",
-}  # started by hand, not by an option
-ALWAYS = {"supervision"}  # every run uses it where it is there
+PROGRAMS = {"planner", "convert", "download", "sample", "replay", "ingest.importers"}  # started by hand
+ALWAYS = {"supervision", "training.tensorboard_sink"}  # every run uses them where they are there
 AFTERWARDS = {"training.out_of_memory"}  # explains an error
 ASKING = {
     "models.hunyuan_video": {"model.name": "hunyuan_video"},
@@ -36,6 +29,7 @@ ASKING = {
     "optim.muon": {"optimizer.name": "Muon"},
     "optim.mixed": {"optimizer.name": "AdamW8bit"},
     "optim.in_backward": {"optimizer.in_backward": "true", "training.max_norm": 0},
+    "optim.by_name": {"optimizer.name": "torch.optim.RAdam"},
     "weights.original": {"checkpoint.last_save_in_hf": "true", "checkpoint.export_format": "original"},
     "weights.interim": {"checkpoint.export_every": 1},
     "training.wandb_sink": {"metrics.enable_wandb": "true"},
@@ -81,8 +75,9 @@ def test_every_part_is_tried():
 
 @pytest.mark.parametrize("part", OPTIONAL_PARTS)
 def test_the_debug_run_trains_without(part, front):
-    run = front.run("run", {"training.steps": 2}, hook=partial(hide, part)).ok()
-    assert len(run.records) == 2
+    options = {"training.steps": 2, "metrics.enable_tensorboard": str(part in ALWAYS).lower()}
+    run = front.run("run", options, hook=partial(hide, part)).ok()
+    assert len(run.records) == 2 and not (run.folder / "tb").exists() or part == "supervision"
 
 
 @pytest.mark.parametrize("part", ASKING)
@@ -115,7 +110,8 @@ def test_a_resolved_toml_is_read_without(part, resolved):
 
 
 def test_the_debug_run_loads_no_optional_part(front, tmp_path):
-    front.run("run", {"training.steps": 1}, hook=partial(note_modules, tmp_path / "modules.json")).ok()
+    options = {"training.steps": 1, "metrics.enable_tensorboard": "true"}
+    front.run("run", options, hook=partial(note_modules, tmp_path / "modules.json")).ok()
     loaded = json.loads((tmp_path / "modules.json").read_text())
     ours = [name for name in loaded if name.startswith(f"{PACKAGE}.")]
     assert len(ours) > 40

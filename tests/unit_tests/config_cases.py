@@ -29,6 +29,8 @@ def draw(kind, limits, rng):
         return rng.choice(get_args(kind))
     if kind is bool:
         return rng.random() < 0.5
+    if kind is dict:
+        return {"".join(rng.choices(LETTERS, k=5)): rng.choice([1, 0.5, True, "a b", [1, 2]]) for _ in range(3)}
     if "names" in limits:
         return rng.choice(limits["names"])
     if kind is str:
@@ -98,6 +100,7 @@ def wrong_types(kind):
         bool: ["true", 1, 0.0, [True]],
         int: ["3", 3.0, True, [3], 2**63, -(2**63) - 1, float("inf")],
         str: [3, 1.5, False, ["a"], "a\0b"],
+        dict: [3, "a", [{"a": 1}], {"a": {"b": 1}}],
         float: ["1e-4", True, [1.0], {"x": 1.0}, float("nan"), float("inf"), -float("inf"), 10**400],
     }[kind]
 

@@ -14,6 +14,7 @@ from titan_video.data.latent_cache import CachedClip
 from titan_video.data.loader import DrawPlan
 from titan_video.data.sampler import CostClass, GlobalSampler, fingerprint
 from titan_video.ingest.plan import Plan, PlanEntry
+from titan_video.ingest.prepare import num_steps
 from titan_video.ingest.report import report
 from titan_video.models.wan import SPEC
 
@@ -255,3 +256,27 @@ def test_the_sequence_is_the_same_for_all_pairs_of_degrees():
                 second.reset(json.loads(json.dumps(first.state_dict())))
                 found += [m for _ in range(24 - done) for m in draw_on_ranks(second, after)]
                 assert found == whole
+
+
+@pytest.mark.parametrize(
+    "sizes, classes, micro_batches, groups",
+    [
+        ([20], [CostClass((0,), 3)], 2, 1),
+        ([20, 7, 1], [CostClass((0,), 2), CostClass((1, 2), 2)], 2, 3),
+        ([20, 7, 5], [CostClass((0,), 1), CostClass((1,), 4), CostClass((2,), 3)], 2, 1),
+        ([20, 7, 5], [CostClass((0, 2), 1), CostClass((1,), 6)], 1, 2),
+    ],
+)
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_the_steps_of_epochs(sizes, classes, micro_batches, groups, epochs):
+    """The steps counted without drawing are those in which the sampler draws as many clips, and no fewer would do."""
+    sampler = GlobalSampler(sizes, classes, micro_batches, groups, seed=1, shuffle=True)
+    steps, before = num_steps(sampler, epochs), sampler.state_dict()
+    drawn = []
+    for _ in range(steps):
+        next(sampler)
+        drawn.append(sum(sampler.draws))
+    assert drawn[-1] >= epochs * sum(sizes) > (drawn[-2] if steps > 1 else 0)
+    group = micro_batches * max(c.clips for c in classes)
+    assert all(d >= epochs * size - group for d, size in zip(sampler.draws, sizes, strict=True))
+    assert before == GlobalSampler(sizes, classes, micro_batches, groups, seed=1, shuffle=True).state_dict()

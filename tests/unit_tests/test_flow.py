@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from tests.helpers import build_denoising
 from titan_video.config.job_config import Flow
+from titan_video.data.batch import Batch
 from titan_video.flow.matching import FlowMatching, interpolate, time_shift, velocity_target
 from titan_video.flow.noise import draw_noise, draw_uniform, drop_caption
 from titan_video.flow.solver import euler, guided, sampling_sigmas
+from titan_video.models.wan import SPEC, WanArgs
 
 GRID = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
 
@@ -128,3 +131,32 @@ def test_euler_follows_an_exact_straight_flow():
 def test_guidance_extrapolates():
     a, b = torch.tensor([2.0]), torch.tensor([1.0])
     assert guided(a, b, 1.0) == 2 and guided(a, b, 0.0) == 1 and guided(a, b, 5.0) == 6
+
+
+def test_pseudo_huber_is_the_square_of_small_errors_and_linear_in_large_ones():
+    c, error = 0.1, torch.tensor([0.0, 1e-6, -0.1, 0.5, -30.0], dtype=torch.float64)
+    penalty = FlowMatching(Flow(), "pseudo_huber", c).penalty
+    expected = 2 * c * ((error.square() + c**2).sqrt() - c)
+    assert torch.allclose(penalty(error), expected, rtol=1e-4, atol=1e-15)
+    assert torch.equal(FlowMatching(Flow()).penalty(error), error.square())
+    assert torch.allclose(FlowMatching(Flow(), "pseudo_huber", 1e6).penalty(error), error.square(), rtol=1e-9)
+    small = torch.tensor([1e-4, 1e-6])  # where float32 would lose the difference of the formula
+    assert torch.allclose(penalty(small), small.square(), rtol=1e-5)
+    error = torch.tensor([0.0, 3.0, -3.0], requires_grad=True)
+    penalty(error).sum().backward()
+    assert torch.allclose(error.grad, torch.tensor([0.0, 2 * c, -2 * c]), rtol=1e-2)
+
+
+def test_the_loss_of_a_task_is_the_sum_of_its_penalties_and_validation_squares():
+    task = build_denoising(SPEC, WanArgs(dim=128, num_heads=2, num_layers=1, ffn_dim=64), seed=3)
+    latents, text = torch.randn(2, 16, 3, 4, 4), torch.zeros(2, 1, 1)
+    batch = Batch({"video": latents}, text, torch.ones(2, 1, dtype=torch.bool), torch.tensor([4, 5]))
+    inputs = task.prepare(batch)
+    prediction = torch.randn_like(inputs.target_BLP)
+    errors = (prediction - inputs.target_BLP).flatten(1)
+    squares = errors.square().sum(1)
+    assert torch.equal(task.loss(prediction, inputs), squares)
+    task.flow = FlowMatching(Flow(), "pseudo_huber", 0.3)
+    expected = (2 * 0.3 * ((errors.square() + 0.09).sqrt() - 0.3)).sum(1)
+    assert torch.allclose(task.loss(prediction, inputs), expected, rtol=1e-5)
+    assert torch.equal(task.loss(prediction, inputs, penalty=torch.square), squares)

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from titan_video.config.job_config import Metrics
+from titan_video.tasks.task import Evaluation
 from titan_video.tools.logging import Progress, init_logger
 from titan_video.training import metrics
 from titan_video.training.metrics import MetricsLogger, StepMetrics
@@ -89,21 +91,47 @@ def test_nonfinite_numbers_stay_valid_json(tmp_path):
     assert math.isnan(float(first["loss"]))
 
 
+PREFIX = len("[titan] 11-30 06:54:06 ")
+
+
 def test_log_line(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     m = make(tmp_path, log_freq=4)
     for i in range(1, 5):
-        step(m, i, step_seconds=2.0 * i, data_seconds=0.1 * i)
+        step(m, i, step_seconds=20.0 * i, data_seconds=0.1 * i if i < 4 else 20)
     m.close()
     first, second = [r.getMessage() for r in caplog.records]
-    assert first.startswith("step:  1  loss:  0.33333  grad_norm:  0.1000  memory: ")
-    assert (
-        "GiB(" in first
-        and "tps: 500  tflops: 0.50  mfu: n/a  hfu: n/a  video_s/s: 5.00  data_wait: 5.0%  eta: 0:00:18" in first
-    )
-    # Steps 2, 3, 4 take 4 + 6 + 8 = 18 s: 12,000 tokens on 4 devices, 30 s of video, 6 steps of 6 s to go.
-    assert second.startswith("step:  4  loss:  0.16667")
-    assert "tps: 167  tflops: 0.17" in second and "video_s/s: 1.67  data_wait: 5.0%  eta: 0:00:36" in second
+    assert first.startswith("step: 1  loss: 0.3333  grad_norm: 0.100  lr: 0.00010  mem: ")
+    assert first.endswith("GiB  tps: 50  eta: 0h03m") and "mfu" not in first
+    # Steps 2, 3, 4 take 40 + 60 + 80 = 180 s: 12,000 tokens on 4 devices, 6 steps of 60 s to go.
+    assert second.startswith("step: 4 loss: 0.1667 grad_norm: 0.400 lr: 0.00010 mem: ")  # closer: it is longer
+    assert second.endswith("GiB tps: 17 data_wait: 11% eta: 0h06m")
+
+
+@pytest.mark.parametrize("number", [1, 10_000, 123_456_789])
+@pytest.mark.parametrize("value", [0.0, 1.23456789e-9, 12.3456789, 123456789.0, -9.87654321e37, math.nan, -math.inf])
+def test_a_log_line_has_120_columns_at_most(tmp_path, caplog, monkeypatch, number, value):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(metrics, "peak_flops", lambda device: 1.0)
+    m = make(tmp_path, enable_tensorboard=False, log_freq=1)
+    m.num_steps = 10**9
+    step(m, number, loss=value, grad_norm=value, lr=1.23456e-07, tokens=10**12, data_seconds=1.999)
+    m.close()
+    line = caplog.records[0].getMessage()
+    assert len(line) <= 120 - PREFIX and line.startswith(f"step: {number} ") and "lr: 1.2e-07" in line, line
+
+
+def test_the_usual_numbers_of_a_gpu_fit(tmp_path, caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(metrics, "peak_flops", lambda device: 989e12)
+    m = make(tmp_path, enable_tensorboard=False, log_freq=1)
+    m.num_steps = 20000
+    step(m, 12000, loss=0.12345, grad_norm=0.12345, lr=1e-4, tokens=12345 * 8, model_flops=840e12, data_seconds=0.01)
+    m.close()
+    line = caplog.records[0].getMessage()
+    assert len(line) <= 120 - PREFIX
+    for word in ("loss: 0.1235", "grad_norm: 0.123", "lr: 0.00010", "mem: ", "tps: 12,345", "mfu: 42%", "eta: 4h27m"):
+        assert word in line, line
 
 
 def test_utilisation_where_the_peak_is_known(tmp_path, caplog, monkeypatch):
@@ -112,7 +140,7 @@ def test_utilisation_where_the_peak_is_known(tmp_path, caplog, monkeypatch):
     m = make(tmp_path)
     step(m, 1)
     m.close()
-    assert "mfu: 10.00%  hfu: 20.00%" in caplog.records[0].getMessage()
+    assert "mfu: 10%" in caplog.records[0].getMessage()
     assert [events(tmp_path).Scalars(tag)[0].value for tag in ("mfu(%)", "hfu(%)")] == [10, 20]
 
 
@@ -124,13 +152,15 @@ def test_tensorboard_names_and_values(tmp_path):
     m.close()
     e = events(tmp_path)
     names = {
+        "Loss/training",
+        "Loss/held_out",
         "loss_metrics/global_avg_loss",
         "loss_metrics/global_max_loss",
         "grad_norm",
         "lr",
         "throughput(tps)",
-        "throughput(samples/s)",
-        "throughput(video_s/s)",
+        "throughput(samples_per_s)",
+        "throughput(video_s_per_s)",
         "tflops",
         "time_metrics/end_to_end(s)",
         "time_metrics/data_loading(s)",
@@ -152,12 +182,14 @@ def test_tensorboard_names_and_values(tmp_path):
     # Steps 5 and 6: 16 clips in 4 s.
     values = {tag: e.Scalars(tag)[0].value for tag in names}
     assert (
-        values["throughput(samples/s)"] == 4
+        values["throughput(samples_per_s)"] == 4
         and values["throughput(tps)"] == 500
         and values["time_metrics/data_loading(%)"] == 25
     )
+    assert values["Loss/training"] == values["loss_metrics/global_avg_loss"] == pytest.approx(1 / 8)
+    assert sorted({tag.partition("/")[0] for tag in names})[0] == "Loss" and all(tag.count("/") < 2 for tag in names)
     assert values["bucket/17x64x64"] == values["bucket/1x32x32"] == 0.5
-    assert values["validation/loss"] == 0.25 and values["memory/max_active(GiB)"] > 0
+    assert values["validation/loss"] == values["Loss/held_out"] == 0.25 and values["memory/max_active(GiB)"] > 0
 
 
 def test_resume_continues_the_same_files(tmp_path):
@@ -243,14 +275,17 @@ def test_a_crash_while_truncating_loses_nothing(tmp_path, monkeypatch):
     assert len(records(tmp_path)) == 3 and {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "tb"}
 
 
-def test_video_is_an_animated_image(tmp_path):
+def test_clips_are_animated_images(tmp_path):
     m = make(tmp_path)
     frames_FHWC = np.zeros((5, 16, 24, 3), dtype=np.uint8)
     for i in range(5):
         frames_FHWC[i, :, 4 * i : 4 * i + 4] = 255
-    m.log_video("samples/0", frames_FHWC, 8.0, 3)
+    prompt = "a cat/dog\n walks" + 20 * " and walks"
+    m.log_evaluation(3, Evaluation({}, [(prompt, torch.from_numpy(frames_FHWC))], folder="x"), 8.0, 1.0)
     m.close()
-    (event,) = events(tmp_path).Images("samples/0")
+    (tag,) = events(tmp_path).Tags()["images"]
+    assert tag.startswith("samples/0 a cat dog walks and walks") and tag.endswith("...") and len(tag) < 100
+    (event,) = events(tmp_path).Images(tag)
     image = Image.open(io.BytesIO(event.encoded_image_string))
     assert (event.step, event.width, event.height, image.format, image.n_frames, image.size) == (
         3,
@@ -264,16 +299,40 @@ def test_video_is_an_animated_image(tmp_path):
     assert np.asarray(image.convert("RGB"))[0, :, 0].tolist() == frames_FHWC[4, 0, :, 0].tolist()
 
 
+def test_config_tables_and_hyperparameters(tmp_path):
+    """What has one value is text; hyperparameters are in the same event file, and no second run appears."""
+    text = "[optimizer]\nlr = 0.5\nname = 'Muon'\n[ema]\nenable = true\n[job]\ndescription = 'not this'\n"
+    (tmp_path / "config.toml").write_text(text)
+    m = make(tmp_path)
+    m.log_table(0, {"clips": 1234567, "dropped/no caption": 3, "a|b": 0.5}, "data")
+    step(m, 1)
+    m.close()
+    assert records(tmp_path)[0]["data"] == {"clips": 1234567, "dropped/no caption": 3, "a|b": 0.5}
+    e = events(tmp_path)
+    assert not [tag for tag in e.Tags()["scalars"] if tag.startswith("data")]
+    shown = {tag: e.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in e.Tags()["tensors"] if "text" in tag}
+    assert shown["config/text_summary"] == f"```toml\n{text}\n```"
+    rows = shown["data/text_summary"].splitlines()
+    assert rows[2:] == ["| clips | 1,234,567 |", "| dropped/no caption | 3 |", "| a/b | 0.5 |"]
+    start = e.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    assert all(word in start for word in (b"optimizer.lr", b"optimizer.name", b"Muon", b"ema.enable"))
+    assert b"description" not in start
+    experiment = e.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    assert b"loss_metrics/global_avg_loss" in experiment and b"validation/loss" in experiment
+    assert "_hparams_/session_end_info" in e.summary_metadata
+    assert [path.name for path in (tmp_path / "tb").iterdir() if path.is_dir()] == []
+
+
 def test_other_ranks_and_a_disabled_tensorboard_write_nothing(tmp_path):
     m = make(tmp_path / "other", rank=1)
     step(m, 1)
     m.log_scalars(1, {"loss": 1.0})
-    m.log_video("x", np.zeros((1, 2, 2, 3), dtype=np.uint8), 8.0, 1)
+    m.log_table(1, {"clips": 1}, "data")
     m.close()
     assert not (tmp_path / "other").exists()
     m = make(tmp_path / "off", enable_tensorboard=False)
     step(m, 1)
-    m.log_video("x", np.zeros((1, 2, 2, 3), dtype=np.uint8), 8.0, 1)
+    m.log_table(1, {"clips": 1}, "data")
     m.close()
     assert [p.name for p in (tmp_path / "off").iterdir()] == ["metrics.jsonl"]
 
@@ -303,7 +362,7 @@ def test_log_lines_go_above_the_bar_on_a_terminal(monkeypatch, fresh_root_logger
     bar.close()
     text = screen.getvalue()
     line = next(part for part in text.splitlines() if "a line" in part)
-    assert "\033[33m[titan] " in line and "- root - WARNING - a line" in line and "it/s" not in line.split("[titan]")[1]
+    assert "\033[33m[titan] " in line and " WARNING a line" in line and "it/s" not in line.split("[titan]")[1]
     assert "6/10" in text.split("a line")[1] and "loss 0.5" in text
 
 
@@ -318,9 +377,19 @@ def test_plain_lines_elsewhere(monkeypatch, fresh_root_logger):
     logging.getLogger().info("a line")
     logging.getLogger().debug("not this")
     bar.close()
-    assert (
-        out.getvalue().startswith("[titan] ")
-        and out.getvalue().endswith(" - root - INFO - a line\n")
-        and out.getvalue().count("\n") == 1
-    )
+    assert re.fullmatch(r"\[titan\] \d\d-\d\d \d\d:\d\d:\d\d a line\n", out.getvalue())
     assert err.getvalue() == "" and "\033" not in out.getvalue()
+
+
+@pytest.mark.parametrize("rank, local_rank, shown", [(0, 0, 2), (1, 1, 2), (8, 0, 1), (9, 1, 2)])
+def test_of_several_machines_one_says_what_happens(monkeypatch, fresh_root_logger, rank, local_rank, shown):
+    """Under torchrun, which labels the lines: local rank 0 of another machine than the first only warns."""
+    out = io.StringIO()
+    monkeypatch.setattr("sys.stdout", out)
+    for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank), ("TORCHELASTIC_RUN_ID", "x")):
+        monkeypatch.setenv(name, str(value))
+    init_logger()
+    logging.getLogger().info("a line")
+    logging.getLogger().warning("a warning")
+    lines = out.getvalue().splitlines()
+    assert len(lines) == shown and re.fullmatch(r"[-\d]{5} [:\d]{8} WARNING a warning", lines[-1])

@@ -184,6 +184,8 @@ class CheckpointManager:
         if unused:
             self._log(f"{folder} also holds {', '.join(unused)}, which this run does not use", logging.WARNING)
         read_tensors(folder, metadata, self._live_tensors(), self.ranks.group)
+        for owner in (owner for owner in self.tensors.values() if isinstance(owner, OptimizerState)):
+            owner.loaded()
         for name, owner in states.items():
             try:
                 owner.load_state_dict(saved_states[name])

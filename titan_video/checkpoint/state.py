@@ -51,8 +51,12 @@ class OptimizerState:
         self.param_group = {param: group for group in optimizer.param_groups for param in group["params"]}
         self.params = {clean_name(name): param for name, param in model.named_parameters() if param in self.param_group}
         assert len(self.params) == len(self.param_group), "the optimizer holds parameters that are not the model's"
+        # Of an optimizer of another package: optim.by_name.NamedState.
+        self.named = optimizer.checkpoint_state(self.params) if hasattr(optimizer, "checkpoint_state") else None
 
     def state_dict(self) -> dict[str, Tensor]:
+        if self.named:
+            return self.named.state_dict()
         return {
             f"{name}.{slot}": value
             for name, param in self.params.items()
@@ -65,6 +69,8 @@ class OptimizerState:
 
         ValueError: another kind of optimizer wrote them.
         """
+        if self.named:
+            return self.named.allocate(saved)
         self.optimizer.state.clear()
         for key, entry in saved.items():
             name, _, slot = key.rpartition(".")
@@ -80,6 +86,11 @@ class OptimizerState:
                     f"needs {', '.join(expected)}: resume with the optimizer that wrote it, or start another run from "
                     f"its weights by checkpoint.initial_load_path"
                 )
+
+    def loaded(self) -> None:
+        """A load has filled the tensors of `state_dict`."""
+        if self.named:
+            self.named.loaded()
 
     def _empty(self, param: Tensor, slot: str, dtype: torch.dtype) -> Tensor:
         group = self.param_group[param]

@@ -122,6 +122,17 @@ class Training:
         ge=-1,
     )
     steps: int = opt(10000, "Optimizer steps of the whole run.", ge=1)
+    epochs: int = opt(
+        0,
+        "Instead of steps: passes over the training clips. The last step is filled with clips of the next pass.",
+        ge=0,
+    )
+    loss: Literal["mse", "pseudo_huber"] = opt(
+        "mse",
+        "Of each element's error d: d^2, or 2c (sqrt(d^2 + c^2) - c), which is near d^2 for errors below huber_c = c "
+        "and grows like 2c |d| above.",
+    )
+    huber_c: float = opt(0.1, "For pseudo_huber: the c above.", gt=0)
     max_norm: float = opt(1.0, "Clip the gradient norm to this value; 0: no clipping.", ge=0)
     mixed_precision_param: Literal["bfloat16", "float32"] = opt(
         "bfloat16", "Compute dtype of the model. Master weights, time embedding and modulation stay in float32."
@@ -143,10 +154,16 @@ class Training:
 
 @dataclass(frozen=True)
 class Optimizer:
-    name: Literal["AdamW", "AdamW8bit", "Muon"] = opt(
+    name: str = opt(
         "AdamW",
-        "AdamW8bit: AdamW with 8-bit moments for matrices. Muon: Muon for the matrices of the blocks and AdamW for all "
-        "other parameters, with one learning rate.",
+        "AdamW; AdamW8bit: AdamW with 8-bit moments for matrices; Muon: Muon for the matrices of the blocks and AdamW "
+        "for all other parameters, with one learning rate. Or `package.module.Class`: a subclass of "
+        "torch.optim.Optimizer of an installed package, such as torch.optim.RAdam.",
+    )
+    args: dict = opt(
+        {},
+        "For package.module.Class: further arguments of its constructor, the table [optimizer.args] or "
+        "`--optimizer.args.NAME VALUE`. lr and weight_decay are those of [optimizer].",
     )
     lr: float = opt(1e-4, "Peak learning rate.", gt=0)
     beta1: float = opt(0.9, "Decay of the first moment.", ge=0, lt=1)
@@ -165,7 +182,9 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class LrScheduler:
-    warmup_steps: int = opt(200, "Linear warm-up from 0.", ge=0)
+    warmup_steps: int = opt(
+        200, "Linear warm-up from 0; shorter, with a notice, in a run of fewer steps than this and the decay.", ge=0
+    )
     decay_ratio: float = opt(
         0.0, "The rate decays over this fraction of training.steps, at the end; 0: it stays constant.", ge=0, le=1
     )

@@ -198,7 +198,8 @@ def parse_args(argv: list[str]) -> JobConfig:
     typed: dict[str, dict[str, Any]] = {}
     for layer in (*layers, read_tables(raw, errors, convert_text)):
         for section, values in layer.items():
-            typed[section] = typed.get(section, {}) | values
+            table = typed.setdefault(section, {})
+            table |= {k: table.get(k, {}) | v if isinstance(v, dict) else v for k, v in values.items()}
     return _build(typed, errors)
 
 
@@ -217,7 +218,10 @@ def _split(argv: list[str], errors: list[str]) -> tuple[dict[str, str], dict[str
         if not equals:
             value = rest.popleft() if has_value else "true"
         section, _, last = name.partition(".")
+        last, _, key = last.partition(".")  # of a table whose names the user chooses
         option = options().get(f"{section}.{current_name(last, sections().get(section))}")
+        if key and option and option[0] is not dict:
+            option = None
         if name not in FILES and not option:
             closest = nearest(name, [*FILES, *options()])
             errors.append(f"{short(name)}: unknown option; nearest known name: {closest}")
@@ -229,7 +233,9 @@ def _split(argv: list[str], errors: list[str]) -> tuple[dict[str, str], dict[str
         elif name in FILES:
             files[name] = value
         else:
-            raw.setdefault(section, {})[last] = value
+            table = raw.setdefault(section, {})
+            earlier = table.get(last) if isinstance(table.get(last), dict) else {}
+            table[last] = {**earlier, key: value} if key else value
     return files, raw
 
 

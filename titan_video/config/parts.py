@@ -10,12 +10,14 @@ from titan_video.config.job_config import JobConfig
 from titan_video.tools.parts import find_module
 
 CHANGED = ()  # any value but the default
+DOTTED = (".",)  # any value with a dot
 PARTS = (  # (section or option, the values that ask for a part, the part)
     ("lora", CHANGED, "titan_video.lora"),
     ("float8", CHANGED, "titan_video.distributed.float8"),
     ("optimizer.name", ("Muon",), "titan_video.optim.muon"),
     ("optimizer.name", ("AdamW8bit", "Muon"), "titan_video.optim.low_bit"),  # stochastic rounding is there, too
     ("optimizer.name", ("AdamW8bit", "Muon"), "titan_video.optim.mixed"),
+    ("optimizer.name", DOTTED, "titan_video.optim.by_name"),
     ("training.dtype", ("bfloat16",), "titan_video.optim.low_bit"),
     ("training.dtype", ("bfloat16",), "titan_video.optim.mixed"),
     ("optimizer.in_backward", (True,), "titan_video.optim.in_backward"),
@@ -67,7 +69,8 @@ def _asked(config: JobConfig) -> Iterator[tuple[str, str]]:
     defaults = JobConfig()
     for option, values, part in PARTS:
         value = _value(config, option)
-        if value in values or (values is CHANGED and value != _value(defaults, option)):
+        is_changed = values is CHANGED and value != _value(defaults, option)
+        if value in values or is_changed or (values is DOTTED and "." in value):
             yield option, part
 
 

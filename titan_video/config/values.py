@@ -9,7 +9,7 @@ import operator
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import Field, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import SequenceMatcher
 from functools import cache
 from types import MappingProxyType
@@ -59,7 +59,7 @@ def get_limits(f: Field) -> dict[str, Any]:
 
 def default_text(f: Field) -> str:
     """A field's default, as TOML writes it."""
-    return json.dumps(f.default)
+    return json.dumps({} if f.default is MISSING else f.default)
 
 
 # ---- words for messages ----
@@ -79,6 +79,7 @@ def describe(kind: Any, limits: dict[str, Any], plural: bool = False) -> str:
         int: ("an integer", "integers"),
         float: ("a number", "numbers"),
         str: ("a string", "strings"),
+        dict: ("a table of numbers, strings, booleans and lists of these", ""),
     }
     bounds = " and ".join(f"{BOUNDS[name][0]} {bound}" for name, bound in limits.items())
     return f"{words[kind][plural]} {bounds}".rstrip()
@@ -162,6 +163,12 @@ def convert(value: Any, kind: Any, limits: dict[str, Any], where: str = "") -> A
         return tuple(_element(v, get_args(kind)[0], limits, f"{where}: item {i}") for i, v in enumerate(value))
     if is_dataclass(kind):
         return _table(value, kind, where)
+    if kind is dict:
+        if not isinstance(value, dict) or not all(
+            type(item) in (bool, int, float, str, list) for item in value.values()
+        ):
+            raise wrong()
+        return value
     choices = get_args(kind) if get_origin(kind) is Literal else limits.get("names")
     if choices:
         if value not in choices:
@@ -215,14 +222,16 @@ def _storable(text: str) -> bool:
 def convert_text(text: str, kind: Any, limits: dict[str, Any], where: str = "") -> Any:
     """A text of the command line as `kind`; see `convert`."""
     value: Any = text
-    if kind is bool:
+    if kind is dict and isinstance(text, dict):  # --section.field.name VALUE
+        value = {name: _toml_value(item) for name, item in text.items()}
+    elif kind is bool:
         value = {"true": True, "false": False}.get(text, text)
     elif kind is int and re.fullmatch(r"[+-]?[0-9]{1,20}", text):
         value = int(text)
     elif kind is float and re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text):
         value = float(text)
     elif get_origin(kind) is tuple and text.lstrip().startswith("["):
-        value = _toml_list(text)
+        value = _toml_value(text)
     elif get_origin(kind) is tuple and not _is_nested(get_args(kind)[0]):
         return tuple(convert_text(item.strip(), get_args(kind)[0], limits) for item in text.split(",")) if text else ()
     return convert(value, kind, limits, where)
@@ -232,7 +241,8 @@ def _is_nested(kind: Any) -> bool:
     return get_origin(kind) is tuple or is_dataclass(kind)
 
 
-def _toml_list(text: str) -> Any:
+def _toml_value(text: str) -> Any:
+    """A value as TOML writes it; any other text is a string."""
     try:
         (value,) = loads_toml(f"x = {text}").values()
     except ValueError:

@@ -104,9 +104,9 @@ class GlobalSampler(BaseNode[list[MicroBatch]]):
         step = []
         for _ in range(self.groups_per_step):
             group_clips = [c.clips * self.micro_batches for c in self.classes]
-            chosen = self.classes[self._next_turn([c.buckets for c in self.classes], group_clips)]
+            chosen = self.classes[self.next_turn([c.buckets for c in self.classes], group_clips)]
             for _ in range(self.micro_batches):
-                turn = self._next_turn([[b] for b in chosen.buckets], [chosen.clips] * len(chosen.buckets))
+                turn = self.next_turn([[b] for b in chosen.buckets], [chosen.clips] * len(chosen.buckets))
                 step.append(self._draw(chosen.buckets[turn], chosen.clips))
         return step
 
@@ -117,7 +117,7 @@ class GlobalSampler(BaseNode[list[MicroBatch]]):
         positions = [self._position(bucket, draw) for draw in range(first, first + count)]
         return MicroBatch(bucket, positions, list(range(first_id, first_id + count)))
 
-    def _next_turn(self, groups: Sequence[Sequence[int]], clips: Sequence[int]) -> int:
+    def next_turn(self, groups: Sequence[Sequence[int]], clips: Sequence[int]) -> int:
         """Which group of buckets is next. clips: how many each would draw."""
         drawn = [sum(self.draws[b] for b in group) for group in groups]
         sizes = [sum(self.sizes[b] for b in group) for group in groups]

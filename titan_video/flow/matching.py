@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from titan_video.config.job_config import Flow, JobConfig
+from titan_video.config.job_config import Flow, JobConfig, Training
 
 NUM_TRAIN_TIMESTEPS = 1000
 
@@ -54,14 +54,14 @@ def expert_sigma_range(section: Flow, expert: str, boundary: float) -> Flow:
 
 
 class FlowMatching:
-    """Sigmas and loss weights of one run.
+    """Sigmas, loss weights and the penalty of errors of one run. loss, huber_c: see `Training`.
 
     The density is truncated to [min_t, max_t] by drawing u between the values of its CDF there, so an expert trained on
     part of the range sees the shape of the full density over its part.
     """
 
-    def __init__(self, section: Flow):
-        self.section = section
+    def __init__(self, section: Flow, loss: str = "mse", huber_c: float = 0.0):
+        self.section, self.loss, self.huber_c = section, loss, huber_c
         self._mean_weights: dict[int, float] = {}
 
     @property
@@ -114,6 +114,17 @@ class FlowMatching:
             self._mean_weights[num_tokens] = float(_bell(grid).mean())
         return _bell(sigma_B) / self._mean_weights[num_tokens]
 
+    def penalty(self, error: Tensor) -> Tensor:
+        """Of each element's error d: d^2, or with c = huber_c the pseudo-Huber function 2c (sqrt(d^2 + c^2) - c).
+
+        That is d^2 (1 - d^2 / 4c^2 + ...) where d is far below c, so it tends to d^2 for large c, and grows like 2c |d|
+        where d is far above c. Scaled as loss_type = "huber" of kohya's sd-scripts; diffusion-pipe's pseudo_huber_c
+        leaves out the factor 2c. Charbonnier et al. 1997.
+        """
+        square, c = error.square(), self.huber_c
+        # The difference of two numbers, nearly equal for d far below c, as a quotient.
+        return square if self.loss == "mse" else 2 * c * square / ((square + c * c).sqrt() + c)
+
 
 def _bell(sigma: Tensor) -> Tensor:
     """exp(-2 (sigma - 1/2)^2), lowered to 0 at both ends."""
@@ -121,8 +132,10 @@ def _bell(sigma: Tensor) -> Tensor:
 
 
 def rules(config: JobConfig, world_size: int) -> Iterator[str]:
-    """Rules of the configuration about the trained sigmas, one line per mistake."""
-    m, f = config.model, config.flow
+    """Rules of the configuration about the trained sigmas and the loss, one line per mistake."""
+    m, f, t = config.model, config.flow, config.training
+    if t.loss == "mse" and t.huber_c != Training.huber_c:
+        yield f"training.huber_c: given {t.huber_c}, but training.loss is mse; set that to pseudo_huber"
     if f.min_t >= f.max_t:
         yield f"flow.min_t: given {f.min_t}; must be below flow.max_t, which is {f.max_t}"
     if m.expert != "all" and (f.min_t, f.max_t) != (0, 1):

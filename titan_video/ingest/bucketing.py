@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from titan_video.config.job_config import Data, JobConfig
+from titan_video.config.job_config import Data, JobConfig, Training
 from titan_video.config.values import nearest_multiples
 from titan_video.data.batching import Bucket
 from titan_video.models import get_args, get_spec
@@ -118,7 +118,15 @@ def is_upscaled(width: int, height: int, bucket: Bucket) -> bool:
 
 
 def rules(config: JobConfig, world_size: int) -> Iterator[str]:
-    """Rules of the configuration about the sizes that clips are brought to, one line per mistake."""
+    """Rules of the configuration about the sizes that clips are brought to and the passes over them, one line per
+    mistake.
+    """
+    t = config.training
+    if t.epochs and t.steps != Training.steps:
+        yield (
+            f"training.epochs: given {t.epochs}, and training.steps {t.steps} too; remove one of them "
+            f"(--training.steps {Training.steps}, the default, takes back what a TOML says)"
+        )
     geometry, patch = _geometry(config)
     yield from _bucket_rules(config.data, geometry, patch)
     for name in ("hdr", "bt709_lines", "video_as_image"):

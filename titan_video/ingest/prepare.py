@@ -4,14 +4,17 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from titan_video.config.job_config import Checkpoint, Data, JobConfig, Validation
+from titan_video.config.job_config import JobConfig, Validation
 from titan_video.data.latent_cache import CachedClip, LatentCache
+from titan_video.data.loader import LatentLoader
+from titan_video.data.sampler import GlobalSampler
 from titan_video.distributed.utils import broadcast_from_rank0, gather_objects
 from titan_video.encoders.spec import Encoders
 from titan_video.ingest.cache_keys import remove_partial_shards, write_manifest
@@ -20,6 +23,7 @@ from titan_video.ingest.captions import cut_prompts, with_cut_captions
 from titan_video.ingest.encode import encode_share, failed_clips, missing_jobs
 from titan_video.ingest.plan import Plan, build_plan
 from titan_video.ingest.resume import EarlierClips
+from titan_video.ingest.sampling_defaults import sampling_section
 from titan_video.ingest.text import read_prompts
 from titan_video.models.conditioning import ConditioningSpec
 from titan_video.models.spec import LatentGeometry
@@ -33,6 +37,7 @@ class Clips:
 
     prompts: what validation samples. of_prompts: the clips that these are captions of, or [].
     numbers: for the log: clips of the plan, those dropped by reason, and how fast they were encoded.
+    sampling: [validation], with the model's own values where it leaves them to the model.
     """
 
     training: list[CachedClip]
@@ -40,6 +45,7 @@ class Clips:
     prompts: list[str]
     of_prompts: list[CachedClip]
     numbers: dict[str, float]
+    sampling: Validation
 
 
 def open_cache(
@@ -95,23 +101,17 @@ def check_encoders(encoders: Encoders, args: Any, geometry: LatentGeometry, conf
 
 
 def prepare_clips(
-    data: Data,
-    is_ahead: bool,
-    validation: Validation,
-    folder: Path,
-    encoders: Encoders,
-    cache: LatentCache,
-    group: dist.ProcessGroup | None,
-    checkpoint: Checkpoint | None = None,
+    config: JobConfig, args: Any, encoders: Encoders, cache: LatentCache, group: dist.ProcessGroup | None
 ) -> Clips:
-    """Plan the clips and hold some out; encode all of them with `is_ahead`, else those that validation needs.
+    """Plan the clips and hold some out. With encoder.placement "cached" encode all of them, else those that validation
+    needs. args: the model's (see ModelSpec).
 
-    validation: as `sampling_section` returns it.
-
-    Plans are logged and written to `folder`. ValueError on all ranks when no clip is left, or when `folder` holds
-    checkpoints of other clips (checkpoint: the section that says where; None: there are none).
+    Plans are logged and written to job.dump_folder. ValueError on all ranks when no clip is left, or when that folder
+    holds checkpoints of other clips.
     """
-    v, num_workers = validation, data.num_workers
+    data, folder, checkpoint = config.data, Path(config.job.dump_folder), config.checkpoint
+    v, num_workers = sampling_section(config, args, data.sizes[0]), data.num_workers
+    is_ahead = config.encoder.placement == "cached"
     prompts = broadcast_from_rank0(lambda: _read_prompts(v, encoders), group)
     texts = prompts + sampled_negatives(v)
 
@@ -150,7 +150,8 @@ def prepare_clips(
         raise ValueError(
             "\n".join(f"{path}: {reason}; validation needs this clip: remove it" for path, reason in failed.items())
         )
-    return Clips(clips, held_out, prompts[: v.num_videos] or [clip.caption for clip in shown], shown, numbers)
+    of_prompts = prompts[: v.num_videos] or [clip.caption for clip in shown]
+    return Clips(clips, held_out, of_prompts, shown, numbers, v)
 
 
 def _read_prompts(v: Validation, encoders: Encoders) -> list[str]:
@@ -245,3 +246,32 @@ def encode_plan(
         plan.require_clips()
         clips = cached_clips(plan, cache, drop_apart=drop_apart)
     return clips, plan.counts() | numbers
+
+
+def with_steps(config: JobConfig, loader: LatentLoader) -> JobConfig:
+    """The configuration with training.epochs as training.steps; the same if it has none."""
+    if not (epochs := config.training.epochs):
+        return config
+    sampler = loader.draw_plan.sampler
+    steps = num_steps(sampler, epochs)
+    logger.info(f"training.epochs: {epochs} epochs of {sum(sampler.sizes)} clips = {steps} steps")
+    return replace(config, training=replace(config.training, epochs=0, steps=steps))
+
+
+def num_steps(sampler: GlobalSampler, epochs: int) -> int:
+    """The fewest steps that draw as many clips as `epochs` epochs have; each bucket has then had its share of them to
+    within one group.
+    """
+    classes = sampler.classes
+    per_group = [c.clips * sampler.micro_batches for c in classes]
+    total = epochs * sum(sampler.sizes)
+    if min(per_group) == max(per_group):
+        return -(-total // (per_group[0] * sampler.groups_per_step))
+    counter, steps = copy(sampler), 0
+    counter.draws = [0] * len(sampler.sizes)
+    while sum(counter.draws) < total:
+        for _ in range(sampler.groups_per_step):
+            turn = counter.next_turn([c.buckets for c in classes], per_group)
+            counter.draws[classes[turn].buckets[0]] += per_group[turn]  # turns depend on the sum over a class
+        steps += 1
+    return steps

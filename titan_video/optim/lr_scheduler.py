@@ -1,22 +1,27 @@
 """Warm-up, stable, decay: the learning rate as a function of the step alone."""
 
 import math
-from collections.abc import Iterator
 
 import torch
 
-from titan_video.config.job_config import JobConfig, LrScheduler
+from titan_video.config.job_config import LrScheduler
+from titan_video.tools.logging import logger
+
+
+def num_warmup_steps(total_steps: int, section: LrScheduler) -> int:
+    """`section.warmup_steps`, or in a run too short for these and the decay, what the decay leaves."""
+    return min(section.warmup_steps, total_steps - round(section.decay_ratio * total_steps))
 
 
 def lr_factor(step: int, total_steps: int, section: LrScheduler) -> float:
     """Fraction of the peak rate at optimizer step `step`, counted from 1.
 
-    It rises linearly from 1/warmup_steps to 1, stays at 1, and over the last decay_ratio of the run falls to
-    min_lr_factor, which the last step has.
+    It rises linearly from 1/W to 1 (W: `num_warmup_steps`), stays at 1, and over the last decay_ratio of the run falls
+    to min_lr_factor, which the last step has.
     """
-    if step <= section.warmup_steps:
-        return step / section.warmup_steps
-    decay_steps = round(section.decay_ratio * total_steps)
+    warmup_steps, decay_steps = num_warmup_steps(total_steps, section), round(section.decay_ratio * total_steps)
+    if step <= warmup_steps:
+        return step / warmup_steps
     if step <= total_steps - decay_steps:
         return 1.0
     progress = min((step - (total_steps - decay_steps)) / decay_steps, 1.0)
@@ -35,6 +40,11 @@ class Scheduler:
         self.section = section
         self.peak_lr = peak_lr
         self.total_steps = total_steps
+        if (steps := num_warmup_steps(total_steps, section)) < section.warmup_steps:
+            logger.info(
+                f"lr_scheduler.warmup_steps: {steps} instead of {section.warmup_steps}, as this run has {total_steps} "
+                f"steps, {total_steps - steps} of them decay"
+            )
 
     def set_step(self, step: int) -> float:
         """Set the rate of optimizer step `step`, counted from 1, and return it without any "lr_scale"."""
@@ -42,14 +52,3 @@ class Scheduler:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         return lr
-
-
-def rules(config: JobConfig, world_size: int) -> Iterator[str]:
-    """Rules of the configuration about the schedule, one line per mistake."""
-    steps, warmup, ratio = config.training.steps, config.lr_scheduler.warmup_steps, config.lr_scheduler.decay_ratio
-    decay = round(ratio * steps)
-    if warmup + decay > steps:
-        yield (
-            f"lr_scheduler.warmup_steps: given {warmup}, which with {decay} steps of decay (lr_scheduler.decay_ratio "
-            f"{ratio}) is more than training.steps {steps}; legal: at most {steps - decay}"
-        )

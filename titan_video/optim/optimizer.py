@@ -7,7 +7,7 @@
 
 AdamW of float32 weights is torch.optim.AdamW. Everything else, and every optimizer of bfloat16 weights, is
 `MixedOptimizer` (mixed.py, optional). There is always one optimizer with one state. Each tensor of the state has the
-rows of its weight and is sharded like it.
+rows of its weight and is sharded like it. A name with a dot is a class of another package (by_name.py, optional).
 """
 
 from collections.abc import Callable, Iterator
@@ -34,6 +34,7 @@ OPTIONAL = {
     "Muon": "titan_video.optim.mixed:MixedOptimizer",
     "bfloat16": "titan_video.optim.mixed:MixedOptimizer",
     "in_backward": "titan_video.optim.in_backward:InBackward",
+    "package.module.Class": "titan_video.optim.by_name:build",
 }
 
 
@@ -46,14 +47,14 @@ def new_slot(p: Tensor, kind: str, slot: str) -> Tensor:
 
 
 def updated_by(parameter: str, ndim: int, name: str, blocks: tuple[str, ...]) -> str:
-    """The kind (a key of `SLOTS`) that updates a parameter under optimizer.name = `name`.
+    """The kind (a key of `SLOTS`, or a name with a dot) that updates a parameter under optimizer.name = `name`.
 
     blocks: paths of the containers of blocks (ParallelPlan.blocks).
     """
     is_matrix = ndim == 2 and "modulation" not in parameter
     if name == "Muon":
         return "Muon" if is_matrix and parameter.startswith(tuple(f"{path}." for path in blocks)) else "AdamW"
-    return name if is_matrix else "AdamW"
+    return name if is_matrix or "." in name else "AdamW"
 
 
 def build_optimizer(
@@ -83,6 +84,9 @@ def build_optimizer(
         groups.setdefault(key, {"params": [], **group, "lr": section.lr * group["lr_scale"]})["params"].append(p)
     defaults = {"lr": section.lr, "betas": (section.beta1, section.beta2), "eps": section.eps}
     has_bfloat16 = any(p.dtype == torch.bfloat16 for p in names)
+    if "." in section.name:
+        build = resolve(OPTIONAL["package.module.Class"], asked_by=f"optimizer.name = {section.name}")
+        return build(list(groups.values()), section)
     if section.name == "AdamW" and not has_bfloat16:
         return torch.optim.AdamW(
             list(groups.values()),
@@ -105,8 +109,12 @@ def step_in_backward(optimizer: torch.optim.Optimizer) -> Any:
 
 def rules(config: JobConfig, world_size: int) -> Iterator[str]:
     """Rules of the configuration about the optimizer and the dtype of the weights, one line per mistake."""
-    t = config.training
-    if config.optimizer.name == "Muon" and config.lora.enable:
+    t, name = config.training, config.optimizer.name
+    if name not in SLOTS and "." not in name:
+        yield f"optimizer.name: given {name}; legal: one of {', '.join(SLOTS)}, or package.module.Class"
+    if config.optimizer.args and "." not in name:
+        yield f"optimizer.args: has no effect with optimizer.name {name}; remove the table, or name a package's class"
+    if name == "Muon" and config.lora.enable:
         yield (
             "optimizer.name: Muon orthogonalizes the updates of full weights, but lora.enable trains adapters only; "
             "choose AdamW or AdamW8bit"

@@ -82,9 +82,9 @@ class RankStep:
                 self.model, self.stages, spec.plan, meshes.pp, config.parallelism, dtype, cpu
             )
         self.shard = SequenceShard.from_meshes(meshes)
-        self.task = Denoising(
-            spec, args, FlowMatching(config.flow), self.shard, cpu, guidance_scale=config.training.guidance
-        )
+        t = config.training
+        flow = FlowMatching(config.flow, t.loss, t.huber_c)
+        self.task = Denoising(spec, args, flow, self.shard, cpu, guidance_scale=t.guidance)
 
     def run(self, tracker: StepTracker) -> None:
         """Forward and backward of the micro-batches that are counted, on fake tensors."""
@@ -165,6 +165,11 @@ def dry_run(config: JobConfig, world_size: int, rank: int = 0) -> Report:
         raise ValueError(
             "activation_checkpoint.mode: memory_budget needs the compiler, which a dry run does not use; try "
             "selective and full"
+        )
+    if "." in config.optimizer.name:
+        raise ValueError(
+            f"optimizer.name: the state of {config.optimizer.name} is not known here; try AdamW, whose state is 8 "
+            f"bytes for an element"
         )
     spec = get_spec(config.model.name)
     args = get_args(spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)

@@ -211,4 +211,4 @@ def state_bytes(kind: str, shape: tuple[int, ...]) -> int:
     numel = math.prod(shape)
     if kind == "AdamW8bit":
         return 2 * numel + 8 * shape[0] * -(-shape[1] // BLOCK)
-    return (8 if kind == "AdamW" else 4) * numel
+    return {"AdamW": 8, "Muon": 4}[kind] * numel

@@ -48,7 +48,8 @@ def _run(path: Path | None) -> None:
 def _write(path: Path) -> None:
     temporary = path.with_suffix(".tmp")
     try:
-        beat = {"pid": os.getpid(), "doing": heartbeat.describe(), "limit": _limit}
+        rank = int(os.environ.get("RANK", 0))
+        beat = {"pid": os.getpid(), "rank": rank, "doing": heartbeat.describe(), "limit": _limit}
         temporary.write_text(json.dumps(beat), encoding="utf-8")
         temporary.replace(path)
     except OSError:  # a full disk does not end the run: the launcher takes an old file for a frozen rank, so there must

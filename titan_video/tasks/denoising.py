@@ -1,7 +1,7 @@
 """The default task: predict the velocity of rectified flow (flow/matching.py).
 
 batch -- draw noise and sigma --> x_sigma = (1 - sigma) x_0 + sigma eps --> tokens of this rank --> model --> velocity
-loss = w(sigma) |velocity - (eps - x_0)|^2, summed over this rank's elements
+loss = w(sigma) |velocity - (eps - x_0)|^2, or its pseudo-Huber form, summed over this rank's elements
 """
 
 from collections.abc import Callable
@@ -109,9 +109,11 @@ class Denoising:
             cond_mask_BL=frames.mask_BL,
         )
 
-    def loss(self, prediction: Tensor, inputs: DenoisingInputs) -> Tensor:
-        """Weighted squared error of the velocity [B, L, P], summed over this rank's elements of each sample: [B],
-        float32.
+    def loss(
+        self, prediction: Tensor, inputs: DenoisingInputs, penalty: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """Weighted penalty of the velocity's error [B, L, P], summed over this rank's elements of each sample: [B],
+        float32. penalty: of each element; None: that of training.
 
         Padding and the tokens of conditioning frames do not count; `num_loss_elements` says how many do.
         """
@@ -119,7 +121,7 @@ class Denoising:
         if inputs.cond_mask_BL is not None:
             error = error.masked_fill(inputs.cond_mask_BL.unsqueeze(-1), 0)
         error = error[:, : inputs.num_valid]
-        return inputs.weight_B * error.square().flatten(1).sum(1)
+        return inputs.weight_B * (penalty or self.flow.penalty)(error).flatten(1).sum(1)
 
     def num_loss_elements(self, batch: Batch) -> int:
         latents = batch.streams["video"]

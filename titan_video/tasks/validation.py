@@ -95,6 +95,7 @@ class Validator:
     @torch.no_grad()
     def losses(self) -> dict[str, float]:
         """Mean squared error of the velocity on the held-out clips by noise level, and the mean; {} without clips.
+        Squared whatever training.loss is, so that runs can be compared.
 
         The noise of (clip, level) is the same at every call and in every layout: numbers are comparable.
         """
@@ -112,7 +113,7 @@ class Validator:
                 ids = torch.tensor([index * len(sigmas) + k])
                 noise = draw_noise(task.seed, ids, shape, task.device, stream="validation")
                 inputs = task.add_noise(batch, noise, sigma_B=sigma * torch.ones(1, device=task.device))
-                loss = task.loss(self.model(**inputs.kwargs), inputs).sum().item()
+                loss = task.loss(self.model(**inputs.kwargs), inputs, penalty=torch.square).sum().item()
                 if is_counted:
                     sums[k] += loss
                     counts[k] += task.num_loss_elements(batch)

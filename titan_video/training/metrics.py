@@ -1,11 +1,9 @@
 """What a run reports: each step in metrics.jsonl; every log_freq steps a log line and TensorBoard points."""
 
-import datetime
 import errno
 import json
 import math
 import os
-import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -21,9 +19,10 @@ from titan_video.distributed.activation_checkpoint import recomputed_flops
 from titan_video.tasks.task import BatchInfo, Evaluation
 from titan_video.tools.device import DeviceMemory, peak_flops, resident_memory
 from titan_video.tools.files import atomic_write, optional_write, writing
-from titan_video.tools.logging import Progress, logger, paint
-from titan_video.tools.parts import resolve
-from titan_video.tools.video import write_gif_bytes
+from titan_video.tools.logging import MAX_COLUMNS, PREFIX_COLUMNS, Progress, logger, paint
+from titan_video.tools.parts import find_module, resolve
+
+TENSORBOARD = "titan_video.training.tensorboard_sink"  # every run uses it where it is there
 
 
 def _plain(value: Any) -> Any:
@@ -95,34 +94,9 @@ class StepCost:
         return {"model_flops": model / self.ranks_per_sample, "hardware_flops": hardware / self.ranks_per_sample}
 
 
-# Fields of StepMetrics in metrics.jsonl.
+# Fields of StepMetrics in metrics.jsonl, and those whose sums over the steps since the last log line make rates.
 _RECORDED = ("loss", "max_loss", "grad_norm", "lr", "samples", "tokens", "step_seconds", "data_seconds")
-
-
-@dataclass
-class _Window:
-    """Sums over the steps since the last log line."""
-
-    steps: int = 0
-    seconds: float = 0.0
-    data_seconds: float = 0.0
-    tokens: int = 0
-    samples: int = 0
-    video_seconds: float = 0.0
-    model_flops: float = 0.0
-    hardware_flops: float = 0.0
-    buckets: Counter[str] = field(default_factory=Counter)
-
-    def add(self, metrics: StepMetrics, num_samples: int) -> None:
-        self.steps += 1
-        self.seconds += metrics.step_seconds
-        self.data_seconds += metrics.data_seconds
-        self.tokens += metrics.tokens
-        self.samples += num_samples
-        self.video_seconds += metrics.video_seconds
-        self.model_flops += metrics.model_flops
-        self.hardware_flops += metrics.hardware_flops
-        self.buckets[metrics.bucket] += 1
+_SUMMED = ("tokens", "video_seconds", "model_flops", "hardware_flops", "step_seconds", "data_seconds")
 
 
 class MetricsLogger:
@@ -146,7 +120,7 @@ class MetricsLogger:
         resume_step: int = 0,
         samples: int = 0,
     ):
-        self.enabled = rank == 0
+        self.enabled, self.sinks = rank == 0, []
         if not self.enabled:
             return
         self.log_freq = section.log_freq
@@ -155,7 +129,7 @@ class MetricsLogger:
         self.peak_flops = peak_flops(device)
         self.memory = DeviceMemory(device)
         self.memory.reset_peak()
-        self.window = _Window()
+        self.window: Counter[str] = Counter()
         self.samples = samples
         self.progress = Progress(num_steps, resume_step)
         folder = Path(dump_folder)
@@ -168,16 +142,10 @@ class MetricsLogger:
         with writing("metrics", self.path):
             self.file = self.path.open("ab", buffering=0)
         self.unwritten = b""  # whole records, while a full disk takes none
-        self.tensorboard, self.tb_folder = None, folder / section.save_tb_folder
-        if section.enable_tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # Its thread prints what the next `add_scalar` raises, where it is a warning.
-            threading.excepthook = lambda a: "board" in type(a.thread).__module__ or threading.__excepthook__(a)
-            # purge_step hides the points of an earlier run from there on.
-            with writing("TensorBoard events", self.tb_folder):
-                self.tensorboard = SummaryWriter(str(self.tb_folder), purge_step=last_step + 1, flush_secs=10)
-        self.sinks = [self.tensorboard] if self.tensorboard else []
+        self.tb_folder = folder / section.save_tb_folder
+        if section.enable_tensorboard and find_module(TENSORBOARD):
+            sink = resolve(f"{TENSORBOARD}:TensorboardSink", asked_by="metrics.enable_tensorboard = true")
+            self.sinks.append(sink(folder, self.tb_folder, last_step + 1))
         if section.enable_wandb:
             sink = resolve("titan_video.training.wandb_sink:WandbSink", asked_by="metrics.enable_wandb = true")
             self.sinks.append(sink(folder, is_resumed=resume_step > 0))
@@ -189,19 +157,20 @@ class MetricsLogger:
         extra = {**resident_memory(), **metrics.extra}
         numbers = {name: getattr(metrics, name) for name in _RECORDED}
         self._record({"step": step, **numbers, "time": time.time(), "bucket": metrics.bucket, **extra})
-        self.window.add(metrics, num_samples=metrics.samples - self.samples)
+        self.window.update({name: getattr(metrics, name) for name in _SUMMED})
+        self.window.update({"steps": 1, "samples": metrics.samples - self.samples, f"bucket/{metrics.bucket}": 1})
         self.samples = metrics.samples
         self.progress.update(step, f"loss {metrics.loss:.4f}")
         if step == 1 or step % self.log_freq == 0 or step == self.num_steps:
             self._report(step, metrics, extra)
-            self.window = _Window()
+            self.window.clear()
             self.memory.reset_peak()
 
     def _report(self, step: int, metrics: StepMetrics, extra: dict[str, float]) -> None:
         w, memory = self.window, self.memory.stats()
-        seconds = max(w.seconds, 1e-9)
-        tps = w.tokens / seconds / self.world_size
-        flops, hardware_flops = w.model_flops / seconds, w.hardware_flops / seconds
+        seconds, steps = max(w["step_seconds"], 1e-9), w["steps"]
+        tps = w["tokens"] / seconds / self.world_size
+        flops, hardware_flops = w["model_flops"] / seconds, w["hardware_flops"] / seconds
         scalars = {
             "loss_metrics/global_avg_loss": metrics.loss,
             "loss_metrics/global_max_loss": metrics.max_loss,
@@ -209,43 +178,44 @@ class MetricsLogger:
             "lr": metrics.lr,
             **extra,
             "throughput(tps)": tps,
-            "throughput(samples/s)": w.samples / seconds,
-            "throughput(video_s/s)": w.video_seconds / seconds,
+            "throughput(samples_per_s)": w["samples"] / seconds,
+            "throughput(video_s_per_s)": w["video_seconds"] / seconds,
             "tflops": flops / 1e12,
-            "time_metrics/end_to_end(s)": w.seconds / w.steps,
-            "time_metrics/data_loading(s)": w.data_seconds / w.steps,
-            "time_metrics/data_loading(%)": 100 * w.data_seconds / seconds,
-            **{f"bucket/{bucket}": count / w.steps for bucket, count in w.buckets.items() if bucket},
+            "time_metrics/end_to_end(s)": w["step_seconds"] / steps,
+            "time_metrics/data_loading(s)": w["data_seconds"] / steps,
+            "time_metrics/data_loading(%)": 100 * w["data_seconds"] / seconds,
+            **{name: count / steps for name, count in w.items() if name.startswith("bucket/") and metrics.bucket},
             **{f"memory/{name}": value for name, value in zip(_MEMORY_TAGS, asdict(memory).values(), strict=True)},
         }
-        mfu = hfu = "n/a"
         if self.peak_flops is not None:
             scalars |= {"mfu(%)": 100 * flops / self.peak_flops, "hfu(%)": 100 * hardware_flops / self.peak_flops}
-            mfu, hfu = f"{scalars['mfu(%)']:.2f}%", f"{scalars['hfu(%)']:.2f}%"
         self._scalars(step, scalars)
-        eta = datetime.timedelta(seconds=round((self.num_steps - step) * w.seconds / w.steps))
-        parts = (
-            paint(f"step: {step:2}", "red"),
-            paint(f"loss: {metrics.loss:8.5f}", "green"),
-            paint(f"grad_norm: {metrics.grad_norm:7.4f}", "yellow"),
-            paint(f"memory: {memory.max_reserved_gib:5.2f}GiB({memory.max_reserved_pct:.2f}%)", "cyan"),
-            paint(f"tps: {round(tps):,}", "blue"),
-            paint(f"tflops: {flops / 1e12:,.2f}", "cyan"),
-            paint(f"mfu: {mfu}", "magenta"),
-            f"hfu: {hfu}",
-            f"video_s/s: {scalars['throughput(video_s/s)']:.2f}",
-            f"data_wait: {scalars['time_metrics/data_loading(%)']:.1f}%",
-            f"eta: {eta}",
-        )
-        logger.info("  ".join(parts))
+        gib, mfu, wait = memory.max_reserved_gib, scalars.get("mfu(%)"), scalars["time_metrics/data_loading(%)"]
+        minutes = math.ceil((self.num_steps - step) * w["step_seconds"] / steps / 60)
+        words = {
+            "red": f"step: {step}",
+            "green": f"loss: {metrics.loss:#.4g}",
+            "yellow": f"grad_norm: {metrics.grad_norm:#.3g}",
+            "": f"lr: {metrics.lr:#.2g}",
+            "cyan": f"mem: {gib:.{1 if gib < 10 else 0}f}GiB",
+            "blue": f"tps: {tps:,.0f}",
+            "magenta": "" if mfu is None else f"mfu: {mfu:.0f}%",
+            "wait": f"data_wait: {wait:.0f}%" if wait >= 5 else "",
+            "eta": f"eta: {minutes // 60}h{minutes % 60:02}m",
+        }
+        logger.info(_fit({color: word for color, word in words.items() if word}))
 
     def log_scalars(self, step: int, scalars: dict[str, float], name: str = "validation") -> None:
         """Numbers that do not belong to a training step: one record {"step", "time", name: scalars} without a `loss`,
         and TensorBoard points `name/key`.
         """
-        if self.enabled:
-            self._record({"step": step, "time": time.time(), name: scalars})
-            self._scalars(step, {f"{name}/{key}": value for key, value in scalars.items()})
+        self.log_event(step, name, scalars)
+        self._scalars(step, {f"{name}/{key}": value for key, value in scalars.items()})
+
+    def log_table(self, step: int, numbers: dict[str, float], name: str) -> None:
+        """Numbers of a whole start, which TensorBoard shows as a table of text; the same record."""
+        self.log_event(step, name, numbers)
+        self._each_sink("add_table", name, numbers, step)
 
     def log_event(self, step: int, name: str, event: dict[str, Any]) -> None:
         """What happened beside the numbers: one record {"step", "time", name: event}."""
@@ -260,21 +230,8 @@ class MetricsLogger:
             self.file, self.unwritten = self.path.open("ab", buffering=0), b""
 
     def log_video(self, tag: str, frames_FHWC: np.ndarray, fps: float, step: int) -> None:
-        """A clip, uint8 RGB, as an animated image in TensorBoard.
-
-        (SummaryWriter.add_video needs an old version of moviepy.)
-        """
-        if not self.enabled or self.tensorboard is None:
-            return
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        _, height, width, _ = frames_FHWC.shape
-        image = Summary.Image(
-            height=height, width=width, colorspace=3, encoded_image_string=write_gif_bytes(frames_FHWC, fps)
-        )
-        with optional_write("TensorBoard events", self.tb_folder):
-            self.tensorboard._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
-            self.tensorboard.flush()
+        """A clip, uint8 RGB."""
+        self._each_sink("add_clip", tag, frames_FHWC, fps, step)
 
     def log_evaluation(self, step: int, found: Evaluation, fps: float, seconds: float) -> None:
         """Numbers and sampled clips of a validation that took `seconds`."""
@@ -282,10 +239,10 @@ class MetricsLogger:
             return
         if found.scalars:
             self.log_scalars(step, found.scalars)
-            numbers = "  ".join(f"{name} {value:.4f}" for name, value in found.scalars.items())
+            numbers = "  ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in found.scalars.items())
             logger.info(f"validation at step {step}: {numbers}")
         for i, (prompt, frames) in enumerate(found.clips):
-            self.log_video(f"samples/{i} {prompt}", frames.numpy(), fps, step)
+            self.log_video(f"samples/{i} {prompt.replace('/', ' ')}", frames.numpy(), fps, step)
         sampled = f", {len(found.clips)} clips sampled to {found.folder}" if found.clips else ""
         logger.info(f"validation took {seconds:.1f} s{sampled}")
 
@@ -294,9 +251,7 @@ class MetricsLogger:
             return
         self.progress.close()
         self.file.close()
-        for sink in self.sinks:
-            with optional_write("TensorBoard events", self.tb_folder):
-                sink.close()
+        self._each_sink("close")
 
     def _record(self, record: dict[str, Any]) -> None:
         self.unwritten += json.dumps(_plain(record), allow_nan=False).encode() + b"\n"
@@ -311,17 +266,23 @@ class MetricsLogger:
                 raise
 
     def _scalars(self, step: int, scalars: dict[str, float]) -> None:
+        for name, value in scalars.items():
+            self._each_sink("add_scalar", name, value, step)
+
+    def _each_sink(self, method: str, *args: Any) -> None:
         for sink in self.sinks:
             with optional_write("TensorBoard events", self.tb_folder):
-                for name, value in scalars.items():
-                    sink.add_scalar(name, value, step)
+                getattr(sink, method)(*args)
 
 
-_MEMORY_TAGS = (  # in the order of the fields of MemoryStats
-    "max_active(GiB)",
-    "max_active(%)",
-    "max_reserved(GiB)",
-    "max_reserved(%)",
-    "num_alloc_retries",
-    "num_ooms",
-)
+def _fit(words: dict[str, str]) -> str:
+    """{colour: word} in the columns of a line: in double spaces, else in single ones, else without the last words."""
+    columns = MAX_COLUMNS - PREFIX_COLUMNS
+    gap = "  " if len("  ".join(words.values())) <= columns else " "
+    while len(gap.join(words.values())) > columns:
+        words.popitem()
+    return gap.join(paint(word, color) for color, word in words.items())
+
+
+# In the order of the fields of MemoryStats.
+_MEMORY_TAGS = "max_active(GiB) max_active(%) max_reserved(GiB) max_reserved(%) num_alloc_retries num_ooms".split()

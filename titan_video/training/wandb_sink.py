@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import read_file
 from titan_video.tools.files import atomic_write
@@ -20,7 +22,7 @@ RUN_ID = "wandb_run_id"
 
 
 class WandbSink:
-    """Used like a TensorBoard SummaryWriter: `add_scalar`, `close`.
+    """Used like tensorboard_sink.TensorboardSink.
 
     folder: the run's; the package writes its own files in `wandb` there. is_resumed: continue the run of that folder.
     ValueError: the service does not let the run start, for example without a login.
@@ -45,6 +47,13 @@ class WandbSink:
     def add_scalar(self, name: str, value: float, step: int) -> None:
         """Steps must not decrease. The package gathers the scalars of a step and sends them with the next one."""
         self.run.log({name: value}, step=step)
+
+    def add_table(self, name: str, numbers: dict[str, float], step: int) -> None:
+        for key, value in numbers.items():
+            self.add_scalar(f"{name}/{key}", value, step)
+
+    def add_clip(self, tag: str, frames_FHWC: np.ndarray, fps: float, step: int) -> None:
+        """Nothing: clips stay here."""
 
     def close(self) -> None:
         self.run.finish()
