@@ -38,6 +38,7 @@ OPTIONAL_PARTS = (  # each can be deleted alone; modules and packages, without `
     "kernels.attention_backends",
     "distributed.float8",
     "distributed.offload",
+    "distributed.block_swap",
     "distributed.async_tensor_parallel",
     "distributed.pipeline_parallel",
     "distributed.context_parallel",

@@ -21,6 +21,7 @@ PARTS = (  # (section or option, the values that ask for a part, the part)
     ("optimizer.in_backward", (True,), "titan_video.optim.in_backward"),
     ("checkpoint.export_format", ("original", "single_file", "comfyui"), "titan_video.weights.original"),
     ("activation_checkpoint.offload", (True,), "titan_video.distributed.offload"),
+    ("training.swap_blocks", CHANGED, "titan_video.distributed.block_swap"),
     ("parallelism.context_parallel_degree", CHANGED, "titan_video.distributed.context_parallel"),
     ("parallelism.pipeline_parallel_degree", CHANGED, "titan_video.distributed.pipeline_parallel"),
     ("parallelism.enable_async_tensor_parallel", (True,), "titan_video.distributed.async_tensor_parallel"),

@@ -40,7 +40,7 @@ _KEY_DIM = {
     "flex_attention": -2,  # visible in a compiled block only
 }
 _RING = "titan_video::ring_attention"  # its argument 3 is the number of keys on all ranks
-_MATMULS = ("aten::mm", "aten::addmm")
+_MATMULS = ("aten::mm", "aten::addmm", "titan_video::frozen_linear")
 
 
 def apply_activation_checkpoint(

@@ -37,7 +37,9 @@ class Adapter(nn.Module):
         self.up = nn.Parameter(torch.empty(linear.out_features, rank, **like))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, local_shard(self.down)) * self.scale, local_shard(self.up))
+        # One rank has no FSDP that casts them (see `apply_fsdp`).
+        down, up = local_shard(self.down).to(x.dtype), local_shard(self.up).to(x.dtype)
+        return F.linear(F.linear(x, down) * self.scale, up)
 
 
 def add_adapters(model: nn.Module, spec: ModelSpec, section: Lora, dtype: torch.dtype) -> None:
@@ -97,6 +99,16 @@ def rules(config: JobConfig, world_size: int) -> Iterator[str]:
         )
     if lora.enable and "comfyui" in lora.export and not find_module(ORIGINAL):
         yield f"lora.export: comfyui needs the optional part {ORIGINAL.replace('.', '/')}, which is not installed here"
+    if lora.base_dtype and not lora.enable:
+        yield (
+            f"lora.base_dtype: given {lora.base_dtype}, but lora.enable is false; only frozen weights are quantized: "
+            f"enable it, or leave this empty"
+        )
+    if lora.base_dtype and config.float8.enable:
+        yield (
+            "lora.base_dtype: quantized weights are multiplied in training.mixed_precision_param; leave it empty, or "
+            "float8.enable false"
+        )
     if lora.initial_load_path and not lora.enable:
         yield (
             f"lora.initial_load_path: given {lora.initial_load_path}, but lora.enable is false; enable it, or leave "

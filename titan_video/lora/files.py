@@ -31,7 +31,8 @@ from titan_video.distributed.fsdp import reshard
 from titan_video.distributed.utils import broadcast_from_rank0, clean_name
 from titan_video.kernels import upcast
 from titan_video.lora.adapters import NAME, Adapter, add_adapters
-from titan_video.models.layers import is_adapter
+from titan_video.lora.quantized_base import dequantized, quantized_linears
+from titan_video.models.layers import is_adapter, is_added
 from titan_video.models.spec import ModelSpec
 from titan_video.tools.bounded import parse_json, short
 from titan_video.tools.files import atomic_path
@@ -206,6 +207,7 @@ def run_on_rank0(function: Callable[[], None]) -> None:
 
 class MergedWeights(Mapping[str, Tensor]):
     """The frozen weights that this rank has, by name, with their adapters merged in, in float32: for `save_hf`.
+    Quantized weights are those that they were trained on: what their codes stand for.
 
     A weight is computed when it is asked for, by all ranks that have a shard of it.
     adapters: used instead of the model's own, by the same names (their EMA, for example).
@@ -214,14 +216,16 @@ class MergedWeights(Mapping[str, Tensor]):
     def __init__(self, model: nn.Module, adapters: dict[str, Tensor] | None = None):
         reshard(model)
         params = {clean_name(name): p.detach() for name, p in model.named_parameters()}
-        self.frozen = {name: p for name, p in params.items() if not is_adapter(name)}
+        self.frozen = {name: p for name, p in params.items() if not is_added(name)}
+        self.quantized = quantized_linears(model)
         self.adapters = adapters or {name: p for name, p in params.items() if is_adapter(name)}
         self.scales = {
             clean_name(name): module.scale for name, module in model.named_modules() if isinstance(module, Adapter)
         }
 
     def __getitem__(self, name: str) -> Tensor:
-        full = upcast(_full_tensor(self.frozen[name]))
+        full = _full_tensor(self.frozen[name])
+        full = upcast(dequantized(full, self.quantized[name]) if name in self.quantized else full)
         adapter = f"{name.removesuffix('.weight')}.{NAME}"
         if adapter not in self.scales or not name.endswith(".weight"):
             return full

@@ -12,8 +12,10 @@ from titan_video.config.job_config import Lora
 from titan_video.distributed.utils import broadcast_from_rank0, initialise
 from titan_video.lora.adapters import add_adapters, init_adapter
 from titan_video.lora.files import MergedWeights, are_exported, load_lora, lora_path, save_lora
+from titan_video.lora.quantized_base import fill_quantized, quantize_base
 from titan_video.models.layers import is_adapter
 from titan_video.tools.logging import logger
+from titan_video.weights.pipeline_folder import is_checkpoint
 from titan_video.weights.trained import FullWeights
 
 
@@ -23,11 +25,18 @@ class LoraWeights(FullWeights):
     is_saved = staticmethod(is_adapter)
 
     def prepare(self, model: nn.Module) -> None:
-        """Freeze the model, in training.mixed_precision_param, and add float32 adapters."""
-        add_adapters(model, self.spec, self.settings.lora, getattr(torch, self.settings.training.mixed_precision_param))
+        """Freeze the model, in training.mixed_precision_param, add float32 adapters, quantize if lora.base_dtype."""
+        lora = self.settings.lora
+        add_adapters(model, self.spec, lora, getattr(torch, self.settings.training.mixed_precision_param))
+        if lora.base_dtype:
+            quantize_base(model, self.spec.plan, lora.base_dtype)
 
     def load_frozen(self, model: nn.Module) -> None:
-        self.load_base(model, which=lambda name: not is_adapter(name))
+        if not self.settings.lora.base_dtype:
+            return self.load_base(model, which=lambda name: not is_adapter(name))
+        # A step folder is read by one collective call: its weights are wide in host memory for a while.
+        fill_quantized(model, self.fill, at_once=bool(self.source) and is_checkpoint(Path(self.source)))
+        logger.info(f"weights from {self.source or 'the seed'}, stored in {self.settings.lora.base_dtype}")
 
     def load_initial(self, model: nn.Module) -> None:
         path = self.settings.lora.initial_load_path
@@ -57,13 +66,16 @@ class LoraWeights(FullWeights):
 
 
 class LoraState:
-    """What the adapters in a checkpoint belong to: their scale, and the frozen weights, which no checkpoint holds.
+    """What the adapters in a checkpoint belong to: their scale, and the frozen weights, which no checkpoint holds, and
+    the type in which these were stored.
 
     frozen: identity of the frozen weights.
     """
 
     def __init__(self, section: Lora, frozen: str):
         self.state = {"scale": section.alpha / section.rank, "frozen": frozen}
+        if section.base_dtype:  # earlier checkpoints do not say
+            self.state["base_dtype"] = section.base_dtype
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.state)
@@ -75,6 +87,11 @@ class LoraState:
             raise ValueError(
                 f"lora.alpha / lora.rank is {self.state['scale']:g}, but the checkpoint's adapters were trained with "
                 f"{state['scale']:g}: set alpha to {state['scale']:g} x rank{new_run}"
+            )
+        if state.get("base_dtype", "") != self.state.get("base_dtype", ""):
+            raise ValueError(
+                f"lora.base_dtype is {self.state.get('base_dtype', '')!r}, but the checkpoint's adapters were trained "
+                f"with {state.get('base_dtype', '')!r}: set it to that{new_run}"
             )
         if state["frozen"] != self.state["frozen"]:
             raise ValueError(

@@ -113,8 +113,8 @@ def local_shard(weight: Tensor) -> Tensor:
 class Linear(nn.Linear):
     """A Linear of a block: plain tensors in and out, under tensor parallel too.
 
-    adapter: a module whose output is added (lora/adapters.py), or None. linear_fn: F.linear, or the same in float8
-    (distributed/float8.py).
+    adapter: a module whose output is added (lora/adapters.py), or None. linear_fn: F.linear, the same in float8
+    (distributed/float8.py), or a module that multiplies by quantized weights (lora/quantized_base.py).
     """
 
     def __init__(self, in_features: int, out_features: int):
@@ -148,6 +148,11 @@ class FeedForward(nn.Module):
 def is_adapter(name: str) -> bool:
     """Whether a parameter, by its clean name, belongs to the `adapter` of a Linear."""
     return name.rsplit(".", 2)[-2:-1] == ["adapter"]
+
+
+def is_added(name: str) -> bool:
+    """Whether a parameter, by its clean name, is not the architecture's: of an adapter, or a quantized weight's scale."""
+    return is_adapter(name) or name.endswith(".linear_fn.scale")
 
 
 def cast_params(model: nn.Module, fp32: tuple[str, ...], dtype: torch.dtype) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from titan_video.planner.step_tracker import TEMPORARY, Collective
 
 OFFLOADED = "offloaded activations"
+SWAPPED = "swapped weights"
 STATE = ("parameters", "optimizer", "ema", "gradients")  # in host memory with training.enable_cpu_offload
 CATEGORIES = (  # in the order in which they are printed
     "parameters",
@@ -18,6 +19,7 @@ CATEGORIES = (  # in the order in which they are printed
     "activations",
     TEMPORARY,
     OFFLOADED,
+    SWAPPED,
 )
 UNCOUNTED = (
     "Not counted: the CUDA context, NCCL's buffers, gaps that the allocator leaves, workspaces of matrix "
@@ -91,7 +93,7 @@ def _memory_table(report: Report, state_on_host: bool) -> list[str]:
     for category in CATEGORIES:
         largest, at_peak = report.largest.get(category, 0), report.at_peak.get(category, 0)
         if largest:
-            is_on_host = category == OFFLOADED or (state_on_host and category in STATE)
+            is_on_host = category in (OFFLOADED, SWAPPED) or (state_on_host and category in STATE)
             place = "  on the host" if is_on_host else ""
             lines.append(f"{category:<20}{at_peak / GIB:>12.2f}{largest / GIB:>10.2f}{place}")
     return [*lines, f"{'total':<20}{report.total / GIB:>12.2f}"]

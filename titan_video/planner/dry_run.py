@@ -8,9 +8,9 @@ schedule. What is allocated, sent and computed is counted (step_tracker.py) and 
 but the TOML, and with model.flavor hf the folder's config.json.
 
 Operators save what they save on a GPU: attention its output and log-sum-exp, RMSNorm its input and one number a row.
-The fused kernels, which save less, are counted where model.kernels is triton; auto is counted as torch, on the safe
-side. Compile is off: it fuses elementwise operators, so a compiled step needs less than is printed. Float8 is off: it
-saves the same.
+The fused kernels are counted where a GPU has them: unless model.kernels is torch. Compile is off, but for the
+feed-forward, of which a compiled block saves more: it fuses elementwise operators, so a compiled step needs less than
+is printed. Float8 is off: it saves the same.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from titan_video.models.layers import token_shape
 from titan_video.models.spec import ModelSpec
 from titan_video.optim.optimizer import updated_by
 from titan_video.planner import fake
-from titan_video.planner.describe import OFFLOADED, STATE, Report, describe
+from titan_video.planner.describe import OFFLOADED, STATE, SWAPPED, Report, describe
 from titan_video.planner.memory import state_bytes
 from titan_video.planner.step_tracker import StepTracker
 from titan_video.tasks.denoising import Denoising, DenoisingInputs
@@ -99,7 +99,8 @@ class RankStep:
                 self.pipeline.state(self.prepare(batches[0]))  # infers shapes, before anything is counted
             is_offloading = self.config.activation_checkpoint.offload
             offload = fake.watch_offload(tracker) if is_offloading else nullcontext()
-            with tracker, fake.gpu_operators(self.config.model.kernels), offload:
+            operators = fake.gpu_operators(self.config.model.kernels, self.config.compile.enable)
+            with tracker, operators, offload:
                 self._create_state(tracker)
                 fake.watch_forwards(self.model, tracker)
                 fake.watch_recomputation(self.model, self.spec.plan, tracker)
@@ -126,6 +127,7 @@ class RankStep:
                 p.register_post_accumulate_grad_hook(free)
             if self.size.accumulation > 1 and p.requires_grad:
                 p.grad = torch.zeros_like(p)
+        fake.watch_swap(self.model, tracker)
 
     def _forward_backward(self, batches: list[Batch], tracker: StepTracker) -> None:
         for batch in batches:
@@ -179,7 +181,7 @@ def dry_run(config: JobConfig, world_size: int, rank: int = 0) -> Report:
         tracker = StepTracker(fake.get_axes(meshes), bodies=fake.operator_bodies())
         step.run(tracker)
         static = static_bytes(step.model, config.optimizer.name, spec.plan.blocks, config.ema.enable)
-    host = (OFFLOADED, *(STATE if config.training.enable_cpu_offload else ()))
+    host = (OFFLOADED, SWAPPED, *(STATE if config.training.enable_cpu_offload else ()))
     peak = tracker.peak(on_host=host)
     largest, at_peak = peak.largest | static, peak.at_peak | static
     blocks = step.stages.blocks if step.stages else {}

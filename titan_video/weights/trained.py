@@ -72,15 +72,19 @@ class FullWeights:
 
     def load_base(self, model: nn.Module, which: Callable[[str], bool] | None = None) -> None:
         """Fill the parameters that `which` accepts by name (None: all) from `source`."""
+        self.fill(model, which)
+        if self.source:
+            logger.info(f"weights from {self.source}")
+
+    def fill(self, model: nn.Module, which: Callable[[str], bool] | None = None) -> None:
+        """`load_base` without a line in the log."""
         source = self.source
         if not source:
             initialise(model, self.spec.init_parameter, self.settings.seed, which)
-            return
-        if is_checkpoint(Path(source)):
+        elif is_checkpoint(Path(source)):
             load_weights(Path(source), model, group=self.group, which=which)
         else:
-            load_hf(model, source, self.spec, self.args, self.subfolder)
-        logger.info(f"weights from {source}")
+            load_hf(model, source, self.spec, self.args, self.subfolder, which)
 
     def counters(self) -> dict[str, Stateful]:
         """Further state of checkpoints."""
