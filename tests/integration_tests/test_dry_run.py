@@ -22,7 +22,12 @@ from titan_video.planner.memory import estimate, state
 from titan_video.planner.traffic import exchange_bytes
 
 TOMLS = sorted((ROOT / "train_configs").glob("*.toml"))
-SMALL = {"data.buckets": "[[17,128,128]]", "training.local_batch_size": 2, "activation_checkpoint.save_min_kv": 100}
+SMALL = {
+    "data.buckets": "[[17,128,128]]",
+    "training.local_batch_size": 2,
+    "activation_checkpoint.save_min_kv": 100,
+    "model.kernels": "torch",
+}
 BFLOAT16 = {"training.mixed_precision_param": "bfloat16"}
 BFLOAT16_WEIGHTS = {**BFLOAT16, "training.dtype": "bfloat16", "ema.enable": "true"}
 IN_BACKWARD = {"optimizer.in_backward": "true", "training.max_norm": 0}
@@ -30,6 +35,7 @@ FULL = {"activation_checkpoint.mode": "full"}
 SELECTIVE = {"activation_checkpoint.mode": "selective"}
 MATMUL = {**SELECTIVE, "activation_checkpoint.save": "attention,matmul"}
 TRITON = {"model.kernels": "triton"}
+COMPILED = {"compile.enable": "true"}
 HSDP, TP = {"parallelism.data_parallel_replicate_degree": 2}, {"parallelism.tensor_parallel_degree": 2}
 ULYSSES = {"parallelism.context_parallel_degree": 4}
 RING = {**ULYSSES, "parallelism.context_parallel_method": "ring"}
@@ -55,7 +61,7 @@ def closed_form(config, world_size):
     spec = get_spec(config.model.name)
     args = get_args(spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
     dims = ParallelDims.of(config.parallelism, world_size)
-    if config.model.name != "wan" or args.conditioning.num_cond_frames:
+    if config.model.name != "wan" or args.conditioning.num_cond_frames or config.lora.enable:
         return state(config, spec, args, dims)
     return estimate(config, spec, args, dims, max(num_clip_tokens(b, spec, args) for b in config.data.buckets))
 
@@ -93,6 +99,7 @@ def compare(measured, expected):
         (4, TRITON | HSDP | SELECTIVE | BFLOAT16),
         (4, TRITON | RING | MATMUL | BFLOAT16),
         (8, TRITON | TP | {"parallelism.context_parallel_degree": 2} | BFLOAT16),
+        (1, TRITON | COMPILED | BFLOAT16),
     ],
     ids=lambda x: "-".join(str(v) for v in x.values()) if isinstance(x, dict) else str(x),
 )

@@ -13,8 +13,8 @@ gradient of a block's output, before anything of the block runs in it. Neither a
 that changes its address in between is involved (the usual ways, which keep every weight alive without checkpointing,
 or fail where a recomputation ends early).
 
-`model.to_empty` makes a swapped block's frozen weights in host memory, pinned for a GPU, where they are loaded and read;
-`reshard` (distributed/fsdp.py) makes them the block's parameters again until its next forward.
+`model.to_empty` makes a swapped block's frozen weights in host memory, pinned for a GPU, where they are loaded and
+read; `reshard` (distributed/fsdp.py) makes them the block's parameters again until its next forward.
 """
 
 import weakref
@@ -30,14 +30,17 @@ from titan_video.distributed.fsdp import get_blocks
 from titan_video.models.spec import ParallelPlan
 
 NUM_SLOTS = 2
+SEVERAL_RANKS = "training.swap_blocks: it is for one rank; on several, FSDP shards the weights: set it to 0"
 ALIGNMENT = 256  # bytes: what a GPU's allocator aligns to, so that matmuls are as fast as with weights of their own
 
 
-def apply_block_swap(model: nn.Module, plan: ParallelPlan, number: int) -> None:
+def apply_block_swap(model: nn.Module, plan: ParallelPlan, number: int, world_size: int) -> None:
     """Swap `number` of the blocks, evenly spread, in place; after compile, on the meta device.
 
-    ValueError: there are fewer blocks.
+    ValueError: there are fewer blocks, or several ranks.
     """
+    if world_size > 1:
+        raise ValueError(SEVERAL_RANKS)
     blocks = get_blocks(model, plan)
     if number > len(blocks):
         raise ValueError(f"training.swap_blocks: given {number}; legal: 0, or {NUM_SLOTS + 1} to {len(blocks)}")
@@ -191,6 +194,6 @@ def rules(config: JobConfig, world_size: int) -> Iterator[str]:
     if not config.lora.enable:
         yield "training.swap_blocks: only frozen weights are swapped; set lora.enable, or training.enable_cpu_offload"
     if config.encoder.num_training_ranks(world_size) > 1:
-        yield "training.swap_blocks: it is for one rank; on several, FSDP shards the weights: set it to 0"
+        yield SEVERAL_RANKS
     if config.training.enable_cpu_offload:
         yield "training.swap_blocks: training.enable_cpu_offload moves all weights to the host; set one of the two"

@@ -47,7 +47,7 @@ def parallelize(
     if compilation.enable:
         apply_compile(model, plan, compilation.backend)
     if training.swap_blocks:
-        resolve(BLOCK_SWAP, asked_by="training.swap_blocks")(model, plan, training.swap_blocks)
+        resolve(BLOCK_SWAP, asked_by="training.swap_blocks")(model, plan, training.swap_blocks, meshes.world.size())
     apply_fsdp(
         model,
         plan,

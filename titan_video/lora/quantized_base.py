@@ -135,11 +135,14 @@ def fill_quantized(model: nn.Module, fill: Fill, at_once: bool = False) -> None:
     """Fill the frozen weights of a model that `quantize_base` has changed, sharded or not.
 
     fill(model, which): fills the parameters that `which` accepts by name. It is called for what is not quantized, then
-    for each block: the block's weights are float32 in host memory meanwhile. at_once: for all blocks together.
+    for each block: the block's weights are float32 in host memory meanwhile. at_once: it is called once, for all.
     """
     linears = quantized_linears(model)
+    if at_once:
+        with _wide_weights(linears):
+            return fill(model, lambda name: not is_added(name))
     fill(model, lambda name: name not in linears and not is_added(name))
-    for _, names in groupby(linears, key=lambda name: "" if at_once else name.split(".", 2)[:2]):
+    for _, names in groupby(linears, key=lambda name: name.split(".", 2)[:2]):
         block = {name: linears[name] for name in names}
         with _wide_weights(block):
             fill(model, block.__contains__)

@@ -151,7 +151,7 @@ def is_adapter(name: str) -> bool:
 
 
 def is_added(name: str) -> bool:
-    """Whether a parameter, by its clean name, is not the architecture's: of an adapter, or a quantized weight's scale."""
+    """Whether a parameter, by its clean name, is not the architecture's: of an adapter, or scales of a weight."""
     return is_adapter(name) or name.endswith(".linear_fn.scale")
 
 

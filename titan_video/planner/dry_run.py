@@ -40,7 +40,7 @@ from titan_video.distributed.utils import clean_name
 from titan_video.flow.matching import FlowMatching
 from titan_video.kernels import attention
 from titan_video.models import get_args, get_spec
-from titan_video.models.layers import token_shape
+from titan_video.models.layers import attention_flops, token_shape
 from titan_video.models.spec import ModelSpec
 from titan_video.optim.optimizer import updated_by
 from titan_video.planner import fake
@@ -199,10 +199,18 @@ def dry_run(config: JobConfig, world_size: int, rank: int = 0) -> Report:
         total=sum(n for category, n in at_peak.items() if category not in host),
         on_host=sum(largest.get(category, 0) for category in host),
         flops=dict(tracker.flops),
-        model_flops=3 * args.flops(size.num_tokens, size.num_counted * size.num_clips) * dims.dp / world_size,
+        model_flops=model_flops(config, args, size) * dims.dp / world_size,
         collectives=tracker.collectives(),
         seconds=time.perf_counter() - start,
     )
+
+
+def model_flops(config: JobConfig, args: Any, size: StepSize) -> float:
+    """FLOPs of the model's forward and backward. Frozen weights get no gradients: a third of their matmuls is saved."""
+    tokens, clips = size.num_tokens, size.num_counted * size.num_clips
+    if not config.lora.enable:
+        return 3 * args.flops(tokens, clips)
+    return 2 * args.flops(tokens, clips) + args.num_layers * attention_flops(clips, tokens, tokens, args.dim)
 
 
 def num_clip_tokens(bucket: tuple[int, ...], spec: ModelSpec, args: Any) -> int:
@@ -302,7 +310,8 @@ def main(argv: list[str]) -> None:
         print(describe(report, config.training.enable_cpu_offload))
         if options.json:
             with writing("report", options.json):
-                options.json.write_text(json.dumps(asdict(report), indent=2) + "\n")
+                numbers = asdict(report) | {"needed": report.needed, "fits": report.fits}
+                options.json.write_text(json.dumps(numbers, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ class Lora:
     alpha: float = opt(32.0, "The output of an adapter is scaled by alpha / rank.", gt=0)
     base_dtype: Literal["", "int8", "float8"] = opt(
         "",
-        "Type in which the frozen weights of the blocks' Linears are stored, with a scale for each 64 of a row. They are "
+        "Type in which the frozen weights of the blocks' Linears are stored, with scales of 64 weights each. They are "
         "multiplied in training.mixed_precision_param. int8 is more accurate. Empty: stored as they are multiplied.",
     )
     target_modules: tuple[str, ...] = opt(
