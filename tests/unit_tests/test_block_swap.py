@@ -110,9 +110,9 @@ def storages(tensors):
 def test_weights_on_the_device(mode, meshes):
     """Two slots, and the blocks that stay; nothing that autograd saves is another block's weights, or the host's."""
     number, model = 4, build(meshes, 4, mode)
-    swapped = [block for block in model.blocks.values() if isinstance(block, SwappedBlock)]
+    hosted = [block for block in model.blocks.values() if isinstance(block, SwappedBlock)]
     assert [key for key, b in model.blocks.items() if isinstance(b, SwappedBlock)] == ["0", "1", "3", "4"]
-    size, host = swapped[0].host.nbytes, storages(block.host for block in swapped)
+    size, host = hosted[0].host.nbytes, storages(block.host for block in hosted)
     assert list(host.values()) == [size] * number
     saved = []
     with saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):

@@ -1,7 +1,6 @@
 """FSDP2: parameters, gradients and optimizer state sharded over the meshes that the plan names (`ParallelPlan.units`).
 
-One rank uses it too, so that mixed precision has one meaning; one rank in float32 throughout, or with adapters, is left
-as it is.
+One rank uses it too, so that mixed precision has one meaning, but not in float32 throughout, nor to train adapters.
 
 Blocks are sharded over dp_shard x cp; what is outside the blocks, and the root with the plan's float32 parts, over
 dp_shard x cp x tp. The ranks of cp and tp have different tokens: the same reduce-scatter sums over them.
@@ -49,11 +48,9 @@ def apply_fsdp(
     gathered.
     cpu_offload: shards and their gradients live in host memory; weights are copied to the device to be gathered.
     """
-    # Adapters cast themselves, and frozen weights have their type.
-    casts = param_dtype != torch.float32 and not all(
-        is_adapter(n) for n, p in model.named_parameters() if p.requires_grad
-    )
-    if meshes.fsdp_root.size() == 1 and reduce_dtype == torch.float32 and not casts and not cpu_offload:
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    is_cast = param_dtype == torch.float32 or all(map(is_adapter, trained))  # adapters cast themselves
+    if meshes.fsdp_root.size() == 1 and reduce_dtype == torch.float32 and is_cast and not cpu_offload:
         return  # nothing to shard, send or cast: the units would only copy weights and gradients
 
     offload = CPUOffloadPolicy(pin_memory=meshes.world.device_type == "cuda") if cpu_offload else OffloadPolicy()

@@ -28,8 +28,7 @@ def parallelize(
     checkpointed: frozenset[tuple[str, str]] | None = None,
     float8: Float8 | None = None,
 ) -> None:
-    """Apply float8, tensor parallel, context parallel, checkpointing, compile, block swap and FSDP2, in this order and
-    in place.
+    """Apply float8, tensor and context parallel, checkpointing, compile, block swap and FSDP2, in this order, in place.
 
     The parameters may be on the meta device. One section a step, hence nine parameters.
     checkpointed: `select_blocks` of the full model, where `model` is one pipeline stage of it.

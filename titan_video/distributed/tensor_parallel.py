@@ -76,7 +76,7 @@ def all_gather_input(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
 def colwise(parent: nn.Module, name: str, mesh: DeviceMesh) -> None:
     """A Linear: each rank computes some of the outputs."""
     linear = parent.get_submodule(name)
-    _distribute_weight(linear, mesh, Shard(0))
+    distribute(linear, "weight", mesh, Shard(0))
     distribute(linear, "bias", mesh, Shard(0))
     if linear.adapter is not None:
         distribute(linear.adapter, "up", mesh, Shard(0))
@@ -138,22 +138,11 @@ def _all_reduce_sums(mesh: DeviceMesh) -> Callable[[Tensor], Tensor]:
 
 def _rowwise(parent: nn.Module, name: str, mesh: DeviceMesh, complete: tuple[Callable[[Tensor], Tensor], ...]) -> None:
     linear = parent.get_submodule(name)
-    _distribute_weight(linear, mesh, Shard(1))
+    distribute(linear, "weight", mesh, Shard(1))
     distribute(linear, "bias", mesh, Replicate())
     if linear.adapter is not None:
         distribute(linear.adapter, "down", mesh, Shard(1))
     parent.register_module(name, UnfusedLinear(linear, complete))
-
-
-def _distribute_weight(linear: Linear, mesh: DeviceMesh, placement: Shard) -> None:
-    distribute(linear, "weight", mesh, placement)
-    if isinstance(linear.linear_fn, nn.Module):  # quantized: its scales have a dim for each of the weight's
-        if linear.linear_fn.scale.shape[placement.dim] % mesh.size():
-            raise ValueError(
-                f"lora.base_dtype: {mesh.size()} ranks cannot share the scales {list(linear.linear_fn.scale.shape)} of "
-                f"a weight {list(linear.weight.shape)}; leave it empty, or lower parallelism.tensor_parallel_degree"
-            )
-        distribute(linear.linear_fn, "scale", mesh, placement)
 
 
 def distribute(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:
@@ -161,6 +150,8 @@ def distribute(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placem
     full = module.get_parameter(name)
     shard = distribute_tensor(full.detach(), mesh, [placement], src_data_rank=None)
     module.register_parameter(name, nn.Parameter(shard, requires_grad=full.requires_grad))
+    if name == "weight" and isinstance(getattr(module, "linear_fn", None), nn.Module):  # quantized: its scales
+        distribute(module.linear_fn, "scale", mesh, placement)
 
 
 class UnfusedLinear(nn.Module):

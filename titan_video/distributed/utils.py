@@ -137,13 +137,11 @@ def to_local(t: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def zeros_like_sharded(
-    parameter: Tensor, columns: int, dtype: torch.dtype, device: torch.device | None = None
-) -> Tensor:
+def zeros_like_sharded(parameter: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """Zeros with a parameter's rows and `columns` in place of its last dim, sharded like it. Columns split evenly."""
     local = to_local(parameter)
     size = *local.shape[:-1], columns * local.shape[-1] // parameter.shape[-1]
-    zeros = torch.zeros(size, dtype=dtype, device=device or parameter.device)
+    zeros = torch.zeros(size, dtype=dtype, device=parameter.device)
     if not isinstance(parameter, DTensor):
         return zeros
     shape = torch.Size((*parameter.shape[:-1], columns))

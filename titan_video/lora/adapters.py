@@ -99,15 +99,16 @@ def rules(config: JobConfig, world_size: int) -> Iterator[str]:
         )
     if lora.enable and "comfyui" in lora.export and not find_module(ORIGINAL):
         yield f"lora.export: comfyui needs the optional part {ORIGINAL.replace('.', '/')}, which is not installed here"
-    if lora.base_dtype and not lora.enable:
+    is_quantized = lora.base_dtype != "compute"
+    if is_quantized and not lora.enable:
         yield (
             f"lora.base_dtype: given {lora.base_dtype}, but lora.enable is false; only frozen weights are quantized: "
-            f"enable it, or leave this empty"
+            f"enable it, or set this to compute"
         )
-    if lora.base_dtype and config.float8.enable:
+    if is_quantized and config.float8.enable:
         yield (
-            "lora.base_dtype: quantized weights are multiplied in training.mixed_precision_param; leave it empty, or "
-            "float8.enable false"
+            "lora.base_dtype: quantized weights are multiplied in training.mixed_precision_param; set it to compute, "
+            "or float8.enable to false"
         )
     if lora.initial_load_path and not lora.enable:
         yield (

@@ -31,8 +31,8 @@ from titan_video.distributed.fsdp import reshard
 from titan_video.distributed.utils import broadcast_from_rank0, clean_name
 from titan_video.kernels import upcast
 from titan_video.lora.adapters import NAME, Adapter, add_adapters
-from titan_video.lora.quantized_base import dequantized, quantized_linears
-from titan_video.models.layers import is_adapter, is_added
+from titan_video.lora.quantized_base import dequantized, is_added, quantized_linears
+from titan_video.models.layers import is_adapter
 from titan_video.models.spec import ModelSpec
 from titan_video.tools.bounded import parse_json, short
 from titan_video.tools.files import atomic_path

@@ -12,7 +12,7 @@ from titan_video.config.job_config import Lora
 from titan_video.distributed.utils import broadcast_from_rank0, initialise
 from titan_video.lora.adapters import add_adapters, init_adapter
 from titan_video.lora.files import MergedWeights, are_exported, load_lora, lora_path, save_lora
-from titan_video.lora.quantized_base import fill_quantized, quantize_base
+from titan_video.lora.quantized_base import CODE_DTYPES, fill_quantized, quantize_base
 from titan_video.models.layers import is_adapter
 from titan_video.tools.logging import logger
 from titan_video.weights.pipeline_folder import is_checkpoint
@@ -28,15 +28,18 @@ class LoraWeights(FullWeights):
         """Freeze the model, in training.mixed_precision_param, add float32 adapters, quantize if lora.base_dtype."""
         lora = self.settings.lora
         add_adapters(model, self.spec, lora, getattr(torch, self.settings.training.mixed_precision_param))
-        if lora.base_dtype:
+        if lora.base_dtype in CODE_DTYPES:
             quantize_base(model, self.spec.plan, lora.base_dtype)
 
     def load_frozen(self, model: nn.Module) -> None:
-        if not self.settings.lora.base_dtype:
-            return self.load_base(model, which=lambda name: not is_adapter(name))
-        # A step folder is read by one collective call: its weights are wide in host memory for a while.
-        fill_quantized(model, self.fill, at_once=bool(self.source) and is_checkpoint(Path(self.source)))
-        logger.info(f"weights from {self.source or 'the seed'}, stored in {self.settings.lora.base_dtype}")
+        source, kind = self.source, self.settings.lora.base_dtype
+        if kind in CODE_DTYPES:
+            # A step folder is read by one collective call: its weights are wide in host memory for a while.
+            fill_quantized(model, self.load_base, at_once=bool(source) and is_checkpoint(Path(source)))
+        else:
+            self.load_base(model, which=lambda name: not is_adapter(name))
+        if source:
+            logger.info(f"weights from {source}{f', stored in {kind}' if kind in CODE_DTYPES else ''}")
 
     def load_initial(self, model: nn.Module) -> None:
         path = self.settings.lora.initial_load_path
@@ -74,7 +77,7 @@ class LoraState:
 
     def __init__(self, section: Lora, frozen: str):
         self.state = {"scale": section.alpha / section.rank, "frozen": frozen}
-        if section.base_dtype:  # earlier checkpoints do not say
+        if section.base_dtype in CODE_DTYPES:  # earlier checkpoints do not say
             self.state["base_dtype"] = section.base_dtype
 
     def state_dict(self) -> dict[str, Any]:
@@ -88,10 +91,11 @@ class LoraState:
                 f"lora.alpha / lora.rank is {self.state['scale']:g}, but the checkpoint's adapters were trained with "
                 f"{state['scale']:g}: set alpha to {state['scale']:g} x rank{new_run}"
             )
-        if state.get("base_dtype", "") != self.state.get("base_dtype", ""):
+        ours, theirs = (x.get("base_dtype", "compute") for x in (self.state, state))
+        if ours != theirs:
             raise ValueError(
-                f"lora.base_dtype is {self.state.get('base_dtype', '')!r}, but the checkpoint's adapters were trained "
-                f"with {state.get('base_dtype', '')!r}: set it to that{new_run}"
+                f"lora.base_dtype is {ours}, but the checkpoint's adapters were trained with {theirs}: set it to "
+                f"that{new_run}"
             )
         if state["frozen"] != self.state["frozen"]:
             raise ValueError(

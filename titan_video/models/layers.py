@@ -150,11 +150,6 @@ def is_adapter(name: str) -> bool:
     return name.rsplit(".", 2)[-2:-1] == ["adapter"]
 
 
-def is_added(name: str) -> bool:
-    """Whether a parameter, by its clean name, is not the architecture's: of an adapter, or scales of a weight."""
-    return is_adapter(name) or name.endswith(".linear_fn.scale")
-
-
 def cast_params(model: nn.Module, fp32: tuple[str, ...], dtype: torch.dtype) -> None:
     """Cast the weights to `dtype`, in place, except the root modules and parameters `fp32` (see ParallelPlan)."""
     for name, child in model.named_children():

@@ -220,9 +220,9 @@ def watch_offload(tracker: StepTracker) -> Iterator[None]:
 
 def watch_swap(model: nn.Module, tracker: StepTracker) -> None:
     """Categorize the weights of swapped blocks, and their slots on the device."""
-    for swapped in (module for module in model.modules() if hasattr(module, "swap")):
-        tracker.set_category(swapped.host, SWAPPED)
-        for slot in swapped.swap.allocate():
+    for block in (module for module in model.modules() if hasattr(module, "swap")):
+        tracker.set_category(block.host, SWAPPED)
+        for slot in block.swap.allocate():
             tracker.set_category(slot, "parameters")
 
 

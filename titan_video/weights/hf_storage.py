@@ -12,7 +12,7 @@ holds some of the parameters; the shapes of the others follow from the architect
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import reduce
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from titan_video.distributed.fsdp import reshard
 from titan_video.distributed.utils import clean_name, gather_objects, to_local
-from titan_video.models.layers import is_added
+from titan_video.models.layers import is_adapter
 from titan_video.models.spec import ModelSpec
 from titan_video.tools.files import StorageError, atomic_write, sync, writing
 from titan_video.weights.formats import (
@@ -48,18 +48,11 @@ GIB = 1 << 30
 
 
 @torch.no_grad()
-def load_hf(
-    model: nn.Module,
-    path: Path | str,
-    spec: ModelSpec,
-    args: Any,
-    subfolder: str = "",
-    which: Callable[[str], bool] | None = None,
-) -> None:
+def load_hf(model: nn.Module, path: Path | str, spec: ModelSpec, args: Any, subfolder: str = "", which=None) -> None:
     """Fill the parameters (plain or DTensor, any placements) from `path`, a folder or file in any public format. Values
     are cast to the parameters' types.
 
-    subfolder: where a pipeline folder has the weights; default spec.hf_folder. which: by name; None: all of them.
+    subfolder: where a pipeline folder has the weights; default spec.hf_folder. which: those to fill, by name.
     Each rank reads its own slices, without collectives.
     ValueError: names the folder or file, and the tensors that are missing, unknown, of another shape, damaged, or of
     another architecture than `args`. Nothing is loaded then.
@@ -258,10 +251,11 @@ class Writer:
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters by clean name, without adapters and scales, which these formats do not have."""
+    """Parameters by clean name, without adapters and scales of quantized weights, which these formats do not have."""
     # A forward without backward leaves FSDP's root gathered, in the compute dtype.
     reshard(model)
-    return {clean_name(name): p for name, p in model.named_parameters() if not is_added(clean_name(name))}
+    params = {clean_name(name): p for name, p in model.named_parameters()}
+    return {name: p for name, p in params.items() if not (is_adapter(name) or name.endswith(".linear_fn.scale"))}
 
 
 def _check_parameters(params: dict[str, Tensor], shapes: dict[str, torch.Size], args: Any) -> None:

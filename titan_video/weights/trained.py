@@ -69,15 +69,11 @@ class FullWeights:
     def load_initial(self, model: nn.Module) -> None:
         """Fill the trained weights for the first step of a run. ValueError: see the loaders."""
         self.load_base(model)
-
-    def load_base(self, model: nn.Module, which: Callable[[str], bool] | None = None) -> None:
-        """Fill the parameters that `which` accepts by name (None: all) from `source`."""
-        self.fill(model, which)
         if self.source:
             logger.info(f"weights from {self.source}")
 
-    def fill(self, model: nn.Module, which: Callable[[str], bool] | None = None) -> None:
-        """`load_base` without a line in the log."""
+    def load_base(self, model: nn.Module, which: Callable[[str], bool] | None = None) -> None:
+        """Fill the parameters that `which` accepts by name (None: all) from `source`."""
         source = self.source
         if not source:
             initialise(model, self.spec.init_parameter, self.settings.seed, which)

@@ -15,10 +15,8 @@ class Lora:
     )
     rank: int = opt(32, "Rank of an adapter.", ge=1)
     alpha: float = opt(32.0, "The output of an adapter is scaled by alpha / rank.", gt=0)
-    base_dtype: Literal["", "int8", "float8"] = opt(
-        "",
-        "Type in which the frozen weights of the blocks' Linears are stored, with scales of 64 weights each. They are "
-        "multiplied in training.mixed_precision_param. int8 is more accurate. Empty: stored as they are multiplied.",
+    base_dtype: Literal["compute", "int8", "float8"] = opt(
+        "compute", "Stored type of the frozen weights of the blocks' Linears. compute: training.mixed_precision_param."
     )
     target_modules: tuple[str, ...] = opt(
         (),
