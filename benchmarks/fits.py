@@ -44,9 +44,13 @@ LOW_MEMORY = (
     "--training.dtype bfloat16 --training.max_norm 0 --training.global_batch_size 1 --optimizer.name AdamW8bit "
     "--optimizer.in_backward true --ema.enable false"
 )
+BFLOAT16_BASE = "--lora.base_dtype compute --training.swap_blocks"
 ROWS = (
     Row("1 x 24 GB", 1, "Wan 2.1 T2V 1.3B, LoRA", "wan2.1_t2v_1.3b", "--lora.enable true"),
     Row("1 x 24 GB", 1, "Wan 2.1 T2V 1.3B, bfloat16 weights, 8-bit AdamW in backward", "wan2.1_t2v_1.3b", LOW_MEMORY),
+    Row("1 x 24 GB", 1, "Wan 2.1 T2V 14B, LoRA of an int8 base", "wan2.1_t2v_14b_lora_24gb"),
+    Row("1 x 24 GB", 1, "Wan 2.1 T2V 14B, LoRA", "wan2.1_t2v_14b_lora_24gb", f"{BFLOAT16_BASE} 36"),
+    Row("1 x 48 GB", 1, "Wan 2.1 T2V 14B, LoRA", "wan2.1_t2v_14b_lora_24gb", f"{BFLOAT16_BASE} 0"),
     Row("1 x 80 GB", 1, "Wan 2.1 T2V 1.3B", "wan2.1_t2v_1.3b"),
     Row("8 x 80 GB", 8, "Wan 2.1 T2V 1.3B", "wan2.1_t2v_1.3b_8gpu"),
     Row("8 x 80 GB", 8, "Wan 2.2 TI2V 5B", "wan2.2_ti2v_5b_8gpu"),

@@ -39,6 +39,7 @@ OPTIONAL_PARTS = (  # each can be deleted alone; modules and packages, without `
     "flow.unipc",
     "distributed.float8",
     "distributed.offload",
+    "distributed.block_swap",
     "distributed.tensor_parallel",
     "distributed.async_tensor_parallel",
     "distributed.pipeline_parallel",

@@ -128,10 +128,10 @@ def load_model(
         model = spec.build(args)
     if section.enable:  # without adapters the weights stay in float32: EMA weights are, and FSDP casts for compute
         weights.prepare(model)
-    meshes = ParallelDims(dp_shard=dist.get_world_size()).build_mesh(device.type)
-    parallelize(
-        model, spec.plan, meshes, config.parallelism, config.training, config.activation_checkpoint, config.compile
-    )
+    meshes, training = ParallelDims(dp_shard=dist.get_world_size()).build_mesh(device.type), config.training
+    if meshes.world.size() > 1:  # they share the weights instead
+        training = replace(training, swap_blocks=0)
+    parallelize(model, spec.plan, meshes, config.parallelism, training, config.activation_checkpoint, config.compile)
     model.to_empty(device=device)
     source = source or ("ema" if config.ema.enable and config.validation.use_ema else "model")
     if config.lora.enable:

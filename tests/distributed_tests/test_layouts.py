@@ -22,8 +22,10 @@ from titan_video.distributed.sequence import SequenceShard
 from titan_video.distributed.utils import clean_name, clip_grad_norm, initialise, reduce_over
 from titan_video.flow.noise import draw_noise
 from titan_video.lora.adapters import add_adapters
+from titan_video.lora.quantized_base import CODE_DTYPES, fill_quantized, quantize_base
 from titan_video.models.hunyuan_video import SPEC as HUNYUAN
 from titan_video.models.hunyuan_video import HunyuanVideoArgs
+from titan_video.models.layers import is_adapter
 from titan_video.models.spec import ModelSpec
 from titan_video.models.wan import SPEC as WAN
 from titan_video.models.wan import WanArgs, WanModel
@@ -64,6 +66,7 @@ MODELS = {
     ),
     "hunyuan replace": Model(HUNYUAN, replace(HUNYUAN_ARGS, image_condition="token_replace")),
     "wan lora": Model(WAN, ARGS, LORA),
+    "wan lora int8": Model(WAN, replace(ARGS, dim=768, ffn_dim=256), replace(LORA, base_dtype="int8")),
     "hunyuan lora": Model(HUNYUAN, HUNYUAN_ARGS, replace(LORA, target_modules=MORE_TARGETS)),
 }
 
@@ -190,7 +193,17 @@ def build(m, dtype):
         torch.set_default_dtype(default)
     if m.lora.enable:
         add_adapters(model, m.spec, m.lora, dtype)
+    if m.lora.base_dtype in CODE_DTYPES:
+        quantize_base(model, m.spec.plan, m.lora.base_dtype)
     return model
+
+
+def fill(model, m):
+    init = randomized_init(m.spec.init_parameter)
+    if m.lora.base_dtype not in CODE_DTYPES:
+        return initialise(model, init, 0)
+    fill_quantized(model, lambda model, which: initialise(model, init, 0, which))
+    initialise(model, init, 0, is_adapter)
 
 
 def gradients(model):
@@ -204,7 +217,7 @@ def gradients(model):
 
 def reference(m, num_batches, dtype):
     model = build(m, dtype).to_empty(device="cpu")
-    initialise(model, randomized_init(m.spec.init_parameter), 0)
+    fill(model, m)
     task, losses = build_task(m.spec, m.args), []
     for i in range(num_batches):
         inputs = build_inputs(task, i, dtype)
@@ -244,7 +257,7 @@ def run_step(name, layout, mode, dtype):
     stages = keep_stages(model, plan, meshes.pp, section, args, 15) if pipelined else None
     parallelize(model, plan, meshes, section, training, checkpointing, compilation)
     model.to_empty(device="cpu")
-    initialise(model, randomized_init(spec.init_parameter), 0)
+    fill(model, m)
     num = layout.num_batches
     task, loss = build_task(spec, args, SequenceShard.from_meshes(meshes)), torch.zeros((), dtype=dtype)
     count, rank, dp = num_elements(task, num), meshes.batch.get_local_rank(), meshes.batch.size()
@@ -358,6 +371,11 @@ def test_adapters_equal_one_process(name, layout, one_process):
         ],
         one_process,
     )
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", "tp2", "ulysses2"])
+def test_quantized_base_equals_one_process(layout, one_process):
+    check("wan lora int8", layout, [("plain", torch.float64)], one_process)
 
 
 @pytest.mark.slow

@@ -17,12 +17,18 @@ from titan_video import kernels
 from titan_video.config.manager import parse_args
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.models import get_args, get_spec
+from titan_video.planner.describe import describe
 from titan_video.planner.dry_run import dry_run, main, num_clip_tokens
 from titan_video.planner.memory import estimate, state
 from titan_video.planner.traffic import exchange_bytes
 
 TOMLS = sorted((ROOT / "train_configs").glob("*.toml"))
-SMALL = {"data.buckets": "[[17,128,128]]", "training.local_batch_size": 2, "activation_checkpoint.save_min_kv": 100}
+SMALL = {
+    "data.buckets": "[[17,128,128]]",
+    "training.local_batch_size": 2,
+    "activation_checkpoint.save_min_kv": 100,
+    "model.kernels": "torch",
+}
 BFLOAT16 = {"training.mixed_precision_param": "bfloat16"}
 BFLOAT16_WEIGHTS = {**BFLOAT16, "training.dtype": "bfloat16", "ema.enable": "true"}
 IN_BACKWARD = {"optimizer.in_backward": "true", "training.max_norm": 0}
@@ -30,6 +36,8 @@ FULL = {"activation_checkpoint.mode": "full"}
 SELECTIVE = {"activation_checkpoint.mode": "selective"}
 MATMUL = {**SELECTIVE, "activation_checkpoint.save": "attention,matmul"}
 TRITON = {"model.kernels": "triton"}
+COMPILED = {"compile.enable": "true"}
+LORA = {"lora.enable": "true", "lora.rank": 4}
 HSDP, TP = {"parallelism.data_parallel_replicate_degree": 2}, {"parallelism.tensor_parallel_degree": 2}
 ULYSSES = {"parallelism.context_parallel_degree": 4}
 RING = {**ULYSSES, "parallelism.context_parallel_method": "ring"}
@@ -55,7 +63,7 @@ def closed_form(config, world_size):
     spec = get_spec(config.model.name)
     args = get_args(spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
     dims = ParallelDims.of(config.parallelism, world_size)
-    if config.model.name != "wan" or args.conditioning.num_cond_frames:
+    if config.model.name != "wan" or args.conditioning.num_cond_frames or config.lora.enable:
         return state(config, spec, args, dims)
     return estimate(config, spec, args, dims, max(num_clip_tokens(b, spec, args) for b in config.data.buckets))
 
@@ -93,6 +101,10 @@ def compare(measured, expected):
         (4, TRITON | HSDP | SELECTIVE | BFLOAT16),
         (4, TRITON | RING | MATMUL | BFLOAT16),
         (8, TRITON | TP | {"parallelism.context_parallel_degree": 2} | BFLOAT16),
+        (1, TRITON | COMPILED | BFLOAT16),
+        (1, LORA | BFLOAT16),
+        (1, LORA | BFLOAT16 | IN_BACKWARD | {"lora.base_dtype": "int8", "training.swap_blocks": 3}),
+        (4, LORA | BFLOAT16 | HSDP | {"lora.base_dtype": "float8"}),
     ],
     ids=lambda x: "-".join(str(v) for v in x.values()) if isinstance(x, dict) else str(x),
 )
@@ -257,10 +269,13 @@ def test_toml_at_its_world_size(path, monkeypatch, tmp_path, capsys):
         assert gib == pytest.approx(whole[kind] / 2**30, rel=0.05 if kind == "activations" else 0.01, abs=0.006), kind
 
     blocks(monkeypatch, config.model.flavor, 3, config.model.name)
-    main([str(path), "--world-size", str(world_size), "--json", str(tmp_path / "numbers.json")])
+    few = {"training.swap_blocks": min(config.training.swap_blocks, 3)}
+    config, options = read(path.stem, few), [f"--{name}={value}" for name, value in few.items()]
+    main([str(path), "--world-size", str(world_size), "--json", str(tmp_path / "numbers.json"), *options])
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     compare(numbers["largest"], closed_form(config, world_size))
     printed = capsys.readouterr().out
+    assert "Fits a GPU (its GiB): 24 GB (23.5) yes" in printed and numbers["fits"]["24"]
     assert (
         f"rank 0 of {world_size}" in printed
         and f"{numbers['tokens']:,} tokens" in printed
@@ -272,14 +287,52 @@ def test_toml_at_its_world_size(path, monkeypatch, tmp_path, capsys):
 def extrapolated(monkeypatch, config, world_size):
     """Activations of all blocks, from few. Checkpointed, HunyuanVideo's double blocks keep what single ones do.
     Recomputed they have more, but
-    the most is at the last block, a single one: so single ones alone."""
+    the most is at the last block, a single one: so single ones alone. Offloaded, three of them wait on the device."""
     name, flavor, measured = config.model.name, config.model.flavor, []
     args = get_spec(name).flavors[flavor]
-    for number in (1, 2):
+    config = replace(config, training=replace(config.training, swap_blocks=0))
+    fewest = 4 if config.activation_checkpoint.offload else 1
+    for number in (fewest, fewest + 1):
         with monkeypatch.context() as patch:
             blocks(patch, flavor, number if name == "wan" else 0, name, single=number)
             measured.append(dry_run(config, world_size).largest["activations"])
-    return measured[0] + (args.num_layers - 1) * (measured[1] - measured[0])
+    return measured[0] + (args.num_layers - fewest) * (measured[1] - measured[0])
+
+
+@pytest.mark.slow
+def test_one_small_gpu():
+    """Wan 14B by the whole model: what is swapped is not on the device, and the job fits 24 GB with a margin."""
+    report = dry_run(read("wan2.1_t2v_14b_lora_24gb"), 1)
+    assert report.tokens == 32760 and report.total <= 21.5 * 2**30 and report.needed < 23.5
+    assert report.on_host == report.largest["swapped weights"] + report.largest["offloaded activations"]
+    assert report.fits == {24: True, 48: True, 80: True, 141: True}
+    block = report.largest["swapped weights"] / 24
+    assert report.largest["parameters"] == pytest.approx(18 * block, rel=0.3) and block == pytest.approx(
+        361e6, rel=0.02
+    )
+
+
+def test_which_gpus_a_job_fits():
+    report = dry_run(read("debug", SMALL), 1)
+    for gib, world_size, expected in (
+        (21.7, 1, [24, 48, 80, 141]),  # 22.8 and the CUDA context's 0.6: 23.4
+        (21.7, 8, [48, 80, 141]),  # NCCL's 1.0 more
+        (43, 1, [80, 141]),
+        (74, 8, [141]),
+        (140, 1, []),
+    ):
+        changed = replace(report, total=int(gib * 2**30), world_size=world_size)
+        assert [size for size, fits in changed.fits.items() if fits] == expected
+        assert f"141 GB (139.7) {'yes' if 141 in expected else 'no'}" in describe(changed, state_on_host=False)
+
+
+def test_auto_is_counted_as_on_a_gpu(monkeypatch):
+    blocks(monkeypatch, "debug", 2)
+    sizes = {
+        kernels: dry_run(read("debug", SMALL | {"model.kernels": kernels}), 1).total
+        for kernels in ("auto", "triton", "torch")
+    }
+    assert sizes["auto"] == sizes["triton"] < sizes["torch"]
 
 
 @pytest.mark.slow

@@ -147,3 +147,44 @@ def test_dry_run_counts_what_is_trained(full):
         and small.largest["gradients"] < large.largest["gradients"] / 5
     )
     assert small.largest["parameters"] < 0.7 * large.largest["parameters"]
+
+
+SMALL_GPU = {
+    "training.swap_blocks": 3,
+    "activation_checkpoint.mode": "full",
+    "activation_checkpoint.offload": "true",
+}
+
+
+@pytest.fixture(scope="module")
+def int8(shared_front, options):
+    return shared_front.run("int8", {**options, "lora.base_dtype": "int8"}).ok()
+
+
+def test_swapped_blocks_of_a_quantized_base(front, int8, full, options):
+    """Stopped and resumed, bit for bit the run whose weights are all on the device; near one that stores them wide."""
+    small = {**options, **SMALL_GPU, "lora.base_dtype": "int8"}
+    front.run("small", small, hook=partial(signal_at, 3, signal.SIGTERM)).stopped()
+    run = front.run("small", small).ok()
+    assert "stored in int8" in run.output
+    assert run.records == int8.records and adapters(run) == adapters(int8) != adapters(full)
+    for a, b in zip(run.records, full.records, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.01)
+    name = "hf/transformer/diffusion_pytorch_model.safetensors"
+    merged, wide = load_file(run.folder / name), load_file(full.folder / name)
+    assert merged.keys() == wide.keys()
+    for key, tensor in merged.items():
+        assert (tensor - wide[key]).norm() <= 0.02 * wide[key].norm(), key
+
+
+def test_a_quantized_base_on_two_ranks(front, int8, options):
+    """FSDP shards codes and scales, here in host memory, and computes in bfloat16."""
+    two = {**options, "lora.base_dtype": "int8", "checkpoint.enable": "false", "training.enable_cpu_offload": "true"}
+    run = front.run("host", two, world=2).ok()
+    for a, b in zip(run.records, int8.records, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+
+
+def test_the_type_of_the_frozen_weights_is_kept(front, int8, options):
+    more = {**options, "training.steps": 5, "job.dump_folder": int8.folder}
+    front.run("int8", more).fails_with("lora.base_dtype is compute", "trained with int8")

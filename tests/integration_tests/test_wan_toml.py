@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.helpers import ROOT, diffusers_wan, run_ranks
 from tests.unit_tests.data_clips import captioned
@@ -15,7 +16,7 @@ from titan_video.config.check import check
 from titan_video.config.manager import parse_args
 from titan_video.models.wan import WanArgs
 
-ARGS = WanArgs(dim=24, num_heads=2, num_layers=2, ffn_dim=40, text_dim=24, freq_dim=16)
+ARGS = WanArgs(dim=24, num_heads=2, num_layers=3, ffn_dim=40, text_dim=24, freq_dim=16)
 TRAINED = ("wan2.1_t2v_1.3b", "wan2.1_t2v_14b")
 # With their world sizes. The others differ from those trained here in layout and size, and are dry-run by
 # test_dry_run.py.
@@ -23,6 +24,7 @@ TOMLS = {
     "wan2.1_t2v_1.3b": 1,
     "wan2.1_t2v_1.3b_8gpu": 8,
     "wan2.1_t2v_14b": 8,
+    "wan2.1_t2v_14b_lora_24gb": 1,
     "wan2.1_t2v_14b_720p": 8,
     "wan2.1_t2v_14b_720p_64gpu": 64,
 }
@@ -93,6 +95,23 @@ def test_toml_trains_samples_and_exports(name, assets, tmp_path):
     assert all(m < 0.02 for m in moved.values()), (
         "two steps at 1e-5, and bfloat16 rounding, leave the weights near those it started from"
     )
+
+
+@pytest.mark.slow
+def test_lora_toml_trains_samples_and_exports(assets, tmp_path):
+    """All that makes it fit 24 GB: an int8 base from published weights, blocks and activations in host memory."""
+    (tmp_path / "clips").mkdir()
+    for i in range(4):
+        captioned(tmp_path / "clips" / f"{i}.mp4", f"the red circle moves {i}", count=30 + i, fps=12)
+    out = tmp_path / "out"
+    argv = [*arguments("wan2.1_t2v_14b_lora_24gb", out, assets, tmp_path / "clips"), "--training.swap_blocks", "3"]
+    run_ranks(run_train, 1, argv, init=False, timeout=200)
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len([r for r in records if 0 < r.get("loss", 0) < 1e3]) == 2
+    assert len(list((out / "samples" / "step-2").glob("*.mp4"))) == 1
+    adapters = load_file(out / "lora" / "pytorch_lora_weights.safetensors")
+    assert len(adapters) == 3 * 2 * 10 and all(t.abs().sum() > 0 for t in adapters.values())
+    assert not (out / "hf").exists()
 
 
 @pytest.mark.parametrize("name, world_size", TOMLS.items())

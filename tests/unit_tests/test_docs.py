@@ -200,6 +200,8 @@ def test_the_block_diagram_is_what_its_script_draws():
 def test_the_table_of_what_fits_is_what_its_script_prints():
     figures = json.loads(fits.RESULTS.read_text())
     assert read("README.md").split(fits.MARKER)[1].strip() == fits.table(figures)
+    small = next(row for row in fits.ROWS if row.config == "wan2.1_t2v_14b_lora_24gb")
+    assert figures[small.command]["total"] <= 21.5 * fits.GIB and figures[small.command]["tokens"] == 32760
     for row in fits.ROWS:
         first_line = (ROOT / "train_configs" / f"{row.config}.toml").read_text().splitlines()[0]
         assert first_line == f"# world size: {row.num_ranks}"

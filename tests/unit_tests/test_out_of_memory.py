@@ -45,6 +45,11 @@ def test_only_what_is_not_used_yet_is_proposed():
     assert proposals(*ONLINE)[0] == "--encoder.offload_policy offload"
     assert proposals(*FULL)[0] == "--activation_checkpoint.mode full --activation_checkpoint.offload"
     assert "--parallelism.data_parallel_replicate_degree 1" in proposals(*HSDP)
+    small = [overrides for overrides in proposals("--lora.enable") if overrides not in proposals()]
+    assert small == ["--lora.base_dtype int8", "--training.swap_blocks 16"]
+    assert not {*small, "--training.enable_cpu_offload"} & {
+        *proposals("--lora.enable", "--lora.base_dtype", "int8", "--training.swap_blocks", "3")
+    }
     assert "--training.local_batch_size 16" in proposals()
     everything = [
         *FULL,

@@ -148,6 +148,9 @@ class Training:
     enable_cpu_offload: bool = opt(
         False, "Keep master weights, gradients and optimizer state in host memory; the update runs there."
     )
+    swap_blocks: int = opt(
+        0, "LoRA on one rank: the frozen weights of so many blocks wait in host memory for their turn.", ge=0
+    )
     mixed_precision_reduce: Literal["float32"] = opt("float32", "Dtype of the gradient reduction.")
     gc_freq: int = opt(50, "Steps between two runs of Python's garbage collector, on all ranks at once.", ge=1)
 

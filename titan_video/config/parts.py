@@ -26,6 +26,7 @@ PARTS = (  # (section or option, the values that ask for a part, the part)
     ("checkpoint.keep_exports", CHANGED, "titan_video.weights.interim"),
     ("activation_checkpoint.offload", (True,), "titan_video.distributed.offload"),
     ("parallelism.tensor_parallel_degree", CHANGED, "titan_video.distributed.tensor_parallel"),
+    ("training.swap_blocks", CHANGED, "titan_video.distributed.block_swap"),
     ("parallelism.context_parallel_degree", CHANGED, "titan_video.distributed.context_parallel"),
     ("parallelism.pipeline_parallel_degree", CHANGED, "titan_video.distributed.pipeline_parallel"),
     ("parallelism.enable_async_tensor_parallel", (True,), "titan_video.distributed.async_tensor_parallel"),

@@ -40,7 +40,7 @@ _KEY_DIM = {
     "flex_attention": -2,  # visible in a compiled block only
 }
 _RING = "titan_video::ring_attention"  # its argument 3 is the number of keys on all ranks
-_MATMULS = ("aten::mm", "aten::addmm")
+_MATMULS = ("aten::mm", "aten::addmm", "titan_video::frozen_linear")
 
 
 def apply_activation_checkpoint(
@@ -147,10 +147,9 @@ class SACPolicy:
         self.num_operators = 0
         self.longest = 0
         self.checked = False
-        # Recomputed attention makes the compiler save a generator state, on a CPU as one more output of the graph,
-        # which
-        # torch 2.13 does not find if the graph also holds a mesh (that of tensor-parallel weights). In that case short
-        # attention is saved too.
+        # Recomputed attention makes the compiler save a generator state, on a CPU as one more output of the graph.
+        # Torch 2.13 does not find it if the graph also holds a mesh (that of tensor-parallel weights). In that case
+        # short attention is saved too.
         self.has_mesh = False
 
         def contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
@@ -204,15 +203,13 @@ class SACPolicy:
                 self.checked = False
                 return
             raise ValueError(
-                "activation_checkpoint.save: attention, but a block ran no attention operator that has a result "
-                "to save; "
-                "take it out"
+                "activation_checkpoint.save: attention, but a block ran no attention operator that has a result to "
+                "save; take it out"
             )
         if "matmul" in self.save and "matmul" not in self.saved_kinds:
             raise ValueError(
                 "activation_checkpoint.save: matmul, but a block ran fewer than two matmuls (aten.mm, "
-                "aten.addmm); take "
-                "it out"
+                "aten.addmm); take it out"
             )
 
     def _note(self, kind: str) -> bool:

@@ -27,30 +27,24 @@ def rank_group(mesh: DeviceMesh) -> RankGroup:
 def all_gather(x: Tensor, dim: int, group: RankGroup) -> Tensor:
     """The ranks' tensors, concatenated along `dim`. Backward is a reduce-scatter."""
     # Always sent along dim 0 and rearranged here: torch 2.13, asked for dim 1 of one clip, returns a view that loses
-    # its
-    # gradient when it is waited for.
+    # its gradient when it is waited for.
     if _is_outermost(x, dim):
-        rows = _ready(_all_gather(x.flatten(0, dim).contiguous(), 0, group.name))
+        rows = ready(_all_gather(x.flatten(0, dim).contiguous(), 0, group.name))
         return rows.view(*x.shape[:dim], -1, *x.shape[dim + 1 :])
-    return torch.cat(_ready(_all_gather(x.contiguous(), 0, group.name)).chunk(group.size), dim)
+    return torch.cat(ready(_all_gather(x.contiguous(), 0, group.name)).chunk(group.size), dim)
 
 
 def reduce_scatter(x: Tensor, dim: int, group: RankGroup) -> Tensor:
     """Sum the ranks' tensors and keep this rank's chunk of `dim`. Backward is an all-gather."""
     if _is_outermost(x, dim):
-        rows = _ready(_reduce_scatter(x.flatten(0, dim).contiguous(), "sum", 0, group.name))
+        rows = ready(_reduce_scatter(x.flatten(0, dim).contiguous(), "sum", 0, group.name))
         return rows.view(*x.shape[:dim], -1, *x.shape[dim + 1 :])
-    return _ready(_reduce_scatter(torch.cat(x.chunk(group.size, dim)), "sum", 0, group.name))
+    return ready(_reduce_scatter(torch.cat(x.chunk(group.size, dim)), "sum", 0, group.name))
 
 
 def all_reduce(x: Tensor, group: RankGroup) -> Tensor:
     """The sum of the ranks' tensors. Backward is an all-reduce."""
-    return _ready(functional.all_reduce(x.contiguous(), "sum", group.name))
-
-
-def all_to_all(x: Tensor, group: RankGroup) -> Tensor:
-    """Chunk i of dim 0 goes to rank i; the result holds the received chunks, in rank order. Backward is the same."""
-    return _ready(functional.all_to_all_single_autograd(x.contiguous(), None, None, group.name))
+    return ready(functional.all_reduce(x.contiguous(), "sum", group.name))
 
 
 def _is_outermost(x: Tensor, dim: int) -> bool:
@@ -58,5 +52,6 @@ def _is_outermost(x: Tensor, dim: int) -> bool:
     return math.prod(x.shape[:dim]) == 1
 
 
-def _ready(x: Tensor) -> Tensor:
+def ready(x: Tensor) -> Tensor:
+    """x when the collective that makes it has ended."""
     return x.wait() if isinstance(x, functional.AsyncCollectiveTensor) else x

@@ -13,8 +13,7 @@ from titan_video.models.spec import ParallelPlan
 from titan_video.tools.logging import logger
 
 # Kinds of block x one or several clips x first and any length x with and without gradients, and as many again for
-# padded lengths. More is
-# an error of ours: some value is compiled in.
+# padded lengths. More is an error of ours: some value is compiled in.
 MAX_GRAPHS = 32
 
 

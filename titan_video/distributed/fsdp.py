@@ -1,6 +1,6 @@
 """FSDP2: parameters, gradients and optimizer state sharded over the meshes that the plan names (`ParallelPlan.units`).
 
-One rank uses it too, so that mixed precision has one meaning; one rank in float32 throughout is left as it is.
+One rank uses it too, so that mixed precision has one meaning, but not in float32 throughout, nor to train adapters.
 
 Blocks are sharded over dp_shard x cp; what is outside the blocks, and the root with the plan's float32 parts, over
 dp_shard x cp x tp. The ranks of cp and tp have different tokens: the same reduce-scatter sums over them.
@@ -20,6 +20,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from titan_video.distributed.parallel_dims import Meshes
 from titan_video.distributed.utils import clean_name, reduce_over
+from titan_video.models.layers import is_adapter
 from titan_video.models.spec import ParallelPlan
 
 # A Linear of a 3-D input returns a view. The warning is about in-place changes of it, which no model here makes.
@@ -47,7 +48,9 @@ def apply_fsdp(
     gathered.
     cpu_offload: shards and their gradients live in host memory; weights are copied to the device to be gathered.
     """
-    if meshes.fsdp_root.size() == 1 and param_dtype == reduce_dtype == torch.float32 and not cpu_offload:
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    is_cast = param_dtype == torch.float32 or all(map(is_adapter, trained))  # adapters cast themselves
+    if meshes.fsdp_root.size() == 1 and reduce_dtype == torch.float32 and is_cast and not cpu_offload:
         return  # nothing to shard, send or cast: the units would only copy weights and gradients
 
     offload = CPUOffloadPolicy(pin_memory=meshes.world.device_type == "cuda") if cpu_offload else OffloadPolicy()
@@ -108,7 +111,7 @@ def reshard(model: nn.Module) -> None:
     Until then a change of the sharded weights would not be seen.
     """
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if hasattr(module, "reshard"):  # FSDP units, and blocks that are swapped
             module.reshard()
 
 

@@ -119,8 +119,7 @@ def _layout_errors(dims: ParallelDims, section: Parallelism, args: Any) -> Itera
     if heads % dims.tp or hidden % dims.tp:
         yield (
             f"parallelism.tensor_parallel_degree: given {dims.tp}, which does not divide the model's {heads} "
-            f"heads and feed-forward width "
-            f"{hidden}; legal: {divisors(heads, hidden)}"
+            f"heads and feed-forward width {hidden}; legal: {divisors(heads, hidden)}"
         )
         return
     if (heads // dims.tp) % dims.ulysses:
@@ -132,8 +131,7 @@ def _layout_errors(dims: ParallelDims, section: Parallelism, args: Any) -> Itera
         per_rank = f"{heads} heads" if dims.tp == 1 else f"{heads // dims.tp} heads of each tensor-parallel rank"
         yield (
             f"parallelism.{field}: given {dims.ulysses}, but Ulysses divides the {per_rank}; legal: "
-            f"{divisors(heads // dims.tp)}; "
-            "context_parallel_method ring or unified takes other degrees"
+            f"{divisors(heads // dims.tp)}; context_parallel_method ring or unified takes other degrees"
         )
     stages = dims.pp * stages_per_rank(section)
     if stages > args.num_layers:

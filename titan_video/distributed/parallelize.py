@@ -13,6 +13,7 @@ from titan_video.tools.parts import resolve
 
 FLOAT8 = "titan_video.distributed.float8:apply_float8"  # optional
 TENSOR_PARALLEL = "titan_video.distributed.tensor_parallel:apply_tensor_parallel"  # optional
+BLOCK_SWAP = "titan_video.distributed.block_swap:apply_block_swap"  # optional
 CONTEXT_PARALLEL = "titan_video.distributed.context_parallel:apply_context_parallel"  # optional
 
 
@@ -27,11 +28,11 @@ def parallelize(
     checkpointed: frozenset[tuple[str, str]] | None = None,
     float8: Float8 | None = None,
 ) -> None:
-    """Apply float8, tensor parallel, context parallel, checkpointing, compile and FSDP2, in this order and in place.
+    """Apply float8, tensor and context parallel, checkpointing, compile, block swap and FSDP2, in this order, in place.
 
     The parameters may be on the meta device. One section a step, hence nine parameters.
     checkpointed: `select_blocks` of the full model, where `model` is one pipeline stage of it.
-    ValueError: see `apply_activation_checkpoint` and `apply_float8`.
+    ValueError: see `apply_activation_checkpoint`, `apply_float8` and `apply_block_swap`.
     """
     if float8 is not None and float8.enable:
         apply_float8 = resolve(FLOAT8, asked_by="float8.enable = true")
@@ -45,6 +46,8 @@ def parallelize(
     apply_activation_checkpoint(model, plan, checkpointing, checkpointed)
     if compilation.enable:
         apply_compile(model, plan, compilation.backend)
+    if training.swap_blocks:
+        resolve(BLOCK_SWAP, asked_by="training.swap_blocks")(model, plan, training.swap_blocks, meshes.world.size())
     apply_fsdp(
         model,
         plan,

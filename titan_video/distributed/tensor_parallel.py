@@ -141,6 +141,8 @@ def distribute(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placem
     full = module.get_parameter(name)
     shard = distribute_tensor(full.detach(), mesh, [placement], src_data_rank=None)
     module.register_parameter(name, nn.Parameter(shard, requires_grad=full.requires_grad))
+    if name == "weight" and isinstance(getattr(module, "linear_fn", None), nn.Module):  # quantized: its scales
+        distribute(module.linear_fn, "scale", mesh, placement)
 
 
 class UnfusedLinear(nn.Module):

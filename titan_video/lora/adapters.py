@@ -37,7 +37,9 @@ class Adapter(nn.Module):
         self.up = nn.Parameter(torch.empty(linear.out_features, rank, **like))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, local_shard(self.down)) * self.scale, local_shard(self.up))
+        # One rank has no FSDP that casts them (see `apply_fsdp`).
+        down, up = local_shard(self.down).to(x.dtype), local_shard(self.up).to(x.dtype)
+        return F.linear(F.linear(x, down) * self.scale, up)
 
 
 def add_adapters(model: nn.Module, spec: ModelSpec, section: Lora, dtype: torch.dtype) -> None:
@@ -107,6 +109,17 @@ def rules(config: JobConfig, world_size: int) -> Iterator[str]:
             f"lora.enable: the weights of {config.model.flavor} that are adapted would be drawn at random; give a "
             f"diffusers folder in model.hf_assets_path with checkpoint.initial_load_in_hf true, or weights in "
             f"checkpoint.initial_load_path"
+        )
+    is_quantized = lora.base_dtype != "compute"
+    if is_quantized and not lora.enable:
+        yield (
+            f"lora.base_dtype: given {lora.base_dtype}, but lora.enable is false; only frozen weights are quantized: "
+            f"enable it, or set this to compute"
+        )
+    if is_quantized and config.float8.enable:
+        yield (
+            "lora.base_dtype: quantized weights are multiplied in training.mixed_precision_param; set it to compute, "
+            "or float8.enable to false"
         )
     if lora.initial_load_path and not lora.enable:
         yield (

@@ -36,6 +36,7 @@ from titan_video.kernels import upcast
 from titan_video.lora.adapters import NAME, Adapter, add_adapters, init_adapter
 from titan_video.lora.matrices import find_modules, public_matrices
 from titan_video.lora.names import DIFFUSERS_FILE, AdapterPair, flat, read_adapters
+from titan_video.lora.quantized_base import dequantized, is_added, quantized_linears
 from titan_video.models.layers import is_adapter
 from titan_video.models.spec import ModelSpec
 from titan_video.tools.files import atomic_path
@@ -190,6 +191,7 @@ def run_on_rank0(function: Callable[[], None]) -> None:
 
 class MergedWeights(Mapping[str, Tensor]):
     """The frozen weights that this rank has, by name, with their adapters merged in, in float32: for `save_hf`.
+    Quantized weights are those that they were trained on: what their codes stand for.
 
     A weight is computed when it is asked for, by all ranks that have a shard of it.
     adapters: used instead of the model's own, by the same names (their EMA, for example).
@@ -198,14 +200,16 @@ class MergedWeights(Mapping[str, Tensor]):
     def __init__(self, model: nn.Module, adapters: dict[str, Tensor] | None = None):
         reshard(model)
         params = {clean_name(name): p.detach() for name, p in model.named_parameters()}
-        self.frozen = {name: p for name, p in params.items() if not is_adapter(name)}
+        self.frozen = {name: p for name, p in params.items() if not is_added(name)}
+        self.quantized = quantized_linears(model)
         self.adapters = adapters or {name: p for name, p in params.items() if is_adapter(name)}
         self.scales = {
             clean_name(name): module.scale for name, module in model.named_modules() if isinstance(module, Adapter)
         }
 
     def __getitem__(self, name: str) -> Tensor:
-        full = upcast(_full_tensor(self.frozen[name]))
+        full = _full_tensor(self.frozen[name])
+        full = upcast(dequantized(full, self.quantized[name]) if name in self.quantized else full)
         adapter = f"{name.removesuffix('.weight')}.{NAME}"
         if adapter not in self.scales or not name.endswith(".weight"):
             return full

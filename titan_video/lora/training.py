@@ -12,7 +12,9 @@ from titan_video.config.job_config import Lora
 from titan_video.distributed.utils import broadcast_from_rank0, initialise
 from titan_video.lora.adapters import add_adapters, init_adapter
 from titan_video.lora.files import MergedWeights, are_exported, load_lora, lora_path, save_lora
+from titan_video.lora.quantized_base import CODE_DTYPES, fill_quantized, quantize_base
 from titan_video.models.layers import is_adapter
+from titan_video.weights.pipeline_folder import is_checkpoint
 from titan_video.weights.trained import FullWeights
 
 
@@ -22,11 +24,19 @@ class LoraWeights(FullWeights):
     is_saved = staticmethod(is_adapter)
 
     def prepare(self, model: nn.Module) -> None:
-        """Freeze the model, in training.mixed_precision_param, and add float32 adapters."""
-        add_adapters(model, self.spec, self.settings.lora, getattr(torch, self.settings.training.mixed_precision_param))
+        """Freeze the model, in training.mixed_precision_param, add float32 adapters, quantize if lora.base_dtype."""
+        lora = self.settings.lora
+        add_adapters(model, self.spec, lora, getattr(torch, self.settings.training.mixed_precision_param))
+        if lora.base_dtype in CODE_DTYPES:
+            quantize_base(model, self.spec.plan, lora.base_dtype)
 
     def load_frozen(self, model: nn.Module) -> None:
-        self.load_base(model, which=lambda name: not is_adapter(name))
+        source, kind = self.source, self.settings.lora.base_dtype
+        if kind in CODE_DTYPES:
+            # A step folder is read by one collective call: its weights are wide in host memory for a while.
+            fill_quantized(model, self.load_base, at_once=bool(source) and is_checkpoint(Path(source)))
+        else:
+            self.load_base(model, which=lambda name: not is_adapter(name))
 
     def load_initial(self, model: nn.Module) -> None:
         path = self.settings.lora.initial_load_path
@@ -38,7 +48,9 @@ class LoraWeights(FullWeights):
     def origin(self, step: int) -> str:
         drawn = f"drawn at random with debug.seed {self.settings.seed}"
         adapters = f"from {self.settings.lora.initial_load_path}" if self.settings.lora.initial_load_path else drawn
-        return f"base {super().origin(0)}; adapters {super().origin(step) if step else adapters}"
+        kind = self.settings.lora.base_dtype
+        stored = f", stored in {kind}" if kind in CODE_DTYPES else ""
+        return f"base {super().origin(0)}{stored}; adapters {super().origin(step) if step else adapters}"
 
     def counters(self) -> dict[str, Stateful]:
         frozen = f"drawn from seed {self.settings.seed}"
@@ -61,13 +73,16 @@ class LoraWeights(FullWeights):
 
 
 class LoraState:
-    """What the adapters in a checkpoint belong to: their scale, and the frozen weights, which no checkpoint holds.
+    """What the adapters in a checkpoint belong to: their scale, and the frozen weights, which no checkpoint holds, and
+    the type in which these were stored.
 
     frozen: identity of the frozen weights.
     """
 
     def __init__(self, section: Lora, frozen: str):
         self.state = {"scale": section.alpha / section.rank, "frozen": frozen}
+        if section.base_dtype in CODE_DTYPES:  # earlier checkpoints do not say
+            self.state["base_dtype"] = section.base_dtype
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.state)
@@ -79,6 +94,12 @@ class LoraState:
             raise ValueError(
                 f"lora.alpha / lora.rank is {self.state['scale']:g}, but the checkpoint's adapters were trained with "
                 f"{state['scale']:g}: set alpha to {state['scale']:g} x rank{new_run}"
+            )
+        ours, theirs = (x.get("base_dtype", "compute") for x in (self.state, state))
+        if ours != theirs:
+            raise ValueError(
+                f"lora.base_dtype is {ours}, but the checkpoint's adapters were trained with {theirs}: set it to "
+                f"that{new_run}"
             )
         if state["frozen"] != self.state["frozen"]:
             raise ValueError(

@@ -113,8 +113,8 @@ def local_shard(weight: Tensor) -> Tensor:
 class Linear(nn.Linear):
     """A Linear of a block: plain tensors in and out, under tensor parallel too.
 
-    adapter: a module whose output is added (lora/adapters.py), or None. linear_fn: F.linear, or the same in float8
-    (distributed/float8.py).
+    adapter: a module whose output is added (lora/adapters.py), or None. linear_fn: F.linear, the same in float8
+    (distributed/float8.py), or a module that multiplies by quantized weights (lora/quantized_base.py).
     """
 
     def __init__(self, in_features: int, out_features: int):

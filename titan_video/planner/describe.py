@@ -1,10 +1,12 @@
 """The result of a dry run, and how it is printed."""
 
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from titan_video.planner.step_tracker import TEMPORARY, Collective
 
 OFFLOADED = "offloaded activations"
+SWAPPED = "swapped weights"
 STATE = ("parameters", "optimizer", "ema", "gradients")  # in host memory with training.enable_cpu_offload
 CATEGORIES = (  # in the order in which they are printed
     "parameters",
@@ -18,12 +20,16 @@ CATEGORIES = (  # in the order in which they are printed
     "activations",
     TEMPORARY,
     OFFLOADED,
+    SWAPPED,
 )
 UNCOUNTED = (
     "Not counted: the CUDA context, NCCL's buffers, gaps that the allocator leaves, workspaces of matrix "
     "products, validation."
 )
 GIB = 2**30
+# GPUs by the size in their name: GiB that torch finds on an RTX 4090, an L40S (with ECC), an H100 and an H200.
+CAPACITY = MappingProxyType({24: 23.5, 48: 44.4, 80: 79.1, 141: 139.7})
+CONTEXT, NCCL, GAPS = 0.6, 1.0, 0.05  # GiB, GiB of more than one rank, and a share of the total
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,16 @@ class Report:
     collectives: list[Collective]
     seconds: float
 
+    @property
+    def needed(self) -> float:
+        """GiB that a GPU must have: the total, and a reserve for what is not counted."""
+        return self.total / GIB * (1 + GAPS) + CONTEXT + (NCCL if self.world_size > 1 else 0)
+
+    @property
+    def fits(self) -> dict[int, bool]:
+        """By the GPU's size in GB."""
+        return {size: self.needed <= gib for size, gib in CAPACITY.items()}
+
 
 def describe(report: Report, state_on_host: bool) -> str:
     """The report as text. state_on_host: training.enable_cpu_offload."""
@@ -68,6 +84,7 @@ def describe(report: Report, state_on_host: bool) -> str:
         "",
         *_memory_table(report, state_on_host),
         UNCOUNTED,
+        *_fits_lines(report),
         "",
         *_collectives_table(report),
         "",
@@ -91,10 +108,17 @@ def _memory_table(report: Report, state_on_host: bool) -> list[str]:
     for category in CATEGORIES:
         largest, at_peak = report.largest.get(category, 0), report.at_peak.get(category, 0)
         if largest:
-            is_on_host = category == OFFLOADED or (state_on_host and category in STATE)
+            is_on_host = category in (OFFLOADED, SWAPPED) or (state_on_host and category in STATE)
             place = "  on the host" if is_on_host else ""
             lines.append(f"{category:<20}{at_peak / GIB:>12.2f}{largest / GIB:>10.2f}{place}")
     return [*lines, f"{'total':<20}{report.total / GIB:>12.2f}"]
+
+
+def _fits_lines(report: Report) -> list[str]:
+    reserve = f"{GAPS:.0%} for gaps and workspaces, {CONTEXT} GiB for the CUDA context"
+    reserve += f", {NCCL} GiB for NCCL" if report.world_size > 1 else ""
+    gpus = [f"{size} GB ({gib}) {'yes' if report.fits[size] else 'no'}" for size, gib in CAPACITY.items()]
+    return [f"With a reserve of {reserve}: {report.needed:.2f} GiB.", f"Fits a GPU (its GiB): {', '.join(gpus)}"]
 
 
 def _collectives_table(report: Report) -> list[str]:

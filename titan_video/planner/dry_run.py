@@ -8,9 +8,9 @@ schedule. What is allocated, sent and computed is counted (step_tracker.py) and 
 but the TOML, and with model.flavor hf the folder's config.json.
 
 Operators save what they save on a GPU: attention its output and log-sum-exp, RMSNorm its input and one number a row.
-The fused kernels, which save less, are counted where model.kernels is triton; auto is counted as torch, on the safe
-side. Compile is off: it fuses elementwise operators, so a compiled step needs less than is printed. Float8 is off: it
-saves the same.
+The fused kernels are counted where a GPU has them: unless model.kernels is torch. Compile is off, but for the
+feed-forward, of which a compiled block saves more: it fuses elementwise operators, so a compiled step needs less than
+is printed. Float8 is off: it saves the same.
 """
 
 import argparse
@@ -40,11 +40,11 @@ from titan_video.distributed.utils import clean_name
 from titan_video.flow.matching import FlowMatching
 from titan_video.kernels import attention
 from titan_video.models import get_args, get_spec
-from titan_video.models.layers import token_shape
+from titan_video.models.layers import attention_flops, token_shape
 from titan_video.models.spec import ModelSpec
 from titan_video.optim.optimizer import updated_by
 from titan_video.planner import fake
-from titan_video.planner.describe import OFFLOADED, STATE, Report, describe
+from titan_video.planner.describe import OFFLOADED, STATE, SWAPPED, Report, describe
 from titan_video.planner.memory import state_bytes
 from titan_video.planner.step_tracker import StepTracker
 from titan_video.tasks.denoising import Denoising, DenoisingInputs
@@ -99,7 +99,8 @@ class RankStep:
                 self.pipeline.state(self.prepare(batches[0]))  # infers shapes, before anything is counted
             is_offloading = self.config.activation_checkpoint.offload
             offload = fake.watch_offload(tracker) if is_offloading else nullcontext()
-            with tracker, fake.gpu_operators(self.config.model.kernels), offload:
+            operators = fake.gpu_operators(self.config.model.kernels, self.config.compile.enable)
+            with tracker, operators, offload:
                 self._create_state(tracker)
                 fake.watch_forwards(self.model, tracker)
                 fake.watch_recomputation(self.model, self.spec.plan, tracker)
@@ -126,6 +127,7 @@ class RankStep:
                 p.register_post_accumulate_grad_hook(free)
             if self.size.accumulation > 1 and p.requires_grad:
                 p.grad = torch.zeros_like(p)
+        fake.watch_swap(self.model, tracker)
 
     def _forward_backward(self, batches: list[Batch], tracker: StepTracker) -> None:
         for batch in batches:
@@ -184,7 +186,7 @@ def dry_run(config: JobConfig, world_size: int, rank: int = 0) -> Report:
         tracker = StepTracker(fake.get_axes(meshes), bodies=fake.operator_bodies())
         step.run(tracker)
         static = static_bytes(step.model, config.optimizer.name, spec.plan.blocks, config.ema.enable)
-    host = (OFFLOADED, *(STATE if config.training.enable_cpu_offload else ()))
+    host = (OFFLOADED, SWAPPED, *(STATE if config.training.enable_cpu_offload else ()))
     peak = tracker.peak(on_host=host)
     largest, at_peak = peak.largest | static, peak.at_peak | static
     blocks = step.stages.blocks if step.stages else {}
@@ -202,10 +204,18 @@ def dry_run(config: JobConfig, world_size: int, rank: int = 0) -> Report:
         total=sum(n for category, n in at_peak.items() if category not in host),
         on_host=sum(largest.get(category, 0) for category in host),
         flops=dict(tracker.flops),
-        model_flops=3 * args.flops(size.num_tokens, size.num_counted * size.num_clips) * dims.dp / world_size,
+        model_flops=model_flops(config, args, size) * dims.dp / world_size,
         collectives=tracker.collectives(),
         seconds=time.perf_counter() - start,
     )
+
+
+def model_flops(config: JobConfig, args: Any, size: StepSize) -> float:
+    """FLOPs of the model's forward and backward. Frozen weights get no gradients: a third of their matmuls is saved."""
+    tokens, clips = size.num_tokens, size.num_counted * size.num_clips
+    if not config.lora.enable:
+        return 3 * args.flops(tokens, clips)
+    return 2 * args.flops(tokens, clips) + args.num_layers * attention_flops(clips, tokens, tokens, args.dim)
 
 
 def num_clip_tokens(bucket: tuple[int, ...], spec: ModelSpec, args: Any) -> int:
@@ -305,7 +315,8 @@ def main(argv: list[str]) -> None:
         print(describe(report, config.training.enable_cpu_offload))
         if options.json:
             with writing("report", options.json):
-                options.json.write_text(json.dumps(asdict(report), indent=2) + "\n")
+                numbers = asdict(report) | {"needed": report.needed, "fits": report.fits}
+                options.json.write_text(json.dumps(numbers, indent=2) + "\n")
 
 
 if __name__ == "__main__":

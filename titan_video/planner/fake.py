@@ -20,12 +20,14 @@ from titan_video.distributed.fsdp import get_blocks
 from titan_video.distributed.parallel_dims import Meshes
 from titan_video.distributed.utils import to_local
 from titan_video.kernels import attention
+from titan_video.models import layers
 from titan_video.models.spec import ParallelPlan
-from titan_video.planner.describe import OFFLOADED
+from titan_video.planner.describe import OFFLOADED, SWAPPED
 from titan_video.planner.step_tracker import Axis, StepTracker
 from titan_video.tasks.conditioning import COND_LATENTS
 from titan_video.tools.parts import find_module, resolve
 
+QUANTIZED = "titan_video.lora.quantized_base"  # optional
 RING = "titan_video.distributed.context_parallel.ring"  # optional
 
 
@@ -39,6 +41,10 @@ def operator_bodies() -> dict[Any, Callable[..., Any]]:
         ops.attention: attention.own_attention._init_fn,
         ops.attention_backward: attention.own_attention_backward._init_fn,
     }
+    if find_module(QUANTIZED):
+        quantized = resolve(QUANTIZED, asked_by="the dry run")
+        bodies[ops.frozen_linear] = quantized.frozen_linear._init_fn
+        bodies[ops.frozen_linear_backward] = quantized.frozen_linear_backward._init_fn
     if find_module(RING):
         ring = resolve(RING, asked_by="the dry run")
         bodies[ops.ring_attention] = ring.ring_attention._init_fn
@@ -115,19 +121,30 @@ class _RmsNorm(torch.autograd.Function):
         return torch.empty_like(x), None, torch.empty_like(weight), None
 
 
+def gpu_backend(name: str) -> str:
+    """What `model.kernels = name` is on a GPU with triton, whatever this machine has."""
+    return "triton" if name != "torch" and find_module(kernels.TRITON_PART) else "torch"
+
+
+def _gelu_linear_compiled(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A compiled block saves what the matmul reads, which gelu_linear recomputes."""
+    return F.linear(F.gelu(u, approximate="tanh"), weight, bias)
+
+
 @contextmanager
-def gpu_operators(backend: str) -> Iterator[None]:
-    """Inside, operators save what they save on a GPU. backend: model.kernels.
+def gpu_operators(backend: str, compiled: bool) -> Iterator[None]:
+    """Inside, operators save what they save on a GPU. backend: model.kernels. compiled: whether the blocks are.
 
     On a CPU torch decomposes RMSNorm and saves the intermediate results; on a GPU it is one kernel.
     """
-    rms_norm, previous = F.rms_norm, kernels.current_backend()
+    rms_norm, gelu_linear, previous = F.rms_norm, layers.gelu_linear, kernels.current_backend()
     F.rms_norm = _RmsNorm.apply
-    kernels.set_backend("triton" if backend == "triton" else "torch")
+    layers.gelu_linear = _gelu_linear_compiled if compiled else gelu_linear
+    kernels.set_backend(gpu_backend(backend))
     try:
         yield
     finally:
-        F.rms_norm = rms_norm
+        F.rms_norm, layers.gelu_linear = rms_norm, gelu_linear
         kernels.set_backend(previous)
 
 
@@ -168,7 +185,9 @@ def watch_recomputation(model: nn.Module, plan: ParallelPlan, tracker: StepTrack
             tracker.categorize_live_later("activations", since=start)
 
     for container, key in get_blocks(model, plan):
-        block = getattr(container[key], "_checkpoint_wrapped_module", container[key])
+        block = container[key]
+        while hasattr(block, "_checkpoint_wrapped_module"):
+            block = block._checkpoint_wrapped_module
         block.register_forward_pre_hook(before)
         # Recomputation stops by an exception once it has everything that backward needs.
         block.register_forward_hook(after, always_call=True)
@@ -197,6 +216,14 @@ def watch_offload(tracker: StepTracker) -> Iterator[None]:
         yield
     finally:
         host_offload.offload, host_offload._start_reload = offload, start_reload
+
+
+def watch_swap(model: nn.Module, tracker: StepTracker) -> None:
+    """Categorize the weights of swapped blocks, and their slots on the device."""
+    for block in (module for module in model.modules() if hasattr(module, "swap")):
+        tracker.set_category(block.host, SWAPPED)
+        for slot in block.swap.allocate():
+            tracker.set_category(slot, "parameters")
 
 
 def set_gradients(model: nn.Module, tracker: StepTracker) -> None:

@@ -15,9 +15,10 @@ import torch
 
 from titan_video.config.job_config import ActivationCheckpoint, JobConfig
 from titan_video.distributed.parallel_dims import ParallelDims
-from titan_video.models.layers import cast_params
 from titan_video.models.spec import ModelSpec, ParallelPlan
 from titan_video.optim.optimizer import BLOCK, updated_by
+from titan_video.planner.fake import gpu_backend
+from titan_video.weights.trained import WeightsSettings, build_weights
 
 
 def estimate(config: JobConfig, spec: ModelSpec, args: Any, dims: ParallelDims, num_tokens: int) -> dict[str, int]:
@@ -28,38 +29,50 @@ def estimate(config: JobConfig, spec: ModelSpec, args: Any, dims: ParallelDims, 
     offload and for memory budgets.
     """
     itemsize = getattr(torch, config.training.mixed_precision_param).itemsize
-    fused, batch = config.model.kernels == "triton", config.training.local_batch_size
-    activations = wan_activations(args, config.activation_checkpoint, dims, num_tokens, batch, itemsize, fused)
+    if config.lora.enable:
+        raise ValueError("lora.enable: no closed form of what adapters save; run a dry run")
+    fused, compiled = gpu_backend(config.model.kernels) == "triton", config.compile.enable
+    batch, section = config.training.local_batch_size, config.activation_checkpoint
+    activations = wan_activations(args, section, dims, num_tokens, batch, itemsize, fused, compiled)
     return state(config, spec, args, dims) | {"activations": activations}
 
 
 def state(config: JobConfig, spec: ModelSpec, args: Any, dims: ParallelDims) -> dict[str, int]:
     """Bytes of parameters, gradients, optimizer state and EMA weights on the fullest rank, for any model.
 
-    ValueError: there is no closed form for pipelines.
+    ValueError: there is no closed form for pipelines, adapters under tensor parallel, and swapped blocks of two kinds.
     """
+    if config.lora.enable and (dims.tp > 1 or (config.training.swap_blocks and len(spec.plan.blocks) > 1)):
+        raise ValueError("lora.enable: no closed form for this layout; run a dry run")
     if dims.pp > 1:
         raise ValueError(
             "parallelism.pipeline_parallel_degree: the closed forms hold for one stage; set it to 1, or run a dry run"
         )
     with torch.device("meta"):
         model = spec.build(args)
-    cast_params(model, spec.plan.fp32, getattr(torch, config.training.dtype))
+    settings = WeightsSettings(config.model, config.checkpoint, config.training, config.lora, config.debug.seed)
+    build_weights(settings, spec, args).prepare(model)
     shards = {name: shard_shape(name, tuple(p.shape), spec.plan, dims) for name, p in model.named_parameters()}
     nbytes = {name: math.prod(shards[name]) * p.itemsize for name, p in model.named_parameters()}
+    parameters, frozen = sum(nbytes.values()), {name for name, p in model.named_parameters() if not p.requires_grad}
+    if config.training.swap_blocks:
+        block = sum(size for name, size in nbytes.items() if name in frozen and get_unit(name, spec.plan) == "blocks.0")
+        parameters -= (config.training.swap_blocks - 2) * block  # two have their room on the device
+    shards, nbytes = ({name: x for name, x in sizes.items() if name not in frozen} for sizes in (shards, nbytes))
     kinds = {
         name: updated_by(name, len(shape), config.optimizer.name, spec.plan.blocks) for name, shape in shards.items()
     }
     gradients = sum(nbytes.values())
     if config.optimizer.in_backward:
         # One FSDP unit has gradients at a time, or one parameter where there are no units (see `apply_fsdp`).
-        has_no_units = dims.dp * dims.sequence == 1 and config.training.mixed_precision_param == "float32"
+        is_float32 = config.training.mixed_precision_param == "float32"
+        has_no_units = dims.dp * dims.sequence == 1 and (is_float32 or config.lora.enable)
         units = Counter()
         for name, size in nbytes.items():
             units[name if has_no_units else get_unit(name, spec.plan)] += size
         gradients = max(units.values())
     sizes = {
-        "parameters": sum(nbytes.values()),
+        "parameters": parameters,
         "gradients": gradients,
         "optimizer": sum(state_bytes(kinds[name], shards[name]) for name in shards),
     }
@@ -100,8 +113,10 @@ def wan_activations(
     batch: int,
     itemsize: int,
     fused: bool = False,
+    compiled: bool = False,
 ) -> int:
     """The maximum of the bytes saved for backward, recomputed activations included. fused: with the Triton kernels.
+    compiled: a compiled block saves GELU's output even with them.
 
     ValueError: see `estimate`.
     """
@@ -118,6 +133,7 @@ def wan_activations(
     L = -(-num_tokens // dims.sequence)
     inputs = B * (e * D * L + 24 * D)  # the tokens; shifts, scales and gates of the time
     all_saved = (_fused_block if fused else _block)(args, L, B, e, t, dims.ulysses > 1)
+    all_saved += B * L * e * args.ffn_dim if fused and compiled and t == 1 else 0
     saved, shared = _checkpointed_block(args, section, L, B, e, t, fused)
 
     wrapped = [section.mode != "none" and (not section.layers or i in section.layers) for i in range(args.num_layers)]

@@ -21,6 +21,7 @@ def ladder(config: JobConfig) -> Iterator[tuple[str, str]]:
     Only options that this configuration does not use yet.
     """
     a, o, t, p = config.activation_checkpoint, config.optimizer, config.training, config.parallelism
+    lora = config.lora
     if config.encoder.placement == "colocated" and config.encoder.offload_policy == "keep":
         yield "--encoder.offload_policy offload", "the encoders are copied at each use"
     if a.mode in ("none", "memory_budget"):
@@ -32,6 +33,10 @@ def ladder(config: JobConfig) -> Iterator[tuple[str, str]]:
             "--activation_checkpoint.mode full --activation_checkpoint.offload",
             "block inputs move to host memory, overlapped with compute",
         )
+    if lora.enable and lora.base_dtype == "compute":
+        yield "--lora.base_dtype int8", "frozen weights in one byte: an error of half a percent to one"
+    if lora.enable and not t.swap_blocks and p.model_parallel_degree == 1:
+        yield "--training.swap_blocks 16", "on one rank: frozen weights of 16 blocks in host memory, copied in time"
     if t.local_batch_size > 1 and not config.data.tokens_per_microbatch:
         half = t.local_batch_size // 2
         yield f"--training.local_batch_size {half}", "more micro-batches; keep training.global_batch_size"
@@ -43,7 +48,7 @@ def ladder(config: JobConfig) -> Iterator[tuple[str, str]]:
         f"--parallelism.context_parallel_degree {2 * p.context_parallel_degree}",
         "a clip's tokens on twice as many ranks: activations halve, so does the number of clips at a time",
     )
-    if not t.enable_cpu_offload:
+    if not (t.enable_cpu_offload or t.swap_blocks):
         yield "--training.enable_cpu_offload", "weights, gradients and optimizer state in host memory: much slower"
 
 

@@ -48,11 +48,11 @@ GIB = 1 << 30
 
 
 @torch.no_grad()
-def load_hf(model: nn.Module, path: Path | str, spec: ModelSpec, args: Any, subfolder: str = "") -> None:
+def load_hf(model: nn.Module, path: Path | str, spec: ModelSpec, args: Any, subfolder: str = "", which=None) -> None:
     """Fill the parameters (plain or DTensor, any placements) from `path`, a folder or file in any public format. Values
     are cast to the parameters' types.
 
-    subfolder: where a pipeline folder has the weights; default spec.hf_folder.
+    subfolder: where a pipeline folder has the weights; default spec.hf_folder. which: those to fill, by name.
     Each rank reads its own slices, without collectives.
     ValueError: names the folder or file, and the tensors that are missing, unknown, of another shape, damaged, or of
     another architecture than `args`. Nothing is loaded then.
@@ -61,7 +61,7 @@ def load_hf(model: nn.Module, path: Path | str, spec: ModelSpec, args: Any, subf
     _check_parameters(params, shapes, args)
     locations = StoredWeights(Path(path), subfolder or spec.hf_folder).locate(spec, args, shapes)
     by_file: dict[Path, list[str]] = {}
-    for ours in params:
+    for ours in filter(which, params):
         by_file.setdefault(locations[ours].file, []).append(ours)
     for path, names in by_file.items():
         with opened(path) as file:
@@ -251,10 +251,11 @@ class Writer:
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters by clean name, without adapters, which these formats do not have."""
+    """Parameters by clean name, without adapters and scales of quantized weights, which these formats do not have."""
     # A forward without backward leaves FSDP's root gathered, in the compute dtype.
     reshard(model)
-    return {clean_name(name): p for name, p in model.named_parameters() if not is_adapter(clean_name(name))}
+    params = {clean_name(name): p for name, p in model.named_parameters()}
+    return {name: p for name, p in params.items() if not (is_adapter(name) or name.endswith(".linear_fn.scale"))}
 
 
 def _check_parameters(params: dict[str, Tensor], shapes: dict[str, torch.Size], args: Any) -> None:

@@ -77,11 +77,10 @@ class FullWeights:
         source = self.source
         if not source:
             initialise(model, self.spec.init_parameter, self.settings.seed, which)
-            return
-        if is_checkpoint(Path(source)):
+        elif is_checkpoint(Path(source)):
             load_weights(Path(source), model, group=self.group, which=which)
         else:
-            load_hf(model, source, self.spec, self.args, self.subfolder)
+            load_hf(model, source, self.spec, self.args, self.subfolder, which)
 
     def origin(self, step: int) -> str:
         """Where the weights come from, for the log. step: of the checkpoint of this run that was loaded; 0: none."""

@@ -15,6 +15,9 @@ class Lora:
     )
     rank: int = opt(32, "Rank of an adapter.", ge=1)
     alpha: float = opt(32.0, "The output of an adapter is scaled by alpha / rank.", gt=0)
+    base_dtype: Literal["compute", "int8", "float8"] = opt(
+        "compute", "Stored type of the frozen weights of the blocks' Linears. compute: training.mixed_precision_param."
+    )
     target_modules: tuple[str, ...] = opt(
         (),
         "Linears of the blocks that get an adapter, by the end of their dotted name in our model, such as self_attn.q. "

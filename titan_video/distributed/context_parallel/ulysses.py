@@ -7,9 +7,15 @@ u is the group's size, which divides H. Backward is two all-to-alls again. Lette
 
 from einops import rearrange
 from torch import Tensor, nn, stack
+from torch.distributed._functional_collectives import all_to_all_single_autograd
 
-from titan_video.distributed.collectives import all_to_all
+from titan_video.distributed.collectives import ready
 from titan_video.models.spec import RankGroup, StepLayout
+
+
+def all_to_all(x: Tensor, group: RankGroup) -> Tensor:
+    """Chunk i of dim 0 goes to rank i; the result holds the received chunks, in rank order. Backward is the same."""
+    return ready(all_to_all_single_autograd(x.contiguous(), None, None, group.name))
 
 
 class UlyssesAttention(nn.Module):

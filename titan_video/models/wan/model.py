@@ -334,8 +334,7 @@ class WanModel(nn.Module):
         if num_image_tokens != self.args.image_len:
             raise ValueError(
                 f"Wan was built for {self.args.image_len} image tokens, got {num_image_tokens}: choose "
-                f"model.flavor to fit "
-                f"the conditioning frames"
+                f"model.flavor to fit the conditioning frames"
             )
 
 
