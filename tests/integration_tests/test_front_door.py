@@ -54,6 +54,7 @@ def test_debug_config_learns_and_shows_it(front):
         "validation.enable": "true",
         "validation.freq": steps,
         "validation.num_videos": 2,
+        "validation.num_scored": 26,
         "validation.sample_steps": 3,
         "validation.path": "embedded:shapes-12",
         "validation.max_clips": 3,
@@ -75,6 +76,10 @@ def test_debug_config_learns_and_shows_it(front):
     for step in (60, steps):
         manifest = json.loads((run.checkpoint(step) / "manifest.json").read_text())
         assert {path.name for path in run.checkpoint(step).iterdir()} == {"manifest.json", *manifest["files"]}
+
+    scores = {"score_colour", "score_direction", "score_shape"}
+    assert scores <= run.validations[steps].keys() and not scores & run.validations[0].keys()
+    assert run.validations[steps]["score_colour"] >= 0.4, "a quarter of the colours would be right by chance"
 
     for step in (0, steps):
         clips = sorted((folder / "samples" / f"step-{step}").glob("*.mp4"))

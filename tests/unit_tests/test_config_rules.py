@@ -189,6 +189,7 @@ COMBINATIONS = [  # (what is set, fields the message names, a piece of the fix)
         "lora.enable",
         "drawn at random",
     ),
+    ({"validation.num_scored": 8, "data.path": str(ROOT)}, "validation.num_scored", "embedded:shapes"),
     ({"model.hf_assets_path": "a/b"}, "model.hf_assets_path", "python -m titan_video.download a/b --revision main"),
     ({"checkpoint.initial_load_path": "a/b"}, "checkpoint.initial_load_path", "python -m titan_video.download a/b"),
     ({"checkpoint.keep_exports": 2}, "checkpoint.keep_exports", "checkpoint.export_every"),

@@ -327,6 +327,7 @@ class Validation:
         "out). Image-to-video uses those captions with the first frames of their clips.",
     )
     num_videos: int = opt(2, "Clips sampled at each validation; 0: none.", ge=0)
+    num_scored: int = opt(0, "Of embedded:shapes: clips sampled and scored at each validation after step 0.", ge=0)
     solver: Literal["euler", "unipc"] = opt("euler", "Solver of the sampler; unipc is that of Wan's own code.")
     sample_steps: int = opt(30, "Steps of the sampler.", ge=1)
     guidance_scale: float = opt(0.0, "Classifier-free guidance; 1: off; 0: that of the model's own code.", ge=0)

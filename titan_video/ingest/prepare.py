@@ -24,6 +24,7 @@ from titan_video.ingest.encode import encode_share, failed_clips, missing_jobs
 from titan_video.ingest.plan import Plan, build_plan
 from titan_video.ingest.resume import EarlierClips
 from titan_video.ingest.sampling_defaults import sampling_section
+from titan_video.ingest.shape_scores import ShapeScores
 from titan_video.ingest.text import read_prompts
 from titan_video.models.conditioning import ConditioningSpec
 from titan_video.models.spec import LatentGeometry
@@ -37,7 +38,7 @@ class Clips:
 
     prompts: what validation samples. of_prompts: the clips that these are captions of, or [].
     numbers: for the log: clips of the plan, those dropped by reason, and how fast they were encoded.
-    sampling: [validation], with the model's own values where it leaves them to the model.
+    sampling: [validation], with the model's own values where it leaves them to the model. scores: Validator.scores.
     """
 
     training: list[CachedClip]
@@ -46,6 +47,7 @@ class Clips:
     of_prompts: list[CachedClip]
     numbers: dict[str, float]
     sampling: Validation
+    scores: ShapeScores | None = None
 
 
 def open_cache(
@@ -94,6 +96,10 @@ def check_encoders(encoders: Encoders, args: Any, geometry: LatentGeometry, conf
             f"data.image_dropout: given {config.data.image_dropout:g}, but the text of {flavor} has no image; leave it "
             f"at -1"
         )
+    if conditioning.num_cond_frames and config.validation.num_scored:
+        raise ValueError(
+            f"validation.num_scored: {flavor} starts from an image; only text-to-video is scored; set it to 0"
+        )
     if conditioning.num_cond_frames and config.validation.prompts_path:
         raise ValueError(
             f"validation.prompts_path: {flavor} starts from an image, which a prompt does not have; leave it empty"
@@ -113,7 +119,11 @@ def prepare_clips(
     v, num_workers = sampling_section(config, args, data.sizes[0]), data.num_workers
     is_ahead = config.encoder.placement == "cached"
     prompts = broadcast_from_rank0(lambda: _read_prompts(v, encoders), group)
-    texts = prompts + sampled_negatives(v)
+    texts, scores = prompts + sampled_negatives(v), None
+    if v.enable and v.num_scored:
+        geometry = LatentGeometry(encoders.channels, encoders.stride_t, encoders.stride_s)
+        scores = ShapeScores(v.num_scored, cache, geometry.latent_shape(data.sizes[0]))
+        texts += scores.captions
 
     def plan_clips(path: str, report: Path) -> tuple[list[CachedClip], dict[str, float], int]:
         drop_apart = not path and data.image_dropout != 0
@@ -151,7 +161,7 @@ def prepare_clips(
             "\n".join(f"{path}: {reason}; validation needs this clip: remove it" for path, reason in failed.items())
         )
     of_prompts = prompts[: v.num_videos] or [clip.caption for clip in shown]
-    return Clips(clips, held_out, of_prompts, shown, numbers, v)
+    return Clips(clips, held_out, of_prompts, shown, numbers, v, scores)
 
 
 def _read_prompts(v: Validation, encoders: Encoders) -> list[str]:

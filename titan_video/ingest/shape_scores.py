@@ -11,7 +11,7 @@ from torch import Tensor
 from titan_video.data.latent_cache import LatentCache
 from titan_video.distributed.utils import gather_objects
 from titan_video.ingest.shapes import COLORS, COMBINATIONS, SHAPES, caption, combination
-from titan_video.tasks.sampling import Prompt, SamplerSettings, sample_latents
+from titan_video.tasks.sampling import Prompt
 from titan_video.tasks.validation import Validator, shard_indices
 
 BATCH = 24  # clips sampled at once
@@ -89,11 +89,11 @@ def tally(read: Sequence[tuple[str, str, str] | None], wanted: Sequence[tuple[st
 class ShapeScores:
     """`Validator.scores`: samples clips, each caption of the data set as often, and reads them."""
 
-    def __init__(self, num_clips: int, cache: LatentCache):
+    def __init__(self, num_clips: int, cache: LatentCache, latent_CFHW: tuple[int, ...]):
         self.wanted = [combination(i) for i in range(num_clips)]
         self.captions = [caption(i) for i in range(min(num_clips, COMBINATIONS))]
         self.keys = [cache.text_key(caption(i)) for i in range(num_clips)]
-        self.null_key = cache.text_key("")
+        self.null_key, self.latent_CFHW = cache.text_key(""), latent_CFHW
 
     def __call__(self, validator: Validator) -> dict[str, float]:
         """Shares of the clips that show the colour, shape and direction of their caption, on rank 0.
@@ -114,18 +114,9 @@ class ShapeScores:
         return {f"score_{name}": share for name, share in shares.items()}
 
     def _sample(self, validator: Validator, clips: range) -> Tensor:
-        task, c = validator.task, validator.section
-        settings = SamplerSettings(
-            num_steps=c.sample_steps,
-            guidance_scale=c.guidance_scale,
-            shift=c.sample_shift,
-            embedded_guidance=c.embedded_guidance,
-            seed=task.seed,
-        )
         prompt, null = (self._prompt(validator, keys) for keys in ([self.keys[i] for i in clips], [self.null_key]))
-        ids = [FIRST_ID + i for i in clips]
-        return sample_latents(validator.model, task.args, prompt, null, validator.text_size, ids, settings, task.shard)
+        return validator.sample_latents(prompt, null, self.latent_CFHW, [FIRST_ID + i for i in clips])
 
     def _prompt(self, validator: Validator, keys: Sequence[str]) -> Prompt:
         text_BLD, mask_BL = validator.reader.text(keys)
-        return Prompt(text_BLD, mask_BL, validator.reader.pooled(keys)).to(validator.task.device)
+        return Prompt(text_BLD, mask_BL, validator.reader.pooled(keys))

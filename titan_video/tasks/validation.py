@@ -87,10 +87,12 @@ class Validator:
         self.batch_mesh, self.sequence_mesh = meshes.batch, meshes.sequence
         self.writes = meshes.sequence.get_local_rank() == 0 and meshes.pp.get_local_rank() == 0  # once for each clip
         self.clips, self.reader, self.prompts, self.output = clips, reader, prompts, output
+        self.scores: Callable[[Validator], dict[str, float]] | None = None  # further numbers, after step 0
 
     def __call__(self, step: int) -> Evaluation:
         heartbeat.enter(f"validation of step {step}")
-        return Evaluation(self.losses(), self.sample(step), folder=str(self.output.step_folder(step)))
+        scores = self.scores(self) if self.scores and step else {}
+        return Evaluation(self.losses() | scores, self.sample(step), folder=str(self.output.step_folder(step)))
 
     @torch.no_grad()
     def losses(self) -> dict[str, float]:
@@ -124,9 +126,19 @@ class Validator:
 
     def sample(self, step: int) -> list[tuple[str, Tensor]]:
         """Sample every prompt and write its clip; return (prompt, frames [F, H, W, 3]) in order, on rank 0."""
-        p, c, task = self.prompts, self.section, self.task
+        p, sampled = self.prompts, []
         if p is None:
             return []
+        for index, is_counted in self._own_items(len(p.prompts)):
+            latents = self.sample_latents(p.prompts[index], p.null, p.latent_CFHW[index], [index])
+            if is_counted and self.writes:
+                sampled.append((index, self.output.write(step, index, p.texts[index], latents)))
+        gathered = [clip for clips in gather_objects(sampled, self.batch_mesh.get_group()) for clip in clips]
+        return [(p.texts[index], frames) for index, frames in sorted(gathered, key=lambda clip: clip[0])]
+
+    def sample_latents(self, prompt: Prompt, null: Prompt, latent_CFHW: tuple[int, ...], ids: Sequence[int]) -> Tensor:
+        """Latents of a batch of clips, sampled as [validation] says. Arguments: see sampling.sample_latents."""
+        c, task = self.section, self.task
         settings = SamplerSettings(
             num_steps=c.sample_steps,
             guidance_scale=c.guidance_scale,
@@ -136,16 +148,8 @@ class Validator:
             solver=c.solver,
             param_dtype=task.param_dtype,
         )
-        sampled = []
-        for index, is_counted in self._own_items(len(p.prompts)):
-            prompt, null = p.prompts[index].to(task.device), p.null.to(task.device)
-            latents = sample_latents(
-                self.model, task.args, prompt, null, p.latent_CFHW[index], [index], settings, task.shard
-            )
-            if is_counted and self.writes:
-                sampled.append((index, self.output.write(step, index, p.texts[index], latents)))
-        gathered = [clip for clips in gather_objects(sampled, self.batch_mesh.get_group()) for clip in clips]
-        return [(p.texts[index], frames) for index, frames in sorted(gathered, key=lambda clip: clip[0])]
+        prompt, null = prompt.to(task.device), null.to(task.device)
+        return sample_latents(self.model, task.args, prompt, null, latent_CFHW, ids, settings, task.shard)
 
     def _own_items(self, num_items: int) -> list[tuple[int, bool]]:
         return shard_indices(num_items, self.batch_mesh.get_local_rank(), self.batch_mesh.size())
@@ -197,7 +201,9 @@ def build_validator(
     build_prompts.
     """
     prompts = build_prompts(reader, clips, latent_CFHW, section.negative_prompt)
-    return Validator(section, task, model, meshes, clips.held_out, prompts, reader=reader, output=output)
+    validator = Validator(section, task, model, meshes, clips.held_out, prompts, reader=reader, output=output)
+    validator.scores = clips.scores
+    return validator
 
 
 def rules(config: JobConfig, world_size: int) -> Iterator[str]:
@@ -207,6 +213,8 @@ def rules(config: JobConfig, world_size: int) -> Iterator[str]:
         yield f"validation.guidance_scale: given {v.guidance_scale:g}; legal: 0 (the model's own), 1 (off) and above"
     if not v.timesteps:
         yield "validation.timesteps: empty; give at least one sigma, such as [0.5]"
+    if v.num_scored and not config.data.path.startswith("embedded:"):
+        yield f"validation.num_scored: given {v.num_scored}, but only embedded:shapes can be scored; set it to 0"
     if len(set(v.timesteps)) < len(v.timesteps):
         yield f"validation.timesteps: given {list(v.timesteps)}; remove what appears twice"
     if v.enable and not v.path and v.holdout == 0 and v.num_videos == 0:
