@@ -96,7 +96,11 @@ def test_gradients_under_fsdp_are_equal():
 
 
 def context_parallel(dims):
-    modes = {"none": NONE, "full": FULL, "selective": replace(SELECTIVE, save_min_kv=16)}
+    selective = replace(SELECTIVE, save_min_kv=16)
+    modes = {"none": NONE, "full": FULL, "selective": selective}
+    if dims.ulysses == 2:
+        modes["exchange"] = replace(selective, save=("attention", "exchange"))
+        modes["exchange, offload"] = replace(modes["exchange"], offload=True)
     return {name: step(section, False, dims) for name, section in modes.items()}
 
 
@@ -105,10 +109,12 @@ def test_attention_of_context_parallel_runs_once(dims):
     kind = "attention" if dims.ulysses == 2 else "ring_attention"
     for results in run_ranks(context_parallel, 2, dims):
         runs = {mode: count.get(kind) for mode, (_, count) in results.items()}
-        assert runs == {"none": 2, "selective": 2, "full": 4}  # two blocks
+        once = {mode: 2 for mode in results}  # in two blocks
+        assert runs == once | {"full": 4}
         exchanges = {mode: count.get("all_to_all_single", 0) for mode, (_, count) in results.items()}
+        recomputed = {"selective": 12, "full": 12}
         assert exchanges == (
-            {"none": 8, "selective": 12, "full": 12} if dims.ulysses == 2 else {"none": 0, "selective": 0, "full": 0}
+            {mode: 8 for mode in results} | recomputed if dims.ulysses == 2 else dict.fromkeys(results, 0)
         )
         reference = results["full"][0]
         for mode, (grads, _) in results.items():

@@ -200,10 +200,12 @@ class AttentionAndFeedForward(nn.Module):
         text_q, text_k = self.norm(self.q(text_BSD), self.k(text_BSD))
         v, text_v = (self.v(y).unflatten(-1, (-1, self.head_dim)) for y in (x_BLD, text_BSD))
         out, text_out = self.inner_attention(q, k, v, text_q, text_k, text_v, text_mask_BS, layout)
-        return self.out(self._with_feed_forward(out, x_BLD), self._with_feed_forward(text_out, text_BSD))
+        # `out` comes right after both GELUs: checkpointing may save the matmuls that follow a GELU.
+        up, text_up = self.up(x_BLD), self.up(text_BSD)
+        return self.out(self._with_feed_forward(out, up), self._with_feed_forward(text_out, text_up))
 
-    def _with_feed_forward(self, out_BLHK: Tensor, x_BLD: Tensor) -> Tensor:
-        hidden_BLHE = F.gelu(self.up(x_BLD), approximate="tanh").unflatten(-1, (out_BLHK.shape[2], -1))
+    def _with_feed_forward(self, out_BLHK: Tensor, up_BLF: Tensor) -> Tensor:
+        hidden_BLHE = F.gelu(up_BLF, approximate="tanh").unflatten(-1, (out_BLHK.shape[2], -1))
         return torch.cat([out_BLHK, hidden_BLHE], dim=-1).flatten(2)
 
 

@@ -103,6 +103,10 @@ class WanArgs:
         linear = 2 * L * (4 * D * D + 2 * D * self.ffn_dim) + 2 * (2 * L + 2 * S) * D * D
         return self.num_layers * (batch * linear + attention_flops(batch, L, L, D) + attention_flops(batch, L, S, D))
 
+    def down_flops(self, num_tokens: int, batch: int = 1) -> int:
+        """The part of `block_flops` that is the matmul after each GELU."""
+        return self.num_layers * batch * 2 * num_tokens * self.dim * self.ffn_dim
+
     def flops(self, num_tokens: int, batch: int = 1) -> int:
         """FLOPs of a forward, 2 per multiply-add, for `batch` clips of `num_tokens` tokens.
 
