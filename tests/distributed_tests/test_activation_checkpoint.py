@@ -121,14 +121,17 @@ def test_attention_of_context_parallel_runs_once(dims):
             assert (mode, [n for n in grads if not torch.equal(grads[n], reference[n])]) == (mode, [])
 
 
-def tensor_parallel():
-    one, selective = replace(ARGS, num_layers=1), replace(SELECTIVE, save_min_kv=16)
-    return [
-        step(section, compiled, ParallelDims(tp=2), one)[0] for section, compiled in ((NONE, False), (selective, True))
-    ]
+def compiled_selection(dims, save):
+    one, selective = replace(ARGS, num_layers=1), replace(SELECTIVE, save_min_kv=16, save=save)
+    return [step(section, compiled, dims, one)[0] for section, compiled in ((NONE, False), (selective, True))]
 
 
-def test_compiled_selection_beside_tensor_parallel_weights():
-    for reference, grads in run_ranks(tensor_parallel, 2):
+@pytest.mark.parametrize(
+    "dims, save",
+    [(ParallelDims(tp=2), SELECTIVE.save), (ParallelDims(ulysses=2), ("attention", "exchange"))],
+    ids=["tensor parallel", "ulysses"],
+)
+def test_compiled_selection_beside_collectives(dims, save):
+    for reference, grads in run_ranks(compiled_selection, 2, dims, save):
         errors = {n: ((grads[n] - reference[n]).norm() / reference[n].norm()).item() for n in reference}
         assert {n: e for n, e in errors.items() if not e <= 2e-5} == {}

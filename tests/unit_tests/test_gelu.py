@@ -28,6 +28,7 @@ def test_equals_gelu_and_linear(wanted):
 
 
 def saved_by(ffn, x):
+    """(output, elements that autograd saves, without the weights)"""
     sizes = {}
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: sizes.update({t.untyped_storage().data_ptr(): t.numel()}) or t, lambda t: t
@@ -50,6 +51,16 @@ def test_feed_forward_saves_its_widest_activation_once_with_fused_kernels(fused)
     kernels.set_backend("torch")
     plain, saved_by_plain = saved_by(ffn, x)
     assert torch.equal(out, plain) and saved_by_plain - saved == 6 * 32
+
+
+def test_compiled_it_saves_no_more(fused):
+    """Its backward needs no gelu(u) of forward, so the compiler saves none."""
+    torch._dynamo.reset()
+    ffn, x = FeedForward(8, 32), draw(1, 6, 8, dtype=torch.float32)
+    eager, saved = saved_by(ffn, x)
+    ffn.compile(backend="aot_eager", fullgraph=True)
+    compiled, saved_compiled = saved_by(ffn, x)
+    assert torch.equal(compiled, eager) and saved_compiled == saved == 6 * (8 + 32)
 
 
 @pytest.mark.parametrize(

@@ -350,18 +350,10 @@ def test_kernels_compile_for_hopper_as_the_page_says(options, capsys):
 @pytest.mark.skipif(TRITON != (3, 7), reason="other versions of triton compile otherwise")
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_kernels_issue_fewer_instructions_than_a_copy_allows_and_fill_a_wave(direction):
-    """At the width of Wan 1.3B, of the kernels that its block calls, compiled for sm_90."""
+    """At the width of Wan 1.3B, of two kernels that are near the limit; the next test has the others."""
     from benchmarks import kernel_builds
 
-    names = [
-        "AdaLN",
-        "gated residual, LayerNorm",
-        "residual, AdaLN",
-        "gated residual",
-        "RMSNorm, RoPE of q and k",
-        "GELU",
-    ]
-    for name in names:
+    for name in ("RMSNorm, RoPE of q and k", "GELU"):
         b = kernel_builds.build(name, direction, 1536)
         if b is None:
             assert (name, direction) == ("GELU", "forward")

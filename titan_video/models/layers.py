@@ -159,21 +159,19 @@ def linear_and_bias(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None
 
 
 def project_and_norm(
-    x_BLD: Tensor,
-    context_BSD: Tensor | None,
-    linears: tuple[nn.Module, ...],
-    norms: tuple[Tensor, Tensor],
-    freqs_cis_BLC: Tensor | None,
-    head_dim: int,
-    eps: float,
+    x_BLD: Tensor, context_BSD: Tensor | None, linears: tuple[nn.Module, ...], norms: tuple[Tensor, ...], *options
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """q, k and v by one fused operator (kernels/triton/projections.py); None where it does not apply."""
+    """q, k and v by one fused operator, see kernels/triton/projections.py; None where it does not apply.
+
+    linears: of q, k and v. norms: weights of the RMSNorms of q and k. options: freqs_cis, head width and eps.
+    """
     fused = kernels.fused_only("project_and_norm", x_BLD)
     if fused is None or not is_plain(*linears):
         return None
-    weights, biases = (tuple(local_shard(getattr(m, n)) for m in linears) for n in ("weight", "bias"))
-    norms = tuple(map(local_shard, norms))
-    return fused(x_BLD, context_BSD, weights, biases, norms, freqs_cis_BLC, head_dim, eps)
+    weights, biases, norms = (
+        tuple(map(local_shard, tensors)) for tensors in ([m.weight for m in linears], [m.bias for m in linears], norms)
+    )
+    return fused(x_BLD, context_BSD, weights, biases, norms, *options)
 
 
 def is_adapter(name: str) -> bool:

@@ -52,7 +52,7 @@ def _share(tokens, program, programs):
     return first, first + each + (program < rest).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs0"])
 def rms_norm_forward(
     x_ptr,
     x1_ptr,
@@ -121,7 +121,7 @@ def rms_norm_forward(
         tl.store(out_ptr + row_start + offsets, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs0"])
 def rms_norm_backward(
     dout_ptr,
     dout1_ptr,
