@@ -80,7 +80,11 @@ def saved(args, tokens: int) -> list[tuple[str, ...]]:
     """(mode, bytes per token and block, GiB of all blocks) that checkpointing saves, with all tokens on one rank."""
     sections = {
         "full": ActivationCheckpoint(mode="full"),
-        "selective, save = [attention]": ActivationCheckpoint(mode="selective"),
+        "selective, save = [attention]": ActivationCheckpoint(mode="selective", save=("attention",)),
+        "selective": ActivationCheckpoint(mode="selective"),
+        "selective, save = [attention, exchange]": ActivationCheckpoint(
+            mode="selective", save=("attention", "exchange")
+        ),
         "full, offload": ActivationCheckpoint(mode="full", offload=True),
         "selective, offload": ActivationCheckpoint(mode="selective", offload=True),
     }

@@ -7,17 +7,20 @@ The interpreter must be chosen before Triton is imported.
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from titan_video.kernels import reference  # noqa: E402
-from titan_video.kernels.triton import launch
+from titan_video.kernels.triton import gelu, launch, projections
 from titan_video.kernels.triton import layer_norm as fused_layer_norm
 from titan_video.kernels.triton import rms_norm as fused_rms_norm
 
 EPS = 1e-6
+fused_products = SimpleNamespace(gelu_linear=gelu.gelu_linear, project_and_norm=projections.project_and_norm)
 MODULATION = ("one row", "one row for all samples", "a row per token", "two rows and a mask")
 # Samples, tokens, width and modulation in the interpreter. The last size has several programs of several tokens each.
 SIZES = ((2, 3, 128, MODULATION), (3, 3, 384, MODULATION[1::2]), (1, 5, 1536, MODULATION[::2]))
@@ -40,7 +43,7 @@ def modulation(kind, B, L, D, device):
 def layer_norm_cases(B, L, D, dtype, device="cpu", kinds=MODULATION):
     """(name, function of a module and inputs, inputs); the module is reference.py or the fused one."""
     x, y = (rand(B, L, D, seed=i, dtype=dtype, device=device) for i in range(2))
-    w, b = (rand(D, seed=i, dtype=dtype, device=device) for i in (2, 3))
+    w, b, c = (rand(D, seed=i, dtype=dtype, device=device) for i in (2, 3, 4))
     for kind in kinds:
         rows, cond_mask = modulation(kind, B, L, D, device)
 
@@ -53,9 +56,26 @@ def layer_norm_cases(B, L, D, dtype, device="cpu", kinds=MODULATION):
             (x, rows),
         )
         yield (
+            f"ada_layer_norm_and_input, {kind}",
+            lambda m, x, r, cond_mask=cond_mask: m.ada_layer_norm_and_input(x, *split(r)[:2], EPS, cond_mask),
+            (x, rows),
+        )
+        yield (
             f"gated_residual, {kind}",
             lambda m, x, y, r, cond_mask=cond_mask: m.gated_residual(x, y, split(r)[2], cond_mask),
             (x, y, rows),
+        )
+        yield (
+            f"gated_residual of y with a bias, {kind}",
+            lambda m, x, y, r, b, cond_mask=cond_mask: m.gated_residual(x, y, split(r)[2], cond_mask, b),
+            (x, y, rows, b),
+        )
+        yield (
+            f"residual_layer_norm of y with a bias, gate of {kind}",
+            lambda m, x, y, r, w, b, c, cond_mask=cond_mask: m.residual_layer_norm(
+                x, y, split(r)[2], w, b, EPS, cond_mask, c
+            ),
+            (x, y, rows, w, b, c),
         )
         yield (
             f"residual_layer_norm, gate of {kind}",
@@ -76,6 +96,11 @@ def layer_norm_cases(B, L, D, dtype, device="cpu", kinds=MODULATION):
         "residual_ada_layer_norm, no gate",
         lambda m, x, y, r: m.residual_ada_layer_norm(x, y, None, *split(r)[:2], EPS, cond_mask),
         (x, y, rows),
+    )
+    yield (
+        "residual_ada_layer_norm of y with a bias, no gate",
+        lambda m, x, y, r, c: m.residual_ada_layer_norm(x, y, None, *split(r)[:2], EPS, cond_mask, c),
+        (x, y, rows, c),
     )
     yield (
         "residual_layer_norm, no gate",
@@ -113,7 +138,59 @@ def rms_norm_cases(B, L, D, dtype, device="cpu", K=32):
     yield "rms_norm with its statistic as input", lambda m, x, w, s: m.rms_norm(x, w, EPS, s), (x, w, square)
 
 
+class PlainProducts:
+    """The definition of gelu.py and projections.py, by autograd."""
+
+    @staticmethod
+    def gelu_linear(u, weight, bias, u_bias):
+        return F.linear(F.gelu(u + (u_bias - u_bias.detach()), approximate="tanh"), weight, bias)
+
+    @staticmethod
+    def project_and_norm(x, context, weights, biases, norms, freqs_cis, head_dim, eps):
+        sources = (x, *[x if context is None else context] * 2)
+        q, k, v = (
+            F.linear(t, w, b).unflatten(-1, (-1, head_dim)) for t, w, b in zip(sources, weights, biases, strict=True)
+        )
+        shape = (lambda t: t) if norms[0].shape[0] == head_dim else (lambda t: t.flatten(2))
+        if freqs_cis is None:
+            q, k = (reference.rms_norm(shape(t), n, eps).view_as(t) for t, n in zip((q, k), norms, strict=True))
+        else:
+            q, k = (reference.rms_norm_rope(shape(t), n, freqs_cis, eps) for t, n in zip((q, k), norms, strict=True))
+        return q, k, v
+
+
+def product_cases(B, L, D, dtype, device="cpu", K=32):
+    """As `layer_norm_cases`, of the operators with products; their definition is PlainProducts."""
+
+    def draw(*shape, seed, scale=1.0):
+        return (rand(*shape, seed=seed, device=device, grad=False) * scale).to(dtype).requires_grad_()
+
+    u, weight, bias, u_bias = (
+        draw(B, L, 2 * D, seed=0),
+        draw(D, 2 * D, seed=1, scale=D**-0.5),
+        *(draw(n, seed=2) for n in (D, 2 * D)),
+    )
+    yield "gelu_linear", lambda m, u, w, b, c: m.gelu_linear(u, w, b, c), (u, weight, bias, u_bias)
+    x, context = draw(B, L, 64, seed=3), draw(B, 2, 64, seed=4)
+    weights, biases = [draw(D, 64, seed=i, scale=0.125) for i in (5, 6, 7)], [draw(D, seed=i) for i in (8, 9, 10)]
+    angles = rand(1, L, K // 2, seed=6, device=device, grad=False) * 3
+    freqs_cis = torch.polar(torch.ones_like(angles), angles)
+    for name, width in (("all heads", D), ("per head", K)):
+        norms = [draw(width, seed=i) for i in (11, 12)]
+        yield (
+            f"project_and_norm, {name}, RoPE",
+            lambda m, x, *p: m.project_and_norm(x, None, p[:3], p[3:6], p[6:], freqs_cis, K, EPS),
+            (x, *weights, *biases, *norms),
+        )
+        yield (
+            f"project_and_norm, {name}, context",
+            lambda m, x, c, *p: m.project_and_norm(x, c, p[:3], p[3:6], p[6:], None, K, EPS),
+            (x, context, *weights, *biases, *norms),
+        )
+
+
 def cases(B, L, D, dtype, device="cpu", kinds=MODULATION):
+    yield from ((fused_products, *case) for case in product_cases(B, L, D, dtype, device))
     yield from ((fused_layer_norm, *case) for case in layer_norm_cases(B, L, D, dtype, device, kinds))
     yield from ((fused_rms_norm, *case) for case in rms_norm_cases(B, L, D, dtype, device))
 
@@ -129,9 +206,13 @@ def results(module, function, inputs):
     return [*outputs, *torch.autograd.grad(outputs, inputs, grads)]
 
 
-def exact(function, inputs):
-    """Results of reference.py in float64."""
-    return results(reference, function, [x.detach().double().requires_grad_() for x in inputs])
+def definition(module):
+    return PlainProducts if module is fused_products else reference
+
+
+def exact(module, function, inputs):
+    """Results of the definition in float64."""
+    return results(definition(module), function, [x.detach().double().requires_grad_() for x in inputs])
 
 
 def error(got, expected):
@@ -141,7 +222,7 @@ def error(got, expected):
 def check(module, name, function, inputs, dtype, again=True):
     """Results equal the definition; with `again`, a second run gives the same bits."""
     found = results(module, function, inputs)
-    for number, (a, b) in enumerate(zip(found, exact(function, inputs), strict=True)):
+    for number, (a, b) in enumerate(zip(found, exact(module, function, inputs), strict=True)):
         assert a.shape == b.shape and error(a, b) < (5e-3 if dtype == torch.bfloat16 else 1e-6), (
             f"{name}, result {number}: {error(a, b)}"
         )

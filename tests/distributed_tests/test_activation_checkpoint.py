@@ -96,7 +96,11 @@ def test_gradients_under_fsdp_are_equal():
 
 
 def context_parallel(dims):
-    modes = {"none": NONE, "full": FULL, "selective": replace(SELECTIVE, save_min_kv=16)}
+    selective = replace(SELECTIVE, save_min_kv=16)
+    modes = {"none": NONE, "full": FULL, "selective": selective}
+    if dims.ulysses == 2:
+        modes["exchange"] = replace(selective, save=("attention", "exchange"))
+        modes["exchange, offload"] = replace(modes["exchange"], offload=True)
     return {name: step(section, False, dims) for name, section in modes.items()}
 
 
@@ -105,24 +109,29 @@ def test_attention_of_context_parallel_runs_once(dims):
     kind = "attention" if dims.ulysses == 2 else "ring_attention"
     for results in run_ranks(context_parallel, 2, dims):
         runs = {mode: count.get(kind) for mode, (_, count) in results.items()}
-        assert runs == {"none": 2, "selective": 2, "full": 4}  # two blocks
+        once = {mode: 2 for mode in results}  # in two blocks
+        assert runs == once | {"full": 4}
         exchanges = {mode: count.get("all_to_all_single", 0) for mode, (_, count) in results.items()}
+        recomputed = {"selective": 12, "full": 12}
         assert exchanges == (
-            {"none": 8, "selective": 12, "full": 12} if dims.ulysses == 2 else {"none": 0, "selective": 0, "full": 0}
+            {mode: 8 for mode in results} | recomputed if dims.ulysses == 2 else dict.fromkeys(results, 0)
         )
         reference = results["full"][0]
         for mode, (grads, _) in results.items():
             assert (mode, [n for n in grads if not torch.equal(grads[n], reference[n])]) == (mode, [])
 
 
-def tensor_parallel():
-    one, selective = replace(ARGS, num_layers=1), replace(SELECTIVE, save_min_kv=16)
-    return [
-        step(section, compiled, ParallelDims(tp=2), one)[0] for section, compiled in ((NONE, False), (selective, True))
-    ]
+def compiled_selection(dims, save):
+    one, selective = replace(ARGS, num_layers=1), replace(SELECTIVE, save_min_kv=16, save=save)
+    return [step(section, compiled, dims, one)[0] for section, compiled in ((NONE, False), (selective, True))]
 
 
-def test_compiled_selection_beside_tensor_parallel_weights():
-    for reference, grads in run_ranks(tensor_parallel, 2):
+@pytest.mark.parametrize(
+    "dims, save",
+    [(ParallelDims(tp=2), SELECTIVE.save), (ParallelDims(ulysses=2), ("attention", "exchange"))],
+    ids=["tensor parallel", "ulysses"],
+)
+def test_compiled_selection_beside_collectives(dims, save):
+    for reference, grads in run_ranks(compiled_selection, 2, dims, save):
         errors = {n: ((grads[n] - reference[n]).norm() / reference[n].norm()).item() for n in reference}
         assert {n: e for n, e in errors.items() if not e <= 2e-5} == {}

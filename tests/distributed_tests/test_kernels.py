@@ -68,13 +68,13 @@ def test_sharded_models_compute_the_same_with_fused_operators():
             if count is None:
                 continue
             # The block's forward runs twice, the head's once.
-            assert {name: n for name, n in count.items() if "norm" in name or "gated" in name} == {
+            # Under tensor parallel a rank has a part of what the norms of q and k run over.
+            q_and_k = {"rms_norm": 8, "rms_norm_backward": 4} if name == "tp" else {"rms_norm_pair": 4}
+            assert {name: n for name, n in count.items() if "norm" in name or "gated" in name} == q_and_k | {
                 "norm": 3,
                 "norm_backward": 2,
                 "residual_norm": 4,
                 "residual_norm_backward": 2,
-                "rms_norm": 8,
-                "rms_norm_backward": 4,
                 "gated_residual": 2,
                 "gated_residual_backward": 1,
             }, name

@@ -5,8 +5,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from tests.kernel_cases import EPS, cases, check, error, exact, rand, results
-from titan_video.kernels import reference
+from tests.kernel_cases import EPS, cases, check, definition, error, exact, rand, results
 from titan_video.kernels.triton import layer_norm as fused_layer_norm
 from titan_video.kernels.triton import rms_norm as fused_rms_norm
 
@@ -27,9 +26,9 @@ def test_kernels_equal_the_definition_and_repeat_themselves(width, dtype):
 def test_error_is_not_above_that_of_the_compiled_reference(number):
     module, name, function, inputs = list(cases(1, 4097, 1536, torch.bfloat16, "cuda"))[number]
     torch._dynamo.reset()
-    compiled = torch.compile(lambda *inputs: function(reference, *inputs), fullgraph=True)
-    ours, theirs = results(module, function, inputs), results(None, lambda _, *inputs: compiled(*inputs), inputs)
-    for i, (a, b, expected) in enumerate(zip(ours, theirs, exact(function, inputs), strict=True)):
+    compiled = torch.compile(lambda *inputs: function(definition(module), *inputs), fullgraph=True)
+    ours, theirs = results(module, function, inputs), results(module, lambda _, *inputs: compiled(*inputs), inputs)
+    for i, (a, b, expected) in enumerate(zip(ours, theirs, exact(module, function, inputs), strict=True)):
         assert error(a, expected) <= 1.1 * error(b, expected) + 1e-7, (
             f"{name}, result {i}: {error(a, expected)}, compiled reference {error(b, expected)}"
         )

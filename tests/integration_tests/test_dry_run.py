@@ -220,10 +220,10 @@ def test_interleaved_pipeline(schedule, monkeypatch):
     assert report.stages == {1: 1, 3: 1} and report.microbatches == 2
 
 
-@pytest.mark.parametrize("mode, tensors", [(FULL, 1), (SELECTIVE, 2)], ids=["full", "selective"])
+@pytest.mark.parametrize("mode, tensors", [(FULL, 1), (SELECTIVE, 3)], ids=["full", "selective"])
 def test_offload(mode, tensors, monkeypatch):
-    """Of each block its input, and with selective also the output of attention, is on the host; on the device what the
-    last two keep.
+    """Of each block its input, and with selective also the outputs of attention and feed-forward, are on the host; on
+    the device what the last two keep.
     """
     blocks(monkeypatch, "debug", 3)
     here, there = (

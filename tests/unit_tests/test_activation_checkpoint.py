@@ -12,8 +12,10 @@ import torch._functorch.config
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers import randomized_init
+from titan_video import kernels
 from titan_video.config.job_config import ActivationCheckpoint
 from titan_video.distributed.activation_checkpoint import (
     CheckpointedBlock,
@@ -103,8 +105,10 @@ class Executed(TorchDispatchMode):
 RUNS = {
     "none": (NONE, 1, 1, 8),
     "full": (FULL, 2, 2, 16),
-    "selective": (SELECTIVE, 1, 2, 16),
-    "all attention": (replace(SELECTIVE, save_min_kv=0), 1, 1, 16),
+    "selective": (SELECTIVE, 1, 2, 15),
+    "attention alone": (replace(SELECTIVE, save=("attention",)), 1, 2, 16),
+    "all attention": (replace(SELECTIVE, save_min_kv=0), 1, 1, 15),
+    "down alone": (replace(SELECTIVE, save=("down",)), 2, 2, 15),
     "matmul": (MATMUL, 1, 2, 12),
     "matmul alone": (replace(SELECTIVE, save=("matmul",)), 2, 2, 12),
 }
@@ -123,6 +127,28 @@ def test_runs_of_each_operator_and_equal_gradients(mode, offload, plain):
     num_runs = executed.count[TOKENS], executed.count[TEXT], executed.count["addmm"] - 2
     assert num_runs == tuple(n * ARGS.num_layers for n in expected)
     assert_equal(grads, plain)
+
+
+@pytest.mark.parametrize("triton", [False, True], ids=["plain", "fused"])
+def test_nine_of_ten_matmuls_run_again(triton):
+    """With the default of `save`, as a counter of FLOPs sees it; in float64 with the gradients of no checkpointing."""
+    args = replace(ARGS, num_layers=1)
+    kernels.set_backend("triton" if triton else "torch")
+    try:
+        flops, grads = {}, {}
+        for name, section in {"none": NONE, "full": FULL, "selective": SELECTIVE}.items():
+            model = build(section, args, dtype=torch.float64)
+            with FlopCounterMode(display=False) as counter:
+                grads[name] = gradients(model)
+            counts = counter.get_flop_counts()["Global"]
+            flops[name] = sum(n for op, n in counts.items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    finally:
+        kernels.set_backend("torch")
+    linear = args.block_flops(TOKENS, 2) - 4 * 2 * TOKENS * (TOKENS + TEXT) * args.dim
+    assert flops["full"] - flops["none"] == linear
+    assert flops["selective"] - flops["none"] == linear - 2 * 2 * TOKENS * args.dim * args.ffn_dim
+    for n, grad in grads["none"].items():
+        assert (grads["selective"][n] - grad).abs().max() <= 1e-12 * grad.abs().max()
 
 
 def test_only_the_layers_listed(plain):
@@ -201,7 +227,7 @@ def test_bytes_kept_equal_the_closed_form(mode, dtype):
     measured = (alive[5, 64] - alive[5, 32] - alive[2, 64] + alive[2, 32]) / 3 / 32
     itemsize = dtype.itemsize
     assert measured == saved_bytes_per_token(ARGS.dim, ARGS.num_heads, section, itemsize)
-    assert measured == {"full": ARGS.dim * itemsize, "selective": 2 * ARGS.dim * itemsize + 4 * ARGS.num_heads}[mode]
+    assert measured == {"full": ARGS.dim * itemsize, "selective": 3 * ARGS.dim * itemsize + 4 * ARGS.num_heads}[mode]
 
 
 def test_no_closed_form_where_operators_decide():
@@ -213,7 +239,9 @@ def test_no_closed_form_where_operators_decide():
 def test_flops_of_recomputation():
     whole, attention = ARGS.block_flops(100, 2), ARGS.num_layers * 4 * 2 * 100 * 100 * ARGS.dim
     assert recomputed_flops(NONE, ARGS, 100, 2) == 0 and recomputed_flops(FULL, ARGS, 100, 2) == whole
-    assert recomputed_flops(SELECTIVE, ARGS, 100, 2) == whole - attention
+    down = ARGS.num_layers * 2 * 2 * 100 * ARGS.dim * ARGS.ffn_dim
+    assert recomputed_flops(replace(SELECTIVE, save=("attention",)), ARGS, 100, 2) == whole - attention
+    assert recomputed_flops(SELECTIVE, ARGS, 100, 2) == whole - attention - down
     assert recomputed_flops(replace(SELECTIVE, save=("attention", "matmul")), ARGS, 100, 2) == (whole - attention) / 2
     assert recomputed_flops(replace(FULL, layers=(1,)), ARGS, 100, 2) == whole / ARGS.num_layers
 
@@ -221,7 +249,9 @@ def test_flops_of_recomputation():
 # ---- a selection that selects nothing ----
 
 
-@pytest.mark.parametrize("save, error", [("attention", "no attention operator"), ("matmul", "fewer than two matmuls")])
+@pytest.mark.parametrize(
+    "save, error", [("attention", "no attention operator"), ("matmul", "fewer than two"), ("down", "no matmul")]
+)
 @pytest.mark.parametrize("backend", [None, "aot_eager"])
 def test_a_selection_that_keeps_nothing_is_an_error(save, error, backend):
     model = torch.nn.Module()
@@ -257,7 +287,7 @@ def offloader(model):
     return model.blocks["0"].offload
 
 
-@pytest.mark.parametrize("mode, per_block", [("full", 1), ("selective", 2), ("matmul", 6)])
+@pytest.mark.parametrize("mode, per_block", [("full", 1), ("selective", 3), ("matmul", 6)])
 def test_offload_leaves_the_last_blocks_tensors_only(mode, per_block, plain):
     section = {"full": FULL, "selective": SELECTIVE, "matmul": MATMUL}[mode]
     model = build(replace(section, offload=True), replace(ARGS, num_layers=6))

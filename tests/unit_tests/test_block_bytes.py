@@ -1,6 +1,7 @@
 """Bytes that a block saves and moves: the rules of counting, and the limits for our fused kernels."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -68,8 +69,36 @@ def test_fused_kernels_save_and_move_far_less_than_diffusers(block_counts):
         ours, theirs = found["ours, triton kernels"], found["diffusers"]
         for what, bar in block_bytes.BARS.items():
             assert ours[what] <= bar * theirs[what], f"{case}: {what}"
+        # Before q, k and v were one operator: 215 and 164 bytes, 88 launches.
+        assert ours["traffic"] <= {1536: 165, 5120: 127}[SPEC.flavors[flavor].dim] and ours["launches"] <= 88 * 2 / 3
+        assert ours["saved"] <= {1536: 45.85, 5120: 39.52}[SPEC.flavors[flavor].dim]
         # Measured before the design: 74 and 61 saved, 263 and 249 forward.
         assert theirs["saved"] == pytest.approx({1536: 74.2, 5120: 61.1}[SPEC.flavors[flavor].dim], rel=0.02)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs the triton package")
+def test_launches_of_our_operators_are_as_counted():
+    from benchmarks import kernel_builds
+
+    found = {}
+    for name, directions in LAUNCHED.items():
+        for direction, operator in directions.items():
+            with kernel_builds.recorded_launches() as recorded:
+                kernel_builds.operators(128)[name](direction)
+            found[f"titan_video::{operator}"] = len(recorded)
+    assert found == {name: block_bytes.LAUNCHES.get(name, 1) for name in found}
+    assert block_bytes.LAUNCHES.keys() <= found.keys()
+
+
+# Of kernel_builds.operators: the operators of the kernels.
+LAUNCHED = {
+    "AdaLN": {"forward": "norm", "backward": "norm_backward"},
+    "gated residual": {"forward": "gated_residual", "backward": "gated_residual_backward"},
+    "gated residual, AdaLN": {"forward": "residual_norm", "backward": "residual_norm_backward"},
+    "RMSNorm": {"forward": "rms_norm", "backward": "rms_norm_backward"},
+    "RMSNorm, RoPE of q and k": {"forward": "rms_norm_pair", "backward": "project_backward"},
+    "GELU": {"backward": "gelu_backward"},
+}
 
 
 def test_counts_are_the_committed_ones(block_counts):

@@ -138,6 +138,11 @@ COMBINATIONS = [  # (what is set, fields the message names, a piece of the fix)
         "activation_checkpoint.save",
         "at least one",
     ),
+    (
+        {"activation_checkpoint.mode": "selective", "activation_checkpoint.save": ["attention", "exchange"]},
+        "activation_checkpoint.save",
+        "Ulysses",
+    ),
     ({"activation_checkpoint.save": ["attention", "attention"]}, "activation_checkpoint.save", "twice"),
     ({"activation_checkpoint.layers": [1, 1]}, "activation_checkpoint.layers", "twice"),
     ({"activation_checkpoint.offload": True}, "activation_checkpoint.offload", "choose full"),

@@ -1,5 +1,6 @@
 """The fused operators without a GPU: in closed form, in Triton's interpreter, and in the models that call them."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -59,7 +60,7 @@ def test_kernels_equal_the_definition_in_the_interpreter():
         [sys.executable, "-m", "tests.kernel_cases"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    assert int(run.stdout.split()[0]) >= 65  # cases
+    assert int(run.stdout.split()[0]) >= 105  # cases
 
 
 def op_calls():
@@ -71,10 +72,11 @@ def op_calls():
     mean, rstd = rand(B, L, seed=5, grad=False), rand(B, L, seed=6, grad=False).abs()
     yield OPS.norm, (x, scale, shift, cond_mask, False, EPS)
     yield OPS.norm, (x, weight, bias, None, True, EPS)
-    yield OPS.norm_backward, (dout.detach(), x.detach(), scale.detach(), cond_mask, mean, rstd, False, True)
-    yield OPS.norm_backward, (dout.detach(), x.detach(), weight.detach(), None, mean, rstd, True, False)
-    yield OPS.residual_norm, (x, y, gate, scale, shift, cond_mask, False, EPS)
-    yield OPS.residual_norm, (x, y, None, weight, bias, None, True, EPS)
+    yield OPS.norm_backward, (None, dout.detach(), x.detach(), scale.detach(), cond_mask, mean, rstd, False, True)
+    yield OPS.norm_backward, (dout.detach(), dout.detach(), x.detach(), weight.detach(), None, mean, rstd, True, False)
+    y_bias = rand(D, seed=7)
+    yield OPS.residual_norm, (x, y, gate, scale, shift, cond_mask, y_bias, False, EPS)
+    yield OPS.residual_norm, (x, y, None, weight, bias, None, None, True, EPS)
     yield (
         OPS.residual_norm_backward,
         (
@@ -90,21 +92,44 @@ def op_calls():
             False,
             True,
             True,
+            torch.bfloat16,
         ),
     )
     yield (
         OPS.residual_norm_backward,
-        (dout.detach(), dout.detach(), x.detach(), None, None, weight.detach(), None, mean, rstd, True, False, False),
+        (
+            dout.detach(),
+            dout.detach(),
+            x.detach(),
+            None,
+            None,
+            weight.detach(),
+            None,
+            mean,
+            rstd,
+            True,
+            False,
+            False,
+            None,
+        ),
     )
     yield OPS.gated_residual, (x, y, gate, cond_mask)
-    yield OPS.gated_residual_backward, (dout.detach(), y.detach(), gate.detach(), cond_mask, True)
+    yield OPS.gated_residual, (x, y, gate, cond_mask, y_bias)
+    yield OPS.gated_residual_backward, (dout.detach(), y.detach(), gate.detach(), cond_mask, True, torch.float32)
+    yield OPS.gelu_backward, (dout.detach(), x.detach(), True, torch.bfloat16)
+    yield OPS.gelu_backward, (dout.detach(), x.detach(), False, None)
     heads, w, angles = rand(B, L, 3, 32, seed=8), rand(32, seed=9), rand(1, L, 16, seed=10, grad=False)
     freqs_cis = torch.polar(torch.ones_like(angles), angles)
     yield OPS.rms_norm, (heads, w, freqs_cis, None, EPS)
+    plain, w_plain, rstd = heads.detach(), w.detach(), rand(B, L, 3, seed=12, grad=False)
+    yield OPS.rms_norm_pair, (plain, plain, w_plain, w_plain, freqs_cis, EPS)
+    for joint in (True, False):
+        args = (plain, plain, plain, plain, plain, w_plain, w_plain, freqs_cis, rstd, rstd, joint)
+        yield OPS.project_backward, args
     yield OPS.rms_norm, (heads, rand(96, seed=9), None, rand(B, L, 1, seed=11).detach().abs().requires_grad_(), EPS)
     yield (
         OPS.rms_norm_backward,
-        (heads.detach(), heads.detach(), w.detach(), freqs_cis, rand(B, L, 3, seed=12, grad=False), False, True),
+        (plain, plain, w_plain, freqs_cis, rstd, False, True),
     )
     yield (
         OPS.rms_norm_backward,
@@ -280,7 +305,7 @@ def test_models_compute_the_same_with_both_backends_and_compiled(model_class, ar
     for name in modes[1:]:
         for a, b in zip(found[name], found["torch"], strict=True):
             assert (a is None) == (b is None) and (a is None or (a - b).norm() <= 2e-5 * b.norm() + 1e-4), name
-    assert "compiled" not in modes or {"residual_norm", "rms_norm", "gated_residual", "norm"} <= graphs
+    assert "compiled" not in modes or {"residual_norm", "rms_norm_pair", "gated_residual", "norm"} <= graphs
 
 
 def recording_backend(operators):
@@ -288,7 +313,9 @@ def recording_backend(operators):
     from torch._dynamo.backends.debugging import aot_eager
 
     def backend(graph, example_inputs):
-        operators.update(str(n.target).split(".")[1] for n in graph.graph.nodes if "titan_video" in str(n.target))
+        for part in graph.modules():  # an autograd.Function is a graph in the graph
+            nodes = part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ()
+            operators.update(str(n.target).split(".")[1] for n in nodes if "titan_video" in str(n.target))
         return aot_eager(graph, example_inputs)
 
     return backend
@@ -314,7 +341,33 @@ def test_kernels_compile_for_hopper_as_the_page_says(options, capsys):
     main(shlex.split(options))
     _, _, *rows = capsys.readouterr().out.splitlines()
     committed = (ROOT / "docs" / "kernels.md").read_text().splitlines()
-    assert len(rows) == (26 if options == "--widths 128" else 4)
+    assert len(rows) == (31 if options == "--widths 128" else 4)
     for row in rows:
         assert row in committed or TRITON != (3, 7), row
-        assert row.split("|")[-3].strip() == "0", row  # spilled
+        assert row.split("|")[-2].strip() == "0", row  # spilled
+
+
+@pytest.mark.skipif(TRITON != (3, 7), reason="other versions of triton compile otherwise")
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_kernels_issue_fewer_instructions_than_a_copy_allows_and_fill_a_wave(direction):
+    """At the width of Wan 1.3B, of two kernels that are near the limit; the next test has the others."""
+    from benchmarks import kernel_builds
+
+    for name in ("RMSNorm, RoPE of q and k", "GELU"):
+        b = kernel_builds.build(name, direction, 1536)
+        if b is None:
+            assert (name, direction) == ("GELU", "forward")
+            continue
+        assert b.spilled == 0 and b.issue_ratio >= (1.35 if direction == "forward" else 1.5), b
+        assert all(0.98 <= kernel_builds.waves(b, tokens) <= 1 for tokens in kernel_builds.LENGTHS), b
+
+
+def test_every_kernel_of_the_committed_builds_is_within_the_limits():
+    """Those of other widths and kernels: `python benchmarks/kernel_builds.py --json` writes the file."""
+    builds = json.loads((ROOT / "benchmarks" / "results" / "kernel_builds.json").read_text())["builds"]
+    assert {b["width"] for b in builds} == {128, 1536, 3072, 5120}
+    for b in builds:
+        # No public model of this width has a conditioning mask.
+        assert b["spilled"] == 0 or (b["width"] == 5120 and b["name"].endswith("mask")), b
+        assert b["width"] != 1536 or b["issue_ratio"] >= (1.35 if b["direction"] == "forward" else 1.5), b
+        assert all(0.95 <= n <= 1 for n in b["waves"].values()), b

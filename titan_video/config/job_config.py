@@ -248,9 +248,11 @@ class ActivationCheckpoint:
         "`full` saves the input of each block and recomputes the block in backward. `selective` also saves the outputs "
         "of the ops in `save`. `memory_budget` lets the compiler choose what to save.",
     )
-    save: tuple[Literal["attention", "matmul"], ...] = opt(
-        ("attention",),
-        "For selective: saved outputs. attention: all, so attention is never recomputed. matmul: every second matmul.",
+    save: tuple[Literal["attention", "down", "exchange", "matmul"], ...] = opt(
+        ("attention", "down"),
+        "For selective: saved outputs. attention: all, so attention is never recomputed. down: the matmul after each "
+        "GELU. exchange: Ulysses' all-to-alls, so that recomputation sends nothing for them. matmul: every second "
+        "matmul.",
     )
     save_min_kv: int = opt(
         1024,

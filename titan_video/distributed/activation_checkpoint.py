@@ -3,7 +3,7 @@
     mode           saved, beside a block's inputs                 order of the wrappers around a block
     none           everything that backward reads                 compile(block)
     full           nothing                                        offload(checkpoint(compile(block)))
-    selective      attention and its lse; every second matmul     offload(compile(checkpoint(block)))
+    selective      what `save` names: see SACPolicy               offload(compile(checkpoint(block)))
     memory_budget  what the compiler chooses for a share of all   compile(block)
 
 In full the checkpoint is outside: torch 2.13 does not compile one around tensor-parallel weights. In selective it is
@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from titan_video.config.job_config import ActivationCheckpoint, JobConfig
+from titan_video.distributed.parallel_dims import context_parallel_degrees
 from titan_video.models.layers import attention_flops
 from titan_video.models.spec import ParallelPlan
 from titan_video.tools.parts import resolve
@@ -41,6 +42,13 @@ _KEY_DIM = {
 }
 _RING = "titan_video::ring_attention"  # its argument 3 is the number of keys on all ranks
 _MATMULS = ("aten::mm", "aten::addmm", "titan_video::frozen_linear")
+_EXCHANGE = "_c10d_functional::all_to_all_single"
+# Kinds of results that each selected block must have; an exchange depends on the micro-batch's layout.
+_NO_OPERATOR = {
+    "attention": "no attention operator that has a result to save",
+    "down": "no matmul (aten.mm, aten.addmm) after a GELU",
+    "matmul": "fewer than two matmuls (aten.mm, aten.addmm)",
+}
 
 
 def apply_activation_checkpoint(
@@ -137,6 +145,11 @@ class CheckpointedBlock(ActivationWrapper):
 class SACPolicy:
     """Selective activation checkpointing: which results are saved, and whether there were any.
 
+        attention   of each attention over at least `save_min_kv` keys: its output and log-sum-exp
+        down        of the matmul after each GELU: the widest products of a block give its narrowest results
+        exchange    of each all-to-all of Ulysses
+        matmul      of every second matmul
+
     One for all blocks: equal blocks are compiled, and so traced, once.
     contexts, traced_contexts: `context_fn` of `checkpoint`, eager and compiled; plain functions, as compile needs them.
     """
@@ -174,16 +187,21 @@ class SACPolicy:
 
     def policy_fn(self) -> Callable[[Any, tuple], bool]:
         """(operator, arguments) -> whether its result is saved; for one run of one block, whose matmuls it counts."""
-        num_matmuls = 0
+        num_matmuls = num_gelus = 0  # of GELUs, those whose matmul is still to come
 
         def must_save(operator: Any, args: tuple) -> bool:
-            nonlocal num_matmuls
+            nonlocal num_matmuls, num_gelus
             name = operator.name()
             self.num_operators += 1
-            if name in _MATMULS and "matmul" in self.save:
+            num_gelus += name == "aten::gelu"
+            if name in _MATMULS:
                 num_matmuls += 1
+                is_down, num_gelus = num_gelus > 0, max(num_gelus - 1, 0)
                 # The second of each two, not the first: in a feed-forward its result is the narrow one.
-                return num_matmuls % 2 == 0 and self._note("matmul")
+                kinds = {"down": is_down, "matmul": num_matmuls % 2 == 0}
+                return any([self._note(kind) for kind in self.save if kinds.get(kind)])
+            if name == _EXCHANGE and "exchange" in self.save:
+                return True
             if (name in _KEY_DIM or name == _RING) and "attention" in self.save:
                 num_keys = args[3] if name == _RING else args[1].shape[_KEY_DIM[name]]
                 if num_keys >= self.save_min_kv:
@@ -198,19 +216,13 @@ class SACPolicy:
         if self.checked or not self.num_operators:
             return  # without gradients nothing is saved; a graph from the compiler's cache was checked when it was made
         self.checked = True
-        if "attention" in self.save and "attention" not in self.saved_kinds:
-            if self.longest:  # a short clip; longer ones will come, see `check_save_min_kv`
+        for kind in self.save:
+            if kind in self.saved_kinds or kind not in _NO_OPERATOR:
+                continue
+            if kind == "attention" and self.longest:  # a short clip; longer ones will come, see `check_save_min_kv`
                 self.checked = False
                 return
-            raise ValueError(
-                "activation_checkpoint.save: attention, but a block ran no attention operator that has a result to "
-                "save; take it out"
-            )
-        if "matmul" in self.save and "matmul" not in self.saved_kinds:
-            raise ValueError(
-                "activation_checkpoint.save: matmul, but a block ran fewer than two matmuls (aten.mm, "
-                "aten.addmm); take it out"
-            )
+            raise ValueError(f"activation_checkpoint.save: {kind}, but a block ran {_NO_OPERATOR[kind]}; take it out")
 
     def _note(self, kind: str) -> bool:
         self.saved_kinds.add(kind)
@@ -229,6 +241,8 @@ class _CachingMode(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if self.must_save(func, args):
+            if func.name() == _EXCHANGE:
+                torch.ops._c10d_functional.wait_tensor(out)  # it may be moved at once, and is waited for at once anyway
             self.saved.append(tree_map_only(Tensor, self.pack, out))
         return out
 
@@ -275,8 +289,11 @@ def recomputed_flops(section: ActivationCheckpoint, args: Any, num_tokens: int, 
     if section.mode == "selective":
         attention = args.num_layers * attention_flops(batch, num_tokens, num_tokens, args.dim)
         matmuls = recomputed - attention
-        matmul_share = 0.5 if "matmul" in section.save else 1
-        recomputed = attention * ("attention" not in section.save) + matmuls * matmul_share
+        if "matmul" in section.save:
+            matmuls *= 0.5
+        elif "down" in section.save:
+            matmuls -= args.down_flops(num_tokens, batch)
+        recomputed = attention * ("attention" not in section.save) + matmuls
     return recomputed * (len(section.layers) or args.num_layers) / args.num_layers
 
 
@@ -295,8 +312,14 @@ def rules(config: JobConfig, world_size: int) -> Iterator[str]:
         )
     if a.mode == "selective" and not a.save:
         yield (
-            "activation_checkpoint.save: empty, which is mode full; give at least one of attention, matmul, or choose "
-            "full"
+            "activation_checkpoint.save: empty, which is mode full; give at least one of attention, down, matmul, or "
+            "choose full"
+        )
+    p = config.parallelism
+    if a.mode == "selective" and "exchange" in a.save and context_parallel_degrees(p)[1] < 2:
+        yield (
+            "activation_checkpoint.save: exchange, but there is none, as attention is not divided by Ulysses; take it "
+            "out, or set parallelism.context_parallel_degree"
         )
     for name in ("save", "layers"):
         values = getattr(a, name)

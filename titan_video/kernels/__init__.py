@@ -17,7 +17,9 @@ from titan_video.tools.parts import resolve
 
 __all__ = [
     "ada_layer_norm",
+    "ada_layer_norm_and_input",
     "current_backend",
+    "fused_only",
     "gated_residual",
     "layer_norm",
     "mean_square",
@@ -33,8 +35,11 @@ __all__ = [
 TRITON_PART = "titan_video.kernels.triton"
 FUSED = {
     "ada_layer_norm": f"{TRITON_PART}.layer_norm:ada_layer_norm",
+    "ada_layer_norm_and_input": f"{TRITON_PART}.layer_norm:ada_layer_norm_and_input",
     "gated_residual": f"{TRITON_PART}.layer_norm:gated_residual",
+    "gelu_linear": f"{TRITON_PART}.gelu:gelu_linear",
     "layer_norm": f"{TRITON_PART}.layer_norm:layer_norm",
+    "project_and_norm": f"{TRITON_PART}.projections:project_and_norm",
     "residual_ada_layer_norm": f"{TRITON_PART}.layer_norm:residual_ada_layer_norm",
     "residual_layer_norm": f"{TRITON_PART}.layer_norm:residual_layer_norm",
     "rms_norm": f"{TRITON_PART}.rms_norm:rms_norm",
@@ -76,6 +81,11 @@ def current_backend() -> str:
     return _backend
 
 
+def fused_only(name: str, x: torch.Tensor) -> Callable | None:
+    """An operator of FUSED that is no operator of reference.py, or None where x is computed by plain operators."""
+    return _fused[name] if _backend == "triton" and x.dtype != torch.float64 else None
+
+
 def _dispatched(plain: Callable) -> Callable:
     """`plain`, an operator of reference.py, or the fused one of its name, by the backend and by x's type."""
 
@@ -88,6 +98,7 @@ def _dispatched(plain: Callable) -> Callable:
 
 
 ada_layer_norm = _dispatched(reference.ada_layer_norm)
+ada_layer_norm_and_input = _dispatched(reference.ada_layer_norm_and_input)
 gated_residual = _dispatched(reference.gated_residual)
 layer_norm = _dispatched(reference.layer_norm)
 residual_ada_layer_norm = _dispatched(reference.residual_ada_layer_norm)

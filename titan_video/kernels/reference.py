@@ -8,6 +8,8 @@ Modulation (scale, shift, gate) is float32, [B or 1, T, D], with one of these T:
     T = 1    one row for all tokens of a sample
     T = L    one row for each token
     T = 2    with cond_mask_BL, bool [B or 1, L]: row 1 for tokens of conditioning frames (mask true), row 0 for others
+
+y_bias [D]: a bias that y already holds, as a constant to autograd. A fused operator computes its gradient with y's.
 """
 
 import torch
@@ -39,8 +41,27 @@ def ada_layer_norm(
     return torch.addcmul(shift, normed, 1 + scale).to(x_BLD.dtype)
 
 
-def gated_residual(x_BLD: Tensor, y_BLD: Tensor, gate_BTD: Tensor, cond_mask_BL: Tensor | None = None) -> Tensor:
+def ada_layer_norm_and_input(
+    x_BLD: Tensor, scale_BTD: Tensor, shift_BTD: Tensor, eps: float, cond_mask_BL: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(`ada_layer_norm` of x, x). A residual that starts from the returned x lets one operator add both gradients."""
+    return ada_layer_norm(x_BLD, scale_BTD, shift_BTD, eps, cond_mask_BL), x_BLD
+
+
+def _with_gradient(y_BLD: Tensor, y_bias_D: Tensor | None) -> Tensor:
+    """y, of which the bias is no constant any more."""
+    return y_BLD if y_bias_D is None else y_BLD + (y_bias_D - y_bias_D.detach())
+
+
+def gated_residual(
+    x_BLD: Tensor,
+    y_BLD: Tensor,
+    gate_BTD: Tensor,
+    cond_mask_BL: Tensor | None = None,
+    y_bias_D: Tensor | None = None,
+) -> Tensor:
     """x + gate y, added in float32 and rounded once."""
+    y_BLD = _with_gradient(y_BLD, y_bias_D)
     gate = _select_modulation(gate_BTD, cond_mask_BL)
     return torch.addcmul(upcast(x_BLD), upcast(y_BLD), gate).to(x_BLD.dtype)
 
@@ -58,8 +79,10 @@ def residual_layer_norm(
     bias_D: Tensor,
     eps: float,
     cond_mask_BL: Tensor | None = None,
+    y_bias_D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(x', LayerNorm of x' with affine), where x' = x + gate y, or x + y without a gate."""
+    y_BLD = _with_gradient(y_BLD, y_bias_D)
     x_BLD = x_BLD + y_BLD if gate_BTD is None else gated_residual(x_BLD, y_BLD, gate_BTD, cond_mask_BL)
     return x_BLD, layer_norm(x_BLD, weight_D, bias_D, eps)
 
@@ -72,8 +95,10 @@ def residual_ada_layer_norm(
     shift_BTD: Tensor,
     eps: float,
     cond_mask_BL: Tensor | None = None,
+    y_bias_D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(x', `ada_layer_norm` of x'), where x' = x + gate y, or x + y without a gate."""
+    y_BLD = _with_gradient(y_BLD, y_bias_D)
     x_BLD = x_BLD + y_BLD if gate_BTD is None else gated_residual(x_BLD, y_BLD, gate_BTD, cond_mask_BL)
     return x_BLD, ada_layer_norm(x_BLD, scale_BTD, shift_BTD, eps, cond_mask_BL)
 

@@ -16,7 +16,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from titan_video import kernels
 from titan_video.kernels.attention import attention
-from titan_video.kernels.gelu import gelu_linear
 from titan_video.models.spec import StepLayout, TokenShape
 
 Patch = tuple[int, int, int]
@@ -135,14 +134,44 @@ class FeedForward(nn.Module):
         self.up = Linear(dim, ffn_dim)
         self.down = Linear(ffn_dim, dim)
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        up, down = self.up(x_BLD), self.down
-        # A compiler does not recompute what a matmul reads, and other Linears (adapters, float8, tensor parallel) save
-        # their inputs themselves.
-        is_plain = type(down) is Linear and down.adapter is None and down.linear_fn is F.linear
-        if is_plain and kernels.current_backend() == "triton" and not torch.compiler.is_compiling():
-            return gelu_linear(up, local_shard(down.weight), local_shard(down.bias))
-        return down(F.gelu(up, approximate="tanh"))
+    def forward(self, x_BLD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `linear_and_bias`."""
+        gelu_linear = kernels.fused_only("gelu_linear", x_BLD)
+        if gelu_linear is None or not is_plain(self.down):
+            return linear_and_bias(self.down, F.gelu(self.up(x_BLD), approximate="tanh"))
+        (up, up_bias), bias = linear_and_bias(self.up, x_BLD), local_shard(self.down.bias)
+        return gelu_linear(up, local_shard(self.down.weight), bias.detach(), up_bias), bias
+
+
+def is_plain(*linears: nn.Module) -> bool:
+    """Whether these are products with a weight and no more: no adapter, no float8, nothing sent by tensor parallel."""
+    return all(type(m) is Linear and m.adapter is None and m.linear_fn is F.linear for m in linears)
+
+
+def linear_and_bias(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(linear(x), bias). With fused kernels the bias is a constant in the first, and its gradient is left to the
+    operator that reads it (`y_bias` of kernels/reference.py); otherwise the second is None.
+    """
+    if kernels.fused_only("gated_residual", x) is None or not is_plain(linear):
+        return linear(x), None
+    bias = local_shard(linear.bias)
+    return F.linear(x, local_shard(linear.weight), bias.detach()), bias
+
+
+def project_and_norm(
+    x_BLD: Tensor, context_BSD: Tensor | None, linears: tuple[nn.Module, ...], norms: tuple[Tensor, ...], *options
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """q, k and v by one fused operator, see kernels/triton/projections.py; None where it does not apply.
+
+    linears: of q, k and v. norms: weights of the RMSNorms of q and k. options: freqs_cis, head width and eps.
+    """
+    fused = kernels.fused_only("project_and_norm", x_BLD)
+    if fused is None or not is_plain(*linears):
+        return None
+    weights, biases, norms = (
+        tuple(map(local_shard, tensors)) for tensors in ([m.weight for m in linears], [m.bias for m in linears], norms)
+    )
+    return fused(x_BLD, context_BSD, weights, biases, norms, *options)
 
 
 def is_adapter(name: str) -> bool:

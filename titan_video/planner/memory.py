@@ -202,6 +202,11 @@ def _checkpointed_block(
             saved += matmuls
             if e == 4 or fused:
                 shared += B * e * D * (L * (1 if t > 1 else 3 if fused else 4) + S // t)
+        elif "down" in section.save:
+            saved += B * L * e * D * t
+            shared += B * L * e * D * (t == 1 and (e == 4 or fused))
+        if "exchange" in section.save:
+            saved += B * L * e * D * 4  # what backward reads is a copy of it
     return saved, shared
 
 
@@ -209,7 +214,8 @@ def saved_bytes_per_token(dim: int, num_heads: int, section: ActivationCheckpoin
     """Bytes of device memory that a checkpointed block saves for each video token.
 
     These are its input, [D], and in selective mode the output of attention, [D], and its log-sum-exp, one float32 a
-    head. With offload only the log-sum-exp stays on the device.
+    head; then that of each feed-forward, [D], and of the exchanges around attention, [4 D], where `save` names them.
+    With offload only the log-sum-exp stays on the device.
     ValueError: in other modes, and for matmul, it depends on the model's operators.
     """
     if section.mode not in ("full", "selective") or (section.mode == "selective" and "matmul" in section.save):
@@ -217,8 +223,9 @@ def saved_bytes_per_token(dim: int, num_heads: int, section: ActivationCheckpoin
             "saved_bytes_per_token: in mode none or memory_budget, and for matmul, it depends on the model's "
             "operators; run a dry run"
         )
-    attention = section.mode == "selective"
-    on_device = 0 if section.offload else dim * itemsize * (1 + attention)
+    save = section.save if section.mode == "selective" else ()
+    attention = "attention" in save
+    on_device = 0 if section.offload else dim * itemsize * (1 + attention + ("down" in save) + 4 * ("exchange" in save))
     return on_device + 4 * num_heads * attention
 
 

@@ -5,6 +5,8 @@ Arguments are those of layer_norm_launch.py and of the launches in rms_norm.py. 
 an argument and empty as a result.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -46,12 +48,11 @@ def layer_norm_backward(
     mean: OptionalTensor,
     rstd: OptionalTensor,
     affine: bool,
-    gate_grad: bool,
-    modulation_grad: bool,
+    sums: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     like = dsum if dout is None else dout
     dx, dy = (like.new_empty(0) for _ in range(2))
-    dgate, dscale, dshift = (like.new_empty(0, dtype=torch.float32) for _ in range(3))
+    grads = {}  # by place, in the order of `Sums`
     total = 0 if dsum is None else dsum.float()
     if scale is not None:
         normed = (x.float() - mean[..., None]) * rstd[..., None]
@@ -59,14 +60,25 @@ def layer_norm_backward(
         projection = normed * (dnormed * normed).mean(-1, keepdim=True)
         total = total + (dnormed - dnormed.mean(-1, keepdim=True) - projection) * rstd[..., None]
         dx = total.to(x.dtype)
-        if modulation_grad:
-            dscale = sum_modulation_grad(dout.float() * normed, scale, cond_mask)
-            dshift = sum_modulation_grad(dout.float().clone(), scale, cond_mask)
+    dy_float = total
     if gate is not None:
-        dy = (total * select_modulation(gate, cond_mask)).to(like.dtype)
-        if gate_grad:
-            dgate = sum_modulation_grad(total * y.float(), gate, cond_mask)
-    return dx, dy, dgate, dscale, dshift
+        dy_float = total * select_modulation(gate, cond_mask)
+        dy = dy_float.to(like.dtype)
+    (gate_place, gate_rows), (scale_place, scale_rows), _, _ = sums.parts
+    if gate_rows:
+        grads.setdefault(gate_place, []).append(sum_modulation_grad(total * y.float(), gate, cond_mask))
+    if scale_rows:
+        for grad in (dout.float() * normed, dout.float().clone()):
+            grads.setdefault(scale_place, []).append(sum_modulation_grad(grad, scale, cond_mask))
+    if sums.bias:
+        grads.setdefault("narrow", []).append(dy_float.sum(1, keepdim=True))
+    B, L, D = like.shape
+    tokens = torch.stack(grads["tokens"]) if "tokens" in grads else like.new_empty(0, B, L, D, dtype=torch.float32)
+    wide, narrow = (
+        torch.cat(grads[place], dim=1) if place in grads else like.new_empty(B, 0, D, dtype=torch.float32)
+        for place in ("wide", "narrow")
+    )
+    return dx, dy, tokens, wide, narrow.to(sums.narrow_type)
 
 
 def select_modulation(rows: Tensor, cond_mask: OptionalTensor) -> Tensor:
@@ -77,11 +89,13 @@ def select_modulation(rows: Tensor, cond_mask: OptionalTensor) -> Tensor:
 
 
 def sum_modulation_grad(grad: Tensor, rows: Tensor, cond_mask: OptionalTensor) -> Tensor:
-    """Gradient of the rows [B or 1, T, D] from the gradients of each token's row [B, L, D]."""
+    """Gradient of each sample's rows [B, T, D] from the gradients of each token's row [B, L, D]."""
+    if rows.shape[1] == 1:
+        return grad.sum(1, keepdim=True)
     if cond_mask is not None and rows.shape[1] == 2:
         mask = cond_mask[..., None]
-        grad = torch.stack([torch.where(mask, 0, grad).sum(1), torch.where(mask, grad, 0).sum(1)], dim=1)
-    return grad.sum_to_size(rows.shape).to(rows.dtype)
+        return torch.stack([torch.where(mask, 0, grad).sum(1), torch.where(mask, grad, 0).sum(1)], dim=1)
+    return grad
 
 
 def rms_norm_forward(

@@ -36,6 +36,14 @@ def _modulation_row(row, ptr, offsets, GATE: tl.constexpr, MODULATION: tl.conste
 
 
 @triton.jit
+def _share(rows, program, programs):
+    """(first, end) of the rows that a program computes: the programs divide them as evenly as they can."""
+    each, rest = rows // programs, rows % programs
+    first = program * each + tl.minimum(program, rest)
+    return first, first + each + (program < rest).to(tl.int32)
+
+
+@triton.jit
 def layer_norm_forward(
     x_ptr,
     y_ptr,
@@ -48,7 +56,6 @@ def layer_norm_forward(
     mean_ptr,
     rstd_ptr,
     L,
-    rows_per_program,
     gate_b,
     gate_t,
     scale_b,
@@ -67,7 +74,7 @@ def layer_norm_forward(
     GATE: tl.constexpr,
     MODULATION: tl.constexpr,
 ):
-    """Program (p, b) computes rows [p rows_per_program, (p + 1) rows_per_program) of sample b.
+    """Program (p, b) computes its share of the rows of sample b.
 
     x, y, sum, out: [B, L, D], contiguous. mean, rstd: [B, L]. mask: bytes, [B or 1, L]. gate, scale, shift: [B or 1, T,
     D]; _b and _t are their strides over samples and rows.
@@ -75,7 +82,7 @@ def layer_norm_forward(
     PER_TOKEN or BY_MASK.
     """
     b = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0) * rows_per_program
+    first, end = _share(L, tl.program_id(0), tl.num_programs(0))
     cols = tl.arange(0, BLOCK)
     inside = cols < D
     if GATED and GATE == PER_SAMPLE:
@@ -83,12 +90,12 @@ def layer_norm_forward(
     if NORM and MODULATION == PER_SAMPLE:
         scale = _load(scale_ptr + b * scale_b, cols, inside)
         shift = _load(shift_ptr + b * shift_b, cols, inside)
-    for row in tl.range(first, tl.minimum(first + rows_per_program, L), num_stages=STAGES):
-        offsets = (b * L + row) * D + cols
-        x = _load(x_ptr, offsets, inside)
+    for row in tl.range(first, end, num_stages=STAGES):
+        start = (b * L + row) * D
+        x = _load(x_ptr + start, cols, inside)
         mod_row = _modulation_row(row, mask_ptr, b * mask_b + row, GATE, MODULATION)
         if RESIDUAL:
-            y = _load(y_ptr, offsets, inside)
+            y = _load(y_ptr + start, cols, inside)
             if GATED:
                 if GATE != PER_SAMPLE:
                     gate = _load(gate_ptr + b * gate_b + mod_row * gate_t, cols, inside)
@@ -96,7 +103,7 @@ def layer_norm_forward(
             else:
                 x += y
             rounded = x.to(sum_ptr.dtype.element_ty)  # the norm reads what later layers and backward read
-            tl.store(sum_ptr + offsets, rounded, mask=inside)
+            tl.store(sum_ptr + start + cols, rounded, mask=inside)
             x = rounded.to(tl.float32)
         if NORM:
             if MODULATION != PER_SAMPLE:
@@ -107,7 +114,7 @@ def layer_norm_forward(
             rstd = tl.rsqrt(tl.sum(centred * centred, 0) / D + eps)
             normed = centred * rstd
             out = normed * scale + shift if AFFINE else normed * (1 + scale) + shift
-            tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=inside)
+            tl.store(out_ptr + start + cols, out.to(out_ptr.dtype.element_ty), mask=inside)
             tl.store(mean_ptr + b * L + row, mean)
             tl.store(rstd_ptr + b * L + row, rstd)
 
@@ -118,21 +125,21 @@ def _accumulate(value, ptr, offsets, inside, total, masked_total, mod_row, ROWS:
     if ROWS == PER_TOKEN:
         tl.store(ptr + offsets, value, mask=inside)
     elif ROWS == BY_MASK:
-        masked_total += tl.where(mod_row != 0, value, 0.0)
-        total += tl.where(mod_row != 0, 0.0, value)
+        is_masked = mod_row.to(tl.float32)  # 1 or 0; products are fewer instructions than selections
+        masked_total += value * is_masked
+        total += value * (1 - is_masked)
     else:
         total += value
     return total, masked_total
 
 
 @triton.jit
-def _store_sums(ptr, slot, cols, inside, total, masked_total, D: tl.constexpr, ROWS: tl.constexpr):
-    """Store this program's sums as row `slot` of [programs, T, D]."""
-    if ROWS == PER_SAMPLE:
-        tl.store(ptr + slot * D + cols, total, mask=inside)
+def _store_sums(ptr, start, cols, inside, total, masked_total, D: tl.constexpr, ROWS: tl.constexpr):
+    """Store this program's sums, one row or two, `start` elements from the pointer."""
+    if ROWS != PER_TOKEN:
+        tl.store(ptr + start + cols, total, mask=inside)
     if ROWS == BY_MASK:
-        tl.store(ptr + slot * 2 * D + cols, total, mask=inside)
-        tl.store(ptr + (slot * 2 + 1) * D + cols, masked_total, mask=inside)
+        tl.store(ptr + start + D + cols, masked_total, mask=inside)
 
 
 @triton.jit
@@ -151,8 +158,9 @@ def layer_norm_backward(
     dgate_ptr,
     dscale_ptr,
     dshift_ptr,
+    dbias_ptr,
+    sum_rows,
     L,
-    rows_per_program,
     gate_b,
     gate_t,
     scale_b,
@@ -169,60 +177,69 @@ def layer_norm_backward(
     MODULATION: tl.constexpr,
     GATE_GRAD: tl.constexpr,
     MODULATION_GRAD: tl.constexpr,
+    BIAS_GRAD: tl.constexpr,
     HOIST: tl.constexpr,
 ):
     """Program (p, b) computes the same rows as forward.
 
     dsum, dout: gradients of x' and out. x: the input of the norm, x' where there is a residual. dx: gradient of x, and
     of y where there is no gate; without a norm it equals dsum and is not written. dy: gradient of y, with a gate.
-    dgate, dscale, dshift: float32; [programs, D] for PER_SAMPLE, [programs, 2, D] for BY_MASK, [B, L, D] for PER_TOKEN;
-    written only with GATE_GRAD, MODULATION_GRAD. HOIST: rows that are PER_SAMPLE stay in registers.
+    dgate, dscale, dshift, dbias: float32, the rows of each program's sums that begin at these pointers; a program has
+    sum_rows rows in all. For PER_TOKEN [B, L, D]. Written only with GATE_GRAD, MODULATION_GRAD, BIAS_GRAD; dbias is the
+    sum of y's gradient. HOIST: rows that are PER_SAMPLE stay in registers.
     """
     b = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0) * rows_per_program
+    first, end = _share(L, tl.program_id(0), tl.num_programs(0))
     cols = tl.arange(0, BLOCK)
     inside = cols < D
     dgate = tl.zeros([BLOCK], tl.float32)
-    dscale, dshift, masked_dgate, masked_dscale, masked_dshift = dgate, dgate, dgate, dgate, dgate
+    dscale, dshift, dbias, masked_dgate, masked_dscale, masked_dshift = dgate, dgate, dgate, dgate, dgate, dgate
     if GATED and HOIST and GATE == PER_SAMPLE:
         gate = _load(gate_ptr + b * gate_b, cols, inside)
     if NORM and HOIST and MODULATION == PER_SAMPLE:
         scale = _load(scale_ptr + b * scale_b, cols, inside)
-    for row in tl.range(first, tl.minimum(first + rows_per_program, L), num_stages=STAGES):
-        offsets = (b * L + row) * D + cols
+    for row in tl.range(first, end, num_stages=STAGES):
+        start = (b * L + row) * D
         mod_row = _modulation_row(row, mask_ptr, b * mask_b + row, GATE, MODULATION)
-        dx = _load(dsum_ptr, offsets, inside) if RESIDUAL else tl.zeros([BLOCK], tl.float32)
+        dx = _load(dsum_ptr + start, cols, inside) if RESIDUAL else tl.zeros([BLOCK], tl.float32)
         if NORM:
-            dout = _load(dout_ptr, offsets, inside)
-            x = _load(x_ptr, offsets, inside)
+            dout = _load(dout_ptr + start, cols, inside)
+            x = _load(x_ptr + start, cols, inside)
             rstd = tl.load(rstd_ptr + b * L + row)
             normed = tl.where(inside, (x - tl.load(mean_ptr + b * L + row)) * rstd, 0.0)
             if not HOIST or MODULATION != PER_SAMPLE:
                 scale = _load(scale_ptr + b * scale_b + mod_row * scale_t, cols, inside)
-            dnormed = dout * scale if AFFINE else dout * (1 + scale)
+            dnormed = dout * scale if AFFINE else dout + dout * scale
             mean_dnormed = tl.sum(dnormed, 0) / D
             mean_projection = tl.sum(dnormed * normed, 0) / D
             dx += (dnormed - mean_dnormed - normed * mean_projection) * rstd
-            tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+            tl.store(dx_ptr + start + cols, dx.to(dx_ptr.dtype.element_ty), mask=inside)
             if MODULATION_GRAD:
                 dscale, masked_dscale = _accumulate(
-                    dout * normed, dscale_ptr, offsets, inside, dscale, masked_dscale, mod_row, MODULATION
+                    dout * normed, dscale_ptr + start, cols, inside, dscale, masked_dscale, mod_row, MODULATION
                 )
                 dshift, masked_dshift = _accumulate(
-                    dout, dshift_ptr, offsets, inside, dshift, masked_dshift, mod_row, MODULATION
+                    dout, dshift_ptr + start, cols, inside, dshift, masked_dshift, mod_row, MODULATION
                 )
         if GATED:
             if not HOIST or GATE != PER_SAMPLE:
                 gate = _load(gate_ptr + b * gate_b + mod_row * gate_t, cols, inside)
-            tl.store(dy_ptr + offsets, (dx * gate).to(dy_ptr.dtype.element_ty), mask=inside)
+            dy = dx * gate
+            tl.store(dy_ptr + start + cols, dy.to(dy_ptr.dtype.element_ty), mask=inside)
+            if BIAS_GRAD:
+                dbias += dy
             if GATE_GRAD:
-                y = _load(y_ptr, offsets, inside)
+                y = _load(y_ptr + start, cols, inside)
                 dgate, masked_dgate = _accumulate(
-                    dx * y, dgate_ptr, offsets, inside, dgate, masked_dgate, mod_row, GATE
+                    dx * y, dgate_ptr + start, cols, inside, dgate, masked_dgate, mod_row, GATE
                 )
-    slot = b * tl.num_programs(0) + tl.program_id(0)
+        elif BIAS_GRAD:
+            dbias += dx
+    start = (b * tl.num_programs(0) + tl.program_id(0)) * sum_rows * D
     if GATED and GATE_GRAD:
-        _store_sums(dgate_ptr, slot, cols, inside, dgate, masked_dgate, D, GATE)
+        _store_sums(dgate_ptr, start, cols, inside, dgate, masked_dgate, D, GATE)
     if NORM and MODULATION_GRAD:
-        _store_sums(dscale_ptr, slot, cols, inside, dscale, masked_dscale, D, MODULATION)
-        _store_sums(dshift_ptr, slot, cols, inside, dshift, masked_dshift, D, MODULATION)
+        _store_sums(dscale_ptr, start, cols, inside, dscale, masked_dscale, D, MODULATION)
+        _store_sums(dshift_ptr, start, cols, inside, dshift, masked_dshift, D, MODULATION)
+    if BIAS_GRAD:
+        _store_sums(dbias_ptr, start, cols, inside, dbias, dbias, D, PER_SAMPLE)

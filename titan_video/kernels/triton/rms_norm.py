@@ -4,11 +4,14 @@ Saved for backward: x, the weight, freqs_cis, and rstd, the reciprocal root mean
 same in every run. On a CPU the same formulas run in plain torch (closed_form.py).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
 from titan_video.kernels.triton import closed_form, launch
+from titan_video.kernels.triton.sums import add_partial_sums
 
 # ---- the interface, as in reference.py ----
 
@@ -94,28 +97,28 @@ rms_norm_rotate.register_autograd(_autograd, setup_context=_setup_context)
 def launch_forward(
     x: Tensor, weight: Tensor, freqs_cis: Tensor | None, mean_square: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    cos_sin = _get_cos_sin(freqs_cis)
+    cos_sin = get_cos_sin(freqs_cis)
     if not (x.is_cuda or launch.interpreted()):
         return closed_form.rms_norm_forward(x, weight, cos_sin, mean_square, eps)
+    mean_square = None if mean_square is None else mean_square.contiguous()
+    [out], [rstd] = forward_kernel([x.contiguous()], [weight.contiguous()], cos_sin, mean_square, eps)
+    return out, rstd
+
+
+def forward_kernel(
+    xs: list[Tensor], weights: list[Tensor], cos_sin: Tensor | None, mean_square: Tensor | None, eps: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(results, rstds) of one tensor or two."""
     from titan_video.kernels.triton import rms_norm_kernels
 
-    x = x.contiguous()
-    mean_square = None if mean_square is None else mean_square.contiguous()
-    out, rstd = torch.empty_like(x), empty_rstd(x, weight)
-    constants, sizes, programs = _launch_options(x, weight, cos_sin, [x])
-    rms_norm_kernels.rms_norm_forward[(programs,)](
-        x,
-        weight.contiguous(),
-        cos_sin,
-        mean_square,
-        out,
-        rstd,
-        *sizes,
-        eps,
-        HAS_MEAN_SQUARE=mean_square is not None,
-        **constants,
-    )
-    return out, rstd
+    kernel = rms_norm_kernels.rms_norm_forward
+    outs, rstds = [torch.empty_like(x) for x in xs], [empty_rstd(x, w) for x, w in zip(xs, weights, strict=True)]
+    constants = _constants(xs, weights[0], cos_sin, xs[:1], False) | {"HAS_MEAN_SQUARE": mean_square is not None}
+    tensors = (*_two(xs), *_two(weights), cos_sin, mean_square, *_two(outs), *_two(rstds), *_tokens(xs))
+    sizes = xs[0].shape[1], _cos_sin_stride(cos_sin)
+    total, first = _programs(kernel, (*tensors, 0, *sizes, eps), constants, xs)
+    kernel[(total,)](*tensors, first, *sizes, eps, **constants)
+    return outs, rstds
 
 
 def launch_backward(
@@ -127,41 +130,79 @@ def launch_backward(
     has_mean_square: bool,
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    cos_sin = _get_cos_sin(freqs_cis)
+    cos_sin = get_cos_sin(freqs_cis)
     if not (x.is_cuda or launch.interpreted()):
         return closed_form.rms_norm_backward(dout, x, weight, cos_sin, rstd, has_mean_square, weight_grad)
-    from titan_video.kernels.triton import rms_norm_kernels
-
-    dout, x = dout.contiguous(), x.contiguous()
-    dx, dsquare = torch.empty_like(x), torch.empty_like(rstd if has_mean_square else rstd[:0])
-    constants, sizes, programs = _launch_options(x, weight, cos_sin, [dout, x])
-    dweight = rstd.new_empty((programs, weight.numel()) if weight_grad else 0)
-    rms_norm_kernels.rms_norm_backward[(programs,)](
-        dout,
-        x,
-        weight.contiguous(),
-        cos_sin,
-        rstd,
-        dx,
-        dweight,
-        dsquare,
-        *sizes,
-        HAS_MEAN_SQUARE=has_mean_square,
-        WEIGHT_GRAD=weight_grad,
-        **constants,
-    )
-    return dx, dweight.sum(0).to(weight.dtype) if weight_grad else dweight, dsquare
+    x = x.contiguous()
+    dx, dsquare = torch.empty_like(x), torch.empty_like(rstd) if has_mean_square else None
+    run = BackwardKernel([dout.contiguous()], [x], [weight.contiguous()], cos_sin, [rstd], [dx], dsquare, weight_grad)
+    sums = rstd.new_empty(run.programs, run.sum_cols)
+    run(sums)
+    dweight = add_partial_sums(sums[None], 0, weight.dtype)[1]
+    return dx, dweight.flatten(), rstd.new_empty(0) if dsquare is None else dsquare
 
 
-def _launch_options(
-    x: Tensor, weight: Tensor, cos_sin: Tensor | None, read_per_row: list[Tensor]
-) -> tuple[dict, tuple[int, ...], int]:
-    """The constants of a kernel, its sizes (N, L, tokens_per_program, cos_sin_b), and the number of programs."""
-    B, L, H, K = x.shape
+class BackwardKernel:
+    """One launch, of one tensor or two. dxs: what it writes, [B, L, H, K] or [B, L, H K], of any stride over tokens."""
+
+    def __init__(
+        self,
+        douts: list[Tensor],
+        xs: list[Tensor],
+        weights: list[Tensor],
+        cos_sin: Tensor | None,
+        rstds: list[Tensor],
+        dxs: list[Tensor],
+        dsquare: Tensor | None,
+        weight_grad: bool,
+        bias_grad: bool = False,
+    ):
+        from titan_video.kernels.triton import rms_norm_kernels
+
+        self.kernel = rms_norm_kernels.rms_norm_backward
+        self.constants = _constants(xs, weights[0], cos_sin, [douts[0], xs[0]], True) | {
+            "HAS_MEAN_SQUARE": dsquare is not None,
+            "WEIGHT_GRAD": weight_grad,
+            "BIAS_GRAD": bias_grad,
+        }
+        self.tensors = (*_two(douts), *_two(xs), *_two(weights), cos_sin, *_two(rstds), *_two(dxs))
+        strides = [dx.stride(1) for dx in dxs]
+        self.sizes = dsquare, strides[0], strides[-1], *_tokens(xs)
+        self.last = xs[0].shape[1], _cos_sin_stride(cos_sin)
+        args = (*self.tensors, rstds[0][:0], *self.sizes, 0, *self.last)
+        self.programs, self.first = _programs(self.kernel, args, self.constants, xs)
+        self.sum_cols = weights[0].numel() * weight_grad + xs[0].shape[2] * xs[0].shape[3] * bias_grad
+
+    def __call__(self, sums: Tensor) -> None:
+        """sums: float32 [programs, sum_cols]; the second tensor's begin at row `first`."""
+        self.kernel[(self.programs,)](*self.tensors, sums, *self.sizes, self.first, *self.last, **self.constants)
+
+
+def _two(tensors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    return tensors[0], tensors[1] if len(tensors) > 1 else None
+
+
+def _tokens(xs: list[Tensor]) -> tuple[int, int]:
+    numbers = [x.shape[0] * x.shape[1] for x in xs]
+    return numbers[0], numbers[1] if len(xs) > 1 else 0
+
+
+def _programs(kernel: Any, args: tuple, constants: dict, xs: list[Tensor]) -> tuple[int, int]:
+    """(all programs, those of the first tensor). Two tensors share them by their tokens."""
+    first, second = _tokens(xs)
+    programs = min(launch.num_programs(kernel, args, constants, xs[0].device), first + second)
+    if not second:
+        return programs, programs
+    share = min(max(round(programs * second / (first + second)), 1), programs - 1)
+    return programs, programs - share
+
+
+def _constants(
+    xs: list[Tensor], weight: Tensor, cos_sin: Tensor | None, read_per_row: list[Tensor], backward: bool
+) -> dict:
+    H, K = xs[0].shape[2:]
     heads, width = launch.power_of_2(H), launch.power_of_2(K)
-    num_warps = launch.warps(heads * width)
-    tokens_per_program = launch.rows_per_program(B * L, 1, num_warps, x.device)
-    constants = {
+    return {
         "H": H,
         "K": K,
         "HEADS": heads,
@@ -169,13 +210,16 @@ def _launch_options(
         "STAGES": launch.stages(heads * width * sum(t.element_size() for t in read_per_row)),
         "PER_HEAD": weight.numel() == K,
         "ROPE": cos_sin is not None,
-        "num_warps": num_warps,
+        "PAIR": len(xs) > 1,
+        "num_warps": launch.warps(heads * width, backward),
     }
-    cos_sin_stride = 0 if cos_sin is None or cos_sin.shape[0] == 1 else cos_sin.stride(0)
-    return constants, (B * L, L, tokens_per_program, cos_sin_stride), -(-B * L // tokens_per_program)
 
 
-def _get_cos_sin(freqs_cis: Tensor | None) -> Tensor | None:
+def _cos_sin_stride(cos_sin: Tensor | None) -> int:
+    return 0 if cos_sin is None or cos_sin.shape[0] == 1 else cos_sin.stride(0)
+
+
+def get_cos_sin(freqs_cis: Tensor | None) -> Tensor | None:
     """[B or 1, L, K], the pair (cos, sin) of each complex number."""
     return None if freqs_cis is None else torch.view_as_real(freqs_cis.contiguous()).flatten(-2)
 

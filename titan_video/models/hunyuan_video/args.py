@@ -93,6 +93,11 @@ class HunyuanVideoArgs:
         attention = self.num_layers * attention_flops(batch, N, N, D)
         return batch * (self.num_double_layers * double + self.num_single_layers * single) + attention
 
+    def down_flops(self, num_tokens: int, batch: int = 1) -> int:
+        """The part of `block_flops` that is the matmul after each GELU; a single block's also reads the attention."""
+        inputs = self.num_double_layers * self.ffn_dim + self.num_single_layers * (self.dim + self.ffn_dim)
+        return batch * 2 * (num_tokens + self.text_len) * self.dim * inputs
+
     def flops(self, num_tokens: int, batch: int = 1) -> int:
         """FLOPs of a forward, 2 per multiply-add, for `batch` clips of `num_tokens` tokens.
 

@@ -7,7 +7,16 @@ from torch import Tensor, nn
 from titan_video import kernels
 from titan_video.kernels.attention import joint_attention
 from titan_video.models.hunyuan_video.args import REFINER_RATIO, TIME_DIM, HunyuanVideoArgs
-from titan_video.models.layers import CastLinear, FeedForward, Linear, local_shard, select_modulation, time_features
+from titan_video.models.layers import (
+    CastLinear,
+    FeedForward,
+    Linear,
+    linear_and_bias,
+    local_shard,
+    project_and_norm,
+    select_modulation,
+    time_features,
+)
 from titan_video.models.spec import StepLayout
 
 
@@ -95,20 +104,28 @@ class HeadNorm(nn.Module):
         self.head_dim, self.eps = args.head_dim, args.eps
         self.q, self.k = (nn.Parameter(torch.empty(args.head_dim)) for _ in range(2))
 
-    def forward(self, q_BLD: Tensor, k_BLD: Tensor, freqs_cis_BLC: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        parts = [
-            (x.unflatten(-1, (-1, self.head_dim)), local_shard(weight))
-            for x, weight in ((q_BLD, self.q), (k_BLD, self.k))
-        ]
-        if freqs_cis_BLC is None:
-            q, k = (kernels.rms_norm(x, weight, self.eps) for x, weight in parts)
-        else:
-            q, k = (kernels.rms_norm_rope(x, weight, freqs_cis_BLC, self.eps) for x, weight in parts)
-        return q, k
+    def project(
+        self, x_BLD: Tensor, linears: tuple[nn.Module, ...], freqs_cis_BLC: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """q, k and v, [B, L, H, K], by these Linears."""
+        projected = project_and_norm(x_BLD, None, linears, (self.q, self.k), freqs_cis_BLC, self.head_dim, self.eps)
+        if projected is not None:
+            return projected
+        q, k, v = (linear(x_BLD).unflatten(-1, (-1, self.head_dim)) for linear in linears)
+        q, k = (
+            kernels.rms_norm(x, local_shard(weight), self.eps)
+            if freqs_cis_BLC is None
+            else kernels.rms_norm_rope(x, local_shard(weight), freqs_cis_BLC, self.eps)
+            for x, weight in ((q, self.q), (k, self.k))
+        )
+        return q, k, v
 
 
 class JointAttention(nn.Module):
-    """Attention of video and text tokens to each other, each with projections of their own."""
+    """Attention of video and text tokens to each other, each with projections of their own.
+
+    Returns of each what `linear_and_bias` does.
+    """
 
     def __init__(self, args: HunyuanVideoArgs):
         super().__init__()
@@ -125,12 +142,11 @@ class JointAttention(nn.Module):
         freqs_cis_BLC: Tensor,
         text_mask_BS: Tensor | None = None,
         layout: StepLayout | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        q, k = self.norm(self.q(x_BLD), self.k(x_BLD), freqs_cis_BLC)
-        text_q, text_k = self.text_norm(self.text_q(text_BSD), self.text_k(text_BSD))
-        v, text_v = (y.unflatten(-1, (-1, self.head_dim)) for y in (self.v(x_BLD), self.text_v(text_BSD)))
-        out, text_out = self.inner_attention(q, k, v, text_q, text_k, text_v, text_mask_BS, layout)
-        return self.o(out.flatten(2)), self.text_o(text_out.flatten(2))
+    ) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+        q, k, v = self.norm.project(x_BLD, (self.q, self.k, self.v), freqs_cis_BLC)
+        text_qkv = self.text_norm.project(text_BSD, (self.text_q, self.text_k, self.text_v))
+        out, text_out = self.inner_attention(q, k, v, *text_qkv, text_mask_BS, layout)
+        return linear_and_bias(self.o, out.flatten(2)), linear_and_bias(self.text_o, text_out.flatten(2))
 
 
 class DoubleBlock(nn.Module):
@@ -160,15 +176,17 @@ class DoubleBlock(nn.Module):
             condition_BTD[:, :1]
         )
 
-        y = kernels.ada_layer_norm(x_BLD, scale1, shift1, self.eps, cond_mask_BL)
-        text_y = kernels.ada_layer_norm(text_BSD, text_scale1, text_shift1, self.eps)
-        y, text_y = self.attn(y, text_y, freqs_cis_BLC, text_mask_BS, layout)
-        x_BLD, y = kernels.residual_ada_layer_norm(x_BLD, y, gate1, scale2, shift2, self.eps, cond_mask_BL)
+        y, x_BLD = kernels.ada_layer_norm_and_input(x_BLD, scale1, shift1, self.eps, cond_mask_BL)
+        text_y, text_BSD = kernels.ada_layer_norm_and_input(text_BSD, text_scale1, text_shift1, self.eps)
+        (y, bias), (text_y, text_bias) = self.attn(y, text_y, freqs_cis_BLC, text_mask_BS, layout)
+        x_BLD, y = kernels.residual_ada_layer_norm(x_BLD, y, gate1, scale2, shift2, self.eps, cond_mask_BL, bias)
         text_BSD, text_y = kernels.residual_ada_layer_norm(
-            text_BSD, text_y, text_gate1, text_scale2, text_shift2, self.eps
+            text_BSD, text_y, text_gate1, text_scale2, text_shift2, self.eps, y_bias_D=text_bias
         )
-        text_BSD = kernels.gated_residual(text_BSD, self.text_ffn(text_y), text_gate2)
-        return kernels.gated_residual(x_BLD, self.ffn(y), gate2, cond_mask_BL), text_BSD
+        text_y, text_bias = self.text_ffn(text_y)
+        text_BSD = kernels.gated_residual(text_BSD, text_y, text_gate2, y_bias_D=text_bias)
+        y, bias = self.ffn(y)
+        return kernels.gated_residual(x_BLD, y, gate2, cond_mask_BL, bias), text_BSD
 
 
 class AttentionAndFeedForward(nn.Module):
@@ -196,14 +214,15 @@ class AttentionAndFeedForward(nn.Module):
         text_mask_BS: Tensor | None = None,
         layout: StepLayout | None = None,
     ) -> tuple[Tensor, Tensor]:
-        q, k = self.norm(self.q(x_BLD), self.k(x_BLD), freqs_cis_BLC)
-        text_q, text_k = self.norm(self.q(text_BSD), self.k(text_BSD))
-        v, text_v = (self.v(y).unflatten(-1, (-1, self.head_dim)) for y in (x_BLD, text_BSD))
-        out, text_out = self.inner_attention(q, k, v, text_q, text_k, text_v, text_mask_BS, layout)
-        return self.out(self._with_feed_forward(out, x_BLD), self._with_feed_forward(text_out, text_BSD))
+        q, k, v = self.norm.project(x_BLD, (self.q, self.k, self.v), freqs_cis_BLC)
+        text_qkv = self.norm.project(text_BSD, (self.q, self.k, self.v))
+        out, text_out = self.inner_attention(q, k, v, *text_qkv, text_mask_BS, layout)
+        # `out` comes right after both GELUs: checkpointing may save the matmuls that follow a GELU.
+        up, text_up = self.up(x_BLD), self.up(text_BSD)
+        return self.out(self._with_feed_forward(out, up), self._with_feed_forward(text_out, text_up))
 
-    def _with_feed_forward(self, out_BLHK: Tensor, x_BLD: Tensor) -> Tensor:
-        hidden_BLHE = F.gelu(self.up(x_BLD), approximate="tanh").unflatten(-1, (out_BLHK.shape[2], -1))
+    def _with_feed_forward(self, out_BLHK: Tensor, up_BLF: Tensor) -> Tensor:
+        hidden_BLHE = F.gelu(up_BLF, approximate="tanh").unflatten(-1, (out_BLHK.shape[2], -1))
         return torch.cat([out_BLHK, hidden_BLHE], dim=-1).flatten(2)
 
 
@@ -228,8 +247,8 @@ class SingleBlock(nn.Module):
         parts = self.modulation(condition_BTD)
         shift, scale, gate = (select_modulation(rows_BTD, cond_mask_BL) for rows_BTD in parts)
         text_shift, text_scale, text_gate = (select_modulation(rows_BTD, None) for rows_BTD in parts)
-        y = kernels.ada_layer_norm(x_BLD, scale, shift, self.eps, cond_mask_BL)
-        text_y = kernels.ada_layer_norm(text_BSD, text_scale, text_shift, self.eps)
+        y, x_BLD = kernels.ada_layer_norm_and_input(x_BLD, scale, shift, self.eps, cond_mask_BL)
+        text_y, text_BSD = kernels.ada_layer_norm_and_input(text_BSD, text_scale, text_shift, self.eps)
         y, text_y = self.attn(y, text_y, freqs_cis_BLC, text_mask_BS, layout)
         return kernels.gated_residual(x_BLD, y, gate, cond_mask_BL), kernels.gated_residual(text_BSD, text_y, text_gate)
 

@@ -35,7 +35,9 @@ from titan_video.models.layers import (
     Patch,
     RMSStats,
     attention_flops,
+    linear_and_bias,
     local_shard,
+    project_and_norm,
     rope_freqs_cis,
     select_modulation,
     time_features,
@@ -103,6 +105,10 @@ class WanArgs:
         linear = 2 * L * (4 * D * D + 2 * D * self.ffn_dim) + 2 * (2 * L + 2 * S) * D * D
         return self.num_layers * (batch * linear + attention_flops(batch, L, L, D) + attention_flops(batch, L, S, D))
 
+    def down_flops(self, num_tokens: int, batch: int = 1) -> int:
+        """The part of `block_flops` that is the matmul after each GELU."""
+        return self.num_layers * batch * 2 * num_tokens * self.dim * self.ffn_dim
+
     def flops(self, num_tokens: int, batch: int = 1) -> int:
         """FLOPs of a forward, 2 per multiply-add, for `batch` clips of `num_tokens` tokens.
 
@@ -127,23 +133,39 @@ class Attention(nn.Module):
         self.rms_stats = RMSStats()
         self.inner_attention = InnerAttention()
 
+    def project(self, x_BLD: Tensor, context_BSD: Tensor | None, freqs_cis_BLC: Tensor | None) -> tuple | None:
+        """See `project_and_norm`; not where a rank has a part of what a norm runs over."""
+        if type(self.rms_stats) is not RMSStats:
+            return None
+        linears, norms = (self.q, self.k, self.v), (self.norm_q, self.norm_k)
+        return project_and_norm(x_BLD, context_BSD, linears, norms, freqs_cis_BLC, self.head_dim, self.eps)
+
     def heads(self, x_BLD: Tensor) -> Tensor:
         return x_BLD.unflatten(-1, (-1, self.head_dim))
 
 
 class SelfAttention(Attention):
-    """Attention among the video tokens, with RoPE."""
+    """Attention among the video tokens, with RoPE. Returns as `linear_and_bias` does."""
 
-    def forward(self, x_BLD: Tensor, freqs_cis_BLC: Tensor, layout: StepLayout | None = None) -> Tensor:
-        q, k, v = self.q(x_BLD), self.k(x_BLD), self.heads(self.v(x_BLD))
-        square_q, square_k = self.rms_stats(q, k)
-        q = kernels.rms_norm_rope(q, local_shard(self.norm_q), freqs_cis_BLC, self.eps, square_q)
-        k = kernels.rms_norm_rope(k, local_shard(self.norm_k), freqs_cis_BLC, self.eps, square_k)
-        return self.o(self.inner_attention(q, k, v, layout).flatten(2))
+    def forward(
+        self, x_BLD: Tensor, freqs_cis_BLC: Tensor, layout: StepLayout | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        projected = self.project(x_BLD, None, freqs_cis_BLC)
+        if projected is not None:
+            q, k, v = projected
+        else:
+            q, k, v = self.q(x_BLD), self.k(x_BLD), self.heads(self.v(x_BLD))
+            square_q, square_k = self.rms_stats(q, k)
+            q = kernels.rms_norm_rope(q, local_shard(self.norm_q), freqs_cis_BLC, self.eps, square_q)
+            k = kernels.rms_norm_rope(k, local_shard(self.norm_k), freqs_cis_BLC, self.eps, square_k)
+        return linear_and_bias(self.o, self.inner_attention(q, k, v, layout).flatten(2))
 
 
 class CrossAttention(Attention):
-    """Attention to the text. The same queries attend to the image tokens, if any, with keys and values of their own."""
+    """Attention to the text. The same queries attend to the image tokens, if any, with keys and values of their own.
+
+    Returns as `linear_and_bias` does.
+    """
 
     def __init__(self, args: WanArgs):
         super().__init__(args)
@@ -151,7 +173,10 @@ class CrossAttention(Attention):
         self.k_image, self.v_image = (Linear(args.dim, args.dim) if args.image_dim else None for _ in range(2))
         self.norm_k_image = nn.Parameter(torch.empty(args.dim)) if args.image_dim else None
 
-    def forward(self, x_BLD: Tensor, context_BSD: Tensor) -> Tensor:
+    def forward(self, x_BLD: Tensor, context_BSD: Tensor) -> tuple[Tensor, Tensor | None]:
+        projected = None if self.k_image is not None else self.project(x_BLD, context_BSD, None)
+        if projected is not None:
+            return linear_and_bias(self.o, self.inner_attention(*projected).flatten(2))
         image_BSD, text_BSD = context_BSD[:, : -self.text_len], context_BSD[:, -self.text_len :]
         sources = [(self.k(text_BSD), self.norm_k, self.v(text_BSD))]
         if self.k_image is not None:
@@ -163,7 +188,7 @@ class CrossAttention(Attention):
         for (k, weight, v), square in zip(sources, squares, strict=True):
             k = self.heads(kernels.rms_norm(k, local_shard(weight), self.eps, square))
             outputs.append(self.inner_attention(q, k, self.heads(v)))
-        return self.o(sum(outputs[1:], outputs[0]).flatten(2))
+        return linear_and_bias(self.o, sum(outputs[1:], outputs[0]).flatten(2))
 
 
 class Block(nn.Module):
@@ -188,12 +213,13 @@ class Block(nn.Module):
     ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = select_modulation(modulation_BT6D, cond_mask_BL).unbind(2)
         norm_weight, norm_bias = local_shard(self.norm_weight), local_shard(self.norm_bias)
-        y = kernels.ada_layer_norm(x_BLD, scale1, shift1, self.eps, cond_mask_BL)
-        y = self.self_attn(y, freqs_cis_BLC, layout)
-        x_BLD, y = kernels.residual_layer_norm(x_BLD, y, gate1, norm_weight, norm_bias, self.eps, cond_mask_BL)
-        y = self.cross_attn(y, context_BSD)
-        x_BLD, y = kernels.residual_ada_layer_norm(x_BLD, y, None, scale2, shift2, self.eps, cond_mask_BL)
-        return kernels.gated_residual(x_BLD, self.ffn(y), gate2, cond_mask_BL)
+        y, x_BLD = kernels.ada_layer_norm_and_input(x_BLD, scale1, shift1, self.eps, cond_mask_BL)
+        y, bias = self.self_attn(y, freqs_cis_BLC, layout)
+        x_BLD, y = kernels.residual_layer_norm(x_BLD, y, gate1, norm_weight, norm_bias, self.eps, cond_mask_BL, bias)
+        y, bias = self.cross_attn(y, context_BSD)
+        x_BLD, y = kernels.residual_ada_layer_norm(x_BLD, y, None, scale2, shift2, self.eps, cond_mask_BL, bias)
+        y, bias = self.ffn(y)
+        return kernels.gated_residual(x_BLD, y, gate2, cond_mask_BL, bias)
 
 
 class TextEmbedder(nn.Module):
