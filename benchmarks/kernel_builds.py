@@ -29,7 +29,13 @@ from titan_video.kernels.triton import launch, layer_norm_launch, rms_norm
 
 TOKENS = {1536: 32760, 3072: 118800, 5120: 75600, 8192: 75600}
 WIDTHS = (128, 1536, 3072, 5120)
-TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8"}
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.uint8: "*u8",
+    torch.int64: "*i64",
+}
 MARKER = "<!-- builds -->"
 
 

@@ -18,7 +18,7 @@ from titan_video import kernels  # noqa: E402
 from titan_video.config.job_config import Optimizer
 from titan_video.kernels.triton import launch
 from titan_video.kernels.triton import optimizer as fused_updates
-from titan_video.optim.low_bit import codebook, quantize
+from titan_video.optim.low_bit import codebook, codebooks, quantize
 from titan_video.optim.mixed import MixedOptimizer
 from titan_video.optim.optimizer import build_optimizer
 
@@ -104,8 +104,7 @@ def check_codes(device: str = "cpu") -> None:
         # Without decay of the moments, the first moment is the gradient and the root of the second its magnitude.
         part = fused_updates.Part(zeros, rows, tuple(state), step_size=0.0, root_factor=1.0)
         group = {"betas": (0.0, 0.0), "lr": 0.0, "weight_decay": 0.0, "eps": 1e-8, "kind": "AdamW8bit"}
-        books = codebook(True, rows.device), codebook(False, rows.device)
-        fused_updates.adamw([part], group, books)
+        fused_updates.adamw([part], group, codebooks(rows.device))
         found = state[0] if signed else state[2]
         assert torch.equal(found, codes), (signed, rows[found != codes], found[found != codes], codes[found != codes])
         assert torch.equal(state[1], scale) and torch.equal(state[3], scale) and not zeros.any()

@@ -12,7 +12,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from titan_video import kernels
 from titan_video.distributed.utils import derive_seed, to_local
 from titan_video.kernels import upcast
-from titan_video.optim.low_bit import BLOCK, codebook, dequantize, quantize, stochastic_round
+from titan_video.optim.low_bit import BLOCK, codebooks, dequantize, quantize, stochastic_round
 from titan_video.optim.optimizer import SLOTS, new_slot
 from titan_video.tools.parts import resolve
 
@@ -72,8 +72,7 @@ class MixedOptimizer(torch.optim.Optimizer):
             fused, plain = self._divide(params)
             if fused:
                 parts = [self._adamw_part(p, group) for p in fused]
-                codebooks = codebook(True, parts[0].weight.device), codebook(False, parts[0].weight.device)
-                self._kernels.adamw(parts, group, codebooks)
+                self._kernels.adamw(parts, group, codebooks(parts[0].weight.device))
             for p in plain:
                 self._adamw(p, group)
 

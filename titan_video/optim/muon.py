@@ -22,7 +22,7 @@ from titan_video.distributed.utils import gather_objects, get_mesh
 Slices = tuple[slice, slice]
 
 
-MAX_ELEMENTS = 1 << 29  # of the matrices that are orthogonalized together: 1 GiB in bfloat16, and four such temporaries
+MAX_ELEMENTS = 1 << 30  # of the matrices that are orthogonalized together: 2 GiB in bfloat16, five times
 
 
 def orthogonalize(x: Tensor) -> Tensor:

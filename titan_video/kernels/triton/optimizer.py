@@ -58,8 +58,8 @@ def is_used(shard: Tensor, grad: Tensor) -> bool:
     return runs and known and shard.is_contiguous() and grad.is_contiguous()
 
 
-def adamw(parts: list[Part], group: dict[str, Any], codebooks: tuple[Tensor, Tensor]) -> None:
-    """AdamW or 8-bit AdamW by the options of a parameter group. codebooks: signed and unsigned, float32 [256]."""
+def adamw(parts: list[Part], group: dict[str, Any], codebooks: Tensor) -> None:
+    """AdamW or 8-bit AdamW by the options of a parameter group. codebooks: signed and unsigned, float32 [2, 256]."""
     from titan_video.kernels.triton import optimizer_kernels
 
     beta1, beta2 = group["betas"]
@@ -67,7 +67,7 @@ def adamw(parts: list[Part], group: dict[str, Any], codebooks: tuple[Tensor, Ten
     for table, grid, (R, C), constants in _launches(parts):
         numbers = keep, 1 - beta1, beta2, 1 - beta2, group["eps"]
         del constants["UPDATE"]
-        optimizer_kernels.adamw[grid](table, *codebooks, R, C, *numbers, IS_8BIT=is_8bit, **constants)
+        optimizer_kernels.adamw[grid](table, codebooks, R, C, *numbers, IS_8BIT=is_8bit, **constants)
 
 
 def muon_momentum(parts: list[Part], momentum: float) -> None:
@@ -93,12 +93,12 @@ def _launches(parts: list[Part]) -> Iterator[tuple[Tensor, tuple[int, int], tupl
     from titan_video.kernels.triton.optimizer_kernels import BLOCK, tl
 
     types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.uint8: tl.uint8}
-    alike = defaultdict(list)
+    by_kind = defaultdict(list)
     for part in parts:
         aligned = all(t.data_ptr() % ALIGNMENT == 0 for t in part.matrices)
         update = part.state[1].dtype if part.state[1] is not None else torch.float32
-        alike[part.weight.shape, part.weight.dtype, part.grad.dtype, update, aligned].append(part)
-    for (shape, weight, grad, update, aligned), chosen in alike.items():
+        by_kind[part.weight.shape, part.weight.dtype, part.grad.dtype, update, aligned].append(part)
+    for (shape, weight, grad, update, aligned), chosen in by_kind.items():
         C = shape[-1] if shape else 1
         R = shape.numel() // C
         device = chosen[0].weight.device

@@ -112,8 +112,7 @@ def _store_weight(weight_ptrs, weight, inside, table_ptr, row, col, WEIGHT: tl.c
 @triton.jit
 def adamw(
     table_ptr,
-    signed_ptr,
-    unsigned_ptr,
+    codebooks_ptr,
     R,
     C,
     keep,
@@ -127,7 +126,9 @@ def adamw(
     ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """keep: 1 - lr weight_decay. new1, new2: 1 - beta1, 1 - beta2. signed, unsigned: the codebooks, float32 [256].
+    """keep: 1 - lr weight_decay. new1, new2: 1 - beta1, 1 - beta2.
+
+    codebooks: signed and unsigned, float32 [2, 256].
 
     The state is exp_avg, exp_avg_sq in float32, or IS_8BIT: codes and scales of exp_avg and of the root of exp_avg_sq.
     """
@@ -140,9 +141,9 @@ def adamw(
         first_scale_ptrs = _pointer(table_ptr, 3, tl.float32, False) + block
         second_ptrs = _pointer(table_ptr, 4, tl.uint8, ALIGNED) + offset
         second_scale_ptrs = _pointer(table_ptr, 5, tl.float32, False) + block
-        first = tl.load(signed_ptr + tl.load(first_ptrs, mask=inside, other=0).to(tl.int32))
+        first = tl.load(codebooks_ptr + tl.load(first_ptrs, mask=inside, other=0).to(tl.int32))
         first = first * tl.load(first_scale_ptrs, mask=exists, other=0.0)[:, None]
-        root = tl.load(unsigned_ptr + tl.load(second_ptrs, mask=inside, other=0).to(tl.int32))
+        root = tl.load(codebooks_ptr + 256 + tl.load(second_ptrs, mask=inside, other=0).to(tl.int32))
         root = root * tl.load(second_scale_ptrs, mask=exists, other=0.0)[:, None]
         second = root * root
     else:
