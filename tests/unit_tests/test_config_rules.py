@@ -128,6 +128,11 @@ COMBINATIONS = [  # (what is set, fields the message names, a piece of the fix)
         "parallelism.pipeline_parallel_schedule",
         "Interleaved1F1B",
     ),
+    (
+        {"optimizer.in_backward": True, "training.max_norm": 0.0, "training.read_late": True},
+        "optimizer.in_backward",
+        "training.read_late",
+    ),
     ({"activation_checkpoint.mode": "memory_budget"}, "activation_checkpoint.mode", "compile.enable"),
     (
         {"activation_checkpoint.mode": "memory_budget", "compile.enable": True, "activation_checkpoint.layers": [0]},

@@ -129,6 +129,10 @@ class Training:
         "float32",
         "Dtype of the gradient reduction. bfloat16 sends half, and rounds; the model's float32 parts keep float32.",
     )
+    read_late: bool = opt(
+        False,
+        "Read loss and gradient norm while the next step computes. Faults are met before its update, all the same.",
+    )
     gc_freq: int = opt(50, "Steps between two runs of Python's garbage collector, on all ranks at once.", ge=1)
 
 
