@@ -15,6 +15,7 @@ from benchmarks import (
     block_bytes,
     common,
     data,
+    hsdp,
     kernels,
     learn_shapes,
     memory,
@@ -267,6 +268,15 @@ def test_page_equals_the_report_of_the_results():
 def test_page_of_layouts_has_the_tables_that_the_script_prints():
     page = (ROOT / "docs" / "parallelism.md").read_text()
     assert page.split(traffic.MARKER)[1].strip() == traffic.page("t2v-14B", 75600, 8)
+
+
+def test_page_of_layouts_says_when_hsdp_is_due():
+    page = (ROOT / "docs" / "parallelism.md").read_text()
+    assert page.split(hsdp.MARKER)[1].strip() == hsdp.page("t2v-14B", 75600, 16, 500e12, hsdp.Network())
+    network = hsdp.Network(gpus=8, bandwidth=(10.0, 100.0), hop=(3.0, 1.0))
+    assert network.ring(8, 80.0) == 0.7 + 7  # inside a machine
+    assert network.ring(32, 32.0) == 3.1 + 3 * 3.0 + 28 * 1.0
+    assert network.all_reduce(1, 40.0) == 0 and network.all_reduce(4, 40.0) == 2 * 3 * (1.0 + 3.0)
 
 
 def split_block():
