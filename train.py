@@ -14,6 +14,7 @@ import sys
 import time
 from contextlib import ExitStack, nullcontext, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,14 +51,15 @@ from titan_video.optim.optimizer import build_optimizer, step_in_backward
 from titan_video.tasks.denoising import Denoising
 from titan_video.tasks.validation import ClipWriter, build_validator
 from titan_video.tools import heartbeat, signals
-from titan_video.tools.device import get_device, read, set_deterministic
+from titan_video.tools.device import get_device, set_deterministic
 from titan_video.tools.files import atomic_write
 from titan_video.tools.logging import init_logger, logger
 from titan_video.tools.signals import Stopped
 from titan_video.training import parts
 from titan_video.training.ending import RunEnd
 from titan_video.training.fault_tolerance import StopAgreement
-from titan_video.training.metrics import MetricsLogger, StepCost, StepMetrics
+from titan_video.training.metrics import MetricsLogger, StepCost
+from titan_video.training.step_numbers import StepJudge, UnreadStep
 from titan_video.weights.trained import WeightsSettings, build_weights
 
 
@@ -219,32 +221,25 @@ class Trainer:
         max_loss = reduce_over(self.meshes.batch, loss / (elements / counts[0]), "max")
         losses = reduce_over(self.meshes.batch, loss, "sum"), max_loss
         numbers = torch.stack([*(x.to(grad_norm.device) for x in losses), grad_norm])
+        step, self.step = self.step, self.judge.settle(self.step)
+        if self.step < step:  # the step before was wrong, and this one is not taken
+            return self.optimizer.zero_grad()
         self.guard.update(self.optimizer, numbers)
         self.optimizer.zero_grad()
         self.steps.prefetch_next()
-        loss, max_loss, norm = read(numbers)  # the first host-device synchronisation of the step
-        fault = self.guard.check(loss, norm, self.step)
-        if self.ema and not fault:
-            self.ema.update(self.step)
-        metrics = StepMetrics(
-            loss=loss,
-            max_loss=max_loss,
-            grad_norm=norm,
-            lr=lr,
-            samples=self.loader.samples,
-            tokens=counts[1],
-            video_seconds=counts[2] / self.config.data.fps,
-            step_seconds=time.perf_counter() - start,
-            data_seconds=self.steps.take_data_wait(),
-            bucket=self.bucket,
-            extra=self.loader.stats(),
+        known = {
+            "lr": lr,
+            "samples": self.loader.samples,
+            "tokens": counts[1],
+            "video_seconds": counts[2] / self.config.data.fps,
+            "data_seconds": self.steps.take_data_wait(),
+            "bucket": self.bucket,
+            "extra": self.loader.stats(),
             **self.cost.flops(infos),
-        )
-        self.metrics.log(self.step, metrics)
+        }
         self.graphs.step(self.step, self.bucket)
-        if fault:
-            run = self.guard, self.checkpoint, self.metrics, self.steps, self.folder, self.host_group
-            self.step = parts.handle_fault(run, fault, self.step, self.config.training.steps, batches)
+        state, losses = self.loader.state_before, self.guard.losses
+        self.step = self.judge.add(UnreadStep(self.step, start, numbers, known, batches, losses, state))
 
     def forward_backward(self, batches: list[Batch], num_elements: int) -> Tensor:
         """Accumulate the gradients of a step; return the sum of this rank's losses, detached."""
@@ -285,6 +280,8 @@ class Trainer:
         first_step = self.step + 1
         clips = c.parallelism.pipeline_parallel_microbatch_size if self.pipeline else 0
         self.steps = Prefetch(self.loader, last_step - self.step, self.task.prepare, self.device, clips)
+        run = self.guard, self.checkpoint, self.metrics, self.steps, self.folder, self.host_group
+        self.judge = StepJudge(c, self.guard, self.ema, self.metrics, partial(parts.handle_fault, run, last_step))
         with parts.build_profiler(c.profiling, self.folder, self.device) as profiler:
             while self.step < last_step:
                 self.export()  # of the step before; a resumed run makes up for it
@@ -299,6 +296,8 @@ class Trainer:
                 if c.validation.enable and (self.step % c.validation.freq == 0 or self.step == last_step):
                     self.validate()
                 stopping, saving = self.stop.requested(self.checkpoint.wanted())
+                if stopping or saving:
+                    self.step = self.judge.settle(self.step)
                 self.checkpoint.save(self.step, last=self.step == last_step, force=stopping or saving)
                 if stopping:
                     raise Stopped(f"stopped by a signal after step {self.step}; the same command resumes from there")

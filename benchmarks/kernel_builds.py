@@ -37,7 +37,13 @@ from titan_video.kernels.triton import gelu, launch, layer_norm, layer_norm_laun
 
 TOKENS = {1536: 32760, 3072: 118800, 5120: 75600, 8192: 75600}
 WIDTHS = (128, 1536, 3072, 5120)
-TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8"}
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.uint8: "*u8",
+    torch.int64: "*i64",
+}
 LENGTHS = (32760, 75600, 118800)
 MARKER = "<!-- builds -->"
 NUM_SMS = 132

@@ -234,14 +234,14 @@ def main(argv: list[str]) -> None:
     device, backend = get_tensor_device(cli), "eager" if cli.toy else "inductor"
     copy = copy_bandwidth(device, 2**22 if cli.toy else 2**30)
     print(f"copy {copy / 1e12:.2f} TB/s; ours is {kernels.resolve_backend('auto', device)}\n", flush=True)
-    results = []
+    results, env = [], common.environment(device)
     for shape in ((33, 96),) if cli.toy else SHAPES:
         for name in cli.ops:
             results.append(run_op(name, *shape, device, cli.rounds, copy, backend))
             torch._dynamo.reset()
         print(table(results[-len(cli.ops) :]) + "\n", flush=True)
-    if cli.json:
-        common.write_json(cli.json, "kernels", cli, common.environment(device), {"copy": copy, "ops": results})
+        if cli.json:
+            common.write_json(cli.json, "kernels", cli, env, {"copy": copy, "ops": results})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 Whole steps run: forward, backward, clipping, AdamW. First at a few lengths, and a line is fitted to their peaks. Then a
 binary search runs longer ones, between the longest that is known to fit and the shortest that is known not to, as long
 as a step is expected to end within the time limit. What the line predicts and was not run is called predicted. The 14B
-step, at 75,600 tokens: bfloat16 weights with stochastic rounding, 8-bit AdamW in backward, attention saved.
+step, at 75,600 tokens: bfloat16 weights with stochastic rounding, 8-bit AdamW in backward, attention saved. FILE is
+written after each step.
 """
 
 import sys
@@ -36,6 +37,9 @@ FULL_14B = replace(
     training=Training(dtype="bfloat16", max_norm=0),
     optimizer=Optimizer(name="AdamW8bit", in_backward=True),
 )
+
+
+Save = Callable[[dict[str, Any]], None]
 
 
 def attempt(step: Step, args: WanArgs, grid: tuple[int, int, int], device: torch.device) -> dict[str, Any]:
@@ -87,24 +91,26 @@ def longest(fits: Callable[[int], bool | None], low: int, high: int, guess: int,
 
 
 def longest_clip(
-    args: WanArgs,
-    checkpoint: str,
-    offload: bool,
-    device: torch.device,
-    seconds: float,
-    first: tuple[int, ...],
-    size: tuple[int, int],
+    args: WanArgs, cli: Any, device: torch.device, first: tuple[int, ...], size: tuple[int, int], save: Save
 ) -> dict[str, Any]:
     """Runs at the lengths `first` (latent frames, of latents of this size), the line through their peaks, and what the
-    search found.
+    search found within cli.seconds. save: called with the figures after each run.
     """
-    end = time.perf_counter() + seconds
-    config = replace(JobConfig(), activation_checkpoint=ActivationCheckpoint(offload=offload))
-    step = our_step(Ours(checkpoint, compile=False, config=config), args, device)
+    end = time.perf_counter() + cli.seconds
+    config = replace(JobConfig(), activation_checkpoint=ActivationCheckpoint(offload=cli.offload))
+    step = our_step(Ours(cli.checkpoint, compile=False, config=config), args, device)
     attempt(step, args, (first[0], *size), device)  # makes the optimizer's state
-    runs = [attempt(step, args, (frames, *size), device) for frames in first]
+    runs: list[dict[str, Any]] = []
+    result: dict[str, Any] = {"checkpoint": cli.checkpoint, "offload": cli.offload, "runs": runs}
+
+    def run(frames: int) -> bool:
+        runs.append(attempt(step, args, (frames, *size), device))
+        save(result)
+        return "failed" not in runs[-1]
+
+    for frames in first:
+        run(frames)
     done = [r for r in runs if "failed" not in r]
-    result: dict[str, Any] = {"checkpoint": checkpoint, "offload": offload, "runs": runs}
     if len(done) < 2:
         return result
     slope, offset = fit_line([(r["tokens"], r["peak GiB"]) for r in done])
@@ -116,31 +122,34 @@ def longest_clip(
 
     def fits(frames: int) -> bool | None:
         known = max((r for r in runs if "failed" not in r), key=lambda r: r["tokens"])
+        result["longest latent frames"] = known["latent frames"]
+        result["longest tokens"] = round(known["latent frames"] * tokens_per_frame)
         expected = known["seconds"] * (frames / known["latent frames"]) ** 2
         if device.type != "cuda" or time.perf_counter() + expected > end:
             return None
-        runs.append(attempt(step, args, (frames, *size), device))
-        return "failed" not in runs[-1]
+        return run(frames)
 
     low = done[-1]["latent frames"]
-    result["longest latent frames"] = found = longest(
-        fits, low, max(int(1.1 * predicted), low + STEP), int(0.95 * predicted), STEP
-    )
-    return result | {"longest tokens": round(found * tokens_per_frame)}
+    found = longest(fits, low, max(int(1.1 * predicted), low + STEP), int(0.95 * predicted), STEP)
+    result |= {"longest latent frames": found, "longest tokens": round(found * tokens_per_frame)}
+    save(result)
+    return result
 
 
-def full_parameters(args: WanArgs, grid: tuple[int, int, int], device: torch.device, steps: int = 3) -> dict[str, Any]:
-    """Run a few steps that train all parameters, in bfloat16."""
+def full_parameters(
+    args: WanArgs, grid: tuple[int, int, int], device: torch.device, save: Save, steps: int = 3
+) -> dict[str, Any]:
+    """Run a few steps that train all parameters, in bfloat16. save: called with the figures after each."""
     config = replace(
         FULL_14B, activation_checkpoint=ActivationCheckpoint(save_min_kv=0 if device.type == "cpu" else 1024)
     )
     step = our_step(Ours("selective", compile=False, config=config), args, device)
     size = sum(p.numel() for p in step.model.parameters())
-    return {
-        "parameters": size,
-        "layers": args.num_layers,
-        "runs": [attempt(step, args, grid, device) for _ in range(steps)],
-    }
+    result = {"parameters": size, "layers": args.num_layers, "runs": []}
+    for _ in range(steps):
+        result["runs"].append(attempt(step, args, grid, device))
+        save(result)
+    return result
 
 
 def table(runs: list[dict[str, Any]]) -> str:
@@ -155,7 +164,7 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def summary(result: dict[str, Any]) -> str:
-    if "predicted tokens" not in result:
+    if "longest tokens" not in result:
         return "too few lengths ran to say more"
     seconds = (result["predicted latent frames"] - 1) * FRAMES_A_LATENT / FPS
     return (
@@ -173,21 +182,23 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seconds", type=float, default=500, help="time for the search")
     parser.add_argument("--14b", action="store_true", dest="full_14b", help="the step of Wan 14B instead")
     cli = parser.parse_args(argv)
-    device = get_tensor_device(cli)
-    debug = SPEC.flavors["debug"]
+    device, debug = get_tensor_device(cli), SPEC.flavors["debug"]
+    env, name = environment(device), "memory_14b" if cli.full_14b else "memory"
+
+    def save(results: dict[str, Any]) -> None:
+        if cli.json:
+            write_json(cli.json, name, cli, env, results)
+
     with process_group(device):
         if cli.full_14b:
-            results = full_parameters(
-                *((debug, (2, 8, 8)) if cli.toy else (SPEC.flavors["t2v-14B"], (21, 90, 160))), device
-            )
+            args, grid = (debug, (2, 8, 8)) if cli.toy else (SPEC.flavors["t2v-14B"], (21, 90, 160))
+            results = full_parameters(args, grid, device, save)
             print(f"{results['parameters']:,} parameters, all trained\n\n{table(results['runs'])}")
         else:
             which = (debug, (2, 3), (8, 8)) if cli.toy else (SPEC.flavors["t2v-1.3B"], FIRST, (ROWS, COLS))
             args, first, size = which
-            results = longest_clip(args, cli.checkpoint, cli.offload, device, cli.seconds, first, size)
+            results = longest_clip(args, cli, device, first, size, save)
             print(f"{table(results['runs'])}\n\n{summary(results)}")
-    if cli.json:
-        write_json(cli.json, "memory_14b" if cli.full_14b else "memory", cli, environment(device), results)
 
 
 if __name__ == "__main__":

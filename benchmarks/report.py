@@ -1,6 +1,7 @@
 """docs/performance.md from the figures in benchmarks/results: python benchmarks/report.py [--check]
 
-One JSON of a benchmark is one section. What has no JSON is called not yet measured.
+One JSON of a benchmark is one section; several, NAME.json and NAME.2.json, are put together where their results are
+lists of cases. What has no JSON is called not yet measured.
 """
 
 import json
@@ -23,7 +24,7 @@ INTRO = """# Performance
 
 `python benchmarks/report.py` writes this page from `benchmarks/results`. Each figure names its machine, versions and
 date. Where a row or section is not yet measured, its benchmark has run only at toy size on a CPU.
-`benchmarks/run_all.sh` measures everything that needs a GPU, in three commands of ten minutes each.
+`benchmarks/run_all.sh` measures everything that needs a GPU, in commands of at most eight minutes each.
 
 Protocol: one process, random bfloat16 data (zeros are faster than real data), and the same weights in all variants.
 Their results are compared first. Then they are timed in turns for several rounds. Tables show medians and the spread
@@ -46,7 +47,16 @@ COMMANDS = {
 
 
 def load(folder: Path) -> dict[str, Record]:
-    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if path.stem in COMMANDS}
+    """{benchmark: its figures} of the JSONs of a folder."""
+    found: dict[str, Record] = {}
+    for path in sorted(folder.glob("*.json"), key=lambda path: (path.stem.partition(".")[0], path.stem)):
+        name, _, part = path.stem.partition(".")
+        record = json.loads(path.read_text())
+        if part and name in found:
+            found[name]["results"] += record["results"]
+        elif name in COMMANDS:
+            found[name] = record
+    return found
 
 
 # ---- targets ----

@@ -1,9 +1,11 @@
 """A training step on one device: our variants and diffusers', timed in turns in one process after their results agree.
 
-    python benchmarks/step.py [--cases 1.3b 14b-stack 14b-block] [--variants "ours" "diffusers" ...] [--json FILE]
+    python benchmarks/step.py [--cases 1.3b 14b-stack 14b-block] [--groups 0 1] [--variants "ours" ...] [--json FILE]
     python benchmarks/step.py --device cpu --json FILE
 
-A step is forward, loss, backward, clipping and update, with the same weights and data in all variants. The report has:
+A step is forward, loss, backward, clipping and update, with the same weights and data in all variants. Variants are
+timed in groups whose states and largest activations fit on the device; FILE is written after each group. The report
+has:
 
     step, IQR   median over the rounds, and the spread between quartiles
     MFU, HFU    of the data sheet's peak; MFU counts each FLOP of the model once, HFU also recomputed ones
@@ -64,12 +66,19 @@ VARIANTS: dict[str, Ours | Diffusers] = {
     "ours, float32": Ours(kernels="torch", compile=False, dtype="float32"),
     "diffusers, float32": Diffusers(checkpoint=False, weights="float32"),
 }
-# Three optimizer states and one set of activations fit on the device at once, so 1.3B's variants are timed in groups.
+# The states of a group's variants are on the device together, and the activations of one: see `expected_gib`.
 GPU_GROUPS = (
-    ("ours", "diffusers", "diffusers, tuned"),
-    ("ours, attention saved", "ours, full checkpointing", "diffusers, tuned"),
-    ("ours, torch kernels", "ours, eager", "ours, float8"),
+    ("ours", "diffusers, tuned"),
+    ("ours, attention saved", "ours, full checkpointing", "diffusers"),
+    ("ours, eager", "ours"),
+    ("ours, torch kernels", "ours"),
+    ("ours, float8", "ours"),
 )
+H200_GIB = 139
+# Bytes an element of tokens x width that a block keeps for backward; compiled, torch keeps GELU's result too. From
+# benchmarks/block_bytes.py, and the graphs of compiled blocks on a CPU.
+KEPT = {"compiled": 57.5, "eager": 45.8, "eager, torch kernels": 81.5, "selective": 4.1, "full": 2.0, "diffusers": 74.2}
+WORKING_GIB = 8  # gradients, one block's activations, workspaces
 STACK_GROUPS = (("ours", "ours, attention saved", "ours, full checkpointing", "diffusers", "diffusers, tuned"),)
 CPU_GROUPS = (("ours, float32", "diffusers, float32"),)
 AGREE = 0.9999  # cosine, with the step in float32
@@ -104,6 +113,23 @@ CASES = {
     "toy": Case(SPEC.flavors["debug"], (2, 8, 8), 2, (tuple(VARIANTS),)),
 }
 DEFAULTS = {"cuda": ("1.3b", "14b-stack", "14b-block"), "cpu": ("cpu-256", "cpu-512", "cpu-1536")}
+
+
+def expected_gib(case: Case, group: tuple[str, ...]) -> float:
+    """GiB of a group: weights and AdamW of each variant, and the activations of the one that keeps most."""
+    with torch.device("meta"):
+        num_parameters = sum(p.numel() for p in SPEC.build(case.args).parameters())
+    states = kept = 0.0
+    for variant in (VARIANTS[name] for name in group):
+        low = getattr(variant, "weights", "") == "bfloat16"
+        states += num_parameters * (6 if low else 12)
+        mode = checkpoint_mode(variant)
+        if mode == "none":
+            plain = "eager, torch kernels" if getattr(variant, "kernels", "triton") == "torch" else "eager"
+            mode = "compiled" if variant.compile else plain if isinstance(variant, Ours) else "diffusers"
+        elements = case.args.num_layers * case.batch * case.tokens * case.args.dim
+        kept = max(kept, KEPT[mode] * elements)
+    return (states + kept) / 2**30 + WORKING_GIB
 
 
 def fitted(variant: Ours | Diffusers, device: torch.device, toy: bool) -> Ours | Diffusers:
@@ -293,9 +319,13 @@ def step_table(results: dict[str, dict[str, Any]]) -> str:
 # ---- the program ----
 
 
-def run_case(name: str, cli: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def run_case(
+    name: str, cli: argparse.Namespace, device: torch.device, save: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """The figures of a case, which are saved after each group of variants."""
     case = CASES[name]
     groups = (tuple(cli.variants),) if cli.variants else case.groups
+    groups = tuple(groups[i] for i in cli.groups) if cli.groups else groups
     chosen = {v: fitted(VARIANTS[v], device, cli.toy) for group in groups for v in group}
     print(
         f"\n## {name}: {case.args.num_layers} blocks of width {case.args.dim}, {case.batch} x {case.tokens:,} tokens\n",
@@ -307,21 +337,17 @@ def run_case(name: str, cli: argparse.Namespace, device: torch.device) -> dict[s
         print(ceilings.table() + "\n", flush=True)
     agreement = compare(case, chosen, device)
     print(comparison_table(agreement) + "\n", flush=True)
-    timed = []
+    size = {"tokens": case.tokens, "batch": case.batch, "layers": case.args.num_layers, "dim": case.args.dim}
+    found = {"case": name, **size, "ceilings": ceilings and ceilings.as_dict(), "agreement": agreement}
+    found |= {"groups": [], "rounds": cli.rounds}
     for group in groups:
-        timed.append(time_group(case, {v: chosen[v] for v in group}, device, cli.rounds, ceilings))
-        print(step_table(timed[-1]) + "\n", flush=True)
+        timed = time_group(case, {v: chosen[v] for v in group}, device, cli.rounds, ceilings)
+        print(step_table(timed) + "\n", flush=True)
+        found["groups"].append(timed)
+        save(found)
         free()
     torch._dynamo.reset()  # otherwise the next case, with other lengths, would be compiled for dynamic lengths
-    size = {"tokens": case.tokens, "batch": case.batch, "layers": case.args.num_layers, "dim": case.args.dim}
-    return {
-        "case": name,
-        **size,
-        "ceilings": ceilings and ceilings.as_dict(),
-        "agreement": agreement,
-        "groups": timed,
-        "rounds": cli.rounds,
-    }
+    return found
 
 
 def main(argv: list[str]) -> None:
@@ -333,15 +359,19 @@ def main(argv: list[str]) -> None:
         choices=list(VARIANTS),
         help="default: those of the case; all of them are on the device at once",
     )
+    parser.add_argument("--groups", type=int, nargs="+", help="numbers of the case's groups, from 0; default: all")
     parser.add_argument("--rounds", type=int, default=7)
     cli = parser.parse_args(argv)
     device = get_tensor_device(cli)
+    env, done = environment(device), []
+
+    def save(found: dict[str, Any]) -> None:
+        if cli.json:
+            write_json(cli.json, "step", cli, env, [*done, found])
+
     with process_group(device):
-        results = [
-            run_case(name, cli, device) for name in cli.cases or (("toy",) if cli.toy else DEFAULTS[device.type])
-        ]
-    if cli.json:
-        write_json(cli.json, "step", cli, environment(device), results)
+        for name in cli.cases or (("toy",) if cli.toy else DEFAULTS[device.type]):
+            done.append(run_case(name, cli, device, save))
 
 
 if __name__ == "__main__":

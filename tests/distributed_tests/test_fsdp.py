@@ -1,6 +1,9 @@
-"""FSDP units are data of the plan: a nested unit changes no gradient, and a mesh that does not exist is an error."""
+"""FSDP units are data of the plan: a nested unit changes no gradient, and a mesh that does not exist is an error. How
+gradients are reduced.
+"""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +22,8 @@ from tests.distributed_tests.test_step_layout import (
 )
 from tests.helpers import randomized_init, run_ranks
 from titan_video.config.job_config import ActivationCheckpoint, Compile, Parallelism, Training
+from titan_video.distributed import fsdp
+from titan_video.distributed.fsdp import apply_fsdp
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.parallelize import parallelize
 from titan_video.distributed.sequence import SequenceShard
@@ -63,3 +68,84 @@ def unknown_mesh():
 
 def test_an_unknown_mesh_is_named():
     run_ranks(unknown_mesh, 2)
+
+
+def run_reduction(reduce):
+    """{parameter: full gradient} after two micro-batches in float32, and the types of the gradients."""
+    meshes = ParallelDims(dp_shard=2).build_mesh("cpu")
+    with torch.device("meta"):
+        model = WanModel(ARGS)
+    training = Training(mixed_precision_param="float32", mixed_precision_reduce=reduce)
+    parallelize(model, SPEC.plan, meshes, Parallelism(), training, ActivationCheckpoint(mode="none"), Compile())
+    model.to_empty(device="cpu")
+    initialise(model, randomized_init(SPEC.init_parameter), 0)
+    clip = build_inputs(CLIPS[meshes.batch.get_local_rank()], SequenceShard.from_meshes(meshes))
+    for _ in range(2):
+        (loss_fn(model(**clip.kwargs), clip) / count(CLIPS)).backward()
+    return get_gradients(model), {p.grad.dtype for p in model.parameters()}
+
+
+def test_reduction_in_bfloat16_rounds_the_blocks_alone():
+    """Times and modulation keep float32; gradients accumulate in float32 either way."""
+    [(exact, types), _] = run_ranks(run_reduction, 2, "float32")
+    [(rounded, other_types), _] = run_ranks(run_reduction, 2, "bfloat16")
+    assert types == other_types == {torch.float32}
+    in_float32 = ("time", "head_modulation", "modulation")
+    for name, gradient in exact.items():
+        error = ((rounded[name] - gradient).norm() / gradient.norm().clamp_min(1e-20)).item()
+        if name.startswith(in_float32):
+            assert error < 1e-6, (name, error)
+        elif name.startswith("blocks."):
+            assert 1e-5 < error < 1e-2, (name, error)
+
+
+def no_symmetric_memory():
+    with pytest.raises(
+        ValueError, match="parallelism.enable_fsdp_symm_mem: true, but this run is on cpu; leave it false"
+    ):
+        meshes = ParallelDims(dp_shard=2).build_mesh("cpu")
+        apply_fsdp(WanModel(ARGS), SPEC.plan, meshes, torch.float32, torch.float32, "default", symmetric_memory=True)
+
+
+def test_symmetric_memory_is_refused_without_gpus():
+    """torch itself would not: gloo takes the call."""
+    run_ranks(no_symmetric_memory, 2)
+
+
+def test_symmetric_memory_is_asked_of_every_unit(monkeypatch):
+    """On a GPU each unit asks torch for it, after the order to sum: only sums are reduced in that memory."""
+    asked = []
+    monkeypatch.setattr(fsdp, "fully_shard", lambda module, **_: Unit.of(module, asked))
+    monkeypatch.setattr(fsdp, "FSDPModule", Unit)
+    meshes = SimpleNamespace(
+        world=SimpleNamespace(device_type="cuda"), fsdp=SimpleNamespace(shape=(2,)), fsdp_root=SimpleNamespace()
+    )
+    meshes.fsdp_root.size = lambda: 2
+    with torch.device("meta"):
+        model = WanModel(ARGS)
+    apply_fsdp(model, SPEC.plan, meshes, torch.bfloat16, torch.float32, "default", symmetric_memory=True)
+    names = [call for call, _ in asked]
+    units = {id(module) for _, module in asked}
+    assert names == ["divide", "sum", "symmetric"] * len(units) and len(units) > ARGS.num_layers
+
+
+class Unit:
+    """Stands in for FSDPModule."""
+
+    @staticmethod
+    def of(module, asked):
+        module.__class__ = type("Unit", (module.__class__, Unit), {"asked": asked})
+
+    def set_gradient_divide_factor(self, factor):
+        self.asked.append(("divide", self))
+
+    def set_force_sum_reduction_for_comms(self, enable):
+        self.asked.append(("sum", self))
+
+    def set_symm_mem_for_comm(self):
+        self.asked.append(("symmetric", self))
+
+    def set_modules_to_forward_prefetch(self, modules):
+        pass
+
+    set_modules_to_backward_prefetch = set_modules_to_forward_prefetch

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.gpu_tests.test_train_gpu import bf16, cache, losses  # noqa: F401
+from tests.optimizer_cases import CASES, check, check_codes
 from titan_video.config.job_config import Float8
 from titan_video.distributed.float8 import float8_linear_fn
 from titan_video.optim.low_bit import dequantize, quantize, stochastic_round
@@ -44,6 +45,15 @@ def test_low_bit_states_equal_those_on_the_host():
         dequantize(codes[0], scales[0], True), dequantize(codes[1], scales[1], True).cpu(), rtol=0.2, atol=1e-3
     )
     assert torch.equal(stochastic_round(x, (3, 5), 200, 9), stochastic_round(x.cuda(), (3, 5), 200, 9).cpu())
+
+
+@pytest.mark.parametrize("name, dtype", [case for case in CASES if case[0] != "Muon"])
+def test_kernels_equal_the_plain_updates(name, dtype):
+    check(name, dtype, "cuda")
+
+
+def test_codes_of_the_kernels_are_those_of_plain_torch():
+    check_codes("cuda")
 
 
 def test_orthogonal_in_bfloat16():

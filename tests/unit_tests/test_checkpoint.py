@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
+from tests.helpers import run_ranks
 from titan_video.checkpoint import files
 from titan_video.checkpoint.files import InvalidCheckpoint
 from titan_video.checkpoint.manager import CheckpointManager, load_weights
-from titan_video.checkpoint.state import ModelState, OptimizerState
+from titan_video.checkpoint.state import ModelState, OptimizerState, read_tensors
 from titan_video.config.job_config import Checkpoint
 from titan_video.tools.files import StorageError
 
@@ -102,6 +104,63 @@ def train(model, optimizer, steps):
 
 def states(model, optimizer):
     return {"model": ModelState(model), "optimizer": OptimizerState(model, optimizer)}
+
+
+# --- plans that are kept ---
+
+
+def alternate(folder, caching):
+    """Saves of tensors whose types, shapes and number change between saves; {step: what each rank reads back}."""
+    rank = int(os.environ.get("RANK", 0))
+    weights, read = Weights(), {}
+    saver = manager(folder, weights, plan_caching=caching)
+    changes = {  # the fourth is the first rank's alone, the fifth the second's
+        1: {},
+        2: {},
+        3: {"a.weight": torch.ones(3, 5, dtype=torch.bfloat16)},
+        4: {"first": torch.full((2,), 4.0)} if rank == 0 else {},
+        5: {"second": torch.full((2,), 5.0)} if rank == 1 else {},
+        6: {"a.weight": torch.ones(6, 2)},
+        7: {},
+    }
+    for step, change in changes.items():
+        weights.values |= change
+        weights.fill(step)
+        assert saver.save(step)
+    for step in changes:
+        _, metadata = files.verify(files.step_folder(saver.folder, step))
+        tensors = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in metadata.state_dict_metadata.items()
+        }
+        read_tensors(files.step_folder(saver.folder, step), metadata, tensors, saver.ranks.group)
+        read[step] = {name: (str(t.dtype), t.tolist()) for name, t in tensors.items()}
+    return read
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_kept_plans_change_nothing(tmp_path, world, monkeypatch):
+    """DCP alone would keep the float32 of step 2 in the index of step 3."""
+    if world == 1:
+        monkeypatch.delenv("RANK", raising=False)
+        planned, kept = ([alternate(tmp_path / str(caching), caching)] for caching in (False, True))
+    else:
+        planned, kept = (run_ranks(alternate, 2, tmp_path / str(caching), caching) for caching in (False, True))
+    assert planned == kept
+    assert planned[0][3]["ema.a.weight"] == ("torch.bfloat16", [[3.0] * 5] * 3)
+
+
+def test_a_plan_is_made_once(tmp_path, monkeypatch):
+    made = []
+    plan = DefaultSavePlanner._create_global_plan
+    monkeypatch.setattr(DefaultSavePlanner, "_create_global_plan", lambda *args: made.append(1) or plan(*args))
+    save_steps(tmp_path / "planned", [1, 2, 3])
+    assert len(made) == 3
+    made.clear()
+    torch.distributed.checkpoint.SavePlanner._cached_save_plan.clear()
+    torch.distributed.checkpoint.SavePlanner._cached_all_plans.clear()
+    save_steps(tmp_path / "kept", [1, 2, 3], plan_caching=True)
+    assert len(made) == 1
 
 
 # --- what is saved comes back ---

@@ -14,6 +14,7 @@ from titan_video.config.check import FILE_RULES, PART_RULES, RULES, check
 from titan_video.config.job_config import Data, Parallelism, Training
 from titan_video.config.parts import PARTS
 from titan_video.data.batching import gradient_accumulation
+from titan_video.distributed import fsdp
 from titan_video.distributed.parallel_dims import data_parallel_degrees
 from titan_video.tools.parts import resolve
 
@@ -126,6 +127,11 @@ COMBINATIONS = [  # (what is set, fields the message names, a piece of the fix)
         },
         "parallelism.pipeline_parallel_schedule",
         "Interleaved1F1B",
+    ),
+    (
+        {"optimizer.in_backward": True, "training.max_norm": 0.0, "training.read_late": True},
+        "optimizer.in_backward",
+        "training.read_late",
     ),
     ({"activation_checkpoint.mode": "memory_budget"}, "activation_checkpoint.mode", "compile.enable"),
     (
@@ -371,6 +377,7 @@ def test_legal_combinations_pass(tmp_path):
             "compile.enable": True,
         },
         {"activation_checkpoint.mode": "memory_budget", "compile.enable": True},
+        {"training.mixed_precision_reduce": "bfloat16", "checkpoint.plan_caching": True},
         {"data.tokens_per_microbatch": 99, "data.global_micro_batches": 24, "data.groups_per_step": 3},
         {
             "data.tokens_per_microbatch": 99,
@@ -419,6 +426,17 @@ def test_degrees_and_accumulation():
     ):
         with pytest.raises(ConfigError, match=words):
             gradient_accumulation(JobConfig(data=data), 4)
+
+
+def test_fsdps_communication_needs_other_ranks_and_a_torch_that_has_it(monkeypatch):
+    reduction = from_dict(with_values({"training.mixed_precision_reduce": "bfloat16"}))
+    symmetric = from_dict(with_values({"parallelism.enable_fsdp_symm_mem": True}))
+    for config, ranks in ((reduction, 2), (symmetric, 2)):
+        assert not list(fsdp.rules(config, ranks))
+    assert "mixed_precision_reduce: bfloat16, but there is no other rank" in " ".join(fsdp.rules(reduction, 1))
+    assert "enable_fsdp_symm_mem: true, but there is no other rank" in " ".join(fsdp.rules(symmetric, 1))
+    monkeypatch.setattr(fsdp, "FSDPModule", type("FSDPModule", (), {}))
+    assert "lacks; leave it false" in " ".join(fsdp.rules(symmetric, 2))
 
 
 TOML = str(ROOT / "train_configs" / "debug.toml")

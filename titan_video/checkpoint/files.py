@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from titan_video.distributed.utils import to_local
 from titan_video.tools.files import StorageError, atomic_write, sha256, writing
 
 FORMAT = 1
@@ -281,14 +282,23 @@ class TensorWriter(FileSystemWriter):
 
 
 class TensorSavePlanner(DefaultSavePlanner):
-    """Plans by the layout of the live tensors. staged: copies of their local shards, to be written in their place."""
+    """Plans by the layout of the live tensors. staged: copies of their local shards, to be written in their place.
+    key: of the plans that DCP keeps for the next save; equal on all ranks, "" keeps none.
+    """
 
-    def __init__(self, staged: dict[str, Tensor] | None):
-        super().__init__(flatten_state_dict=False)
+    def __init__(self, staged: dict[str, Tensor] | None, key: str = ""):
+        super().__init__(flatten_state_dict=False, enable_plan_caching=bool(key))
         self.staged = staged
+        self._cached_plans_key = key
 
     def lookup_object(self, index: Any) -> Any:
         return super().lookup_object(index) if self.staged is None else self.staged[index.fqn]
+
+
+def layout_key(tensors: dict[str, Tensor]) -> str:
+    """Of what a plan holds of them. DCP compares names and shapes alone, and would keep the types of another run."""
+    layout = [(name, str(t.dtype), list(t.shape), list(to_local(t).shape)) for name, t in tensors.items()]
+    return hashlib.sha256(json.dumps(layout).encode()).hexdigest()
 
 
 class TensorReader(FileSystemReader):

@@ -293,7 +293,8 @@ class CheckpointManager:
     ) -> None:
         partial = self.folder / f"step-{step}.partial"
         action, rank = f"saving {partial}", self.ranks.rank
-        self.ranks.call(action, lambda: self._make_partial(partial) if rank == 0 else None)
+        keys = self.ranks.call(action, lambda: self._begin(partial, tensors))
+        key = hashlib.sha256("".join(keys).encode()).hexdigest() if self.section.plan_caching else ""
         # DCP's copy-ahead is for tensors on a device. For staged ones it would only create a CUDA context on device 0
         # in this thread.
         options = {} if staged is None else {"per_thread_copy_ahead": 0}
@@ -303,7 +304,7 @@ class CheckpointManager:
             dcp.save(
                 tensors,
                 storage_writer=writer,
-                planner=files.TensorSavePlanner(staged),
+                planner=files.TensorSavePlanner(staged, key),
                 process_group=self.ranks.group,
             )
         entries_by_rank = self.ranks.call(
@@ -316,12 +317,15 @@ class CheckpointManager:
         entries = {name: entry for entries in entries_by_rank for name, entry in entries.items()}
         self.ranks.call(action, lambda: self._commit(step, partial, entries, states) if rank == 0 else None)
 
-    def _make_partial(self, partial: Path) -> None:
-        with writing("checkpoint", partial):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for unfinished in files.list_partial(self.folder):
-                shutil.rmtree(unfinished)
-            partial.mkdir()
+    def _begin(self, partial: Path, tensors: dict[str, Tensor]) -> str:
+        """Make the folder, on rank 0; the key of what this rank will write."""
+        if self.ranks.rank == 0:
+            with writing("checkpoint", partial):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for unfinished in files.list_partial(self.folder):
+                    shutil.rmtree(unfinished)
+                partial.mkdir()
+        return files.layout_key(tensors)
 
     def _commit(self, step: int, partial: Path, entries: dict[str, dict[str, Any]], states: dict[str, str]) -> None:
         """On rank 0, when all tensor files are on disk: write state and manifest, rename, remove what is too old."""

@@ -18,6 +18,7 @@ RULES = (
     "titan_video.ingest.bucketing:rules",
     "titan_video.data.batching:rules",
     "titan_video.distributed.parallel_dims:rules",
+    "titan_video.distributed.fsdp:rules",
     "titan_video.distributed.activation_checkpoint:rules",
     "titan_video.kernels.attention:rules",
     "titan_video.optim.optimizer:rules",

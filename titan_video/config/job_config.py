@@ -151,7 +151,14 @@ class Training:
     swap_blocks: int = opt(
         0, "LoRA on one rank: the frozen weights of so many blocks wait in host memory for their turn.", ge=0
     )
-    mixed_precision_reduce: Literal["float32"] = opt("float32", "Dtype of the gradient reduction.")
+    mixed_precision_reduce: Literal["float32", "bfloat16"] = opt(
+        "float32",
+        "Dtype of the gradient reduction. bfloat16 sends half, and rounds; the model's float32 parts keep float32.",
+    )
+    read_late: bool = opt(
+        False,
+        "Read loss and gradient norm while the next step computes. Faults are met before its update, all the same.",
+    )
     gc_freq: int = opt(50, "Steps between two runs of Python's garbage collector, on all ranks at once.", ge=1)
 
 
@@ -203,6 +210,9 @@ class Parallelism:
     )
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = opt(
         "default", "Free a block's gathered weights after its forward. `default`: yes, unless they are on one rank."
+    )
+    enable_fsdp_symm_mem: bool = opt(
+        False, "Gather and reduce through NCCL's symmetric memory, which leaves more of a GPU to compute. Needs GPUs."
     )
     tensor_parallel_degree: int = opt(
         1,

@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from titan_video.config.job_config import JobConfig
 from titan_video.distributed.parallel_dims import Meshes
 from titan_video.distributed.utils import clean_name, reduce_over
 from titan_video.models.layers import is_adapter
@@ -40,6 +41,7 @@ def apply_fsdp(
     reduce_dtype: torch.dtype,
     reshard_after_forward: str,
     cpu_offload: bool = False,
+    symmetric_memory: bool = False,
 ) -> None:
     """Shard in place.
 
@@ -47,9 +49,14 @@ def apply_fsdp(
     backward; "never" keeps them; "default" is "always", but "never" where the weights are on one rank and nothing is
     gathered.
     cpu_offload: shards and their gradients live in host memory; weights are copied to the device to be gathered.
+    symmetric_memory: collectives read and write NCCL's symmetric memory.
+
+    ValueError: symmetric memory where there is none.
     """
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     is_cast = param_dtype == torch.float32 or all(map(is_adapter, trained))  # adapters cast themselves
+    if symmetric_memory and (device := meshes.world.device_type) != "cuda":  # gloo would take the call
+        raise ValueError(f"parallelism.enable_fsdp_symm_mem: true, but this run is on {device}; leave it false")
     if meshes.fsdp_root.size() == 1 and reduce_dtype == torch.float32 and is_cast and not cpu_offload:
         return  # nothing to shard, send or cast: the units would only copy weights and gradients
 
@@ -64,9 +71,8 @@ def apply_fsdp(
         )
         is_root = pattern == ""
         # Modules cast their inputs themselves: a policy's cast would also hit times, RoPE and modulation (float32).
-        policy = MixedPrecisionPolicy(
-            param_dtype=root_dtype if is_root else param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
-        )
+        dtypes = (root_dtype, torch.promote_types(reduce_dtype, root_dtype)) if is_root else (param_dtype, reduce_dtype)
+        policy = MixedPrecisionPolicy(param_dtype=dtypes[0], reduce_dtype=dtypes[1], cast_forward_inputs=False)
         for module in match_modules(model, pattern):
             fully_shard(
                 module,
@@ -81,6 +87,8 @@ def apply_fsdp(
             # Both are needed: gloo has no pre-multiplied sum, and a factor of 1 alone would still ask for one.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            if symmetric_memory:
+                module.set_symm_mem_for_comm()
     blocks = [container[key] for container, key in get_blocks(model, plan)]
     for this, following in pairwise(blocks):
         this.set_modules_to_forward_prefetch([following])
@@ -118,3 +126,14 @@ def reshard(model: nn.Module) -> None:
 def count_parameters(model: nn.Module, pp_mesh: DeviceMesh) -> int:
     """Of all pipeline stages."""
     return int(reduce_over(pp_mesh, torch.tensor(sum(p.numel() for p in model.parameters())), "sum"))
+
+
+def rules(config: JobConfig, world_size: int) -> Iterator[str]:
+    """Rules of the configuration about FSDP's communication, one line per mistake."""
+    symmetric, low = config.parallelism.enable_fsdp_symm_mem, config.training.mixed_precision_reduce == "bfloat16"
+    asked = {"parallelism.enable_fsdp_symm_mem: true": symmetric, "training.mixed_precision_reduce: bfloat16": low}
+    if config.encoder.num_training_ranks(world_size) <= config.parallelism.pipeline_parallel_degree:
+        fix = "but there is no other rank to exchange weights and gradients with; leave it at its default"
+        yield from (f"{value}, {fix}" for value, is_asked in asked.items() if is_asked)
+    if symmetric and not hasattr(FSDPModule, "set_symm_mem_for_comm"):
+        yield f"parallelism.enable_fsdp_symm_mem: true, which torch {torch.__version__} lacks; leave it false"

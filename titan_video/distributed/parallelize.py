@@ -56,4 +56,5 @@ def parallelize(
         reduce_dtype=getattr(torch, training.mixed_precision_reduce),
         reshard_after_forward=parallelism.fsdp_reshard_after_forward,
         cpu_offload=training.enable_cpu_offload,
+        symmetric_memory=parallelism.enable_fsdp_symm_mem,
     )

@@ -62,6 +62,8 @@ def rules(config: JobConfig, world_size: int) -> Iterator[str]:
     if not config.optimizer.in_backward:
         return
     where = "optimizer.in_backward: true, but"
+    if t.read_late:
+        yield f"{where} training.read_late judges a step after the backward of the next; set that to false"
     if config.optimizer.name == "Muon":
         yield (
             f"{where} optimizer.name is Muon, which distributes the matrices over the ranks after backward; choose "

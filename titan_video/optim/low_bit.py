@@ -37,6 +37,12 @@ def codebook(signed: bool, device: torch.device) -> Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
+@cache
+def codebooks(device: torch.device) -> Tensor:
+    """The signed and the unsigned codebook, float32 [2, 256]."""
+    return torch.stack([codebook(True, device), codebook(False, device)])
+
+
 def quantize(x_RC: Tensor, codes_RC: Tensor, scale_RB: Tensor, signed: bool) -> None:
     """Write the codes (uint8) and block scales (float32) of a matrix (float32 or float64) into the given tensors.
 

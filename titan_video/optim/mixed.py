@@ -9,14 +9,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from titan_video import kernels
 from titan_video.distributed.utils import derive_seed, to_local
 from titan_video.kernels import upcast
-from titan_video.optim.low_bit import BLOCK, dequantize, quantize, stochastic_round
+from titan_video.optim.low_bit import BLOCK, codebooks, dequantize, quantize, stochastic_round
 from titan_video.optim.optimizer import SLOTS, new_slot
 from titan_video.tools.parts import resolve
 
 CHUNK_ELEMENTS = 1 << 24  # elements that are updated at a time, which bounds temporary memory
 OWNERS = "titan_video.optim.muon:RoundRobinOwners"  # an optional part of its own
+FUSED = "titan_video.kernels.triton.optimizer"  # an optional part of its own, which model.kernels chooses
 
 
 class MixedOptimizer(torch.optim.Optimizer):
@@ -24,6 +26,9 @@ class MixedOptimizer(torch.optim.Optimizer):
 
     Updates are computed in float32. bfloat16 weights are rounded stochastically, so that updates below their resolution
     are not lost. The random numbers depend on the seed, the step and the element, not on the layout.
+
+    With model.kernels = triton, one kernel updates all tensors of one local shape (kernels/triton/optimizer.py). What
+    that does not take, and all tensors on a CPU, are updated one after another in plain torch.
     """
 
     def __init__(
@@ -63,9 +68,49 @@ class MixedOptimizer(torch.optim.Optimizer):
                 self.state[p]["step"] += 1
             if group["kind"] == "Muon":
                 self._muon(params, group)
-            else:
-                for p in params:
-                    self._adamw(p, group)
+                continue
+            fused, plain = self._divide(params)
+            if fused:
+                parts = [self._adamw_part(p, group) for p in fused]
+                self._kernels.adamw(parts, group, codebooks(parts[0].weight.device))
+            for p in plain:
+                self._adamw(p, group)
+
+    @property
+    def _kernels(self) -> Any:
+        return resolve(FUSED, asked_by="model.kernels = triton")
+
+    def _divide(self, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Those that the kernels update, and the others."""
+        if kernels.current_backend() != "triton":
+            return [], params
+        is_fused = {p: self._kernels.is_used(to_local(p), to_local(p.grad)) for p in params}
+        return [p for p in params if is_fused[p]], [p for p in params if not is_fused[p]]
+
+    def _part(self, p: Tensor, state: list[Tensor | None], step_size: float, root_factor: float = 0.0) -> Any:
+        """What the kernels need of one parameter."""
+        key, offsets = 0, (0, 0)
+        if p.dtype == torch.bfloat16:
+            key, offsets = self._rounding_key(p), (0, *_shard_offsets(p))[-2:]
+        first_row, first_col = offsets
+        return self._kernels.Part(
+            weight=to_local(p),
+            grad=to_local(p.grad),
+            state=(*state, *[None] * (4 - len(state))),
+            step_size=step_size,
+            root_factor=root_factor,
+            key=key,
+            first_row=first_row,
+            first_col=first_col,
+            row_length=p.shape[-1],
+        )
+
+    def _adamw_part(self, p: Tensor, group: dict) -> Any:
+        step, state = int(self.state[p]["step"]), [to_local(self.state[p][slot]) for slot in SLOTS[group["kind"]][1:]]
+        if group["kind"] == "AdamW":
+            state = [state[0], None, state[1], None]
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        return self._part(p, state, -lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step))
 
     def _new_state(self, p: Tensor, kind: str) -> dict[str, Tensor]:
         return {"step": torch.zeros(()), **{slot: new_slot(p, kind, slot) for slot in SLOTS[kind][1:]}}
@@ -88,7 +133,7 @@ class MixedOptimizer(torch.optim.Optimizer):
             if is_8bit:
                 quantize(exp_avg, state["exp_avg"], state["exp_avg_scale"], signed=True)
                 quantize(root, state["exp_avg_root"], state["exp_avg_root_scale"], signed=False)
-            self._write(p, rows, weight, step)
+            self._write(p, rows, weight)
 
     @staticmethod
     def _moments(state: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -103,16 +148,27 @@ class MixedOptimizer(torch.optim.Optimizer):
         """Muon with Nesterov momentum (Jordan et al. 2024). Updates are scaled to the root mean square of AdamW's (Liu
         et al. 2025, "Muon is Scalable for LLM Training"), so that both share learning rate and weight decay.
         """
-        lr, updates = group["lr"], {}
-        for p in params:
-            momentum, grad = to_local(self.state[p]["momentum"]), upcast(to_local(p.grad))
-            momentum.lerp_(grad, 1 - group["momentum"])
-            updates[p] = grad.lerp(momentum, group["momentum"])
-        for p, update in self.owners.orthogonalize(updates).items():
+        lr, decay, momentum = group["lr"], group["lr"] * group["weight_decay"], group["momentum"]
+        fused, plain = self._divide(params)
+        scale = {p: -lr * 0.2 * math.sqrt(max(p.shape)) for p in params}
+        states = {p: to_local(self.state[p]["momentum"]) for p in params}
+        updates = {p: torch.empty_like(states[p], dtype=working_dtype(p)) for p in fused}
+        if fused:
+            parts = [self._part(p, [states[p], updates[p]], scale[p]) for p in fused]
+            self._kernels.muon_momentum(parts, momentum)
+        for p in plain:
+            grad = upcast(to_local(p.grad))
+            states[p].lerp_(grad, 1 - momentum)
+            updates[p] = grad.lerp(states[p], momentum).to(working_dtype(p))
+        updates = self.owners.orthogonalize({p: updates[p] for p in params})  # in the same order on all ranks
+        if fused:
+            parts = [self._part(p, [states[p], updates[p]], scale[p]) for p in fused]
+            self._kernels.muon_apply(parts, decay)
+        for p in plain:
             for rows in self._chunks(p):
-                weight = upcast(to_local(p)[rows]).mul(1 - lr * group["weight_decay"])
-                weight.add_(update[rows], alpha=-lr * 0.2 * math.sqrt(max(p.shape)))
-                self._write(p, rows, weight, int(self.state[p]["step"]))
+                weight = upcast(to_local(p)[rows]).mul(1 - decay)
+                weight.add_(updates[p][rows], alpha=scale[p])
+                self._write(p, rows, weight)
 
     def _chunks(self, p: Tensor) -> Iterator[slice]:
         """Slices over the rows of the local shard, each of about CHUNK_ELEMENTS elements."""
@@ -120,12 +176,24 @@ class MixedOptimizer(torch.optim.Optimizer):
         height = max(CHUNK_ELEMENTS // max(math.prod(row), 1), 1)
         return (slice(start, start + height) for start in range(0, num_rows, height))
 
-    def _write(self, p: Tensor, rows: slice, weight: Tensor, step: int) -> None:
+    def _write(self, p: Tensor, rows: slice, weight: Tensor) -> None:
         """Set these rows of the local shard to `weight`, rounded stochastically to bfloat16."""
         if p.dtype == torch.bfloat16:
-            offsets = (0,) * p.ndim
-            if isinstance(p, DTensor):
-                _, offsets = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-            offsets = (offsets[0] + rows.start, *offsets[1:])
-            weight = stochastic_round(weight, offsets, p.shape[-1], derive_seed(f"{self.names[p]}/{step}", self.seed))
+            first, *others = _shard_offsets(p)
+            weight = stochastic_round(weight, (first + rows.start, *others), p.shape[-1], self._rounding_key(p))
         to_local(p)[rows].copy_(weight)
+
+    def _rounding_key(self, p: Tensor) -> int:
+        return derive_seed(f"{self.names[p]}/{int(self.state[p]['step'])}", self.seed)
+
+
+def _shard_offsets(p: Tensor) -> tuple[int, ...]:
+    """Index of the local shard's first element in the parameter."""
+    if not isinstance(p, DTensor):
+        return (0,) * p.ndim
+    return tuple(compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)[1])
+
+
+def working_dtype(p: Tensor) -> torch.dtype:
+    """In which Muon's updates are orthogonalized and sent: bfloat16 on a GPU, where that is many times faster."""
+    return torch.bfloat16 if p.is_cuda else torch.promote_types(p.dtype, torch.float32)

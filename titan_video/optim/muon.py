@@ -2,12 +2,14 @@
 ranks share that work.
 
 Orthogonalization brings all singular values of an update near 1, which needs the full matrix. The matrices of a mesh
-are assigned to its ranks in turn (round robin):
+are assigned to its ranks in turn (round robin), several to each rank at a time:
 
     shards of W0 W1 W2 ...  --send to owners-->  full W0 | W1 | W2 ...  --orthogonalize-->  --send back-->  shards
 
 torch.optim.Muon (2.13) gathers and computes every matrix on every rank.
 """
+
+from itertools import cycle
 
 import torch
 import torch.distributed as dist
@@ -20,17 +22,24 @@ from titan_video.distributed.utils import gather_objects, get_mesh
 Slices = tuple[slice, slice]
 
 
+MAX_ELEMENTS = 1 << 30  # of the matrices that are orthogonalized together: 2 GiB in bfloat16, five times
+
+
 def orthogonalize(x: Tensor) -> Tensor:
     """About U V^T for x = U S V^T, in the dtype of x: five Newton-Schulz steps, which bring all singular values to
-    between 0.7 and 1.2.
+    between 0.7 and 1.2. x: a matrix, or a batch of them [N, R, C], which takes as many launches as one.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    y = x.mT if x.shape[0] > x.shape[1] else x
-    y = y / (torch.linalg.vector_norm(y) + 1e-7)
+    y = x.mT if x.shape[-2] > x.shape[-1] else x
+    dims = None if x.ndim == 2 else (-2, -1)
+    y = y / (torch.linalg.vector_norm(y, dim=dims, keepdim=dims is not None) + 1e-7)
     for _ in range(5):
         gram = y @ y.mT
-        y = a * y + torch.addmm(gram, gram, gram, beta=b, alpha=c) @ y
-    return y.mT if x.shape[0] > x.shape[1] else y
+        if x.ndim == 2:
+            y = a * y + torch.addmm(gram, gram, gram, beta=b, alpha=c) @ y
+        else:
+            y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return y.mT if x.shape[-2] > x.shape[-1] else y
 
 
 class RoundRobinOwners:
@@ -46,47 +55,50 @@ class RoundRobinOwners:
         """{parameter: this rank's shard of the result} from {parameter: this rank's shard of the update}.
 
         The parameters are those of one mesh. Collective over that mesh, with the same parameters in the same order.
-        Compute and communication are in bfloat16 on a GPU, where that is many times faster, and in the shards' dtype
-        elsewhere.
+        Compute and communication are in the shards' dtype. In bfloat16, matrices of one shape that a rank owns are
+        computed together, up to MAX_ELEMENTS. The shards given are overwritten.
         """
-        params, results = list(shards), {}
+        params, results = sorted(shards, key=lambda p: (-p.numel(), *p.shape)), {}
         mesh = get_mesh(params[0]) if params else None
         ranks = mesh.mesh.flatten().tolist() if mesh else [0]
-        for start in range(0, len(params), len(ranks)):
-            group = params[start : start + len(ranks)]
-            inputs = {p: (shards[p].bfloat16() if p.is_cuda else shards[p]).contiguous() for p in group}
-            outputs = self._orthogonalize_group(inputs, ranks)
-            results |= {p: output.to(shards[p].dtype) for p, output in outputs.items()}
+        while params:
+            size = len(ranks) * max(MAX_ELEMENTS // max(params[0].numel(), 1), 1)
+            wave, params = params[:size], params[size:]
+            results |= self._orthogonalize_wave({p: shards[p].contiguous() for p in wave}, ranks)
         return results
 
-    def _orthogonalize_group(self, shards: dict[Tensor, Tensor], ranks: list[int]) -> dict[Tensor, Tensor]:
-        """As `orthogonalize`, for at most as many parameters as ranks: the i-th parameter is computed by ranks[i]."""
-        if len(ranks) == 1:
-            return {p: orthogonalize(shard) for p, shard in shards.items()}
-        this_rank = dist.get_rank()
-        round_robin_owner = dict(zip(shards, ranks, strict=False))  # there may be fewer matrices than ranks
-        owned = next((p for p, owner in round_robin_owner.items() if owner == this_rank), None)
-        not_owned = {owner: p for p, owner in round_robin_owner.items() if owner != this_rank}
-        results = {p: torch.empty_like(shards[p]) for p in not_owned.values()}
-        if owned is None:
-            _exchange(sent={owner: shards[p] for owner, p in not_owned.items()}, received={})
-            _exchange(sent={}, received={owner: results[p] for owner, p in not_owned.items()})
-            return {p: results[p] for p in shards}
-        slices = {rank: self.slices_by_rank[rank][self.names[owned]] for rank in ranks}
-        received = {
-            rank: shards[owned].new_empty([s.stop - s.start for s in slices[rank]])
+    def _orthogonalize_wave(self, shards: dict[Tensor, Tensor], ranks: list[int]) -> dict[Tensor, Tensor]:
+        """As `orthogonalize`, in one exchange there and one back. Ranks own the parameters in turn."""
+        this_rank = ranks[0] if len(ranks) == 1 else dist.get_rank()
+        owners = dict(zip(shards, cycle(ranks), strict=False))
+        sent = [(owner, shards[p]) for p, owner in owners.items() if owner != this_rank]
+        batches: dict[torch.Size, list[Tensor]] = {}
+        for p in (p for p, owner in owners.items() if owner == this_rank):
+            batches.setdefault(p.shape, []).append(p)
+        stacks = [shards[owned[0]].new_empty(len(owned), *shape) for shape, owned in batches.items()]
+        full = {
+            p: x
+            for stack, owned in zip(stacks, batches.values(), strict=True)
+            for p, x in zip(owned, stack, strict=True)
+        }
+        own = {p: full[p][shard_slices(p)] for p in full}
+        others = [
+            (rank, full[p][self.slices_by_rank[rank][self.names[p]]])
+            for p in full
             for rank in ranks
             if rank != this_rank
-        }
-        _exchange(sent={owner: shards[p] for owner, p in not_owned.items()}, received=received)
-        full = shards[owned].new_empty(owned.shape)
-        for rank, shard in {**received, this_rank: shards[owned]}.items():
-            full[slices[rank]] = shard
-        full = orthogonalize(full)
-        sent = {rank: full[slices[rank]].contiguous() for rank in ranks}
-        results[owned] = sent.pop(this_rank)
-        _exchange(sent=sent, received={owner: results[p] for owner, p in not_owned.items()})
-        return {p: results[p] for p in shards}
+        ]
+        # Shards of rows are received in place, shards of columns beside it.
+        received = [(rank, x if x.is_contiguous() else torch.empty_like(x)) for rank, x in others]
+        _exchange(sent, received)
+        copied = [(x, y) for (_, x), (_, y) in zip(others, received, strict=True) if x is not y]
+        _copy([(own[p], shards[p]) for p in full] + copied)
+        for stack in stacks:
+            for x in [stack] if stack.dtype == torch.bfloat16 else stack:
+                x.copy_(orthogonalize(x))
+        _exchange([(rank, x.contiguous()) for rank, x in others], sent)
+        _copy([(shards[p], own[p]) for p in full])
+        return shards
 
 
 def shard_slices(p: Tensor) -> Slices:
@@ -97,9 +109,19 @@ def shard_slices(p: Tensor) -> Slices:
     return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
 
 
-def _exchange(sent: dict[int, Tensor], received: dict[int, Tensor]) -> None:
-    """Send a tensor to each rank of `sent` and fill those of `received`. Empty tensors are skipped."""
-    operations = [dist.P2POp(dist.isend, t, rank) for rank, t in sent.items() if t.numel()]
-    operations += [dist.P2POp(dist.irecv, t, rank) for rank, t in received.items() if t.numel()]
+def _exchange(sent: list[tuple[int, Tensor]], received: list[tuple[int, Tensor]]) -> None:
+    """Send each tensor to its rank, and fill those that come from a rank, in one operation. Empty ones are skipped.
+
+    Two ranks list what they exchange in one order.
+    """
+    operations = [dist.P2POp(dist.isend, t, rank) for rank, t in sent if t.numel()]
+    operations += [dist.P2POp(dist.irecv, t, rank) for rank, t in received if t.numel()]
     for work in dist.batch_isend_irecv(operations) if operations else ():
         work.wait()
+
+
+def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Copy the second tensor of each pair to the first, in few launches."""
+    if pairs:
+        to, of = zip(*pairs, strict=True)
+        torch._foreach_copy_(to, of)

@@ -269,7 +269,8 @@ def build_model(
         model,
         plan,
         meshes,
-        replace(config.parallelism, enable_async_tensor_parallel=False),  # it needs the compiler
+        # What needs the compiler or GPUs; neither changes what is counted.
+        replace(config.parallelism, enable_async_tensor_parallel=False, enable_fsdp_symm_mem=False),
         config.training,
         config.activation_checkpoint,
         Compile(enable=False),

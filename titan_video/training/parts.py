@@ -12,7 +12,6 @@ from torch import nn
 
 from titan_video.config.job_config import Debug, Encoder, FaultTolerance, JobConfig, Profiling
 from titan_video.config.manager import dump
-from titan_video.data.batch import Batch
 from titan_video.data.batching import Bucket
 from titan_video.data.latent_cache import LatentCache
 from titan_video.distributed.parallel_dims import ParallelDims
@@ -21,6 +20,7 @@ from titan_video.tools.logging import logger
 from titan_video.tools.parts import find_module, resolve
 from titan_video.training.ending import RunEnd
 from titan_video.training.fault_tolerance import NonFiniteGuard
+from titan_video.training.step_numbers import UnreadStep
 
 FAULTS = "titan_video.training.faults"
 FLIGHT_RECORDER = "titan_video.training.flight_recorder"
@@ -108,7 +108,7 @@ def build_guard(section: FaultTolerance) -> NonFiniteGuard:
     return resolve(f"{FAULTS}.guard:FaultGuard", asked_by=f"fault_tolerance.nonfinite = {section.nonfinite}")(section)
 
 
-def handle_fault(run: tuple, fault: str, step: int, num_steps: int, batches: list[Batch]) -> int:
+def handle_fault(run: tuple, num_steps: int, fault: str, unread: UnreadStep) -> int:
     """What follows a step whose update was left out; returns the step from which the run goes on.
 
     run: see faults.handler.FaultHandler. FloatingPointError: the run stops, as always without this part.
@@ -118,7 +118,7 @@ def handle_fault(run: tuple, fault: str, step: int, num_steps: int, batches: lis
     build = resolve(f"{FAULTS}.handler:FaultHandler", asked_by=fault)
     guard, checkpoint, metrics, steps, folder, group = run
     handler = build(guard, checkpoint=checkpoint, metrics=metrics, steps=steps, folder=folder, group=group)
-    return handler.handle(fault, step, num_steps, batches)
+    return handler.handle(fault, unread, num_steps)
 
 
 def build_gradient_check(section: Debug, model: nn.Module, group: dist.ProcessGroup) -> Callable[..., Any]:

@@ -16,6 +16,10 @@ class Checkpoint:
     async_mode: Literal["disabled", "async"] = opt(
         "async", "`async` writes from a copy in host memory while training continues."
     )
+    plan_caching: bool = opt(
+        False,
+        "Keep what each rank writes (DCP's plan) for the next save, which with many ranks then begins sooner.",
+    )
     on_error: Literal["stop", "continue"] = opt(
         "stop",
         "When a checkpoint cannot be written (disk full, quota, ...): `stop` ends the run, `continue` warns and tries "
