@@ -49,7 +49,6 @@ from titan_video.optim.ema import EmaWeights
 from titan_video.optim.lr_scheduler import Scheduler
 from titan_video.optim.optimizer import build_optimizer, step_in_backward
 from titan_video.tasks.denoising import Denoising
-from titan_video.tasks.validation import ClipWriter, build_validator
 from titan_video.tools import heartbeat, signals
 from titan_video.tools.device import get_device, set_deterministic
 from titan_video.tools.files import atomic_write
@@ -197,8 +196,9 @@ class Trainer:
         self.check_gradients = parts.build_gradient_check(config.debug, self.model, self.host_group)
         if config.validation.enable:
             model, size = self.stop.guard(self.pipeline or self.model), self.geometry.latent_shape(config.data.sizes[0])
-            output = ClipWriter(self.encoders.decode_video, self.folder / "samples", config.data.fps)
-            self.task.evaluator = build_validator(
+            validation, folder = parts.load_validation(), self.folder / "samples"
+            output = validation.ClipWriter(self.encoders.decode_video, folder, config.data.fps)
+            self.task.evaluator = validation.build_validator(
                 self.clips.sampling, self.task, model, self.meshes, self.clips, self.loader.reader, size, output
             )
 

@@ -41,8 +41,7 @@ from titan_video.models.conditioning import ConditioningSpec
 from titan_video.models.layers import is_adapter
 from titan_video.models.spec import LatentGeometry, ModelSpec
 from titan_video.tasks.conditioning import COND_LATENTS
-from titan_video.tasks.sampling import Prompt, SamplerSettings, sample_latents
-from titan_video.tasks.validation import file_name
+from titan_video.tasks.sampling import Prompt, SamplerSettings, file_name, sample_latents
 from titan_video.tools.device import get_device
 from titan_video.tools.logging import init_logger, logger
 from titan_video.tools.parts import resolve

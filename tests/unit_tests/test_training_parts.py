@@ -11,8 +11,8 @@ from titan_video.models.layers import patchify, token_shape, unpatchify
 from titan_video.models.wan import SPEC, WanArgs, WanModel
 from titan_video.optim.ema import EmaWeights
 from titan_video.optim.optimizer import build_optimizer
-from titan_video.tasks.sampling import Prompt, SamplerSettings, sample_latents
-from titan_video.tasks.validation import file_name, shard_indices
+from titan_video.tasks.sampling import Prompt, SamplerSettings, file_name, sample_latents
+from titan_video.tasks.validation import shard_indices
 
 ARGS = WanArgs(dim=24, num_heads=2, num_layers=1, ffn_dim=32, text_dim=8, text_len=5, freq_dim=16)
 

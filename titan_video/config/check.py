@@ -23,7 +23,6 @@ RULES = (
     "titan_video.kernels.attention:rules",
     "titan_video.optim.optimizer:rules",
     "titan_video.flow.matching:rules",
-    "titan_video.tasks.validation:rules",
     "titan_video.checkpoint.manager:rules",
     "titan_video.config.folders:rules",
 )
@@ -39,6 +38,7 @@ PART_RULES = MappingProxyType(  # {optional part: its rules}, loaded only where 
         "titan_video.training.gradient_check": "titan_video.training.gradient_check:rules",
         "titan_video.optim.by_name": "titan_video.optim.by_name:rules",
         "titan_video.optim.in_backward": "titan_video.optim.in_backward:rules",
+        "titan_video.tasks.validation": "titan_video.tasks.validation:rules",
         "titan_video.lora": "titan_video.lora.adapters:rules",
         "titan_video.weights.interim": "titan_video.weights.interim:rules",
         "titan_video.online": "titan_video.online.setup:rules",

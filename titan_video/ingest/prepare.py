@@ -24,11 +24,11 @@ from titan_video.ingest.encode import encode_share, failed_clips, missing_jobs
 from titan_video.ingest.plan import Plan, build_plan
 from titan_video.ingest.resume import EarlierClips
 from titan_video.ingest.sampling_defaults import sampling_section
-from titan_video.ingest.shape_scores import ShapeScores
 from titan_video.ingest.text import read_prompts
 from titan_video.models.conditioning import ConditioningSpec
 from titan_video.models.spec import LatentGeometry
 from titan_video.tools.logging import logger
+from titan_video.tools.parts import resolve
 from titan_video.tools.signals import Stopped, stop_requested
 
 
@@ -47,7 +47,7 @@ class Clips:
     of_prompts: list[CachedClip]
     numbers: dict[str, float]
     sampling: Validation
-    scores: ShapeScores | None = None
+    scores: Any = None
 
 
 def open_cache(
@@ -122,7 +122,8 @@ def prepare_clips(
     texts, scores = prompts + sampled_negatives(v), None
     if v.enable and v.num_scored:
         geometry = LatentGeometry(encoders.channels, encoders.stride_t, encoders.stride_s)
-        scores = ShapeScores(v.num_scored, cache, geometry.latent_shape(data.sizes[0]))
+        build = resolve("titan_video.ingest.shape_scores:ShapeScores", asked_by="validation.num_scored")
+        scores = build(v.num_scored, cache, geometry.latent_shape(data.sizes[0]))
         texts += scores.captions
 
     def plan_clips(path: str, report: Path) -> tuple[list[CachedClip], dict[str, float], int]:

@@ -100,3 +100,9 @@ def sample_latents(
     solve = euler if settings.solver == "euler" else resolve("titan_video.flow.unipc:unipc", "validation.solver")
     x_BLP = frames.apply(solve(velocity, x_BLP, settings.num_steps, settings.shift))
     return unpatchify(shard.gather(x_BLP, shape.num_tokens), shape, patch)
+
+
+def file_name(prompt: str) -> str:
+    """A short file name made of a prompt's letters and digits."""
+    words = "".join(ch if ch.isalnum() else " " for ch in prompt).split()
+    return "_".join(words)[:60] or "empty"

@@ -20,7 +20,7 @@ from titan_video.distributed.parallel_dims import Meshes
 from titan_video.distributed.utils import gather_objects, reduce_over
 from titan_video.flow.noise import draw_noise
 from titan_video.tasks.denoising import Denoising
-from titan_video.tasks.sampling import Prompt, SamplerSettings, sample_latents
+from titan_video.tasks.sampling import Prompt, SamplerSettings, file_name, sample_latents
 from titan_video.tasks.task import Evaluation
 from titan_video.tools import heartbeat
 from titan_video.tools.files import optional_write
@@ -179,12 +179,6 @@ class ClipWriter:
         with optional_write("sampled clips", path):
             write_mp4(path, frames.numpy(), self.fps, "sampled clip")
         return frames
-
-
-def file_name(prompt: str) -> str:
-    """A short file name made of a prompt's letters and digits."""
-    words = "".join(ch if ch.isalnum() else " " for ch in prompt).split()
-    return "_".join(words)[:60] or "empty"
 
 
 def build_validator(

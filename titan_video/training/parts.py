@@ -71,6 +71,11 @@ def load_pipeline(degree: int) -> Any:
     return resolve("titan_video.distributed.pipeline_parallel", asked_by="parallelism.pipeline_parallel_degree")
 
 
+def load_validation() -> Any:
+    """The module tasks/validation."""
+    return resolve("titan_video.tasks.validation", asked_by="validation.enable = true")
+
+
 def supervise(config: JobConfig) -> RunEnd:
     """A context around a run: how it ends, and where the part is there, its lock, heartbeat and status.json.
 

@@ -52,8 +52,8 @@ class StepJudge:
         """Judge this step, now or later. Returns as `settle`."""
         c, step = self.config, unread.step
         self.unread, self.guard.losses = unread, {}
-        is_validated = c.validation.enable and step % c.validation.freq == 0
-        is_used = is_validated or step % c.checkpoint.interval == 0 or step == c.training.steps
+        used_every = [c.checkpoint.interval, c.checkpoint.export_every, c.validation.freq * c.validation.enable]
+        is_used = any(n and step % n == 0 for n in used_every) or step == c.training.steps
         return step if c.training.read_late and not is_used else self.settle(step)
 
     def settle(self, step: int) -> int:
