@@ -26,7 +26,7 @@ from titan_video.ingest.media import DecodeLimits, expand
 from titan_video.ingest.plan import make_plan, read_frames
 from titan_video.ingest.sources import scan
 from titan_video.ingest.video import UnusableClip, decode, probe
-from titan_video.lora import files as lora_files
+from titan_video.lora.names import read_adapters
 from titan_video.models import get_args, get_spec
 from titan_video.tools import bounded
 from titan_video.weights.formats import find_weights
@@ -187,9 +187,10 @@ def test_a_config_that_is_no_table(tmp_path):
 @pytest.mark.parametrize("note", ["[", DEEP, "[]", '{"r": 0}', '{"lora_alpha": "x"}', '{"r": 1e400}'])
 def test_notes_of_an_adapter_file(tmp_path, note):
     path = tmp_path / "x.safetensors"
-    save_file({"transformer.a": torch.zeros(1)}, path, metadata={"lora_adapter_metadata": note})
+    tensors = {"transformer.a.lora_A.weight": torch.zeros(1, 2), "transformer.a.lora_B.weight": torch.zeros(2, 1)}
+    save_file(tensors, path, metadata={"lora_adapter_metadata": note})
     with pytest.raises(ValueError, match=r"x.safetensors: its lora_adapter_metadata") as error:
-        lora_files._read(path)
+        read_adapters(path)
     assert len(str(error.value)) < 500
 
 
