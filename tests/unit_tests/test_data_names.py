@@ -148,7 +148,8 @@ def test_files_that_metadata_does_not_list(tmp_path):
     (tmp_path / "metadata.csv").write_text("file,text\na.mp4,one\n")
     for path in (tmp_path, tmp_path / "metadata.csv"):
         lines = remarks([str(path)], scan(path))
-        assert len(lines) == 3
+        assert len(lines) == 4
+        assert any("1 names in" in line and "not looked at: .hidden.mp4" in line for line in lines)
         (line,) = [line for line in lines if "not listed in metadata.csv" in line]
         assert line.startswith("3 files in ") and line.endswith("and not used: c.png, d.mpg, sub/b.mp4")
         assert any("as captions are in metadata.csv: a.txt" in line for line in lines)
