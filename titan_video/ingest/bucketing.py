@@ -92,7 +92,7 @@ def too_short(
     """
     count = f"{num_frames} frame{'s' * (num_frames != 1)} at {fps:g} fps"
     if chosen is None:
-        fix = "; a bucket of one frame takes images" if num_frames == 1 else ""
+        fix = "; a bucket of one frame would take it" if may_be_still else ""
         return f"too short: {count}, the shortest bucket takes {min(b[0] for b in buckets)}{fix}"
     longer = [b[0] for b in buckets if b[0] > 1]
     if chosen[0] > 1 or not longer or may_be_still:
