@@ -42,7 +42,7 @@ DROPPED = {
 }
 NOTES = (
     "1 names are spelled in another way: 'Möwe.txt' is taken for ",
-    "1 captions belong to several clips, which all stay: IMG_0008.txt of IMG_0008.JPG and IMG_0008.MOV",
+    "1 captions belong to several clips: IMG_0008.txt of IMG_0008.JPG and IMG_0008.MOV",
     "3 names in phone_clips begin with a dot, and are not looked at: .DS_Store, ._IMG_0001.MOV, .trashed-1.mp4",
     "3 files in phone_clips are neither clips nor captions, and not read: IMG_0007.AAE, Thumbs.db, notes.csv",
 )

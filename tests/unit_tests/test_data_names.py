@@ -171,9 +171,7 @@ def test_captions_of_several_clips(tmp_path):
     for name in ("a.jpg", "a.mov", "a.txt", "b.mp4", "b.mov", "b.mp4.txt", "b.txt", "c.mp4", "c.txt", "d.tif", "d.txt"):
         (tmp_path / name).write_bytes(b"x")
     (line,) = remarks([str(tmp_path)], scan(tmp_path))
-    assert (
-        line == "2 captions belong to several clips, which all stay: a.txt of a.jpg and a.mov, b.txt of b.mov and b.mp4"
-    )
+    assert line == "2 captions belong to several clips: a.txt of a.jpg and a.mov, b.txt of b.mov and b.mp4"
 
 
 @pytest.mark.parametrize("name, text", [("metadata.json", '{"title": "album"}'), ("Metadata.csv", "date,place\n1,2\n")])
@@ -240,7 +238,7 @@ def test_more_suffixes_are_read(tmp_path, suffix, codec):
 
 
 def test_suffixes_that_are_not_read(tmp_path):
-    for name in ("a.mpg", "a.txt", "b.TIF", "b.txt", "c.xyz", "c.txt", "d.ogv", "e.txt", "f.HEIF", "d.svg"):
+    for name in ("a.mpg", "a.txt", "b.TIF", "b.txt", "c.xyz", "c.txt", "d.ogv", "e.txt", "f.HEIF", "d.svg", "g's.cr2"):
         (tmp_path / name).write_text("x")
     reasons = {os.path.basename(r.path): r.reason for r in scan(tmp_path)}
     how = "convert it: ffmpeg -i 'a.mpg' -c:v libx264 -crf 12 'a.mp4'"
@@ -249,6 +247,7 @@ def test_suffixes_that_are_not_read(tmp_path):
         "b.TIF": "not read: files of the suffix .tif are not read; convert it: ffmpeg -i 'b.TIF' 'b.png'",
         "f.HEIF": "not read: files of the suffix .heif are not read; convert it: heif-convert 'f.HEIF' 'f.png'",
         "d.svg": "not read: files of the suffix .svg are not read; convert it: rsvg-convert -o 'd.png' 'd.svg'",
+        "g's.cr2": r"not read: files of the suffix .cr2 are not read; convert it: darktable-cli 'g'\''s.cr2' 'g'\''s.png'",
         "d.ogv": reasons["d.ogv"],
         "c.txt": "caption without a clip: c.xyz has a suffix that is not read",
         "e.txt": "caption without a clip: no video or image has this name",

@@ -144,7 +144,7 @@ def unread(path: str) -> str:
     suffix = os.path.splitext(path)[1].lower()
     if suffix in media.MEDIA_SUFFIXES or suffix not in UNREAD_SUFFIXES:
         return ""
-    name = os.path.basename(path)
+    name = os.path.basename(path).replace("'", r"'\''")  # for the shell
     new = f"{os.path.splitext(name)[0]}{'.png' if suffix in UNREAD_IMAGES else '.mp4'}"
     how = f"ffmpeg -i '{name}' {'' if suffix in UNREAD_IMAGES else '-c:v libx264 -crf 12 '}'{new}'"
     if suffix in (".heic", ".heif"):  # in tiles, of which many versions of ffmpeg give the first

@@ -59,7 +59,7 @@ def scan(path: str | Path, caption_column: str = "") -> list[ClipRecord]:
         if suffix == ".tar":
             records += scan_tar(file, columns)
         elif suffix in METADATA_SUFFIXES and not media.is_url(file):
-            records += _scan_metadata(Path(file), columns, is_found=pattern != file)
+            records += _scan_metadata(Path(file), columns, is_found=os.path.isdir(pattern))
         elif suffix in TABLE_SUFFIXES and not media.is_url(file):
             records += scan_table(Path(file), columns)
         else:
@@ -211,7 +211,7 @@ def remarks(paths: Iterable[str], records: Sequence[ClipRecord]) -> list[str]:
         files = list(islice(_walk(folder, hidden), max(MAX_BESIDE, 2 * len(records))))
         captions_by_name = _Captions(p for p in files if p.suffix.lower() in CAPTION_SUFFIXES)
         captions = set(captions_by_name.exact.values())
-        lines += _shared(captions_by_name, records) if not used else []
+        lines += _shared(captions_by_name, folder, records) if not used else []
         if hidden:
             names = sorted(str(p.relative_to(folder)) for p in hidden)
             lines.append(f"{len(names)} names in {folder} begin with a dot, and are not looked at: {_first(names)}")
@@ -233,13 +233,14 @@ def remarks(paths: Iterable[str], records: Sequence[ClipRecord]) -> list[str]:
     return lines
 
 
-def _shared(captions: _Captions, records: Sequence[ClipRecord]) -> list[str]:
+def _shared(captions: _Captions, folder: Path, records: Sequence[ClipRecord]) -> list[str]:
     """A line about caption files that belong to several clips, such as the two halves of a Live Photo."""
     clips: dict[Path, list[str]] = {}
-    for clip, (text, _) in captions.of_clips([Path(r.path) for r in records if not r.reason]).items():
+    inside = [Path(r.path) for r in records if not r.reason and r.path.startswith(str(folder))]
+    for clip, (text, _) in captions.of_clips(inside).items():
         clips.setdefault(text, []).append(clip.name)
     shared = [f"{text.name} of {' and '.join(names)}" for text, names in clips.items() if len(names) > 1]
-    return [f"{len(shared)} captions belong to several clips, which all stay: {_first(shared)}"] if shared else []
+    return [f"{len(shared)} captions belong to several clips: {_first(shared)}"] if shared else []
 
 
 def _folders(paths: Iterable[str]) -> dict[Path, set[Path]]:
