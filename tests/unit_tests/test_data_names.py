@@ -247,7 +247,8 @@ def test_suffixes_that_are_not_read(tmp_path):
         "b.TIF": "not read: files of the suffix .tif are not read; convert it: ffmpeg -i 'b.TIF' 'b.png'",
         "f.HEIF": "not read: files of the suffix .heif are not read; convert it: heif-convert 'f.HEIF' 'f.png'",
         "d.svg": "not read: files of the suffix .svg are not read; convert it: rsvg-convert -o 'd.png' 'd.svg'",
-        "g's.cr2": r"not read: files of the suffix .cr2 are not read; convert it: darktable-cli 'g'\''s.cr2' 'g'\''s.png'",
+        "g's.cr2": r"not read: files of the suffix .cr2 are not read; convert it: "
+        r"darktable-cli 'g'\''s.cr2' 'g'\''s.png'",
         "d.ogv": reasons["d.ogv"],
         "c.txt": "caption without a clip: c.xyz has a suffix that is not read",
         "e.txt": "caption without a clip: no video or image has this name",
