@@ -147,7 +147,11 @@ def test_the_first_commands_of_the_readme(clone):
 
 
 def test_the_rehearsal_of_the_recipe(clone):
-    run(one_command("docs/recipe.md", "CONFIG_FILE=train_configs/debug.toml") + SMALL, clone)
+    run(
+        one_command("docs/recipe.md", "CONFIG_FILE=train_configs/debug.toml ./run_train.sh --data.path embedded")
+        + SMALL,
+        clone,
+    )
     rows = [json.loads(line) for line in (clone / "outputs/rehearsal/metrics.jsonl").read_text().splitlines()]
     baseline = next(row["validation"]["loss"] for row in rows if "validation" in row and row["step"] == 0)
     assert 2 < baseline < 3  # what the page says of a model that knows nothing
@@ -164,7 +168,7 @@ def test_the_plan_of_own_clips(clone):
     for k in range(2):
         captioned(clone / "my_clips" / f"{k}.mp4", f"clip {k}", width=96, height=64, fps=16, count=81)
     for page in ("README.md", "docs/recipe.md"):
-        output = run(one_command(page, "python -m titan_video.data plan"), clone)
+        output = run(one_command(page, "python -m titan_video.data plan train_configs/wan"), clone)
         assert "2 found, 2 kept, 0 dropped" in output
 
 

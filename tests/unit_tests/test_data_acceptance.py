@@ -150,7 +150,8 @@ def expected(made, num_frames):
     """(reason, bucket) of a file of `num_frames` frames after resampling: the documentation implemented again."""
     fitting = [b for b in BUCKETS if b[0] <= num_frames]
     if not fitting:
-        return f"too short: {num_frames} frames at {FPS} fps, the shortest bucket takes 5", None
+        count, fix = f"{num_frames} frame{'s' * (num_frames > 1)}", "; a bucket of one frame would take it"
+        return f"too short: {count} at {FPS} fps, the shortest bucket takes 5{fix * (len(made.times) == 1)}", None
     width, height = made.size
     ratio = {
         tuple(b): max(width * b[1] / (height * b[2]), height * b[2] / (width * b[1]))

@@ -148,7 +148,8 @@ def test_files_that_metadata_does_not_list(tmp_path):
     (tmp_path / "metadata.csv").write_text("file,text\na.mp4,one\n")
     for path in (tmp_path, tmp_path / "metadata.csv"):
         lines = remarks([str(path)], scan(path))
-        assert len(lines) == 3
+        assert len(lines) == 4
+        assert any("1 names in" in line and "not looked at: .hidden.mp4" in line for line in lines)
         (line,) = [line for line in lines if "not listed in metadata.csv" in line]
         assert line.startswith("3 files in ") and line.endswith("and not used: c.png, d.mpg, sub/b.mp4")
         assert any("as captions are in metadata.csv: a.txt" in line for line in lines)
@@ -156,6 +157,34 @@ def test_files_that_metadata_does_not_list(tmp_path):
     (tmp_path / "rest.csv").write_text("file,text\nc.png,x\nd.mpg,x\nsub/b.mp4,y\n")
     both = [str(tmp_path / name) for name in ("metadata.csv", "rest.csv")]
     assert not any("not listed" in line for line in remarks(both, [r for p in both for r in scan(p)]))
+
+
+def test_names_that_begin_with_a_dot(tmp_path):
+    for name in ("a.mp4", ".b.mp4", "sub/.c", ".trash/d.mp4", ".trash/e/f.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (line,) = remarks([str(tmp_path)], scan(tmp_path))
+    assert line == f"3 names in {tmp_path} begin with a dot, and are not looked at: .b.mp4, .trash, sub/.c"
+
+
+def test_captions_of_several_clips(tmp_path):
+    for name in ("a.jpg", "a.mov", "a.txt", "b.mp4", "b.mov", "b.mp4.txt", "b.txt", "c.mp4", "c.txt", "d.tif", "d.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    (line,) = remarks([str(tmp_path)], scan(tmp_path))
+    assert line == "2 captions belong to several clips: a.txt of a.jpg and a.mov, b.txt of b.mov and b.mp4"
+
+
+@pytest.mark.parametrize("name, text", [("metadata.json", '{"title": "album"}'), ("Metadata.csv", "date,place\n1,2\n")])
+def test_metadata_of_something_else(tmp_path, name, text):
+    """As albums have. The file may be given itself, and is then what it is."""
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    (tmp_path / name).write_text(text)
+    hint = "a file of this name is taken for the list of the folder's clips: rename it if it is none"
+    with pytest.raises(ValueError, match=rf"{name}: .*; {hint}"):
+        scan(tmp_path)
+    with pytest.raises(ValueError) as error:
+        scan(tmp_path / name)
+    assert hint not in str(error.value)
 
 
 def test_metadata_by_another_case(tmp_path):
@@ -209,13 +238,17 @@ def test_more_suffixes_are_read(tmp_path, suffix, codec):
 
 
 def test_suffixes_that_are_not_read(tmp_path):
-    for name in ("a.mpg", "a.txt", "b.TIF", "b.txt", "c.xyz", "c.txt", "d.ogv", "e.txt"):
+    for name in ("a.mpg", "a.txt", "b.TIF", "b.txt", "c.xyz", "c.txt", "d.ogv", "e.txt", "f.HEIF", "d.svg", "g's.cr2"):
         (tmp_path / name).write_text("x")
     reasons = {os.path.basename(r.path): r.reason for r in scan(tmp_path)}
     how = "convert it: ffmpeg -i 'a.mpg' -c:v libx264 -crf 12 'a.mp4'"
     assert reasons == {
         "a.mpg": f"not read: files of the suffix .mpg are not read; {how}",
         "b.TIF": "not read: files of the suffix .tif are not read; convert it: ffmpeg -i 'b.TIF' 'b.png'",
+        "f.HEIF": "not read: files of the suffix .heif are not read; convert it: heif-convert 'f.HEIF' 'f.png'",
+        "d.svg": "not read: files of the suffix .svg are not read; convert it: rsvg-convert -o 'd.png' 'd.svg'",
+        "g's.cr2": r"not read: files of the suffix .cr2 are not read; convert it: "
+        r"darktable-cli 'g'\''s.cr2' 'g'\''s.png'",
         "d.ogv": reasons["d.ogv"],
         "c.txt": "caption without a clip: c.xyz has a suffix that is not read",
         "e.txt": "caption without a clip: no video or image has this name",

@@ -241,7 +241,17 @@ def test_plan(folder, tmp_path, num_workers):
 
 def test_upscaling_is_said(folder, tmp_path):
     summary = make_plan(folder, [[17, 64, 64]], 8, 0, tmp_path / "cache").summary()
-    assert "2 clips, 1 of them smaller than that and upscaled" in summary
+    assert "2 clips, 1 of them smaller than that and upscaled" in summary and "cropped" not in summary
+
+
+def test_a_hard_crop_is_said(tmp_path):
+    captioned(tmp_path / "upright.mp4", width=48, height=96)
+    captioned(tmp_path / "wide.mp4", width=96, height=48)
+    plan = make_plan(tmp_path, [[17, 48, 96]], 12, 0, tmp_path / "cache")
+    assert "bucket 17 x 48 x 96 (frames, height, width): 2 clips" in plan.summary()
+    assert "upscaled, 1 of them cropped to less than half" in plan.summary()
+    both = make_plan(tmp_path, [[17, 48, 96], [17, 96, 48]], 12, 0, tmp_path / "cache")
+    assert "cropped" not in both.summary()
 
 
 def test_no_usable_clip_says_what_to_do(folder, tmp_path):

@@ -206,7 +206,7 @@ def test_images_beside_clips(tmp_path):
     assert (turned.width, turned.height, turned.num_frames, turned.status) == (48, 64, 1, "kept")
     short = make_plan(folder, [[9, 32, 64]], 60, 0, tmp_path / "cache")
     assert {e.reason for e in short.entries if e.path.endswith("b.png")} == {
-        "too short: 1 frames at 60 fps, the shortest bucket takes 9"
+        "too short: 1 frame at 60 fps, the shortest bucket takes 9; a bucket of one frame would take it"
     }
 
 

@@ -22,12 +22,17 @@ NEEDS = re.compile(r"\(needs\s[^)]+\)")  # in the paragraph before the commands:
 
 # A command that matches is run by this test, by itself or with sizes that a test can afford.
 FRONT, DOCS = "tests/integration_tests/test_front_door.py", "tests/integration_tests/test_docs.py"
+PHONE = "tests/integration_tests/test_phone_clips.py"
 SCRIPTS, BENCHMARKS = "tests/integration_tests/test_launch_scripts.py", "tests/unit_tests/test_benchmarks.py"
 RUN_BY = {
     r".*train_configs/tiny_dit\.toml": (f"{DOCS}::test_a_third_family_is_made_as_the_page_says"),
     r"\./run_train\.sh --profiling\.": f"{DOCS}::test_a_trace_of_a_step",
     r"\./run_train\.sh$": f"{DOCS}::test_the_first_commands_of_the_readme",
-    r"CONFIG_FILE=train_configs/debug\.toml \./run_train\.sh": f"{DOCS}::test_the_rehearsal_of_the_recipe",
+    r"CONFIG_FILE=train_configs/debug\.toml \./run_train\.sh --data\.path embedded": (
+        f"{DOCS}::test_the_rehearsal_of_the_recipe"
+    ),
+    r".*train_configs/debug\.toml .*--data\.path phone_clips": f"{PHONE}::test_from_a_phone_to_diffusers",
+    r"python -c \"from diffusers": f"{PHONE}::test_from_a_phone_to_diffusers",
     r"NNODES=2 .*RDZV_ENDPOINT=localhost:\d+ NGPU=1 \./run_train\.sh": f"{DOCS}::test_two_nodes_on_one_machine",
     r"ls outputs/debug": f"{DOCS}::test_the_first_commands_of_the_readme",
     r"tensorboard --logdir": f"{DOCS}::test_the_first_commands_of_the_readme",

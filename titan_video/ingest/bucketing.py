@@ -90,16 +90,17 @@ def too_short(
 
     may_be_still: it may fall to a bucket of one frame though there are longer ones.
     """
+    count = f"{num_frames} frame{'s' * (num_frames != 1)} at {fps:g} fps"
     if chosen is None:
-        shortest = min(b[0] for b in buckets)
-        return f"too short: {num_frames} frames at {fps:g} fps, the shortest bucket takes {shortest}"
+        fix = "; a bucket of one frame would take it" if may_be_still else ""
+        return f"too short: {count}, the shortest bucket takes {min(b[0] for b in buckets)}{fix}"
     longer = [b[0] for b in buckets if b[0] > 1]
     if chosen[0] > 1 or not longer or may_be_still:
         return ""
     needed = choice.temporal_stride + 1 if choice.mode == "full" else min(longer)
     return (
-        f"would be a still: {num_frames} frames at {fps:g} fps, the shortest bucket of more than one frame takes "
-        f"{needed}; add a shorter bucket, or set data.video_as_image = true"
+        f"would be a still: {count}, the shortest bucket of more than one frame takes {needed}; add a shorter bucket, "
+        f"or set data.video_as_image = true"
     )
 
 
@@ -111,6 +112,12 @@ def cover(width: int, height: int, bucket: Bucket) -> tuple[int, int, int, int]:
     scale = max(w / width, h / height)
     new_width, new_height = max(w, round(width * scale)), max(h, round(height * scale))
     return new_width, new_height, (new_width - w) // 2, (new_height - h) // 2
+
+
+def share_kept(width: int, height: int, bucket: Bucket) -> float:
+    """Of the pixels of a frame, those that the crop leaves."""
+    resized_width, resized_height, _, _ = cover(width, height, bucket)
+    return bucket[1] * bucket[2] / (resized_width * resized_height)
 
 
 def is_upscaled(width: int, height: int, bucket: Bucket) -> bool:

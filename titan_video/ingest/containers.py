@@ -30,9 +30,11 @@ def open_video(path: str, max_pixels: int) -> Iterator:
     # The decoder itself refuses larger frames: a stream may change its size at any frame.
     options = {"max_pixels": str(min(max_pixels, 2**31 - 1))}
     only = {"format_whitelist": DEMUXERS, "protocol_whitelist": "file"}
+    what = "it cannot be opened as a video, as it was cut off, is damaged, or is something else: "
     try:
         source = f"file:{path}" if os.path.isfile(path) else media.open_binary(path)
         with av.open(source, metadata_errors="replace", options=options, container_options=only) as container:
+            what = ""
             if not container.streams.video:
                 raise UnusableClip("not a video: no video stream")
             stream = container.streams.video[0]
@@ -49,7 +51,7 @@ def open_video(path: str, max_pixels: int) -> Iterator:
     except (av.FFmpegError, OSError, EOFError, ValueError, ArithmeticError) as e:
         # libav says no more than this of a frame that is larger than max_pixels.
         size = f", or frames of more than {max_pixels} pixels" if getattr(e, "errno", 0) == errno.EINVAL else ""
-        raise UnusableClip(f"corrupt: {getattr(e, 'strerror', None) or e or type(e).__name__}{size}") from e
+        raise UnusableClip(f"corrupt: {what}{getattr(e, 'strerror', None) or e or type(e).__name__}{size}") from e
 
 
 def packet_times(container, stream, max_frames: int, cut: str = "") -> tuple[tuple[tuple[int, ...], int] | None, str]:

@@ -29,6 +29,7 @@ MAX_ROWS, MAX_COLUMNS, MAX_PATH_BYTES = 10_000_000, 1000, 4096
 MAX_JSON_BYTES = 1 << 30
 # Known and not read: their frames have no times (.mpg), or no reader for them is tested here.
 UNREAD_IMAGES = tuple(".tif .tiff .avif .heic .heif .jxl .jp2 .tga .exr .dpx .psd .dng .cr2 .nef .svg .ico".split())
+RAW_IMAGES = (".dng", ".cr2", ".nef")
 UNREAD_SUFFIXES = (
     *".mpg .mpeg .vob .m2v .m1v .mpv .ogv .ogm .rm .rmvb .mxf .dv .y4m .h264 .264 .h265 .265 .hevc .divx .swf".split(),
     *UNREAD_IMAGES,
@@ -143,9 +144,15 @@ def unread(path: str) -> str:
     suffix = os.path.splitext(path)[1].lower()
     if suffix in media.MEDIA_SUFFIXES or suffix not in UNREAD_SUFFIXES:
         return ""
-    name = os.path.basename(path)
+    name = os.path.basename(path).replace("'", r"'\''")  # for the shell
     new = f"{os.path.splitext(name)[0]}{'.png' if suffix in UNREAD_IMAGES else '.mp4'}"
     how = f"ffmpeg -i '{name}' {'' if suffix in UNREAD_IMAGES else '-c:v libx264 -crf 12 '}'{new}'"
+    if suffix in (".heic", ".heif"):  # in tiles, of which many versions of ffmpeg give the first
+        how = f"heif-convert '{name}' '{new}'"
+    elif suffix in RAW_IMAGES:
+        how = f"darktable-cli '{name}' '{new}'"
+    elif suffix == ".svg":
+        how = f"rsvg-convert -o '{new}' '{name}'"
     return f"not read: files of the suffix {suffix} are not read; convert it: {how}"
 
 

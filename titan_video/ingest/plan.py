@@ -203,8 +203,10 @@ class Plan:
             lines.append(f"  of {len({e.path for e in kept})} files that are kept: {cut}")
         counts = Counter(e.bucket for e in kept)
         upscaled = Counter(e.bucket for e in kept if bucketing.is_upscaled(e.width, e.height, e.bucket))
+        cropped = Counter(e.bucket for e in kept if bucketing.share_kept(e.width, e.height, e.bucket) < 0.5)
         for b in sorted(counts):
             note = f", {upscaled[b]} of them smaller than that and upscaled" if upscaled[b] else ""
+            note += f", {cropped[b]} of them cropped to less than half" if cropped[b] else ""
             lines.append(f"  bucket {b[0]} x {b[1]} x {b[2]} (frames, height, width): {counts[b]} clips{note}")
         if unused := [b for b in self.buckets if b not in counts]:
             more = f" and {len(unused) - NAMES_SHOWN} more" if len(unused) > NAMES_SHOWN else ""

@@ -11,7 +11,7 @@ import numpy as np
 
 from titan_video.data.batching import Batching, Bucket, Work
 from titan_video.data.sampler import CostClass, GlobalSampler
-from titan_video.ingest.bucketing import cover
+from titan_video.ingest.bucketing import share_kept
 from titan_video.ingest.media import DecodeLimits
 from titan_video.ingest.plan import Plan, PlanEntry, read_frames
 from titan_video.ingest.video import UnusableClip
@@ -97,9 +97,7 @@ def _origin(entries: Sequence[PlanEntry], bucket: Bucket) -> tuple[str, str]:
     """(the most frequent source size, the share of its pixels that the crop keeps)."""
     (width, height), count = Counter((e.width, e.height) for e in entries).most_common(1)[0]
     others = f" and {len({(e.width, e.height) for e in entries}) - 1} more" if count < len(entries) else ""
-    kept = sum(
-        bucket[1] * bucket[2] / (w * h) for w, h, _, _ in (cover(e.width, e.height, bucket) for e in entries)
-    ) / len(entries)
+    kept = sum(share_kept(e.width, e.height, bucket) for e in entries) / len(entries)
     return f"{height}x{width}{others}", f"{kept:.0%}"
 
 

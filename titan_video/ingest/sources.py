@@ -59,7 +59,7 @@ def scan(path: str | Path, caption_column: str = "") -> list[ClipRecord]:
         if suffix == ".tar":
             records += scan_tar(file, columns)
         elif suffix in METADATA_SUFFIXES and not media.is_url(file):
-            records += scan_metadata(Path(file), columns)
+            records += _scan_metadata(Path(file), columns, is_found=os.path.isdir(pattern))
         elif suffix in TABLE_SUFFIXES and not media.is_url(file):
             records += scan_table(Path(file), columns)
         else:
@@ -69,6 +69,15 @@ def scan(path: str | Path, caption_column: str = "") -> list[ClipRecord]:
             )
             raise ValueError(f"data path {file!r}: a file of another kind; give {known}")
     return records
+
+
+def _scan_metadata(file: Path, columns: tuple[str, ...], is_found: bool) -> list[ClipRecord]:
+    """is_found: the file was not given, but lies in the folder that was: albums come with a metadata.json of theirs."""
+    try:
+        return scan_metadata(file, columns)
+    except ValueError as e:
+        hint = "; a file of this name is taken for the list of the folder's clips: rename it if it is none"
+        raise ValueError(f"{e}{hint * is_found}") from e
 
 
 def _inside(folder: Path) -> list[str]:
@@ -150,9 +159,11 @@ def _stem(clip: Path) -> Path:
     return clip.with_suffix("") if clip.suffix.lower() in MEDIA_SUFFIXES else clip
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path, hidden: list[Path] | None = None) -> Iterator[Path]:
     """Visible files below `folder`, through links, each real folder once. A link to a folder around it, or to the
     system's own, is not followed.
+
+    hidden: files and folders whose names begin with a dot are added to it.
     """
     seen, root = set(), Path(os.path.realpath(folder))
     for where, folders, names in os.walk(folder, followlinks=True):
@@ -161,6 +172,8 @@ def _walk(folder: Path) -> Iterator[Path]:
         if not is_inside and (root.is_relative_to(real) or f"{real}/".startswith(("/proc/", "/sys/", "/dev/"))):
             logger.warning(f"{where}: a link to {real}, which is not followed")
             seen.add(real)
+        if hidden is not None and real not in seen:
+            hidden += (Path(where, name) for name in (*folders, *names) if name.startswith("."))
         folders[:] = sorted(f for f in folders if not f.startswith(".")) if real not in seen else []
         if real not in seen:
             yield from (Path(where, name) for name in names if not name.startswith("."))
@@ -194,8 +207,14 @@ def remarks(paths: Iterable[str], records: Sequence[ClipRecord]) -> list[str]:
     lines = [f"{len(spelled)} names are spelled in another way: {_first(spelled)}"] if spelled else []
     known = {os.path.abspath(p) for r in records for p in (r.path, r.image) if p}
     for folder, used in _folders(paths).items():
-        files = list(islice(_walk(folder), max(MAX_BESIDE, 2 * len(records))))
-        captions = set(_Captions(p for p in files if p.suffix.lower() in CAPTION_SUFFIXES).exact.values())
+        hidden: list[Path] = []
+        files = list(islice(_walk(folder, hidden), max(MAX_BESIDE, 2 * len(records))))
+        captions_by_name = _Captions(p for p in files if p.suffix.lower() in CAPTION_SUFFIXES)
+        captions = set(captions_by_name.exact.values())
+        lines += _shared(captions_by_name, folder, records) if not used else []
+        if hidden:
+            names = sorted(str(p.relative_to(folder)) for p in hidden)
+            lines.append(f"{len(names)} names in {folder} begin with a dot, and are not looked at: {_first(names)}")
         left: dict[str, list[str]] = {}
         for p in sorted(files):
             suffix = p.suffix.lower()
@@ -212,6 +231,16 @@ def remarks(paths: Iterable[str], records: Sequence[ClipRecord]) -> list[str]:
             left.setdefault(what, []).append(str(p.relative_to(folder)))
         lines += [f"{len(names)} files in {folder} {what}: {_first(names)}" for what, names in left.items() if what]
     return lines
+
+
+def _shared(captions: _Captions, folder: Path, records: Sequence[ClipRecord]) -> list[str]:
+    """A line about caption files that belong to several clips, such as the two halves of a Live Photo."""
+    clips: dict[Path, list[str]] = {}
+    inside = [Path(r.path) for r in records if not r.reason and r.path.startswith(str(folder))]
+    for clip, (text, _) in captions.of_clips(inside).items():
+        clips.setdefault(text, []).append(clip.name)
+    shared = [f"{text.name} of {' and '.join(names)}" for text, names in clips.items() if len(names) > 1]
+    return [f"{len(shared)} captions belong to several clips: {_first(shared)}"] if shared else []
 
 
 def _folders(paths: Iterable[str]) -> dict[Path, set[Path]]:
