@@ -1,6 +1,6 @@
 """Does it learn? Train on moving shapes, sample clips, and read colour, shape and direction from them.
 
-    python benchmarks/learn_shapes.py [--config train_configs/debug.toml] [--write docs/converging.md]
+    python benchmarks/learn_shapes.py [--config train_configs/shapes.toml] [--write docs/converging.md]
                                       [--section.field value ...]
 
 1. The reader (titan_video/ingest/shape_scores.py) reads the training clips. It must name all of them right; otherwise
@@ -88,11 +88,12 @@ def table(result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default=str(ROOT / "train_configs" / "debug.toml"))
+    parser.add_argument("--config", default=str(ROOT / "train_configs" / "shapes.toml"))
     parser.add_argument(
         "--write", type=Path, help=f"Markdown file; the part between two {MARKER} lines is replaced by the table"
     )
     options, overrides = parser.parse_known_args()
+    overrides = ["--validation.num_scored", "96", *overrides]
     config = parse_args(["--job.config_file", options.config, *overrides])
     dump_folder, start = Path(config.job.dump_folder).resolve(), time.monotonic()
     command = [sys.executable, str(ROOT / "train.py"), "--job.config_file", options.config, *overrides]

@@ -57,6 +57,10 @@ def reduce_over(mesh: DeviceMesh, value: Tensor, op: str) -> Tensor:
 
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list:
     """`value` of every rank, in rank order, on all ranks."""
+    if dist.get_world_size(group) == 1:
+        # Gloo would copy a large value in a thread of its own, whose OpenMP team makes libgomp count more threads than
+        # cores; from then on it puts ours to sleep after each operator: half the speed of a small model.
+        return [value]
     values = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
@@ -64,6 +68,8 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list:
 
 def broadcast_from_rank0(function: Callable[[], Any], group: dist.ProcessGroup | None = None) -> Any:
     """The result of `function`, called on rank 0, on all ranks; its exception is raised on all, so that none waits."""
+    if dist.get_world_size(group) == 1:
+        return function()
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
