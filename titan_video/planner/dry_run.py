@@ -8,9 +8,8 @@ schedule. What is allocated, sent and computed is counted (step_tracker.py) and 
 but the TOML, and with model.flavor hf the folder's config.json.
 
 Operators save what they save on a GPU: attention its output and log-sum-exp, RMSNorm its input and one number a row.
-The fused kernels are counted where a GPU has them: unless model.kernels is torch. Compile is off, but for the
-feed-forward, of which a compiled block saves more: it fuses elementwise operators, so a compiled step needs less than
-is printed. Float8 is off: it saves the same.
+The fused kernels are counted where a GPU has them: unless model.kernels is torch. Compile is off: it fuses elementwise
+operators, so a compiled step needs no more than is printed. Float8 is off: it saves the same.
 """
 
 import argparse
@@ -99,7 +98,7 @@ class RankStep:
                 self.pipeline.state(self.prepare(batches[0]))  # infers shapes, before anything is counted
             is_offloading = self.config.activation_checkpoint.offload
             offload = fake.watch_offload(tracker) if is_offloading else nullcontext()
-            operators = fake.gpu_operators(self.config.model.kernels, self.config.compile.enable)
+            operators = fake.gpu_operators(self.config.model.kernels)
             with tracker, operators, offload:
                 self._create_state(tracker)
                 fake.watch_forwards(self.model, tracker)

@@ -20,7 +20,6 @@ from titan_video.distributed.fsdp import get_blocks
 from titan_video.distributed.parallel_dims import Meshes
 from titan_video.distributed.utils import to_local
 from titan_video.kernels import attention
-from titan_video.models import layers
 from titan_video.models.spec import ParallelPlan
 from titan_video.planner.describe import OFFLOADED, SWAPPED
 from titan_video.planner.step_tracker import Axis, StepTracker
@@ -126,25 +125,19 @@ def gpu_backend(name: str) -> str:
     return "triton" if name != "torch" and find_module(kernels.TRITON_PART) else "torch"
 
 
-def _gelu_linear_compiled(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A compiled block saves what the matmul reads, which gelu_linear recomputes."""
-    return F.linear(F.gelu(u, approximate="tanh"), weight, bias)
-
-
 @contextmanager
-def gpu_operators(backend: str, compiled: bool) -> Iterator[None]:
-    """Inside, operators save what they save on a GPU. backend: model.kernels. compiled: whether the blocks are.
+def gpu_operators(backend: str) -> Iterator[None]:
+    """Inside, operators save what they save on a GPU. backend: model.kernels.
 
     On a CPU torch decomposes RMSNorm and saves the intermediate results; on a GPU it is one kernel.
     """
-    rms_norm, gelu_linear, previous = F.rms_norm, layers.gelu_linear, kernels.current_backend()
+    rms_norm, previous = F.rms_norm, kernels.current_backend()
     F.rms_norm = _RmsNorm.apply
-    layers.gelu_linear = _gelu_linear_compiled if compiled else gelu_linear
     kernels.set_backend(gpu_backend(backend))
     try:
         yield
     finally:
-        F.rms_norm, layers.gelu_linear = rms_norm, gelu_linear
+        F.rms_norm = rms_norm
         kernels.set_backend(previous)
 
 

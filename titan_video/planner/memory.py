@@ -31,9 +31,9 @@ def estimate(config: JobConfig, spec: ModelSpec, args: Any, dims: ParallelDims, 
     itemsize = getattr(torch, config.training.mixed_precision_param).itemsize
     if config.lora.enable:
         raise ValueError("lora.enable: no closed form of what adapters save; run a dry run")
-    fused, compiled = gpu_backend(config.model.kernels) == "triton", config.compile.enable
+    fused = gpu_backend(config.model.kernels) == "triton"
     batch, section = config.training.local_batch_size, config.activation_checkpoint
-    activations = wan_activations(args, section, dims, num_tokens, batch, itemsize, fused, compiled)
+    activations = wan_activations(args, section, dims, num_tokens, batch, itemsize, fused)
     return state(config, spec, args, dims) | {"activations": activations}
 
 
@@ -113,10 +113,8 @@ def wan_activations(
     batch: int,
     itemsize: int,
     fused: bool = False,
-    compiled: bool = False,
 ) -> int:
     """The maximum of the bytes saved for backward, recomputed activations included. fused: with the Triton kernels.
-    compiled: a compiled block saves GELU's output even with them.
 
     ValueError: see `estimate`.
     """
@@ -133,7 +131,6 @@ def wan_activations(
     L = -(-num_tokens // dims.sequence)
     inputs = B * (e * D * L + 24 * D)  # the tokens; shifts, scales and gates of the time
     all_saved = (_fused_block if fused else _block)(args, L, B, e, t, dims.ulysses > 1)
-    all_saved += B * L * e * args.ffn_dim if fused and compiled and t == 1 else 0
     saved, shared = _checkpointed_block(args, section, L, B, e, t, fused)
 
     wrapped = [section.mode != "none" and (not section.layers or i in section.layers) for i in range(args.num_layers)]
