@@ -304,7 +304,7 @@ def test_replay_finds_the_clip_and_the_module(front, capsys, interval):
     assert str(kept) in run.output and kept.name == "step-3-sample-8"
     clips = json.loads((kept / "step.json").read_text())["clips"]
     assert [clip["sample_id"] for clip in clips] == [11] and clips[0]["path"] in run.output
-    lines = [line.partition(" - INFO - ")[2] for line in replay(kept, capsys)]
+    lines = [re.sub(r"^(\[titan\] )?[\d-]+ [\d:]+ ", "", line) for line in replay(kept, capsys)]
     weights = "first ones" if interval == 100 else str(run.checkpoint(2))
     assert any(line.startswith("weights: ") and weights in line for line in lines), lines
     samples = {int(m[1]): float(m[2]) for line in lines if (m := re.match(r"  sample (\d+): loss (\S+)", line))}

@@ -81,7 +81,8 @@ def sampled(model, run, clip, path, monkeypatch):
     args = spec.flavors[config.model.flavor]
     theirs = Diffusers(model, spec.geometry(args).latent_shape(options.size), args.patch)
     monkeypatch.setattr(sample, "load_model", lambda *_: theirs)
-    write_mp4(path, sample.generate(config, run.folder, options).numpy(), options.fps, "clip")
+    (clip,) = sample.generate(config, run.folder, [options.prompt], options)
+    write_mp4(path, clip.numpy(), options.fps, "clip")
     return decode(path).astype(int)
 
 

@@ -82,14 +82,14 @@ def test_a_file_of_prompts_gives_a_clip_of_each(trained, tmp_path):
     assert np.array_equal(first, decode(one)) and not np.array_equal(first, second)
 
 
-@pytest.mark.parametrize("content, words", [(b"\xff\xfe", "UTF-8"), (b"\n \n", "no prompt"), (None, "cannot be read")])
+@pytest.mark.parametrize("content, words", [(b"\xff", "UTF-8"), (b"\n \n", "no prompt"), (None, "No such file")])
 def test_a_file_of_prompts_that_cannot_be_read_is_named(tmp_path, content, words):
-    from titan_video.ingest.prepare import read_prompts
+    from titan_video.ingest.text import read_prompts
 
     if content is not None:
         (tmp_path / "p.txt").write_bytes(content)
-    with pytest.raises(ValueError, match=f"p.txt: .*{words}"):
-        read_prompts(str(tmp_path / "p.txt"))
+    with pytest.raises(ValueError, match=f"^--prompts: .*p.txt.*{words}"):
+        read_prompts(tmp_path / "p.txt", "--prompts")
 
 
 @pytest.mark.parametrize(

@@ -142,12 +142,12 @@ def signal_in_export(rank):
 
     export = train.Trainer.export
 
-    def signalled(self):
-        if self.rank == rank:
+    def signalled(self, last=False):
+        if last and self.rank == rank:
             os.kill(os.getpid(), signal.SIGTERM)
             while not signals.stop_requested():
                 time.sleep(0.01)
-        export(self)
+        export(self, last)
 
     train.Trainer.export = signalled
 
