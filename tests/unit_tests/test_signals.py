@@ -158,3 +158,19 @@ def test_a_forked_process_leaves_requests_to_its_parent():
         time.sleep(0.2)
         started.p.send_signal(signal.SIGUSR2)
         assert started.p.stderr.readline().startswith("SIGUSR2")
+
+
+def test_a_forwarded_signal_that_comes_while_python_ends_is_nothing():
+    """A rank has stopped by its own signal, and the launcher passes it on once more."""
+    code = (
+        "import os, signal, threading\n"
+        "from titan_video.tools import signals\n"
+        "signals.install()\n"
+        "class Late:\n"
+        "    def __del__(self):  # after atexit's functions, when Python has given back its handlers\n"
+        "        os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "import builtins\n"
+        "builtins.late = Late()\n"
+    )
+    p = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert p.returncode == 0, (p.returncode, p.stderr)

@@ -5,6 +5,7 @@ may come beside the others and never counts as a second request. A second signal
 after the first, ends the process at once.
 """
 
+import atexit
 import ctypes
 import os
 import signal
@@ -43,6 +44,7 @@ class StopFlag:
         self._previous = {s: signal.signal(s, self._handle) for s in (FORWARDED, *self.direct)}
         self._previous_fd = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=self._leave_to_parent)
+        atexit.register(self._ignore_forwarded)
         threading.Thread(target=self._watch, name="stop signals", daemon=True).start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (FORWARDED, *self.direct))
 
@@ -57,6 +59,11 @@ class StopFlag:
             for s in self._previous:
                 signal.signal(s, signal.SIG_DFL if s == signal.SIGTERM else signal.SIG_IGN)
             self._previous = {}
+
+    def _ignore_forwarded(self) -> None:
+        """The launcher's signal may come when the rank has already stopped: Python ends with its default, death."""
+        if self._previous and self._pid == os.getpid():
+            signal.signal(FORWARDED, signal.SIG_IGN)
 
     def _watch(self) -> None:
         is_known = False
