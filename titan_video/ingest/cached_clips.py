@@ -20,16 +20,16 @@ def cached_clips(
         keys, texts = video_keys(cache, e), text_keys(cache, e)
         clips.append(
             CachedClip(
-                keys["video"],
-                texts,
-                e.bucket,
-                e.captions,
-                e.path,
-                keys.get(GIVEN, ""),
-                keys.get("image", ""),
-                e.repeats,
-                e,
-                imageless_keys(cache, e) if drop_apart else (),
+                video_key=keys["video"],
+                text_keys=texts,
+                bucket=e.bucket,
+                captions=e.captions,
+                path=e.path,
+                cond_key=keys.get(GIVEN, ""),
+                image_key=keys.get("image", ""),
+                repeats=e.repeats,
+                entry=e,
+                imageless_keys=imageless_keys(cache, e) if drop_apart else (),
             )
         )
     return sorted(clips, key=lambda c: (c.video_key, c.text_keys, c.path))

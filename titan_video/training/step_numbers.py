@@ -36,7 +36,7 @@ class StepJudge:
     """Reads a step's numbers, its one host-device synchronisation; then EMA, log, and what follows a fault.
 
     With training.read_late a step is judged when the gradients of the next are under way, and before its update, which
-    the verdict decides as it would have at once. What is validated or saved is judged at once.
+    a fault prevents as it would have at once. What is validated or saved is judged at once.
     handle: what a fault leads to; the step from which the run goes on.
     """
 
