@@ -68,8 +68,8 @@ def test_nothing_is_read_of_a_step_before_its_successor_is_under_way(front, tmp_
     assert [step for step, *_ in reads] == [2, 3, 4, 5, 5]  # the last step has no successor
 
 
-def test_what_is_saved_or_validated_is_judged_before():
-    config = JobConfig(checkpoint=Checkpoint(interval=3), training=Training(steps=8, read_late=True))
+def test_what_is_saved_exported_or_validated_is_judged_before():
+    config = JobConfig(checkpoint=Checkpoint(interval=3, export_every=5), training=Training(steps=8, read_late=True))
     logged = []
     metrics = SimpleNamespace(log=lambda step, numbers: logged.append((step, numbers.loss)))
     guard = NonFiniteGuard()
@@ -83,5 +83,5 @@ def test_what_is_saved_or_validated_is_judged_before():
         assert judge.settle(step) == (3 if step == 5 else step)
         guard.losses[0] = torch.zeros(1)
         assert judge.add(UnreadStep(step, 0.0, torch.tensor([loss, loss, 1.0]), known, [], guard.losses, {})) == step
-    assert seen == [[], [], [1], [1, 2, 3], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]]
+    assert seen == [[], [], [1], [1, 2, 3], [1, 2, 3], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]]
     assert [step for step, _ in logged] == list(range(1, 9))

@@ -105,7 +105,10 @@ def _scan_folder(folder: Path) -> list[ClipRecord]:
     frame_dirs = {p.parent for p in clips if p.parent in captions.exact and p.suffix.lower() in IMAGE_SUFFIXES}
     clips = sorted([p for p in clips if p.parent not in frame_dirs] + list(frame_dirs))
     found = captions.of_clips(clips)
-    records = [_with_caption(clip, *found.get(clip, (None, ""))) for clip in clips]
+    records = []
+    for clip in clips:
+        text, written = found.get(clip, (None, ""))
+        records.append(_with_caption(clip, text, written))
     unread_files = {p: reason for p in files if (reason := unread(str(p)))}
     records += [ClipRecord(str(p), reason=reason) for p, reason in unread_files.items()]
     not_clips = {_stem(p) for p in clips} | {p.with_suffix("") for p in unread_files}

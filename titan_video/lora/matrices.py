@@ -77,7 +77,8 @@ def public_matrices(spec: ModelSpec, args: Any, layout: str) -> list[PublicMatri
         fits = all(p.ours.split(".")[0] in spec.plan.blocks or not p.changes_layout for p in tensor.slices)
         if name.endswith(".weight") and len(tensor.shape) == 2 and fits:
             parts = tuple((part.ours.removesuffix(".weight"), part) for part in tensor.slices)
-            matrices.append(PublicMatrix(name.removesuffix(".weight"), *tensor.shape, parts))
+            height, width = tensor.shape
+            matrices.append(PublicMatrix(name.removesuffix(".weight"), height, width, parts))
     return matrices
 
 

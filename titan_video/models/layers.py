@@ -159,11 +159,17 @@ def linear_and_bias(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None
 
 
 def project_and_norm(
-    x_BLD: Tensor, context_BSD: Tensor | None, linears: tuple[nn.Module, ...], norms: tuple[Tensor, ...], *options
+    x_BLD: Tensor,
+    context_BSD: Tensor | None,
+    linears: tuple[nn.Module, nn.Module, nn.Module],
+    norms: tuple[Tensor, Tensor],
+    freqs_cis_BLC: Tensor | None,
+    head_dim: int,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """q, k and v by one fused operator, see kernels/triton/projections.py; None where it does not apply.
 
-    linears: of q, k and v. norms: weights of the RMSNorms of q and k. options: freqs_cis, head width and eps.
+    linears: of q, k and v. norms: weights of the RMSNorms of q and k. The others are as there.
     """
     fused = kernels.fused_only("project_and_norm", x_BLD)
     if fused is None or not is_plain(*linears):
@@ -171,7 +177,7 @@ def project_and_norm(
     weights, biases, norms = (
         tuple(map(local_shard, tensors)) for tensors in ([m.weight for m in linears], [m.bias for m in linears], norms)
     )
-    return fused(x_BLD, context_BSD, weights, biases, norms, *options)
+    return fused(x_BLD, context_BSD, weights, biases, norms, freqs_cis_BLC, head_dim, eps)
 
 
 def is_adapter(name: str) -> bool:
