@@ -50,7 +50,13 @@ def measure(config: str, mode: str) -> dict:
     if save:
         options += ["--activation_checkpoint.save", ",".join(save)]
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        words = ["-m", "titan_video.planner.dry_run", f"train_configs/{config}.toml", "--world-size", str(RANKS[config])]
+        words = [
+            "-m",
+            "titan_video.planner.dry_run",
+            f"train_configs/{config}.toml",
+            "--world-size",
+            str(RANKS[config]),
+        ]
         words += [*options, "--json", file.name]
         subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         report = json.loads(Path(file.name).read_text())
