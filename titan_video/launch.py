@@ -43,8 +43,8 @@ WARNING = re.compile(r"^\d\d-\d\d \d\d:\d\d:\d\d (?=(WARNING|ERROR|CRITICAL) )")
 
 
 def check_run(argv: list[str], world_size: int) -> tuple[Path, float]:
-    """The folder of the run, and its comm.init_timeout_seconds. Ends the program with status 1 and a message if train.py
-    would refuse these arguments on `world_size` ranks.
+    """The folder of the run, and its comm.init_timeout_seconds. Ends the program with status 1 and a message if
+    train.py would refuse these arguments on `world_size` ranks.
     """
     from titan_video.config.check import check
     from titan_video.config.manager import main_guard, parse_args
