@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from titan_video.kernels import reference  # noqa: E402
-from titan_video.kernels.triton import gelu, launch, projections
+from titan_video.kernels import attention, reference  # noqa: E402
+from titan_video.kernels.triton import gelu, launch, merge, projections
 from titan_video.kernels.triton import layer_norm as fused_layer_norm
 from titan_video.kernels.triton import rms_norm as fused_rms_norm
 
@@ -195,6 +195,24 @@ def cases(B, L, D, dtype, device="cpu", kinds=MODULATION):
     yield from ((fused_rms_norm, *case) for case in rms_norm_cases(B, L, D, dtype, device))
 
 
+def check_merge(B, L, H, K, dtype, device="cpu", transposed=False):
+    """One pass gives what the plain operators give in float64. transposed: the kernel's layout is [B, H, L, K]."""
+    shape = (B, H, L, K) if transposed else (B, L, H, K)
+    out, part = (rand(*shape, seed=i, dtype=dtype, device=device, grad=False) for i in (1, 2))
+    out, part = (x.transpose(1, 2) if transposed else x for x in (out, part))
+    lse, part_lse = (3 * rand(B, H, L, seed=i, device=device, grad=False) for i in (3, 4))
+    part_lse[:, 0, 0] = -1e38  # all keys of a part are masked
+    found, found_lse = merge.merge_attention(out.clone(), lse, part, part_lse)
+    expected, expected_lse = attention.merge(out.double(), lse.double(), part.double(), part_lse.double())
+    assert found.dtype == dtype and found.is_contiguous() and found.shape == (B, L, H, K)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-2 if dtype == torch.bfloat16 else 1e-6)
+    torch.testing.assert_close(found_lse.double(), expected_lse, rtol=1e-6, atol=1e-6)
+    assert torch.equal(found[:, 0, 0], out[:, 0, 0])
+
+
+MERGES = ((2, 5, 3, 128, torch.bfloat16), (1, 7, 2, 96, torch.float32), (1, 40, 1, 64, torch.bfloat16))
+
+
 def results(module, function, inputs):
     """Outputs, then gradients of the inputs. The gradients of the outputs are the same in every call and type."""
     outputs = function(module, *inputs)
@@ -237,6 +255,10 @@ def main():
         dtype = torch.bfloat16 if B == 2 else torch.float32
         for case in cases(B, L, D, dtype, kinds=kinds):
             check(*case, dtype, again=False)  # programs run one after the other, so two runs cannot differ
+            number += 1
+    for sizes in MERGES:
+        for transposed in (False, True):
+            check_merge(*sizes, transposed=transposed)
             number += 1
     print(f"{number} cases")
 

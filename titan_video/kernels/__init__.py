@@ -39,6 +39,7 @@ FUSED = {
     "gated_residual": f"{TRITON_PART}.layer_norm:gated_residual",
     "gelu_linear": f"{TRITON_PART}.gelu:gelu_linear",
     "layer_norm": f"{TRITON_PART}.layer_norm:layer_norm",
+    "merge_attention": f"{TRITON_PART}.merge:merge_attention",
     "project_and_norm": f"{TRITON_PART}.projections:project_and_norm",
     "residual_ada_layer_norm": f"{TRITON_PART}.layer_norm:residual_ada_layer_norm",
     "residual_layer_norm": f"{TRITON_PART}.layer_norm:residual_layer_norm",
