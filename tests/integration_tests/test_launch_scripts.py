@@ -185,6 +185,29 @@ def test_the_error_of_a_hidden_rank_is_shown(repo, tmp_path):
     assert p.communicate(timeout=60)[0] and p.returncode == 0 and not list(tmp_path.glob("titan_video.*"))
 
 
+FULL_DISK = """
+def mark_failed(folder, run_id, message):
+    raise OSError("status.json: cannot write the file: No space left on device")
+"""
+
+
+@pytest.mark.parametrize("log_too", [False, True])
+def test_a_launcher_whose_disk_is_full_ends_with_one_line(repo, log_too):
+    """log_too: its own output cannot be written either."""
+    status = repo / "titan_video" / "supervision" / "run_status.py"
+    status.write_text(status.read_text() + FULL_DISK)
+    if not log_too:
+        output, code = (p := start(repo, "--fail", NGPU="2")).communicate(timeout=60)[0], p.returncode
+        assert "Traceback" not in output
+        assert "error: status.json: cannot write the file: No space left on device\n" in output
+    else:
+        env = environment(PYTHON=sys.executable, NGPU="2")
+        with open("/dev/full", "w") as full:
+            streams = dict(stdin=subprocess.DEVNULL, stdout=full, stderr=full)
+            code = subprocess.run([str(repo / "run_train.sh"), "--fail"], cwd=repo, env=env, **streams).returncode
+    assert code == 1
+
+
 @pytest.mark.parametrize("signum, whole_group", [(signal.SIGTERM, True), (signal.SIGUSR2, False)])
 def test_all_ranks_save_on_a_signal(repo, signum, whole_group):
     """Slurm signals the process group, `kill` one process. Each rank must get the signal once; a second stops it."""
