@@ -15,12 +15,16 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from titan_video.kernels import attention, reference  # noqa: E402
-from titan_video.kernels.triton import gelu, launch, merge, projections
+from titan_video.kernels.triton import gelu, joined, launch, merge, projections
 from titan_video.kernels.triton import layer_norm as fused_layer_norm
 from titan_video.kernels.triton import rms_norm as fused_rms_norm
 
 EPS = 1e-6
-fused_products = SimpleNamespace(gelu_linear=gelu.gelu_linear, project_and_norm=projections.project_and_norm)
+fused_products = SimpleNamespace(
+    gelu_linear=gelu.gelu_linear,
+    joined_linear=joined.joined_linear,
+    project_and_norm=projections.project_and_norm,
+)
 MODULATION = ("one row", "one row for all samples", "a row per token", "two rows and a mask")
 # Samples, tokens, width and modulation in the interpreter. The last size has several programs of several tokens each.
 SIZES = ((2, 3, 128, MODULATION), (3, 3, 384, MODULATION[1::2]), (1, 5, 1536, MODULATION[::2]))
@@ -139,11 +143,16 @@ def rms_norm_cases(B, L, D, dtype, device="cpu", K=32):
 
 
 class PlainProducts:
-    """The definition of gelu.py and projections.py, by autograd."""
+    """The definition of gelu.py, joined.py and projections.py, by autograd."""
 
     @staticmethod
     def gelu_linear(u, weight, bias, u_bias):
         return F.linear(F.gelu(u + (u_bias - u_bias.detach()), approximate="tanh"), weight, bias)
+
+    @staticmethod
+    def joined_linear(out, u, weight, bias):
+        hidden = F.gelu(u, approximate="tanh").unflatten(-1, (out.shape[2], -1))
+        return F.linear(torch.cat([out, hidden], dim=-1).flatten(2), weight, bias)
 
     @staticmethod
     def project_and_norm(x, context, weights, biases, norms, freqs_cis, head_dim, eps):
@@ -170,6 +179,9 @@ def product_cases(B, L, D, dtype, device="cpu", K=32):
         draw(D, 2 * D, seed=1, scale=D**-0.5),
         *(draw(n, seed=2) for n in (D, 2 * D)),
     )
+    out, v = rand(B, L, 2, K, seed=4, dtype=dtype, device=device), rand(B, L, 6 * K, seed=5, dtype=dtype, device=device)
+    product = rand(D, 8 * K, seed=6, dtype=dtype, device=device)
+    yield "joined_linear", lambda m, o, v, w, b: m.joined_linear(o, v, w, b), (out, v, product, bias)
     yield "gelu_linear", lambda m, u, w, b, c: m.gelu_linear(u, w, b, c), (u, weight, bias, u_bias)
     x, context = draw(B, L, 64, seed=3), draw(B, 2, 64, seed=4)
     weights, biases = [draw(D, 64, seed=i, scale=0.125) for i in (5, 6, 7)], [draw(D, seed=i) for i in (8, 9, 10)]

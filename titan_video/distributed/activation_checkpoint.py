@@ -41,6 +41,7 @@ _KEY_DIM = {
     "flex_attention": -2,  # visible in a compiled block only
 }
 _RING = "titan_video::ring_attention"  # its argument 3 is the number of keys on all ranks
+_GELUS = ("aten::gelu", "titan_video::join_gelu")
 _MATMULS = ("aten::mm", "aten::addmm", "titan_video::frozen_linear")
 _EXCHANGE = "_c10d_functional::all_to_all_single"
 # Kinds of results that each selected block must have; an exchange depends on the micro-batch's layout.
@@ -193,7 +194,7 @@ class SACPolicy:
             nonlocal num_matmuls, num_gelus
             name = operator.name()
             self.num_operators += 1
-            num_gelus += name == "aten::gelu"
+            num_gelus += name in _GELUS
             if name in _MATMULS:
                 num_matmuls += 1
                 is_down, num_gelus = num_gelus > 0, max(num_gelus - 1, 0)

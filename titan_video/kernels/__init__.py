@@ -38,6 +38,7 @@ FUSED = {
     "ada_layer_norm_and_input": f"{TRITON_PART}.layer_norm:ada_layer_norm_and_input",
     "gated_residual": f"{TRITON_PART}.layer_norm:gated_residual",
     "gelu_linear": f"{TRITON_PART}.gelu:gelu_linear",
+    "joined_linear": f"{TRITON_PART}.joined:joined_linear",
     "layer_norm": f"{TRITON_PART}.layer_norm:layer_norm",
     "merge_attention": f"{TRITON_PART}.merge:merge_attention",
     "project_and_norm": f"{TRITON_PART}.projections:project_and_norm",
