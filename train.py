@@ -158,9 +158,7 @@ class Trainer:
         self.pipeline, p = None, c.parallelism
         if stages:
             self.pipeline = self.pp.Pipeline(model, stages, plan, meshes.pp, p, param_dtype, self.device)
-        self.optimizer = build_optimizer(
-            model, config.optimizer, plan.blocks, config.debug.seed, self.spec.adjust_group
-        )
+        self.optimizer = build_optimizer(model, c.optimizer, plan.blocks, c.debug.seed, self.spec.adjust_group)
         self.grad_norm = lambda: clip_grad_norm(model, config.training.max_norm, meshes.pp)
         if config.optimizer.in_backward:
             self.grad_norm = step_in_backward(self.optimizer).grad_norm

@@ -1,6 +1,9 @@
-"""muP (docs/mup.md): `python -m titan_video.mup check CONFIG.toml` and `python -m titan_video.mup transfer CONFIG.toml`.
+"""The commands of muP (docs/mup.md).
 
-`--section.field value` overrides the TOML, as in train.py. `check --help` and `transfer --help` have the other options.
+    python -m titan_video.mup check CONFIG.toml      do activations keep their size over widths?
+    python -m titan_video.mup transfer CONFIG.toml   does the rate of the narrow flavor hold?
+
+`--section.field value` overrides the TOML, as in train.py. `check --help` and `transfer --help` have other options.
 """
 
 import sys

@@ -195,7 +195,7 @@ class Optimizer:
     )
     mup_finetune: bool = opt(
         False,
-        "For mup: start from given weights, which mup has not drawn; only the rates, decay and eps of the classes hold.",
+        "For mup: start from given weights, which mup has not drawn; of it, only rates, decay and eps remain.",
     )
     in_backward: bool = opt(
         False,

@@ -7,13 +7,12 @@ import shlex
 import sys
 from pathlib import Path
 
-import torch
-
 from titan_video.config.check import check
 from titan_video.config.job_config import JobConfig
-from titan_video.config.manager import main_guard, parse_args
+from titan_video.config.manager import ConfigError, main_guard, parse_args
 from titan_video.optim.mup import plot, transfer
 from titan_video.optim.mup.coordinate_check import BAR, Finding, Probe, coordinate_check
+from titan_video.optim.mup.parametrization import rules
 from titan_video.tools.files import atomic_write
 from titan_video.tools.logging import init_logger
 
@@ -38,7 +37,8 @@ def parse_width(word: str) -> int:
 
 def check_command(options: argparse.Namespace, config: JobConfig) -> int:
     """Prints the slopes; the exit code is 1 if one of them is above the bar."""
-    torch.use_deterministic_algorithms(True)
+    if errors := list(rules(config, world_size=1)):
+        raise ConfigError("\n".join(errors))
     probe = Probe(tuple(sorted(set(options.widths))), options.steps, options.seeds, options.layers, options.lr)
     if len(probe.widths) == 1:
         raise ValueError(f"--widths: given {probe.widths[0]}; a slope needs two widths or more")

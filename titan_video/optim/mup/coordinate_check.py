@@ -1,9 +1,10 @@
 """The coordinate check: a few steps of the same model at several widths. With muP activations keep their size.
 
 Yang et al. 2022, appendix D. For every Linear and every block, the mean |activation| of one batch is recorded at the
-start and after each step. Its logarithm is fitted over that of the width: a slope of 0 per doubling is right, a slope
-above the bar, either way, means that a rule is wrong. Muon's updates are small beside the initial values, so that the
-mean |change| since the start is looked at instead, and its matrices get MUON_FACTOR times the rate of the others.
+start and after each step; for every table, which is added to activations, the mean |value|. Its logarithm is fitted
+over that of the width: a slope of 0 per doubling is right, a slope above the bar, either way, means that a rule is
+wrong. Muon's updates are small beside the initial values, so that the mean |change| since the start is looked at
+instead, and its matrices get MUON_FACTOR times the rate of the others.
 
 The rate is large on purpose: a few steps must move the activations, or nothing would be checked.
 """
@@ -25,7 +26,7 @@ from titan_video.flow.matching import FlowMatching
 from titan_video.flow.noise import draw_noise
 from titan_video.models import get_args, get_spec
 from titan_video.models.spec import ModelSpec
-from titan_video.optim.mup.parametrization import Parametrization
+from titan_video.optim.mup.parametrization import Parametrization, width_class
 from titan_video.optim.optimizer import build_optimizer
 from titan_video.tasks.conditioning import COND_LATENTS
 from titan_video.tasks.denoising import Denoising
@@ -57,8 +58,8 @@ class Probe:
 class Finding:
     """What the check has found.
 
-    measure: "activations" or "changes". sizes: {width: {layer: mean over the seeds}}. slopes: {layer: slope per doubling
-    of the width, at the start and after each step; NaN: the layer is zero there}.
+    measure: "activations" or "changes". sizes: {width: {layer: mean over the seeds}}.
+    slopes: {layer: slope per doubling of the width, at the start and after each step; NaN: the layer is zero there}.
     """
 
     measure: str
@@ -121,27 +122,36 @@ def random_batch(spec: ModelSpec, args: Any, clips: int, seed: int) -> Batch:
 
 
 class Recorder:
-    """Sizes of the outputs of every Linear and every block in each forward of a model.
+    """Sizes of every table, and of the outputs of every Linear and every block, in each forward of a model.
 
     A Linear that is called again in a forward, or a second output, has a name of its own: "name (2)".
     differences: sizes of the differences to the first forward instead.
     """
 
-    def __init__(self, model: nn.Module, blocks: tuple[str, ...], differences: bool):
+    def __init__(self, model: nn.Module, spec: ModelSpec, differences: bool):
         self.sizes: Sizes = {}
         self.first: dict[str, Tensor] = {}
         self.differences = differences
-        model.register_forward_pre_hook(lambda module, args: setattr(self, "calls", Counter()))
+        self.calls: Counter[str] = Counter()
+        self.tables = {
+            name: p for name, p in model.named_parameters() if p.ndim > 1 and width_class(name, spec.widths) == "vector"
+        }
+        model.register_forward_pre_hook(lambda _, args: self._begin())
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) or name.rpartition(".")[0] in blocks:
+            if isinstance(module, nn.Linear) or name.rpartition(".")[0] in spec.plan.blocks:
                 module.register_forward_hook(lambda _, args, output, name=name: self._record(name, output))
+
+    def _begin(self) -> None:
+        self.calls.clear()
+        for name, table in self.tables.items():
+            self._record(name, table)
 
     def _record(self, name: str, output: Any) -> None:
         for y in output if isinstance(output, tuple) else (output,):
             self.calls[name] += 1
             key, y = f"{name} ({self.calls[name]})" if self.calls[name] > 1 else name, y.detach()
             if self.differences:
-                y = y - self.first.setdefault(key, y)
+                y = y - self.first.setdefault(key, y.clone())
             self.sizes.setdefault(key, []).append(y.abs().mean().item())
 
 
@@ -159,7 +169,7 @@ def run_width(
     for group in optimizer.param_groups:
         group["lr"] *= MUON_FACTOR if group["kind"] == "Muon" else 1.0
     task = Denoising(spec, args, FlowMatching(JobConfig().flow), whole_sequence(), torch.device("cpu"), seed)
-    batch, recorder = random_batch(spec, args, probe.clips, seed), Recorder(model, spec.plan.blocks, differences)
+    batch, recorder = random_batch(spec, args, probe.clips, seed), Recorder(model, spec, differences)
     inputs = task.prepare(batch)
     for _ in range(probe.steps):
         (task.loss(model(**inputs.kwargs), inputs).sum() / task.num_loss_elements(batch)).backward()

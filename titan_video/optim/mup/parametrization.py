@@ -160,8 +160,8 @@ def rules(config: JobConfig, world_size: int) -> Iterator[str]:
             if value := getattr(o, name):
                 shown = str(value).replace("True", "true")
                 yield (
-                    f"optimizer.{name}: given {shown}, without effect with optimizer.parametrization standard; set that "
-                    f"to mup, or leave this at its default"
+                    f"optimizer.{name}: given {shown}, without effect with optimizer.parametrization standard; set "
+                    f"that to mup, or leave this at its default"
                 )
         return
     where = "optimizer.parametrization: mup, but"

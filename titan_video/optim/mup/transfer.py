@@ -118,6 +118,6 @@ def report(base_flavor: str, base: Sweep, flavor: str, target: Sweep) -> Iterato
             yield f"The best rate of {base_flavor} is the {which} of the sweep: extend --rates."
     clipped = max(o.clipped for found in (base, target) for o in found.values() if not math.isnan(o.clipped))
     yield (
-        f"The best rate of {base_flavor}, {best_rate(base):.2e}, costs {flavor} {excess(base, target):.1%} of loss over "
-        f"its own best, {best_rate(target):.2e}. Gradients were clipped in up to {clipped:.0%} of a run's steps."
+        f"The best rate of {base_flavor}, {best_rate(base):.2e}, costs {flavor} {excess(base, target):.1%} of loss "
+        f"over its own best, {best_rate(target):.2e}. Gradients were clipped in up to {clipped:.0%} of a run's steps."
     )
