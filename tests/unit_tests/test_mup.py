@@ -336,7 +336,7 @@ def test_the_check_as_a_command(tmp_path, capsys):
     assert "passed: the worst slope is" in out and "per doubling of the width (64, 128, 256)" in out
     picture = (tmp_path / "a.svg").read_text()
     assert (
-        picture.count("<polyline") == 3 * 18 - 1
+        picture.count("<polyline") == 3 * 20 - 1
         and "<title>patch_embedding: +0.0" in picture
         and "#c0392b" not in picture
     )
