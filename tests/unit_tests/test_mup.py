@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -45,9 +45,9 @@ def configured(*argv):
 def test_every_parameter_has_the_class_of_its_shape(family, flavor):
     """Of the dims of a matrix, those that grow with the width are known from two widths."""
     spec = get_spec(family)
-    args = at_width(spec, spec.flavors[flavor], spec.flavors[flavor].dim, layers=1)
+    args = at_width(spec, spec.flavors[flavor], spec.flavors[flavor].dim, layers=4)
     with torch.device("meta"):
-        models = [spec.build(at_width(spec, args, width, layers=1)) for width in (args.dim, 2 * args.dim)]
+        models = [spec.build(at_width(spec, args, width, layers=4)) for width in (args.dim, 2 * args.dim)]
     shapes, wide = ({name: p.shape for name, p in model.named_parameters()} for model in models)
     for name, shape in shapes.items():
         found = width_class(name, spec.widths)
@@ -72,6 +72,34 @@ def test_a_proxy_fits_its_model(family, flavor):
     wide = spec.flavors[flavor.removeprefix("proxy-")]
     assert base_problem(spec, wide, spec.flavors[flavor]) == ""
     assert fitting_flavors(spec, wide)[0] == flavor and spec.flavors[flavor].dim * 4 <= wide.dim
+
+
+@dataclass(frozen=True)
+class Inner:
+    width: int
+    top: int
+
+
+@dataclass(frozen=True)
+class Outer:
+    dim: int
+    num_heads: int
+    inner: Inner | None = None
+    num_layers: int = 3
+
+    @property
+    def head_dim(self):
+        return self.dim // self.num_heads
+
+
+def test_arguments_in_arguments_grow_too():
+    spec = replace(SPEC, widths=WidthRules(sizes=("dim", "num_heads", "inner.width"), classes={}))
+    wide = Outer(64, 2, Inner(width=32, top=2))
+    assert at_width(spec, wide, 32, layers=2) == Outer(32, 1, Inner(width=16, top=2), num_layers=2)
+    assert base_problem(spec, wide, Outer(32, 1, Inner(width=16, top=2))) == ""
+    assert "inner.top is 2 in model.flavor and 1 in it" in base_problem(spec, wide, Outer(32, 1, Inner(16, 1)))
+    assert "inner.width is 32 in model.flavor and 8 in it" in base_problem(spec, wide, Outer(32, 1, Inner(8, 2)))
+    assert "inner.width is 32 in model.flavor and None in it" in base_problem(spec, wide, Outer(32, 1))
 
 
 # ---- initial values ----

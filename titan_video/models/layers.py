@@ -222,8 +222,8 @@ class RMSStats(nn.Module):
 
 
 def xavier_uniform_(weight: Tensor, generator: torch.Generator, shape: torch.Size | None = None) -> None:
-    """Glorot and Bengio 2010, for an [out, in] matrix; with `shape`, at the scale of one of that shape."""
-    rows, columns = shape or weight.shape
+    """Glorot and Bengio 2010, for an [out, in] matrix, or each of several; with `shape`, at the scale of that shape."""
+    *_, rows, columns = shape or weight.shape
     bound = math.sqrt(6 / (rows + columns))
     weight.uniform_(-bound, bound, generator=generator)
 

@@ -117,7 +117,8 @@ class NameRule:
 class WidthRules:
     """How a family grows in width, for muP (optim/mup). Depth and head width stay.
 
-    sizes: arguments that grow in proportion to `dim`, itself among them; all others are the same at every width.
+    sizes: arguments that grow in proportion to `dim`, itself among them; all others are the same at every width. A
+        dotted name is an argument in an argument.
     classes: class of a parameter by a pattern of its name (fnmatch), the first that matches:
         "input"   a matrix whose inputs do not grow: patches, text features, features of the time
         "hidden"  a matrix whose inputs and outputs grow

@@ -188,7 +188,7 @@ SPEC = ModelSpec(
     args_to_original=args_to_original,
     lora_targets=(*(f"{a}.{part}" for a in ("self_attn", "cross_attn") for part in "qkvo"), "ffn.up", "ffn.down"),
     widths=WidthRules(
-        sizes=("dim", "num_heads", "ffn_dim"),
+        sizes=("dim", "num_heads", "ffn_dim", "experts.expert_dim", "experts.shared_dim"),
         classes={
             "*bias": "vector",
             "*norm*": "vector",
@@ -201,6 +201,8 @@ SPEC = ModelSpec(
             "time_embedder.down.weight": "hidden",
             "time_proj.weight": "hidden",
             "blocks.*.weight": "hidden",
+            "blocks.*.experts.*": "hidden",
+            "routers.*.weight": "output",  # the number of experts does not grow
             "proj_out.weight": "output",
         },
     ),

@@ -26,7 +26,7 @@ from titan_video.flow.matching import FlowMatching
 from titan_video.flow.noise import draw_noise
 from titan_video.models import get_args, get_spec
 from titan_video.models.spec import ModelSpec
-from titan_video.optim.mup.parametrization import Parametrization, width_class
+from titan_video.optim.mup.parametrization import Parametrization, flat, width_class
 from titan_video.optim.optimizer import build_optimizer
 from titan_video.tasks.conditioning import COND_LATENTS
 from titan_video.tasks.denoising import Denoising
@@ -90,14 +90,23 @@ def at_width(spec: ModelSpec, args: Any, dim: int, layers: int) -> Any:
     """
     if spec.widths is None:
         raise ValueError(f"model.name: the family {spec.name} has no WidthRules; add them to its ModelSpec")
-    if any(getattr(args, size) * dim % args.dim for size in spec.widths.sizes):
-        sizes = ", ".join(f"{size} {getattr(args, size)}" for size in spec.widths.sizes)
+    sizes = {name: value for name, value in flat(args).items() if name in spec.widths.sizes}
+    if any(size * dim % args.dim for size in sizes.values()):
+        shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise ValueError(
-            f"--widths: given {dim}, at which the model's sizes ({sizes}) are no integers; give multiples of the width "
+            f"--widths: given {dim}, at which the model's sizes ({shown}) are no integers; give multiples of the width "
             f"of a head, {args.head_dim}"
         )
     depths = {f.name: min(getattr(args, f.name), layers) for f in fields(args) if f.name.endswith("layers")}
-    return replace(args, **{size: getattr(args, size) * dim // args.dim for size in spec.widths.sizes}, **depths)
+    for name, size in sizes.items():
+        args = _with(args, name, size * dim // sizes["dim"])
+    return replace(args, **depths)
+
+
+def _with(args: Any, name: str, value: Any) -> Any:
+    """Arguments with one value replaced, by its dotted name."""
+    first, _, rest = name.partition(".")
+    return replace(args, **{first: _with(getattr(args, first), rest, value) if rest else value})
 
 
 def random_batch(spec: ModelSpec, args: Any, clips: int, seed: int) -> Batch:

@@ -18,7 +18,7 @@ an output matrix of size 1/m they are of size 1/m, those of the output matrix it
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -131,17 +131,27 @@ def base_problem(spec: ModelSpec, args: Any, base: Any) -> str:
     """Why a model cannot have this base; "" if it can."""
     if spec.widths is None:
         return f"the family {spec.name} has no WidthRules; add them to its ModelSpec"
-    wrong = []
+    wrong, model, narrow = [], flat(args), flat(base)
     if (width := args.dim // args.num_heads) != (other := base.dim // base.num_heads):
         wrong.append(f"the width of a head is {width} in model.flavor and {other} in it")
-    for f in fields(args):
-        ours, theirs = getattr(args, f.name), getattr(base, f.name)
-        if f.name not in spec.widths.sizes:
+    for name in model | narrow:
+        ours, theirs = model.get(name), narrow.get(name)
+        if name not in spec.widths.sizes or ours is None or theirs is None:
             if ours != theirs:
-                wrong.append(f"{f.name} is {ours} in model.flavor and {theirs} in it")
-        elif f.name != "num_heads" and ours * base.dim != theirs * args.dim:
-            wrong.append(f"{f.name} is {ours} in model.flavor and {theirs} in it, which is not in proportion to dim")
+                wrong.append(f"{name} is {ours} in model.flavor and {theirs} in it")
+        elif name != "num_heads" and ours * base.dim != theirs * args.dim:
+            wrong.append(f"{name} is {ours} in model.flavor and {theirs} in it, which is not in proportion to dim")
     return "; ".join(wrong)
+
+
+def flat(args: Any) -> dict[str, Any]:
+    """{name: value} of a model's arguments; those of arguments in arguments have dotted names."""
+    found = {}
+    for f in fields(args):
+        value = getattr(args, f.name)
+        inner = flat(value).items() if is_dataclass(value) else ()
+        found |= {f"{f.name}.{name}": x for name, x in inner} if inner else {f.name: value}
+    return found
 
 
 def fitting_flavors(spec: ModelSpec, args: Any) -> list[str]:
