@@ -44,6 +44,8 @@ RUN_BY = {
     r"python -m titan_video\.data import": "tests/unit_tests/test_data_importers.py::test_the_command",
     r"python -m titan_video\.planner\.dry_run": "tests/integration_tests/test_dry_run.py::test_toml_at_its_world_size",
     r"python -m titan_video\.convert": "tests/unit_tests/test_convert.py::test_the_command_round_trips",
+    r"python -m titan_video\.mup check": "tests/unit_tests/test_mup.py::test_the_check_as_a_command",
+    r"python -m titan_video\.mup transfer": "tests/unit_tests/test_mup.py::test_a_rate_that_holds_and_one_that_does_not",
     r"python -m titan_video\.config": "tests/unit_tests/test_config_page.py",
     r"python benchmarks/learn_shapes\.py": BENCHMARKS,
     r"python benchmarks/traffic\.py": f"{BENCHMARKS}::test_page_of_layouts_has_the_tables_that_the_script_prints",

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from benchmarks import mup as benchmark
+from tests.helpers import ROOT
 from titan_video.config.check import check
 from titan_video.config.job_config import LrScheduler
 from titan_video.config.manager import ConfigError, parse_args
@@ -394,6 +396,20 @@ def test_rates_and_widths_are_positive(tmp_path, word, capsys):
     assert "such as 1e-3 or 2^-9" in capsys.readouterr().err
     assert run_cli(tmp_path, "check", "--widths", "0") == 2
     assert (cli.parse_rate("2^-9"), cli.parse_rate("1e-3")) == (2.0**-9, 1e-3)
+
+
+# ---- the page ----
+
+
+def test_the_page_has_the_tables_that_its_script_prints():
+    results = json.loads((ROOT / "benchmarks" / "results" / "mup.json").read_text())["results"]
+    assert (ROOT / "docs" / "mup.md").read_text().split(benchmark.MARKER)[1].strip() == benchmark.page(results)
+    for row in results["check"]:
+        assert abs(row["mup"]["slope"]) <= BAR and row["standard"]["slope"] > 0.5
+    best = {name: min(losses, key=losses.get) for name, losses in results["transfer"].items()}
+    mup, standard = (results["transfer"][name] for name in ("mup", "standard"))
+    assert mup[best["base"]] <= 1.02 * mup[best["mup"]]
+    assert standard[best["base"]] > 1.05 * standard[best["standard"]]
 
 
 # ---- the sweep ----
