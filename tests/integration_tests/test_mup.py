@@ -44,13 +44,18 @@ def test_a_wider_model_resumes_and_is_another_run(front):
     whole = front.run("whole", options).ok()
     assert "hidden, Muon: lr 0.0015 (0.5 x), weight decay 0.02, 40 tensors" in whole.output
     front.run("stopped", options | {"training.steps": 3}).ok()
-    again = front.run("stopped", options).ok()
+    standard = {"optimizer.parametrization": "standard", "optimizer.base_flavor": ""}
+    again = front.run("stopped", options | standard).ok()
+    assert "optimizer.parametrization stays 'mup', with which" in again.output
     assert again.records == whole.records
     assert_same_checkpoint(again.checkpoint(6), whole.checkpoint(6))
-    standard = {"optimizer.parametrization": "standard", "optimizer.base_flavor": ""}
     plain = front.run("plain", options | standard).ok()
     assert [row["lr"] for row in plain.records] == [row["lr"] for row in whole.records]
     assert [row["loss"] for row in plain.records] != [row["loss"] for row in whole.records]
+    start = {"checkpoint.initial_load_path": plain.checkpoint(6), "training.steps": 1}
+    front.run("given", options | start).fails_with("config error", "optimizer.mup_finetune = true")
+    tuned = front.run("given", options | start | {"optimizer.mup_finetune": "true"}).ok()
+    assert "muP: width 128" in tuned.output and f"weights: from {plain.checkpoint(6)}" in tuned.output
 
 
 ARGS = WanArgs(dim=128, num_heads=4, num_layers=2, ffn_dim=256, text_dim=10, text_len=5, freq_dim=32)
