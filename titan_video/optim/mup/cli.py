@@ -49,8 +49,8 @@ def check_command(options: argparse.Namespace, config: JobConfig) -> int:
     if options.plot:
         atomic_write(options.plot, plot.picture(found, title), "picture of the coordinate check")
     layer, step, slope = found.worst()
-    verdict = "passed" if abs(slope) <= BAR else "FAILED"
-    print(f"{verdict}: the worst slope is {slope:+.2f}, of {layer} after step {step}; the bar is {BAR}")
+    result = "passed" if abs(slope) <= BAR else "FAILED"
+    print(f"{result}: the worst slope is {slope:+.2f}, of {layer} after step {step}; the bar is {BAR}")
     return int(abs(slope) > BAR)
 
 
