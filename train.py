@@ -83,7 +83,7 @@ class Trainer:
     def build_layout(self) -> None:
         """The architecture, whether it can be laid out as asked, ranks, device, process groups."""
         config, m, length = self.config, self.config.model, self.config.encoder.max_text_length
-        self.spec = get_spec(m.name)
+        self.spec = parts.parametrize(get_spec(m.name), config)
         self.args = get_args(self.spec, m.flavor, m.hf_assets_path, length)
         self.geometry = self.spec.geometry(self.args)
         world_size = config.encoder.num_training_ranks(int(os.environ.get("WORLD_SIZE", 1)))
@@ -158,7 +158,7 @@ class Trainer:
         self.pipeline, p = None, c.parallelism
         if stages:
             self.pipeline = self.pp.Pipeline(model, stages, plan, meshes.pp, p, param_dtype, self.device)
-        self.optimizer = build_optimizer(self.model, config.optimizer, plan.blocks, config.debug.seed)
+        self.optimizer = build_optimizer(model, c.optimizer, plan.blocks, c.debug.seed, self.spec.adjust_group)
         self.grad_norm = lambda: clip_grad_norm(model, config.training.max_norm, meshes.pp)
         if config.optimizer.in_backward:
             self.grad_norm = step_in_backward(self.optimizer).grad_norm

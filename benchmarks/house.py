@@ -57,6 +57,7 @@ OPTIONAL_PARTS = (  # each can be deleted alone; modules and packages, without `
     "optim.mixed",
     "optim.in_backward",
     "optim.by_name",
+    "optim.mup",
     "tasks.validation",
     "tasks.sampling",
     "ingest.shape_scores",

@@ -30,6 +30,7 @@ ASKING = {
     "optim.muon": {"optimizer.name": "Muon"},
     "optim.mixed": {"optimizer.name": "AdamW8bit"},
     "optim.in_backward": {"optimizer.in_backward": "true", "training.max_norm": 0},
+    "optim.mup": {"optimizer.parametrization": "mup", "optimizer.base_flavor": "proxy-debug"},
     "optim.by_name": {"optimizer.name": "torch.optim.RAdam"},
     "tasks.validation": {"validation.enable": "true"},
     "tasks.sampling": {"validation.enable": "true"},

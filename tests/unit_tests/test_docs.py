@@ -23,6 +23,7 @@ NEEDS = re.compile(r"\(needs\s[^)]+\)")  # in the paragraph before the commands:
 # A command that matches is run by this test, by itself or with sizes that a test can afford.
 FRONT, DOCS = "tests/integration_tests/test_front_door.py", "tests/integration_tests/test_docs.py"
 PHONE = "tests/integration_tests/test_phone_clips.py"
+MUP = "tests/unit_tests/test_mup.py"
 SCRIPTS, BENCHMARKS = "tests/integration_tests/test_launch_scripts.py", "tests/unit_tests/test_benchmarks.py"
 RUN_BY = {
     r".*train_configs/tiny_dit\.toml": (f"{DOCS}::test_a_third_family_is_made_as_the_page_says"),
@@ -44,6 +45,8 @@ RUN_BY = {
     r"python -m titan_video\.data import": "tests/unit_tests/test_data_importers.py::test_the_command",
     r"python -m titan_video\.planner\.dry_run": "tests/integration_tests/test_dry_run.py::test_toml_at_its_world_size",
     r"python -m titan_video\.convert": "tests/unit_tests/test_convert.py::test_the_command_round_trips",
+    r"python -m titan_video\.mup check": f"{MUP}::test_the_check_as_a_command",
+    r"python -m titan_video\.mup transfer": f"{MUP}::test_a_rate_that_holds_and_one_that_does_not",
     r"python -m titan_video\.config": "tests/unit_tests/test_config_page.py",
     r"python benchmarks/learn_shapes\.py": BENCHMARKS,
     r"python benchmarks/traffic\.py": f"{BENCHMARKS}::test_page_of_layouts_has_the_tables_that_the_script_prints",

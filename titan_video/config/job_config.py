@@ -185,6 +185,18 @@ class Optimizer:
     implementation: Literal["fused", "foreach", "for-loop"] = opt(
         "fused", "Implementation in torch.optim of AdamW with float32 weights."
     )
+    parametrization: Literal["standard", "mup"] = opt(
+        "standard",
+        "mup: initial values and rates of each class of parameters follow the width, so that a rate tuned at the width "
+        "of base_flavor holds at that of model.flavor (docs/mup.md).",
+    )
+    base_flavor: str = opt(
+        "", "For mup: the flavor at which the rate was tuned, of the same depth and head width as model.flavor."
+    )
+    mup_finetune: bool = opt(
+        False,
+        "For mup: start from given weights, which mup has not drawn; of it, only rates, decay and eps remain.",
+    )
     in_backward: bool = opt(
         False,
         "Update each weight as soon as backward has computed its gradient, then free the gradient. Excludes clipping.",

@@ -19,6 +19,9 @@ PARTS = (  # (section or option, the values that ask for a part, the part)
     ("optimizer.name", ("AdamW8bit", "Muon"), "titan_video.optim.low_bit"),  # stochastic rounding is there, too
     ("optimizer.name", ("AdamW8bit", "Muon"), "titan_video.optim.mixed"),
     ("optimizer.name", DOTTED, "titan_video.optim.by_name"),
+    ("optimizer.parametrization", ("mup",), "titan_video.optim.mup"),
+    ("optimizer.base_flavor", CHANGED, "titan_video.optim.mup"),
+    ("optimizer.mup_finetune", (True,), "titan_video.optim.mup"),
     ("training.dtype", ("bfloat16",), "titan_video.optim.low_bit"),
     ("training.dtype", ("bfloat16",), "titan_video.optim.mixed"),
     ("optimizer.in_backward", (True,), "titan_video.optim.in_backward"),

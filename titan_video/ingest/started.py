@@ -2,7 +2,8 @@
 
 Options came that change what a clip or a text is encoded to, and their defaults follow the models' own code. A run that
 was started before such an option, or with another value, goes on as it was: its checkpoints were trained on that, and
-its cache holds it. The resolved TOML in its dump folder says which; an option that is not there did not exist.
+its cache holds it. A run also keeps the parametrization for which its weights were drawn. The resolved TOML in its dump
+folder says which; an option that is not there did not exist.
 """
 
 from collections.abc import Callable
@@ -33,6 +34,8 @@ KEPT = (
     KeptOption("encoder.vae_tiling", False, lambda c: c.encoder.name != "debug"),  # is older; shipped TOMLs set it now
     KeptOption("encoder.vae_temporal_tiling", True, lambda c: c.encoder.name == "hunyuan_video"),
     KeptOption("data.media_rules", 1, lambda c: not c.data.path.startswith("embedded:")),
+    KeptOption("optimizer.parametrization", "standard", lambda c: True),
+    KeptOption("optimizer.base_flavor", "", lambda c: True),
     KeptOption("data.image_dropout", 0.0, lambda c: c.model.name == "hunyuan_video"),
     KeptOption(
         "validation.negative_prompt",

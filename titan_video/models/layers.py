@@ -221,9 +221,10 @@ class RMSStats(nn.Module):
         return (None,) * len(tensors)
 
 
-def xavier_uniform_(weight: Tensor, generator: torch.Generator) -> None:
-    """Glorot and Bengio 2010, for an [out, in] matrix."""
-    bound = math.sqrt(6 / (weight.shape[0] + weight.shape[1]))
+def xavier_uniform_(weight: Tensor, generator: torch.Generator, shape: torch.Size | None = None) -> None:
+    """Glorot and Bengio 2010, for an [out, in] matrix, or each of several; with `shape`, at the scale of that shape."""
+    *_, rows, columns = shape or weight.shape
+    bound = math.sqrt(6 / (rows + columns))
     weight.uniform_(-bound, bound, generator=generator)
 
 

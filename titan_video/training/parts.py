@@ -16,6 +16,7 @@ from titan_video.data.batching import Bucket
 from titan_video.data.latent_cache import LatentCache
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.utils import init_distributed
+from titan_video.models.spec import ModelSpec
 from titan_video.tools.logging import logger
 from titan_video.tools.parts import find_module, resolve
 from titan_video.training.ending import RunEnd
@@ -62,6 +63,14 @@ def run_encoder_rank(config: JobConfig, num_training: int) -> None:
     """All that an encoder rank does, from start to end."""
     run = _online("run_encoder_rank", config.encoder)
     run(config.encoder, config.data, config.comm, config.model.hf_assets_path, num_training)
+
+
+def parametrize(spec: ModelSpec, config: JobConfig) -> ModelSpec:
+    """The model family with the initialisation and the parameter groups of optimizer.parametrization."""
+    if config.optimizer.parametrization == "standard":
+        return spec
+    mup = resolve("titan_video.optim.mup.parametrization:parametrize", asked_by="optimizer.parametrization = mup")
+    return mup(spec, config)
 
 
 def load_pipeline(degree: int) -> Any:

@@ -5,7 +5,7 @@ Names of parameters: names.py.
 
 from dataclasses import replace
 
-from titan_video.models.spec import LatentGeometry, ModelSpec, ParallelPlan
+from titan_video.models.spec import LatentGeometry, ModelSpec, ParallelPlan, WidthRules
 from titan_video.models.wan.model import WanArgs, WanModel, init_parameter
 from titan_video.models.wan.names import HF_NAMES
 
@@ -27,6 +27,7 @@ FLAVORS = {
     "debug-flf2v": replace(_DEBUG, **_TWO_IMAGES | {"image_dim": 64}),
     "debug-i2v-A14B": replace(_DEBUG, **_CHANNELS, boundary=0.9),
     "debug-ti2v": replace(_DEBUG, clean_first_frame=True),
+    "proxy-debug": replace(_DEBUG, dim=32, num_heads=1, ffn_dim=128),
     # Wan 2.1. The 480p and 720p models of i2v-14B differ in their weights only.
     "t2v-1.3B": WanArgs(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960),
     "t2v-14B": _14B,
@@ -38,6 +39,11 @@ FLAVORS = {
     # TI2V-5B is one model for both tasks: trained from a first frame, or, as t2v-5B, from the text alone.
     "ti2v-5B": _5B,
     "t2v-5B": replace(_5B, clean_first_frame=False),
+    # Narrow forms, for optimizer.base_flavor: the same depth and head width. None is published.
+    "proxy-t2v-1.3B": WanArgs(dim=384, num_heads=3, num_layers=30, ffn_dim=2240),
+    "proxy-t2v-14B": replace(_14B, dim=640, num_heads=5, ffn_dim=1728),
+    "proxy-ti2v-5B": replace(_5B, dim=384, num_heads=3, ffn_dim=1792),
+    "proxy-t2v-5B": replace(_5B, dim=384, num_heads=3, ffn_dim=1792, clean_first_frame=False),
 }
 
 
@@ -181,6 +187,25 @@ SPEC = ModelSpec(
     args_to_hf=args_to_hf,
     args_to_original=args_to_original,
     lora_targets=(*(f"{a}.{part}" for a in ("self_attn", "cross_attn") for part in "qkvo"), "ffn.up", "ffn.down"),
+    widths=WidthRules(
+        sizes=("dim", "num_heads", "ffn_dim", "experts.expert_dim", "experts.shared_dim"),
+        classes={
+            "*bias": "vector",
+            "*norm*": "vector",
+            "*modulation*": "vector",
+            "image_embedder.positions": "vector",
+            "patch_embedding.weight": "input",
+            "*_embedder.up.weight": "input",
+            "image_embedder.down.weight": "input",  # its own width does not grow
+            "text_embedder.down.weight": "hidden",
+            "time_embedder.down.weight": "hidden",
+            "time_proj.weight": "hidden",
+            "blocks.*.weight": "hidden",
+            "blocks.*.experts.*": "hidden",
+            "routers.*.weight": "output",  # the number of experts does not grow
+            "proj_out.weight": "output",
+        },
+    ),
 )
 
 __all__ = ["SPEC", "WanArgs", "WanModel"]
