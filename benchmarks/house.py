@@ -42,6 +42,7 @@ OPTIONAL_PARTS = (  # each can be deleted alone; modules and packages, without `
     "distributed.block_swap",
     "distributed.tensor_parallel",
     "distributed.async_tensor_parallel",
+    "distributed.expert_parallel",
     "distributed.pipeline_parallel",
     "distributed.context_parallel",
     "supervision",

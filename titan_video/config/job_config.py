@@ -238,6 +238,12 @@ class Parallelism:
         "For ring and unified. alltoall: keys and values pass from rank to rank, overlapped with compute. allgather: "
         "they are gathered first.",
     )
+    expert_parallel_degree: int = opt(
+        1,
+        "Ranks over which the experts of a mixture-of-experts flavor are divided; tokens go to the ranks that have their "
+        "experts. They are ranks of data, context and tensor parallel: the degree divides the product of the three.",
+        ge=1,
+    )
     pipeline_parallel_degree: int = opt(1, "Ranks over which the blocks are partitioned into stages.", ge=1)
     pipeline_parallel_schedule: Literal["GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble"] = opt(
         "1F1B", "Order of forwards and backwards. The interleaved schedules have two stages on each rank."

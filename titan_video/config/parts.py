@@ -28,6 +28,7 @@ PARTS = (  # (section or option, the values that ask for a part, the part)
     ("parallelism.tensor_parallel_degree", CHANGED, "titan_video.distributed.tensor_parallel"),
     ("training.swap_blocks", CHANGED, "titan_video.distributed.block_swap"),
     ("parallelism.context_parallel_degree", CHANGED, "titan_video.distributed.context_parallel"),
+    ("parallelism.expert_parallel_degree", CHANGED, "titan_video.distributed.expert_parallel"),
     ("parallelism.pipeline_parallel_degree", CHANGED, "titan_video.distributed.pipeline_parallel"),
     ("parallelism.enable_async_tensor_parallel", (True,), "titan_video.distributed.async_tensor_parallel"),
     ("profiling.enable_profiling", (True,), "titan_video.training.profiling"),

@@ -78,6 +78,7 @@ class ParallelPlan:
     tensor: in each block, the tensor-parallel style of a module or parameter (distributed/tensor_parallel.py):
         "colwise" and "rowwise" split a Linear over its outputs or inputs, "all_gather_input" gathers a module's tokens,
         "shard_vector" splits a vector with the heads, "rms_stats" replaces a module. Others are replicated.
+    experts: in each block, the module of stacked experts: parameters [E, ...], divided over ranks by E alone.
     first, last: root modules and parameters of the first and the last pipeline stage.
     per_block_params: root containers keyed like the blocks; an entry goes with its block's stage.
     """
@@ -87,6 +88,7 @@ class ParallelPlan:
     units: dict[str, str] = field(default_factory=dict)
     inner_attention: tuple[str, ...] = ()
     tensor: dict[str, str] = field(default_factory=dict)
+    experts: tuple[str, ...] = ()
     first: tuple[str, ...] = ()
     last: tuple[str, ...] = ()
     per_block_params: tuple[str, ...] = ()

@@ -230,5 +230,5 @@ def state_bytes(kind: str, shape: tuple[int, ...]) -> int:
     """Bytes of optimizer state, without the step count, for a shard of float32 or bfloat16 weights of this shape."""
     numel = math.prod(shape)
     if kind == "AdamW8bit":
-        return 2 * numel + 8 * shape[0] * -(-shape[1] // BLOCK)
+        return 2 * numel + 8 * math.prod(shape[:-1]) * -(-shape[-1] // BLOCK)
     return {"AdamW": 8, "Muon": 4}[kind] * numel
