@@ -240,8 +240,8 @@ class Parallelism:
     )
     expert_parallel_degree: int = opt(
         1,
-        "Ranks over which the experts of a mixture-of-experts flavor are divided; tokens go to the ranks that have their "
-        "experts. They are ranks of data, context and tensor parallel: the degree divides the product of the three.",
+        "Ranks over which the experts of a mixture-of-experts flavor are divided; tokens go to the ranks that have "
+        "their experts. They are ranks of data, context and tensor parallel: the degree divides the product of these.",
         ge=1,
     )
     pipeline_parallel_degree: int = opt(1, "Ranks over which the blocks are partitioned into stages.", ge=1)

@@ -69,15 +69,18 @@ class ExpertExchange:
         """
         counts_Re = counts_E.view(self.group.size, -1)
         received_Re = ready(all_to_all_single_autograd(counts_Re.contiguous(), None, None, self.group.name))
-        to, of, received = host_numbers(counts_Re, received_Re)
+        to, of, received = host_numbers(counts_Re, received_Re, x_ND.shape[0])
         by_source = _all_to_all(x_ND, received=of, sent=to, group=self.group)
         y = run(_regroup(by_source, received), received_Re.sum(0), sum(of))
         by_source = _regroup(y, [list(part) for part in zip(*received, strict=True)])
         return _all_to_all(by_source, received=to, sent=of, group=self.group)
 
 
-def host_numbers(sent_Re: Tensor, received_Re: Tensor) -> tuple[list[int], list[int], list[list[int]]]:
-    """Rows to each rank, rows of each rank, and the latter by this rank's experts [R][e]. The host waits for them."""
+def host_numbers(sent_Re: Tensor, received_Re: Tensor, num_rows: int) -> tuple[list[int], list[int], list[list[int]]]:
+    """Rows to each rank, rows of each rank, and the latter by this rank's experts [R][e]. The host waits for them.
+
+    num_rows: that are sent in all.
+    """
     sent, received = torch.stack([sent_Re, received_Re]).tolist()
     return [sum(part) for part in sent], [sum(part) for part in received], received
 

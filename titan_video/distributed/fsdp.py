@@ -2,8 +2,9 @@
 
 One rank uses it too, so that mixed precision has one meaning, but not in float32 throughout, nor to train adapters.
 
-Blocks are sharded over dp_shard x cp, experts over the ranks that have the same ones of them (expert_fsdp); what is outside the blocks, and the root with the plan's float32 parts, over
-dp_shard x cp x tp. The ranks of cp and tp have different tokens: the same reduce-scatter sums over them.
+Blocks are sharded over dp_shard x cp; what is outside the blocks, and the root with the plan's float32 parts, over
+dp_shard x cp x tp; stacked experts over those of these ranks that have the same ones (expert_parallel.py). The ranks of
+cp and tp have different tokens: the same reduce-scatter sums over them.
 Gradients are summed, never averaged: the loss is divided by the global element count before backward, which stays right
 when ranks hold unequal amounts. Each micro-batch is reduced at once into sharded float32 gradients; a deferred
 reduction would hold a full float32 gradient on each rank.

@@ -35,8 +35,8 @@ ASYNC = "titan_video.distributed.async_tensor_parallel:async_styles"  # optional
 def apply_tensor_parallel(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh, async_mode: bool) -> None:
     """Split the blocks over the 1-D `mesh`, in place; their parameters may be on the meta device. Nothing is sent.
 
-    async_mode: overlap communication with matmuls (async_tensor_parallel.py). Parameters outside the blocks and experts,
-    which have ranks of their own, stay as they are.
+    async_mode: overlap communication with matmuls (async_tensor_parallel.py). Parameters outside the blocks stay as
+    they are, and so do stacked experts, which FSDP shards over the ranks of tensor parallel too.
     """
     styles = STYLES
     if async_mode:
