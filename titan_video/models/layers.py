@@ -222,8 +222,8 @@ class RMSStats(nn.Module):
 
 
 def xavier_uniform_(weight: Tensor, generator: torch.Generator) -> None:
-    """Glorot and Bengio 2010, for an [out, in] matrix."""
-    bound = math.sqrt(6 / (weight.shape[0] + weight.shape[1]))
+    """Glorot and Bengio 2010, for an [out, in] matrix, or a stack of matrices."""
+    bound = math.sqrt(6 / (weight.shape[-2] + weight.shape[-1]))
     weight.uniform_(-bound, bound, generator=generator)
 
 

@@ -5,7 +5,7 @@ Names of parameters: names.py.
 
 from dataclasses import replace
 
-from titan_video.models.spec import LatentGeometry, ModelSpec, ParallelPlan
+from titan_video.models.spec import ExpertArgs, LatentGeometry, ModelSpec, ParallelPlan
 from titan_video.models.wan.model import WanArgs, WanModel, init_parameter
 from titan_video.models.wan.names import HF_NAMES
 
@@ -27,6 +27,14 @@ FLAVORS = {
     "debug-flf2v": replace(_DEBUG, **_TWO_IMAGES | {"image_dim": 64}),
     "debug-i2v-A14B": replace(_DEBUG, **_CHANNELS, boundary=0.9),
     "debug-ti2v": replace(_DEBUG, clean_first_frame=True),
+    # Mixtures of experts; the feed-forward that is active has the size of the dense flavor's.
+    "moe-debug": replace(
+        _DEBUG, experts=ExpertArgs(num_experts=8, top_k=2, expert_dim=128, shared_dim=256, first_dense=1)
+    ),
+    "moe-debug-expert-choice": replace(
+        _DEBUG,
+        experts=ExpertArgs(num_experts=8, top_k=2, expert_dim=128, shared_dim=256, first_dense=1, expert_choice=True),
+    ),
     # Wan 2.1. The 480p and 720p models of i2v-14B differ in their weights only.
     "t2v-1.3B": WanArgs(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960),
     "t2v-14B": _14B,
@@ -149,7 +157,7 @@ SPEC = ModelSpec(
     geometry=geometry,
     plan=ParallelPlan(
         blocks=("blocks",),
-        fp32=("time_embedder", "time_proj", "modulation", "head_modulation"),
+        fp32=("time_embedder", "time_proj", "modulation", "head_modulation", "routers"),
         units={
             "blocks.*": "fsdp",
             "patch_embedding": "fsdp_root",
@@ -169,10 +177,13 @@ SPEC = ModelSpec(
             "cross_attn.norm_k_image": "shard_vector",
             "ffn.up": "colwise",
             "ffn.down": "rowwise",
+            "moe.shared": "all_gather_input",
+            "moe.shared.up": "colwise",
+            "moe.shared.down": "rowwise",
         },
         first=("patch_embedding", "text_embedder", "image_embedder", "time_embedder", "time_proj"),
         last=("head_modulation", "proj_out"),
-        per_block_params=("modulation",),
+        per_block_params=("modulation", "routers"),
     ),
     hf_names=HF_NAMES,
     # In the published image-to-video folders, and unused; diffusers ignores it too.
