@@ -1,6 +1,6 @@
 """Expert parallel without ranks: degrees that are refused, and the shards of stacked experts in closed form."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 
@@ -13,15 +13,7 @@ from titan_video.distributed.parallel_dims import ParallelDims, check_layout
 from titan_video.models.wan import SPEC
 from titan_video.planner.memory import get_unit, shard_shape
 
-PLAN = replace(SPEC.plan, experts=("ffn.experts",))
-
-
-@dataclass(frozen=True)
-class Args:
-    num_experts: int
-    num_heads: int = 4
-    ffn_dim: int = 16
-    num_layers: int = 4
+PLAN, DENSE, MOE = SPEC.plan, SPEC.flavors["debug"], SPEC.flavors["moe-debug"]
 
 
 def message(world, **sections):
@@ -64,9 +56,12 @@ def test_what_cannot_run_is_refused(world, sections, words):
 @pytest.mark.parametrize(
     "args, degree, words",
     [
-        (Args(num_experts=0), 2, "the model has no experts"),
-        (SPEC.flavors["debug"], 2, "the model has no experts"),
-        (Args(num_experts=6), 4, "which does not divide the model's 6 experts; legal: 1, 2"),
+        (DENSE, 2, "the model has no experts"),
+        (
+            replace(MOE, experts=replace(MOE.experts, num_experts=6)),
+            4,
+            "which does not divide the model's 6 experts; legal: 1, 2",
+        ),
     ],
 )
 def test_the_model_must_have_the_experts(args, degree, words):
@@ -85,6 +80,6 @@ def test_the_model_must_have_the_experts(args, degree, words):
     ],
 )
 def test_closed_form_of_an_expert_shard(dims, shape):
-    assert shard_shape("blocks.0.ffn.experts.up", (8, 6, 5), PLAN, dims) == shape
-    assert shard_shape("blocks.0.ffn.router.weight", (8, 6), PLAN, dims)[0] == -(-8 // (dims.dp_shard * dims.cp))
-    assert get_unit("blocks.0.ffn.experts.up", PLAN) == "blocks.0.ffn.experts"
+    assert shard_shape("blocks.0.moe.experts.up", (8, 6, 5), PLAN, dims) == shape
+    assert shard_shape("blocks.0.self_attn.q.weight", (8, 6), PLAN, dims)[0] == -(-8 // dims.tp // dims.dp_shard)
+    assert get_unit("blocks.0.moe.experts.up", PLAN) == "blocks.0.moe.experts"

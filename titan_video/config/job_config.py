@@ -268,8 +268,8 @@ class ActivationCheckpoint:
     save: tuple[Literal["attention", "down", "exchange", "matmul"], ...] = opt(
         ("attention", "down"),
         "For selective: saved outputs. attention: all, so attention is never recomputed. down: the matmul after each "
-        "GELU. exchange: Ulysses' all-to-alls, so that recomputation sends nothing for them. matmul: every second "
-        "matmul.",
+        "GELU. exchange: the all-to-alls of Ulysses and of experts, so that recomputation sends nothing for them. "
+        "matmul: every second matmul.",
     )
     save_min_kv: int = opt(
         1024,

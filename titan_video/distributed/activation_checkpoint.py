@@ -152,7 +152,7 @@ class SACPolicy:
 
         attention   of each attention over at least `save_min_kv` keys: its output and log-sum-exp
         down        of the matmul after each GELU: the widest products of a block give its narrowest results
-        exchange    of each all-to-all of Ulysses
+        exchange    of each all-to-all, of Ulysses and of expert parallel
         matmul      of every second matmul
 
     One for all blocks: equal blocks are compiled, and so traced, once.
@@ -323,10 +323,11 @@ def rules(config: JobConfig, world_size: int) -> Iterator[str]:
             "choose full"
         )
     p = config.parallelism
-    if a.mode == "selective" and "exchange" in a.save and context_parallel_degrees(p)[1] < 2:
+    has_exchange = context_parallel_degrees(p)[1] > 1 or p.expert_parallel_degree > 1
+    if a.mode == "selective" and "exchange" in a.save and not has_exchange:
         yield (
-            "activation_checkpoint.save: exchange, but there is none, as attention is not divided by Ulysses; take it "
-            "out, or set parallelism.context_parallel_degree"
+            "activation_checkpoint.save: exchange, but there is none, as neither attention is divided by Ulysses nor "
+            "experts over ranks; take it out, or set parallelism.context_parallel_degree"
         )
     for name in ("save", "layers"):
         values = getattr(a, name)

@@ -17,7 +17,7 @@ Liu et al. 2025, "MoE Parallel Folding" (arXiv 2504.14960). The parameters are l
 Letters: N rows (a token for each of its experts), D width, E experts, e experts of this rank, R ranks of ep.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ def build_expert_meshes(dims: ParallelDims, device_type: str) -> tuple[DeviceMes
     """(expert_fsdp, ep): see `Meshes`. Collective."""
     sizes = (dims.pp, dims.dp_replicate, dims.dp_shard * dims.cp * dims.tp // dims.ep, dims.ep)
     mesh = init_device_mesh(device_type, sizes, mesh_dim_names=("pp", "dp_replicate", "expert_fsdp", "ep"))
+    mesh["expert_fsdp", "ep"]._flatten("experts")  # over which DTensor sums the norm of gradients at once
     is_hybrid = dims.dp_replicate > 1
     return mesh["dp_replicate", "expert_fsdp"] if is_hybrid else mesh["expert_fsdp"], mesh["ep"]
 
@@ -47,32 +48,30 @@ def apply_expert_parallel(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh
     """Divide the experts of each block over the 1-D `mesh`, in place. The parameters may be on the meta device."""
     for container, key in get_blocks(model, plan):
         for path in (path for path in plan.experts if has(container[key], path)):
-            experts = container[key].get_submodule(path)
-            for module in experts.modules():
-                for name, full in list(module.named_parameters(recurse=False)):
-                    shard = distribute_tensor(full.detach(), mesh, [Shard(0)], src_data_rank=None)
-                    module.register_parameter(name, nn.Parameter(shard, requires_grad=full.requires_grad))
-            experts.exchange = ExpertExchange(rank_group(mesh))
+            experts, parent = (container[key].get_submodule(name) for name in (path, path.rpartition(".")[0]))
+            for name, full in list(experts.named_parameters()):
+                shard = distribute_tensor(full.detach(), mesh, [Shard(0)], src_data_rank=None)
+                experts.register_parameter(name, nn.Parameter(shard, requires_grad=full.requires_grad))
+            parent.dispatch = ExpertExchange(rank_group(mesh))
 
 
-class ExpertExchange:
-    """Runs a function of rows that are sorted by expert on the ranks that have these experts."""
+class ExpertExchange(nn.Module):
+    """Rows to the experts and back (models.experts.Dispatch), where each rank of a group has some of the experts."""
 
     def __init__(self, group: RankGroup):
+        super().__init__()
         self.group = group
 
-    def __call__(self, run: Callable[[Tensor, Tensor, int], Tensor], x_ND: Tensor, counts_E: Tensor) -> Tensor:
-        """Rows [N, D] -> as many rows in the same order.
-
-        counts: rows of each expert, int64, on x's device.
-        run: (rows sorted by this rank's experts, rows of each of these [e], number of rows) -> as many rows.
+    def forward(self, rows_ND: Tensor, counts_E: Tensor, experts: nn.Module) -> Tensor:
+        """rows: sorted by expert; counts: of each of all experts, int64, on the device. Returns the experts' rows in
+        the same order.
         """
         counts_Re = counts_E.view(self.group.size, -1)
-        received_Re = ready(all_to_all_single_autograd(counts_Re.contiguous(), None, None, self.group.name))
-        to, of, received = host_numbers(counts_Re, received_Re, x_ND.shape[0])
-        by_source = _all_to_all(x_ND, received=of, sent=to, group=self.group)
-        y = run(_regroup(by_source, received), received_Re.sum(0), sum(of))
-        by_source = _regroup(y, [list(part) for part in zip(*received, strict=True)])
+        received_Re = ready(all_to_all_single_autograd(counts_Re, None, None, self.group.name))
+        to, of, received = host_numbers(counts_Re, received_Re, rows_ND.shape[0])
+        by_source = _all_to_all(rows_ND, received=of, sent=to, group=self.group)
+        rows = experts(_regroup(by_source, received), received_Re.sum(0), num_rows=sum(of))
+        by_source = _regroup(rows, [list(part) for part in zip(*received, strict=True)])
         return _all_to_all(by_source, received=to, sent=of, group=self.group)
 
 
@@ -98,13 +97,12 @@ def _regroup(x: Tensor, sizes: list[list[int]]) -> Tensor:
 
 def layout_errors(dims: ParallelDims, args: Any) -> Iterator[str]:
     """What a model's architecture does not allow, one line per mistake. args: the model's (see ModelSpec)."""
-    num_experts, num_ranks = getattr(args, "num_experts", 0), dims.dp_shard * dims.cp * dims.tp
-    where = f"parallelism.expert_parallel_degree: given {dims.ep}"
-    if not num_experts:
+    experts, where = getattr(args, "experts", None), f"parallelism.expert_parallel_degree: given {dims.ep}"
+    if experts is None:
         yield f"{where}, but the model has no experts; set it to 1, or choose a model.flavor with experts"
-    elif num_experts % dims.ep:
-        legal = divisors(num_experts, num_ranks)
-        yield f"{where}, which does not divide the model's {num_experts} experts; legal: {legal}"
+    elif experts.num_experts % dims.ep:
+        legal = divisors(experts.num_experts, dims.dp_shard * dims.cp * dims.tp)
+        yield f"{where}, which does not divide the model's {experts.num_experts} experts; legal: {legal}"
 
 
 def rules(config: JobConfig, world_size: int) -> Iterator[str]:

@@ -51,7 +51,7 @@ def updated_by(parameter: str, ndim: int, name: str, blocks: tuple[str, ...]) ->
 
     blocks: paths of the containers of blocks (ParallelPlan.blocks).
     """
-    is_matrix = not is_vector(parameter, ndim) and ".router." not in parameter
+    is_matrix = not is_vector(parameter, ndim) and not parameter.startswith("routers.")
     if name == "Muon":
         return "Muon" if is_matrix and parameter.startswith(tuple(f"{path}." for path in blocks)) else "AdamW"
     return name if is_matrix or "." in name else "AdamW"

@@ -130,7 +130,7 @@ def wan_activations(
         or args.image_dim
         or args.clean_first_frame
         or args.in_channels != args.out_channels
-        or getattr(args, "num_experts", 0)
+        or args.experts
     ):
         raise ValueError(f"no closed form of the activations of {args}; run a dry run")
     if section.mode == "memory_budget" or section.offload:

@@ -159,6 +159,7 @@ SPEC = ModelSpec(
         blocks=("blocks",),
         fp32=("time_embedder", "time_proj", "modulation", "head_modulation", "routers"),
         units={
+            "blocks.*.moe.experts": "expert_fsdp",
             "blocks.*": "fsdp",
             "patch_embedding": "fsdp_root",
             "text_embedder": "fsdp_root",
@@ -181,6 +182,7 @@ SPEC = ModelSpec(
             "moe.shared.up": "colwise",
             "moe.shared.down": "rowwise",
         },
+        experts=("moe.experts",),
         first=("patch_embedding", "text_embedder", "image_embedder", "time_embedder", "time_proj"),
         last=("head_modulation", "proj_out"),
         per_block_params=("modulation", "routers"),

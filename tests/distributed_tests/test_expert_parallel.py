@@ -1,0 +1,182 @@
+"""Experts divided over ranks: loss, every gradient and the load of the experts equal one process."""
+
+import torch
+
+from tests.distributed_tests.test_layouts import (
+    LIMITS,
+    Model,
+    build,
+    build_inputs,
+    build_task,
+    fill,
+    gradients,
+    layout,
+    num_elements,
+)
+from tests.helpers import run_ranks
+from titan_video.config.job_config import ActivationCheckpoint, Compile, Parallelism, Training
+from titan_video.distributed.parallelize import parallelize
+from titan_video.distributed.pipeline_parallel import Pipeline
+from titan_video.distributed.pipeline_parallel.stages import keep_stages
+from titan_video.distributed.sequence import SequenceShard
+from titan_video.distributed.utils import clip_grad_norm, gather_objects, initialise, reduce_over
+from titan_video.models.spec import ExpertArgs
+from titan_video.models.wan import SPEC as WAN
+from titan_video.models.wan import WanArgs
+
+EXPERTS = ExpertArgs(num_experts=8, top_k=2, expert_dim=8, shared_dim=8, first_dense=0)
+ARGS = WanArgs(dim=24, num_heads=4, num_layers=2, ffn_dim=16, text_dim=20, text_len=9, freq_dim=32, experts=EXPERTS)
+MODEL = Model(WAN, ARGS)
+SAVED = ("attention", "down")
+MODES = {
+    "plain": ActivationCheckpoint(),
+    "full": ActivationCheckpoint(mode="full"),
+    "selective": ActivationCheckpoint(mode="selective", save=SAVED, save_min_kv=0),
+    "exchange": ActivationCheckpoint(mode="selective", save=(*SAVED, "exchange"), save_min_kv=0),
+}
+# Experts that no token reaches: of the degree 2 one rank has no rows, of 4 two ranks, and one expert of another rank.
+STARVED = (1, 4, 5, 6, 7)
+
+
+def starve(model, experts):
+    """Set the routers' biases so that these experts are never chosen, and the others by their scores."""
+    with torch.no_grad():
+        for router in model.routers.values():
+            bias = torch.zeros(EXPERTS.num_experts)
+            bias[list(experts)] = -10
+            initialise(router, lambda name, full, generator: full.copy_(bias), 0, lambda name: name == "bias")
+
+
+def loads(model):
+    """Tokens of each expert by block, of all ranks together."""
+    total = {}
+    for of_rank in gather_objects({name: router.load_SE for name, router in model.routers.items()}):
+        for name, load in of_rank.items():
+            total[name] = total.get(name, 0) + load
+    return total
+
+
+def reference(num_batches, starved):
+    """(loss, gradients, norm, loads) of one process."""
+    model = build(MODEL, torch.float64).to_empty(device="cpu")
+    fill(model, MODEL)
+    starve(model, starved)
+    task, total = build_task(WAN, ARGS), 0
+    for i in range(num_batches):
+        inputs = build_inputs(task, i, torch.float64)
+        loss = task.loss(model(**inputs.kwargs), inputs).sum() / num_elements(task, num_batches)
+        loss.backward()
+        total += loss.detach()
+    return total, gradients(model), clip_grad_norm(model, 0.0), {n: r.load_SE for n, r in model.routers.items()}
+
+
+def prepare(layout, mode, starved=()):
+    """(model, pipeline, meshes) under a layout, with the weights that one process has."""
+    meshes, section = layout.dims.build_mesh("cpu"), Parallelism(**layout.options)
+    training = Training(mixed_precision_param="float64", mixed_precision_reduce="float64")
+    model, pipelined = build(MODEL, torch.float64), layout.dims.pp > 1
+    stages = keep_stages(model, WAN.plan, meshes.pp, section, ARGS, 15) if pipelined else None
+    parallelize(model, WAN.plan, meshes, section, training, MODES[mode], Compile())
+    model.to_empty(device="cpu")
+    fill(model, MODEL)
+    starve(model, starved)
+    pipeline = (
+        Pipeline(model, stages, WAN.plan, meshes.pp, section, torch.float64, torch.device("cpu")) if stages else None
+    )
+    return model, pipeline, meshes
+
+
+def forward_backward(model, pipeline, meshes, num):
+    """The loss of a step, on every rank."""
+    task, loss = build_task(WAN, ARGS, SequenceShard.from_meshes(meshes)), torch.zeros((), dtype=torch.float64)
+    count, rank, dp = num_elements(task, num), meshes.batch.get_local_rank(), meshes.batch.size()
+    if pipeline:
+        for parity in (0, 1):  # a pipeline's micro-batches have one shape
+            inputs = [build_inputs(task, i, torch.float64) for i in range(parity, num, 2)][rank::dp]
+            loss += pipeline.step(inputs, lambda v, i: task.loss(v, inputs[i]).sum() / count)
+    else:
+        for i in range(rank, num, dp):
+            inputs = build_inputs(task, i, torch.float64)
+            micro = task.loss(model(**inputs.kwargs), inputs).sum() / count
+            micro.backward()
+            loss += micro.detach()
+    return reduce_over(meshes.batch, reduce_over(meshes.sequence, loss, "sum"), "sum")
+
+
+def compare(runs, path):
+    """(names of parameters, what differs from one process) for each run, one after the other in one process group."""
+    expected, report = torch.load(path), []
+    for run in runs:
+        ref_loss, ref_grads, ref_norm, ref_loads = expected[run.layout.num_batches, run.starved]
+        model, pipeline, meshes = prepare(run.layout, run.mode, run.starved)
+        loss = forward_backward(model, pipeline, meshes, run.layout.num_batches)
+        for _, p in (x for x in model.named_parameters() if ".experts." in x[0]):
+            p.grad.mul_(run.factor)
+        grads, norm = gradients(model), clip_grad_norm(model, 0.0, meshes.pp)
+        errors = {
+            n: ((g - ref_grads[n]).norm() / ref_grads[n].norm().clamp_min(1e-30)).item()
+            for n, g in grads.items()
+            if g is not None
+        }
+        errors |= {"loss": (loss / ref_loss - 1).abs().item(), "norm": (norm / ref_norm - 1).abs().item()}
+        wrong = {n: e for n, e in errors.items() if not e <= LIMITS[torch.float64]}
+        wrong |= {n: "no gradient" for n, g in grads.items() if g is None}
+        found = loads(model)
+        wrong |= {f"load {n}": found[n] for n, load in ref_loads.items() if not torch.equal(found[n], load)}
+        report.append((set(grads), wrong))
+    return report
+
+
+@dataclass(frozen=True)
+class Run:
+    """starved: experts that no token reaches. factor: by which the gradients of experts are multiplied, wrongly."""
+
+    layout: Layout
+    mode: str = "plain"
+    starved: tuple[int, ...] = ()
+    factor: float = 1.0
+
+
+def check(world, runs, tmp_path):
+    path = tmp_path / "reference.pt"
+    torch.save({key: reference(*key) for key in {(run.layout.num_batches, run.starved) for run in runs}}, path)
+    for (_, starved), (_, _, _, found) in torch.load(path).items():
+        for load_SE in found.values():
+            assert {e for e, n in enumerate(load_SE.sum(0).tolist()) if n == 0} == set(starved)
+    reports = run_ranks(compare, world, runs, path, timeout=1800)
+    names = next(iter(torch.load(path).values()))[1].keys()
+    for run, *by_rank in zip(runs, *reports, strict=True):
+        assert set().union(*(found for found, _ in by_rank)) == names
+        if run.factor == 1:
+            assert [wrong for _, wrong in by_rank] == [{}] * world, run
+        else:
+            wrong = set().union(*(wrong for _, wrong in by_rank))
+            assert wrong == {"norm", *(name for name in names if ".experts." in name)}
+
+
+FOUR_RANKS = (
+    Run(layout(dp_shard=2, ulysses=2, ep=2), factor=1 / 2),
+    Run(layout(dp_shard=2, ulysses=2, ep=4), "full", STARVED),
+    Run(layout(dp_shard=2, tp=2, ep=2), "selective", STARVED),
+    Run(layout(pp=2, dp_shard=2, ep=2), "exchange"),
+)
+EIGHT_RANKS = {
+    "dp2 cp4": {"dp_shard": 2, "ring": 2, "ulysses": 2},
+    "dp2 cp2 tp2": {"dp_shard": 2, "ulysses": 2, "tp": 2},
+    "pp2 dp2 cp2": {"pp": 2, "dp_shard": 2, "ulysses": 2},
+    "hsdp2x2 cp2": {"dp_replicate": 2, "dp_shard": 2, "ring": 2},
+}
+
+
+def test_experts_over_four_ranks_equal_one_process(tmp_path):
+    """With one wrong factor, which is seen."""
+    check(4, FOUR_RANKS, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ep", [1, 2, 4])
+@pytest.mark.parametrize("attention", EIGHT_RANKS)
+def test_experts_over_eight_ranks_equal_one_process(attention, ep, tmp_path):
+    folded = layout(ep=ep, **EIGHT_RANKS[attention])
+    modes = tuple(mode for mode in MODES if mode != "exchange" or ep > 1)
+    check(8, tuple(Run(folded, mode, starved) for mode in modes for starved in ((), STARVED)), tmp_path)
