@@ -1,9 +1,13 @@
 """Experts divided over ranks: loss, every gradient and the load of the experts equal one process."""
 
+from dataclasses import dataclass
+
+import pytest
 import torch
 
 from tests.distributed_tests.test_layouts import (
     LIMITS,
+    Layout,
     Model,
     build,
     build_inputs,
