@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tests.distributed_tests.test_layouts import (
     LIMITS,
@@ -18,15 +19,27 @@ from tests.distributed_tests.test_layouts import (
     num_elements,
 )
 from tests.helpers import run_ranks
-from titan_video.config.job_config import ActivationCheckpoint, Compile, Parallelism, Training
+from titan_video.checkpoint.manager import CheckpointManager
+from titan_video.checkpoint.state import ModelState, OptimizerState
+from titan_video.config.job_config import (
+    ActivationCheckpoint,
+    Checkpoint,
+    Compile,
+    Ema,
+    Optimizer,
+    Parallelism,
+    Training,
+)
 from titan_video.distributed.parallelize import parallelize
 from titan_video.distributed.pipeline_parallel import Pipeline
 from titan_video.distributed.pipeline_parallel.stages import keep_stages
 from titan_video.distributed.sequence import SequenceShard
-from titan_video.distributed.utils import clip_grad_norm, gather_objects, initialise, reduce_over
+from titan_video.distributed.utils import clip_grad_norm, gather_objects, initialise, reduce_over, to_local
 from titan_video.models.spec import ExpertArgs
 from titan_video.models.wan import SPEC as WAN
 from titan_video.models.wan import WanArgs
+from titan_video.optim.ema import EmaWeights
+from titan_video.optim.optimizer import build_optimizer
 
 EXPERTS = ExpertArgs(num_experts=8, top_k=2, expert_dim=8, shared_dim=8, first_dense=0)
 ARGS = WanArgs(dim=24, num_heads=4, num_layers=2, ffn_dim=16, text_dim=20, text_len=9, freq_dim=32, experts=EXPERTS)
@@ -184,3 +197,155 @@ def test_experts_over_eight_ranks_equal_one_process(attention, ep, tmp_path):
     folded = layout(ep=ep, **EIGHT_RANKS[attention])
     modes = tuple(mode for mode in MODES if mode != "exchange" or ep > 1)
     check(8, tuple(Run(folded, mode, starved) for mode in modes for starved in ((), STARVED)), tmp_path)
+
+
+# ---- optimizers and checkpoints ----
+
+
+class Trained:
+    """A model in a layout (None: this process alone) with its optimizer, EMA weights and checkpoints in `folder`."""
+
+    def __init__(self, layout, folder, optimizer="AdamW"):
+        self.layout, self.pipeline, self.meshes = layout, None, None
+        if layout is None:
+            self.model = build(MODEL, torch.float64).to_empty(device="cpu")
+            fill(self.model, MODEL)
+            starve(self.model, ())
+        else:
+            self.model, self.pipeline, self.meshes = prepare(layout, "plain")
+        self.optimizer = build_optimizer(
+            self.model, Optimizer(name=optimizer, lr=1e-2, weight_decay=0.1), WAN.plan.blocks, seed=7
+        )
+        self.ema = EmaWeights(self.model, Ema(enable=True, decay=0.5))
+        self.states = {
+            "model": ModelState(self.model),
+            "optimizer": OptimizerState(self.model, self.optimizer),
+            "ema": self.ema,
+        }
+        section = Checkpoint(interval=1, async_mode="disabled", keep_latest_k=0)
+        self.checkpoint = CheckpointManager(section, folder, self.states, {})
+
+    def step(self, number):
+        """The same micro-batches in all layouts. The norm of the gradients, which are clipped."""
+        if self.layout is None:
+            task = build_task(WAN, ARGS)
+            for i in range(NUM_BATCHES):
+                inputs = build_inputs(task, i, torch.float64)
+                (task.loss(self.model(**inputs.kwargs), inputs).sum() / num_elements(task, NUM_BATCHES)).backward()
+        else:
+            forward_backward(self.model, self.pipeline, self.meshes, NUM_BATCHES)
+        norm = clip_grad_norm(self.model, 0.1, self.meshes.pp if self.meshes else None)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.update(number)
+        return norm.item()
+
+    def tensors(self):
+        """This rank's parts of all that a checkpoint holds."""
+        return {f"{kind}.{name}": t for kind, s in self.states.items() for name, t in s.state_dict().items()}
+
+    def differences(self, reference, equal=torch.equal):
+        """Names of those that are not this rank's part of the full tensors of `reference`."""
+        wrong = []
+        for name, t in self.tensors().items():
+            expected = reference[name]
+            if isinstance(t, DTensor):
+                expected = distribute_tensor(expected, t.device_mesh, t.placements, src_data_rank=None).to_local()
+            if not equal(to_local(t), expected):
+                wrong.append(name)
+        return wrong
+
+
+NUM_BATCHES = 8  # two of each shape for two data-parallel ranks, four of each for a pipeline of them
+EP4 = layout(dp_shard=2, ulysses=2, ep=4)
+
+
+def full(tensors):
+    return {name: t.full_tensor() if isinstance(t, DTensor) else t.clone() for name, t in tensors.items()}
+
+
+def train_and_save(folder):
+    """Two steps on four ranks of experts, a checkpoint, a third step; then the same from the checkpoint. Whether the
+    third step was the same, the checkpoint's tensors, and the norms.
+    """
+    run = Trained(EP4, folder)
+    norms = [run.step(1), run.step(2)]
+    run.checkpoint.save(2, force=True)
+    run.checkpoint.close()
+    saved = full(run.tensors())
+    norms.append(run.step(3))
+    third = {name: to_local(t).clone() for name, t in run.tensors().items()}
+    resumed = Trained(EP4, folder)
+    assert resumed.checkpoint.load() == 2
+    resumed.step(3)
+    same = [name for name, t in resumed.tensors().items() if torch.equal(to_local(t), third[name])]
+    return len(same) == len(third), saved, norms
+
+
+def load(layouts, folder, saved):
+    """What differs from the checkpoint's tensors, after a load in each of the layouts, and the next norm."""
+    found, reference = [], torch.load(saved)
+    for chosen in layouts:
+        run = Trained(chosen, folder)
+        with torch.no_grad():
+            for p in run.model.parameters():
+                to_local(p).fill_(float("nan"))
+        assert run.checkpoint.load() == 2
+        found.append((run.differences(reference), run.step(3)))
+    return found
+
+
+def check_loads(worlds, tmp_path):
+    resumes, saved, norms = run_ranks(train_and_save, 4, tmp_path, timeout=600)[0]
+    assert resumes
+    torch.save(saved, tmp_path / "saved.pt")
+    one = Trained(None, tmp_path / "none")
+    assert [one.step(i) for i in (1, 2, 3)] == pytest.approx(norms, rel=1e-9)
+    found = load([None], tmp_path, tmp_path / "saved.pt")
+    for world, layouts in worlds.items():
+        found += [
+            x for rank in run_ranks(load, world, layouts, tmp_path, tmp_path / "saved.pt", timeout=900) for x in rank
+        ]
+    assert [wrong for wrong, _ in found] == [[]] * len(found)
+    assert [norm for _, norm in found] == pytest.approx([norms[-1]] * len(found), rel=1e-9)
+
+
+def test_a_checkpoint_of_experts_loads_under_other_layouts_and_resumes(tmp_path):
+    check_loads({2: [layout(tp=2, ep=2)]}, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_experts_loads_under_all_layouts(tmp_path):
+    check_loads(
+        {
+            1: [layout()],
+            2: [layout(dp_shard=2, ep=2), layout(dp_shard=2), layout(tp=2, ep=2), layout(pp=2)],
+            8: [layout(dp_shard=2, ulysses=2, tp=2, ep=ep) for ep in (1, 2, 4, 8)]
+            + [layout(pp=2, dp_shard=2, ulysses=2, ep=4), layout(dp_replicate=2, dp_shard=2, ulysses=2, ep=2)],
+        },
+        tmp_path,
+    )
+
+
+def optimize(name, layouts, path):
+    """What differs from one process after two steps in each layout."""
+    reference, found = torch.load(path), []
+    for chosen in layouts:
+        run = Trained(chosen, path.parent / "none", name)
+        run.step(1), run.step(2)
+        found.append(run.differences(reference, lambda a, b: torch.allclose(a.double(), b.double(), 1e-7, 1e-9)))
+    return found
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "Muon"])
+def test_optimizers_of_experts_equal_one_process(name, tmp_path):
+    """On four ranks of data parallel, FSDP shards the rows of each of two experts, and Muon exchanges them."""
+    run = Trained(None, tmp_path / "none", name)
+    run.step(1), run.step(2)
+    kinds = {p: group["kind"] for group in run.optimizer.param_groups for p in group["params"]}
+    experts = run.model.blocks["0"].moe.experts
+    assert [kinds[p] for p in (experts.up, experts.down, experts.up_bias)] == [name, name, "AdamW"]
+    assert kinds[run.model.routers["0"].weight] == "AdamW"
+    torch.save(run.tensors(), tmp_path / "one.pt")
+    layouts = [layout(dp_shard=2, ulysses=2, ep=2), layout(dp_shard=2, ulysses=2, ep=1)]
+    assert run_ranks(optimize, 4, name, layouts, tmp_path / "one.pt", timeout=600) == [[[], []]] * 4
