@@ -1,6 +1,6 @@
 """Experts divided over ranks: loss, every gradient and the load of the experts equal one process."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def starve(model, experts):
     """Set the routers' biases so that these experts are never chosen, and the others by their scores."""
     with torch.no_grad():
         for router in model.routers.values():
-            bias = torch.zeros(EXPERTS.num_experts)
+            bias = torch.zeros(router.bias.shape)
             bias[list(experts)] = -10
             initialise(router, lambda name, full, generator: full.copy_(bias), 0, lambda name: name == "bias")
 
@@ -87,15 +87,15 @@ def reference(num_batches, starved):
     return total, gradients(model), clip_grad_norm(model, 0.0), {n: r.load_SE for n, r in model.routers.items()}
 
 
-def prepare(layout, mode, starved=()):
+def prepare(layout, mode, starved=(), m=MODEL):
     """(model, pipeline, meshes) under a layout, with the weights that one process has."""
     meshes, section = layout.dims.build_mesh("cpu"), Parallelism(**layout.options)
     training = Training(mixed_precision_param="float64", mixed_precision_reduce="float64")
-    model, pipelined = build(MODEL, torch.float64), layout.dims.pp > 1
-    stages = keep_stages(model, WAN.plan, meshes.pp, section, ARGS, 15) if pipelined else None
+    model, pipelined = build(m, torch.float64), layout.dims.pp > 1
+    stages = keep_stages(model, WAN.plan, meshes.pp, section, m.args, 15) if pipelined else None
     parallelize(model, WAN.plan, meshes, section, training, MODES[mode], Compile())
     model.to_empty(device="cpu")
-    fill(model, MODEL)
+    fill(model, m)
     starve(model, starved)
     pipeline = (
         Pipeline(model, stages, WAN.plan, meshes.pp, section, torch.float64, torch.device("cpu")) if stages else None
@@ -205,14 +205,14 @@ def test_experts_over_eight_ranks_equal_one_process(attention, ep, tmp_path):
 class Trained:
     """A model in a layout (None: this process alone) with its optimizer, EMA weights and checkpoints in `folder`."""
 
-    def __init__(self, layout, folder, optimizer="AdamW"):
+    def __init__(self, layout, folder, optimizer="AdamW", m=MODEL):
         self.layout, self.pipeline, self.meshes = layout, None, None
         if layout is None:
-            self.model = build(MODEL, torch.float64).to_empty(device="cpu")
-            fill(self.model, MODEL)
+            self.model = build(m, torch.float64).to_empty(device="cpu")
+            fill(self.model, m)
             starve(self.model, ())
         else:
-            self.model, self.pipeline, self.meshes = prepare(layout, "plain")
+            self.model, self.pipeline, self.meshes = prepare(layout, "plain", m=m)
         self.optimizer = build_optimizer(
             self.model, Optimizer(name=optimizer, lr=1e-2, weight_decay=0.1), WAN.plan.blocks, seed=7
         )
@@ -327,20 +327,24 @@ def test_a_checkpoint_of_experts_loads_under_all_layouts(tmp_path):
     )
 
 
+FEW = replace(MODEL, args=replace(ARGS, experts=replace(EXPERTS, num_experts=2, top_k=1)))
+
+
 def optimize(name, layouts, path):
     """What differs from one process after two steps in each layout."""
     reference, found = torch.load(path), []
     for chosen in layouts:
-        run = Trained(chosen, path.parent / "none", name)
+        run = Trained(chosen, path.parent / "none", name, FEW)
         run.step(1), run.step(2)
+        assert [place.is_shard(1) for place in run.model.blocks["0"].moe.experts.up.placements][0]
         found.append(run.differences(reference, lambda a, b: torch.allclose(a.double(), b.double(), 1e-7, 1e-9)))
     return found
 
 
 @pytest.mark.parametrize("name", ["AdamW8bit", "Muon"])
 def test_optimizers_of_experts_equal_one_process(name, tmp_path):
-    """On four ranks of data parallel, FSDP shards the rows of each of two experts, and Muon exchanges them."""
-    run = Trained(None, tmp_path / "none", name)
+    """With fewer experts than ranks, FSDP shards the rows of each, and Muon exchanges them."""
+    run = Trained(None, tmp_path / "none", name, FEW)
     run.step(1), run.step(2)
     kinds = {p: group["kind"] for group in run.optimizer.param_groups for p in group["params"]}
     experts = run.model.blocks["0"].moe.experts
