@@ -1,9 +1,9 @@
 """A mixture of experts in place of a block's feed-forward.
 
-    tokens --+-- norm -- router -- scores -- route -- rows sorted by expert -- dispatch -- rows -- weighted sum --+-- out
-             |                                                                    |                               |
-             |                                                                 experts                            |
-             +-- modulated -- shared expert ----------------------------------------------------------------------+
+    residual -- norm -- router -- scores -- choose --+-- rows by expert -- dispatch -- weighted sum --+-- out
+                                                     |                        |                       |
+    modulated tokens --+-----------------------------+                     experts                    |
+                       +-- shared expert -------------------------------------------------------------+
 
 The router reads the normalised token before modulation, in float32. A score is a sigmoid; a token's experts are
 weighted by their scores, divided by the sum of the chosen ones (DeepSeek-AI 2024, "DeepSeek-V3", eq. 12-15).
