@@ -61,7 +61,7 @@ OPTIONAL_PARTS = (  # each can be deleted alone; modules and packages, without `
     "tasks.sampling",
     "ingest.shape_scores",
     "weights.original",
-    "weights.interim",
+    "weights.export",
     "ingest.importers",
     "lora",
     "online",

@@ -27,6 +27,8 @@ from titan_video.models.spec import ModelSpec
 from titan_video.tools.bounded import read_json
 from titan_video.tools.logging import init_logger, logger
 from titan_video.tools.parts import find_module, resolve
+from titan_video.weights.export.pipeline_folder import PIPELINE, complete_pipeline
+from titan_video.weights.export.save import GIB, WritePlan, Writer
 from titan_video.weights.formats import (
     CONFIG,
     FORMAT_NAMES,
@@ -36,8 +38,7 @@ from titan_video.weights.formats import (
     preview,
     read_slice,
 )
-from titan_video.weights.hf_storage import GIB, WritePlan, Writer, global_shapes
-from titan_video.weights.pipeline_folder import PIPELINE, complete_pipeline, is_checkpoint
+from titan_video.weights.hf_storage import global_shapes
 from titan_video.weights.safetensors_io import opened
 
 DETECT = "titan_video.weights.original:detect"  # an optional part
@@ -241,7 +242,7 @@ def run(options: argparse.Namespace) -> Path:
         raise ValueError(f"DST {target}: --format {options.format} is one file, whose name should end in .safetensors")
     if options.max_shard_gib <= 0:
         raise ValueError("--max-shard-gib must be above 0")
-    weights = StepSource(source, options.weights) if is_checkpoint(source) else PublicSource(source, options)
+    weights = StepSource(source, options.weights) if files.is_checkpoint(source) else PublicSource(source, options)
     path = target
     if options.format == "diffusers":
         subfolder = options.subfolder or weights.spec.hf_folder
@@ -258,7 +259,7 @@ def run(options: argparse.Namespace) -> Path:
 
 def find_adapters(source: Path, options: argparse.Namespace) -> Any:
     """The adapters of `source`, for lora/convert.py; None: it holds weights. ValueError: they are not valid."""
-    if is_checkpoint(source):
+    if files.is_checkpoint(source):
         config, _ = run_config(source)
         if config.lora.enable and options.format in ADAPTER_FORMATS:
             read = resolve(f"{LORA}.convert:read_step", asked_by=f"{source}, of a run with lora.enable")

@@ -35,7 +35,7 @@ ASKING = {
     "tasks.sampling": {"validation.enable": "true"},
     "ingest.shape_scores": {"validation.num_scored": 3},
     "weights.original": {"checkpoint.last_save_in_hf": "true", "checkpoint.export_format": "original"},
-    "weights.interim": {"checkpoint.export_every": 1},
+    "weights.export": {"checkpoint.export_every": 1},
     "training.wandb_sink": {"metrics.enable_wandb": "true"},
     "training.flight_recorder": {"comm.trace_buf_size": 100},
     "training.faults": {"fault_tolerance.nonfinite": "rollback"},

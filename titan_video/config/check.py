@@ -40,7 +40,7 @@ PART_RULES = MappingProxyType(  # {optional part: its rules}, loaded only where 
         "titan_video.optim.in_backward": "titan_video.optim.in_backward:rules",
         "titan_video.tasks.validation": "titan_video.tasks.validation:rules",
         "titan_video.lora": "titan_video.lora.adapters:rules",
-        "titan_video.weights.interim": "titan_video.weights.interim:rules",
+        "titan_video.weights.export": "titan_video.weights.export.interim:rules",
         "titan_video.online": "titan_video.online.setup:rules",
     }
 )

@@ -4,7 +4,6 @@ import os
 import shutil
 from pathlib import Path
 
-from titan_video.checkpoint.files import MANIFEST, list_steps
 from titan_video.models.spec import ModelSpec
 from titan_video.tools.bounded import is_plain_name, read_json, short
 from titan_video.tools.files import atomic_path, atomic_write, sha256
@@ -28,11 +27,6 @@ def is_exported(path: Path, format_name: str, spec: ModelSpec) -> bool:
     if format_name == "diffusers" or spec.args_to_original:
         return (path / CONFIG).is_file()
     return (path / INDEX).is_file() or (path / f"{STEM}.safetensors").is_file()
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether `path` is a step-N folder or contains some, rather than public weights."""
-    return (path / MANIFEST).is_file() or bool(list_steps(path))
 
 
 def complete_pipeline(source: Path, target: Path, subfolder: str) -> None:
