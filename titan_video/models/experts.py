@@ -67,10 +67,13 @@ class Router(nn.Module):
     def forward(self, t_B: Tensor) -> Routing:
         """What its block needs for clips at times t = 1000 sigma."""
         level_B = (t_B * (NUM_LEVELS / 1000)).long().clamp(0, NUM_LEVELS - 1)
-        if self.load_SE is None or self.load_SE.device != t_B.device:
-            num_experts = self.weight.shape[0]
-            self.load_SE = torch.zeros(NUM_LEVELS, num_experts, dtype=torch.int64, device=t_B.device)
+        if self.load_SE is None:
+            self.load_SE = torch.zeros(NUM_LEVELS, len(self.weight), dtype=torch.int64, device=t_B.device)
         return Routing(self.weight, self.bias, level_B, self.load_SE)
+
+    def zero_load(self) -> None:
+        if self.load_SE is not None:
+            self.load_SE.zero_()
 
 
 class Experts(nn.Module):
