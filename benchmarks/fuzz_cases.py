@@ -33,8 +33,9 @@ from titan_video.ingest.media import DecodeLimits
 from titan_video.ingest.plan import make_plan, read_frames
 from titan_video.models import get_args
 from titan_video.models.wan import SPEC
-from titan_video.weights.hf_storage import load_hf, save_hf
-from titan_video.weights.pipeline_folder import complete_pipeline
+from titan_video.weights.export.pipeline_folder import complete_pipeline
+from titan_video.weights.export.save import save_hf
+from titan_video.weights.hf_storage import load_hf
 
 ARGS = SPEC.flavors["debug"]
 BUCKETS = [(5, 32, 32), (1, 32, 32)]

@@ -41,6 +41,8 @@ signals.install()
 rank, run_id = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_RUN_ID", "")
 if "--freeze" in sys.argv:
     watch.start(1.0)
+elif "--freeze-early" in sys.argv and rank == "0":
+    watch.start(60.0)
 def status(code):
     status = {"status": "x", "exit_code": code, "run_id": run_id, "idle_starts": int(os.environ.get("IDLE", "0"))}
     (here / "status.json").write_text(json.dumps(status))
@@ -69,6 +71,7 @@ import contextlib, sys
 main_guard = contextlib.nullcontext
 class parse_args(list):
     dump_folder = "."
+    init_timeout_seconds = 2.0
     def __getattr__(self, name):
         return self
     def num_training_ranks(self, world_size):
@@ -250,6 +253,15 @@ def test_a_frozen_rank_ends_the_run_and_is_named(repo):
     assert p.returncode == 1 and not any(map(running, pids))
     assert f"error: local rank 1 (host {os.uname().nodename}, pid {pids[1]}) is frozen: no sign of life for" in output
     assert (repo / "failed").read_text() == "rank 1 ended with exit code -9"
+
+
+def test_a_rank_that_is_stopped_before_its_first_beat_ends_the_run_and_is_named(repo):
+    p = start(repo, "--freeze-early", NGPU="2")
+    pid = facts(repo, 1)["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    output, _ = p.communicate(timeout=60)
+    assert p.returncode == 1 and not running(pid)
+    assert f"error: local rank 1 (host {os.uname().nodename}, pid {pid}) is frozen: stopped for" in output
 
 
 def test_warnings_of_hidden_ranks_are_shown_once_with_the_rank_of_the_whole_run(repo):

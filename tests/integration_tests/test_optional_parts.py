@@ -10,12 +10,15 @@ import pytest
 from benchmarks.house import OPTIONAL_PARTS, PACKAGE, optional_part
 from tests.helpers import run_ranks
 
-PROGRAMS = {"planner", "convert", "download", "sample", "replay", "ingest.importers"}  # started by hand
+PROGRAMS = {"planner", "convert", "upcycle", "download", "sample", "replay", "ingest.importers"}  # started by hand
 ALWAYS = {"supervision", "training.tensorboard_sink"}  # every run uses them where they are there
 AFTERWARDS = {"training.out_of_memory"}  # explains an error
 ASKING = {
     "models.hunyuan_video": {"model.name": "hunyuan_video"},
     "encoders.hunyuan_video": {"encoder.name": "hunyuan_video"},
+    "kernels.grouped": {"model.flavor": "moe-debug"},
+    "models.experts": {"model.flavor": "moe-debug"},
+    "training.expert_balance": {"experts.balance_rate": 0.01},
     "kernels.triton": {"model.kernels": "triton"},
     "kernels.attention_backends": {"model.attention": "flex"},
     "distributed.float8": {"float8.enable": "true", "float8.emulate": "true"},
@@ -35,7 +38,7 @@ ASKING = {
     "tasks.sampling": {"validation.enable": "true"},
     "ingest.shape_scores": {"validation.num_scored": 3},
     "weights.original": {"checkpoint.last_save_in_hf": "true", "checkpoint.export_format": "original"},
-    "weights.interim": {"checkpoint.export_every": 1},
+    "weights.export": {"checkpoint.export_every": 1},
     "training.wandb_sink": {"metrics.enable_wandb": "true"},
     "training.flight_recorder": {"comm.trace_buf_size": 100},
     "training.faults": {"fault_tolerance.nonfinite": "rollback"},

@@ -29,8 +29,8 @@ from titan_video.ingest.video import UnusableClip, decode, probe
 from titan_video.lora.names import read_adapters
 from titan_video.models import get_args, get_spec
 from titan_video.tools import bounded
+from titan_video.weights.export.pipeline_folder import complete_pipeline
 from titan_video.weights.formats import find_weights
-from titan_video.weights.pipeline_folder import complete_pipeline
 from titan_video.weights.safetensors_io import read_header
 
 DEEP = "[" * 100_000

@@ -28,7 +28,7 @@ from titan_video.tools.files import StorageError, atomic_path, atomic_write, opt
 from titan_video.tools.logging import _Handler
 from titan_video.tools.video import write_mp4
 from titan_video.training.metrics import MetricsLogger
-from titan_video.weights.hf_storage import save_hf
+from titan_video.weights.export.save import save_hf
 
 
 @pytest.fixture

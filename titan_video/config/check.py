@@ -36,12 +36,13 @@ PART_RULES = MappingProxyType(  # {optional part: its rules}, loaded only where 
         "titan_video.training.profiling": "titan_video.training.profiling:rules",
         "titan_video.training.wandb_sink": "titan_video.training.wandb_sink:rules",
         "titan_video.training.faults": "titan_video.training.faults.guard:rules",
+        "titan_video.training.expert_balance": "titan_video.training.expert_balance:rules",
         "titan_video.training.gradient_check": "titan_video.training.gradient_check:rules",
         "titan_video.optim.by_name": "titan_video.optim.by_name:rules",
         "titan_video.optim.in_backward": "titan_video.optim.in_backward:rules",
         "titan_video.tasks.validation": "titan_video.tasks.validation:rules",
         "titan_video.lora": "titan_video.lora.adapters:rules",
-        "titan_video.weights.interim": "titan_video.weights.interim:rules",
+        "titan_video.weights.export": "titan_video.weights.export.interim:rules",
         "titan_video.online": "titan_video.online.setup:rules",
     }
 )

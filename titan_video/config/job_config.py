@@ -13,6 +13,7 @@ from titan_video.config.option import opt
 from titan_video.config.sections.checkpoint import Checkpoint
 from titan_video.config.sections.data import Data
 from titan_video.config.sections.data import Source as Source
+from titan_video.config.sections.experts import Experts
 from titan_video.config.sections.fault_tolerance import FaultTolerance
 from titan_video.config.sections.float8 import Float8
 from titan_video.config.sections.lora import Lora
@@ -367,6 +368,7 @@ class JobConfig:
     training: Training = Training()
     optimizer: Optimizer = Optimizer()
     float8: Float8 = Float8()
+    experts: Experts = Experts()
     lr_scheduler: LrScheduler = LrScheduler()
     parallelism: Parallelism = Parallelism()
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()

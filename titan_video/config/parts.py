@@ -11,9 +11,15 @@ from titan_video.tools.parts import find_module
 
 CHANGED = ()  # any value but the default
 DOTTED = (".",)  # any value with a dot
+EXPERTS = ("moe-debug", "moe-debug-expert-choice", "moe-1.3B", "moe-14B-shared", "moe-14B-copies")  # flavors
 PARTS = (  # (section or option, the values that ask for a part, the part)
     ("lora", CHANGED, "titan_video.lora"),
+    ("lora", CHANGED, "titan_video.weights.export"),
     ("float8", CHANGED, "titan_video.distributed.float8"),
+    ("model.flavor", EXPERTS, "titan_video.models.experts"),
+    ("model.flavor", EXPERTS, "titan_video.kernels.grouped"),
+    ("model.flavor", EXPERTS, "titan_video.training.expert_balance"),
+    ("experts", CHANGED, "titan_video.training.expert_balance"),
     ("optimizer.name", ("Muon",), "titan_video.optim.muon"),
     ("optimizer.name", ("AdamW8bit", "Muon"), "titan_video.optim.low_bit"),  # stochastic rounding is there, too
     ("optimizer.name", ("AdamW8bit", "Muon"), "titan_video.optim.mixed"),
@@ -22,8 +28,9 @@ PARTS = (  # (section or option, the values that ask for a part, the part)
     ("training.dtype", ("bfloat16",), "titan_video.optim.mixed"),
     ("optimizer.in_backward", (True,), "titan_video.optim.in_backward"),
     ("checkpoint.export_format", ("original", "single_file", "comfyui"), "titan_video.weights.original"),
-    ("checkpoint.export_every", CHANGED, "titan_video.weights.interim"),
-    ("checkpoint.keep_exports", CHANGED, "titan_video.weights.interim"),
+    ("checkpoint.last_save_in_hf", (True,), "titan_video.weights.export"),
+    ("checkpoint.export_every", CHANGED, "titan_video.weights.export"),
+    ("checkpoint.keep_exports", CHANGED, "titan_video.weights.export"),
     ("activation_checkpoint.offload", (True,), "titan_video.distributed.offload"),
     ("parallelism.tensor_parallel_degree", CHANGED, "titan_video.distributed.tensor_parallel"),
     ("training.swap_blocks", CHANGED, "titan_video.distributed.block_swap"),

@@ -1,9 +1,9 @@
 """A mixture of experts in place of a block's feed-forward.
 
-    tokens --+-- norm -- router -- scores -- route -- rows sorted by expert -- dispatch -- rows -- weighted sum --+-- out
-             |                                                                    |                               |
-             |                                                                 experts                            |
-             +-- modulated -- shared expert ----------------------------------------------------------------------+
+    residual -- norm -- router -- scores -- choose --+-- rows by expert -- dispatch -- weighted sum --+-- out
+                                                     |                        |                       |
+    modulated tokens --+-----------------------------+                     experts                    |
+                       +-- shared expert -------------------------------------------------------------+
 
 The router reads the normalised token before modulation, in float32. A score is a sigmoid; a token's experts are
 weighted by their scores, divided by the sum of the chosen ones (DeepSeek-AI 2024, "DeepSeek-V3", eq. 12-15).
@@ -67,10 +67,13 @@ class Router(nn.Module):
     def forward(self, t_B: Tensor) -> Routing:
         """What its block needs for clips at times t = 1000 sigma."""
         level_B = (t_B * (NUM_LEVELS / 1000)).long().clamp(0, NUM_LEVELS - 1)
-        if self.load_SE is None or self.load_SE.device != t_B.device:
-            num_experts = self.weight.shape[0]
-            self.load_SE = torch.zeros(NUM_LEVELS, num_experts, dtype=torch.int64, device=t_B.device)
+        if self.load_SE is None:
+            self.load_SE = torch.zeros(NUM_LEVELS, len(self.weight), dtype=torch.int64, device=t_B.device)
         return Routing(self.weight, self.bias, level_B, self.load_SE)
+
+    def zero_load(self) -> None:
+        if self.load_SE is not None:
+            self.load_SE.zero_()
 
 
 class Experts(nn.Module):
