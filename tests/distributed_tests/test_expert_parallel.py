@@ -1,6 +1,8 @@
 """Experts divided over ranks: loss, every gradient and the load of the experts equal one process."""
 
 from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,10 +28,12 @@ from titan_video.config.job_config import (
     Checkpoint,
     Compile,
     Ema,
+    JobConfig,
     Optimizer,
     Parallelism,
     Training,
 )
+from titan_video.config.sections.experts import Experts as ExpertsSection
 from titan_video.distributed.parallelize import parallelize
 from titan_video.distributed.pipeline_parallel import Pipeline
 from titan_video.distributed.pipeline_parallel.stages import keep_stages
@@ -40,10 +44,12 @@ from titan_video.models.wan import SPEC as WAN
 from titan_video.models.wan import WanArgs
 from titan_video.optim.ema import EmaWeights
 from titan_video.optim.optimizer import build_optimizer
+from titan_video.training.expert_balance import ExpertBalance, direction
 
 EXPERTS = ExpertArgs(num_experts=8, top_k=2, expert_dim=8, shared_dim=8, first_dense=0)
 ARGS = WanArgs(dim=24, num_heads=4, num_layers=2, ffn_dim=16, text_dim=20, text_len=9, freq_dim=32, experts=EXPERTS)
 MODEL = Model(WAN, ARGS)
+CHOICE = replace(MODEL, args=replace(ARGS, experts=replace(EXPERTS, expert_choice=True)))
 SAVED = ("attention", "down")
 MODES = {
     "plain": ActivationCheckpoint(),
@@ -73,10 +79,11 @@ def loads(model):
     return total
 
 
-def reference(num_batches, starved):
+def reference(num_batches, starved, choice):
     """(loss, gradients, norm, loads) of one process."""
-    model = build(MODEL, torch.float64).to_empty(device="cpu")
-    fill(model, MODEL)
+    m = CHOICE if choice else MODEL
+    model = build(m, torch.float64).to_empty(device="cpu")
+    fill(model, m)
     starve(model, starved)
     task, total = build_task(WAN, ARGS), 0
     for i in range(num_batches):
@@ -124,8 +131,8 @@ def compare(runs, path):
     """(names of parameters, what differs from one process) for each run, one after the other in one process group."""
     expected, report = torch.load(path), []
     for run in runs:
-        ref_loss, ref_grads, ref_norm, ref_loads = expected[run.layout.num_batches, run.starved]
-        model, pipeline, meshes = prepare(run.layout, run.mode, run.starved)
+        ref_loss, ref_grads, ref_norm, ref_loads = expected[run.case]
+        model, pipeline, meshes = prepare(run.layout, run.mode, run.starved, CHOICE if run.choice else MODEL)
         loss = forward_backward(model, pipeline, meshes, run.layout.num_batches)
         for _, p in (x for x in model.named_parameters() if ".experts." in x[0]):
             p.grad.mul_(run.factor)
@@ -146,18 +153,26 @@ def compare(runs, path):
 
 @dataclass(frozen=True)
 class Run:
-    """starved: experts that no token reaches. factor: by which the gradients of experts are multiplied, wrongly."""
+    """starved: experts that no token reaches. factor: by which the gradients of experts are multiplied, wrongly.
+    choice: experts choose tokens.
+    """
 
     layout: Layout
     mode: str = "plain"
     starved: tuple[int, ...] = ()
     factor: float = 1.0
+    choice: bool = False
+
+    @property
+    def case(self):
+        """What the reference depends on: see `reference`."""
+        return self.layout.num_batches, self.starved, self.choice
 
 
 def check(world, runs, tmp_path):
     path = tmp_path / "reference.pt"
-    torch.save({key: reference(*key) for key in {(run.layout.num_batches, run.starved) for run in runs}}, path)
-    for (_, starved), (_, _, _, found) in torch.load(path).items():
+    torch.save({case: reference(*case) for case in {run.case for run in runs}}, path)
+    for (_, starved, _), (_, _, _, found) in torch.load(path).items():
         for load_SE in found.values():
             assert {e for e, n in enumerate(load_SE.sum(0).tolist()) if n == 0} == set(starved)
     reports = run_ranks(compare, world, runs, path, timeout=1800)
@@ -176,6 +191,7 @@ FOUR_RANKS = (
     Run(layout(dp_shard=2, ulysses=2, ep=4), "full", STARVED),
     Run(layout(dp_shard=2, tp=2, ep=2), "selective", STARVED),
     Run(layout(pp=2, dp_shard=2, ep=2), "exchange"),
+    Run(layout(dp_shard=2, ulysses=2, ep=4), choice=True),
 )
 EIGHT_RANKS = {
     "dp2 cp4": {"dp_shard": 2, "ring": 2, "ulysses": 2},
@@ -196,7 +212,8 @@ def test_experts_over_four_ranks_equal_one_process(tmp_path):
 def test_experts_over_eight_ranks_equal_one_process(attention, ep, tmp_path):
     folded = layout(ep=ep, **EIGHT_RANKS[attention])
     modes = tuple(mode for mode in MODES if mode != "exchange" or ep > 1)
-    check(8, tuple(Run(folded, mode, starved) for mode in modes for starved in ((), STARVED)), tmp_path)
+    runs = [Run(folded, mode, starved) for mode in modes for starved in ((), STARVED)]
+    check(8, (*runs, *(Run(folded, mode, choice=True) for mode in modes)), tmp_path)
 
 
 # ---- optimizers and checkpoints ----
@@ -216,6 +233,10 @@ class Trained:
         self.optimizer = build_optimizer(
             self.model, Optimizer(name=optimizer, lr=1e-2, weight_decay=0.1), WAN.plan.blocks, seed=7
         )
+        if layout is not None:
+            config = JobConfig(experts=ExpertsSection(balance_rate=BALANCE_RATE))
+            ignored = SimpleNamespace(log_scalars=lambda *args: None)
+            self.balance = ExpertBalance(config, self.model, self.optimizer, self.meshes, ignored, lambda _, run: run())
         self.ema = EmaWeights(self.model, Ema(enable=True, decay=0.5))
         self.states = {
             "model": ModelState(self.model),
@@ -228,17 +249,26 @@ class Trained:
     def step(self, number):
         """The same micro-batches in all layouts. The norm of the gradients, which are clipped."""
         if self.layout is None:
+            for router in self.model.routers.values():
+                router.zero_load()
             task = build_task(WAN, ARGS)
             for i in range(NUM_BATCHES):
                 inputs = build_inputs(task, i, torch.float64)
                 (task.loss(self.model(**inputs.kwargs), inputs).sum() / num_elements(task, NUM_BATCHES)).backward()
         else:
-            forward_backward(self.model, self.pipeline, self.meshes, NUM_BATCHES)
+            run = partial(forward_backward, self.model, self.pipeline, self.meshes, NUM_BATCHES)
+            self.balance(number, run)
         norm = clip_grad_norm(self.model, 0.1, self.meshes.pp if self.meshes else None)
         self.optimizer.step()
+        for router in self.model.routers.values() if self.layout is None else ():
+            router.bias.data += BALANCE_RATE * direction(router.load_SE.sum(0))
         self.optimizer.zero_grad()
         self.ema.update(number)
         return norm.item()
+
+    def biases(self):
+        """Of the routers that this rank has."""
+        return full({name: router.bias for name, router in self.model.routers.items()})
 
     def tensors(self):
         """This rank's parts of all that a checkpoint holds."""
@@ -256,6 +286,7 @@ class Trained:
         return wrong
 
 
+BALANCE_RATE = 1e-3
 NUM_BATCHES = 8  # two of each shape for two data-parallel ranks, four of each for a pipeline of them
 EP4 = layout(dp_shard=2, ulysses=2, ep=4)
 
@@ -266,7 +297,7 @@ def full(tensors):
 
 def train_and_save(folder):
     """Two steps on four ranks of experts, a checkpoint, a third step; then the same from the checkpoint. Whether the
-    third step was the same, the checkpoint's tensors, and the norms.
+    third step was the same, the checkpoint's tensors, the norms, and the biases of the routers after three steps.
     """
     run = Trained(EP4, folder)
     norms = [run.step(1), run.step(2)]
@@ -279,11 +310,11 @@ def train_and_save(folder):
     assert resumed.checkpoint.load() == 2
     resumed.step(3)
     same = [name for name, t in resumed.tensors().items() if torch.equal(to_local(t), third[name])]
-    return len(same) == len(third), saved, norms
+    return len(same) == len(third), saved, norms, run.biases()
 
 
 def load(layouts, folder, saved):
-    """What differs from the checkpoint's tensors, after a load in each of the layouts, and the next norm."""
+    """What differs from the checkpoint's tensors after a load in each layout; norm and biases of a third step."""
     found, reference = [], torch.load(saved)
     for chosen in layouts:
         run = Trained(chosen, folder)
@@ -291,23 +322,25 @@ def load(layouts, folder, saved):
             for p in run.model.parameters():
                 to_local(p).fill_(float("nan"))
         assert run.checkpoint.load() == 2
-        found.append((run.differences(reference), run.step(3)))
+        found.append((run.differences(reference), run.step(3), run.biases()))
     return found
 
 
 def check_loads(worlds, tmp_path):
-    resumes, saved, norms = run_ranks(train_and_save, 4, tmp_path, timeout=600)[0]
+    resumes, saved, norms, biases = run_ranks(train_and_save, 4, tmp_path, timeout=600)[0]
     assert resumes
     torch.save(saved, tmp_path / "saved.pt")
     one = Trained(None, tmp_path / "none")
     assert [one.step(i) for i in (1, 2, 3)] == pytest.approx(norms, rel=1e-9)
+    assert all(torch.equal(biases[name], bias) and bias.any() for name, bias in one.biases().items())
     found = load([None], tmp_path, tmp_path / "saved.pt")
     for world, layouts in worlds.items():
         found += [
             x for rank in run_ranks(load, world, layouts, tmp_path, tmp_path / "saved.pt", timeout=900) for x in rank
         ]
-    assert [wrong for wrong, _ in found] == [[]] * len(found)
-    assert [norm for _, norm in found] == pytest.approx([norms[-1]] * len(found), rel=1e-9)
+    assert [wrong for wrong, _, _ in found] == [[]] * len(found)
+    assert all(torch.equal(bias, biases[name]) for _, _, own in found for name, bias in own.items())
+    assert [norm for _, norm, _ in found] == pytest.approx([norms[-1]] * len(found), rel=1e-9)
 
 
 def test_a_checkpoint_of_experts_loads_under_other_layouts_and_resumes(tmp_path):

@@ -25,6 +25,7 @@ ASKING = {
     "distributed.async_tensor_parallel": {"parallelism.enable_async_tensor_parallel": "true"},
     "distributed.tensor_parallel": {"parallelism.tensor_parallel_degree": 2},
     "distributed.context_parallel": {"parallelism.context_parallel_degree": 2},
+    "distributed.expert_parallel": {"parallelism.expert_parallel_degree": 2},
     "distributed.pipeline_parallel": {"parallelism.pipeline_parallel_degree": 2},
     "training.profiling": {"profiling.enable_profiling": "true"},
     "distributed.offload": {"activation_checkpoint.mode": "full", "activation_checkpoint.offload": "true"},
