@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import expert_parallel as expert_traffic
+from benchmarks import traffic
+from tests.helpers import ROOT
 from tests.unit_tests.config_cases import BASE
 from titan_video.config import from_dict
 from titan_video.config.check import check
@@ -132,3 +135,8 @@ def test_biases_of_experts_are_vectors():
     }
     assert kinds == {("up", 3): "Muon", ("up_bias", 2): "AdamW"}
     assert updated_by("routers.0.weight", 2, "AdamW8bit", ("blocks",)) == "AdamW"
+
+
+def test_the_page_has_the_table_that_the_script_prints():
+    page = (ROOT / "docs" / "expert_parallel.md").read_text()
+    assert page.split(traffic.MARKER)[1].strip() == expert_traffic.page("moe-14B-shared", 75600, ranks=64, cp=8)
