@@ -222,8 +222,8 @@ def test_experts_over_eight_ranks_equal_one_process(attention, ep, tmp_path):
 class Trained:
     """A model in a layout (None: this process alone) with its optimizer, EMA weights and checkpoints in `folder`."""
 
-    def __init__(self, layout, folder, optimizer="AdamW", m=MODEL):
-        self.layout, self.pipeline, self.meshes = layout, None, None
+    def __init__(self, layout, folder, optimizer="AdamW", m=MODEL, num=NUM_BATCHES):
+        self.layout, self.pipeline, self.meshes, self.num = layout, None, None, num
         if layout is None:
             self.model = build(m, torch.float64).to_empty(device="cpu")
             fill(self.model, m)
@@ -252,11 +252,11 @@ class Trained:
             for router in self.model.routers.values():
                 router.zero_load()
             task = build_task(WAN, ARGS)
-            for i in range(NUM_BATCHES):
+            for i in range(self.num):
                 inputs = build_inputs(task, i, torch.float64)
-                (task.loss(self.model(**inputs.kwargs), inputs).sum() / num_elements(task, NUM_BATCHES)).backward()
+                (task.loss(self.model(**inputs.kwargs), inputs).sum() / num_elements(task, self.num)).backward()
         else:
-            run = partial(forward_backward, self.model, self.pipeline, self.meshes, NUM_BATCHES)
+            run = partial(forward_backward, self.model, self.pipeline, self.meshes, self.num)
             self.balance(number, run)
         norm = clip_grad_norm(self.model, 0.1, self.meshes.pp if self.meshes else None)
         self.optimizer.step()
@@ -287,7 +287,8 @@ class Trained:
 
 
 BALANCE_RATE = 1e-3
-NUM_BATCHES = 8  # two of each shape for two data-parallel ranks, four of each for a pipeline of them
+NUM_BATCHES = 4  # one of each shape for two data-parallel ranks
+PIPELINED = 8  # two of each
 EP4 = layout(dp_shard=2, ulysses=2, ep=4)
 
 
@@ -295,29 +296,29 @@ def full(tensors):
     return {name: t.full_tensor() if isinstance(t, DTensor) else t.clone() for name, t in tensors.items()}
 
 
-def train_and_save(folder):
+def train_and_save(folder, num):
     """Two steps on four ranks of experts, a checkpoint, a third step; then the same from the checkpoint. Whether the
     third step was the same, the checkpoint's tensors, the norms, and the biases of the routers after three steps.
     """
-    run = Trained(EP4, folder)
+    run = Trained(EP4, folder, num=num)
     norms = [run.step(1), run.step(2)]
     run.checkpoint.save(2, force=True)
     run.checkpoint.close()
     saved = full(run.tensors())
     norms.append(run.step(3))
     third = {name: to_local(t).clone() for name, t in run.tensors().items()}
-    resumed = Trained(EP4, folder)
+    resumed = Trained(EP4, folder, num=num)
     assert resumed.checkpoint.load() == 2
     resumed.step(3)
     same = [name for name, t in resumed.tensors().items() if torch.equal(to_local(t), third[name])]
     return len(same) == len(third), saved, norms, run.biases()
 
 
-def load(layouts, folder, saved):
+def load(layouts, folder, num):
     """What differs from the checkpoint's tensors after a load in each layout; norm and biases of a third step."""
-    found, reference = [], torch.load(saved)
+    found, reference = [], torch.load(folder / "saved.pt")
     for chosen in layouts:
-        run = Trained(chosen, folder)
+        run = Trained(chosen, folder, num=num)
         with torch.no_grad():
             for p in run.model.parameters():
                 to_local(p).fill_(float("nan"))
@@ -326,18 +327,16 @@ def load(layouts, folder, saved):
     return found
 
 
-def check_loads(worlds, tmp_path):
-    resumes, saved, norms, biases = run_ranks(train_and_save, 4, tmp_path, timeout=600)[0]
+def check_loads(worlds, tmp_path, num=NUM_BATCHES):
+    resumes, saved, norms, biases = run_ranks(train_and_save, 4, tmp_path, num, timeout=600)[0]
     assert resumes
     torch.save(saved, tmp_path / "saved.pt")
-    one = Trained(None, tmp_path / "none")
+    one = Trained(None, tmp_path / "none", num=num)
     assert [one.step(i) for i in (1, 2, 3)] == pytest.approx(norms, rel=1e-9)
     assert all(torch.equal(biases[name], bias) and bias.any() for name, bias in one.biases().items())
-    found = load([None], tmp_path, tmp_path / "saved.pt")
+    found = load([None], tmp_path, num)
     for world, layouts in worlds.items():
-        found += [
-            x for rank in run_ranks(load, world, layouts, tmp_path, tmp_path / "saved.pt", timeout=900) for x in rank
-        ]
+        found += [x for of_rank in run_ranks(load, world, layouts, tmp_path, num, timeout=900) for x in of_rank]
     assert [wrong for wrong, _, _ in found] == [[]] * len(found)
     assert all(torch.equal(bias, biases[name]) for _, _, own in found for name, bias in own.items())
     assert [norm for _, norm, _ in found] == pytest.approx([norms[-1]] * len(found), rel=1e-9)
@@ -357,32 +356,35 @@ def test_a_checkpoint_of_experts_loads_under_all_layouts(tmp_path):
             + [layout(pp=2, dp_shard=2, ulysses=2, ep=4), layout(dp_replicate=2, dp_shard=2, ulysses=2, ep=2)],
         },
         tmp_path,
+        PIPELINED,
     )
 
 
 FEW = replace(MODEL, args=replace(ARGS, experts=replace(EXPERTS, num_experts=2, top_k=1)))
 
 
-def optimize(name, layouts, path):
-    """What differs from one process after two steps in each layout."""
-    reference, found = torch.load(path), []
-    for chosen in layouts:
-        run = Trained(chosen, path.parent / "none", name, FEW)
+OPTIMIZERS = ("AdamW8bit", "Muon")
+
+
+def optimize(layouts, folder):
+    """What differs from one process after two steps by each optimizer in each layout."""
+    found = []
+    for name, chosen in ((name, chosen) for name in OPTIMIZERS for chosen in layouts):
+        run, reference = Trained(chosen, folder / "none", name, FEW), torch.load(folder / f"{name}.pt")
         run.step(1), run.step(2)
-        assert [place.is_shard(1) for place in run.model.blocks["0"].moe.experts.up.placements][0]
+        assert run.model.blocks["0"].moe.experts.up.placements[0].is_shard(1)
         found.append(run.differences(reference, lambda a, b: torch.allclose(a.double(), b.double(), 1e-7, 1e-9)))
     return found
 
 
-@pytest.mark.parametrize("name", ["AdamW8bit", "Muon"])
-def test_optimizers_of_experts_equal_one_process(name, tmp_path):
+def test_optimizers_of_experts_equal_one_process(tmp_path):
     """With fewer experts than ranks, FSDP shards the rows of each, and Muon exchanges them."""
-    run = Trained(None, tmp_path / "none", name, FEW)
-    run.step(1), run.step(2)
-    kinds = {p: group["kind"] for group in run.optimizer.param_groups for p in group["params"]}
-    experts = run.model.blocks["0"].moe.experts
-    assert [kinds[p] for p in (experts.up, experts.down, experts.up_bias)] == [name, name, "AdamW"]
-    assert kinds[run.model.routers["0"].weight] == "AdamW"
-    torch.save(run.tensors(), tmp_path / "one.pt")
+    for name in OPTIMIZERS:
+        run = Trained(None, tmp_path / "none", name, FEW)
+        run.step(1), run.step(2)
+        kinds = {p: group["kind"] for group in run.optimizer.param_groups for p in group["params"]}
+        experts = run.model.blocks["0"].moe.experts
+        assert [kinds[p] for p in (experts.up, experts.down, experts.up_bias)] == [name, name, "AdamW"]
+        torch.save(run.tensors(), tmp_path / f"{name}.pt")
     layouts = [layout(dp_shard=2, ulysses=2, ep=2), layout(dp_shard=2, ulysses=2, ep=1)]
-    assert run_ranks(optimize, 4, name, layouts, tmp_path / "one.pt", timeout=600) == [[[], []]] * 4
+    assert run_ranks(optimize, 4, layouts, tmp_path, timeout=600) == [[[]] * 4] * 4
