@@ -218,6 +218,10 @@ def test_experts_over_eight_ranks_equal_one_process(attention, ep, tmp_path):
 
 # ---- optimizers and checkpoints ----
 
+BALANCE_RATE = 1e-3
+NUM_BATCHES = 4  # one of each shape for two data-parallel ranks
+PIPELINED = 8  # two of each
+
 
 class Trained:
     """A model in a layout (None: this process alone) with its optimizer, EMA weights and checkpoints in `folder`."""
@@ -286,9 +290,6 @@ class Trained:
         return wrong
 
 
-BALANCE_RATE = 1e-3
-NUM_BATCHES = 4  # one of each shape for two data-parallel ranks
-PIPELINED = 8  # two of each
 EP4 = layout(dp_shard=2, ulysses=2, ep=4)
 
 
