@@ -182,7 +182,7 @@ class Trainer:
         logger.info(f"weights: {self.weights.origin(self.step)}")
 
     def build_loggers(self) -> None:
-        """What watches a run that is not finished: the resolved TOML, metrics, the check of gradients, validation."""
+        """What watches a run that is not finished: the resolved TOML, metrics, what runs around a step, validation."""
         config, steps = self.config, self.config.training.steps
         if self.rank == 0:
             atomic_write(self.folder / "config.toml", dump(config), "resolved configuration")
@@ -193,7 +193,8 @@ class Trainer:
         self.exit_stack.callback(self.metrics.close)
         self.metrics.log_table(self.step, self.clips.numbers, "data")
         self.graphs = GraphLog()
-        self.check_gradients = parts.build_gradient_check(config.debug, self.model, self.host_group)
+        run, others = parts.build_gradient_check(config.debug, self.model, self.host_group), (self.meshes, self.metrics)
+        self.run_step = parts.balance_experts(config, self.args, self.model, run, self.optimizer, *others)
         if config.validation.enable:
             model, size = self.stop.guard(self.pipeline or self.model), self.geometry.latent_shape(config.data.sizes[0])
             validation, folder = parts.load_validation(), self.folder / "samples"
@@ -215,7 +216,7 @@ class Trainer:
         elements = sum(self.task.num_loss_elements(b) for b in batches)
         tokens, frames = sum(i.num_tokens * i.num_clips for i in infos), sum(i.num_frames * i.num_clips for i in infos)
         counts = reduce_over(self.meshes.batch, torch.tensor([elements, tokens, frames]), "sum").tolist()
-        loss = self.check_gradients(self.step, lambda: self.forward_backward(batches, num_elements=counts[0]))
+        loss = self.run_step(self.step, lambda: self.forward_backward(batches, num_elements=counts[0]))
         grad_norm = self.grad_norm()
         loss = reduce_over(self.meshes.sequence, loss, "sum")
         max_loss = reduce_over(self.meshes.batch, loss / (elements / counts[0]), "max")

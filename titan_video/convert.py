@@ -1,6 +1,6 @@
 """Converts weights, or adapters, between formats:
 
-    python -m titan_video.convert SRC DST --format diffusers|original|single_file|comfyui
+    python -m titan_video.convert SRC DST --format diffusers|original|single_file|comfyui|stacked
     python -m titan_video.convert SRC DST --format diffusers|comfyui|musubi|diffsynth|peft      SRC holds adapters
 
 SRC is a folder or file of weights in any of these formats, which is detected from its names, a file or folder of
@@ -85,6 +85,10 @@ class StepSource:
         saved = saved_under(self.metadata, weights)
         if not saved:
             raise ValueError(f"{folder} holds no `{weights}` weights")
+        # Averages lack what is not trained: biases of routers.
+        rest = {name: e for name, e in saved_under(self.metadata, "model").items() if name.startswith("routers.")}
+        self.sources = dict.fromkeys(rest, "model.") | dict.fromkeys(saved, self.prefix)
+        saved = rest | saved
         names = sorted(saved.keys() | self.shapes.keys())
         odd = [name for name in names if name not in saved or saved[name].size != self.shapes.get(name)]
         if odd:
@@ -93,7 +97,7 @@ class StepSource:
 
     def read(self, name: str) -> Tensor:
         tensor = torch.empty(self.shapes[name], dtype=self.dtypes[name])
-        read_tensors(self.folder, self.metadata, {self.prefix + name: tensor})
+        read_tensors(self.folder, self.metadata, {self.sources[name] + name: tensor})
         return tensor
 
 
@@ -244,9 +248,9 @@ def run(options: argparse.Namespace) -> Path:
         raise ValueError("--max-shard-gib must be above 0")
     weights = StepSource(source, options.weights) if files.is_checkpoint(source) else PublicSource(source, options)
     path = target
+    if options.format in ("diffusers", "stacked"):
+        path = target / (subfolder := options.subfolder or weights.spec.hf_folder)
     if options.format == "diffusers":
-        subfolder = options.subfolder or weights.spec.hf_folder
-        path = target / subfolder
         pipeline = next(
             (folder for folder in (options.assets, source, source.parent) if folder and (folder / PIPELINE).is_file()),
             None,

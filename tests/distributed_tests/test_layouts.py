@@ -26,11 +26,12 @@ from titan_video.lora.quantized_base import CODE_DTYPES, fill_quantized, quantiz
 from titan_video.models.hunyuan_video import SPEC as HUNYUAN
 from titan_video.models.hunyuan_video import HunyuanVideoArgs
 from titan_video.models.layers import is_adapter
-from titan_video.models.spec import ModelSpec
+from titan_video.models.spec import ExpertArgs, ModelSpec
 from titan_video.models.wan import SPEC as WAN
 from titan_video.models.wan import WanArgs, WanModel
 
 ARGS = WanArgs(dim=72, num_heads=12, num_layers=4, ffn_dim=60, text_dim=20, text_len=9, freq_dim=32)
+EXPERTS = ExpertArgs(num_experts=8, top_k=2, expert_dim=24, shared_dim=12, first_dense=1)
 HUNYUAN_ARGS = HunyuanVideoArgs(
     dim=72,
     num_heads=12,
@@ -60,6 +61,8 @@ MODELS = {
     "wan flf2v": Model(WAN, replace(ARGS, in_channels=36, image_dim=10, image_len=514, image_positions=True)),
     "wan A14B i2v": Model(WAN, replace(ARGS, in_channels=36)),
     "wan ti2v": Model(WAN, replace(ARGS, clean_first_frame=True)),
+    "wan moe": Model(WAN, replace(ARGS, experts=EXPERTS)),
+    "wan moe choice": Model(WAN, replace(ARGS, experts=replace(EXPERTS, expert_choice=True))),
     "hunyuan": Model(HUNYUAN, HUNYUAN_ARGS),
     "hunyuan concat": Model(
         HUNYUAN, replace(HUNYUAN_ARGS, in_channels=33, guidance=False, image_condition="latent_concat")

@@ -10,18 +10,22 @@ import pytest
 from benchmarks.house import OPTIONAL_PARTS, PACKAGE, optional_part
 from tests.helpers import run_ranks
 
-PROGRAMS = {"planner", "convert", "download", "sample", "replay", "ingest.importers"}  # started by hand
+PROGRAMS = {"planner", "convert", "upcycle", "download", "sample", "replay", "ingest.importers"}  # started by hand
 ALWAYS = {"supervision", "training.tensorboard_sink"}  # every run uses them where they are there
 AFTERWARDS = {"training.out_of_memory"}  # explains an error
 ASKING = {
     "models.hunyuan_video": {"model.name": "hunyuan_video"},
     "encoders.hunyuan_video": {"encoder.name": "hunyuan_video"},
+    "kernels.grouped": {"model.flavor": "moe-debug"},
+    "models.experts": {"model.flavor": "moe-debug"},
+    "training.expert_balance": {"experts.balance_rate": 0.01},
     "kernels.triton": {"model.kernels": "triton"},
     "kernels.attention_backends": {"model.attention": "flex"},
     "distributed.float8": {"float8.enable": "true", "float8.emulate": "true"},
     "distributed.async_tensor_parallel": {"parallelism.enable_async_tensor_parallel": "true"},
     "distributed.tensor_parallel": {"parallelism.tensor_parallel_degree": 2},
     "distributed.context_parallel": {"parallelism.context_parallel_degree": 2},
+    "distributed.expert_parallel": {"parallelism.expert_parallel_degree": 2},
     "distributed.pipeline_parallel": {"parallelism.pipeline_parallel_degree": 2},
     "training.profiling": {"profiling.enable_profiling": "true"},
     "distributed.offload": {"activation_checkpoint.mode": "full", "activation_checkpoint.offload": "true"},

@@ -13,6 +13,7 @@ from titan_video.config.option import opt
 from titan_video.config.sections.checkpoint import Checkpoint
 from titan_video.config.sections.data import Data
 from titan_video.config.sections.data import Source as Source
+from titan_video.config.sections.experts import Experts
 from titan_video.config.sections.fault_tolerance import FaultTolerance
 from titan_video.config.sections.float8 import Float8
 from titan_video.config.sections.lora import Lora
@@ -250,6 +251,12 @@ class Parallelism:
         "For ring and unified. alltoall: keys and values pass from rank to rank, overlapped with compute. allgather: "
         "they are gathered first.",
     )
+    expert_parallel_degree: int = opt(
+        1,
+        "Ranks over which the experts of a mixture-of-experts flavor are divided; tokens go to the ranks that have "
+        "their experts. They are ranks of data, context and tensor parallel: the degree divides the product of these.",
+        ge=1,
+    )
     pipeline_parallel_degree: int = opt(1, "Ranks over which the blocks are partitioned into stages.", ge=1)
     pipeline_parallel_schedule: Literal["GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble"] = opt(
         "1F1B", "Order of forwards and backwards. The interleaved schedules have two stages on each rank."
@@ -274,8 +281,8 @@ class ActivationCheckpoint:
     save: tuple[Literal["attention", "down", "exchange", "matmul"], ...] = opt(
         ("attention", "down"),
         "For selective: saved outputs. attention: all, so attention is never recomputed. down: the matmul after each "
-        "GELU. exchange: Ulysses' all-to-alls, so that recomputation sends nothing for them. matmul: every second "
-        "matmul.",
+        "GELU. exchange: the all-to-alls of Ulysses and of experts, so that recomputation sends nothing for them. "
+        "matmul: every second matmul.",
     )
     save_min_kv: int = opt(
         1024,
@@ -373,6 +380,7 @@ class JobConfig:
     training: Training = Training()
     optimizer: Optimizer = Optimizer()
     float8: Float8 = Float8()
+    experts: Experts = Experts()
     lr_scheduler: LrScheduler = LrScheduler()
     parallelism: Parallelism = Parallelism()
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()

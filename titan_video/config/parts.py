@@ -11,10 +11,15 @@ from titan_video.tools.parts import find_module
 
 CHANGED = ()  # any value but the default
 DOTTED = (".",)  # any value with a dot
+EXPERTS = ("moe-debug", "moe-debug-expert-choice", "moe-1.3B", "moe-14B-shared", "moe-14B-copies")  # flavors
 PARTS = (  # (section or option, the values that ask for a part, the part)
     ("lora", CHANGED, "titan_video.lora"),
     ("lora", CHANGED, "titan_video.weights.export"),
     ("float8", CHANGED, "titan_video.distributed.float8"),
+    ("model.flavor", EXPERTS, "titan_video.models.experts"),
+    ("model.flavor", EXPERTS, "titan_video.kernels.grouped"),
+    ("model.flavor", EXPERTS, "titan_video.training.expert_balance"),
+    ("experts", CHANGED, "titan_video.training.expert_balance"),
     ("optimizer.name", ("Muon",), "titan_video.optim.muon"),
     ("optimizer.name", ("AdamW8bit", "Muon"), "titan_video.optim.low_bit"),  # stochastic rounding is there, too
     ("optimizer.name", ("AdamW8bit", "Muon"), "titan_video.optim.mixed"),
@@ -33,6 +38,7 @@ PARTS = (  # (section or option, the values that ask for a part, the part)
     ("parallelism.tensor_parallel_degree", CHANGED, "titan_video.distributed.tensor_parallel"),
     ("training.swap_blocks", CHANGED, "titan_video.distributed.block_swap"),
     ("parallelism.context_parallel_degree", CHANGED, "titan_video.distributed.context_parallel"),
+    ("parallelism.expert_parallel_degree", CHANGED, "titan_video.distributed.expert_parallel"),
     ("parallelism.pipeline_parallel_degree", CHANGED, "titan_video.distributed.pipeline_parallel"),
     ("parallelism.enable_async_tensor_parallel", (True,), "titan_video.distributed.async_tensor_parallel"),
     ("profiling.enable_profiling", (True,), "titan_video.training.profiling"),

@@ -7,7 +7,8 @@
     memory_budget  what the compiler chooses for a share of all   compile(block)
 
 In full the checkpoint is outside: torch 2.13 does not compile one around tensor-parallel weights. In selective it is
-inside: the operators that it selects are not visible from outside a compiled block.
+inside: the operators that it selects are not visible from outside a compiled block. A block with experts is always
+wrapped as in selective: what its router decides is saved.
 """
 
 from collections.abc import Callable, Iterator
@@ -42,8 +43,10 @@ _KEY_DIM = {
 }
 _RING = "titan_video::ring_attention"  # its argument 3 is the number of keys on all ranks
 _GELUS = ("aten::gelu", "titan_video::join_gelu")
-_MATMULS = ("aten::mm", "aten::addmm", "titan_video::frozen_linear")
+_MATMULS = ("aten::mm", "aten::addmm", "titan_video::frozen_linear", "titan_video::grouped_linear")
 _EXCHANGE = "_c10d_functional::all_to_all_single"
+# Which rows go to which expert (models/experts.py): always saved, as a recomputed block must route alike.
+_DECISIONS = ("titan_video::choose_experts", "titan_video::choose_tokens")
 # Kinds of results that each selected block must have; an exchange depends on the micro-batch's layout.
 _NO_OPERATOR = {
     "attention": "no attention operator that has a result to save",
@@ -67,12 +70,14 @@ def apply_activation_checkpoint(
     if section.mode not in ("full", "selective"):
         return
     offload = resolve(OFFLOAD, asked_by="activation_checkpoint.offload = true")() if section.offload else None
-    policy = SACPolicy(section.save, section.save_min_kv, offload) if section.mode == "selective" else None
+    save = section.save if section.mode == "selective" else ()
+    policy = SACPolicy(save, section.save_min_kv, offload)
     for path in plan.blocks:
         container = model.get_submodule(path)
         for key in container:
             if (path, key) in selected:
-                container[key] = CheckpointedBlock(container[key], policy, offload)
+                is_selective = save or any(getattr(m, "routes", False) for m in container[key].modules())
+                container[key] = CheckpointedBlock(container[key], policy if is_selective else None, offload)
 
 
 def check_save_min_kv(section: ActivationCheckpoint, longest: int) -> None:
@@ -148,7 +153,7 @@ class SACPolicy:
 
         attention   of each attention over at least `save_min_kv` keys: its output and log-sum-exp
         down        of the matmul after each GELU: the widest products of a block give its narrowest results
-        exchange    of each all-to-all of Ulysses
+        exchange    of each all-to-all, of Ulysses and of expert parallel
         matmul      of every second matmul
 
     One for all blocks: equal blocks are compiled, and so traced, once.
@@ -195,6 +200,8 @@ class SACPolicy:
             name = operator.name()
             self.num_operators += 1
             num_gelus += name in _GELUS
+            if name in _DECISIONS:
+                return True
             if name in _MATMULS:
                 num_matmuls += 1
                 is_down, num_gelus = num_gelus > 0, max(num_gelus - 1, 0)
@@ -317,10 +324,11 @@ def rules(config: JobConfig, world_size: int) -> Iterator[str]:
             "choose full"
         )
     p = config.parallelism
-    if a.mode == "selective" and "exchange" in a.save and context_parallel_degrees(p)[1] < 2:
+    has_exchange = context_parallel_degrees(p)[1] > 1 or p.expert_parallel_degree > 1
+    if a.mode == "selective" and "exchange" in a.save and not has_exchange:
         yield (
-            "activation_checkpoint.save: exchange, but there is none, as attention is not divided by Ulysses; take it "
-            "out, or set parallelism.context_parallel_degree"
+            "activation_checkpoint.save: exchange, but there is none, as neither attention is divided by Ulysses nor "
+            "experts over ranks; take it out, or set parallelism.context_parallel_degree"
         )
     for name in ("save", "layers"):
         values = getattr(a, name)

@@ -99,7 +99,7 @@ class RankStep:
             is_offloading = self.config.activation_checkpoint.offload
             offload = fake.watch_offload(tracker) if is_offloading else nullcontext()
             operators = fake.gpu_operators(self.config.model.kernels)
-            with tracker, operators, offload:
+            with tracker, operators, offload, fake.balanced_experts():
                 self._create_state(tracker)
                 fake.watch_forwards(self.model, tracker)
                 fake.watch_recomputation(self.model, self.spec.plan, tracker)

@@ -80,10 +80,12 @@ def state(config: JobConfig, spec: ModelSpec, args: Any, dims: ParallelDims) -> 
 
 
 def get_unit(name: str, plan: ParallelPlan) -> str:
-    """The FSDP unit of a parameter: a block, a root module, or "" for the root."""
+    """The FSDP unit of a parameter: a block, the experts in it, a root module, or "" for the root."""
     path = next((p for p in plan.blocks if name.startswith(f"{p}.")), None)
     if path is not None:
-        return f"{path}.{name[len(path) + 1 :].partition('.')[0]}"
+        key, _, in_block = name[len(path) + 1 :].partition(".")
+        experts = next((f".{e}" for e in plan.experts if in_block.startswith(f"{e}.")), "")
+        return f"{path}.{key}{experts}"
     root = name.partition(".")[0]
     return "" if root in plan.fp32 else root
 
@@ -96,6 +98,11 @@ def shard_shape(name: str, shape: tuple[int, ...], plan: ParallelPlan, dims: Par
     else:
         ranks, size = dims.dp_shard * dims.cp, list(shape)
         in_block = name[len(path) + 1 :].partition(".")[2]
+        if in_block.startswith(tuple(f"{experts}." for experts in plan.experts)):
+            size[0] //= dims.ep
+            ranks = ranks * dims.tp // dims.ep
+            if size[0] % ranks and size[1] % ranks == 0:  # see `apply_fsdp`
+                return size[0], size[1] // ranks, *size[2:]
         module, _, leaf = in_block.rpartition(".")
         style = plan.tensor.get(in_block) or plan.tensor.get(module) or ""
         if style.startswith(("colwise", "shard_vector")):
@@ -123,6 +130,7 @@ def wan_activations(
         or args.image_dim
         or args.clean_first_frame
         or args.in_channels != args.out_channels
+        or args.experts
     ):
         raise ValueError(f"no closed form of the activations of {args}; run a dry run")
     if section.mode == "memory_budget" or section.offload:
@@ -230,5 +238,5 @@ def state_bytes(kind: str, shape: tuple[int, ...]) -> int:
     """Bytes of optimizer state, without the step count, for a shard of float32 or bfloat16 weights of this shape."""
     numel = math.prod(shape)
     if kind == "AdamW8bit":
-        return 2 * numel + 8 * shape[0] * -(-shape[1] // BLOCK)
+        return 2 * numel + 8 * math.prod(shape[:-1]) * -(-shape[-1] // BLOCK)
     return {"AdamW": 8, "Muon": 4}[kind] * numel

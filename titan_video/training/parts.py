@@ -143,6 +143,14 @@ def build_gradient_check(section: Debug, model: nn.Module, group: dist.ProcessGr
     return check(section.verify_every, model, group)
 
 
+def balance_experts(config: JobConfig, args: Any, model: nn.Module, run: Callable[..., Any], *others: Any) -> Any:
+    """`run`, beside which a mixture of experts is balanced. args: the model's. others: optimizer, meshes, metrics."""
+    if getattr(args, "experts", None) is None:
+        return run
+    build = resolve("titan_video.training.expert_balance:build", asked_by="model.flavor")
+    return build(config, args, model, *others, run)
+
+
 def explain_out_of_memory(error: torch.OutOfMemoryError, config: JobConfig, step: int, bucket: str) -> str:
     """The message for the user; bucket: sizes of the clips of the step."""
     explain = resolve("titan_video.training.out_of_memory:explain", asked_by=f"out of memory: {error}")

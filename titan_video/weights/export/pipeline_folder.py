@@ -14,9 +14,9 @@ PIPELINE = "model_index.json"
 
 
 def export_path(folder: Path, format_name: str, subfolder: str) -> Path:
-    """Path of a run's export: `hf/transformer`, `original`, `single_file.safetensors` or `comfyui.safetensors`."""
-    if format_name == "diffusers":
-        return folder / "hf" / subfolder
+    """Path of a run's export, such as `hf/transformer`, `original` or `single_file.safetensors`."""
+    if format_name in ("diffusers", "stacked"):
+        return folder / ("hf" if format_name == "diffusers" else format_name) / subfolder
     return folder / (f"{format_name}.safetensors" if get_format(format_name).one_file else format_name)
 
 
@@ -24,7 +24,7 @@ def is_exported(path: Path, format_name: str, spec: ModelSpec) -> bool:
     """Whether the file that an export writes last exists."""
     if get_format(format_name).one_file:
         return path.is_file()
-    if format_name == "diffusers" or spec.args_to_original:
+    if format_name in ("diffusers", "stacked") or spec.args_to_original:
         return (path / CONFIG).is_file()
     return (path / INDEX).is_file() or (path / f"{STEM}.safetensors").is_file()
 

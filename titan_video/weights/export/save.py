@@ -24,6 +24,7 @@ from titan_video.tools.files import StorageError, atomic_write, sync, writing
 from titan_video.weights.export.safetensors_file import SafetensorsFile
 from titan_video.weights.formats import (
     CONFIG,
+    FORMAT_NAMES,
     INDEX,
     STEM,
     PublicTensor,
@@ -59,6 +60,8 @@ def save_hf(
         raise ValueError(f"weights cannot be exported as {dtype}; use one of {', '.join(str(d) for d in DTYPE_NAMES)}")
     params, shapes = public_parameters(model), global_shapes(spec, args)
     check_parameters(params, shapes, args)
+    if weights is not None:  # averages lack what is not trained: biases of routers
+        weights = {name: p for name, p in params.items() if not p.requires_grad} | weights
     if weights is not None and weights.keys() != params.keys():
         raise ValueError(
             f"weights to export differ in name from the model's parameters: "
@@ -114,6 +117,11 @@ class WritePlan:
         max_shard_bytes: int,
     ):
         """shapes, dtypes: of all parameters, by our names. A tensor made of several gets a type that holds them all."""
+        if (getattr(args, "experts", None) is not None) != (format_name == "stacked"):
+            names = [name for name in FORMAT_NAMES if name != "stacked"]
+            fix = "stacked" if format_name != "stacked" else f"one of {', '.join(names)}"
+            has = "a mixture of experts, which no other program loads" if fix == "stacked" else "no mixture of experts"
+            raise ValueError(f"format {format_name} (checkpoint.export_format): the model is {has}; choose {fix}")
         kind = get_format(format_name)
         self.tensors: dict[str, PublicTensor] = {
             kind.prefix + name: tensor for name, tensor in public_tensors(spec, kind.layout, shapes, args).items()
