@@ -4,15 +4,15 @@ The order of the mesh is ParallelDims': tensor parallel on neighbours, then Ulys
 stages outermost. Tensor parallel stays inside a node, where its links are.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import ConfigError
-from titan_video.config.values import divisors, nearest_word
+from titan_video.config.values import nearest_word
 from titan_video.data.batching import gradient_accumulation, num_data_ranks
-from titan_video.distributed.parallel_dims import stages_per_rank
 from titan_video.planner.candidate import Candidate
 
 DEGREES = ("pp", "dp_replicate", "dp_shard", "ring", "ulysses", "tp")
@@ -153,6 +153,11 @@ class Space:
                 yield local, 0, microbatches
 
 
+@cache
+def divisors(n: int) -> tuple[int, ...]:
+    return tuple(d for d in range(1, n + 1) if n % d == 0)
+
+
 def _is_legal(schedule: str, pp: int, microbatches: int) -> bool:
     """As the trainer's `check_microbatches`."""
     if pp == 1:
@@ -160,3 +165,54 @@ def _is_legal(schedule: str, pp: int, microbatches: int) -> bool:
     if schedule == "1F1B":
         return microbatches >= pp
     return microbatches % max(1, microbatches // pp) == 0
+
+
+def violations(space: Space, degrees: Mapping[str, int]) -> Iterator[str]:
+    """Why no candidate has these degrees; those of DEGREES that are not given are free. One line per broken rule."""
+    pp, tp, ulysses = (degrees.get(name, 1) for name in ("pp", "tp", "ulysses"))
+    product = 1
+    for name in (*DEGREES, "cp"):
+        product *= degrees.get(name, 1) if name != "cp" or not {"ring", "ulysses"} & set(degrees) else 1
+    worlds = [space.world_size - extra for extra in space.encoder_ranks]
+    if not any(ranks % product == 0 for ranks in worlds):
+        yield f"the degrees multiply to {product}, which does not divide the {worlds[0]} ranks"
+    if space.heads % tp or space.hidden % tp:
+        yield f"tp = {tp} does not divide the model's {space.heads} heads and feed-forward width {space.hidden}"
+    elif space.heads // tp % ulysses:
+        yield f"ulysses = {ulysses} does not divide the {space.heads // tp} heads of a tensor-parallel rank"
+    if space.gpus_per_node % tp:
+        yield f"tp = {tp} crosses nodes of {space.gpus_per_node} GPUs: its collectives need a node's links"
+    if pp > space.layers:
+        yield f"pp = {pp} has more stages than the model's {space.layers} blocks"
+    dp = degrees.get("dp_replicate", 1) * degrees.get("dp_shard", 1)
+    step = space.step
+    if step.clips and step.clips % dp:
+        yield f"dp = {dp} does not divide the {step.clips} clips of a step"
+    most = max((m for d in divisors(max(worlds)) if d % dp == 0 for _, _, m in space._batches(d)), default=0)
+    if most < pp:
+        yield f"pp = {pp} needs as many micro-batches, but a data-parallel rank has {most} at most"
+
+
+def parse_fixed(text: str) -> dict[str, Any]:
+    """{name of FIXABLE: value} of "tp=8,pp=2". ValueError: an unknown name or a value that it cannot have."""
+    fixed: dict[str, Any] = {}
+    for part in text.replace(" ", "").split(","):
+        name, equals, value = part.partition("=")
+        if name not in FIXABLE or not equals:
+            raise ValueError(
+                f"{part!r}: not NAME=VALUE with a known name; legal: {', '.join(FIXABLE)}; nearest: "
+                f"{nearest_word(name, FIXABLE)}"
+            )
+        if name == "schedule":
+            legal, known = value in SCHEDULES, ", ".join(SCHEDULES)
+            fixed[name] = value
+        elif name == "reshard":
+            legal, known = value in ("true", "false"), "true or false"
+            fixed[name] = value == "true"
+        else:
+            least = 0 if name == "encoder_ranks" else 1
+            legal, known = value.isdecimal() and int(value) >= least, f"a whole number, at least {least}"
+            fixed[name] = int(value) if legal else value
+        if not legal:
+            raise ValueError(f"{name}={value}: legal: {known}")
+    return fixed
