@@ -2,7 +2,7 @@
 
     model = CostModel(config, cluster)                 # traces blocks as they are asked for, once in the process
     model.workload                                     # buckets, their tokens and shares
-    model.block_types                                  # ("blocks",) or ("double_blocks", "single_blocks"), forward order
+    model.block_types                                  # ("double_blocks", "single_blocks"), in forward order
     model.layers                                       # block type of each layer
     model.layout(candidate)                            # what does not depend on checkpointing: for the search
     model.predict(candidate)                           # all of it
@@ -77,9 +77,7 @@ class CostModel:
         self, config: JobConfig, cluster: Cluster, shares: dict[tuple[int, ...], float] | None = None
     ) -> None: ...
 
-    def block(
-        self, kind: str, tp: int, ulysses: int, ring: int, batch: int, bucket: tuple[int, ...]
-    ) -> BlockCost: ...
+    def block(self, kind: str, tp: int, ulysses: int, ring: int, batch: int, bucket: tuple[int, ...]) -> BlockCost: ...
 
     def predict(self, candidate: Candidate) -> Prediction: ...
 
