@@ -11,13 +11,16 @@ after both is the same, and the larger `working` is then added to the smaller su
 as many ranges as there are choices.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations_with_replacement, product
 
 import numpy as np
 
-GRID = 1024  # steps of the budget in the dynamic program; sizes are rounded up to it, so that a result always fits
+MAX_WAYS = 300  # of all blocks to choose, up to which they are tried one by one
+GRID = 2048  # steps of the budget in the dynamic program; sizes are rounded up to it, so that a result always fits
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class Bound:
         """Seconds at least, with `budget` bytes for all that is saved; infinity if even the least does not fit."""
         room = budget - self.saved
         if room < 0:
-            return float("inf")
+            return math.inf
         i = bisect_right(self.bytes_at, room)
         if i == len(self.bytes_at):
             return self.seconds - self.gained_at[-1]
@@ -107,17 +110,56 @@ class Bound:
 def solve(groups: Sequence[Group], budget: float, in_flight: float = 1) -> list[tuple[Choice, ...]] | None:
     """The choices of each group's blocks, in order, that fit `budget` bytes and are fastest; None if nothing fits.
 
-    Exact but for the grid, and for more than one micro-batch in flight: there the largest `working` of the stage is
-    counted beside all that is saved, whatever the order.
+    Few blocks are tried in all ways. Otherwise a dynamic program rounds sizes up to its grid, and what that left free is
+    used afterwards: single blocks get a faster choice while it fits.
     """
+    ways = math.prod(math.comb(g.count + len(g.choices) - 1, g.count) for g in groups)
+    if ways <= MAX_WAYS:
+        return _try_all(groups, budget, in_flight)
+    return _polish(_approximate(groups, budget, in_flight), groups, budget, in_flight)
+
+
+def _try_all(groups: Sequence[Group], budget: float, in_flight: float) -> list[tuple[Choice, ...]] | None:
+    best, best_seconds = None, math.inf
+    ways = [[in_order(some) for some in combinations_with_replacement(g.choices, g.count)] for g in groups]
+    for chosen in product(*ways):
+        seconds = sum(c.seconds for choices in chosen for c in choices)
+        if seconds < best_seconds and needed(chosen, in_flight) <= budget:
+            best, best_seconds = list(chosen), seconds
+    return best
+
+
+def _polish(
+    found: list[tuple[Choice, ...]] | None, groups: Sequence[Group], budget: float, in_flight: float
+) -> list[tuple[Choice, ...]] | None:
+    """With faster choices for single blocks, the greatest gain first, while they fit."""
+    while found is not None:
+        moves = []
+        for g, group in enumerate(groups):
+            for old in set(found[g]):
+                moves += [(new.seconds - old.seconds, g, old, new) for new in group.choices if new.seconds < old.seconds]
+        for _, g, old, new in sorted(moves, key=lambda move: move[0]):
+            changed = list(found[g])
+            changed[changed.index(old)] = new
+            trial = [*found[:g], in_order(changed), *found[g + 1 :]]
+            if needed(trial, in_flight) <= budget:
+                found = trial
+                break
+        else:
+            return found
+    return None
+
+
+def _approximate(groups: Sequence[Group], budget: float, in_flight: float) -> list[tuple[Choice, ...]] | None:
+    """On the grid. With several micro-batches in flight, the largest `working` is counted beside all that is saved."""
     if in_flight == 1:
         return _solve(groups, budget, budget)
-    best, best_seconds = None, float("inf")
+    best, best_seconds = None, math.inf
     for working in sorted({c.working for group in groups for c in group.choices}):
         allowed = [Group(g.count, tuple(c for c in g.choices if c.working <= working)) for g in groups]
         if budget < working or not all(g.choices for g in allowed):
             continue
-        found = _solve(allowed, (budget - working) / in_flight, float("inf"))
+        found = _solve(allowed, (budget - working) / in_flight, math.inf)
         seconds = sum(c.seconds for choices in found or () for c in choices)
         if found is not None and seconds < best_seconds:
             best, best_seconds = found, seconds
@@ -140,7 +182,7 @@ def _solve(groups: Sequence[Group], budget: float, limit: float) -> list[tuple[C
         for i, c in enumerate(choices):
             units = _units(c.saved, unit)
             # The last v that leaves room for what backward needs beside it.
-            last = GRID if limit == float("inf") else min(GRID, int((limit - c.working) / unit + 1e-9))
+            last = GRID if limit == math.inf else min(GRID, int((limit - c.working) / unit + 1e-9))
             if units > last:
                 continue
             new_V = seconds_V[: last + 1 - units] + c.seconds
