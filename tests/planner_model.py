@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from titan_video.planner.candidate import FULL, NONE, Candidate, Checkpointing, Prediction, StageMemory
+from titan_video.planner.cost import BucketWork
 from titan_video.planner.describe import GIB
 from titan_video.planner.knapsack import Choice
 from titan_video.planner.search import StageBudget
 from titan_video.planner.space import Space, StepClips
+from titan_video.planner.timeline import BlockTimes, StepTimes
 
 ATTENTION = Checkpointing("selective", ("attention",))
 MODES = (NONE, ATTENTION, FULL)
@@ -38,6 +40,7 @@ class SmallModel:
     usable: float
     compute: dict[str, float]
     saved: dict[str, float]
+    workload: tuple[BucketWork, ...] = (BucketWork((17, 64, 64), 1000, 1.0),)
     weights: float = 1.0 * GIB
     exchange: float = 0.02
     gather: float = 0.05
@@ -64,7 +67,7 @@ class SmallModel:
     def end_seconds(self, c: Candidate, stage: int) -> float:
         return 0.03 * ((stage == 0) + (stage == c.pp - 1)) / c.cp
 
-    def layout(self, c: Candidate) -> SmallLayout:
+    def layout(self, c: Candidate, allow_offload: bool = False) -> SmallLayout:
         stages = [
             StageBudget(self.usable - self.fixed_bytes(c), self.in_flight(c, s), self.end_seconds(c, s))
             for s in range(c.pp)
@@ -113,6 +116,20 @@ class SmallModel:
                     if max(peaks) <= usable:
                         yield (c.microbatches + c.pp - 1) * slowest + fixed, c
 
+    def block_times(self, c: Candidate) -> BlockTimes:
+        seconds, _, _ = self.block(c, self.layers[0], c.ranges[0].checkpointing)
+        forward = {"products": 0.2 * seconds, "attention": 0.1 * seconds, "all-to-all": 0.03 * seconds}
+        backward = {part: 2 * value for part, value in forward.items()}
+        return BlockTimes(forward, backward, 0.01 * seconds, 0.3 * seconds, 0.3 * seconds, 0.5 * seconds)
+
+    def step_times(self, c: Candidate) -> StepTimes:
+        modes = [r.checkpointing for r in c.ranges for _ in range(r.first, r.last)]
+        blocks = [self.block(c, kind, mode) for kind, mode in zip(self.layers, modes, strict=True)]
+        cuts = (*(c.split or (0,)), len(blocks))
+        ends = [self.end_seconds(c, s) + sum(b[0] for b in blocks[a:e]) for s, (a, e) in enumerate(pairwise(cuts))]
+        after = {"optimizer": 0.1 / c.dp_shard}
+        return StepTimes([e / 3 for e in ends], [2 * e / 3 for e in ends], c.microbatches, {}, after, c.schedule)
+
     def fits(self, c: Candidate) -> bool:
         return all(stage.total <= self.usable for stage in self.predict(c).memory)
 
@@ -137,4 +154,6 @@ def random_case(seed: int) -> tuple[SmallModel, Space]:
     )
     step = StepClips(draw.choice((2, 4)))
     world = draw.choice((2, 4, 6))
-    return model, Space(world, draw.choice((2, world)), draw.choice((2, 6)), 12, len(layers), step, 1000, schedules=("1F1B",))
+    return model, Space(
+        world, draw.choice((2, world)), draw.choice((2, 6)), 12, len(layers), step, 1000, schedules=("1F1B",)
+    )

@@ -10,15 +10,12 @@ from tests.planner_model import random_case
 from titan_video.planner import knapsack, stages
 from titan_video.planner.knapsack import GRID, Bound, Choice, Group, in_order, needed, solve
 from titan_video.planner.search import PLATEAU, grouped, lower_bound, search
-from titan_video.planner.space import Space, StepClips, parse_fixed, violations
 
 # ---- the knapsack ----
 
 
 def random_choices(draw, number=3):
-    return tuple(
-        Choice(str(i), draw.uniform(1, 2), draw.uniform(0.1, 3), draw.uniform(0, 4)) for i in range(number)
-    )
+    return tuple(Choice(str(i), draw.uniform(1, 2), draw.uniform(0.1, 3), draw.uniform(0, 4)) for i in range(number))
 
 
 def fastest_by_trying(groups, budget, in_flight):
@@ -104,7 +101,11 @@ def test_the_split_equals_trying_all():
             return max(seconds(s, a, b) for s, (a, b) in enumerate(itertools.pairwise((*cuts, blocks))))
 
         every = [(0, *cuts) for cuts in itertools.combinations(range(1, blocks), num_stages - 1)]
+        def at_least(stage, first, end, seconds=seconds):
+            return 0.9 * seconds(stage, first, end)
+
         best, cuts = stages.split(blocks, num_stages, seconds)
+        assert stages.split(blocks, num_stages, seconds, at_least)[0] == best
         assert best == pytest.approx(min(map(slowest, every)))
         assert cuts == () if best == math.inf else slowest(cuts) == pytest.approx(best)
 
@@ -139,5 +140,5 @@ def test_the_bound_is_below_every_plan_of_a_candidate():
         for seconds, c in model.every_plan(space):
             least[c] = min(seconds, least.get(c, math.inf))
         for c in space:
-            bound, _ = lower_bound(model.layout(c), grouped(model.layers))
+            bound, _ = lower_bound(model.layout(c), grouped(model.layers), {})
             assert bound <= least.get(c, math.inf) * (1 + 1e-9)

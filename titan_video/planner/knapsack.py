@@ -78,9 +78,15 @@ def _slope(a: Choice, b: Choice) -> float:
 
 
 class Bound:
-    """A lower bound on the seconds of groups of blocks: the linear relaxation of the knapsack, without `working`."""
+    """A lower bound on the seconds of groups of blocks: the linear relaxation of the knapsack, without `working`.
+
+    working: what each of the blocks needs at least beside what is saved. groups: held, so that the identity of their
+    choices stays theirs.
+    """
 
     def __init__(self, groups: Sequence[Group]):
+        self.groups = groups
+        self.working = min(c.working for group in groups for c in group.choices)
         segments = []  # (slope, bytes, seconds saved)
         self.saved, self.seconds = 0.0, 0.0
         for group in groups:
@@ -110,8 +116,8 @@ class Bound:
 def solve(groups: Sequence[Group], budget: float, in_flight: float = 1) -> list[tuple[Choice, ...]] | None:
     """The choices of each group's blocks, in order, that fit `budget` bytes and are fastest; None if nothing fits.
 
-    Few blocks are tried in all ways. Otherwise a dynamic program rounds sizes up to its grid, and what that left free is
-    used afterwards: single blocks get a faster choice while it fits.
+    Few blocks are tried in all ways. Otherwise a dynamic program rounds sizes up to its grid, and what that left free
+    is used afterwards: single blocks get a faster choice while it fits.
     """
     ways = math.prod(math.comb(g.count + len(g.choices) - 1, g.count) for g in groups)
     if ways <= MAX_WAYS:
@@ -137,7 +143,9 @@ def _polish(
         moves = []
         for g, group in enumerate(groups):
             for old in set(found[g]):
-                moves += [(new.seconds - old.seconds, g, old, new) for new in group.choices if new.seconds < old.seconds]
+                moves += [
+                    (new.seconds - old.seconds, g, old, new) for new in group.choices if new.seconds < old.seconds
+                ]
         for _, g, old, new in sorted(moves, key=lambda move: move[0]):
             changed = list(found[g])
             changed[changed.index(old)] = new

@@ -27,6 +27,9 @@ COLOURS = MappingProxyType(  # of Paul Tol's muted scheme, which colour-blind re
     {
         "compute": "#4477aa",
         "recompute": "#88bbdd",
+        "F": "#4477aa",
+        "B": "#223f66",
+        "backward": "#223f66",
         "bubble": "#e8e8e8",
         "all-to-all": "#cc6677",
         "ring": "#ddaa33",
@@ -43,7 +46,8 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1080px; margin: 0 auto;
   padding: 24px 32px 64px; }
 h1 { font-size: 1.5em; margin: 0 0 4px; } h2 { font-size: 1.15em; margin: 40px 0 8px; }
-p { margin: 6px 0; max-width: 78ch; } .quiet { color: #666; } code { font-size: 0.92em; background: #f4f4f4; padding: 1px 4px; }
+p { margin: 6px 0; max-width: 78ch; } .quiet { color: #666; }
+code { font-size: 0.92em; background: #f4f4f4; padding: 1px 4px; }
 .cards { display: flex; flex-wrap: wrap; gap: 12px; margin: 20px 0; }
 .card { border: 1px solid #ddd; border-radius: 6px; padding: 8px 16px; min-width: 110px; }
 .card b { display: block; font-size: 1.3em; font-weight: 600; } .card span { color: #666; font-size: 0.85em; }
@@ -163,13 +167,18 @@ class _Figures:
                     axes.barh(range(len(bars)), widths, left=left, color=colour, label=kind, height=0.62)
                 left = [a + b for a, b in zip(left, widths, strict=True)]
             for i, bar in enumerate(bars):
-                axes.text(left[i] + 0.006 * bars[i]["capacity"] / GIB, i, f"{left[i]:.1f}", va="center", color="#444444")
+                axes.annotate(
+                    f"{left[i]:.1f}", (left[i], i), (-5, 0), textcoords="offset points", ha="right", va="center",
+                    color="white", weight="bold", bbox={"boxstyle": "round,pad=0.2", "fc": "#00000055", "ec": "none"},
+                )  # fmt: skip
                 for size, style in ((bar["usable"], "--"), (bar["capacity"], "-")):
                     axes.plot([size / GIB] * 2, [i - 0.42, i + 0.42], style, color="#bb2222", linewidth=1)
             axes.set_yticks(range(len(bars)), [bar["ranks"] for bar in bars])
             axes.set_ylim(len(bars) - 0.4, -0.6)
             axes.set_xlabel("GiB (red: usable, dashed, and what the GPU has)")
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.45 if len(bars) < 3 else -0.2), ncols=5, frameon=False)
+            axes.legend(
+                loc="upper center", bbox_to_anchor=(0.5, -0.45 if len(bars) < 3 else -0.2), ncols=5, frameon=False
+            )
             return self._svg(figure)
 
     def parts(self, data: dict[str, Any]) -> str:
@@ -179,7 +188,9 @@ class _Figures:
             axes.barh(range(len(parts)), list(parts.values()), color=COLOURS["compute"], height=0.66)
             for i, seconds in enumerate(parts.values()):
                 share = seconds / data["step_seconds"]
-                axes.text(seconds, i, f"  {seconds:.3g} s, {share:.1%}", va="center", color="#444444")
+                axes.annotate(
+                    f"{seconds:.3g} s, {share:.1%}", (seconds, i), (6, 0), textcoords="offset points", va="center"
+                )
             axes.set_yticks(range(len(parts)), list(parts))
             axes.invert_yaxis()
             axes.margins(x=0.16)
@@ -193,10 +204,14 @@ class _Figures:
             figure, axes = self._axes(0.75 + 0.4 * len(lanes))
             for event in events:
                 y, width = lanes.index(event["lane"]), event["seconds"] * scale
-                kind = next((k for k in COLOURS if event["name"].startswith(k)), _kind(event["lane"]))
+                kind = _kind(event["lane"])
+                if kind == "compute":
+                    kind = next((k for k in COLOURS if event["name"].startswith(k)), kind)
                 colour = COLOURS[kind]
-                axes.barh(y, width, left=event["start"] * scale, color=colour, height=0.7, edgecolor="white", linewidth=0.4)
-                if event["seconds"] > 0.011 * len(event["name"]) * end:
+                axes.barh(
+                    y, width, left=event["start"] * scale, color=colour, height=0.7, edgecolor="white", linewidth=0.4
+                )
+                if event["seconds"] > 0.008 * len(event["name"]) * end:
                     middle = (event["start"] + event["seconds"] / 2) * scale
                     ink = "#333333" if kind in ("bubble", "recompute", "ring") else "white"
                     axes.text(middle, y, event["name"], ha="center", va="center", color=ink, fontsize=7.5)

@@ -5,6 +5,7 @@ What a plan chooses replaces those values of the job's TOML; all else in it stay
 
 import hashlib
 import json
+import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
 from typing import Any
@@ -96,8 +97,8 @@ def plan_tables(raw: Tables, candidate: Candidate, num_blocks: int) -> Tables:
     for section, values in to_tables(candidate, num_blocks).items():
         table = tables.setdefault(section, {})
         for name, value in values.items():
-            default = defaults[section].get(name)
-            if value == (list(default) if isinstance(default, tuple) else default):
+            default = defaults[section].get(name, [])
+            if value == (list(default) if isinstance(default, tuple | list) else default):
                 table.pop(name, None)
             else:
                 table[name] = value
@@ -108,7 +109,34 @@ def plan_tables(raw: Tables, candidate: Candidate, num_blocks: int) -> Tables:
 
 
 def write_toml(tables: Tables, comment: Iterable[str]) -> str:
-    return "".join(f"# {line}".rstrip() + "\n" for line in comment) + "\n" + tomli_w.dumps(tables)
+    """TOML with lists on one line, as people write them."""
+    lines = []
+    for line in comment:
+        indent = " " * (len(line) - len(line.lstrip()) + 2) if line.startswith(" ") else ""
+        lines += textwrap.wrap(line, 117, subsequent_indent=indent, drop_whitespace=True) or [""]
+    text = "".join(f"# {line}".rstrip() + "\n" for line in lines)
+    for section, table in tables.items():
+        text += "\n" + _table_text(section, table)
+    return text
+
+
+def _table_text(name: str, table: dict[str, Any]) -> str:
+    """A table, and after it the tables inside it."""
+    text, inner = f"[{name}]\n", ""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            inner += "\n" + _table_text(f"{name}.{key}", value)
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            inner += "".join("\n" + _table_text(f"{name}.{key}", row).replace("[", "[[", 1).replace("]", "]]", 1) for row in value)
+        else:
+            text += f"{key} = {_value_text(value)}\n"
+    return (text if text.count("\n") > 1 or not inner else "") + inner.removeprefix("" if text.count("\n") > 1 else "\n")
+
+
+def _value_text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_value_text, value))}]"
+    return tomli_w.dumps({"v": value}).removeprefix("v = ").rstrip("\n")
 
 
 def hash_of(assumptions: Any) -> str:

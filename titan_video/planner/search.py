@@ -11,13 +11,12 @@ What the cost model must offer is `Layout` below.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from titan_video.planner import stages
-from titan_video.planner.candidate import PARTS, Candidate, Checkpointing, Prediction, Range
-from titan_video.planner.describe import GIB
+from titan_video.planner.candidate import Candidate, Prediction, Range
 from titan_video.planner.knapsack import Bound, Choice, Group, solve
 from titan_video.planner.plan_file import merged
 
@@ -59,7 +58,7 @@ class Model(Protocol):
 
     layers: Sequence[str]
 
-    def layout(self, candidate: Candidate) -> Any: ...
+    def layout(self, candidate: Candidate, allow_offload: bool) -> Any: ...
 
     def predict(self, candidate: Candidate) -> Prediction: ...
 
@@ -102,14 +101,20 @@ class Result:
         return [plan for plan in self.plans if plan.seconds <= self.plans[0].seconds * (1 + PLATEAU)]
 
 
-def search(model: Model, space: Iterable[Candidate], gpus_per_node: int, max_solved: int = MAX_SOLVED) -> Result:
-    """ValueError: the space is empty."""
+def search(
+    model: Model,
+    space: Iterable[Candidate],
+    gpus_per_node: int,
+    max_solved: int = MAX_SOLVED,
+    allow_offload: bool = False,
+) -> Result:
+    """allow_offload: activations may wait in host memory. ValueError: the space is empty."""
     bounds: list[tuple[float, int, Candidate]] = []
     rejected: list[Rejected] = []
-    groups = grouped(model.layers)
+    groups, known = grouped(model.layers), {}
     for i, candidate in enumerate(space):
-        layout = model.layout(candidate)
-        bound, missing = lower_bound(layout, groups)
+        layout = model.layout(candidate, allow_offload)
+        bound, missing = lower_bound(layout, groups, known)
         if missing > 0:
             rejected.append(Rejected(candidate, missing))
         else:
@@ -123,14 +128,16 @@ def search(model: Model, space: Iterable[Candidate], gpus_per_node: int, max_sol
         if bound > best * (1 + PLATEAU) or (solved >= max_solved and plans):
             break
         solved += 1
-        plan = solve_candidate(model, candidate)
+        plan = solve_candidate(model, candidate, allow_offload)
         if plan is None:
             rejected.append(Rejected(candidate, 0.0))
             continue
         plans.append(plan)
         best = min(best, plan.seconds)
     plans.sort(key=lambda plan: plan.seconds)
-    result = Result(plans, rejected, [b[::2] for b in bounds[solved:]], len(bounds) + len(rejected) - solved + len(plans))
+    result = Result(
+        plans, rejected, [b[::2] for b in bounds[solved:]], len(bounds) + len(rejected) - solved + len(plans)
+    )
     chosen = min(result.plateau, key=lambda plan: preference(plan, gpus_per_node)) if plans else None
     return replace(result, chosen=chosen)
 
@@ -156,16 +163,20 @@ def grouped(layers: Sequence[str]) -> list[tuple[str, int]]:
     return found
 
 
-def lower_bound(layout: Layout, groups: Sequence[tuple[str, int]]) -> tuple[float, float]:
+def lower_bound(
+    layout: Layout, groups: Sequence[tuple[str, int]], known: dict[tuple[int, ...], Bound]
+) -> tuple[float, float]:
     """(seconds of the step at least, bytes that are missing at least).
 
     All stages share what all of them can save, and the blocks' time equally: no split does better.
+    known: bounds by the identity of a layout's choices, which many layouts share.
     """
-    stages = layout.stages
-    least = [min(c.working for c in choices) for choices in layout.choices.values()]
+    stages, key = layout.stages, tuple(map(id, layout.choices.values()))
+    bound = known.get(key)
+    if bound is None:
+        bound = known[key] = Bound([Group(count, layout.choices[kind]) for kind, count in groups])
     room = sum(s.budget / s.in_flight for s in stages)
-    bound = Bound([Group(count, layout.choices[kind]) for kind, count in groups])
-    missing = max((min(least) - s.budget for s in stages), default=0.0)
+    missing = max(bound.working - s.budget for s in stages)
     missing = max(missing, (bound.saved - room) / len(stages))
     if missing > 0:
         return math.inf, missing
@@ -173,9 +184,9 @@ def lower_bound(layout: Layout, groups: Sequence[tuple[str, int]]) -> tuple[floa
     return layout.step_seconds([mean] * len(stages)), 0.0
 
 
-def solve_candidate(model: Model, candidate: Candidate) -> Plan | None:
+def solve_candidate(model: Model, candidate: Candidate, allow_offload: bool = False) -> Plan | None:
     """The candidate with the checkpointing and split that make it fastest, or None if none of them fits."""
-    layout, share = model.layout(candidate), 1.0
+    layout, share = model.layout(candidate, allow_offload), 1.0
     for _ in range(TRIES):
         budgets = [replace(s, budget=s.budget * share) for s in layout.stages]
         found = assign(layout, budgets, model.layers)
@@ -197,7 +208,7 @@ def assign(
     if len(budgets) == 1:
         choices = solver.choices(0, 0, len(layers))
         return None if choices is None else (_ranges(choices), ())
-    seconds, cuts = stages.split(len(layers), len(budgets), solver.seconds)
+    seconds, cuts = stages.split(len(layers), len(budgets), solver.seconds, solver.at_least)
     if math.isinf(seconds):
         return None
     ends = (*cuts[1:], len(layers))
@@ -211,6 +222,7 @@ class _Stages:
     def __init__(self, layout: Layout, budgets: Sequence[StageBudget], layers: Sequence[str]):
         self.layout, self.budgets, self.layers = layout, budgets, layers
         self.solved: dict[Any, list[Choice] | None] = {}
+        self.bounds: dict[Any, Bound] = {}
 
     def choices(self, stage: int, first: int, end: int) -> list[Choice] | None:
         budget = self.budgets[stage]
@@ -220,6 +232,14 @@ class _Stages:
             found = solve([Group(n, self.layout.choices[kind]) for kind, n in groups], budget.budget, budget.in_flight)
             self.solved[key] = None if found is None else [choice for some in found for choice in some]
         return self.solved[key]
+
+    def at_least(self, stage: int, first: int, end: int) -> float:
+        """A lower bound of `seconds`."""
+        budget = self.budgets[stage]
+        groups = tuple(grouped(self.layers[first:end]))
+        if groups not in self.bounds:
+            self.bounds[groups] = Bound([Group(n, self.layout.choices[kind]) for kind, n in groups])
+        return budget.seconds + self.bounds[groups].at(budget.budget / budget.in_flight)
 
     def seconds(self, stage: int, first: int, end: int) -> float:
         choices = self.choices(stage, first, end)

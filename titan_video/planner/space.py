@@ -10,7 +10,6 @@ from functools import cache
 from typing import Any
 
 from titan_video.config.job_config import JobConfig
-from titan_video.config.manager import ConfigError
 from titan_video.config.values import nearest_word
 from titan_video.data.batching import gradient_accumulation, num_data_ranks
 from titan_video.planner.candidate import Candidate
@@ -142,7 +141,11 @@ class Space:
                 budget = clips * self.longest
                 if step.budget_tokens % budget == 0:
                     total = step.budget_tokens // budget
-                    if total % dp == 0 and total // dp % step.groups == 0 and self._allows("tokens_per_microbatch", budget):
+                    if (
+                        total % dp == 0
+                        and total // dp % step.groups == 0
+                        and self._allows("tokens_per_microbatch", budget)
+                    ):
                         yield clips, budget, total // dp
             return
         if step.clips % dp:
