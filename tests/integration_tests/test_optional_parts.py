@@ -25,6 +25,7 @@ ASKING = {
     "distributed.pipeline_parallel": {"parallelism.pipeline_parallel_degree": 2},
     "training.profiling": {"profiling.enable_profiling": "true"},
     "distributed.offload": {"activation_checkpoint.mode": "full", "activation_checkpoint.offload": "true"},
+    "distributed.checkpoint_ranges": {"activation_checkpoint.range": '[{layers = "0"}]'},
     "distributed.block_swap": {"lora.enable": "true", "training.swap_blocks": 3},
     "optim.low_bit": {"optimizer.name": "AdamW8bit"},
     "optim.muon": {"optimizer.name": "Muon"},

@@ -31,7 +31,7 @@ from titan_video.config.job_config import Compile, JobConfig
 from titan_video.config.manager import ConfigError, main_guard, parse_args
 from titan_video.data.batch import Batch
 from titan_video.data.batching import Batching, Bucket, gradient_accumulation
-from titan_video.distributed.activation_checkpoint import select_blocks
+from titan_video.distributed.activation_checkpoint import block_sections
 from titan_video.distributed.parallel_dims import Meshes, ParallelDims, check_layout
 from titan_video.distributed.parallelize import parallelize
 from titan_video.distributed.sequence import SequenceShard
@@ -96,7 +96,8 @@ class RankStep:
             ]
             if self.pipeline:
                 self.pipeline.state(self.prepare(batches[0]))  # infers shapes, before anything is counted
-            is_offloading = self.config.activation_checkpoint.offload
+            a = self.config.activation_checkpoint
+            is_offloading = a.offload or any(r.offload for r in a.range)
             offload = fake.watch_offload(tracker) if is_offloading else nullcontext()
             operators = fake.gpu_operators(self.config.model.kernels)
             with tracker, operators, offload:
@@ -260,7 +261,7 @@ def build_model(
     with torch.device("meta"):
         model = spec.build(args)
     weights.prepare(model)
-    checkpointed = select_blocks(model, plan, config.activation_checkpoint.layers)
+    sections = block_sections(model, plan, config.activation_checkpoint)
     stages, pipeline = None, load_pipeline(meshes.pp.size())
     if pipeline:
         stages = pipeline.keep_stages(model, plan, meshes.pp, config.parallelism, args, num_tokens)
@@ -273,7 +274,7 @@ def build_model(
         config.training,
         config.activation_checkpoint,
         Compile(enable=False),
-        checkpointed=checkpointed,
+        block_sections=sections,
     )
     return model, stages
 
