@@ -10,7 +10,7 @@ from titan_video.planner.cluster import Cluster
 from titan_video.planner.cost import CostModel
 from titan_video.planner.describe import GIB
 from titan_video.planner.explain import name_of
-from titan_video.planner.search import Result, search
+from titan_video.planner.search import MAX_SOLVED, Result, search
 from titan_video.planner.space import MAX_ENCODER_SHARE, SCHEDULES, Space, StepClips, divisors
 
 ALLOWED = ("offload", "8bit", "host-state")  # what a plan may use beside layouts: asked for, or needed to fit
@@ -70,17 +70,17 @@ class Planned:
     needed: tuple[str, ...] = ()
 
 
-def make_plan(job: Job) -> Planned:
+def make_plan(job: Job, max_solved: int = MAX_SOLVED) -> Planned:
     """The plan; with offload, 8-bit moments and state on the host where they are needed, the least costly first.
 
-    Where nothing fits, the result has no plan. ValueError: the job cannot run on the cluster at all.
+    Where nothing fits, the result has no plan. max_solved: see `search`.
     """
     model = job.build(job.config, job.cluster, job.shares)
     first = None
     for extra in ((), *_extras(job)):
         trial = replace(job, allow=job.allow | set(extra))
         space = trial.space(model)
-        result = search(model, space, job.cluster.gpus_per_node, allow_offload="offload" in trial.allow)
+        result = search(model, space, job.cluster.gpus_per_node, max_solved, "offload" in trial.allow)
         planned = Planned(trial, model, space, result, extra)
         first = first or planned
         if result.plans:
@@ -101,6 +101,8 @@ def _extras(job: Job) -> Iterator[tuple[str, ...]]:
 def smallest_change(planned: Planned) -> list[str]:
     """What would make a job fit that does not: the first change of each kind that helps, the smallest kinds first."""
     job = planned.job
+    if not planned.result.rejected:
+        return [f"no layout is legal on {job.cluster.name}: --explain NAME=VALUE says which rule a value breaks"]
     nearest = min(planned.result.rejected, key=lambda r: r.missing)
     lines = [
         f"no plan fits {job.cluster.name}: the nearest, {name_of(nearest.candidate)}, lacks "
@@ -121,7 +123,7 @@ def smallest_change(planned: Planned) -> list[str]:
 
 def _fits(job: Job) -> bool:
     try:
-        return bool(make_plan(job).result.plans)
+        return bool(make_plan(job, max_solved=1).result.plans)
     except ValueError:
         return False
 

@@ -30,6 +30,7 @@ def to_tables(candidate: Candidate, num_blocks: int) -> Tables:
     if c.tokens_per_microbatch:
         data["tokens_per_microbatch"] = c.tokens_per_microbatch
         data["global_micro_batches"] = c.microbatches * c.dp
+        training |= {"local_batch_size": 1, "global_batch_size": -1}  # the budget replaces both
     else:
         training["local_batch_size"] = c.local_batch_size
         training["global_batch_size"] = c.local_batch_size * c.microbatches * c.dp

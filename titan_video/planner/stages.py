@@ -57,7 +57,7 @@ def _earliest_starts(num_blocks: int, num_stages: int, limit: float, at_least: S
     starts = [0] * num_stages + [num_blocks]
     for stage in reversed(range(num_stages)):
         end = starts[stage + 1]
-        first = end - 1
+        first = max(end - 1, 0)
         while first > 0 and at_least(stage, first - 1, end) <= limit:
             first -= 1
         starts[stage] = first
