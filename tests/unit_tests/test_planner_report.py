@@ -24,7 +24,7 @@ from titan_video.planner.plan_file import merged, plan_tables, to_candidate, wri
 from titan_video.planner.space import parse_fixed
 
 TOML = ROOT / "train_configs" / "wan2.1_t2v_14b_720p_64gpu.toml"
-H100 = cluster.load(ROOT / "train_configs" / "clusters" / "h100x64.toml")
+H100, ONE_NODE = (cluster.load(ROOT / "train_configs" / "clusters" / f"h100x{n}.toml") for n in (64, 8))
 LAYERS = 40
 
 
@@ -37,7 +37,8 @@ def build(config, machine, shares, saved=40.0, weights=60.0):
 
 
 def job(**values):
-    return Job(manager.load(TOML), H100, **{"build": build, **values})
+    values = {"build": build, "cluster": H100, **values}
+    return Job(manager.load(TOML), **values)
 
 
 @pytest.fixture(scope="module")
@@ -276,10 +277,10 @@ def test_values_that_cannot_be(text, message):
 
 def test_what_is_needed_is_used_and_named():
     def heavy(config, machine, shares):
-        model = build(config, machine, shares, weights=1300.0)
+        model = build(config, machine, shares, weights=110.0)
         return LightOptimizer(**{f.name: getattr(model, f.name) for f in fields(model)})
 
-    planned = make_plan(job(build=heavy))
+    planned = make_plan(job(build=heavy, cluster=ONE_NODE))
     assert planned.needed == ("8bit",)
     assert planned.result.chosen.candidate.optimizer == "AdamW8bit"
     assert "Without 8bit nothing fits." in report.comment(planned, source())
@@ -294,12 +295,12 @@ class LightOptimizer(SmallModel):
 
 def test_the_smallest_change_that_fits():
     def long(config, machine, shares):
-        return build(config, machine, shares, saved=60000.0)
+        return build(config, machine, shares, saved=500.0)
 
-    planned = make_plan(job(build=long))
+    planned = make_plan(job(build=long, cluster=ONE_NODE))
     assert planned.result.chosen is None
     lines = smallest_change(planned)
-    assert re.search(r"no plan fits h100x64: the nearest, .* lacks [\d.]+ GiB", lines[0])
+    assert re.search(r"no plan fits h100x8: the nearest, .* lacks [\d.]+ GiB", lines[0])
     frames = int(re.search(r"clips of (\d+) frames instead of 81", "\n".join(lines))[1])
     assert frames % 4 == 1
 

@@ -70,22 +70,27 @@ class Planned:
     needed: tuple[str, ...] = ()
 
 
-def make_plan(job: Job, max_solved: int = MAX_SOLVED) -> Planned:
+def make_plan(job: Job) -> Planned:
     """The plan; with offload, 8-bit moments and state on the host where they are needed, the least costly first.
 
-    Where nothing fits, the result has no plan. max_solved: see `search`.
+    Where nothing fits, the result has no plan.
     """
     model = job.build(job.config, job.cluster, job.shares)
-    first = None
-    for extra in ((), *_extras(job)):
-        trial = replace(job, allow=job.allow | set(extra))
-        space = trial.space(model)
-        result = search(model, space, job.cluster.gpus_per_node, max_solved, "offload" in trial.allow)
-        planned = Planned(trial, model, space, result, extra)
-        first = first or planned
-        if result.plans:
-            return planned
+    first = make_own_plan(job, model)
+    if first.result.plans:
+        return first
+    for extra in _extras(job):
+        planned = make_own_plan(replace(job, allow=job.allow | set(extra)), model)
+        if planned.result.plans:
+            return replace(planned, needed=extra)
     return first
+
+
+def make_own_plan(job: Job, model: Any, max_solved: int = MAX_SOLVED) -> Planned:
+    """The plan with no more than what the job allows. max_solved: see `search`."""
+    space = job.space(model)
+    result = search(model, space, job.cluster.gpus_per_node, max_solved, "offload" in job.allow)
+    return Planned(job, model, space, result)
 
 
 def _extras(job: Job) -> Iterator[tuple[str, ...]]:
@@ -123,7 +128,8 @@ def smallest_change(planned: Planned) -> list[str]:
 
 def _fits(job: Job) -> bool:
     try:
-        return bool(make_plan(job, max_solved=1).result.plans)
+        model = job.build(job.config, job.cluster, job.shares)
+        return bool(make_own_plan(job, model, max_solved=1).result.plans)
     except ValueError:
         return False
 
