@@ -15,7 +15,7 @@ from pathlib import Path
 from titan_video.config.manager import main_guard, parse_args, read_file
 from titan_video.planner import cluster, report
 from titan_video.planner.explain import compare, rejections, why_not
-from titan_video.planner.plan import ALLOWED, Job, Planned, make_plan, smallest_change
+from titan_video.planner.plan import ALLOWED, Job, Planned, as_it_is, make_plan, smallest_change
 from titan_video.planner.space import parse_fixed
 from titan_video.planner.table import to_markdown
 from titan_video.tools.parts import resolve
@@ -75,6 +75,11 @@ def parse_allow(text: str) -> frozenset[str]:
 
 def show(planned: Planned, options: argparse.Namespace) -> str:
     lines = [report.headline(planned), "", to_markdown(planned.result, options.most)]
+    own = as_it_is(planned.job, planned.model)
+    if isinstance(own, str):
+        lines.append(f"As the TOML is: {own}")
+    else:
+        lines += ["As the TOML is:", *compare(own, planned.result.chosen)]
     if planned.needed:
         lines.append(f"Without {' and '.join(planned.needed)} nothing fits.\n")
     if options.explain == ALL:
