@@ -168,7 +168,9 @@ CANDIDATES = [
     ),
     Candidate(dp_shard=32, ring=2, tokens_per_microbatch=151200, local_batch_size=2, microbatches=2),
     Candidate(dp_shard=60, microbatches=2, placement="separate", encoder_ranks=4, optimizer="AdamW8bit"),
-    Candidate(pp=2, dp_shard=32, microbatches=4, local_batch_size=2, schedule="Interleaved1F1B", enable_cpu_offload=True),
+    Candidate(
+        pp=2, dp_shard=32, microbatches=4, local_batch_size=2, schedule="Interleaved1F1B", enable_cpu_offload=True
+    ),
 ]
 
 

@@ -10,7 +10,8 @@ from titan_video.planner.cluster import Cluster
 from titan_video.planner.cost import CostModel
 from titan_video.planner.describe import GIB
 from titan_video.planner.explain import name_of
-from titan_video.planner.search import MAX_SOLVED, Result, search
+from titan_video.planner.plan_file import to_candidate
+from titan_video.planner.search import MAX_SOLVED, Plan, Result, binding, search
 from titan_video.planner.space import MAX_ENCODER_SHARE, SCHEDULES, Space, StepClips, divisors
 
 ALLOWED = ("offload", "8bit", "host-state")  # what a plan may use beside layouts: asked for, or needed to fit
@@ -91,6 +92,25 @@ def make_own_plan(job: Job, model: Any, max_solved: int = MAX_SOLVED) -> Planned
     space = job.space(model)
     result = search(model, space, job.cluster.gpus_per_node, max_solved, "offload" in job.allow)
     return Planned(job, model, space, result)
+
+
+def as_it_is(job: Job, model: Any) -> Plan | str:
+    """The layout that the job's TOML has already, as a plan, or why it cannot run on the cluster."""
+    longest = max(work.tokens for work in model.workload)
+    clips = max(1, job.config.data.tokens_per_microbatch // longest) if job.config.data.tokens_per_microbatch else 0
+    try:
+        candidate = to_candidate(job.config, job.cluster.gpus, len(model.layers), clips)
+        prediction = model.predict(candidate)
+    except ValueError as e:
+        return str(e)
+    plan = Plan(candidate, prediction, binding(prediction))
+    fullest = prediction.fullest
+    if model.fits(candidate):
+        return plan
+    return (
+        f"{name_of(candidate)} does not fit: it needs {fullest.needed:.1f} GiB of {job.cluster.gpu.memory_gib:.1f} "
+        f"({plan.seconds:.3f} s a step if it did)"
+    )
 
 
 def _extras(job: Job) -> Iterator[tuple[str, ...]]:

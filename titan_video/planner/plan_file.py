@@ -128,10 +128,14 @@ def _table_text(name: str, table: dict[str, Any]) -> str:
         if isinstance(value, dict):
             inner += "\n" + _table_text(f"{name}.{key}", value)
         elif isinstance(value, list) and value and isinstance(value[0], dict):
-            inner += "".join("\n" + _table_text(f"{name}.{key}", row).replace("[", "[[", 1).replace("]", "]]", 1) for row in value)
+            inner += "".join(
+                "\n" + _table_text(f"{name}.{key}", row).replace("[", "[[", 1).replace("]", "]]", 1) for row in value
+            )
         else:
             text += f"{key} = {_value_text(value)}\n"
-    return (text if text.count("\n") > 1 or not inner else "") + inner.removeprefix("" if text.count("\n") > 1 else "\n")
+    return (text if text.count("\n") > 1 or not inner else "") + inner.removeprefix(
+        "" if text.count("\n") > 1 else "\n"
+    )
 
 
 def _value_text(value: Any) -> str:

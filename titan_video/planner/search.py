@@ -193,7 +193,7 @@ def solve_candidate(model: Model, candidate: Candidate, allow_offload: bool = Fa
         solved = replace(candidate, ranges=found[0], split=found[1])
         if model.fits(solved):
             prediction = model.predict(solved)
-            return Plan(solved, prediction, binding(layout, solved, prediction, model.layers))
+            return Plan(solved, prediction, binding(prediction))
         share -= SHRINK
     return None
 
@@ -249,7 +249,7 @@ def _ranges(choices: Sequence[Choice]) -> tuple[Range, ...]:
     return merged(Range(i, i + 1, choice.name) for i, choice in enumerate(choices))
 
 
-def binding(layout: Layout, candidate: Candidate, prediction: Prediction, layers: Sequence[str]) -> str:
+def binding(prediction: Prediction) -> str:
     """What keeps the plan from being faster: memory, communication that compute waits for, or the compute itself."""
     total, parts = prediction.step_seconds, prediction.seconds
     waits = {name: parts.get(name, 0.0) for name in COMMUNICATION}
