@@ -19,12 +19,15 @@ from typing import Any
 from titan_video.config.job_config import JobConfig
 from titan_video.distributed.pipeline_parallel.stages import split_blocks
 from titan_video.models import get_args, get_spec
-from titan_video.planner.candidate import Candidate, Checkpointing, StageMemory
+from titan_video.planner.candidate import Candidate, Checkpointing, Prediction, StageMemory
 from titan_video.planner.cluster import Cluster
 from titan_video.planner.describe import OFFLOADED, STATE, SWAPPED
 from titan_video.planner.dry_run import num_clip_tokens
+from titan_video.planner.layout import Layout, LayoutBuilder
 from titan_video.planner.memory_model import StageInput, in_flight, rank_memory
 from titan_video.planner.replay import BlockMemory, EndsMemory, Replay, block_replay, ends_memory
+from titan_video.planner.step_clock import StepClock
+from titan_video.planner.timeline import BlockTimes, StepTimes
 from titan_video.planner.trace import BlockTrace, EndsTrace, Tracer
 from titan_video.planner.units import Units, UnitSizes
 
@@ -58,6 +61,9 @@ class CostModel:
         self._replays: dict[Any, Replay] = {}
         self._block_memory: dict[Any, BlockMemory] = {}
         self._ends_memory: dict[Any, EndsMemory] = {}
+        self._splits: dict[int, list[range]] = {}
+        self.clock = StepClock(self)
+        self.builder = LayoutBuilder(self)
 
     def _workload(self, shares: dict[tuple[int, ...], float] | None) -> tuple[BucketWork, ...]:
         buckets = self.config.data.sizes
@@ -74,6 +80,44 @@ class CostModel:
     def layers(self) -> tuple[str, ...]:
         """Block type (container) of each block, in forward order."""
         return tuple(path for path in self.spec.plan.blocks for _ in self.tracer.model.get_submodule(path))
+
+    # ---- what the search and its reports ask ----
+
+    def layout(self, candidate: Candidate, allow_offload: bool = False) -> Layout:
+        """All that does not depend on checkpointing or on the split into stages. See layout.py."""
+        return self.builder.layout(candidate, allow_offload)
+
+    def predict(self, candidate: Candidate) -> Prediction:
+        """A step of the candidate."""
+        seconds, flops = self.clock.step(candidate)
+        works = [(work.share, self.clips(candidate, work), work.tokens) for work in self.workload]
+        step = candidate.dp * candidate.microbatches
+        forward = sum(share * self.args.flops(tokens, clips) for share, clips, tokens in works)
+        return Prediction(
+            seconds=seconds,
+            memory=self.memory(candidate),
+            flops=flops,
+            model_flops=3 * forward * step / candidate.num_training_ranks,
+            tokens=step * sum(share * clips * tokens for share, clips, tokens in works),
+            clips=step * sum(share * clips for share, clips, _ in works),
+            peak_flops=self.cluster.peak_flops,
+            encoder_ranks=candidate.encoder_ranks,
+            notes=("float8: counted as bfloat16",) if self.config.float8.enable else (),
+        )
+
+    def fits(self, candidate: Candidate) -> bool:
+        """Whether every stage's ranks have the memory, on the device and on the host."""
+        memory = self.memory(candidate)
+        host = self.cluster.host.memory_gib or math.inf
+        return all(m.needed <= self.cluster.gpu.memory_gib and m.host_total / 2**30 <= host for m in memory)
+
+    def block_times(self, candidate: Candidate) -> BlockTimes:
+        """Of the first block, for the longest clips."""
+        return self.clock.block_times(candidate)
+
+    def step_times(self, candidate: Candidate) -> StepTimes:
+        """Of the stages, for an average micro-batch."""
+        return self.clock.step_times(candidate)
 
     # ---- memory ----
 
@@ -122,11 +166,13 @@ class CostModel:
         count = candidate.pp * (2 if candidate.pp > 1 and candidate.schedule.startswith("Interleaved") else 1)
         if candidate.split:
             return [range(a, b) for a, b in zip(candidate.split, (*candidate.split[1:], num), strict=True)]
-        # As keep_stages does: by FLOPs of the longest clip.
-        tokens = max(work.tokens for work in self.workload)
-        flops = self.args.block_flops(tokens)
-        end = (self.args.flops(tokens) - flops) / (flops / num) / 2
-        return split_blocks(num, count, first_cost=end, last_cost=end) if count > 1 else [range(num)]
+        if count not in self._splits:  # as keep_stages does: by FLOPs of the longest clip
+            tokens = max(work.tokens for work in self.workload)
+            flops = self.args.block_flops(tokens)
+            end = (self.args.flops(tokens) - flops) / (flops / num) / 2
+            split = split_blocks(num, count, first_cost=end, last_cost=end) if count > 1 else [range(num)]
+            self._splits[count] = split
+        return self._splits[count]
 
     def modes(self, candidate: Candidate) -> list[Checkpointing]:
         """Of each block."""
@@ -176,12 +222,6 @@ class CostModel:
             StageMemory(s, {kind: round(n) for kind, n in m.items()}, on_host, candidate.num_training_ranks)
             for s, m in enumerate(found)
         )
-
-    def fits(self, candidate: Candidate) -> bool:
-        """Whether every stage's ranks have the memory, on the device and on the host."""
-        memory = self.memory(candidate)
-        host = self.cluster.host.memory_gib or math.inf
-        return all(m.needed <= self.cluster.gpu.memory_gib and m.host_total / 2**30 <= host for m in memory)
 
 
 def _check(config: JobConfig) -> None:

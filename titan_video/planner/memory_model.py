@@ -45,7 +45,7 @@ class StageInput:
 
 
 def in_flight(candidate: Candidate, stage: int) -> float:
-    """Micro-batches whose activations stage `stage` (of all, two on a rank where schedules interleave) holds at most."""
+    """Micro-batches whose activations a stage holds at most; where schedules interleave, a rank has two stages."""
     pp, number = candidate.pp, candidate.microbatches
     if pp == 1:
         return 1
@@ -143,7 +143,7 @@ def stage_memory(stage: StageInput, on_host: tuple[str, ...] = (), beside: float
     kept = stage.ends.trunk + (stage.ends.embed if stage.is_first else 0)
     head = stage.ends.head if stage.is_last else 0
     whole = _kept(stage)
-    earlier = (stage.in_flight - 1) * whole + beside
+    earlier = (stage.in_flight - 1) * (whole - stage.ends.trunk) + beside  # what the trunk keeps is the same for all
     host = stage.in_flight * sum(m.host for m in memory)
     peak, grads = _Peak(), _Gradients(stage, own)
 
@@ -229,7 +229,7 @@ class _Gathered:
 
 
 class _Gradients:
-    """Bytes of sharded gradients that exist; with accumulation, or in a pipeline after its first backward, all of them."""
+    """Bytes of sharded gradients that exist: all, from the second micro-batch on."""
 
     def __init__(self, stage: StageInput, own: Unit):
         self.own, self.most = own.gradients, own.gradients

@@ -76,7 +76,8 @@ class BlockTrace:
 
 @dataclass(frozen=True)
 class EndsTrace:
-    """The model without its blocks. Parts of ops: "embed", "trunk", "head", "loss" and "backward".
+    """The model without its blocks. Parts of ops: "embed", "trunk", "head", "loss", "head backward" and
+    "embed backward".
 
     inputs, embed, trunk, head: [monomials], bytes that a micro-batch keeps from its forward to its backward: what it
     is made of, and what each part saves. state: bytes that pass from stage to stage.
@@ -269,7 +270,7 @@ class _LayoutTracer:
             start = len(recorder.log)
             state, loss = self._run_ends(batch, inputs, mark)
             middle = len(recorder.log)
-            recorder.part = recorder.phase = "backward"
+            recorder.part, recorder.phase = "head backward", "backward"
             loss.backward()
             end = len(recorder.log)
         sizes = recorder.sizes()
@@ -316,7 +317,7 @@ class _LayoutTracer:
             def run(*args: Any, **kwargs: Any) -> Any:
                 out = parts[name](*args, **kwargs)
                 if name == "embed":
-                    out[0].register_hook(lambda grad: mark("embed backward", "backward"))
+                    out[0].register_hook(lambda grad: mark("embed backward", "embed backward"))
                     state_bytes[:] = sum(np.array(decode(t.nbytes)) for t in out)
                 mark(name, following)
                 if name == "embed":
@@ -330,7 +331,7 @@ class _LayoutTracer:
         prediction = model(**kwargs)
         loss = self.task.loss(prediction, inputs).sum() / self.task.num_loss_elements(batch)
         del prediction
-        mark("loss", "backward")
+        mark("loss", "head backward")
         del model.embed, model.trunk, model.head
         return state_bytes, loss
 

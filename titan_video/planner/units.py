@@ -20,8 +20,8 @@ class Unit:
     """Bytes of one FSDP unit on a rank.
 
     parameters, gradients, optimizer, ema: of its shard. gathered: of its weights as the rank computes with them.
-    reduced: of its gradients in the type of the reduction, before they are scattered. elements: of the gathered weights;
-    sharded: of the shard.
+    reduced: of its gradients in the type of the reduction, before they are scattered. elements: of the gathered
+    weights; sharded: of the shard.
     """
 
     parameters: int = 0
