@@ -76,11 +76,13 @@ class BlockTrace:
 
 @dataclass(frozen=True)
 class EndsTrace:
-    """The model without its blocks. Parts of ops: "embed", "trunk", "head", "loss" and "backward".
+    """The model without its blocks. Parts of ops: "embed", "trunk", "head", "loss", "head backward" and
+    "embed backward".
 
     inputs, embed, trunk, head: [monomials], bytes that a micro-batch keeps from its forward to its backward: what it
-    is made of, and what each part saves. peak: [monomials] of temporaries beside these, around the loss.
-    state: bytes that pass from stage to stage.
+    is made of, and what each part saves. state: bytes that pass from stage to stage.
+    log: its forward begins with `embed`; head_start: events after which `head` begins; embed_start: events of the
+    backward after which that of `embed` begins. last_unit: the FSDP unit outside the blocks that runs last before them.
     """
 
     ops: tuple[Op, ...]
@@ -90,6 +92,9 @@ class EndsTrace:
     head: np.ndarray
     log: Log
     state: np.ndarray
+    head_start: int
+    embed_start: int
+    last_unit: str
 
 
 class Tracer:
@@ -135,7 +140,7 @@ class Tracer:
 class _LayoutTracer:
     def __init__(self, tracer: Tracer, dims: ParallelDims):
         self.config, self.spec, self.args, self.dims = tracer.config, tracer.spec, tracer.args, dims
-        self.meshes = dims.build_mesh("cpu")
+        self.meshes, self._last_unit = dims.build_mesh("cpu"), ""
         self.model = copy.deepcopy(tracer.small)
         cast_params(self.model, self.spec.plan.fp32, tracer.dtype)
         parallelism = self.config.parallelism
@@ -250,11 +255,11 @@ class _LayoutTracer:
         for path in self.spec.plan.blocks:
             self.model.get_submodule(path).clear()
         self.task.shard._positions.clear()  # with them go the RoPE frequencies, which are traced with the trunk
-        recorder, marks = self._recorder(), {}
+        recorder, marks, times = self._recorder(), {}, {}
 
         def mark(name: str, following: str) -> None:
             marks[name] = {n for n in recorder.live() if n >= baseline}
-            recorder.part = following
+            recorder.part, times[name] = following, len(recorder.log)
 
         with recorder:
             baseline = recorder.num_storages
@@ -265,7 +270,7 @@ class _LayoutTracer:
             start = len(recorder.log)
             state, loss = self._run_ends(batch, inputs, mark)
             middle = len(recorder.log)
-            recorder.part = recorder.phase = "backward"
+            recorder.part, recorder.phase = "head backward", "backward"
             loss.backward()
             end = len(recorder.log)
         sizes = recorder.sizes()
@@ -287,11 +292,24 @@ class _LayoutTracer:
         keeps = {"embed": embed - marks["inputs"], "trunk": trunk - embed - marks["inputs"]}
         keeps["head"] = kept - keeps["embed"] - keeps["trunk"]
         saved = {name: sizes[sorted(found)].sum(0) for name, found in keeps.items()}
-        return EndsTrace(recorder.fuse(kept), inputs=total["inputs"], log=log, state=state, **saved)
+        return EndsTrace(
+            recorder.fuse(kept),
+            inputs=total["inputs"],
+            log=log,
+            state=state,
+            head_start=times["trunk"] - start,
+            embed_start=times["embed backward"] - middle,
+            last_unit=self._units_before,
+            **saved,
+        )
 
     def _run_ends(self, batch: Any, inputs: Any, mark: Callable[[str, str], None]) -> tuple[np.ndarray, Tensor]:
         """Forward of the model without blocks, as its own `forward` goes, and its loss."""
         model, kwargs = self.model, inputs.kwargs
+        units = [name for name in self.spec.plan.units if name in dict(model.named_children())]
+        for name in units:
+            if (module := getattr(model, name)) is not None:
+                module.register_forward_hook(lambda *_, name=name: setattr(self, "_last_unit", name))
         state_bytes = np.zeros(5)
         parts = {name: getattr(model, name) for name in ("embed", "trunk", "head")}
 
@@ -299,8 +317,11 @@ class _LayoutTracer:
             def run(*args: Any, **kwargs: Any) -> Any:
                 out = parts[name](*args, **kwargs)
                 if name == "embed":
+                    out[0].register_hook(lambda grad: mark("embed backward", "embed backward"))
                     state_bytes[:] = sum(np.array(decode(t.nbytes)) for t in out)
                 mark(name, following)
+                if name == "embed":
+                    self._units_before = self._last_unit
                 return out
 
             return run
@@ -310,9 +331,8 @@ class _LayoutTracer:
         prediction = model(**kwargs)
         loss = self.task.loss(prediction, inputs).sum() / self.task.num_loss_elements(batch)
         del prediction
-        mark("loss", "backward")
-        for name in parts:
-            delattr(model, name)
+        mark("loss", "head backward")
+        del model.embed, model.trunk, model.head
         return state_bytes, loss
 
 
