@@ -202,6 +202,7 @@ class CostModel:
             has_units=self.has_units(candidate),
             in_backward=self.config.optimizer.in_backward,
             pipelined=candidate.pp > 1,
+            replicates=candidate.dp_replicate > 1,
         )
 
     def memory(self, candidate: Candidate) -> tuple[StageMemory, ...]:
