@@ -190,7 +190,7 @@ def header(profile: Profile) -> str:
         f"Measured by `python -m titan_video.planner.profile`: {profile.world_size} ranks, {backend}, torch "
         f"{torch.__version__}, {str(profile.dtype).removeprefix('torch.')}, model {profile.config.model.name} "
         f"{profile.config.model.flavor}, {profile.tokens} tokens a clip.",
-        f"Rates are those of all ranks at once: a product then takes {profile.shared:.2f} times as long as on one alone.",
+        f"Rates are of all ranks at once: a product then takes {profile.shared:.2f} times as long as on one alone.",
         f"Not measured, so at their defaults: {', '.join(unmeasured)}.",
     ]
     return "".join(f"# {line}\n" for line in lines) + "\n"
