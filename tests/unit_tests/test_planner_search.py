@@ -101,6 +101,7 @@ def test_the_split_equals_trying_all():
             return max(seconds(s, a, b) for s, (a, b) in enumerate(itertools.pairwise((*cuts, blocks))))
 
         every = [(0, *cuts) for cuts in itertools.combinations(range(1, blocks), num_stages - 1)]
+
         def at_least(stage, first, end, seconds=seconds):
             return 0.9 * seconds(stage, first, end)
 
