@@ -33,12 +33,12 @@ ROOT = Path(__file__).resolve().parent.parent
 TOML = "train_configs/debug.toml"
 WARM_UP = 3  # steps of each run that do not count
 BAR_SPEARMAN, BAR_REGRET = 0.85, 0.10
-CLIPS = 8  # of a step, in every layout
+CLIPS = 16  # of a step, in every layout
 COMMON = {
     "job.description": "benchmarks/planner_here.py",
     "model.kernels": "torch",
     "data.path": "embedded:shapes-64",
-    "data.buckets": "[[17, 96, 96]]",
+    "data.buckets": "[[9, 96, 96]]",
     "training.global_batch_size": CLIPS,
     "activation_checkpoint.save_min_kv": 64,
     "ema.enable": "false",
@@ -50,7 +50,7 @@ FULL = {"activation_checkpoint.mode": "full"}
 SELECTIVE = {"activation_checkpoint.mode": "selective"}
 RANGES = {"activation_checkpoint.range": '[{layers = "0-1", mode = "full"}]'}
 TP, ULYSSES = {"parallelism.tensor_parallel_degree": 2}, {"parallelism.context_parallel_degree": 2}
-PP = {"parallelism.pipeline_parallel_degree": 2, "parallelism.pipeline_parallel_microbatch_size": 2}
+PP = {"parallelism.pipeline_parallel_degree": 2, "parallelism.pipeline_parallel_microbatch_size": 4}
 
 
 @dataclass(frozen=True)
