@@ -3,13 +3,22 @@
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
 from tests.planner_model import random_case
+from titan_video.config import manager
+from titan_video.config.check import check
+from titan_video.distributed.parallel_dims import check_layout
+from titan_video.distributed.pipeline_parallel import check_microbatches
+from titan_video.models import get_args, get_spec
 from titan_video.planner import knapsack, stages
+from titan_video.planner.candidate import Candidate
 from titan_video.planner.knapsack import GRID, Bound, Choice, Group, in_order, needed, solve
-from titan_video.planner.search import PLATEAU, grouped, lower_bound, search
+from titan_video.planner.plan_file import to_tables
+from titan_video.planner.search import PLATEAU, grouped, lower_bound, search, solve_candidate
+from titan_video.planner.space import Space, StepClips, divisors, parse_fixed, violations
 
 # ---- the knapsack ----
 
@@ -143,3 +152,74 @@ def test_the_bound_is_below_every_plan_of_a_candidate():
         for c in space:
             bound, _ = lower_bound(model.layout(c), grouped(model.layers), {})
             assert bound <= least.get(c, math.inf) * (1 + 1e-9)
+
+
+def test_every_candidate_is_solved_exactly():
+    stages_met = set()
+    for seed in range(25):
+        model, space = random_case(seed)
+        model = replace(model, layers=(*model.layers, *model.layers[:1]))
+        space = replace(space, layers=len(model.layers))
+        least = {}
+        for seconds, c in model.every_plan(c for c in space if c.pp > 1 or seed % 5 == 0):
+            least[c] = min(seconds, least.get(c, math.inf))
+        for c, seconds in least.items():
+            assert solve_candidate(model, c).seconds == pytest.approx(seconds), (seed, c)
+            stages_met.add(c.pp)
+    assert stages_met >= {1, 2, 4}
+
+
+# ---- the space ----
+
+
+def test_the_space_is_what_the_trainer_accepts():
+    """All degrees that multiply to 12 ranks, and some sizes of micro-batches, by the trainer's own rules."""
+    world, sizes = 12, (1, 2, 5)
+    spec = get_spec("wan")
+    args = get_args(spec, "debug", "", 512)  # 4 heads, 4 blocks
+    space = Space(world, 4, args.num_heads, args.ffn_dim, args.num_layers, StepClips(12), 1000, schedules=("1F1B",))
+    legal = set()
+    for pp, replicate, shard, ring, ulysses, tp in itertools.product(*[divisors(world)] * 6):
+        if pp * replicate * shard * ring * ulysses * tp != world or 4 % tp:  # 4 GPUs a node
+            continue
+        for local in sizes:
+            c = Candidate(
+                pp, replicate, shard, ring, ulysses, tp, local, microbatches=12 // (replicate * shard) // local
+            )
+            config = manager.from_dict({"model": {"name": "wan"}, **to_tables(c, args.num_layers)})
+            config = replace(config, training=replace(config.training, global_batch_size=12))
+            try:
+                check(config, world, files=False)
+                check_layout(config.parallelism, args, world)
+                if pp > 1:
+                    check_microbatches(config.parallelism, c.microbatches)
+            except ValueError:
+                continue
+            legal.add((pp, replicate, shard, ring, ulysses, tp, local))
+    assert len(legal) > 100
+    space = [c for c in space if c.local_batch_size in sizes]
+    found = [
+        (c.pp, c.dp_replicate, c.dp_shard, c.ring, c.ulysses, c.tp, c.local_batch_size) for c in space if c.reshard
+    ]
+    unsharded = [c for c in space if not c.reshard and c.dp_shard * c.cp == 1]
+    found += [(c.pp, c.dp_replicate, 1, 1, 1, c.tp, c.local_batch_size) for c in unsharded]
+    assert len(found) == len(set(found)) and set(found) == legal
+
+
+def test_the_space_of_a_token_budget():
+    """As many tokens a step, in micro-batches of one or more of the longest clips."""
+    step = StepClips(0, budget_tokens=8 * 3000, groups=2)
+    space = Space(4, 4, 4, 512, 4, step, longest=1000, schedules=("1F1B",))
+    found = {(c.dp, c.tokens_per_microbatch, c.microbatches) for c in space}
+    assert found and all(dp * budget * m == 24000 and m % 2 == 0 and budget >= 1000 for dp, budget, m in found)
+    assert (1, 3000, 8) in found and (4, 1000, 6) in found and (2, 12000, 1) not in found
+
+
+def test_the_space_with_encoder_ranks():
+    space = Space(8, 8, 4, 512, 4, StepClips(12), 1000, placement="separate", encoder_ranks=(2, 4), schedules=("1F1B",))
+    found = list(space)
+    assert {(c.encoder_ranks, c.num_training_ranks) for c in found} == {(2, 6), (4, 4)}
+    assert {3, 6} <= {c.dp for c in found}  # not only powers of two
+    fixed = replace(space, fixed=parse_fixed("cp=2,encoder_ranks=2,reshard=true"))
+    assert {(c.cp, c.num_training_ranks, c.reshard) for c in fixed} == {(2, 6, True)}
+    assert list(violations(space, {"tp": 3})) and not list(violations(space, {"tp": 2}))

@@ -1,7 +1,7 @@
 """The fastest layout of a job on a cluster, with its reasons.
 
     python -m titan_video.planner CONFIG.toml --cluster h100x64 [--out DIR] [--explain [tp=8]] [--what-if tp=8]
-        [--allow offload,8bit,host-state] [--shares 81x480x832=0.7,1x480x832=0.3] [--section.field value ...]
+        [--fix pp=1] [--allow offload,8bit,host-state] [--shares 81x480x832=0.7,1x480x832=0.3] [--section.field value ...]
     python -m titan_video.planner profile ...        measures the machine that it runs on: see planner/profile.py
 
 Nothing is read but the TOMLs, and with model.flavor hf the folder's config.json. --out gets plan.toml, which the
@@ -15,7 +15,7 @@ from pathlib import Path
 from titan_video.config.manager import main_guard, parse_args, read_file
 from titan_video.planner import cluster, report
 from titan_video.planner.explain import compare, rejections, why_not
-from titan_video.planner.plan import ALLOWED, Job, Planned, make_plan, smallest_change
+from titan_video.planner.plan import ALLOWED, Job, Planned, as_it_is, make_plan, smallest_change
 from titan_video.planner.space import parse_fixed
 from titan_video.planner.table import to_markdown
 from titan_video.tools.parts import resolve
@@ -37,6 +37,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="NAME=VALUE,...",
         help="what became of all candidates, or why those with these values are not the plan",
     )
+    parser.add_argument("--fix", default="", metavar="NAME=VALUE,...", help="values that every plan must have")
     parser.add_argument("--what-if", metavar="NAME=VALUE,...", help="the best plan with these values, beside the best")
     parser.add_argument(
         "--allow", default="", help=f"what a plan may use even if it fits without: {', '.join(ALLOWED)}"
@@ -75,6 +76,11 @@ def parse_allow(text: str) -> frozenset[str]:
 
 def show(planned: Planned, options: argparse.Namespace) -> str:
     lines = [report.headline(planned), "", to_markdown(planned.result, options.most)]
+    own = as_it_is(planned.job, planned.model)
+    if isinstance(own, str):
+        lines.append(f"As the TOML is: {own}")
+    else:
+        lines += ["As the TOML is:", *compare(own, planned.result.chosen)]
     if planned.needed:
         lines.append(f"Without {' and '.join(planned.needed)} nothing fits.\n")
     if options.explain == ALL:
@@ -105,7 +111,8 @@ def main(argv: list[str]) -> None:
             if text:
                 parse_fixed(text)
         shares, allow = parse_shares(options.shares), parse_allow(options.allow)
-        planned = make_plan(Job(config, cluster.load(options.cluster), shares, allow))
+        fixed = parse_fixed(options.fix) if options.fix else None
+        planned = make_plan(Job(config, cluster.load(options.cluster), shares, allow, fixed))
         if planned.result.chosen is None:
             if options.explain:
                 print("\n".join(rejections(planned.result)))

@@ -10,7 +10,8 @@ from titan_video.planner.cluster import Cluster
 from titan_video.planner.cost import CostModel
 from titan_video.planner.describe import GIB
 from titan_video.planner.explain import name_of
-from titan_video.planner.search import Result, search
+from titan_video.planner.plan_file import to_candidate
+from titan_video.planner.search import MAX_SOLVED, Plan, Result, binding, search
 from titan_video.planner.space import MAX_ENCODER_SHARE, SCHEDULES, Space, StepClips, divisors
 
 ALLOWED = ("offload", "8bit", "host-state")  # what a plan may use beside layouts: asked for, or needed to fit
@@ -73,19 +74,43 @@ class Planned:
 def make_plan(job: Job) -> Planned:
     """The plan; with offload, 8-bit moments and state on the host where they are needed, the least costly first.
 
-    Where nothing fits, the result has no plan. ValueError: the job cannot run on the cluster at all.
+    Where nothing fits, the result has no plan.
     """
     model = job.build(job.config, job.cluster, job.shares)
-    first = None
-    for extra in ((), *_extras(job)):
-        trial = replace(job, allow=job.allow | set(extra))
-        space = trial.space(model)
-        result = search(model, space, job.cluster.gpus_per_node, allow_offload="offload" in trial.allow)
-        planned = Planned(trial, model, space, result, extra)
-        first = first or planned
-        if result.plans:
-            return planned
+    first = make_own_plan(job, model)
+    if first.result.plans:
+        return first
+    for extra in _extras(job):
+        planned = make_own_plan(replace(job, allow=job.allow | set(extra)), model)
+        if planned.result.plans:
+            return replace(planned, needed=extra)
     return first
+
+
+def make_own_plan(job: Job, model: Any, max_solved: int = MAX_SOLVED) -> Planned:
+    """The plan with no more than what the job allows. max_solved: see `search`."""
+    space = job.space(model)
+    result = search(model, space, job.cluster.gpus_per_node, max_solved, "offload" in job.allow)
+    return Planned(job, model, space, result)
+
+
+def as_it_is(job: Job, model: Any) -> Plan | str:
+    """The layout that the job's TOML has already, as a plan, or why it cannot run on the cluster."""
+    longest = max(work.tokens for work in model.workload)
+    clips = max(1, job.config.data.tokens_per_microbatch // longest) if job.config.data.tokens_per_microbatch else 0
+    try:
+        candidate = to_candidate(job.config, job.cluster.gpus, len(model.layers), clips)
+        prediction = model.predict(candidate)
+    except ValueError as e:
+        return str(e)
+    plan = Plan(candidate, prediction, binding(prediction))
+    fullest = prediction.fullest
+    if model.fits(candidate):
+        return plan
+    return (
+        f"{name_of(candidate)} does not fit: it needs {fullest.needed:.1f} GiB of {job.cluster.gpu.memory_gib:.1f} "
+        f"({plan.seconds:.3f} s a step if it did)"
+    )
 
 
 def _extras(job: Job) -> Iterator[tuple[str, ...]]:
@@ -101,6 +126,8 @@ def _extras(job: Job) -> Iterator[tuple[str, ...]]:
 def smallest_change(planned: Planned) -> list[str]:
     """What would make a job fit that does not: the first change of each kind that helps, the smallest kinds first."""
     job = planned.job
+    if not planned.result.rejected:
+        return [f"no layout is legal on {job.cluster.name}: --explain NAME=VALUE says which rule a value breaks"]
     nearest = min(planned.result.rejected, key=lambda r: r.missing)
     lines = [
         f"no plan fits {job.cluster.name}: the nearest, {name_of(nearest.candidate)}, lacks "
@@ -121,7 +148,8 @@ def smallest_change(planned: Planned) -> list[str]:
 
 def _fits(job: Job) -> bool:
     try:
-        return bool(make_plan(job).result.plans)
+        model = job.build(job.config, job.cluster, job.shares)
+        return bool(make_own_plan(job, model, max_solved=1).result.plans)
     except ValueError:
         return False
 

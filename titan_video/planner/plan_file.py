@@ -30,6 +30,7 @@ def to_tables(candidate: Candidate, num_blocks: int) -> Tables:
     if c.tokens_per_microbatch:
         data["tokens_per_microbatch"] = c.tokens_per_microbatch
         data["global_micro_batches"] = c.microbatches * c.dp
+        training |= {"local_batch_size": 1, "global_batch_size": -1}  # the budget replaces both
     else:
         training["local_batch_size"] = c.local_batch_size
         training["global_batch_size"] = c.local_batch_size * c.microbatches * c.dp
@@ -127,10 +128,14 @@ def _table_text(name: str, table: dict[str, Any]) -> str:
         if isinstance(value, dict):
             inner += "\n" + _table_text(f"{name}.{key}", value)
         elif isinstance(value, list) and value and isinstance(value[0], dict):
-            inner += "".join("\n" + _table_text(f"{name}.{key}", row).replace("[", "[[", 1).replace("]", "]]", 1) for row in value)
+            inner += "".join(
+                "\n" + _table_text(f"{name}.{key}", row).replace("[", "[[", 1).replace("]", "]]", 1) for row in value
+            )
         else:
             text += f"{key} = {_value_text(value)}\n"
-    return (text if text.count("\n") > 1 or not inner else "") + inner.removeprefix("" if text.count("\n") > 1 else "\n")
+    return (text if text.count("\n") > 1 or not inner else "") + inner.removeprefix(
+        "" if text.count("\n") > 1 else "\n"
+    )
 
 
 def _value_text(value: Any) -> str:

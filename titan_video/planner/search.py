@@ -108,7 +108,7 @@ def search(
     max_solved: int = MAX_SOLVED,
     allow_offload: bool = False,
 ) -> Result:
-    """allow_offload: activations may wait in host memory. ValueError: the space is empty."""
+    """allow_offload: activations may wait in host memory. max_solved: plans to find at most."""
     bounds: list[tuple[float, int, Candidate]] = []
     rejected: list[Rejected] = []
     groups, known = grouped(model.layers), {}
@@ -119,13 +119,11 @@ def search(
             rejected.append(Rejected(candidate, missing))
         else:
             bounds.append((bound, i, candidate))
-    if not bounds and not rejected:
-        raise ValueError("no layout is legal: see --explain for the rule that each degree breaks")
     bounds.sort(key=lambda b: b[:2])
     plans: list[Plan] = []
-    best, solved = math.inf, 0
+    best, solved = math.inf, 0  # of `bounds`
     for bound, _, candidate in bounds:
-        if bound > best * (1 + PLATEAU) or (solved >= max_solved and plans):
+        if bound > best * (1 + PLATEAU) or len(plans) >= max_solved:
             break
         solved += 1
         plan = solve_candidate(model, candidate, allow_offload)
@@ -175,7 +173,7 @@ def lower_bound(
     bound = known.get(key)
     if bound is None:
         bound = known[key] = Bound([Group(count, layout.choices[kind]) for kind, count in groups])
-    room = sum(s.budget / s.in_flight for s in stages)
+    room = sum((s.budget - bound.working) / s.in_flight for s in stages)
     missing = max(bound.working - s.budget for s in stages)
     missing = max(missing, (bound.saved - room) / len(stages))
     if missing > 0:
@@ -195,7 +193,7 @@ def solve_candidate(model: Model, candidate: Candidate, allow_offload: bool = Fa
         solved = replace(candidate, ranges=found[0], split=found[1])
         if model.fits(solved):
             prediction = model.predict(solved)
-            return Plan(solved, prediction, binding(layout, solved, prediction, model.layers))
+            return Plan(solved, prediction, binding(prediction))
         share -= SHRINK
     return None
 
@@ -239,7 +237,8 @@ class _Stages:
         groups = tuple(grouped(self.layers[first:end]))
         if groups not in self.bounds:
             self.bounds[groups] = Bound([Group(n, self.layout.choices[kind]) for kind, n in groups])
-        return budget.seconds + self.bounds[groups].at(budget.budget / budget.in_flight)
+        bound = self.bounds[groups]
+        return budget.seconds + bound.at((budget.budget - bound.working) / budget.in_flight)
 
     def seconds(self, stage: int, first: int, end: int) -> float:
         choices = self.choices(stage, first, end)
@@ -250,7 +249,7 @@ def _ranges(choices: Sequence[Choice]) -> tuple[Range, ...]:
     return merged(Range(i, i + 1, choice.name) for i, choice in enumerate(choices))
 
 
-def binding(layout: Layout, candidate: Candidate, prediction: Prediction, layers: Sequence[str]) -> str:
+def binding(prediction: Prediction) -> str:
     """What keeps the plan from being faster: memory, communication that compute waits for, or the compute itself."""
     total, parts = prediction.step_seconds, prediction.seconds
     waits = {name: parts.get(name, 0.0) for name in COMMUNICATION}

@@ -71,7 +71,7 @@ class Space:
     fixed: Mapping[str, Any] | None = None
 
     def __iter__(self) -> Iterator[Candidate]:
-        for extra in self.encoder_ranks:
+        for extra in filter(lambda n: self._allows("encoder_ranks", n), self.encoder_ranks):
             for degrees in self._degrees(self.world_size - extra):
                 yield from self._sized(degrees, extra)
 

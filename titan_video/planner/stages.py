@@ -8,6 +8,8 @@ StageSeconds = Callable[
     [int, int, int], float
 ]  # (stage, first block, end of blocks) -> seconds, infinity: does not fit
 
+ROUNDING = 1 + 1e-9  # a bound and the sum that it bounds round differently
+
 
 def balanced(num_blocks: int, num_stages: int) -> tuple[int, ...]:
     """First block of each stage, with numbers of blocks that differ by one at most, the smaller stages first."""
@@ -37,7 +39,7 @@ def split(
             found, cuts = (math.inf, math.inf), ()
             for first, ((slowest, total), firsts) in best.items():
                 bound = at_least(stage, first, end) if first < end else math.inf
-                if max(slowest, bound) > min(found[0], limit):
+                if max(slowest, bound) > min(found[0], limit) * ROUNDING:
                     continue
                 own = seconds(stage, first, end)
                 cost = (max(slowest, own), total + own)
@@ -57,8 +59,8 @@ def _earliest_starts(num_blocks: int, num_stages: int, limit: float, at_least: S
     starts = [0] * num_stages + [num_blocks]
     for stage in reversed(range(num_stages)):
         end = starts[stage + 1]
-        first = end - 1
-        while first > 0 and at_least(stage, first - 1, end) <= limit:
+        first = max(end - 1, 0)
+        while first > 0 and at_least(stage, first - 1, end) <= limit * ROUNDING:
             first -= 1
         starts[stage] = first
     return starts
