@@ -25,6 +25,8 @@ MODES = (NONE, ATTENTION, FULL)
 class SmallLayout:
     stages: list[StageBudget]
     choices: dict[str, tuple[Choice, ...]]
+    held: dict[str, float]
+    usable: float
     microbatches: int
     fixed: float
 
@@ -57,9 +59,10 @@ class SmallModel:
         saved = self.saved[kind] * c.local_batch_size / ranks
         return seconds, saved * self.kept[i], saved * (1.1 - self.kept[i])
 
-    def fixed_bytes(self, c: Candidate) -> float:
+    def held_bytes(self, c: Candidate, blocks: int) -> float:
+        """Of the weights of so many blocks."""
         shards = c.dp_shard * c.cp * c.tp
-        return self.weights * (4 / shards + (0.3 if c.reshard else 1.0)) / c.pp
+        return self.weights * (4 / shards + (0.3 if c.reshard else 1.0)) * blocks / len(self.layers)
 
     def in_flight(self, c: Candidate, stage: int) -> int:
         return min(c.microbatches, c.pp - stage)
@@ -68,30 +71,33 @@ class SmallModel:
         return 0.03 * ((stage == 0) + (stage == c.pp - 1)) / c.cp
 
     def layout(self, c: Candidate, allow_offload: bool = False) -> SmallLayout:
-        stages = [
-            StageBudget(self.usable - self.fixed_bytes(c), self.in_flight(c, s), self.end_seconds(c, s))
-            for s in range(c.pp)
-        ]
+        stages = [StageBudget(self.usable, self.in_flight(c, s), self.end_seconds(c, s)) for s in range(c.pp)]
         choices = {k: tuple(Choice(m, *self.block(c, k, m)) for m in MODES) for k in dict.fromkeys(self.layers)}
-        return SmallLayout(stages, choices, c.microbatches, fixed=0.1 / c.dp_shard)
+        held = {kind: self.held_bytes(c, 1) for kind in choices}
+        return SmallLayout(stages, choices, held, self.usable, c.microbatches, fixed=0.1 / c.dp_shard)
 
     def predict(self, c: Candidate) -> Prediction:
         modes = [r.checkpointing for r in c.ranges for _ in range(r.first, r.last)]
         blocks = [self.block(c, kind, mode) for kind, mode in zip(self.layers, modes, strict=True)]
         slowest, peaks = self.of_stages(c, blocks, c.split or (0,))
+        recompute = 0.001 * slowest * (modes != [NONE] * len(modes))
         parts = {
-            "products": c.microbatches * slowest,
+            "products": c.microbatches * slowest - recompute,
+            "recomputation": recompute,
             "pipeline bubble": (c.pp - 1) * slowest,
             "optimizer": 0.1 / c.dp_shard,
         }
-        fixed = self.fixed_bytes(c)
+        cuts = (*(c.split or (0,)), len(blocks))
         stages = tuple(
-            StageMemory(s, {"parameters": fixed, "activations": peak}, (), c.world_size) for s, peak in enumerate(peaks)
+            StageMemory(
+                s, {"parameters": (held := self.held_bytes(c, b - a)), "activations": peak - held}, (), c.world_size
+            )
+            for s, (peak, (a, b)) in enumerate(zip(peaks, pairwise(cuts), strict=True))
         )
         return Prediction(parts, stages, 1e12, 1e12, 1000.0, 4.0, 1e13)
 
     def of_stages(self, c: Candidate, blocks, split) -> tuple[float, list[float]]:
-        """(seconds of the slowest stage for a micro-batch, bytes of activations at the peak of each stage)."""
+        """(seconds of the slowest stage for a micro-batch, bytes at the peak of each stage)."""
         slowest, peaks = 0.0, []
         for stage, (first, end) in enumerate(pairwise((*split, len(blocks)))):
             total = most = 0.0
@@ -101,7 +107,7 @@ class SmallModel:
                 total += saved
                 most = max(most, total + working)
             slowest = max(slowest, seconds)
-            peaks.append((self.in_flight(c, stage) - 1) * total + most)
+            peaks.append((self.in_flight(c, stage) - 1) * total + most + self.held_bytes(c, end - first))
         return slowest, peaks
 
     def every_plan(self, candidates: Iterable[Candidate]) -> Iterator[tuple[float, Candidate]]:
@@ -109,11 +115,11 @@ class SmallModel:
         num_blocks = len(self.layers)
         for c in candidates:
             ways = [[self.block(c, kind, mode) for mode in MODES] for kind in self.layers]
-            usable, fixed = self.usable - self.fixed_bytes(c), 0.1 / c.dp_shard
+            fixed = 0.1 / c.dp_shard
             for cuts in itertools.combinations(range(1, num_blocks), c.pp - 1):
                 for blocks in itertools.product(*ways):
                     slowest, peaks = self.of_stages(c, blocks, (0, *cuts))
-                    if max(peaks) <= usable:
+                    if max(peaks) <= self.usable:
                         yield (c.microbatches + c.pp - 1) * slowest + fixed, c
 
     def block_times(self, c: Candidate) -> BlockTimes:

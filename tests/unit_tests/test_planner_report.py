@@ -291,8 +291,8 @@ def test_what_is_needed_is_used_and_named():
 class LightOptimizer(SmallModel):
     """8-bit moments need less."""
 
-    def fixed_bytes(self, c):
-        return super().fixed_bytes(c) * (0.5 if c.optimizer == "AdamW8bit" else 1)
+    def held_bytes(self, c, blocks):
+        return super().held_bytes(c, blocks) * (0.5 if c.optimizer == "AdamW8bit" else 1)
 
 
 def test_the_smallest_change_that_fits():

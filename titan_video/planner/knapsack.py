@@ -19,7 +19,7 @@ from itertools import combinations_with_replacement, product
 
 import numpy as np
 
-MAX_WAYS = 300  # of all blocks to choose, up to which they are tried one by one
+MAX_WAYS = 70  # of all blocks to choose, up to which they are tried one by one
 GRID = 2048  # steps of the budget in the dynamic program; sizes are rounded up to it, so that a result always fits
 
 

@@ -22,7 +22,8 @@ from titan_video.planner.plan_file import merged
 
 PLATEAU = 0.02  # plans whose times differ by less are taken as equally fast
 MAX_SOLVED = 64  # candidates that are solved exactly
-TRIES, SHRINK = 6, 0.03  # where a prediction needs more than the layout's budget: with less of it, so often
+TRIES = 5  # corrections of the budgets by what the whole step's memory turned out to be
+SLACK = 0.003  # of the memory: less is not worth a correction
 COMMUNICATION = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ring", "tensor parallel")
 COMMUNICATION += ("offload", "pipeline sends", "pipeline bubble", "encoders", "data", "host")
 
@@ -31,8 +32,8 @@ COMMUNICATION += ("offload", "pipeline sends", "pipeline bubble", "encoders", "d
 class StageBudget:
     """What a pipeline stage has for its blocks.
 
-    budget: bytes for what its blocks save and need in backward, at the peak. in_flight: micro-batches whose activations
-    it holds. seconds: of what it computes beside blocks, for one micro-batch.
+    budget: bytes for its blocks, at the peak: what they hold (`Layout.held`), save, and need in backward. in_flight:
+    micro-batches whose activations it holds. seconds: of what it computes beside blocks, for one micro-batch.
     """
 
     budget: float
@@ -43,11 +44,15 @@ class StageBudget:
 class Layout(Protocol):
     """A candidate's costs but for its checkpointing and split.
 
-    stages: in forward order. choices: by block type, by `Checkpointing` (the name of a choice).
+    stages: in forward order; of an interleaved schedule, two for each rank. choices: by block type, by `Checkpointing`
+    (the name of a choice). held: bytes by block type that a stage holds of a block all the time, such as its weights.
+    usable: bytes of a GPU that may be counted.
     """
 
     stages: Sequence[StageBudget]
     choices: dict[str, tuple[Choice, ...]]
+    held: dict[str, float]
+    usable: float
 
     def step_seconds(self, of_stages: Sequence[float]) -> float:
         """Of a step whose stages take so many seconds for one micro-batch. Rises with each of them."""
@@ -173,9 +178,11 @@ def lower_bound(
     bound = known.get(key)
     if bound is None:
         bound = known[key] = Bound([Group(count, layout.choices[kind]) for kind, count in groups])
-    room = sum((s.budget - bound.working) / s.in_flight for s in stages)
+    # What is held takes the least room where the most micro-batches are in flight.
+    held = sum(count * layout.held[kind] for kind, count in groups) / max(s.in_flight for s in stages)
+    room = sum((s.budget - bound.working) / s.in_flight for s in stages) - held
     missing = max(bound.working - s.budget for s in stages)
-    missing = max(missing, (bound.saved - room) / len(stages))
+    missing = max(missing, (bound.saved - room) / sum(1 / s.in_flight for s in stages))
     if missing > 0:
         return math.inf, missing
     mean = (bound.at(room) + sum(s.seconds for s in stages)) / len(stages)
@@ -184,18 +191,28 @@ def lower_bound(
 
 def solve_candidate(model: Model, candidate: Candidate, allow_offload: bool = False) -> Plan | None:
     """The candidate with the checkpointing and split that make it fastest, or None if none of them fits."""
-    layout, share = model.layout(candidate, allow_offload), 1.0
+    layout = model.layout(candidate, allow_offload)
+    budgets = list(layout.stages)
+    best: Plan | None = None
     for _ in range(TRIES):
-        budgets = [replace(s, budget=s.budget * share) for s in layout.stages]
         found = assign(layout, budgets, model.layers)
         if found is None:
-            return None
+            break
         solved = replace(candidate, ranges=found[0], split=found[1])
-        if model.fits(solved):
-            prediction = model.predict(solved)
-            return Plan(solved, prediction, binding(prediction))
-        share -= SHRINK
-    return None
+        prediction = model.predict(solved)
+        fits = model.fits(solved)
+        if fits and (best is None or prediction.step_seconds < best.seconds):
+            best = Plan(solved, prediction, binding(prediction))
+        elif best is not None:
+            break
+        # Of each rank, which may have two stages: what it has left, or lacks.
+        left = [layout.usable - memory.total for memory in prediction.memory]
+        if fits and (max(left) < SLACK * layout.usable or not prediction.seconds.get("recomputation")):
+            break
+        per_rank = len(budgets) // len(left)
+        share = [min(x, 0.0) * 1.02 + max(x, 0.0) for x in left]
+        budgets = [replace(s, budget=s.budget + share[i % len(left)] / per_rank) for i, s in enumerate(budgets)]
+    return best
 
 
 def assign(
@@ -227,7 +244,8 @@ class _Stages:
         groups = grouped(self.layers[first:end])
         key = (budget.budget, budget.in_flight, *groups)
         if key not in self.solved:
-            found = solve([Group(n, self.layout.choices[kind]) for kind, n in groups], budget.budget, budget.in_flight)
+            blocks = [Group(n, self.layout.choices[kind]) for kind, n in groups]
+            found = solve(blocks, budget.budget - self._held(groups), budget.in_flight)
             self.solved[key] = None if found is None else [choice for some in found for choice in some]
         return self.solved[key]
 
@@ -238,7 +256,11 @@ class _Stages:
         if groups not in self.bounds:
             self.bounds[groups] = Bound([Group(n, self.layout.choices[kind]) for kind, n in groups])
         bound = self.bounds[groups]
-        return budget.seconds + bound.at((budget.budget - bound.working) / budget.in_flight)
+        room = budget.budget - bound.working - self._held(groups)
+        return budget.seconds + bound.at(room / budget.in_flight)
+
+    def _held(self, groups: Iterable[tuple[str, int]]) -> float:
+        return sum(n * self.layout.held[kind] for kind, n in groups)
 
     def seconds(self, stage: int, first: int, end: int) -> float:
         choices = self.choices(stage, first, end)
