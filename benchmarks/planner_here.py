@@ -24,7 +24,7 @@ from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import parse_args
 from titan_video.models import get_spec
 from titan_video.planner import cluster
-from titan_video.planner.candidate import Prediction
+from titan_video.planner.candidate import PARTS, Prediction
 from titan_video.planner.cost import CostModel
 from titan_video.planner.plan_file import to_candidate
 from titan_video.tools.files import atomic_write
@@ -169,10 +169,10 @@ def report(predicted: dict[str, Prediction], measured: dict[str, float]) -> str:
 
 def parts_table(predicted: dict[str, Prediction]) -> str:
     """Predicted milliseconds by part, of the parts that some layout has."""
-    parts = [p for p in next(iter(predicted.values())).seconds if any(x.seconds[p] > 1e-5 for x in predicted.values())]
+    parts = [p for p in PARTS if any(x.seconds.get(p, 0.0) > 1e-5 for x in predicted.values())]
     lines = [f"| predicted, ms | {' | '.join(parts)} |", "|---|" + "---:|" * len(parts)]
     for name, prediction in predicted.items():
-        lines.append(f"| {name} | {' | '.join(f'{1e3 * prediction.seconds[p]:.1f}' for p in parts)} |")
+        lines.append(f"| {name} | {' | '.join(f'{1e3 * prediction.seconds.get(p, 0.0):.1f}' for p in parts)} |")
     return "\n".join(lines)
 
 

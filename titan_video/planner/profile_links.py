@@ -125,8 +125,3 @@ def overlap_slowdown(watch: Stopwatch, ranks: RankSet, num_bytes: int, dtype: to
 
     alone = watch.seconds(compute)
     return max(1.0, watch.seconds(beside) / max(alone, gather))
-
-
-def launch_seconds(watch: Stopwatch, ranks: RankSet) -> float:
-    """Host time of a small collective."""
-    return watch.host_seconds(collective("all_gather", SMALLEST, ranks, watch.device))
