@@ -32,7 +32,7 @@ from titan_video.data.batch import Batch
 from titan_video.data.batching import Batching, gradient_accumulation
 from titan_video.data.loader import DrawPlan, build_loader
 from titan_video.data.prefetch import Prefetch
-from titan_video.distributed.activation_checkpoint import check_save_min_kv, select_blocks
+from titan_video.distributed.activation_checkpoint import block_sections, check_save_min_kv
 from titan_video.distributed.compile import GraphLog
 from titan_video.distributed.fsdp import count_parameters, reshard
 from titan_video.distributed.parallel_dims import ParallelDims, check_layout
@@ -112,7 +112,7 @@ class Trainer:
         self.batching = Batching.of(config.data, config.training, config.parallelism, self.accumulation * self.dims.dp)
         num_tokens = [self.task.work(bucket).tokens for bucket in config.data.sizes]
         self.longest = max(num_tokens)
-        check_save_min_kv(config.activation_checkpoint, self.longest)
+        check_save_min_kv(config.activation_checkpoint, self.longest, self.args.num_layers)
         self.pp = parts.load_pipeline(self.dims.pp)
         for clips in (self.batching.clips_per_micro_batch(tokens) for tokens in num_tokens if self.pp):
             size = config.parallelism.pipeline_parallel_microbatch_size
@@ -147,12 +147,12 @@ class Trainer:
         with torch.device("meta"):
             self.model = self.spec.build(args)
         self.weights.prepare(self.model)
-        checkpointed, stages = select_blocks(self.model, plan, config.activation_checkpoint.layers), None
+        sections, stages = block_sections(self.model, plan, config.activation_checkpoint), None
         if self.pp:
             stages = self.pp.keep_stages(self.model, plan, self.meshes.pp, config.parallelism, args, self.longest)
         model, meshes, c = self.model, self.meshes, config
         parallelize(
-            model, plan, meshes, c.parallelism, c.training, c.activation_checkpoint, c.compile, checkpointed, c.float8
+            model, plan, meshes, c.parallelism, c.training, c.activation_checkpoint, c.compile, sections, c.float8
         )
         self.model.to_empty(device="cpu" if config.training.enable_cpu_offload else self.device)
         self.pipeline, p = None, c.parallelism
@@ -283,7 +283,7 @@ class Trainer:
         self.steps = Prefetch(self.loader, last_step - self.step, self.task.prepare, self.device, clips)
         run = self.guard, self.checkpoint, self.metrics, self.steps, self.folder, self.host_group
         self.judge = StepJudge(c, self.guard, self.ema, self.metrics, partial(parts.handle_fault, run, last_step))
-        with parts.build_profiler(c.profiling, self.folder, self.device) as profiler:
+        with parts.build_profiler(c, self.folder, self.device) as profiler:
             while self.step < last_step:
                 self.export()  # of the step before; a resumed run makes up for it
                 start = time.perf_counter()

@@ -42,6 +42,7 @@ OPTIONAL_PARTS = (  # each can be deleted alone; modules and packages, without `
     "distributed.float8",
     "distributed.offload",
     "distributed.block_swap",
+    "distributed.checkpoint_ranges",
     "distributed.tensor_parallel",
     "distributed.async_tensor_parallel",
     "distributed.expert_parallel",

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.house import OPTIONAL_PARTS, PACKAGE, optional_part
 from tests.helpers import run_ranks
 
-PROGRAMS = {"planner", "convert", "upcycle", "download", "sample", "replay", "ingest.importers"}  # started by hand
+PROGRAMS = {"convert", "upcycle", "download", "sample", "replay", "ingest.importers"}  # started by hand
 ALWAYS = {"supervision", "training.tensorboard_sink"}  # every run uses them where they are there
 AFTERWARDS = {"training.out_of_memory"}  # explains an error
 ASKING = {
@@ -29,6 +29,7 @@ ASKING = {
     "distributed.pipeline_parallel": {"parallelism.pipeline_parallel_degree": 2},
     "training.profiling": {"profiling.enable_profiling": "true"},
     "distributed.offload": {"activation_checkpoint.mode": "full", "activation_checkpoint.offload": "true"},
+    "distributed.checkpoint_ranges": {"activation_checkpoint.range": '[{layers = "0"}]'},
     "distributed.block_swap": {"lora.enable": "true", "training.swap_blocks": 3},
     "optim.low_bit": {"optimizer.name": "AdamW8bit"},
     "optim.muon": {"optimizer.name": "Muon"},
@@ -46,6 +47,7 @@ ASKING = {
     "training.faults": {"fault_tolerance.nonfinite": "rollback"},
     "training.gradient_check": {"debug.deterministic": "true", "debug.verify_every": 2},
     "lora": {"lora.enable": "true"},
+    "planner": {"planner.cluster": "h100x1"},
     "flow.unipc": {"validation.solver": "unipc"},
     "online": {"encoder.placement": "colocated"},
 }

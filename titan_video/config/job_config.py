@@ -17,6 +17,7 @@ from titan_video.config.sections.experts import Experts
 from titan_video.config.sections.fault_tolerance import FaultTolerance
 from titan_video.config.sections.float8 import Float8
 from titan_video.config.sections.lora import Lora
+from titan_video.config.sections.planner import Planner
 from titan_video.config.sections.profiling import Profiling
 from titan_video.config.sections.validation import Validation
 
@@ -261,6 +262,9 @@ class Parallelism:
     pipeline_parallel_schedule: Literal["GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble"] = opt(
         "1F1B", "Order of forwards and backwards. The interleaved schedules have two stages on each rank."
     )
+    pipeline_parallel_split: tuple[int, ...] = opt(
+        (), "First block of each stage, in forward order, such as [0, 9, 20]. Empty: balanced by FLOPs.", ge=0
+    )
     pipeline_parallel_microbatch_size: int = opt(
         1, "Clips in each micro-batch of the pipeline; divides training.local_batch_size.", ge=1
     )
@@ -269,6 +273,18 @@ class Parallelism:
     def model_parallel_degree(self) -> int:
         """Ranks that work on the same samples."""
         return self.pipeline_parallel_degree * self.context_parallel_degree * self.tensor_parallel_degree
+
+
+@dataclass(frozen=True)
+class CheckpointRange:
+    """Blocks that are checkpointed in their own way, a table `[[activation_checkpoint.range]]`."""
+
+    layers: str = opt("", "Numbers of the blocks in forward order: `0-9` with both ends, or one number.")
+    mode: Literal["none", "selective", "full"] = opt("full", "As activation_checkpoint.mode.")
+    save: tuple[Literal["attention", "down", "exchange", "matmul"], ...] = opt(
+        (), "For selective: as activation_checkpoint.save. Empty: that."
+    )
+    offload: bool = opt(False, "As activation_checkpoint.offload.")
 
 
 @dataclass(frozen=True)
@@ -291,6 +307,9 @@ class ActivationCheckpoint:
     )
     layers: tuple[int, ...] = opt(
         (), "Numbers of the blocks to which the mode applies; other blocks save everything. Empty: all blocks.", ge=0
+    )
+    range: tuple[CheckpointRange, ...] = opt(
+        (), "Blocks with a mode of their own; the others have that of the section."
     )
     offload: bool = opt(False, "Move saved activations to host memory after forward and back before backward.")
     memory_budget: float = opt(
@@ -392,6 +411,7 @@ class JobConfig:
     checkpoint: Checkpoint = Checkpoint()
     metrics: Metrics = Metrics()
     profiling: Profiling = Profiling()
+    planner: Planner = Planner()
     comm: Comm = Comm()
     fault_tolerance: FaultTolerance = FaultTolerance()
     debug: Debug = Debug()

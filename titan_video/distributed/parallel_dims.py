@@ -164,6 +164,11 @@ def _layout_errors(dims: ParallelDims, section: Parallelism, args: Any) -> Itera
             f"{args.num_layers} blocks with "
             f"pipeline_parallel_schedule {section.pipeline_parallel_schedule}; legal: at most {most}"
         )
+    elif section.pipeline_parallel_split and section.pipeline_parallel_split[-1] >= args.num_layers:
+        yield (
+            f"parallelism.pipeline_parallel_split: given {list(section.pipeline_parallel_split)}, but the last of the "
+            f"model's blocks is {args.num_layers - 1}; let the last stage begin there at the latest"
+        )
     if dims.ep > 1:
         yield from resolve(f"{EXPERT_PARALLEL}:layout_errors", EP_ASKED)(dims, args)
 

@@ -26,13 +26,13 @@ def parallelize(
     training: Training,
     checkpointing: ActivationCheckpoint,
     compilation: Compile,
-    checkpointed: frozenset[tuple[str, str]] | None = None,
+    block_sections: dict[tuple[str, str], ActivationCheckpoint] | None = None,
     float8: Float8 | None = None,
 ) -> None:
     """Apply float8, tensor, context and expert parallel, checkpointing, compile, block swap and FSDP2, in this order.
 
     In place; the parameters may be on the meta device. One section a step, hence nine parameters.
-    checkpointed: `select_blocks` of the full model, where `model` is one pipeline stage of it.
+    block_sections: see `apply_activation_checkpoint`, where `model` is one pipeline stage of it.
     ValueError: see `apply_activation_checkpoint`, `apply_float8` and `apply_block_swap`.
     """
     if float8 is not None and float8.enable:
@@ -46,7 +46,7 @@ def parallelize(
         apply_context_parallel(model, plan, meshes.ring, meshes.ulysses, parallelism.context_parallel_rotate_method)
     if meshes.ep is not None:
         resolve(EXPERT_PARALLEL, asked_by="parallelism.expert_parallel_degree")(model, plan, meshes.ep)
-    apply_activation_checkpoint(model, plan, checkpointing, checkpointed)
+    apply_activation_checkpoint(model, plan, checkpointing, block_sections)
     if compilation.enable:
         apply_compile(model, plan, compilation.backend)
     if training.swap_blocks:

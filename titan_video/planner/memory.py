@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from titan_video.config.job_config import ActivationCheckpoint, JobConfig
+from titan_video.distributed.activation_checkpoint import sections_by_block
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.models.spec import ModelSpec, ParallelPlan
 from titan_video.optim.optimizer import BLOCK, updated_by
@@ -133,20 +134,20 @@ def wan_activations(
         or args.experts
     ):
         raise ValueError(f"no closed form of the activations of {args}; run a dry run")
-    if section.mode == "memory_budget" or section.offload:
+    sections = sections_by_block(section, args.num_layers)
+    if any(s.mode == "memory_budget" or s.offload for s in sections):
         raise ValueError("activation_checkpoint: no closed form for memory_budget or offload; run a dry run")
     D, S, e, t, B = args.dim, args.text_len, itemsize, dims.tp, batch
     L = -(-num_tokens // dims.sequence)
     inputs = B * (e * D * L + 24 * D)  # the tokens; shifts, scales and gates of the time
     all_saved = (_fused_block if fused else _block)(args, L, B, e, t, dims.ulysses > 1)
-    saved, shared = _checkpointed_block(args, section, L, B, e, t, fused)
-
-    wrapped = [section.mode != "none" and (not section.layers or i in section.layers) for i in range(args.num_layers)]
     total = B * S * e * 3 * D + 4 * args.head_dim * L * t  # the text at three stages; RoPE
     # The patches, cast; in float32 only where a rank's slice of several clips is made contiguous.
     total += B * e * L * args.in_channels * args.patch_volume if e < 4 or dims.sequence > 1 < B else 0
     largest = total
-    for is_wrapped in wrapped:
+    for s in sections:
+        saved, shared = _checkpointed_block(args, s, L, B, e, t, fused)
+        is_wrapped = s.mode != "none"
         # In its backward the later blocks are freed, and this one has all activations again.
         largest = max(largest, total + (inputs + saved + all_saved - shared if is_wrapped else all_saved))
         total += inputs + saved if is_wrapped else all_saved
