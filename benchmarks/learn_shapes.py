@@ -24,10 +24,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import parse_args
-from titan_video.encoders.debug import DebugEncoders
+from titan_video.encoders import build_encoders
 from titan_video.ingest.shape_scores import score, tally
-from titan_video.ingest.shapes import COMBINATIONS, caption, combination
+from titan_video.ingest.shapes import COMBINATIONS, FPS, caption, combination
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKER = "<!-- learn_shapes -->"
@@ -47,11 +48,14 @@ def score_training_clips(folder: Path) -> dict[str, float]:
     return tally(read, [combination(int(c.stem)) for c in clips]) | {"clips": len(clips)}
 
 
-def score_codec(folder: Path) -> dict[str, float]:
-    """Scores of clips that were encoded and decoded by the debug codec: the best that a model can reach."""
-    encoders, read, wanted = DebugEncoders(16), [], []
+def score_codec(folder: Path, config: JobConfig) -> dict[str, float]:
+    """Scores of clips that were encoded and decoded as the run does: the best that a model can reach.
+
+    The frames are those that the run takes, of the first of data.buckets.
+    """
+    encoders, read, wanted = build_encoders(config.encoder, "", "cpu"), [], []
     for path in sorted(folder.glob("*.mp4"))[: 4 * COMBINATIONS]:
-        frames = torch.from_numpy(read_mp4(path)).permute(3, 0, 1, 2)[None]
+        frames = torch.from_numpy(read_mp4(path)[:: round(FPS / config.data.fps)]).permute(3, 0, 1, 2)[None]
         read.append(score(encoders.decode_video(encoders.encode_video(frames))[0].permute(1, 2, 3, 0).numpy()))
         wanted.append(combination(int(path.stem)))
     return tally(read, wanted) | {"clips": len(read)}
@@ -106,7 +110,7 @@ def main() -> None:
     folder = Path(config.data.cache_folder or dump_folder / "cache") / config.data.path.removeprefix("embedded:")
     scores = {
         "training clips": score_training_clips(folder),
-        "training clips through the codec": score_codec(folder),
+        "training clips through the codec": score_codec(folder, config),
         "generated clips": {key: found[f"score_{key}"] for key in SCORES} | {"clips": config.validation.num_scored},
     }
     contact_sheet(sample(dump_folder), dump_folder / "learn_shapes.png")
