@@ -69,6 +69,14 @@ def test_every_option_is_heard(trained, tmp_path):
     assert decode(tmp_path / "x.mp4").shape == (5, 32, 48, 3)
 
 
+def test_a_prompt_that_is_cut_is_named(trained, tmp_path, capfd):
+    base = [trained.folder, "--steps", 1, "--guidance", 1, "--out", tmp_path / "x.mp4", "--prompt"]
+    run_ranks(run_sample, 1, [*base, "a red circle moves left"], init=False)
+    assert "not read" not in "".join(capfd.readouterr())
+    run_ranks(run_sample, 1, [*base, f"a red circle {'and more ' * 7}moves left"], init=False)
+    assert "".join(capfd.readouterr()).count("is cut to encoder.max_text_length = 16; not read: 'more moves left'") == 1
+
+
 def test_a_file_of_prompts_gives_a_clip_of_each(trained, tmp_path):
     """The first line's clip is that of --prompt alone; the model is loaded once."""
     prompts, one = ["a red circle moves left", "a blue square moves up"], tmp_path / "one.mp4"

@@ -35,6 +35,7 @@ KEPT = (
     KeptOption("encoder.vae_temporal_tiling", True, lambda c: c.encoder.name == "hunyuan_video"),
     KeptOption("data.media_rules", 1, lambda c: not c.data.path.startswith("embedded:")),
     KeptOption("data.image_dropout", 0.0, lambda c: c.model.name == "hunyuan_video"),
+    KeptOption("training.guidance", 1.0, lambda c: c.model.name == "hunyuan_video"),  # shipped TOMLs set 6 now
     KeptOption(
         "validation.negative_prompt",
         "",
