@@ -444,8 +444,8 @@ def test_the_default_run(front):
     assert p.returncode == 0, p.stdout + p.stderr
     rows = [json.loads(line) for line in (front.root / "outputs" / "shapes" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
-    assert len(losses) == 2000 and sum(losses[-10:]) / 10 < losses[0] / 2
-    assert len(list((front.root / "outputs" / "shapes" / "samples").glob("step-2000/*.mp4"))) == 4
+    assert len(losses) == 800 and sum(losses[-10:]) / 10 < losses[0] / 2
+    assert len(list((front.root / "outputs" / "shapes" / "samples").glob("step-800/*.mp4"))) == 4
     scores = [row["validation"] for row in rows if "score_shape" in row.get("validation", {})][-1]
     assert scores["score_colour"] >= 0.95 and scores["score_direction"] >= 0.9 and scores["score_shape"] >= 0.7
     assert f"score_shape {scores['score_shape']:.3f}" in p.stdout + p.stderr

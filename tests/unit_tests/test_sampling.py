@@ -132,8 +132,15 @@ def latents_of(vae, video_BCFHW):
 
 
 IMAGE_KINDS = {
-    "Wan 2.1": {"in_channels": 36, "image_dim": 24, "image_len": 5},
-    "Wan 2.1, first and last frame": {"in_channels": 36, "image_dim": 24, "image_len": 10, "image_positions": True},
+    # diffusers takes the last 512 tokens for the text.
+    "Wan 2.1": {"in_channels": 36, "image_dim": 24, "image_len": 5, "text_len": 512},
+    "Wan 2.1, first and last frame": {
+        "in_channels": 36,
+        "image_dim": 24,
+        "image_len": 10,
+        "image_positions": True,
+        "text_len": 512,
+    },
     "Wan 2.2 A14B": {"in_channels": 36},
     "Wan 2.2 TI2V": {"clean_first_frame": True},
 }
