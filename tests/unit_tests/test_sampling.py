@@ -215,24 +215,34 @@ def test_two_experts_have_a_guidance_scale_each(solver):
         find_guidance(options, None, WAN.flavors["t2v-14B"])
 
 
-@pytest.mark.parametrize("true_scale, embedded", [(3.0, 6.0), (1.0, 6.0)])
-def test_hunyuan_with_a_negative_prompt_is_diffusers_pipeline(true_scale, embedded):
-    from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline
-
+def hunyuan_pair(**kind):
     sizes = {"num_double_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1, "axes_dim": (2, 4, 6)}
-    args = HunyuanVideoArgs(dim=48, num_heads=4, ffn_dim=96, text_dim=20, text_len=11, pooled_dim=10, **sizes)
+    args = HunyuanVideoArgs(dim=48, num_heads=4, ffn_dim=96, text_dim=20, text_len=11, pooled_dim=10, **sizes, **kind)
     theirs, ours = diffusers_hunyuan(args), HunyuanVideoModel(args)
     load_from_hf_state_dict(ours, HUNYUAN, args, theirs.state_dict())
+    return args, ours, theirs
+
+
+def hunyuan_pipeline(name, **parts):
+    import diffusers
+
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLHunyuanVideo(
+        block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2, latent_channels=16
+    )
+    parts |= dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipeline = getattr(diffusers, name)(vae=vae, scheduler=scheduler("euler"), **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize("true_scale, embedded", [(3.0, 6.0), (1.0, 6.0)])
+def test_hunyuan_with_a_negative_prompt_is_diffusers_pipeline(true_scale, embedded):
+    args, ours, theirs = hunyuan_pair()
     prompt, negative = make_prompt(args, 1, pooled=10), make_prompt(args, 2, (9, 9), pooled=10)
     settings = SamplerSettings(STEPS, guidance_scale=true_scale, shift=SHIFT, embedded_guidance=embedded)
     latents = sample_latents(ours, args, prompt, negative, LATENT, [3, 4], settings)
-    vae = AutoencoderKLHunyuanVideo(
-        block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2, latent_channels=16
-    )
-    parts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    pipeline = HunyuanVideoPipeline(transformer=theirs, vae=vae, scheduler=scheduler("euler"), **parts)
-    pipeline.set_progress_bar_config(disable=True)
-    expected = pipeline(
+    expected = hunyuan_pipeline("HunyuanVideoPipeline", transformer=theirs)(
         prompt_embeds=prompt.text_BLD,
         pooled_prompt_embeds=prompt.cond["pooled_text_BD"],
         prompt_attention_mask=prompt.mask_BL,
@@ -247,6 +257,37 @@ def test_hunyuan_with_a_negative_prompt_is_diffusers_pipeline(true_scale, embedd
         **SIZE,
     ).frames
     torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["latent_concat", "token_replace"])
+def test_hunyuan_from_an_image_with_a_negative_prompt_is_diffusers_pipeline(kind):
+    is_concat = kind == "latent_concat"
+    channels = {"in_channels": 33, "guidance": False} if is_concat else {}
+    args, ours, theirs = hunyuan_pair(image_condition=kind, **channels)
+    prompt, negative = make_prompt(args, 1, (7,), pooled=10), make_prompt(args, 2, (9,), pooled=10)
+    image = torch.rand(1, 3, SIZE["height"], SIZE["width"], generator=torch.Generator().manual_seed(7))
+    pipeline = hunyuan_pipeline("HunyuanVideoImageToVideoPipeline", transformer=theirs, image_processor=None)
+    with torch.no_grad():
+        cond_latents = pipeline.vae.encode(2 * image.unsqueeze(2) - 1).latent_dist.mode()
+    cond = prompt.cond | {COND_LATENTS: cond_latents * pipeline.vae.config.scaling_factor}
+    settings = SamplerSettings(STEPS, guidance_scale=3.0, shift=SHIFT, embedded_guidance=6.0)
+    latents = sample_latents(ours, args, replace(prompt, cond=cond), negative, LATENT, [3], settings)
+    expected = pipeline(
+        image=image,
+        prompt_embeds=prompt.text_BLD,
+        pooled_prompt_embeds=prompt.cond["pooled_text_BD"],
+        prompt_attention_mask=prompt.mask_BL,
+        negative_prompt_embeds=negative.text_BLD,
+        negative_pooled_prompt_embeds=negative.cond["pooled_text_BD"],
+        negative_prompt_attention_mask=negative.mask_BL,
+        true_cfg_scale=3.0,
+        guidance_scale=6.0,
+        num_inference_steps=STEPS,
+        latents=noise([3]),
+        output_type="latent",
+        **SIZE,
+    ).frames
+    torch.testing.assert_close(latents[:, :, is_concat:], expected, rtol=1e-4, atol=1e-4)  # it cuts that frame off
 
 
 # ---- what is left to the model ----
