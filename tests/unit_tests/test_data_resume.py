@@ -13,7 +13,7 @@ from titan_video.data.loader import identity
 from titan_video.encoders.debug import DebugEncoders
 from titan_video.ingest.__main__ import main
 from titan_video.ingest.cached_clips import cached_clips, split_holdout
-from titan_video.ingest.captions import cut_prompts, with_cut_captions
+from titan_video.ingest.captions import cut_prompts, lost_words, with_cut_captions
 from titan_video.ingest.encode import encode_missing
 from titan_video.ingest.plan import build_plan
 from titan_video.ingest.resume import EarlierClips
@@ -150,6 +150,24 @@ def test_captions_that_are_cut_are_named_once(folder):
         "1 prompts are cut to encoder.max_text_length = 16: 'one two one two "
     )
     assert cut_prompts([], folder.encoders) == ""
+
+
+def test_words_that_are_not_read_are_named():
+    class Letters(DebugEncoders):
+        """A token for each letter and one at the end, as of a script without spaces."""
+
+        def num_tokens(self, prompts):
+            return [1 + len(prompt.replace(" ", "")) for prompt in prompts]
+
+    text = "a red  circle moves left, slowly"
+    assert lost_words(["fits", text, text, "a red circle moves"], DebugEncoders(4)) == [
+        f"'{text}' has 7 tokens and is cut to encoder.max_text_length = 4; not read: 'moves left, slowly'",
+        "'a red circle moves' has 5 tokens and is cut to encoder.max_text_length = 4; not read: 'moves'",
+    ]
+    (whole,), (letters,) = lost_words([text], DebugEncoders(1)), lost_words(["abcdefghijkl"], Letters(5))
+    assert whole.endswith(f"not read: '{text}'") and letters.endswith("not read: 'efghijkl'")
+    assert lost_words(["ab cd efg hijkl"], Letters(6))[0].endswith("not read: 'efg hijkl'")
+    assert lost_words([text, ""], DebugEncoders(7)) == []
 
 
 def test_the_command_says_what_is_cut(folder, capsys):

@@ -71,7 +71,8 @@ class Encoder:
     name: str = opt(
         "wan",
         "Frozen VAE, text and image encoders: a module of titan_video/encoders. `debug` needs no weights: a fixed "
-        "video transform, and embeddings made from hashes of the words.",
+        "video transform, and embeddings made from hashes of the words; `debug_outlines`: with another transform, for "
+        "shapes of one colour.",
         names=encoder_families,
     )
     dtype: Literal["bfloat16", "float32"] = opt(

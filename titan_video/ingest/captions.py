@@ -1,5 +1,7 @@
 """Captions and prompts that are longer than the text encoder takes."""
 
+import re
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -25,6 +27,22 @@ def cut_prompts(prompts: Sequence[str], encoders: Encoders) -> str:
     """A remark about prompts that the encoder cuts, or ""."""
     cut = [f"'{short(text, 40)}' ({count} tokens)" for text, count in _long_texts(prompts, encoders)]
     return _remark("prompts", cut, encoders) if cut else ""
+
+
+def lost_words(texts: Sequence[str], encoders: Encoders) -> list[str]:
+    """A line for each text that the encoder cuts, with what is lost: all from the first word that is not read whole."""
+    lines, limit = [], encoders.max_text_length
+    for text, count in _long_texts(list(dict.fromkeys(texts)), encoders):
+        ends: Sequence[int] = [word.end() for word in re.finditer(r"\S+", text)]
+        if not ends or encoders.num_tokens([text[: ends[0]]])[0] > limit:  # a script without spaces, or one long word
+            ends = range(1, len(text) + 1)
+        num_read = bisect_right(ends, limit, key=lambda end, text=text: encoders.num_tokens([text[:end]])[0])
+        lost = text[ends[num_read - 1] if num_read else 0 :].strip()
+        lines.append(
+            f"'{short(text, 40)}' has {count} tokens and is cut to encoder.max_text_length = {limit}; not read: "
+            f"'{short(lost, 200)}'"
+        )
+    return lines
 
 
 def _remark(what: str, cut: list[str], encoders: Encoders) -> str:

@@ -284,12 +284,12 @@ def rules(config: JobConfig, world_size: int) -> Iterator[str]:
 
 
 def _path_errors(name: str, path: str) -> Iterator[str]:
-    embedded = f"`embedded:shapes-N`, N from 1 to {MAX_EMBEDDED_CLIPS}, generates clips"
+    embedded = f"`embedded:shapes-N` or `embedded:large-shapes-N`, N from 1 to {MAX_EMBEDDED_CLIPS}, generates clips"
     suffixes = " ".join(FILE_SUFFIXES)
     if not path:
         yield f"{name}: empty; give a folder of clips, a file ({suffixes}), or {embedded}"
     elif path.startswith("embedded:"):
-        match = re.fullmatch(r"embedded:shapes-([0-9]{1,9})", path)
+        match = re.fullmatch(r"embedded:(?:large-)?shapes-([0-9]{1,9})", path)
         if not match or not 1 <= int(match[1]) <= MAX_EMBEDDED_CLIPS:
             yield f"{name}: given {path}; legal: {embedded}"
     elif "://" in path or set("*?[{") & set(path):

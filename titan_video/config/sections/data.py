@@ -39,8 +39,8 @@ class Data:
     path: str = opt(
         "",
         "Folder of clips with .txt captions of the same name, a metadata .csv/.tsv/.json/.jsonl file, WebDataset tars "
-        "(wildcards, braces, URLs), or .parquet/.arrow files. `embedded:shapes-N` generates N clips of moving shapes. "
-        "Shorthand for a single data.source.",
+        "(wildcards, braces, URLs), or .parquet/.arrow files. `embedded:shapes-N` generates N clips of moving shapes, "
+        "`embedded:large-shapes-N` of large ones near the middle. Shorthand for a single data.source.",
     )
     source: tuple[Source, ...] = opt((), "Several sources, instead of path.")
     buckets: tuple[tuple[int, ...], ...] = opt(
