@@ -14,8 +14,11 @@ from titan_video.encoders.debug import DebugEncoders
 from titan_video.ingest.__main__ import main
 from titan_video.ingest.cached_clips import cached_clips, split_holdout
 from titan_video.ingest.captions import cut_prompts, with_cut_captions
+from titan_video.ingest.clip_table import clip_table
 from titan_video.ingest.encode import encode_missing
+from titan_video.ingest.media import DEFAULT_LIMITS
 from titan_video.ingest.plan import build_plan
+from titan_video.ingest.plan_table import write_plan_table
 from titan_video.ingest.resume import EarlierClips
 
 
@@ -46,7 +49,9 @@ class Folder:
     def least(self, validation=None, section=None, **changes):
         earlier = EarlierClips.of(section or Checkpoint(), self.root, self.report)
         data = replace(self.data, **changes)
-        return earlier.least_held_out(self.plan(**changes), self.cache, data, validation or Validation())
+        entries = write_plan_table(self.root / "tables" / "plan.columns", self.plan(**changes), DEFAULT_LIMITS)
+        clips = clip_table(entries, self.cache, drop_apart=False, folder=self.root / "tables")
+        return earlier.least_held_out(clips, self.cache, data, validation or Validation())
 
 
 @pytest.fixture

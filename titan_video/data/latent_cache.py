@@ -42,6 +42,7 @@ FORMAT = "titan-video cache 2"
 GIVEN = "given"  # kind of the latents of conditioning frames: part of names and keys in caches on disk, never to change
 SHARD_BYTES, SHARD_ENTRIES, SHARD_SECONDS = 256 << 20, 4096, 60.0
 HEADERS_KEPT, MANIFEST = 64, "manifest.jsonl"
+SHARDS_A_FLUSH = 8  # that are listed for each one written
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # What reading a damaged file can raise.
 DAMAGE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError)
@@ -52,7 +53,7 @@ def content_hash(*parts: object) -> str:
 
 
 class LatentCache:
-    """The cache in `folder` for encoders, by their identities, and for a model's conditioning.
+    """The cache in `folder` for encoders, by their identities, and for a model's conditioning. known: see `use`.
 
     Every key depends on everything that its entry depends on. Reading is safe in several threads.
     """
@@ -64,6 +65,7 @@ class LatentCache:
         text_id: str,
         image_id: str = "",
         conditioning: ConditioningSpec = TEXT_ONLY,
+        known: Any = None,
     ):
         self.folder = Path(folder)
         self.video_id = video_id
@@ -74,14 +76,16 @@ class LatentCache:
         self.where: dict[str, str] = {}  # entry -> shard
         self.waiting: dict[str, tuple[Tensor, dict[str, str]]] = {}
         self.oldest = 0.0
+        self.is_shared = True  # another process may write the same entries
+        self.flushes = 0  # since the folder was listed
         self._headers: OrderedDict[str, tuple[dict[str, Any], int]] = OrderedDict()
         self._headers_lock = threading.Lock()
-        self.refresh()
+        self.use(known)
 
     @property
     def identity(self) -> tuple:
         """Arguments that make this cache, in another process too."""
-        return self.folder, self.video_id, self.text_id, self.image_id, self.conditioning
+        return self.folder, self.video_id, self.text_id, self.image_id, self.conditioning, self.known
 
     # ---- keys ----
 
@@ -108,8 +112,16 @@ class LatentCache:
         name = f"{kind}/{key}"
         return name in self.where or name in self.waiting
 
+    def use(self, known: Any) -> None:
+        """Take what is known of the folder, a mutable {entry: shard} with `shards`, {name: bytes}; None: list it."""
+        self.known = known
+        if known is None:
+            return self.refresh()
+        self.where, self.shards = known, dict(known.shards)
+
     def refresh(self) -> None:
         """Find what other processes have written."""
+        self.flushes = 0
         listed = {} if self.shards else self._read_manifest()
         for path in sorted((self.folder / "shards").glob("*.safetensors")):
             if path.name in self.shards:
@@ -134,12 +146,17 @@ class LatentCache:
             self.flush()
 
     def flush(self) -> None:
-        """Write a shard of the waiting entries that no other process has written meanwhile."""
+        """Write a shard of the waiting entries, without those that another process is known to have written.
+
+        The folder is listed again when that costs little beside what was written since: in all, linear in the shards.
+        """
         from safetensors.torch import save_file
 
         if not self.waiting:
             return
-        self.refresh()
+        self.flushes += 1
+        if self.is_shared and self.flushes * SHARDS_A_FLUSH >= len(self.shards):
+            self.refresh()
         fresh = {name: self.waiting[name] for name in sorted(self.waiting) if name not in self.where}
         self.waiting = {}
         if not fresh:
