@@ -30,8 +30,8 @@ from titan_video.tools.device import get_device
 from titan_video.tools.files import writing
 from titan_video.tools.parts import resolve
 
-USAGE = """usage: python -m titan_video.data plan CONFIG.toml [--export N] [--ranks N] [--decode] [--part I/N] [OPTION]...
-       python -m titan_video.data encode CONFIG.toml [--part I/N] [OPTION]...
+USAGE = """usage: python -m titan_video.data plan CONFIG.toml [--export N] [--ranks N] [--decode] [--part I/N] ...
+       python -m titan_video.data encode CONFIG.toml [--part I/N] ...
        python -m titan_video.data import FILE.toml [OUT.toml]"""
 HELP = {
     "": f"""{USAGE}
@@ -43,7 +43,7 @@ Look at the data of a run before it trains, or prepare it. CONFIG.toml is the TO
   import   the sections [data] and [training] for a data set TOML of diffusion-pipe or musubi-tuner
 
 `python -m titan_video.data COMMAND --help` has the options of one; docs/data.md explains all.""",
-    "plan": """usage: python -m titan_video.data plan CONFIG.toml [--export N] [--ranks N] [--decode] [--part I/N] [OPTION]...
+    "plan": """usage: python -m titan_video.data plan CONFIG.toml [--export N] [--ranks N] [--decode] [--part I/N] ...
 
 Examine every clip and say what becomes of it: buckets, what is dropped and why, what lies beside the clips and is not
 read, captions that the text encoder cuts, micro-batches and their cost. Every clip is in DUMP_FOLDER/data_plan.jsonl.

@@ -117,14 +117,14 @@ class ProbeStore:
         fresh = map_in_workers(Prober(self.limits), files.values(), min(num_workers, len(files)))
         with heartbeat.own_work("looking at clips"):
             for (key, path), found in zip(files.items(), fresh, strict=True):
-                self._add(key, found)
+                self.add(key, found)
                 heartbeat.progress(path)
                 if stop_requested():
                     self.flush()
                     raise Stopped("stopped while looking at clips; the same command goes on from there")
         self.flush()
 
-    def _add(self, key: bytes, found: Probe) -> None:
+    def add(self, key: bytes, found: Probe) -> None:
         if found.reason.startswith(("too large", "too long", "too slow", "crashed")):
             self.unsaved[key] = found  # another limit may be set next time
             return
