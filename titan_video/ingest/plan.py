@@ -139,7 +139,7 @@ class Planner:
             record = found.record
             for key, path in ((found.key, record.path), (found.image_key, record.image)):
                 is_needed = key and key[0] != "!" and not (path == record.path and self.is_trusted(found))
-                if is_needed and store.get(bytes.fromhex(key), path) is None:
+                if is_needed and not store.has(bytes.fromhex(key), path):
                     yield bytes.fromhex(key), path
 
     def entries(self, scanned: Scan, store: ProbeStore) -> Iterator[PlanEntry]:

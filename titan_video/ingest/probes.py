@@ -44,7 +44,7 @@ def identity(path: str) -> dict[str, Any]:
 
 def probe_key(path: str) -> bytes:
     """32 bytes, another one when the file changes. Raises OSError."""
-    return hashlib.sha256(json.dumps(identity(path)).encode()).digest()
+    return hashlib.sha256(repr(identity(path)).encode()).digest()
 
 
 class Prober:
@@ -98,8 +98,12 @@ class ProbeStore:
             return found
         for columns, keys in self.tables:
             if (row := keys.find(key)) >= 0:
-                return _whole(_read(columns, row))
+                return _read(columns, row)
         return self._from_file(path) if self.has_files else None
+
+    def has(self, key: bytes, path: str) -> bool:
+        is_known = key in self.unsaved or key in self.waiting or any(keys.find(key) >= 0 for _, keys in self.tables)
+        return is_known or (self.has_files and self._from_file(path) is not None)
 
     def _from_file(self, path: str) -> Probe | None:
         name = hashlib.sha256(
