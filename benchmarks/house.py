@@ -63,6 +63,7 @@ OPTIONAL_PARTS = (  # each can be deleted alone; modules and packages, without `
     "weights.original",
     "weights.interim",
     "ingest.importers",
+    "ingest.remote_cache",
     "lora",
     "online",
     "planner",

@@ -9,7 +9,7 @@ from tests.unit_tests.data_clips import captioned
 from titan_video.config.job_config import Checkpoint, Data, JobConfig, Validation
 from titan_video.config.manager import dump
 from titan_video.data.latent_cache import LatentCache
-from titan_video.data.loader import identity
+from titan_video.data.loader import by_bucket
 from titan_video.encoders.debug import DebugEncoders
 from titan_video.ingest.__main__ import main
 from titan_video.ingest.cached_clips import cached_clips, split_holdout
@@ -43,7 +43,7 @@ class Folder:
     def save(self, clips, step=4):
         folder = self.root / "checkpoint" / f"step-{step}"
         folder.mkdir(parents=True)
-        state = {"step": step, "counters": {"data": {"draws": [4], "fingerprint": identity(clips)}}}
+        state = {"step": step, "counters": {"data": {"draws": [4], "fingerprint": by_bucket(clips).identity}}}
         (folder / "state.json").write_text(json.dumps(state))
 
     def least(self, validation=None, section=None, **changes):

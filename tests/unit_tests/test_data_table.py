@@ -13,13 +13,17 @@ import numpy as np
 import pytest
 import torch
 
+from tests.helpers import run_ranks
 from tests.unit_tests.data_clips import captioned, write_clip
+from titan_video.config.job_config import Data
 from titan_video.data import latent_cache
 from titan_video.data.batching import Batching, Work
 from titan_video.data.latent_cache import LatentCache
 from titan_video.data.loader import DrawPlan, by_bucket
 from titan_video.encoders.debug import DebugEncoders
-from titan_video.ingest import columns, probes
+from titan_video.ingest import clip_table as clip_tables
+from titan_video.ingest import columns, planned, probes
+from titan_video.ingest.__main__ import main
 from titan_video.ingest.bucketing import ClipChoice
 from titan_video.ingest.cache_keys import write_manifest
 from titan_video.ingest.cached_clips import cached_clips, split_holdout
@@ -29,7 +33,7 @@ from titan_video.ingest.encode import encode_missing
 from titan_video.ingest.entries import Plan, PlanEntry
 from titan_video.ingest.entry_index import EntryIndex, holds, make_index
 from titan_video.ingest.media import DEFAULT_LIMITS
-from titan_video.ingest.plan import make_plan
+from titan_video.ingest.plan import Planner, make_plan
 from titan_video.ingest.plan_table import PlanTable, write_plan_table
 from titan_video.ingest.probes import ProbeStore
 from titan_video.ingest.video import Probe
@@ -323,3 +327,76 @@ def test_a_rank_has_few_bytes_a_clip(tmp_path):
     assert (growth[1] - growth[0]) / 20_000 <= 40
     size = sum(os.path.getsize(p) for p in paths[1])
     assert size / 21_000 < 900
+
+
+# ---- many ranks, many jobs ----
+
+
+@pytest.fixture
+def toml(tmp_path):
+    (tmp_path / "clips").mkdir()
+    for k in range(6):
+        captioned(tmp_path / "clips" / f"{k}.mp4", f"clip {k}", count=9 + k, fps=8)
+    file = tmp_path / "run.toml"
+    data = f'[data]\npath = "{tmp_path}/clips"\nbuckets = [[5, 32, 32]]\nfps = 8.0\nnum_workers = 0\n'
+    file.write_text(f'{data}[encoder]\nname = "debug"\n[job]\ndump_folder = "{tmp_path}/run"\n')
+    return file
+
+
+def counted_probes(monkeypatch):
+    probed, real = [], probes.probe
+    monkeypatch.setattr(probes, "probe", lambda path, *a: probed.append(os.path.basename(path)) or real(path, *a))
+    return probed
+
+
+def test_parts_of_a_plan_and_of_encoding_make_the_whole(toml, tmp_path, monkeypatch, capsys):
+    probed = counted_probes(monkeypatch)
+    for part in range(3):
+        main(["plan", str(toml), "--part", f"{part}/3"])
+    assert sorted(probed) == [f"{k}.mp4" for k in range(6)] and not (tmp_path / "run/data_plan.jsonl").exists()
+    main(["plan", str(toml)])
+    assert len(probed) == 6 and "6 found, 6 kept" in capsys.readouterr().out
+    for part in range(3):
+        before = len(list((tmp_path / "run/cache").glob("shards/*")))
+        main(["encode", str(toml), "--part", f"{part}/3"])
+        assert len(list((tmp_path / "run/cache").glob("shards/*"))) > before
+    main(["encode", str(toml)])
+    cache = LatentCache(tmp_path / "run/cache", "v", "t")
+    assert sum(name.startswith("video/") for name in cache.where) == 6 and len(cache.where) == 13
+    with pytest.raises(SystemExit):
+        main(["plan", str(toml), "--part", "3/3"])
+    assert "given 3/3; legal: I/N" in capsys.readouterr().err
+
+
+def test_a_known_plan_is_taken_and_nothing_is_written_anew(toml, tmp_path, monkeypatch, capsys):
+    main(["encode", str(toml)])
+    report, told = tmp_path / "run/data_plan.jsonl", capsys.readouterr().out
+    stamp = report.stat().st_mtime_ns
+    monkeypatch.setattr(planned.Planner, "entries", lambda *_: pytest.fail("it is decided anew"))
+    monkeypatch.setattr(clip_tables, "_write", lambda *_: pytest.fail("keys are hashed anew"))
+    main(["encode", str(toml)])
+    assert report.stat().st_mtime_ns == stamp and capsys.readouterr().out == told
+    monkeypatch.undo()
+    (tmp_path / "clips/0.txt").write_text("another caption")
+    main(["encode", str(toml)])
+    assert "another caption" in report.read_text()
+    report.write_text("")
+    main(["encode", str(toml)])
+    assert "another caption" in report.read_text()
+
+
+def plan_on_rank(folder):
+    """Which files this rank has probed, and the plan."""
+    probed, real = [], probes.probe
+    probes.probe = lambda path, *a: probed.append(os.path.basename(path)) or real(path, *a)
+    planner = Planner.of(Data(path=f"{folder}/clips", buckets=((5, 32, 32),), fps=8.0), folder / "cache", 4)
+    tables = planned.Tables.of(folder / "cache", folder / "run")
+    plans = [planned.plan_on_ranks(planner, 0, tables) for _ in range(2)]  # the second one is known
+    return probed, [tuple(plan.entries) for plan in plans], plans[0].entries.path
+
+
+def test_all_ranks_look_at_the_files(toml, tmp_path):
+    expected = make_plan(tmp_path / "clips", [[5, 32, 32]], 8.0, 0, tmp_path / "alone").entries
+    (first, entries, path), (second, others, other) = run_ranks(plan_on_rank, 2, tmp_path)
+    assert sorted(first + second) == [f"{k}.mp4" for k in range(6)] and first and second
+    assert entries == others == [expected] * 2 and path == other

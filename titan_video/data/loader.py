@@ -124,7 +124,7 @@ class EntryReader:
 
 
 class ClipsByBucket(NamedTuple):
-    """sizes: ascending; buckets: the clips of each as often as an epoch holds them; identity: see `fingerprint`."""
+    """sizes: ascending. buckets: the clips of each, as often as an epoch holds them. identity: see `fingerprint`."""
 
     sizes: list[Bucket]
     buckets: list[Sequence[CachedClip]]
@@ -138,11 +138,6 @@ def by_bucket(clips: Sequence[CachedClip]) -> ClipsByBucket:
     sizes = sorted(found)
     keys = (("".join((c.video_key, *c.text_keys, c.cond_key)) for c in found[size]) for size in sizes)
     return ClipsByBucket(sizes, [found[size] for size in sizes], fingerprint(keys))
-
-
-def identity(clips: Sequence[CachedClip]) -> str:
-    """What the state of a loader says about its clips."""
-    return by_bucket(clips).identity
 
 
 class DrawPlan:

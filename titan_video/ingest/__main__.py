@@ -20,7 +20,7 @@ from titan_video.ingest.captions import with_cut_captions
 from titan_video.ingest.entries import Plan
 from titan_video.ingest.plan import Planner
 from titan_video.ingest.planned import ALL, Part, Tables, plan_on_ranks, probe_part, write_report
-from titan_video.ingest.prepare import Preparation, open_cache, sampled_negatives
+from titan_video.ingest.prepare import Preparation, open_run_cache, sampled_negatives
 from titan_video.ingest.report import decode_all, export, report
 from titan_video.ingest.sampling_defaults import sampling_section
 from titan_video.ingest.started import as_started
@@ -164,7 +164,7 @@ class DataCommand:
         config, plan = self.config, self.plan()
         device = get_device(int(os.environ.get("LOCAL_RANK", 0)))
         encoders = build_encoders(config.encoder, config.model.hf_assets_path, device)
-        cache = open_cache(self.cache_folder, encoders, self.args.conditioning, None)
+        cache = open_run_cache(config, encoders, self.args.conditioning, None)
         ready = Preparation.of(config, self.args, encoders, cache, None)
         texts = sampled_negatives(sampling_section(config, self.args, config.data.sizes[0]))
         planned = ready.encode(broadcast_from_rank0(lambda: ready.planned(plan)), self.plan_file, texts, part)

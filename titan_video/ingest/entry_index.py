@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from titan_video.data.latent_cache import MANIFEST, LatentCache, content_hash, entry_names
+from titan_video.data.latent_cache import LatentCache, content_hash, entry_names
 from titan_video.ingest.columns import Columns, ColumnWriter, SortedKeys, is_new, sort_keys, used
 from titan_video.tools.files import optional_write
 
@@ -93,7 +93,7 @@ def make_index(cache: LatentCache) -> Path | None:
 
     One process calls it; `use_index` then takes it on all.
     """
-    sizes = {path.name: path.stat().st_size for path in (cache.folder / "shards").glob("*.safetensors")}
+    sizes = {shard: cache.shard_bytes(shard) for shard in cache.list_shards()}
     path = cache.folder / f"index-{content_hash(sorted(sizes.items()))[:32]}.columns"
     if not sizes:
         return None
@@ -116,8 +116,8 @@ def use_index(cache: LatentCache, path: Path | None) -> None:
 def listed_entries(cache: LatentCache, sizes: Mapping[str, int]) -> Iterator[tuple[str, list[str]]]:
     """(shard, names of its entries) of all shards: by the manifest, else by their headers."""
     listed = set()
-    with suppress(OSError), open(cache.folder / MANIFEST, encoding="utf-8") as f:
-        for line in f:
+    with suppress(OSError):
+        for line in cache.manifest_lines():
             with suppress(ValueError, KeyError, TypeError, AttributeError):
                 row = json.loads(line)
                 shard, names = row["shard"], list(map(str.strip, row["entries"]))

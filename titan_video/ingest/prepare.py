@@ -3,9 +3,10 @@
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,21 +55,37 @@ class Clips:
     scores: Any = None
 
 
-def open_cache(
-    folder: Path, encoders: Encoders, conditioning: ConditioningSpec, group: dist.ProcessGroup | None
+def open_run_cache(
+    config: JobConfig, encoders: Encoders, conditioning: ConditioningSpec, group: dist.ProcessGroup | None
 ) -> LatentCache:
-    """The cache for these encoders, with an index of its entries that the ranks share.
+    """The cache of a run for its encoders, with what data.cache_url holds."""
+    data, kind = config.data, LatentCache
+    if data.cache_url:
+        remote = resolve("titan_video.ingest.remote_cache:RemoteCache", asked_by="data.cache_url")
+        kind = partial(remote, url=data.cache_url, max_gib=data.cache_url_gib)
+    folder = Path(data.cache_folder or Path(config.job.dump_folder) / "cache")
+    return open_cache(folder, encoders, conditioning, group, kind)
+
+
+def open_cache(
+    folder: Path,
+    encoders: Encoders,
+    conditioning: ConditioningSpec,
+    group: dist.ProcessGroup | None,
+    kind: Callable[..., LatentCache] = LatentCache,
+) -> LatentCache:
+    """The cache for these encoders, with an index of its entries that the ranks share. kind: makes it.
 
     The encoders' identities are hashes of the weights: gigabytes, which one rank reads.
     """
 
     def find() -> tuple[tuple[str, str, str], EntryIndex | None]:
         ids = encoders.video_id(), encoders.text_id(), encoders.image_id() if conditioning.image_tokens else ""
-        path = make_index(LatentCache(folder, *ids, conditioning, known=NotListed()))
+        path = make_index(kind(folder, *ids, conditioning, known=NotListed()))
         return ids, EntryIndex(path) if path else None
 
     ids, known = broadcast_from_rank0(find, group)
-    return LatentCache(folder, *ids, conditioning, known)
+    return kind(folder, *ids, conditioning, known)
 
 
 def check_encoders(encoders: Encoders, args: Any, geometry: LatentGeometry, config: JobConfig) -> None:

@@ -14,8 +14,8 @@ from titan_video.data.sampler import OTHER_CLIPS
 from titan_video.ingest.clip_table import ClipTable
 
 # Fields of [data] that change no clip.
-NEUTRAL = """shuffle num_workers prefetch_factor cache_folder caption_dropout tokens_per_microbatch global_micro_batches
-groups_per_step decode_timeout_seconds decode_memory_gib""".split()
+NEUTRAL = """shuffle num_workers prefetch_factor cache_folder cache_url cache_url_gib caption_dropout
+tokens_per_microbatch global_micro_batches groups_per_step decode_timeout_seconds decode_memory_gib""".split()
 
 
 @dataclass(frozen=True)
