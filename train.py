@@ -41,7 +41,7 @@ from titan_video.distributed.sequence import SequenceShard
 from titan_video.distributed.utils import broadcast_from_rank0, clip_grad_norm, reduce_over, set_timeout
 from titan_video.encoders import build_encoders
 from titan_video.flow.matching import FlowMatching, expert_sigma_range
-from titan_video.ingest.prepare import check_encoders, open_cache, prepare_clips, with_steps
+from titan_video.ingest.prepare import check_encoders, open_run_cache, prepare_clips, with_steps
 from titan_video.ingest.started import as_started
 from titan_video.kernels import attention
 from titan_video.models import get_args, get_spec
@@ -123,7 +123,7 @@ class Trainer:
         config, c, group = self.config, self.config.data, self.host_group
         self.encoders = build_encoders(config.encoder, config.model.hf_assets_path, self.device)
         check_encoders(self.encoders, self.args, self.geometry, config)
-        cache = open_cache(Path(c.cache_folder or self.folder / "cache"), self.encoders, self.args.conditioning, group)
+        cache = open_run_cache(config, self.encoders, self.args.conditioning, group)
         self.clips = prepare_clips(config, self.args, self.encoders, cache, group)
         self.encoders.free()
         channel, latent_shape, text_len = self.encoder_channel, self.geometry.latent_shape, self.args.text_len

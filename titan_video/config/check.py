@@ -47,6 +47,7 @@ PART_RULES = MappingProxyType(  # {optional part: its rules}, loaded only where 
         "titan_video.lora": "titan_video.lora.adapters:rules",
         "titan_video.weights.export": "titan_video.weights.export.interim:rules",
         "titan_video.online": "titan_video.online.setup:rules",
+        "titan_video.ingest.remote_cache": "titan_video.ingest.remote_cache:rules",
     }
 )
 FILE_RULES = ("titan_video.ingest.sources:rules", "titan_video.config.folders:file_rules")  # of what the run reads

@@ -119,6 +119,8 @@ class Data:
     )
     prefetch_factor: int = opt(2, "Batches that each worker prefetches.", ge=1)
     cache_folder: str = opt("", "Latents and text embeddings, keyed by content. Empty: `cache` in job.dump_folder.")
+    cache_url: str = opt("", "Copy of a cache folder, as s3://bucket/cache: what cache_folder lacks is read there.")
+    cache_url_gib: float = opt(64.0, "What is read from cache_url is kept in cache_folder, up to this size.", ge=0)
 
     @property
     def sources(self) -> tuple[Source, ...]:
