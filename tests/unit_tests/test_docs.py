@@ -35,9 +35,9 @@ RUN_BY = {
     r".*train_configs/debug\.toml .*--data\.path phone_clips": f"{PHONE}::test_from_a_phone_to_diffusers",
     r"python -c \"from diffusers": f"{PHONE}::test_from_a_phone_to_diffusers",
     r"NNODES=2 .*RDZV_ENDPOINT=localhost:\d+ NGPU=1 \./run_train\.sh": f"{DOCS}::test_two_nodes_on_one_machine",
-    r"ls outputs/debug": f"{DOCS}::test_the_first_commands_of_the_readme",
+    r"ls outputs/shapes": f"{DOCS}::test_the_first_commands_of_the_readme",
     r"tensorboard --logdir": f"{DOCS}::test_the_first_commands_of_the_readme",
-    r"python -m titan_video\.sample outputs/debug ": f"{DOCS}::test_the_first_commands_of_the_readme",
+    r"python -m titan_video\.sample outputs/shapes ": f"{DOCS}::test_the_first_commands_of_the_readme",
     r"\./run_tests\.sh": f"{SCRIPTS}::test_run_tests_passes_arguments_and_exit_code",
     r"python -m titan_video\.data plan train_configs/wan2\.1_t2v_1\.3b\.toml": f"{DOCS}::test_the_plan_of_own_clips",
     r"python -m titan_video\.data plan +CONFIG": "tests/unit_tests/test_data_report.py",
@@ -99,7 +99,7 @@ def runs_of(page):
     for command in shell_commands(page) + shell_commands(page, is_runnable=False):
         words = shlex.split(command)
         is_run = any(word.endswith(("run_train.sh", ".slurm", "train.py")) for word in words) or "encode" in words
-        path = next((word.rpartition("=")[2] for word in words if word.endswith(".toml")), "train_configs/debug.toml")
+        path = next((word.rpartition("=")[2] for word in words if word.endswith(".toml")), "train_configs/shapes.toml")
         if not is_run or "tiny_dit" in command:
             continue
         path = "train_configs/debug.toml" if path == "CONFIG.toml" else path

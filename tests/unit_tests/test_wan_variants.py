@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.helpers import diffusers_wan, hf_state_dict, load_from_hf_state_dict
 from titan_video.models.layers import attention_flops, patchify, positions, token_shape, unpatchify
 from titan_video.models.wan import SPEC, WanArgs, WanModel, args_from_hf
-from titan_video.weights.hf_storage import load_hf, save_hf
+from titan_video.weights.export.save import save_hf
+from titan_video.weights.hf_storage import load_hf
 
 GRID = (3, 6, 10)  # 3 x 3 x 5 tokens: odd
 SHAPE = token_shape(GRID, (1, 2, 2))

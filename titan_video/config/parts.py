@@ -11,9 +11,15 @@ from titan_video.tools.parts import find_module
 
 CHANGED = ()  # any value but the default
 DOTTED = (".",)  # any value with a dot
+EXPERTS = ("moe-debug", "moe-debug-expert-choice", "moe-1.3B", "moe-14B-shared", "moe-14B-copies")  # flavors
 PARTS = (  # (section or option, the values that ask for a part, the part)
     ("lora", CHANGED, "titan_video.lora"),
+    ("lora", CHANGED, "titan_video.weights.export"),
     ("float8", CHANGED, "titan_video.distributed.float8"),
+    ("model.flavor", EXPERTS, "titan_video.models.experts"),
+    ("model.flavor", EXPERTS, "titan_video.kernels.grouped"),
+    ("model.flavor", EXPERTS, "titan_video.training.expert_balance"),
+    ("experts", CHANGED, "titan_video.training.expert_balance"),
     ("optimizer.name", ("Muon",), "titan_video.optim.muon"),
     ("optimizer.name", ("AdamW8bit", "Muon"), "titan_video.optim.low_bit"),  # stochastic rounding is there, too
     ("optimizer.name", ("AdamW8bit", "Muon"), "titan_video.optim.mixed"),
@@ -25,14 +31,19 @@ PARTS = (  # (section or option, the values that ask for a part, the part)
     ("training.dtype", ("bfloat16",), "titan_video.optim.mixed"),
     ("optimizer.in_backward", (True,), "titan_video.optim.in_backward"),
     ("checkpoint.export_format", ("original", "single_file", "comfyui"), "titan_video.weights.original"),
-    ("checkpoint.export_every", CHANGED, "titan_video.weights.interim"),
-    ("checkpoint.keep_exports", CHANGED, "titan_video.weights.interim"),
+    ("checkpoint.last_save_in_hf", (True,), "titan_video.weights.export"),
+    ("checkpoint.export_every", CHANGED, "titan_video.weights.export"),
+    ("checkpoint.keep_exports", CHANGED, "titan_video.weights.export"),
     ("activation_checkpoint.offload", (True,), "titan_video.distributed.offload"),
+    ("activation_checkpoint.range", CHANGED, "titan_video.distributed.checkpoint_ranges"),
     ("parallelism.tensor_parallel_degree", CHANGED, "titan_video.distributed.tensor_parallel"),
     ("training.swap_blocks", CHANGED, "titan_video.distributed.block_swap"),
     ("parallelism.context_parallel_degree", CHANGED, "titan_video.distributed.context_parallel"),
+    ("parallelism.expert_parallel_degree", CHANGED, "titan_video.distributed.expert_parallel"),
     ("parallelism.pipeline_parallel_degree", CHANGED, "titan_video.distributed.pipeline_parallel"),
+    ("parallelism.pipeline_parallel_split", CHANGED, "titan_video.distributed.pipeline_parallel"),
     ("parallelism.enable_async_tensor_parallel", (True,), "titan_video.distributed.async_tensor_parallel"),
+    ("planner", CHANGED, "titan_video.planner"),
     ("profiling.enable_profiling", (True,), "titan_video.training.profiling"),
     ("profiling.enable_memory_snapshot", (True,), "titan_video.training.profiling"),
     ("metrics.enable_wandb", (True,), "titan_video.training.wandb_sink"),
@@ -44,6 +55,7 @@ PARTS = (  # (section or option, the values that ask for a part, the part)
     ("validation.enable", (True,), "titan_video.tasks.validation"),
     ("validation.enable", (True,), "titan_video.tasks.sampling"),
     ("validation.num_scored", CHANGED, "titan_video.ingest.shape_scores"),
+    ("data.cache_url", CHANGED, "titan_video.ingest.remote_cache"),
     ("encoder.placement", ("colocated", "separate"), "titan_video.online"),
     ("model.kernels", ("triton",), "titan_video.kernels.triton"),
     ("model.attention", ("flash3", "flash4", "flex"), "titan_video.kernels.attention_backends"),

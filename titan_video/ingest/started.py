@@ -31,16 +31,18 @@ class KeptOption:
 
 KEPT = (
     KeptOption("encoder.clip_resize", "crop", lambda c: c.encoder.name == "wan"),
-    KeptOption("encoder.vae_tiling", False, lambda c: c.encoder.name != "debug"),  # is older; shipped TOMLs set it now
+    # Is older than this table; shipped TOMLs set it now.
+    KeptOption("encoder.vae_tiling", False, lambda c: not c.encoder.name.startswith("debug")),
     KeptOption("encoder.vae_temporal_tiling", True, lambda c: c.encoder.name == "hunyuan_video"),
     KeptOption("data.media_rules", 1, lambda c: not c.data.path.startswith("embedded:")),
     KeptOption("optimizer.parametrization", "standard", lambda c: True),
     KeptOption("optimizer.base_flavor", "", lambda c: True),
     KeptOption("data.image_dropout", 0.0, lambda c: c.model.name == "hunyuan_video"),
+    KeptOption("training.guidance", 1.0, lambda c: c.model.name == "hunyuan_video"),  # shipped TOMLs set 6 now
     KeptOption(
         "validation.negative_prompt",
         "",
-        lambda c: c.validation.enable and c.validation.guidance_scale != 1 and c.encoder.name != "debug",
+        lambda c: c.validation.enable and c.validation.guidance_scale != 1 and not c.encoder.name.startswith("debug"),
         is_fixed=False,
     ),
 )

@@ -143,9 +143,9 @@ class FeedForward(nn.Module):
         return gelu_linear(up, local_shard(self.down.weight), bias.detach(), up_bias), bias
 
 
-def is_plain(*linears: nn.Module) -> bool:
+def is_plain(*linears: nn.Module, kind: type[nn.Module] = Linear) -> bool:
     """Whether these are products with a weight and no more: no adapter, no float8, nothing sent by tensor parallel."""
-    return all(type(m) is Linear and m.adapter is None and m.linear_fn is F.linear for m in linears)
+    return all(type(m) is kind and m.adapter is None and m.linear_fn is F.linear for m in linears)
 
 
 def linear_and_bias(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -59,11 +59,41 @@ class StepLayout:
     A block that is recomputed, or run later in a pipeline, so has its own layout and not the last one that was set.
     seq_len: tokens of the whole clip; a rank has a slice of them, which may end in padding.
     ring, ulysses: groups of context parallel; None: those with which the model was built.
+    sequence: all ranks that share the clip, in the order of their slices.
     """
 
     seq_len: int
     ring: RankGroup | None = None
     ulysses: RankGroup | None = None
+    sequence: RankGroup | None = None
+
+
+@dataclass(frozen=True)
+class ExpertArgs:
+    """A mixture of experts in place of the feed-forward of some blocks (models/experts.py, optional).
+
+    top_k: experts of a token; under expert choice the mean number. expert_dim, shared_dim: width of each routed expert
+    and of the one that all tokens pass, 0 for none. first_dense, last_dense: blocks that keep a dense feed-forward.
+    expert_choice: experts choose tokens. route_scale: factor of the routed experts' weights, whose sum is 1.
+    """
+
+    num_experts: int
+    top_k: int
+    expert_dim: int
+    shared_dim: int = 0
+    first_dense: int = 0
+    last_dense: int = 0
+    expert_choice: bool = False
+    route_scale: float = 1.0
+
+    def num_rows(self, num_tokens: int) -> int:
+        """Tokens of all routed experts together, for a clip. Under expert choice each has the same number."""
+        rows = self.top_k * num_tokens
+        return rows + -rows % self.num_experts if self.expert_choice else rows
+
+    def blocks(self, num_layers: int) -> range:
+        """The blocks that have experts."""
+        return range(self.first_dense, num_layers - self.last_dense)
 
 
 @dataclass(frozen=True)
@@ -78,6 +108,7 @@ class ParallelPlan:
     tensor: in each block, the tensor-parallel style of a module or parameter (distributed/tensor_parallel.py):
         "colwise" and "rowwise" split a Linear over its outputs or inputs, "all_gather_input" gathers a module's tokens,
         "shard_vector" splits a vector with the heads, "rms_stats" replaces a module. Others are replicated.
+    experts: in each block, the module of stacked experts: parameters [E, ...], divided over ranks by E alone.
     first, last: root modules and parameters of the first and the last pipeline stage.
     per_block_params: root containers keyed like the blocks; an entry goes with its block's stage.
     """
@@ -87,6 +118,7 @@ class ParallelPlan:
     units: dict[str, str] = field(default_factory=dict)
     inner_attention: tuple[str, ...] = ()
     tensor: dict[str, str] = field(default_factory=dict)
+    experts: tuple[str, ...] = ()
     first: tuple[str, ...] = ()
     last: tuple[str, ...] = ()
     per_block_params: tuple[str, ...] = ()

@@ -51,10 +51,15 @@ def updated_by(parameter: str, ndim: int, name: str, blocks: tuple[str, ...]) ->
 
     blocks: paths of the containers of blocks (ParallelPlan.blocks).
     """
-    is_matrix = ndim == 2 and "modulation" not in parameter
+    is_matrix = not is_vector(parameter, ndim) and not parameter.startswith("routers.")
     if name == "Muon":
         return "Muon" if is_matrix and parameter.startswith(tuple(f"{path}." for path in blocks)) else "AdamW"
     return name if is_matrix or "." in name else "AdamW"
+
+
+def is_vector(parameter: str, ndim: int) -> bool:
+    """Whether a parameter is a vector, or a table of vectors: modulation, and the biases [E, D] of stacked experts."""
+    return ndim < 2 or "modulation" in parameter or parameter.endswith("bias")
 
 
 def build_optimizer(
@@ -75,7 +80,7 @@ def build_optimizer(
     names = {p: clean_name(name) for name, p in model.named_parameters() if p.requires_grad}
     for p, name in names.items():
         group = {
-            "weight_decay": 0.0 if p.ndim < 2 or "modulation" in name else section.weight_decay,
+            "weight_decay": 0.0 if is_vector(name, p.ndim) else section.weight_decay,
             "kind": updated_by(name, p.ndim, section.name, blocks),
             "lr_scale": 1.0,
         }

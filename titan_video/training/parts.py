@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from titan_video.config.job_config import Debug, Encoder, FaultTolerance, JobConfig, Profiling
+from titan_video.config.job_config import Debug, Encoder, FaultTolerance, JobConfig
 from titan_video.config.manager import dump
 from titan_video.data.batching import Bucket
 from titan_video.data.latent_cache import LatentCache
@@ -108,8 +108,11 @@ class NoProfiler(nullcontext):
         pass
 
 
-def build_profiler(section: Profiling, folder: Path, device: torch.device) -> Any:
+def build_profiler(config: JobConfig, folder: Path, device: torch.device) -> Any:
     """A context manager whose `step` is called after each optimizer step."""
+    section = config.profiling
+    if config.planner.cluster:
+        return resolve("titan_video.planner.comparison:Comparison", asked_by="planner.cluster")(config, device)
     if not (section.enable_profiling or section.enable_memory_snapshot):
         return NoProfiler()
     return resolve("titan_video.training.profiling:Profiler", asked_by="profiling")(section, folder, device)
@@ -141,6 +144,14 @@ def build_gradient_check(section: Debug, model: nn.Module, group: dist.ProcessGr
         return lambda step, run: run()
     check = resolve("titan_video.training.gradient_check:GradientCheck", asked_by="debug.verify_every")
     return check(section.verify_every, model, group)
+
+
+def balance_experts(config: JobConfig, args: Any, model: nn.Module, run: Callable[..., Any], *others: Any) -> Any:
+    """`run`, beside which a mixture of experts is balanced. args: the model's. others: optimizer, meshes, metrics."""
+    if getattr(args, "experts", None) is None:
+        return run
+    build = resolve("titan_video.training.expert_balance:build", asked_by="model.flavor")
+    return build(config, args, model, *others, run)
 
 
 def explain_out_of_memory(error: torch.OutOfMemoryError, config: JobConfig, step: int, bucket: str) -> str:

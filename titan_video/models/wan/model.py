@@ -20,6 +20,7 @@ time of the noised tokens, row 1 that of the conditioning tokens, 0).
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +44,10 @@ from titan_video.models.layers import (
     time_features,
     xavier_uniform_,
 )
-from titan_video.models.spec import StepLayout
+from titan_video.models.spec import ExpertArgs, StepLayout
+from titan_video.tools.parts import resolve
 
+EXPERTS = "titan_video.models.experts"  # optional
 IMAGE_EPS = 1e-5  # torch's default
 
 
@@ -56,6 +59,7 @@ class WanArgs:
     image_dim, image_len: width and number of the image tokens, 0 for none. image_positions: a table of positions is
     added to them. clean_first_frame: the first latent frame may be a conditioning frame.
     boundary: sigma at and above which the high-noise expert of two is used; 0: one model for all noise levels.
+    experts: of a mixture in place of some feed-forwards.
     """
 
     dim: int
@@ -75,6 +79,7 @@ class WanArgs:
     image_positions: bool = False
     clean_first_frame: bool = False
     boundary: float = 0.0
+    experts: ExpertArgs | None = None
 
     @property
     def head_dim(self) -> int:
@@ -102,12 +107,21 @@ class WanArgs:
     def block_flops(self, num_tokens: int, batch: int = 1) -> int:
         """FLOPs of all blocks' forward for `batch` clips of `num_tokens` tokens."""
         L, S, D = num_tokens, self.text_len + self.image_len, self.dim
-        linear = 2 * L * (4 * D * D + 2 * D * self.ffn_dim) + 2 * (2 * L + 2 * S) * D * D
-        return self.num_layers * (batch * linear + attention_flops(batch, L, L, D) + attention_flops(batch, L, S, D))
+        linear = 2 * L * 4 * D * D + 2 * (2 * L + 2 * S) * D * D
+        blocks = batch * linear + attention_flops(batch, L, L, D) + attention_flops(batch, L, S, D)
+        return self.num_layers * blocks + 2 * self.down_flops(L, batch) + self._router_flops(L, batch)
 
     def down_flops(self, num_tokens: int, batch: int = 1) -> int:
-        """The part of `block_flops` that is the matmul after each GELU."""
-        return self.num_layers * batch * 2 * num_tokens * self.dim * self.ffn_dim
+        """The part of `block_flops` that is the matmul after each GELU. Of experts, those that are active."""
+        widths = self.num_layers * num_tokens * self.ffn_dim
+        if e := self.experts:
+            num = len(e.blocks(self.num_layers))
+            widths += num * (e.num_rows(num_tokens) * e.expert_dim + num_tokens * (e.shared_dim - self.ffn_dim))
+        return 2 * batch * self.dim * widths
+
+    def _router_flops(self, num_tokens: int, batch: int) -> int:
+        e = self.experts
+        return 2 * batch * num_tokens * self.dim * e.num_experts * len(e.blocks(self.num_layers)) if e else 0
 
     def flops(self, num_tokens: int, batch: int = 1) -> int:
         """FLOPs of a forward, 2 per multiply-add, for `batch` clips of `num_tokens` tokens.
@@ -194,12 +208,13 @@ class CrossAttention(Attention):
 class Block(nn.Module):
     """Self-attention and feed-forward, each with shift, scale and gate from the time; between them cross-attention."""
 
-    def __init__(self, args: WanArgs):
+    def __init__(self, args: WanArgs, has_experts: bool = False):
         super().__init__()
         self.eps = args.eps
         self.self_attn = SelfAttention(args)
         self.cross_attn = CrossAttention(args)
-        self.ffn = FeedForward(args.dim, args.ffn_dim)
+        self.ffn = None if has_experts else FeedForward(args.dim, args.ffn_dim)
+        self.moe = _experts("MoE")(args.dim, args.experts) if has_experts else None
         self.norm_weight, self.norm_bias = (nn.Parameter(torch.empty(args.dim)) for _ in range(2))
 
     def forward(
@@ -210,7 +225,9 @@ class Block(nn.Module):
         freqs_cis_BLC: Tensor,
         layout: StepLayout | None = None,
         cond_mask_BL: Tensor | None = None,
+        routing: Any = None,
     ) -> Tensor:
+        """routing: of a block with experts (models/experts.py)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = select_modulation(modulation_BT6D, cond_mask_BL).unbind(2)
         norm_weight, norm_bias = local_shard(self.norm_weight), local_shard(self.norm_bias)
         y, x_BLD = kernels.ada_layer_norm_and_input(x_BLD, scale1, shift1, self.eps, cond_mask_BL)
@@ -218,8 +235,12 @@ class Block(nn.Module):
         x_BLD, y = kernels.residual_layer_norm(x_BLD, y, gate1, norm_weight, norm_bias, self.eps, cond_mask_BL, bias)
         y, bias = self.cross_attn(y, context_BSD)
         x_BLD, y = kernels.residual_ada_layer_norm(x_BLD, y, None, scale2, shift2, self.eps, cond_mask_BL, bias)
-        y, bias = self.ffn(y)
+        y, bias = self.ffn(y) if self.moe is None else self.moe(y, x_BLD, routing, layout)
         return kernels.gated_residual(x_BLD, y, gate2, cond_mask_BL, bias)
+
+
+def _experts(name: str) -> Any:
+    return resolve(f"{EXPERTS}:{name}", asked_by="model.flavor")
 
 
 class TextEmbedder(nn.Module):
@@ -266,8 +287,8 @@ class TimeEmbedder(nn.Module):
 class WanModel(nn.Module):
     """See the top of the file.
 
-    Each block's modulation table belongs to the root, not to the block: the root holds all float32 parameters, so one
-    small FSDP unit keeps them and each block's unit has a single type.
+    Each block's modulation table and router belong to the root, not to the block: the root holds all float32
+    parameters, so one small FSDP unit keeps them and each block's unit has a single type.
     """
 
     def __init__(self, args: WanArgs):
@@ -283,7 +304,9 @@ class WanModel(nn.Module):
         self.modulation = nn.ParameterDict(
             {str(i): nn.Parameter(torch.empty(6, args.dim)) for i in range(args.num_layers)}
         )
-        self.blocks = nn.ModuleDict({str(i): Block(args) for i in range(args.num_layers)})
+        with_experts = args.experts.blocks(args.num_layers) if args.experts else range(0)
+        self.blocks = nn.ModuleDict({str(i): Block(args, i in with_experts) for i in range(args.num_layers)})
+        self.routers = nn.ModuleDict({str(i): _experts("Router")(args.dim, args.experts) for i in with_experts})
         self.head_modulation = nn.Parameter(torch.empty(2, args.dim))
         self.proj_out = nn.Linear(args.dim, args.out_channels * args.patch_volume)
 
@@ -307,7 +330,7 @@ class WanModel(nn.Module):
         cond_mask: bool [B or 1, L], the tokens of a conditioning first frame; None: there is none.
         """
         state = self.embed(x_BLP, t_B, text_BSD, image_BSD)
-        state = self.trunk(*state, pos_BL3=pos_BL3, layout=layout, cond_mask_BL=cond_mask_BL)
+        state = self.trunk(*state, pos_BL3=pos_BL3, layout=layout, cond_mask_BL=cond_mask_BL, t_B=t_B)
         return self.head(*state, cond_mask_BL=cond_mask_BL)
 
     # The three parts of a forward. A pipeline stage runs those whose modules it has, and sends what `embed` and `trunk`
@@ -334,13 +357,16 @@ class WanModel(nn.Module):
         pos_BL3: Tensor,
         layout: StepLayout | None = None,
         cond_mask_BL: Tensor | None = None,
+        t_B: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The state after the blocks, in the shapes of `embed`."""
         assert cond_mask_BL is None or self.args.clean_first_frame
         freqs_cis_BLC = rope_freqs_cis(pos_BL3, self.args.axes_dim, self.args.rope_theta)
         time_BT6D = time_BTE.unflatten(-1, (6, -1))
         for name, block in self.blocks.items():
-            x_BLD = block(x_BLD, context_BSD, time_BT6D + self.modulation[name], freqs_cis_BLC, layout, cond_mask_BL)
+            modulation = time_BT6D + self.modulation[name]
+            routing = self.routers[name](t_B) if name in self.routers else None
+            x_BLD = block(x_BLD, context_BSD, modulation, freqs_cis_BLC, layout, cond_mask_BL, routing)
         return x_BLD, time_BTD, time_BTE, context_BSD
 
     def head(
