@@ -109,7 +109,8 @@ def args_from_hf(config: dict) -> WanArgs:
         )
     if image_dim:
         args = replace(args, image_dim=image_dim, image_len=positions or CLIP_TOKENS, image_positions=bool(positions))
-    experts = ExpertArgs(**config["experts"]) if config.get("experts") else None
+    if (experts := ExpertArgs(**config["experts"]) if config.get("experts") else None) is not None:
+        experts.check(args.num_layers)
     first_frame, boundary = args.in_channels == 48, config.get("boundary_ratio") or 0.0
     return replace(args, clean_first_frame=first_frame, boundary=boundary, experts=experts)
 
