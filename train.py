@@ -32,7 +32,7 @@ from titan_video.data.batch import Batch
 from titan_video.data.batching import Batching, gradient_accumulation
 from titan_video.data.loader import DrawPlan, build_loader
 from titan_video.data.prefetch import Prefetch
-from titan_video.distributed.activation_checkpoint import check_save_min_kv, select_blocks
+from titan_video.distributed.activation_checkpoint import block_sections, check_save_min_kv
 from titan_video.distributed.compile import GraphLog
 from titan_video.distributed.fsdp import count_parameters, reshard
 from titan_video.distributed.parallel_dims import ParallelDims, check_layout
@@ -41,7 +41,7 @@ from titan_video.distributed.sequence import SequenceShard
 from titan_video.distributed.utils import broadcast_from_rank0, clip_grad_norm, reduce_over, set_timeout
 from titan_video.encoders import build_encoders
 from titan_video.flow.matching import FlowMatching, expert_sigma_range
-from titan_video.ingest.prepare import check_encoders, open_cache, prepare_clips, with_steps
+from titan_video.ingest.prepare import check_encoders, open_run_cache, prepare_clips, with_steps
 from titan_video.ingest.started import as_started
 from titan_video.kernels import attention
 from titan_video.models import get_args, get_spec
@@ -83,7 +83,7 @@ class Trainer:
     def build_layout(self) -> None:
         """The architecture, whether it can be laid out as asked, ranks, device, process groups."""
         config, m, length = self.config, self.config.model, self.config.encoder.max_text_length
-        self.spec = get_spec(m.name)
+        self.spec = parts.parametrize(get_spec(m.name), config)
         self.args = get_args(self.spec, m.flavor, m.hf_assets_path, length)
         self.geometry = self.spec.geometry(self.args)
         world_size = config.encoder.num_training_ranks(int(os.environ.get("WORLD_SIZE", 1)))
@@ -112,7 +112,7 @@ class Trainer:
         self.batching = Batching.of(config.data, config.training, config.parallelism, self.accumulation * self.dims.dp)
         num_tokens = [self.task.work(bucket).tokens for bucket in config.data.sizes]
         self.longest = max(num_tokens)
-        check_save_min_kv(config.activation_checkpoint, self.longest)
+        check_save_min_kv(config.activation_checkpoint, self.longest, self.args.num_layers)
         self.pp = parts.load_pipeline(self.dims.pp)
         for clips in (self.batching.clips_per_micro_batch(tokens) for tokens in num_tokens if self.pp):
             size = config.parallelism.pipeline_parallel_microbatch_size
@@ -123,7 +123,7 @@ class Trainer:
         config, c, group = self.config, self.config.data, self.host_group
         self.encoders = build_encoders(config.encoder, config.model.hf_assets_path, self.device)
         check_encoders(self.encoders, self.args, self.geometry, config)
-        cache = open_cache(Path(c.cache_folder or self.folder / "cache"), self.encoders, self.args.conditioning, group)
+        cache = open_run_cache(config, self.encoders, self.args.conditioning, group)
         self.clips = prepare_clips(config, self.args, self.encoders, cache, group)
         self.encoders.free()
         channel, latent_shape, text_len = self.encoder_channel, self.geometry.latent_shape, self.args.text_len
@@ -147,18 +147,18 @@ class Trainer:
         with torch.device("meta"):
             self.model = self.spec.build(args)
         self.weights.prepare(self.model)
-        checkpointed, stages = select_blocks(self.model, plan, config.activation_checkpoint.layers), None
+        sections, stages = block_sections(self.model, plan, config.activation_checkpoint), None
         if self.pp:
             stages = self.pp.keep_stages(self.model, plan, self.meshes.pp, config.parallelism, args, self.longest)
         model, meshes, c = self.model, self.meshes, config
         parallelize(
-            model, plan, meshes, c.parallelism, c.training, c.activation_checkpoint, c.compile, checkpointed, c.float8
+            model, plan, meshes, c.parallelism, c.training, c.activation_checkpoint, c.compile, sections, c.float8
         )
         self.model.to_empty(device="cpu" if config.training.enable_cpu_offload else self.device)
         self.pipeline, p = None, c.parallelism
         if stages:
             self.pipeline = self.pp.Pipeline(model, stages, plan, meshes.pp, p, param_dtype, self.device)
-        self.optimizer = build_optimizer(self.model, config.optimizer, plan.blocks, config.debug.seed)
+        self.optimizer = build_optimizer(model, c.optimizer, plan.blocks, c.debug.seed, self.spec.adjust_group)
         self.grad_norm = lambda: clip_grad_norm(model, config.training.max_norm, meshes.pp)
         if config.optimizer.in_backward:
             self.grad_norm = step_in_backward(self.optimizer).grad_norm
@@ -283,7 +283,7 @@ class Trainer:
         self.steps = Prefetch(self.loader, last_step - self.step, self.task.prepare, self.device, clips)
         run = self.guard, self.checkpoint, self.metrics, self.steps, self.folder, self.host_group
         self.judge = StepJudge(c, self.guard, self.ema, self.metrics, partial(parts.handle_fault, run, last_step))
-        with parts.build_profiler(c.profiling, self.folder, self.device) as profiler:
+        with parts.build_profiler(c, self.folder, self.device) as profiler:
             while self.step < last_step:
                 self.export()  # of the step before; a resumed run makes up for it
                 start = time.perf_counter()

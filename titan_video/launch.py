@@ -29,6 +29,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from titan_video.supervision import watch
@@ -81,9 +82,15 @@ def send(signum: int, pids: Iterable[int]) -> None:
             pass
 
 
+def say(line: str, to: int = 2) -> None:
+    """Write a line to this file descriptor. Where the disk of the log is full, the launcher goes on without it."""
+    with suppress(OSError):
+        os.write(to, f"{line}\n".encode())
+
+
 def end(code: int, message: str) -> None:
     """Ends this process and its ranks at once."""
-    print(message, file=sys.stderr, flush=True)
+    say(message)
     send(signal.SIGKILL, child_processes())
     os._exit(code)
 
@@ -145,7 +152,7 @@ class WarningRelay:
                     if (match := WARNING.match(line)) and (text := line[match.end() :]) not in self.seen:
                         self.seen.add(text)
                         if path.parent.name not in self.shown:
-                            print(f"{_rank_label(path.parent)}{line}", flush=True)
+                            say(f"{_rank_label(path.parent)}{line}", to=1)
 
     def _new_lines(self, path: Path) -> list[str]:
         try:
@@ -214,7 +221,7 @@ class RankWatch:
             ranks, now = child_processes(), time.monotonic()
             self.stopped = {pid: self.stopped.get(pid, now) for pid, state in ranks.items() if state in "Tt"}
             for pid, text in self.silent():
-                print(f"error: {text}. {watch.FIX}", file=sys.stderr, flush=True)
+                say(f"error: {text}. {watch.FIX}")
                 send(signal.SIGKILL, [pid])  # torchrun then ends the others
             self.suspects |= self.silent(longer_than=AGENT_SECONDS)
             self.warnings.pass_on()
@@ -231,7 +238,7 @@ def exit_code(folder: Path, run_id: str, num_nodes: int) -> int:
         if status.get("run_id") == run_id and status.get("exit_code") is not None:
             return status["exit_code"]
         if time.monotonic() > deadline:
-            print(f"warning: {folder}/status.json does not say how the run ended", file=sys.stderr)
+            say(f"warning: {folder}/status.json does not say how the run ended")
             return 0
         time.sleep(0.5)
 
@@ -257,10 +264,13 @@ def main(argv: list[str]) -> None:
     except ChildFailedError as e:
         rank_watch.warnings.pass_on()
         for text in rank_watch.suspects.values():
-            print(f"error: {text}", file=sys.stderr)
-        print(e, file=sys.stderr)
+            say(f"error: {text}")
+        say(str(e))
         rank, failure = e.get_first_failure()
-        mark_failed(folder, options.rdzv_id, f"rank {rank} ended with exit code {failure.exitcode}")
+        try:
+            mark_failed(folder, options.rdzv_id, f"rank {rank} ended with exit code {failure.exitcode}")
+        except OSError as error:
+            say(f"error: {error}")
         sys.exit(1)
     rank_watch.warnings.pass_on()
     sys.exit(exit_code(folder, options.rdzv_id, num_nodes))

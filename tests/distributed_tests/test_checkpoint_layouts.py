@@ -49,12 +49,18 @@ LAYOUTS = {
     "tp4": {"tp": 4},
     "ulysses2 x fsdp2": {"dp_shard": 2, "ulysses": 2},
     "pp2": {"pp": 2},
+    "pp2 of 1 and 2 blocks": {"pp": 2},
+    "pp2 of 2 and 1 blocks": {"pp": 2},
     "pp2 x fsdp2": {"pp": 2, "dp_shard": 2},
     "pp2 x tp2": {"pp": 2, "tp": 2},
 }
+SPLITS = {"pp2 of 1 and 2 blocks": (0, 1), "pp2 of 2 and 1 blocks": (0, 2)}  # others are balanced
 # Each chain starts and ends at one rank without a process group.
 CHAINS = {
-    2: {"odd": (ODD, ("fsdp2", "pp2"))},
+    2: {
+        "odd": (ODD, ("fsdp2", "pp2")),
+        "three": (replace(ODD, num_layers=3), ("pp2 of 1 and 2 blocks", "fsdp2", "pp2 of 2 and 1 blocks")),
+    },
     4: {
         "odd": (ODD, ("tp2 x fsdp2", "fsdp4", "pp2 x fsdp2", "hsdp2x2", "pp2 x tp2", "ulysses2 x fsdp2")),
         "four": (FOUR, ("tp4",)),
@@ -71,7 +77,8 @@ class Run:
             self.model = WanModel(args)
         self.forward = self.model
         if self.meshes is not None:
-            section, pp = Parallelism(pipeline_parallel_degree=self.meshes.pp.size()), self.meshes.pp
+            pp, split = self.meshes.pp, SPLITS.get(layout, ())
+            section = Parallelism(pipeline_parallel_degree=pp.size(), pipeline_parallel_split=split)
             stages = keep_stages(self.model, SPEC.plan, pp, section, args, 15) if pp.size() > 1 else None
             training = Training(mixed_precision_param="float32")
             parallelize(

@@ -12,8 +12,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from tests.helpers import build_denoising, randomized_init, run_ranks
-from titan_video.config.job_config import ActivationCheckpoint, Compile, Lora, Parallelism, Training
+from titan_video.config.job_config import ActivationCheckpoint, CheckpointRange, Compile, Lora, Parallelism, Training
 from titan_video.data.batch import Batch
+from titan_video.distributed.activation_checkpoint import block_sections
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.parallelize import parallelize
 from titan_video.distributed.pipeline_parallel import Pipeline
@@ -116,6 +117,8 @@ LAYOUTS = {
     "unified2x4": layout(ring=2, ulysses=4),
     "pp2": layout(pp=2),
     "pp4": layout(pp=4),
+    "pp2 uneven": layout({"pipeline_parallel_split": (0, 1)}, pp=2),
+    "pp3 x fsdp2 uneven": layout({"pipeline_parallel_split": (0, 2, 3)}, pp=3, dp_shard=2),
     "pp2 zero bubble": layout({"pipeline_parallel_schedule": "InterleavedZeroBubble"}, pp=2),
     "tp2 x ulysses2": layout(tp=2, ulysses=2),
     "tp2 x ring2": layout(tp=2, ring=2),
@@ -127,13 +130,20 @@ LAYOUTS = {
     "pp2 x fsdp2 x ulysses2": layout(pp=2, dp_shard=2, ulysses=2),
 }
 FULL, SELECTIVE = ActivationCheckpoint(mode="full"), ActivationCheckpoint(mode="selective", save_min_kv=0)
+# Each block of the model of two blocks has a range; of that of four, two have the section's mode.
+RANGES = (
+    CheckpointRange(layers="0", mode="full", offload=True),
+    CheckpointRange(layers="1-1", mode="selective", save=("attention",)),
+)
 COMPILED = Compile(enable=True, backend="aot_eager")
 EXECUTION_MODES = {
     "plain": (ActivationCheckpoint(), Compile()),
     "full": (FULL, Compile()),
     "selective": (SELECTIVE, Compile()),
+    "ranges": (replace(SELECTIVE, range=RANGES), Compile()),
     "compile": (ActivationCheckpoint(), COMPILED),
     "selective+compile": (SELECTIVE, COMPILED),
+    "ranges+compile": (replace(SELECTIVE, range=RANGES), COMPILED),
 }
 LIMITS = {torch.float64: 1e-10, torch.float32: 2e-5}
 
@@ -257,8 +267,9 @@ def run_step(name, layout, mode, dtype):
     checkpointing, compilation = EXECUTION_MODES[mode]
     section, training = Parallelism(**layout.options), Training(mixed_precision_param=kind, mixed_precision_reduce=kind)
     model, pipelined = build(m, dtype), layout.dims.pp > 1
+    sections = block_sections(model, plan, checkpointing)
     stages = keep_stages(model, plan, meshes.pp, section, args, 15) if pipelined else None
-    parallelize(model, plan, meshes, section, training, checkpointing, compilation)
+    parallelize(model, plan, meshes, section, training, checkpointing, compilation, sections)
     model.to_empty(device="cpu")
     fill(model, m)
     num = layout.num_batches
@@ -318,12 +329,13 @@ def check(name, layout, runs, one_process):
         assert [report[run][1] for report in reports] == [{}] * len(reports), (name, layout, run)
 
 
-EAGER = ("plain", "full", "selective")
+EAGER = ("plain", "full", "selective", "ranges")
 COMPILED_MODES = tuple(mode for mode in EXECUTION_MODES if mode not in EAGER)
 # Of the models beside the first, in the suite; `test_whole_table` has all of them.
 SOME_LAYOUTS = ("tp2", "ulysses2", "ring2", "pp2")
 # What the suite leaves out of `test_layout_equals_one_process` is in `test_whole_table`.
 FULL_LAYOUTS = ("unified2x2", "fsdp2 x tp2", "tp2 x ring2", "pp2 x fsdp2 x ulysses2")  # of those of 4 and 8 ranks
+RANGED_LAYOUTS = ("fsdp2", "tp2", "pp2", "pp2 uneven")
 FLOAT32_LAYOUTS = ("one", "fsdp2", "tp2", "ulysses2", "ring2", "pp2")
 LORA_LAYOUTS = ("fsdp2", "hsdp2x2", *SOME_LAYOUTS, "fsdp2 x tp2", "pp2 zero bubble")
 
@@ -331,7 +343,8 @@ LORA_LAYOUTS = ("fsdp2", "hsdp2x2", *SOME_LAYOUTS, "fsdp2 x tp2", "pp2 zero bubb
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_equals_one_process(layout, one_process):
     has_full = LAYOUTS[layout].world_size < 4 or layout in FULL_LAYOUTS
-    runs = [(mode, torch.float64) for mode in EAGER if mode != "full" or has_full]
+    left_out = {"full": not has_full, "ranges": layout not in RANGED_LAYOUTS}
+    runs = [(mode, torch.float64) for mode in EAGER if not left_out.get(mode)]
     check("wan", layout, runs + [("plain", torch.float32)] * (layout in FLOAT32_LAYOUTS), one_process)
 
 

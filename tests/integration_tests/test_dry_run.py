@@ -34,6 +34,10 @@ BFLOAT16_WEIGHTS = {**BFLOAT16, "training.dtype": "bfloat16", "ema.enable": "tru
 IN_BACKWARD = {"optimizer.in_backward": "true", "training.max_norm": 0}
 FULL = {"activation_checkpoint.mode": "full"}
 SELECTIVE = {"activation_checkpoint.mode": "selective"}
+RANGES = {
+    **SELECTIVE,
+    "activation_checkpoint.range": '[{layers = "0", mode = "full"}, {layers = "2", mode = "none"}]',
+}
 MATMUL = {**SELECTIVE, "activation_checkpoint.save": "attention,matmul"}
 TRITON = {"model.kernels": "triton"}
 COMPILED = {"compile.enable": "true"}
@@ -90,6 +94,7 @@ def compare(measured, expected):
         (4, ULYSSES | SELECTIVE | BFLOAT16),
         (4, RING | MATMUL | BFLOAT16),
         (4, UNIFIED | FULL | {"activation_checkpoint.layers": "0,2"} | BFLOAT16),
+        (4, UNIFIED | RANGES | BFLOAT16),
         (2, TP),
         (4, HSDP | BFLOAT16_WEIGHTS | {"optimizer.name": "AdamW8bit"}),
         (2, TP | BFLOAT16_WEIGHTS | {"optimizer.name": "Muon"}),
@@ -201,6 +206,13 @@ def test_pipeline(monkeypatch):
         assert report.largest["pipeline buffers"] == pytest.approx(n * microbatches * boundary, abs=100)
     kept = [r.largest["activations"] for r in reports]
     assert kept[1] / kept[2] == pytest.approx(3 / 2, rel=0.01) and kept[0] > kept[1]
+    uneven = read(
+        "debug", options | {"parallelism.pipeline_parallel_degree": 2, "parallelism.pipeline_parallel_split": "0,3"}
+    )
+    assert [dry_run(uneven, 2, rank).stages for rank in range(2)] == [{0: 3}, {1: 1}]
+    beyond = replace(uneven, parallelism=replace(uneven.parallelism, pipeline_parallel_split=(0, 4)))
+    with pytest.raises(ValueError, match=r"pipeline_parallel_split: given \[0, 4\], but the last .* is 3"):
+        dry_run(beyond, 2)
     gpipe = read(
         "debug",
         options | {"parallelism.pipeline_parallel_degree": ranks, "parallelism.pipeline_parallel_schedule": "GPipe"},

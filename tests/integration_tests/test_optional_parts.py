@@ -10,7 +10,7 @@ import pytest
 from benchmarks.house import OPTIONAL_PARTS, PACKAGE, optional_part
 from tests.helpers import run_ranks
 
-PROGRAMS = {"planner", "convert", "upcycle", "download", "sample", "replay", "ingest.importers"}  # started by hand
+PROGRAMS = {"convert", "upcycle", "download", "sample", "replay", "ingest.importers"}  # started by hand
 ALWAYS = {"supervision", "training.tensorboard_sink"}  # every run uses them where they are there
 AFTERWARDS = {"training.out_of_memory"}  # explains an error
 ASKING = {
@@ -25,18 +25,22 @@ ASKING = {
     "distributed.async_tensor_parallel": {"parallelism.enable_async_tensor_parallel": "true"},
     "distributed.tensor_parallel": {"parallelism.tensor_parallel_degree": 2},
     "distributed.context_parallel": {"parallelism.context_parallel_degree": 2},
+    "distributed.expert_parallel": {"parallelism.expert_parallel_degree": 2},
     "distributed.pipeline_parallel": {"parallelism.pipeline_parallel_degree": 2},
     "training.profiling": {"profiling.enable_profiling": "true"},
     "distributed.offload": {"activation_checkpoint.mode": "full", "activation_checkpoint.offload": "true"},
+    "distributed.checkpoint_ranges": {"activation_checkpoint.range": '[{layers = "0"}]'},
     "distributed.block_swap": {"lora.enable": "true", "training.swap_blocks": 3},
     "optim.low_bit": {"optimizer.name": "AdamW8bit"},
     "optim.muon": {"optimizer.name": "Muon"},
     "optim.mixed": {"optimizer.name": "AdamW8bit"},
     "optim.in_backward": {"optimizer.in_backward": "true", "training.max_norm": 0},
+    "optim.mup": {"optimizer.parametrization": "mup", "optimizer.base_flavor": "proxy-debug"},
     "optim.by_name": {"optimizer.name": "torch.optim.RAdam"},
     "tasks.validation": {"validation.enable": "true"},
     "tasks.sampling": {"validation.enable": "true"},
     "ingest.shape_scores": {"validation.num_scored": 3},
+    "ingest.remote_cache": {"data.cache_url": "memory://cache"},
     "weights.original": {"checkpoint.last_save_in_hf": "true", "checkpoint.export_format": "original"},
     "weights.export": {"checkpoint.export_every": 1},
     "training.wandb_sink": {"metrics.enable_wandb": "true"},
@@ -44,6 +48,7 @@ ASKING = {
     "training.faults": {"fault_tolerance.nonfinite": "rollback"},
     "training.gradient_check": {"debug.deterministic": "true", "debug.verify_every": 2},
     "lora": {"lora.enable": "true"},
+    "planner": {"planner.cluster": "h100x1"},
     "flow.unipc": {"validation.solver": "unipc"},
     "online": {"encoder.placement": "colocated"},
 }

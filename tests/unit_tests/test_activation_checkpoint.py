@@ -16,17 +16,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers import randomized_init
 from titan_video import kernels
-from titan_video.config.job_config import ActivationCheckpoint
+from titan_video.config.job_config import ActivationCheckpoint, CheckpointRange
 from titan_video.distributed.activation_checkpoint import (
     CheckpointedBlock,
     apply_activation_checkpoint,
+    block_sections,
     check_save_min_kv,
     recomputed_flops,
-    select_blocks,
 )
 from titan_video.distributed.compile import apply_compile, num_graphs
 from titan_video.distributed.offload import IN_FLIGHT
 from titan_video.distributed.utils import initialise
+from titan_video.models import hunyuan_video as hunyuan
 from titan_video.models.spec import StepLayout
 from titan_video.models.wan import SPEC, WanArgs, WanModel
 from titan_video.planner.memory import saved_bytes_per_token
@@ -166,10 +167,58 @@ def test_only_the_layers_listed(plain):
 
 def test_a_pipeline_stage_knows_its_blocks_by_the_whole_models_numbers():
     model = WanModel(ARGS)
-    selected = select_blocks(model, SPEC.plan, (1, 3))
+    section = replace(FULL, layers=(1, 3))
+    sections = block_sections(model, SPEC.plan, section)
     del model.blocks["0"], model.blocks["1"]
-    apply_activation_checkpoint(model, SPEC.plan, FULL, selected)
+    apply_activation_checkpoint(model, SPEC.plan, section, sections)
     assert [isinstance(b, CheckpointedBlock) for b in model.blocks.values()] == [False, True]
+
+
+RANGES = (
+    CheckpointRange(layers="0-1", mode="full"),
+    CheckpointRange(layers="3", mode="selective", save=("attention", "matmul")),
+)
+
+
+def test_ranges_have_modes_of_their_own(plain):
+    """Blocks 0 and 1 run again, 2 saves all, or with another mode of the section what that saves, and 3 its own."""
+    for section, expected in (
+        (replace(SELECTIVE, mode="none"), (6, 7, 16 + 16 + 8 + 12)),
+        (SELECTIVE, (6, 8, 16 + 16 + 15 + 12)),
+    ):
+        model = build(replace(section, range=RANGES))
+        with Executed() as executed:
+            assert_equal(gradients(model), plain)
+        assert (executed.count[TOKENS], executed.count[TEXT], executed.count["addmm"] - 2) == expected
+
+
+def test_a_range_is_offloaded_alone(plain):
+    model = build(replace(FULL, range=(CheckpointRange(layers="1-2", mode="full", offload=True),)))
+    assert [b.offload is not None for b in model.blocks.values()] == [False, True, True, False]
+    assert_equal(gradients(model), plain)
+    offload = model.blocks["1"].offload
+    assert offload is model.blocks["2"].offload and offload.num_offloaded == 2
+
+
+def test_ranges_beyond_the_model_are_refused():
+    with pytest.raises(ValueError, match='activation_checkpoint.range: item 1: layers: given "2-4", but .* is 3; end'):
+        build(replace(NONE, range=(CheckpointRange(layers="0"), CheckpointRange(layers="2-4"))))
+
+
+def test_ranges_number_the_blocks_in_forward_order():
+    """HunyuanVideo's double blocks come before its single blocks, and stages keep the numbers of the whole model."""
+    with torch.device("meta"):
+        model = hunyuan.SPEC.build(replace(hunyuan.SPEC.flavors["debug"], num_double_layers=2, num_single_layers=3))
+    sections = block_sections(model, hunyuan.SPEC.plan, replace(NONE, range=(CheckpointRange(layers="1-3"),)))
+    checkpointed = [name for name, section in sections.items() if section.mode == "full"]
+    double, single = hunyuan.SPEC.plan.blocks
+    assert checkpointed == [(double, "1"), (single, "0"), (single, "1")] and len(sections) == 5
+
+
+@pytest.mark.parametrize("backend", ["aot_eager"])
+def test_compiled_ranges(plain, backend):
+    model = build(replace(NONE, range=RANGES), backend=backend)
+    assert_close(gradients(model), plain)
 
 
 def test_parameter_names_do_not_change():
@@ -244,6 +293,8 @@ def test_flops_of_recomputation():
     assert recomputed_flops(SELECTIVE, ARGS, 100, 2) == whole - attention - down
     assert recomputed_flops(replace(SELECTIVE, save=("attention", "matmul")), ARGS, 100, 2) == (whole - attention) / 2
     assert recomputed_flops(replace(FULL, layers=(1,)), ARGS, 100, 2) == whole / ARGS.num_layers
+    halves = replace(FULL, range=(CheckpointRange(layers="1-2", mode="selective", save=("attention",)),))
+    assert recomputed_flops(halves, ARGS, 100, 2) == whole - attention / 2
 
 
 # ---- a selection that selects nothing ----
@@ -272,12 +323,17 @@ def test_short_attention_only_is_no_error():
 
 
 def test_a_length_that_no_clip_has_is_refused():
-    check_save_min_kv(replace(SELECTIVE, save_min_kv=33), 33)
-    check_save_min_kv(replace(FULL, save_min_kv=33), 32)
+    check_save_min_kv(replace(SELECTIVE, save_min_kv=33), 33, 4)
+    check_save_min_kv(replace(FULL, save_min_kv=33), 32, 4)
+    ranged = replace(FULL, save_min_kv=33, range=(CheckpointRange(layers="3", mode="selective"),))
+    with pytest.raises(ValueError, match="activation_checkpoint.save_min_kv: given 33"):
+        check_save_min_kv(ranged, 32, 4)
+    with pytest.raises(ValueError, match="item 0: layers"):
+        check_save_min_kv(ranged, 33, 3)
     with pytest.raises(
         ValueError, match="activation_checkpoint.save_min_kv: given 33, but the longest clip .* 32 tokens.* at most 32"
     ):
-        check_save_min_kv(replace(SELECTIVE, save_min_kv=33), 32)
+        check_save_min_kv(replace(SELECTIVE, save_min_kv=33), 32, 4)
 
 
 # ---- offload ----

@@ -119,6 +119,39 @@ COMBINATIONS = [  # (what is set, fields the message names, a piece of the fix)
         "parallelism.pipeline_parallel_microbatch_size",
         "legal: 1, 2, 4",
     ),
+    ({"parallelism.pipeline_parallel_split": [0, 1]}, "parallelism.pipeline_parallel_split", "degree is 1"),
+    (
+        {"parallelism.pipeline_parallel_degree": 2, "parallelism.pipeline_parallel_split": [0, 1, 2]},
+        "parallelism.pipeline_parallel_split",
+        "2 on 2 ranks; legal: 2 numbers",
+    ),
+    *(
+        (
+            {"parallelism.pipeline_parallel_degree": 2, "parallelism.pipeline_parallel_split": split},
+            "parallelism.pipeline_parallel_split",
+            "begin with 0 and rise",
+        )
+        for split in ([1, 2], [0, 0])
+    ),
+    *(
+        ({"activation_checkpoint.range": ranges} | more, f"activation_checkpoint.{field}", fix)
+        for ranges, more, field, fix in (
+            ([{"layers": "2-1"}], {}, "range: item 0: layers", "such as 0-9, or one number"),
+            ([{"layers": ""}], {}, "range: item 0: layers", "such as 0-9, or one number"),
+            ([{"layers": "0-2"}, {"layers": "2"}], {}, "range: item 1: layers", "block 2 is in item 0 too"),
+            ([{"layers": "0", "mode": "half"}], {}, "range", "one of none, selective, full"),
+            ([{"layers": "0", "mode": "full", "save": ["down"]}], {}, "range: item 0: save", "choose selective"),
+            ([{"layers": "0", "mode": "selective", "save": ["exchange"]}], {}, "range: item 0: save", "take it out"),
+            ([{"layers": "0", "mode": "none", "offload": True}], {}, "range: item 0: offload", "choose full"),
+            ([{"layers": "0"}], {"activation_checkpoint.layers": [3]}, "layers", "leave it empty"),
+            (
+                [{"layers": "0"}],
+                {"activation_checkpoint.mode": "memory_budget", "compile.enable": True},
+                "range",
+                "applies to all blocks",
+            ),
+        )
+    ),
     (
         {
             "parallelism.pipeline_parallel_degree": 2,

@@ -21,6 +21,7 @@ ERROR = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\
 ONLINE = ["--encoder.placement", "colocated", "--encoder.offload_policy", "keep"]
 HSDP = ["--parallelism.data_parallel_replicate_degree", "2"]
 FULL = ["--activation_checkpoint.mode", "full"]
+RANGE = ["--activation_checkpoint.range", '[{layers = "1", mode = "none"}]']
 
 
 def proposals(*options):
@@ -32,7 +33,7 @@ def explained(tmp_path, *options):
     return explain(ERROR, config, step=7, bucket="9x64x64").splitlines()
 
 
-@pytest.mark.parametrize("options", [[], ONLINE, HSDP, FULL], ids=["debug", "online", "hsdp", "full"])
+@pytest.mark.parametrize("options", [[], ONLINE, HSDP, FULL, RANGE], ids=["debug", "online", "hsdp", "full", "range"])
 def test_every_proposal_is_a_change_that_the_command_line_takes(options):
     config = parse_args([*DEBUG, *options])
     changed = [parse_args([*DEBUG, *options, *shlex.split(overrides)]) for overrides in proposals(*options)]
@@ -45,6 +46,8 @@ def test_only_what_is_not_used_yet_is_proposed():
     assert proposals(*ONLINE)[0] == "--encoder.offload_policy offload"
     assert proposals(*FULL)[0] == "--activation_checkpoint.mode full --activation_checkpoint.offload"
     assert "--parallelism.data_parallel_replicate_degree 1" in proposals(*HSDP)
+    every_block = "--activation_checkpoint.range [] --activation_checkpoint.mode"
+    assert proposals(*FULL, *RANGE)[:2] == [f"{every_block} selective", f"{every_block} full"]
     small = [overrides for overrides in proposals("--lora.enable") if overrides not in proposals()]
     assert small == ["--lora.base_dtype int8", "--training.swap_blocks 16"]
     assert not {*small, "--training.enable_cpu_offload"} & {

@@ -17,6 +17,7 @@ from titan_video.config.sections.experts import Experts
 from titan_video.config.sections.fault_tolerance import FaultTolerance
 from titan_video.config.sections.float8 import Float8
 from titan_video.config.sections.lora import Lora
+from titan_video.config.sections.planner import Planner
 from titan_video.config.sections.profiling import Profiling
 from titan_video.config.sections.validation import Validation
 
@@ -70,7 +71,8 @@ class Encoder:
     name: str = opt(
         "wan",
         "Frozen VAE, text and image encoders: a module of titan_video/encoders. `debug` needs no weights: a fixed "
-        "video transform, and embeddings made from hashes of the words.",
+        "video transform, and embeddings made from hashes of the words; `debug_outlines`: with another transform, for "
+        "shapes of one colour.",
         names=encoder_families,
     )
     dtype: Literal["bfloat16", "float32"] = opt(
@@ -186,6 +188,18 @@ class Optimizer:
     implementation: Literal["fused", "foreach", "for-loop"] = opt(
         "fused", "Implementation in torch.optim of AdamW with float32 weights."
     )
+    parametrization: Literal["standard", "mup"] = opt(
+        "standard",
+        "mup: initial values and rates of each class of parameters follow the width, so that a rate tuned at the width "
+        "of base_flavor holds at that of model.flavor (docs/mup.md).",
+    )
+    base_flavor: str = opt(
+        "", "For mup: the flavor at which the rate was tuned, of the same depth and head width as model.flavor."
+    )
+    mup_finetune: bool = opt(
+        False,
+        "For mup: start from given weights, which mup has not drawn; of it, only rates, decay and eps remain.",
+    )
     in_backward: bool = opt(
         False,
         "Update each weight as soon as backward has computed its gradient, then free the gradient. Excludes clipping.",
@@ -239,9 +253,18 @@ class Parallelism:
         "For ring and unified. alltoall: keys and values pass from rank to rank, overlapped with compute. allgather: "
         "they are gathered first.",
     )
+    expert_parallel_degree: int = opt(
+        1,
+        "Ranks over which the experts of a mixture-of-experts flavor are divided; tokens go to the ranks that have "
+        "their experts. They are ranks of data, context and tensor parallel: the degree divides the product of these.",
+        ge=1,
+    )
     pipeline_parallel_degree: int = opt(1, "Ranks over which the blocks are partitioned into stages.", ge=1)
     pipeline_parallel_schedule: Literal["GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble"] = opt(
         "1F1B", "Order of forwards and backwards. The interleaved schedules have two stages on each rank."
+    )
+    pipeline_parallel_split: tuple[int, ...] = opt(
+        (), "First block of each stage, in forward order, such as [0, 9, 20]. Empty: balanced by FLOPs.", ge=0
     )
     pipeline_parallel_microbatch_size: int = opt(
         1, "Clips in each micro-batch of the pipeline; divides training.local_batch_size.", ge=1
@@ -254,6 +277,18 @@ class Parallelism:
 
 
 @dataclass(frozen=True)
+class CheckpointRange:
+    """Blocks that are checkpointed in their own way, a table `[[activation_checkpoint.range]]`."""
+
+    layers: str = opt("", "Numbers of the blocks in forward order: `0-9` with both ends, or one number.")
+    mode: Literal["none", "selective", "full"] = opt("full", "As activation_checkpoint.mode.")
+    save: tuple[Literal["attention", "down", "exchange", "matmul"], ...] = opt(
+        (), "For selective: as activation_checkpoint.save. Empty: that."
+    )
+    offload: bool = opt(False, "As activation_checkpoint.offload.")
+
+
+@dataclass(frozen=True)
 class ActivationCheckpoint:
     mode: Literal["none", "selective", "full", "memory_budget"] = opt(
         "none",
@@ -263,8 +298,8 @@ class ActivationCheckpoint:
     save: tuple[Literal["attention", "down", "exchange", "matmul"], ...] = opt(
         ("attention", "down"),
         "For selective: saved outputs. attention: all, so attention is never recomputed. down: the matmul after each "
-        "GELU. exchange: Ulysses' all-to-alls, so that recomputation sends nothing for them. matmul: every second "
-        "matmul.",
+        "GELU. exchange: the all-to-alls of Ulysses and of experts, so that recomputation sends nothing for them. "
+        "matmul: every second matmul.",
     )
     save_min_kv: int = opt(
         1024,
@@ -273,6 +308,9 @@ class ActivationCheckpoint:
     )
     layers: tuple[int, ...] = opt(
         (), "Numbers of the blocks to which the mode applies; other blocks save everything. Empty: all blocks.", ge=0
+    )
+    range: tuple[CheckpointRange, ...] = opt(
+        (), "Blocks with a mode of their own; the others have that of the section."
     )
     offload: bool = opt(False, "Move saved activations to host memory after forward and back before backward.")
     memory_budget: float = opt(
@@ -374,6 +412,7 @@ class JobConfig:
     checkpoint: Checkpoint = Checkpoint()
     metrics: Metrics = Metrics()
     profiling: Profiling = Profiling()
+    planner: Planner = Planner()
     comm: Comm = Comm()
     fault_tolerance: FaultTolerance = FaultTolerance()
     debug: Debug = Debug()

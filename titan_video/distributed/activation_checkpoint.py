@@ -11,8 +11,11 @@ inside: the operators that it selects are not visible from outside a compiled bl
 wrapped as in selective: what its router decides is saved.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,6 +34,7 @@ from titan_video.models.spec import ParallelPlan
 from titan_video.tools.parts import resolve
 
 OFFLOAD = "titan_video.distributed.offload:HostOffload"  # optional
+RANGES = "titan_video.distributed.checkpoint_ranges:sections_by_block"  # optional
 
 # Attention operators by name, so that none of them need exist, and the dim of argument 1 that counts the keys.
 _KEY_DIM = {
@@ -42,6 +46,7 @@ _KEY_DIM = {
     "flex_attention": -2,  # visible in a compiled block only
 }
 _RING = "titan_video::ring_attention"  # its argument 3 is the number of keys on all ranks
+_GELUS = ("aten::gelu", "titan_video::join_gelu")
 _MATMULS = ("aten::mm", "aten::addmm", "titan_video::frozen_linear", "titan_video::grouped_linear")
 _EXCHANGE = "_c10d_functional::all_to_all_single"
 # Which rows go to which expert (models/experts.py): always saved, as a recomputed block must route alike.
@@ -58,33 +63,40 @@ def apply_activation_checkpoint(
     model: nn.Module,
     plan: ParallelPlan,
     section: ActivationCheckpoint,
-    selected: frozenset[tuple[str, str]] | None = None,
+    sections: dict[tuple[str, str], ActivationCheckpoint] | None = None,
 ) -> None:
-    """Wrap the blocks in place. selected: `select_blocks` of the full model, where `model` is one pipeline stage of it.
+    """Wrap the blocks in place. sections: `block_sections` of the full model, where `model` is a pipeline stage of it.
 
     ValueError later, after the first forward with gradients, if a kind of `section.save` met no operator to save.
     """
-    selected = select_blocks(model, plan, section.layers) if selected is None else selected
+    sections = block_sections(model, plan, section) if sections is None else sections
     _set_memory_budget(section.memory_budget if section.mode == "memory_budget" else 1.0)
-    if section.mode not in ("full", "selective"):
-        return
-    offload = resolve(OFFLOAD, asked_by="activation_checkpoint.offload = true")() if section.offload else None
-    save = section.save if section.mode == "selective" else ()
-    policy = SACPolicy(save, section.save_min_kv, offload)
+    is_offloading = any(s.offload for s in sections.values())
+    offload = resolve(OFFLOAD, asked_by="activation_checkpoint.offload = true")() if is_offloading else None
+
+    @cache  # one for all blocks of a section
+    def policy(s: ActivationCheckpoint) -> SACPolicy:
+        save = s.save if s.mode == "selective" else ()
+        return SACPolicy(save, s.save_min_kv, offload if s.offload else None)
+
     for path in plan.blocks:
         container = model.get_submodule(path)
         for key in container:
-            if (path, key) in selected:
-                is_selective = save or any(getattr(m, "routes", False) for m in container[key].modules())
-                container[key] = CheckpointedBlock(container[key], policy if is_selective else None, offload)
+            s = sections[path, key]
+            if s.mode in ("full", "selective"):
+                has_router = any(getattr(m, "routes", False) for m in container[key].modules())
+                is_selective = s.mode == "selective" or has_router
+                of_block = offload if s.offload else None
+                container[key] = CheckpointedBlock(container[key], policy(s) if is_selective else None, of_block)
 
 
-def check_save_min_kv(section: ActivationCheckpoint, longest: int) -> None:
+def check_save_min_kv(section: ActivationCheckpoint, longest: int, num_blocks: int) -> None:
     """ValueError if even the longest clip, `longest` tokens, has too few keys for its attention to be saved.
 
-    Selective would then silently be full.
+    Selective would then silently be full. Also for what `sections_by_block` refuses.
     """
-    if section.mode == "selective" and "attention" in section.save and longest < section.save_min_kv:
+    saving = [s for s in sections_by_block(section, num_blocks) if s.mode == "selective" and "attention" in s.save]
+    if saving and longest < section.save_min_kv:
         raise ValueError(
             f"activation_checkpoint.save_min_kv: given {section.save_min_kv}, but the longest clip of data.buckets has "
             f"{longest} tokens, so no attention would be saved; set it to at most {longest}, or "
@@ -92,19 +104,29 @@ def check_save_min_kv(section: ActivationCheckpoint, longest: int) -> None:
         )
 
 
-def select_blocks(model: nn.Module, plan: ParallelPlan, layers: tuple[int, ...]) -> frozenset[tuple[str, str]]:
-    """(container, key) of the blocks numbered `layers` in forward order; all blocks if it is empty.
+def sections_by_block(section: ActivationCheckpoint, num_blocks: int) -> list[ActivationCheckpoint]:
+    """How each block is checkpointed, in forward order: with mode none where `layers` leaves it out.
 
     ValueError for a number that no block has.
     """
-    names = [(path, key) for path in plan.blocks for key in model.get_submodule(path)]
-    unknown = [number for number in layers if number >= len(names)]
+    if section.range:
+        return resolve(RANGES, asked_by="activation_checkpoint.range")(section, num_blocks)
+    unknown = [number for number in section.layers if number >= num_blocks]
     if unknown:
         raise ValueError(
-            f"activation_checkpoint.layers: given {list(layers)}, but there is no block {unknown[0]}; legal: 0 to "
-            f"{len(names) - 1}"
+            f"activation_checkpoint.layers: given {list(section.layers)}, but there is no block {unknown[0]}; legal: "
+            f"0 to {num_blocks - 1}"
         )
-    return frozenset(names[number] for number in layers or range(len(names)))
+    numbers = section.layers or range(num_blocks)
+    return [section if n in numbers else replace(section, mode="none", offload=False) for n in range(num_blocks)]
+
+
+def block_sections(
+    model: nn.Module, plan: ParallelPlan, section: ActivationCheckpoint
+) -> dict[tuple[str, str], ActivationCheckpoint]:
+    """{(container, key): how the block is checkpointed}, in forward order; see `sections_by_block`."""
+    names = [(path, key) for path in plan.blocks for key in model.get_submodule(path)]
+    return dict(zip(names, sections_by_block(section, len(names)), strict=True))
 
 
 class CheckpointedBlock(ActivationWrapper):
@@ -152,7 +174,7 @@ class SACPolicy:
 
         attention   of each attention over at least `save_min_kv` keys: its output and log-sum-exp
         down        of the matmul after each GELU: the widest products of a block give its narrowest results
-        exchange    of each all-to-all of Ulysses
+        exchange    of each all-to-all, of Ulysses and of expert parallel
         matmul      of every second matmul
 
     One for all blocks: equal blocks are compiled, and so traced, once.
@@ -198,7 +220,7 @@ class SACPolicy:
             nonlocal num_matmuls, num_gelus
             name = operator.name()
             self.num_operators += 1
-            num_gelus += name == "aten::gelu"
+            num_gelus += name in _GELUS
             if name in _DECISIONS:
                 return True
             if name in _MATMULS:
@@ -290,6 +312,10 @@ def recomputed_flops(section: ActivationCheckpoint, args: Any, num_tokens: int, 
 
     0 for a memory budget: what the compiler recomputes is not known.
     """
+    if section.range:
+        shares = Counter(sections_by_block(section, args.num_layers))
+        parts = [(n, recomputed_flops(s, args, num_tokens, batch)) for s, n in shares.items()]
+        return sum(n * flops for n, flops in parts) / args.num_layers
     if section.mode not in ("full", "selective"):
         return 0.0
     recomputed = args.block_flops(num_tokens, batch)
@@ -323,10 +349,11 @@ def rules(config: JobConfig, world_size: int) -> Iterator[str]:
             "choose full"
         )
     p = config.parallelism
-    if a.mode == "selective" and "exchange" in a.save and context_parallel_degrees(p)[1] < 2:
+    has_exchange = context_parallel_degrees(p)[1] > 1 or p.expert_parallel_degree > 1
+    if a.mode == "selective" and "exchange" in a.save and not has_exchange:
         yield (
-            "activation_checkpoint.save: exchange, but there is none, as attention is not divided by Ulysses; take it "
-            "out, or set parallelism.context_parallel_degree"
+            "activation_checkpoint.save: exchange, but there is none, as neither attention is divided by Ulysses nor "
+            "experts over ranks; take it out, or set parallelism.context_parallel_degree"
         )
     for name in ("save", "layers"):
         values = getattr(a, name)

@@ -13,7 +13,7 @@ from titan_video.models.spec import ParallelPlan
 from titan_video.tools.logging import logger
 
 # Kinds of block x one or several clips x first and any length x with and without gradients, and as many again for
-# padded lengths. More is an error of ours: some value is compiled in.
+# padded lengths; for each way of checkpointing. More is an error of ours: some value is compiled in.
 MAX_GRAPHS = 32
 
 
@@ -22,7 +22,9 @@ def apply_compile(model: nn.Module, plan: ParallelPlan, backend: str) -> None:
 
     Parameter names do not change.
     """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
+    policies = {getattr(container[key], "policy", None) for container, key in get_blocks(model, plan)}
+    limit = MAX_GRAPHS * len(policies)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
     for container, key in get_blocks(model, plan):
         container[key].compile(backend=backend, fullgraph=True)
 

@@ -14,6 +14,7 @@ from titan_video.tools.parts import resolve
 FLOAT8 = "titan_video.distributed.float8:apply_float8"  # optional
 TENSOR_PARALLEL = "titan_video.distributed.tensor_parallel:apply_tensor_parallel"  # optional
 BLOCK_SWAP = "titan_video.distributed.block_swap:apply_block_swap"  # optional
+EXPERT_PARALLEL = "titan_video.distributed.expert_parallel:apply_expert_parallel"  # optional
 CONTEXT_PARALLEL = "titan_video.distributed.context_parallel:apply_context_parallel"  # optional
 
 
@@ -25,13 +26,13 @@ def parallelize(
     training: Training,
     checkpointing: ActivationCheckpoint,
     compilation: Compile,
-    checkpointed: frozenset[tuple[str, str]] | None = None,
+    block_sections: dict[tuple[str, str], ActivationCheckpoint] | None = None,
     float8: Float8 | None = None,
 ) -> None:
-    """Apply float8, tensor and context parallel, checkpointing, compile, block swap and FSDP2, in this order, in place.
+    """Apply float8, tensor, context and expert parallel, checkpointing, compile, block swap and FSDP2, in this order.
 
-    The parameters may be on the meta device. One section a step, hence nine parameters.
-    checkpointed: `select_blocks` of the full model, where `model` is one pipeline stage of it.
+    In place; the parameters may be on the meta device. One section a step, hence nine parameters.
+    block_sections: see `apply_activation_checkpoint`, where `model` is one pipeline stage of it.
     ValueError: see `apply_activation_checkpoint`, `apply_float8` and `apply_block_swap`.
     """
     if float8 is not None and float8.enable:
@@ -43,7 +44,9 @@ def parallelize(
     if meshes.ring.size() * meshes.ulysses.size() > 1:
         apply_context_parallel = resolve(CONTEXT_PARALLEL, asked_by="parallelism.context_parallel_degree")
         apply_context_parallel(model, plan, meshes.ring, meshes.ulysses, parallelism.context_parallel_rotate_method)
-    apply_activation_checkpoint(model, plan, checkpointing, checkpointed)
+    if meshes.ep is not None:
+        resolve(EXPERT_PARALLEL, asked_by="parallelism.expert_parallel_degree")(model, plan, meshes.ep)
+    apply_activation_checkpoint(model, plan, checkpointing, block_sections)
     if compilation.enable:
         apply_compile(model, plan, compilation.backend)
     if training.swap_blocks:

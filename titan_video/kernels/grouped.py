@@ -125,6 +125,8 @@ def _check(x_ND: Tensor, counts_E: Tensor, num_rows: int) -> None:
 
 
 def _is_fast(x_ND: Tensor, w_EDF: Tensor) -> bool:
+    if not x_ND.shape[0]:  # of a rank whose experts no token has chosen; `grouped_mm` refuses them
+        return False
     widths = (size * x_ND.element_size() for size in w_EDF.shape[1:])
     return x_ND.dtype in (torch.float32, torch.bfloat16, torch.float16) and not any(w % _ALIGNMENT for w in widths)
 

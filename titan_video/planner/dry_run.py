@@ -1,6 +1,6 @@
 """One rank's training step without the machine.
 
-    python -m titan_video.planner.dry_run CONFIG.toml --world-size N [--rank r] [--section.field value ...]
+    python -m titan_video.planner.dry_run CONFIG.toml --world-size N [--rank r] [--cluster NAME] [--section.field ...]
 
 Rank r of N is built on a fake process group and fake tensors, and runs forward and backward of one micro-batch of the
 largest bucket on one CPU. With pipelines, where micro-batches overlap, it runs all micro-batches of a step by the real
@@ -31,7 +31,7 @@ from titan_video.config.job_config import Compile, JobConfig
 from titan_video.config.manager import ConfigError, main_guard, parse_args
 from titan_video.data.batch import Batch
 from titan_video.data.batching import Batching, Bucket, gradient_accumulation
-from titan_video.distributed.activation_checkpoint import select_blocks
+from titan_video.distributed.activation_checkpoint import block_sections
 from titan_video.distributed.parallel_dims import Meshes, ParallelDims, check_layout
 from titan_video.distributed.parallelize import parallelize
 from titan_video.distributed.sequence import SequenceShard
@@ -48,6 +48,7 @@ from titan_video.planner.memory import state_bytes
 from titan_video.planner.step_tracker import StepTracker
 from titan_video.tasks.denoising import Denoising, DenoisingInputs
 from titan_video.tools.files import writing
+from titan_video.tools.parts import resolve
 from titan_video.training.parts import load_pipeline
 from titan_video.weights.trained import WeightsSettings, build_weights
 
@@ -96,10 +97,11 @@ class RankStep:
             ]
             if self.pipeline:
                 self.pipeline.state(self.prepare(batches[0]))  # infers shapes, before anything is counted
-            is_offloading = self.config.activation_checkpoint.offload
+            a = self.config.activation_checkpoint
+            is_offloading = a.offload or any(r.offload for r in a.range)
             offload = fake.watch_offload(tracker) if is_offloading else nullcontext()
             operators = fake.gpu_operators(self.config.model.kernels)
-            with tracker, operators, offload:
+            with tracker, operators, offload, fake.balanced_experts():
                 self._create_state(tracker)
                 fake.watch_forwards(self.model, tracker)
                 fake.watch_recomputation(self.model, self.spec.plan, tracker)
@@ -260,7 +262,7 @@ def build_model(
     with torch.device("meta"):
         model = spec.build(args)
     weights.prepare(model)
-    checkpointed = select_blocks(model, plan, config.activation_checkpoint.layers)
+    sections = block_sections(model, plan, config.activation_checkpoint)
     stages, pipeline = None, load_pipeline(meshes.pp.size())
     if pipeline:
         stages = pipeline.keep_stages(model, plan, meshes.pp, config.parallelism, args, num_tokens)
@@ -273,7 +275,7 @@ def build_model(
         config.training,
         config.activation_checkpoint,
         Compile(enable=False),
-        checkpointed=checkpointed,
+        block_sections=sections,
     )
     return model, stages
 
@@ -301,6 +303,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("config", type=Path, help="TOML of the run")
     parser.add_argument("--world-size", type=int, required=True, help="ranks of the run")
     parser.add_argument("--rank", type=int, default=0, help="the rank to build")
+    parser.add_argument("--cluster", help="a cluster's TOML or name: print the predicted seconds of a step on it, too")
     parser.add_argument("--json", type=Path, help="file to write the numbers to, in bytes")
     return parser.parse_known_args(argv)
 
@@ -313,6 +316,9 @@ def main(argv: list[str]) -> None:
         config = parse_args(["--job.config_file", str(options.config), *rest])
         report = dry_run(config, options.world_size, options.rank)
         print(describe(report, config.training.enable_cpu_offload))
+        if options.cluster:
+            describe_step = resolve("titan_video.planner.step_time:describe_step", asked_by="--cluster")
+            print(describe_step(config, options.world_size, options.cluster))
         if options.json:
             with writing("report", options.json):
                 numbers = asdict(report) | {"needed": report.needed, "fits": report.fits}

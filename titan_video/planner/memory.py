@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from titan_video.config.job_config import ActivationCheckpoint, JobConfig
+from titan_video.distributed.activation_checkpoint import sections_by_block
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.models.spec import ModelSpec, ParallelPlan
 from titan_video.optim.optimizer import BLOCK, updated_by
@@ -80,10 +81,12 @@ def state(config: JobConfig, spec: ModelSpec, args: Any, dims: ParallelDims) -> 
 
 
 def get_unit(name: str, plan: ParallelPlan) -> str:
-    """The FSDP unit of a parameter: a block, a root module, or "" for the root."""
+    """The FSDP unit of a parameter: a block, the experts in it, a root module, or "" for the root."""
     path = next((p for p in plan.blocks if name.startswith(f"{p}.")), None)
     if path is not None:
-        return f"{path}.{name[len(path) + 1 :].partition('.')[0]}"
+        key, _, in_block = name[len(path) + 1 :].partition(".")
+        experts = next((f".{e}" for e in plan.experts if in_block.startswith(f"{e}.")), "")
+        return f"{path}.{key}{experts}"
     root = name.partition(".")[0]
     return "" if root in plan.fp32 else root
 
@@ -96,6 +99,11 @@ def shard_shape(name: str, shape: tuple[int, ...], plan: ParallelPlan, dims: Par
     else:
         ranks, size = dims.dp_shard * dims.cp, list(shape)
         in_block = name[len(path) + 1 :].partition(".")[2]
+        if in_block.startswith(tuple(f"{experts}." for experts in plan.experts)):
+            size[0] //= dims.ep
+            ranks = ranks * dims.tp // dims.ep
+            if size[0] % ranks and size[1] % ranks == 0:  # see `apply_fsdp`
+                return size[0], size[1] // ranks, *size[2:]
         module, _, leaf = in_block.rpartition(".")
         style = plan.tensor.get(in_block) or plan.tensor.get(module) or ""
         if style.startswith(("colwise", "shard_vector")):
@@ -123,22 +131,23 @@ def wan_activations(
         or args.image_dim
         or args.clean_first_frame
         or args.in_channels != args.out_channels
+        or args.experts
     ):
         raise ValueError(f"no closed form of the activations of {args}; run a dry run")
-    if section.mode == "memory_budget" or section.offload:
+    sections = sections_by_block(section, args.num_layers)
+    if any(s.mode == "memory_budget" or s.offload for s in sections):
         raise ValueError("activation_checkpoint: no closed form for memory_budget or offload; run a dry run")
     D, S, e, t, B = args.dim, args.text_len, itemsize, dims.tp, batch
     L = -(-num_tokens // dims.sequence)
     inputs = B * (e * D * L + 24 * D)  # the tokens; shifts, scales and gates of the time
     all_saved = (_fused_block if fused else _block)(args, L, B, e, t, dims.ulysses > 1)
-    saved, shared = _checkpointed_block(args, section, L, B, e, t, fused)
-
-    wrapped = [section.mode != "none" and (not section.layers or i in section.layers) for i in range(args.num_layers)]
     total = B * S * e * 3 * D + 4 * args.head_dim * L * t  # the text at three stages; RoPE
     # The patches, cast; in float32 only where a rank's slice of several clips is made contiguous.
     total += B * e * L * args.in_channels * args.patch_volume if e < 4 or dims.sequence > 1 < B else 0
     largest = total
-    for is_wrapped in wrapped:
+    for s in sections:
+        saved, shared = _checkpointed_block(args, s, L, B, e, t, fused)
+        is_wrapped = s.mode != "none"
         # In its backward the later blocks are freed, and this one has all activations again.
         largest = max(largest, total + (inputs + saved + all_saved - shared if is_wrapped else all_saved))
         total += inputs + saved if is_wrapped else all_saved
@@ -230,5 +239,5 @@ def state_bytes(kind: str, shape: tuple[int, ...]) -> int:
     """Bytes of optimizer state, without the step count, for a shard of float32 or bfloat16 weights of this shape."""
     numel = math.prod(shape)
     if kind == "AdamW8bit":
-        return 2 * numel + 8 * shape[0] * -(-shape[1] // BLOCK)
+        return 2 * numel + 8 * math.prod(shape[:-1]) * -(-shape[-1] // BLOCK)
     return {"AdamW": 8, "Muon": 4}[kind] * numel

@@ -24,13 +24,15 @@ def ladder(config: JobConfig) -> Iterator[tuple[str, str]]:
     lora = config.lora
     if config.encoder.placement == "colocated" and config.encoder.offload_policy == "keep":
         yield "--encoder.offload_policy offload", "the encoders are copied at each use"
-    if a.mode in ("none", "memory_budget"):
-        yield "--activation_checkpoint.mode selective", "all but attention is recomputed: about a quarter more time"
-    if a.mode != "full":
-        yield "--activation_checkpoint.mode full", "blocks are recomputed: about a third more time than none"
-    if not a.offload:
+    modes, every_block = {a.mode, *(r.mode for r in a.range)}, "--activation_checkpoint.range [] " * bool(a.range)
+    every_block += "--activation_checkpoint.mode"
+    if modes & {"none", "memory_budget"}:
+        yield f"{every_block} selective", "all but attention is recomputed: about a quarter more time"
+    if modes != {"full"}:
+        yield f"{every_block} full", "blocks are recomputed: about a third more time than none"
+    if not a.offload or a.range:
         yield (
-            "--activation_checkpoint.mode full --activation_checkpoint.offload",
+            f"{every_block} full --activation_checkpoint.offload",
             "block inputs move to host memory, overlapped with compute",
         )
     if lora.enable and lora.base_dtype == "compute":

@@ -10,12 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from titan_video.config.job_config import Debug, Encoder, FaultTolerance, JobConfig, Profiling
+from titan_video.config.job_config import Debug, Encoder, FaultTolerance, JobConfig
 from titan_video.config.manager import dump
 from titan_video.data.batching import Bucket
 from titan_video.data.latent_cache import LatentCache
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.utils import init_distributed
+from titan_video.models.spec import ModelSpec
 from titan_video.tools.logging import logger
 from titan_video.tools.parts import find_module, resolve
 from titan_video.training.ending import RunEnd
@@ -64,6 +65,14 @@ def run_encoder_rank(config: JobConfig, num_training: int) -> None:
     run(config.encoder, config.data, config.comm, config.model.hf_assets_path, num_training)
 
 
+def parametrize(spec: ModelSpec, config: JobConfig) -> ModelSpec:
+    """The model family with the initialisation and the parameter groups of optimizer.parametrization."""
+    if config.optimizer.parametrization == "standard":
+        return spec
+    mup = resolve("titan_video.optim.mup.parametrization:parametrize", asked_by="optimizer.parametrization = mup")
+    return mup(spec, config)
+
+
 def load_pipeline(degree: int) -> Any:
     """The package distributed/pipeline_parallel; None for one stage."""
     if degree == 1:
@@ -99,8 +108,11 @@ class NoProfiler(nullcontext):
         pass
 
 
-def build_profiler(section: Profiling, folder: Path, device: torch.device) -> Any:
+def build_profiler(config: JobConfig, folder: Path, device: torch.device) -> Any:
     """A context manager whose `step` is called after each optimizer step."""
+    section = config.profiling
+    if config.planner.cluster:
+        return resolve("titan_video.planner.comparison:Comparison", asked_by="planner.cluster")(config, device)
     if not (section.enable_profiling or section.enable_memory_snapshot):
         return NoProfiler()
     return resolve("titan_video.training.profiling:Profiler", asked_by="profiling")(section, folder, device)

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -80,7 +81,8 @@ def keep_stages(
 ) -> Stages:
     """Remove from a model on the meta device, in place and before `parallelize`, what this rank's stages do not run.
 
-    The split is balanced by FLOPs for clips of num_tokens tokens. args: the model's arguments (see ModelSpec).
+    Without section.pipeline_parallel_split it is balanced by FLOPs for clips of num_tokens tokens. args: the model's
+    arguments (see ModelSpec).
     """
     ranks, rank = pp_mesh.size(), pp_mesh.get_local_rank()
     num_stages = ranks * stages_per_rank(section)
@@ -97,6 +99,8 @@ def keep_stages(
     block_flops = args.block_flops(num_tokens)
     end_cost = (args.flops(num_tokens) - block_flops) / (block_flops / len(names)) / 2
     split = split_blocks(len(names), num_stages, first_cost=end_cost, last_cost=end_cost)
+    if firsts := section.pipeline_parallel_split:
+        split = [range(first, end) for first, end in pairwise((*firsts, len(names)))]
     blocks = {stage: [names[i] for i in split[stage]] for stage in range(num_stages) if stage % ranks == rank}
     _remove_others(model, plan, num_stages, blocks)
     return Stages(num_stages, blocks, ends)
@@ -119,9 +123,26 @@ def _remove_others(
                 setattr(model, name, None)
 
 
+def _split_errors(p: Parallelism) -> Iterator[str]:
+    split, num_stages = p.pipeline_parallel_split, p.pipeline_parallel_degree * stages_per_rank(p)
+    given = f"parallelism.pipeline_parallel_split: given {list(split)}"
+    if p.pipeline_parallel_degree == 1:
+        yield f"{given}, but parallelism.pipeline_parallel_degree is 1; set that, too, or leave this empty"
+    elif len(split) != num_stages:
+        yield (
+            f"{given}, the first blocks of {len(split)} stages, but pipeline_parallel_schedule "
+            f"{p.pipeline_parallel_schedule} has {num_stages} on {p.pipeline_parallel_degree} ranks; legal: "
+            f"{num_stages} numbers"
+        )
+    if split[0] != 0 or any(b <= a for a, b in pairwise(split)):
+        yield f"{given}; it must begin with 0 and rise, as every stage has a block, such as {list(range(len(split)))}"
+
+
 def rules(config: JobConfig, world_size: int) -> Iterator[str]:
     """Rules of the configuration about pipelines, one line per mistake."""
     p, local = config.parallelism, config.training.local_batch_size
+    if p.pipeline_parallel_split:
+        yield from _split_errors(p)
     if p.pipeline_parallel_degree == 1:
         return
     if p.pipeline_parallel_schedule == "InterleavedZeroBubble" and config.compile.enable:

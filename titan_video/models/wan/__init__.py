@@ -5,7 +5,7 @@ Names of parameters: names.py.
 
 from dataclasses import asdict, replace
 
-from titan_video.models.spec import ExpertArgs, LatentGeometry, ModelSpec, ParallelPlan
+from titan_video.models.spec import ExpertArgs, LatentGeometry, ModelSpec, ParallelPlan, WidthRules
 from titan_video.models.wan.model import WanArgs, WanModel, init_parameter
 from titan_video.models.wan.names import HF_NAMES
 
@@ -30,6 +30,7 @@ FLAVORS = {
     "debug-flf2v": replace(_DEBUG, **_TWO_IMAGES | {"image_dim": 64}),
     "debug-i2v-A14B": replace(_DEBUG, **_CHANNELS, boundary=0.9),
     "debug-ti2v": replace(_DEBUG, clean_first_frame=True),
+    "proxy-debug": replace(_DEBUG, dim=32, num_heads=1, ffn_dim=128),
     "moe-debug": replace(_DEBUG, experts=_DEBUG_EXPERTS),
     "moe-debug-expert-choice": replace(_DEBUG, experts=replace(_DEBUG_EXPERTS, expert_choice=True)),
     # Wan 2.1. The 480p and 720p models of i2v-14B differ in their weights only.
@@ -48,6 +49,11 @@ FLAVORS = {
     # TI2V-5B is one model for both tasks: trained from a first frame, or, as t2v-5B, from the text alone.
     "ti2v-5B": _5B,
     "t2v-5B": replace(_5B, clean_first_frame=False),
+    # Narrow forms, for optimizer.base_flavor: the same depth and head width. None is published.
+    "proxy-t2v-1.3B": WanArgs(dim=384, num_heads=3, num_layers=30, ffn_dim=2240),
+    "proxy-t2v-14B": replace(_14B, dim=640, num_heads=5, ffn_dim=1728),
+    "proxy-ti2v-5B": replace(_5B, dim=384, num_heads=3, ffn_dim=1792),
+    "proxy-t2v-5B": replace(_5B, dim=384, num_heads=3, ffn_dim=1792, clean_first_frame=False),
 }
 
 
@@ -164,6 +170,7 @@ SPEC = ModelSpec(
         blocks=("blocks",),
         fp32=("time_embedder", "time_proj", "modulation", "head_modulation", "routers"),
         units={
+            "blocks.*.moe.experts": "expert_fsdp",
             "blocks.*": "fsdp",
             "patch_embedding": "fsdp_root",
             "text_embedder": "fsdp_root",
@@ -186,6 +193,7 @@ SPEC = ModelSpec(
             "moe.shared.up": "colwise",
             "moe.shared.down": "rowwise",
         },
+        experts=("moe.experts",),
         first=("patch_embedding", "text_embedder", "image_embedder", "time_embedder", "time_proj"),
         last=("head_modulation", "proj_out"),
         per_block_params=("modulation", "routers"),
@@ -197,6 +205,25 @@ SPEC = ModelSpec(
     args_to_hf=args_to_hf,
     args_to_original=args_to_original,
     lora_targets=(*(f"{a}.{part}" for a in ("self_attn", "cross_attn") for part in "qkvo"), "ffn.up", "ffn.down"),
+    widths=WidthRules(
+        sizes=("dim", "num_heads", "ffn_dim", "experts.expert_dim", "experts.shared_dim"),
+        classes={
+            "*bias": "vector",
+            "*norm*": "vector",
+            "*modulation*": "vector",
+            "image_embedder.positions": "vector",
+            "patch_embedding.weight": "input",
+            "*_embedder.up.weight": "input",
+            "image_embedder.down.weight": "input",  # its own width does not grow
+            "text_embedder.down.weight": "hidden",
+            "time_embedder.down.weight": "hidden",
+            "time_proj.weight": "hidden",
+            "blocks.*.weight": "hidden",
+            "blocks.*.experts.*": "hidden",
+            "routers.*.weight": "output",  # the number of experts does not grow
+            "proj_out.weight": "output",
+        },
+    ),
 )
 
 __all__ = ["SPEC", "WanArgs", "WanModel"]

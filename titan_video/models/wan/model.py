@@ -390,10 +390,10 @@ class WanModel(nn.Module):
             )
 
 
-def init_parameter(name: str, tensor: Tensor, generator: torch.Generator) -> None:
-    """Fill one full parameter in place, as the public code initialises its training runs."""
+def init_parameter(name: str, tensor: Tensor, generator: torch.Generator, shape: torch.Size | None = None) -> None:
+    """Fill one full parameter in place, as the public code initialises its training runs. shape: see ModelSpec."""
     if name.endswith("modulation") or name.startswith("modulation."):
-        tensor.normal_(0, tensor.shape[-1] ** -0.5, generator=generator)
+        tensor.normal_(0, (shape or tensor.shape)[-1] ** -0.5, generator=generator)
     elif name.startswith("proj_out.") or name.endswith(("bias", ".positions")):
         tensor.zero_()
     elif "norm" in name:
@@ -401,4 +401,4 @@ def init_parameter(name: str, tensor: Tensor, generator: torch.Generator) -> Non
     elif name.startswith(("text_embedder.", "time_embedder.")):
         tensor.normal_(0, 0.02, generator=generator)
     else:
-        xavier_uniform_(tensor, generator)
+        xavier_uniform_(tensor, generator, shape)

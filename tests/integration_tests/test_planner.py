@@ -1,0 +1,129 @@
+"""The planner's command line, and runs of what it writes."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers import ROOT
+from titan_video.config.manager import load, read_file
+from titan_video.planner import __main__ as program
+from titan_video.planner import dry_run
+from titan_video.planner.plan_file import write_toml
+
+DEBUG = str(ROOT / "train_configs" / "debug.toml")
+FAMILIES = {"wan": [], "hunyuan_video": ["--model.name=hunyuan_video", "--model.flavor=debug", "--model.kernels=torch"]}
+RUN = {
+    "validation.enable": "false",
+    "training.steps": 3,
+    "data.buckets": "[[9,64,64]]",
+    "checkpoint.enable": "false",
+    "training.global_batch_size": 8,
+}
+
+
+def make_cluster(folder, gpus, memory_gib=20.0):
+    """A machine of `gpus` GPUs with little memory and slow links, so that what a plan may use is used."""
+    text = (ROOT / "train_configs" / "clusters" / "h100x8.toml").read_text()
+    lines = []
+    for line in text.splitlines():
+        name = line.partition("=")[0].strip()
+        values = {"gpus": gpus, "gpus_per_node": gpus, "memory_gib": memory_gib}
+        lines.append(f"{name} = {values[name]}" if name in values else line)
+    path = folder / f"cluster{gpus}.toml"
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def options_of(family):
+    return [*FAMILIES[family], *(f"--{name}={value}" for name, value in RUN.items())]
+
+
+def plan(folder, gpus, *words, family="wan"):
+    out = str(folder / "plan")
+    program.main([DEBUG, "--cluster", make_cluster(folder, gpus), "--out", out, *options_of(family), *words])
+    return folder / "plan" / "plan.toml"
+
+
+def losses(front, name, path, world):
+    """(losses, gradient norms) of a few steps of a TOML, as the trainer runs it."""
+    t = load(path).training
+    sizes = {"training.local_batch_size": t.local_batch_size, "training.global_batch_size": t.global_batch_size}
+    options = {name: value for name, value in RUN.items() if "batch" not in name}
+    records = front.run(name, {"job.config_file": path, **options, **sizes}, world).ok().records
+    return [row["loss"] for row in records], [row["grad_norm"] for row in records]
+
+
+LONG = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "gpus, family, fixed",
+    [
+        (2, "wan", "cp=2"),
+        pytest.param(8, "wan", "cp=8", marks=LONG),
+        pytest.param(8, "wan", "pp=2,cp=2,tp=2", marks=LONG),
+        pytest.param(8, "wan", "pp=2,ring=2,dp_replicate=2", marks=LONG),
+        pytest.param(8, "hunyuan_video", "ulysses=2,ring=2", marks=LONG),
+        pytest.param(8, "hunyuan_video", "pp=4,tp=2", marks=LONG),
+    ],
+)
+def test_a_plan_trains_with_the_loss_of_one_process(gpus, family, fixed, front, tmp_path):
+    path = plan(tmp_path, gpus, "--fix", fixed, "--no-page", family=family)
+    one = write_one_rank(path, tmp_path / "one.toml")
+    (loss, norm), (expected, expected_norm) = losses(front, "many", path, gpus), losses(front, "one", one, 1)
+    assert len(loss) == 3 and loss == pytest.approx(expected, rel=1e-5)
+    assert norm == pytest.approx(expected_norm, rel=1e-4)
+
+
+def write_one_rank(path, one):
+    """The same job without parallelism and checkpointing, on one rank."""
+    tables = read_file(path)
+    clips = tables["training"]["global_batch_size"]
+    tables = {name: table for name, table in tables.items() if name not in ("parallelism", "activation_checkpoint")}
+    tables["training"] = {**tables["training"], "global_batch_size": clips, "local_batch_size": 2}
+    one.write_text(write_toml(tables, []))
+    return one
+
+
+# ---- the command line ----
+
+
+def test_the_command_prints_and_writes(tmp_path, capsys):
+    plan(tmp_path, 2, "--explain", "tp=2", "--what-if", "cp=2")
+    printed = capsys.readouterr().out
+    assert "predicted" in printed and "\n| *" in printed and "As the TOML is:" in printed
+    assert "tp=2" in printed and "with cp=2:" in printed
+    names = {"plan.toml", "plan.html", "plan.json", "plans.md", "plans.csv", "timeline.json"}
+    assert {path.name for path in (tmp_path / "plan").iterdir()} == names
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--cluster", "nowhere"], "--cluster: nowhere cannot be read"),
+        (["--explain", "tq=3"], "nearest: tp"),
+        (["--allow", "magic"], "legal: offload, 8bit, host-state"),
+        (["--shares", "9x64x64"], "FRAMESxHEIGHTxWIDTH=SHARE"),
+        (["--training.stepz", "3"], "unknown option; nearest known name: training.steps"),
+        (["--cluster", "h100x8", "--fix", "tp=3"], "no layout is legal on h100x8"),
+    ],
+)
+def test_mistakes_are_one_line(words, message, capsys):
+    with pytest.raises(SystemExit) as e:
+        program.main([DEBUG, "--cluster", "h100x1", *words])
+    assert message in str(e.value.code)
+
+
+def test_the_dry_run_predicts_a_step(tmp_path, capsys):
+    path = make_cluster(tmp_path, 2)
+    dry_run.main([DEBUG, "--world-size", "2", "--cluster", path, "--training.local_batch_size=2"])
+    assert re.search(r"predicted on h100x8: [\d.]+ s a step, MFU [\d.]+%\n  products", capsys.readouterr().out)
+
+
+def test_modules_are_programs():
+    """By their names, as the documents say, and under the former name."""
+    for module in ("titan_video.planner", "titan_video.planner.dry_run", "titan_video.dry_run"):
+        done = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and "--cluster" in done.stdout, (module, done.stderr)

@@ -1,0 +1,182 @@
+"""Seconds of blocks, ends and steps of a candidate, with what FSDP sends beside them.
+
+A block computes while the weights of the next one are gathered and the gradients of the last one are reduced. What is
+longer than the computing beside it is waited for; what is hidden slows the computing down (`links.overlap_slowdown`).
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from titan_video.planner.candidate import PARTS, Candidate
+from titan_video.planner.cluster import Cluster
+from titan_video.planner.seconds import Seconds, groups_of
+from titan_video.planner.units import Unit
+
+UPDATE_BYTES = {"AdamW": 28, "Muon": 60, "AdamW8bit": 110}  # read and written for an element, by optimizer.name
+CLIP_BYTES, EMA_BYTES = 12, 12  # gradient norm and scaling; EMA
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Seconds of what FSDP sends for one unit: a gather of its weights, a reduction of its gradients."""
+
+    gather: float = 0.0
+    reduce: float = 0.0
+    all_reduce: float = 0.0
+
+
+def traffic(candidate: Candidate, cluster: Cluster, unit: Unit, axis: str = "fsdp", has_units: bool = True) -> Traffic:
+    """axis: "fsdp" of a block, "root" of what is outside the blocks."""
+    if not has_units:
+        return Traffic()
+    groups = groups_of(candidate, cluster)
+    group, copies = groups[axis], groups["dp_replicate"]
+    gather = cluster.gather_seconds(unit.gathered, group)
+    reduce = cluster.gather_seconds(unit.reduced, group, "reduce_scatter")
+    if candidate.enable_cpu_offload:
+        gather += cluster.host_copy_seconds(unit.parameters)
+        reduce += cluster.host_copy_seconds(unit.gradients)
+    copied = cluster.all_reduce_seconds(unit.reduced / group.ranks, copies) if copies.ranks > 1 else 0.0
+    return Traffic(gather, reduce, copied)
+
+
+@dataclass(frozen=True)
+class BlockTime:
+    """One block, one micro-batch. parts: all that its stage waits for, by candidate.PARTS; they sum to both times."""
+
+    parts: dict[str, float]
+    forward: float
+    backward: float
+    flops: float
+
+
+def block_time(
+    forward: Seconds, backward: Seconds, again: Seconds, sent: Traffic, reshard: bool, slowdown: float, moved: float
+) -> BlockTime:
+    """again: what is recomputed. moved: seconds in which saved activations go to host memory, or come back."""
+    parts: Counter[str] = Counter(forward.by_part)
+    parts.update(backward.by_part)
+    parts["recomputation"] += again.device
+    waits = _waits({"all-gather": sent.gather}, forward.compute, slowdown)
+    comes_back = {
+        "all-gather": sent.gather if reshard else 0.0,
+        "reduce-scatter": sent.reduce,
+        "all-reduce": sent.all_reduce,
+    }
+    waits_back = _waits(comes_back, backward.compute + again.compute, slowdown)
+    first = forward.device + sum(waits.values())
+    second = backward.device + again.device + sum(waits_back.values())
+    parts.update(waits)
+    parts.update(waits_back)
+    # Copies to and from the host overlap with all else.
+    parts["offload"] += max(0.0, moved - first) + max(0.0, moved - second)
+    first, second = max(first, moved), max(second, moved)
+    parts["host"] += max(0.0, forward.host - first) + max(0.0, backward.host + again.host - second)
+    first, second = max(first, forward.host), max(second, backward.host + again.host)
+    flops = forward.flops + backward.flops + again.flops
+    return BlockTime({part: value for part, value in parts.items() if value}, first, second, flops)
+
+
+def _waits(sent: dict[str, float], compute: float, slowdown: float) -> dict[str, float]:
+    """What compute waits for, and what it loses beside the rest, shared by parts as they are sent."""
+    total = sum(sent.values())
+    if not total:
+        return {}
+    hidden = min(total, compute)
+    share = (total - hidden + (slowdown - 1) * hidden) / total
+    return {part: value * share for part, value in sent.items() if value}
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """A stage, one micro-batch: parts sum to forward + backward."""
+
+    parts: dict[str, float]
+    forward: float
+    backward: float
+    flops: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
+
+
+def add_times(times: Sequence[tuple[float, BlockTime | StageTime]]) -> StageTime:
+    """Weighted sum."""
+    parts: Counter[str] = Counter()
+    forward = backward = flops = 0.0
+    for weight, time in times:
+        for part, value in time.parts.items():
+            parts[part] += weight * value
+        forward += weight * time.forward
+        backward += weight * time.backward
+        flops += weight * time.flops
+    return StageTime(dict(parts), forward, backward, flops)
+
+
+@dataclass(frozen=True)
+class StepFixed:
+    """What a step has beside its micro-batches.
+
+    parts: seconds after the last one. send: seconds of a boundary between stages, for one micro-batch, both ways.
+    at_least: by part, what runs beside the whole step and is waited for where it is longer.
+    """
+
+    parts: dict[str, float]
+    send: float = 0.0
+    at_least: dict[str, float] = field(default_factory=dict)
+
+
+def step_parts(
+    candidate: Candidate, slowest: float, parts: dict[str, float], fixed: StepFixed, interleaved: bool
+) -> dict[str, float]:
+    """Seconds of a step by PARTS, from those of its slowest rank's stages for one micro-batch.
+
+    1F1B and GPipe: of m micro-batches the slowest rank waits as long as p - 1 of them take on the others; with two
+    stages on a rank, for half of that.
+    """
+    m, pp = candidate.microbatches, candidate.pp
+    found: Counter[str] = Counter({part: m * value for part, value in parts.items()})
+    if pp > 1:
+        found["pipeline bubble"] += (pp - 1) * slowest / (2 if interleaved else 1)
+        found["pipeline sends"] += (m + pp - 1) * fixed.send * (2 if interleaved else 1)
+    for part, value in fixed.parts.items():
+        found[part] += value
+    for part, value in fixed.at_least.items():
+        found[part] += max(0.0, value - sum(found.values()))
+    return {part: found[part] for part in PARTS if found[part]}
+
+
+def update_seconds(cluster: Cluster, candidate: Candidate, own: Unit, clips_norm: bool, ema: bool) -> float:
+    """Of the optimizer's step on one rank's shards."""
+    elements = own.sharded
+    size = elements * (
+        UPDATE_BYTES.get(candidate.optimizer, 28) + (CLIP_BYTES if clips_norm else 0) + (EMA_BYTES if ema else 0)
+    )
+    if candidate.enable_cpu_offload:
+        return size / (cluster.host.memory_gb_per_s * 1e9)
+    return size / cluster.copy_rate
+
+
+def beside_step(cluster: Cluster, candidate: Candidate, bytes_read: float, megapixels: float, clips: float) -> dict:
+    """Seconds of what runs beside a step on other ranks or on the host.
+
+    bytes_read: of one rank's clips, cached. megapixels, clips: of a step, on all ranks.
+    """
+    e = cluster.encoders
+    if candidate.placement == "separate":
+        encode = megapixels / e.megapixels_per_s + clips / e.texts_per_s
+        decode = megapixels / e.decode_megapixels_per_s
+        return {"encoders": max(encode, decode) / max(1, candidate.encoder_ranks)}
+    if candidate.placement == "colocated":
+        return {"data": megapixels / e.decode_megapixels_per_s / candidate.num_training_ranks}
+    return {"data": bytes_read / (cluster.host.read_gb_per_s * 1e9)}
+
+
+def encode_seconds(cluster: Cluster, candidate: Candidate, megapixels: float, clips: float) -> float:
+    """Of a step, where the training ranks encode: they share its clips."""
+    if candidate.placement != "colocated":
+        return 0.0
+    e = cluster.encoders
+    return (megapixels / e.megapixels_per_s + clips / e.texts_per_s) / candidate.num_training_ranks

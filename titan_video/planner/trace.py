@@ -1,0 +1,382 @@
+"""What one block, and what is outside the blocks, allocates, computes, moves and sends: traced once for all shapes.
+
+The real modules, tensor- and context-parallel as in a run, go forward and backward on fake tensors (recorder.py). FSDP
+is not traced: what it does follows from the sizes of its units. Nor is checkpointing: which results a mode saves is
+asked of its own policy (SACPolicy), operator by operator, and what backward runs again is the forward's log.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from titan_video.config.job_config import JobConfig
+from titan_video.distributed.activation_checkpoint import SACPolicy
+from titan_video.distributed.parallel_dims import ParallelDims
+from titan_video.distributed.parallelize import CONTEXT_PARALLEL, TENSOR_PARALLEL
+from titan_video.distributed.sequence import SequenceShard
+from titan_video.flow.matching import FlowMatching
+from titan_video.models.layers import cast_params
+from titan_video.models.spec import ModelSpec
+from titan_video.planner import fake
+from titan_video.planner.recorder import CLIPS, LENGTH, Op, Recorder, decode
+from titan_video.tasks.denoising import Denoising
+from titan_video.tools.parts import resolve
+
+SAVES = (  # what selective checkpointing is offered with
+    ("attention",),
+    ("attention", "down"),
+    ("attention", "exchange"),
+    ("attention", "down", "exchange"),
+    ("attention", "matmul"),
+    ("attention", "exchange", "matmul"),
+    ("down",),
+    ("matmul",),
+)
+
+
+@dataclass(frozen=True)
+class Log:
+    """Allocations of one traced module; storages are rows of `sizes` [storages, monomials].
+
+    forward, backward: [events, 2] of storage and +1 or -1. inputs: storages of its own inputs, which exist before.
+    kept: what its forward leaves for backward, its own inputs among it if they are. results: of its forward; they are
+    the next block's.
+    outputs: {outer operator: storages of its results}. allocated_by: outer operator of each storage.
+    last_pack: events of the forward after which nothing more is saved: there recomputation stops.
+    """
+
+    sizes: np.ndarray
+    forward: np.ndarray
+    backward: np.ndarray
+    inputs: frozenset[int]
+    kept: frozenset[int]
+    results: frozenset[int]
+    outputs: dict[int, list[int]]
+    allocated_by: dict[int, int]
+    last_pack: int
+    last_outer: int  # outer operator at last_pack
+
+
+@dataclass(frozen=True)
+class BlockTrace:
+    """selected: {(save, whether attention is long enough to be saved): outer operators whose results are saved}."""
+
+    ops: tuple[Op, ...]
+    log: Log
+    selected: dict[tuple[tuple[str, ...], bool], frozenset[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EndsTrace:
+    """The model without its blocks. Parts of ops: "embed", "trunk", "head", "loss", "head backward" and
+    "embed backward".
+
+    inputs, embed, trunk, head: [monomials], bytes that a micro-batch keeps from its forward to its backward: what it
+    is made of, and what each part saves. state: bytes that pass from stage to stage.
+    log: its forward begins with `embed`; head_start: events after which `head` begins; embed_start: events of the
+    backward after which that of `embed` begins. last_unit: the FSDP unit outside the blocks that runs last before them.
+    """
+
+    ops: tuple[Op, ...]
+    inputs: np.ndarray
+    embed: np.ndarray
+    trunk: np.ndarray
+    head: np.ndarray
+    log: Log
+    state: np.ndarray
+    head_start: int
+    embed_start: int
+    last_unit: str
+
+
+class Tracer:
+    """Traces of one model by layout.
+
+    config: kernels, types and checkpointing of the job are read. spec, args: the model's.
+    """
+
+    def __init__(self, config: JobConfig, spec: ModelSpec, args: Any):
+        self.config, self.spec, self.args = config, spec, args
+        self.dtype = getattr(torch, config.training.mixed_precision_param)
+        self._traces: dict[tuple[int, int, int], tuple[dict[str, BlockTrace], EndsTrace]] = {}
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """All of it, on the meta device, in the types of the stored weights."""
+        with torch.device("meta"):
+            return self.spec.build(self.args)
+
+    @cached_property
+    def small(self) -> nn.Module:
+        """The model with one block of each type."""
+        model = copy.deepcopy(self.model)
+        for path in self.spec.plan.blocks:
+            container = model.get_submodule(path)
+            for i, key in enumerate(list(container)):
+                if i > 0:
+                    del container[key]
+                for params in self.spec.plan.per_block_params if i > 1 else ():
+                    del model.get_submodule(params)[key]
+        return model
+
+    def degrees(self, ring: int, ulysses: int, tp: int) -> tuple[int, int, int]:
+        """The degrees at which a layout is traced: the smallest of each axis that it has, from which others follow.
+
+        A ring that gathers all chunks at once holds as many as it has ranks, and is traced as it is.
+        """
+        heads = self.args.num_heads // tp
+        least = next((n for n in range(2, heads + 1) if heads % n == 0), 1)
+        rotate = self.config.parallelism.context_parallel_rotate_method
+        return min(ring, 2) if rotate == "alltoall" else ring, min(ulysses, least), tp
+
+    def trace(self, ring: int, ulysses: int, tp: int) -> tuple[dict[str, BlockTrace], EndsTrace]:
+        """({container of blocks: trace}, ends) of rank 0 at `degrees`; cached. No process group may exist."""
+        key = ring, ulysses, tp = self.degrees(ring, ulysses, tp)
+        if key not in self._traces:
+            dims = ParallelDims(ring=ring, ulysses=ulysses, tp=tp)
+            with fake.fake_ranks(dims.sequence, 0):
+                self._traces[key] = _LayoutTracer(self, dims).run()
+        return self._traces[key]
+
+
+class _LayoutTracer:
+    def __init__(self, tracer: Tracer, dims: ParallelDims):
+        self.config, self.spec, self.args, self.dims = tracer.config, tracer.spec, tracer.args, dims
+        self.meshes, self._last_unit = dims.build_mesh("cpu"), ""
+        self.model = copy.deepcopy(tracer.small)
+        cast_params(self.model, self.spec.plan.fp32, tracer.dtype)
+        parallelism = self.config.parallelism
+        if dims.tp > 1:
+            apply = resolve(TENSOR_PARALLEL, asked_by="parallelism.tensor_parallel_degree")
+            apply(self.model, self.spec.plan, self.meshes.tp, False)
+        if dims.cp > 1:
+            apply = resolve(CONTEXT_PARALLEL, asked_by="parallelism.context_parallel_degree")
+            rotate = parallelism.context_parallel_rotate_method
+            apply(self.model, self.spec.plan, self.meshes.ring, self.meshes.ulysses, rotate)
+        t = self.config.training
+        flow = FlowMatching(self.config.flow, t.loss, t.huber_c)
+        shard = SequenceShard.from_meshes(self.meshes)
+        self.task = Denoising(self.spec, self.args, flow, shard, torch.device("cpu"), guidance_scale=t.guidance)
+
+    def run(self) -> tuple[dict[str, BlockTrace], EndsTrace]:
+        with FakeTensorMode(allow_non_fake_inputs=True), fake.gpu_operators(self.config.model.kernels):
+            self.model.to_empty(device="cpu")
+            calls, shared = self._capture()
+            blocks = {path: self._trace_block(*call, shared) for path, call in calls.items()}
+            return blocks, self._trace_ends()
+
+    def _recorder(self) -> Recorder:
+        recorder = Recorder(fake.get_axes(self.meshes), bodies=fake.operator_bodies())
+        for p in self.model.parameters():
+            recorder.number(fake.shard_of(p))
+        return recorder
+
+    def _batch(self) -> Any:
+        f, h, w = self.args.patch
+        channels = self.spec.geometry(self.args).channels
+        latent = channels, f, h, w * LENGTH * self.dims.sequence
+        return fake.empty_batch(self.args, latent, CLIPS, getattr(torch, self.config.encoder.dtype))
+
+    def _prepare(self, batch: Any) -> Any:
+        noise = torch.empty_like(batch.streams["video"])
+        return self.task.add_noise(batch, noise, sigma_B=torch.empty(CLIPS), weight_B=torch.empty(CLIPS))
+
+    def _capture(self) -> tuple[dict[str, tuple[nn.Module, tuple, dict]], set[int]]:
+        """({container: a block and its arguments}, storages of arguments that all blocks of a container share)."""
+        seen: dict[str, list[tuple[nn.Module, tuple, dict]]] = {path: [] for path in self.spec.plan.blocks}
+        handles = []
+        for path, calls in seen.items():
+            container = self.model.get_submodule(path)
+            block = container["1"] = container["0"]  # run twice: what both calls get is shared by all blocks
+
+            def note(module: nn.Module, args: tuple, kwargs: dict, calls: list = calls) -> None:
+                calls.append((module, args, kwargs))
+
+            handles.append(block.register_forward_pre_hook(note, with_kwargs=True, prepend=True))
+        self.model(**self._prepare(self._batch()).kwargs)
+        for handle in handles:
+            handle.remove()
+        shared = set()
+        for calls in seen.values():
+            storages = [{_storage(t) for t in tree_leaves(call[1:]) if isinstance(t, Tensor)} for call in calls]
+            shared |= set.intersection(*storages) if len(storages) > 1 else set()
+        self._seen = seen  # keeps the storages alive, so that no other gets the address of one
+        return {path: calls[-1] for path, calls in seen.items()}, shared
+
+    def _trace_block(self, block: nn.Module, args: tuple, kwargs: dict, shared: set[int]) -> BlockTrace:
+        recorder = self._recorder()
+        selection = _Selection(self.config.activation_checkpoint.save_min_kv, self.dims.ulysses > 1)
+        last_pack = [0, 0]
+
+        def pack(t: Tensor) -> Tensor:
+            last_pack[:] = len(recorder.log), recorder.outer
+            return t.detach()
+
+        own = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)} - shared
+        is_own = [_storage(t) in own for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        args, kwargs = tree_map_only(Tensor, _leaf_like, (args, kwargs))
+        for t in tree_leaves((args, kwargs)):
+            if isinstance(t, Tensor):
+                recorder.number(t)
+        with recorder:
+            baseline, mine = recorder.num_storages, iter(is_own)
+            # Copies are no leaves, so that autograd alone keeps them.
+            args, kwargs = tree_map_only(Tensor, lambda t: t.clone() if next(mine) else t, (args, kwargs))
+            inputs, start = frozenset(range(baseline, recorder.num_storages)), len(recorder.log)
+            recorder.part, recorder.listeners = "forward", [selection.listen]
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                out = block(*args, **kwargs)
+            recorder.listeners = []
+            del args, kwargs
+            outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+            del out
+            results, middle = {recorder.number(t) for t in outputs}, len(recorder.log)
+            kept = {n for n in recorder.live() - results if n >= baseline}
+            recorder.part = recorder.phase = "backward"
+            grads = [torch.empty_like(t) for t in outputs]
+            torch.autograd.backward(outputs, grads)
+            end = len(recorder.log)
+            del outputs, grads
+        for p in block.parameters():
+            p.grad = None
+        log = Log(
+            sizes=recorder.sizes(),
+            forward=_events(recorder.log[start:middle]),
+            backward=_events(recorder.log[middle:end]),
+            inputs=inputs,
+            kept=frozenset(kept),
+            results=frozenset(results),
+            outputs=recorder.outputs,
+            allocated_by=recorder.allocated_by,
+            last_pack=last_pack[0] - start,
+            last_outer=last_pack[1],
+        )
+        return BlockTrace(recorder.fuse(kept), log, selection.result())
+
+    def _trace_ends(self) -> EndsTrace:
+        for path in self.spec.plan.blocks:
+            self.model.get_submodule(path).clear()
+        self.task.shard._positions.clear()  # with them go the RoPE frequencies, which are traced with the trunk
+        recorder, marks, times = self._recorder(), {}, {}
+
+        def mark(name: str, following: str) -> None:
+            marks[name] = {n for n in recorder.live() if n >= baseline}
+            recorder.part, times[name] = following, len(recorder.log)
+
+        with recorder:
+            baseline = recorder.num_storages
+            batch = self._batch()
+            inputs = self._prepare(batch)
+            recorder.part = "embed"
+            marks["inputs"] = {n for n in recorder.live() if n >= baseline}
+            start = len(recorder.log)
+            state, loss = self._run_ends(batch, inputs, mark)
+            middle = len(recorder.log)
+            recorder.part, recorder.phase = "head backward", "backward"
+            loss.backward()
+            end = len(recorder.log)
+        sizes = recorder.sizes()
+        total = {name: sizes[sorted(found)].sum(0) for name, found in marks.items()}
+        kept = marks["loss"] - marks["inputs"]
+        log = Log(
+            sizes=sizes,
+            forward=_events(recorder.log[start:middle]),
+            backward=_events(recorder.log[middle:end]),
+            inputs=frozenset(marks["inputs"]),
+            kept=frozenset(kept),
+            results=frozenset(),
+            outputs={},
+            allocated_by={},
+            last_pack=0,
+            last_outer=0,
+        )
+        embed, trunk = marks["embed"] & marks["loss"], marks["trunk"] & marks["loss"]
+        keeps = {"embed": embed - marks["inputs"], "trunk": trunk - embed - marks["inputs"]}
+        keeps["head"] = kept - keeps["embed"] - keeps["trunk"]
+        saved = {name: sizes[sorted(found)].sum(0) for name, found in keeps.items()}
+        return EndsTrace(
+            recorder.fuse(kept),
+            inputs=total["inputs"],
+            log=log,
+            state=state,
+            head_start=times["trunk"] - start,
+            embed_start=times["embed backward"] - middle,
+            last_unit=self._units_before,
+            **saved,
+        )
+
+    def _run_ends(self, batch: Any, inputs: Any, mark: Callable[[str, str], None]) -> tuple[np.ndarray, Tensor]:
+        """Forward of the model without blocks, as its own `forward` goes, and its loss."""
+        model, kwargs = self.model, inputs.kwargs
+        units = [name for name in self.spec.plan.units if name in dict(model.named_children())]
+        for name in units:
+            if (module := getattr(model, name)) is not None:
+                module.register_forward_hook(lambda *_, name=name: setattr(self, "_last_unit", name))
+        state_bytes = np.zeros(5)
+        parts = {name: getattr(model, name) for name in ("embed", "trunk", "head")}
+
+        def watch(name: str, following: str) -> Callable:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                out = parts[name](*args, **kwargs)
+                if name == "embed":
+                    out[0].register_hook(lambda grad: mark("embed backward", "embed backward"))
+                    state_bytes[:] = sum(np.array(decode(t.nbytes)) for t in out)
+                mark(name, following)
+                if name == "embed":
+                    self._units_before = self._last_unit
+                return out
+
+            return run
+
+        for name, following in (("embed", "trunk"), ("trunk", "head"), ("head", "loss")):
+            setattr(model, name, watch(name, following))
+        prediction = model(**kwargs)
+        loss = self.task.loss(prediction, inputs).sum() / self.task.num_loss_elements(batch)
+        del prediction
+        mark("loss", "head backward")
+        del model.embed, model.trunk, model.head
+        return state_bytes, loss
+
+
+class _Selection:
+    """Which results each choice of `save` saves, asked of the policies while a block's forward runs."""
+
+    def __init__(self, save_min_kv: int, has_exchange: bool):
+        self.found: dict[tuple[tuple[str, ...], bool], set[int]] = {}
+        self.policies = {}
+        for save in SAVES:
+            if "exchange" in save and not has_exchange:
+                continue
+            for is_long in (True, False):
+                least = save_min_kv if is_long else 2 * LENGTH * CLIPS
+                self.found[save, is_long] = set()
+                self.policies[save, is_long] = SACPolicy(save, least).policy_fn()
+
+    def listen(self, outer: int, func: Any, args: tuple) -> None:
+        for key, must_save in self.policies.items():
+            if must_save(func, args):
+                self.found[key].add(outer)
+
+    def result(self) -> dict[tuple[tuple[str, ...], bool], frozenset[int]]:
+        return {key: frozenset(found) for key, found in self.found.items()}
+
+
+def _leaf_like(t: Tensor) -> Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).requires_grad_(t.requires_grad)
+
+
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage()._cdata
+
+
+def _events(log: list[tuple[int, int]]) -> np.ndarray:
+    """[events, 2]: storage, and 1 for an allocation or -1."""
+    return np.array([(number, 1 if change > 0 else -1) for number, change in log]).reshape(-1, 2)
