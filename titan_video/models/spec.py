@@ -86,15 +86,6 @@ class ExpertArgs:
     expert_choice: bool = False
     route_scale: float = 1.0
 
-    def check(self, num_layers: int) -> None:
-        """ValueError: no model of that many blocks can have these experts."""
-        least = {"num_experts": 2, "top_k": 1, "expert_dim": 1, "shared_dim": 0, "first_dense": 0, "last_dense": 0}
-        problems = [n for n, low in least.items() if type(getattr(self, n)) is not int or getattr(self, n) < low]
-        if not problems and (self.top_k > self.num_experts or not self.blocks(num_layers)):
-            problems = ["top_k"] if self.top_k > self.num_experts else ["first_dense", "last_dense"]
-        if problems:
-            raise ValueError(f"experts: {', '.join(problems)} cannot be, for {num_layers} blocks, in {self}")
-
     def num_rows(self, num_tokens: int) -> int:
         """Tokens of all routed experts together, for a clip. Under expert choice each has the same number."""
         rows = self.top_k * num_tokens
