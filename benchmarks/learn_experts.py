@@ -5,7 +5,7 @@
 
 Both flavors train with the TOML, each in a folder of --out; a run that was stopped resumes, one that is finished is
 only read. Every --every steps 96 clips are sampled and scored (validation.num_scored). Printed: the scores of both, the
-first step at which the direction of 95 % of the clips is right, and the ratio of these steps.
+step at which the direction of 95 % of the clips is right, between two scores on a straight line, and the ratio.
 """
 
 import argparse
@@ -31,9 +31,14 @@ def train(flavor: str, options: argparse.Namespace, overrides: list[str]) -> dic
     return {r["step"]: r["validation"] for r in records if "score_direction" in r.get("validation", {})}
 
 
-def first_step(scores: dict[int, dict[str, float]]) -> int | None:
-    """The first step from which on the direction is right; None: it never is."""
-    return next((step for step, found in sorted(scores.items()) if found["score_direction"] >= GOAL), None)
+def first_step(scores: dict[int, dict[str, float]]) -> float | None:
+    """The step at which the direction first reaches GOAL, on a straight line between scores; None: it does not."""
+    before, low = 0, 0.0
+    for step, found in sorted(scores.items()):
+        if (score := found["score_direction"]) >= GOAL:
+            return before + (step - before) * (GOAL - low) / (score - low)
+        before, low = step, score
+    return None
 
 
 def table(by_flavor: dict[str, dict[int, dict[str, float]]]) -> str:
@@ -47,7 +52,7 @@ def table(by_flavor: dict[str, dict[int, dict[str, float]]]) -> str:
         ]
         lines.append(f"| {step} | {' | '.join(cells)} |")
     first = {flavor: first_step(scores) for flavor, scores in by_flavor.items()}
-    words = [f"{f}: direction right for {GOAL:.0%} at step {step or 'none'}" for f, step in first.items()]
+    words = [f"{f}: direction right for {GOAL:.0%} at step {f'{s:.0f}' if s else 'none'}" for f, s in first.items()]
     if all(first.values()):
         dense, moe = first.values()
         words.append(f"ratio {moe / dense:.2f}, at most {MOST}: {'yes' if moe <= MOST * dense else 'no'}")

@@ -144,6 +144,7 @@ REFUSED = [
         ],
         "InterleavedZeroBubble, but the backward of experts",
     ),
+    ("moe-debug", ["--parallelism.tensor_parallel_degree", "3"], "does not divide the width 256 of the expert of all"),
     ("moe-debug-expert-choice", ["--compile.enable", "true"], "compile.enable: true, but the experts of"),
     ("moe-debug-expert-choice", ["--experts.balance_rate", "0.1"], "experts.balance_rate: has no effect"),
     ("debug", ["--experts.balance_rate", "0.1"], "experts: given, but model.flavor debug has no experts"),
@@ -154,7 +155,7 @@ REFUSED = [
 def test_what_does_not_go_with_a_mixture_is_refused(flavor, options, message):
     config = parse_args([*DEBUG, "--model.flavor", flavor, *options])
     with pytest.raises(ConfigError, match=message):
-        check(config, 2, files=False)
+        check(config, 6, files=False)
     check(parse_args([*DEBUG, "--model.flavor", flavor]), 2, files=False)
 
 

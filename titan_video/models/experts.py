@@ -173,6 +173,16 @@ class MoE(nn.Module):
         return chosen / (sums + 1e-20) * self.args.route_scale
 
 
+def check(args: ExpertArgs, num_layers: int) -> None:
+    """ValueError: no model of that many blocks can have these experts."""
+    least = {"num_experts": 2, "top_k": 1, "expert_dim": 1, "shared_dim": 0, "first_dense": 0, "last_dense": 0}
+    problems = [n for n, low in least.items() if type(getattr(args, n)) is not int or getattr(args, n) < low]
+    if not problems and (args.top_k > args.num_experts or not args.blocks(num_layers)):
+        problems = ["top_k"] if args.top_k > args.num_experts else ["first_dense", "last_dense"]
+    if problems:
+        raise ValueError(f"experts: {', '.join(problems)} cannot be, for {num_layers} blocks, in {args}")
+
+
 class Permute(torch.autograd.Function):
     """x[order] for a permutation of the rows and its inverse: backward gathers too, where autograd would add."""
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from titan_video.config.job_config import JobConfig
+from titan_video.config.values import divisors
 from titan_video.distributed.parallel_dims import Meshes
 from titan_video.distributed.utils import reduce_over
 from titan_video.models import get_spec
@@ -157,6 +158,11 @@ def refusals(config: JobConfig, args: Any) -> Iterator[str]:
         yield (
             f"activation_checkpoint.mode: memory_budget, but the compiler might recompute what the router of {flavor} "
             f"decided; choose full or selective, which save it"
+        )
+    if experts.shared_dim % p.tensor_parallel_degree:
+        yield (
+            f"parallelism.tensor_parallel_degree: given {p.tensor_parallel_degree}, which does not divide the width "
+            f"{experts.shared_dim} of the expert of all tokens of {flavor}; legal: {divisors(experts.shared_dim)}"
         )
     if p.pipeline_parallel_degree > 1 and p.pipeline_parallel_schedule == "InterleavedZeroBubble":
         yield (

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from titan_video.models.spec import ExpertArgs, LatentGeometry, ModelSpec, ParallelPlan, WidthRules
 from titan_video.models.wan.model import WanArgs, WanModel, init_parameter
 from titan_video.models.wan.names import HF_NAMES
+from titan_video.tools.parts import resolve
 
 CLASS, EXPERTS_CLASS = "WanTransformer3DModel", "TitanVideoWanExperts"  # of config.json; diffusers has the first
 CLIP_TOKENS, CLIP_WIDTH = 257, 1280  # of one image: 16 x 16 patches and the class token of CLIP's ViT-H/14
@@ -115,7 +116,8 @@ def args_from_hf(config: dict) -> WanArgs:
         )
     if image_dim:
         args = replace(args, image_dim=image_dim, image_len=positions or CLIP_TOKENS, image_positions=bool(positions))
-    experts = ExpertArgs(**config["experts"]) if config.get("experts") else None
+    if (experts := ExpertArgs(**config["experts"]) if config.get("experts") else None) is not None:
+        resolve("titan_video.models.experts:check", asked_by="model.flavor")(experts, args.num_layers)
     first_frame, boundary = args.in_channels == 48, config.get("boundary_ratio") or 0.0
     return replace(args, clean_first_frame=first_frame, boundary=boundary, experts=experts)
 
