@@ -270,8 +270,8 @@ class _LayoutTracer:
             p.grad = None
         log = Log(
             sizes=recorder.sizes(),
-            forward=_events(recorder.log[start:middle]),
-            backward=_events(recorder.log[middle:end]),
+            forward=recorder.events(start, middle),
+            backward=recorder.events(middle, end),
             inputs=inputs,
             kept=frozenset(kept),
             results=frozenset(results),
@@ -309,8 +309,8 @@ class _LayoutTracer:
         kept = marks["loss"] - marks["inputs"]
         log = Log(
             sizes=sizes,
-            forward=_events(recorder.log[start:middle]),
-            backward=_events(recorder.log[middle:end]),
+            forward=recorder.events(start, middle),
+            backward=recorder.events(middle, end),
             inputs=frozenset(marks["inputs"]),
             kept=frozenset(kept),
             results=frozenset(),
@@ -396,8 +396,3 @@ def _leaf_like(t: Tensor) -> Tensor:
 
 def _storage(t: Tensor) -> int:
     return t.untyped_storage()._cdata
-
-
-def _events(log: list[tuple[int, int]]) -> np.ndarray:
-    """[events, 2]: storage, and 1 for an allocation or -1."""
-    return np.array([(number, 1 if change > 0 else -1) for number, change in log]).reshape(-1, 2)
