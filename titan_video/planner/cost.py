@@ -148,7 +148,9 @@ class CostModel:
         key = candidate.ring, candidate.ulysses, candidate.tp, clips, work.tokens
         if key not in self._ends_memory:
             length = -(-work.tokens // (candidate.cp * candidate.tp))
-            self._ends_memory[key] = ends_memory(self.trace(candidate)[1], clips, length)
+            traced = math.prod(self.tracer.degrees(candidate.ring, candidate.ulysses, candidate.tp))
+            ratio = candidate.cp * candidate.tp / traced
+            self._ends_memory[key] = ends_memory(self.trace(candidate)[1], clips, length, ratio)
         return self._ends_memory[key]
 
     def units(self, candidate: Candidate) -> Units:
@@ -200,6 +202,7 @@ class CostModel:
             has_units=self.has_units(candidate),
             in_backward=self.config.optimizer.in_backward,
             pipelined=candidate.pp > 1,
+            replicates=candidate.dp_replicate > 1,
         )
 
     def memory(self, candidate: Candidate) -> tuple[StageMemory, ...]:

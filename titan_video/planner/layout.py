@@ -5,7 +5,6 @@ left for them, and the seconds of all else. Both are what `CostModel.predict` ad
 reduction buffers of the peak, which depend on the choice: a budget is never too small, and may be a little too large.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +27,8 @@ class Layout:
 
     stages: tuple[StageBudget, ...]
     choices: dict[str, tuple[Choice, ...]]
+    held: dict[str, float]
+    usable: float
     microbatches: int
     pp: int
     chunks: int
@@ -64,6 +65,7 @@ class LayoutBuilder:
         self._tables: dict[Any, _Table] = {}
         self._choices: dict[Any, dict[str, tuple[Choice, ...]]] = {}
         self._budgets: dict[Any, tuple[StageBudget, ...]] = {}
+        self._held: dict[Any, dict[str, float]] = {}
         self._fixed: dict[Any, StepFixed] = {}
 
     @property
@@ -80,13 +82,35 @@ class LayoutBuilder:
         step = c.pp, c.schedule, c.microbatches, c.optimizer
         budget_key = (*sequence, *shards, c.reshard, *step)
         if budget_key not in self._budgets:
-            self._budgets[budget_key] = self._stages(c)
+            self._budgets[budget_key], self._held[budget_key] = self._stages(c), self._hold(c)
         fixed_key = (*sequence, *shards, *step, c.placement, c.encoder_ranks)
         if fixed_key not in self._fixed:
             self._fixed[fixed_key] = self.clock.fixed(c)
-        return Layout(
-            self._budgets[budget_key], self._choices[key], c.microbatches, c.pp, chunks, self._fixed[fixed_key]
-        )
+        budgets, held, fixed = self._budgets[budget_key], self._held[budget_key], self._fixed[fixed_key]
+        return Layout(budgets, self._choices[key], held, self._usable(c), c.microbatches, c.pp, chunks, fixed)
+
+    def _usable(self, c: Candidate) -> float:
+        """Bytes of a GPU that may be counted."""
+        reserve = CONTEXT + (NCCL if c.num_training_ranks > 1 else 0)
+        return (self.model.cluster.gpu.memory_gib - reserve) * GIB / (1 + GAPS)
+
+    def _holds_gradients(self, c: Candidate) -> bool:
+        """From the first backward of a step on, and not only as its last one goes."""
+        return (c.microbatches > 1 or c.pp > 1) and not self.model.config.optimizer.in_backward
+
+    def _hold(self, c: Candidate) -> dict[str, float]:
+        """Bytes that a stage holds of each of its blocks: state, gradients, and weights that stay gathered."""
+        units, own = self.model.units(c), self.model.units(c).per_block
+        stays = not (c.reshard and c.dp_shard * c.cp > 1)
+        held = {}
+        for path, unit in units.blocks.items():
+            size = 0.0 if c.enable_cpu_offload else unit.state + own.state
+            if self._holds_gradients(c) and not c.enable_cpu_offload:
+                size += unit.gradients + own.gradients
+            if self.model.has_units(c):
+                size += own.gathered + (unit.gathered if stays else 0)
+            held[path] = size
+        return held
 
     def modes(self, c: Candidate, allow_offload: bool) -> list[Checkpointing]:
         """What a block may save. Attention only where some clips are long enough for it (save_min_kv)."""
@@ -144,30 +168,22 @@ class LayoutBuilder:
         return tuple(Choice(*row) for row in rows)
 
     def _stages(self, c: Candidate) -> tuple[StageBudget, ...]:
-        """With the blocks of the balanced split, or the candidate's own."""
+        """Without what a stage holds of its blocks, whose number the split decides."""
         model = self.model
-        cluster, ranges, units = model.cluster, model.stages(c), model.units(c)
+        num, units = len(model.stages(c)), model.units(c)
         works = [(work, model.ends_memory(c, work)) for work in model.workload]
-        reserve = CONTEXT + (NCCL if c.num_training_ranks > 1 else 0)
-        usable = (cluster.gpu.memory_gib - reserve) * GIB / (1 + GAPS) * c.pp / len(ranges)
-        has_units, is_sharded = model.has_units(c), c.dp_shard * c.cp > 1
+        usable = self._usable(c) * c.pp / num
         found = []
-        for s, blocks in enumerate(ranges):
-            is_first, is_last = s == 0, s == len(ranges) - 1
-            counts = Counter(model.layers[i] for i in blocks)
+        for s in range(num):
+            is_first, is_last = s == 0, s == num - 1
             ends = [*(units.first.items() if is_first else ()), *(units.last.items() if is_last else ())]
-            own = [(units.blocks[path], n) for path, n in counts.items()] + [(unit, 1) for _, unit in ends]
-            state = sum(n * unit.state for unit, n in own) + len(blocks) * units.per_block.state
-            gradients = sum(n * unit.gradients for unit, n in own) + len(blocks) * units.per_block.gradients
-            holds_gradients = (c.microbatches > 1 or c.pp > 1) and not model.config.optimizer.in_backward
-            fixed = 0.0 if c.enable_cpu_offload else state + (gradients if holds_gradients else 0)
-            if has_units:
-                root = sum(u.gathered for name, u in ends if not name) + len(blocks) * units.per_block.gathered
-                weights = [(units.blocks[path].gathered, n) for path, n in counts.items()]
-                if c.reshard and is_sharded:
-                    fixed += root + min(size for size, _ in weights) * min(2, len(blocks))
-                else:
-                    fixed += root + sum(size * n for size, n in weights)
+            fixed = 0.0
+            if not c.enable_cpu_offload:
+                fixed += sum(unit.state + (unit.gradients if self._holds_gradients(c) else 0) for _, unit in ends)
+            if model.has_units(c):
+                fixed += sum(u.gathered for name, u in ends if not name)
+                if c.reshard and c.dp_shard * c.cp > 1:
+                    fixed += 2 * min(unit.gathered for unit in units.blocks.values())
             held = in_flight(c, s)
             fixed += max(self._kept(c, ends, is_first, is_last, held) for _, ends in works)
             seconds = sum(

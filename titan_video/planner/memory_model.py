@@ -26,7 +26,8 @@ class StageInput:
 
     blocks: of each of its blocks, in forward order, the container and the checkpointing. memory: of each kind of them.
     in_flight: micro-batches whose activations it holds at most. num_inputs: micro-batches that exist at once.
-    has_units: whether there is FSDP (see distributed/fsdp.py). in_backward: optimizer.in_backward.
+    has_units: whether there is FSDP (see distributed/fsdp.py). in_backward: optimizer.in_backward. replicates: whether
+    gradients are also summed over dp_replicate.
     """
 
     blocks: Sequence[tuple[str, Checkpointing]]
@@ -42,6 +43,7 @@ class StageInput:
     has_units: bool = True
     in_backward: bool = False
     pipelined: bool = False
+    replicates: bool = False
 
 
 def in_flight(candidate: Candidate, stage: int) -> float:
@@ -163,23 +165,26 @@ def stage_memory(stage: StageInput, on_host: tuple[str, ...] = (), beside: float
         for name in units.last:
             grads.add(units.last[name])
     reducing = max((u.reduced for u in units.last.values()), default=0) if stage.has_units and stage.is_last else 0
+    held = 0.0  # the last unit's reduced shard, until its all-reduce over the replicas has been waited for
     for i in reversed(range(len(blocks))):
         m, unit = memory[i], block_units[i]
         offer(
             activations=saved + m.recomputed,
-            **{TEMPORARY: m.working - m.recomputed},
+            **{TEMPORARY: m.working - m.recomputed + held},
             gathered_weights=gathered.at(i),
             reduction_buffers=reducing,
         )
         saved -= m.saved
         if stage.has_units:
             reducing = unit.reduced
+            # The block's gathered weights are freed, its gradients are still there, and their sum comes beside them.
             offer(
                 activations=saved,
-                **{TEMPORARY: max(0.0, m.left + m.saved)},
-                gathered_weights=gathered.at(i),
+                **{TEMPORARY: max(0.0, m.left + m.saved) + unit.gradients + held},
+                gathered_weights=gathered.at(i) - unit.gathered,
                 reduction_buffers=reducing,
             )
+            held = unit.gradients if stage.replicates and grads.holds_all else 0.0
         grads.add(unit)
     _offer_embed(stage, offer, earlier + kept, gathered, reducing)
     grads.add_all()
@@ -237,8 +242,13 @@ class _Gradients:
         if stage.in_backward:
             units = [*stage.units.blocks.values(), *_end_units(stage).values()]
             self.most = max(u.gradients for u in units)
-        elif stage.accumulates or stage.pipelined:
+        elif self.holds_all:
             self.bytes = own.gradients
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether a new gradient is added to one that exists, and is then freed."""
+        return self.stage.accumulates or self.stage.pipelined
 
     def add(self, unit: Unit) -> None:
         if self.stage.in_backward:

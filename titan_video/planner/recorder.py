@@ -53,7 +53,7 @@ class Op:
     the operator that autograd and checkpointing see, which may be made of several. moved: bytes read and written;
     fused: the same in a compiled block, where neighbouring plain operators become one kernel.
     shape: of a product, rows, inner and columns; of attention, keys and head width.
-    collective: kind and axis; moved is then the payload, as step_tracker.bytes_sent takes it.
+    collective: kind and axis; moved is then the payload, as step_tracker.bytes_sent takes it. count: launches.
     """
 
     kind: str
@@ -65,6 +65,7 @@ class Op:
     fused: Poly = ZERO
     shape: tuple[Poly, ...] = ()
     collective: tuple[str, str] = ("", "")
+    count: float = 1
 
 
 class Recorder(StepTracker):

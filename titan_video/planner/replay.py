@@ -107,8 +107,10 @@ class EndsMemory:
     last_unit: str
 
 
-def ends_memory(trace: EndsTrace, clips: int, length: int) -> EndsMemory:
+def ends_memory(trace: EndsTrace, clips: int, length: int, ratio: float) -> EndsMemory:
+    """ratio: ranks of a clip / those of the trace. Inputs are as long as the clip, whatever a rank computes of it."""
     values, log = monomials(clips, length), trace.log
+    whole = monomials(clips, length * ratio)
     sizes = log.sizes @ values
     forward, backward = (np.cumsum(sizes[e[:, 0]] * e[:, 1]) for e in (log.forward, log.backward))
     first = forward[trace.head_start - 1] if trace.head_start else 0.0
@@ -117,7 +119,7 @@ def ends_memory(trace: EndsTrace, clips: int, length: int) -> EndsMemory:
     course = np.concatenate([forward[trace.head_start :] - first, end - first + backward[: trace.embed_start]])
     after = end - first + backward[trace.embed_start :]
     return EndsMemory(
-        inputs=float(trace.inputs @ values),
+        inputs=float(trace.inputs @ whole),
         embed=float(trace.embed @ values),
         trunk=float(trace.trunk @ values),
         head=head,

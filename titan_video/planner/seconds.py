@@ -10,7 +10,7 @@ host            launches: a block is never faster than its launches
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -34,25 +34,79 @@ class Work:
     computed: tuple[tuple[str, tuple[Poly, ...], np.ndarray], ...]
     sent: tuple[tuple[str, str, Poly], ...]
     flops: np.ndarray
-    launches: int
+    launches: float
     collectives: int
 
     @classmethod
-    def of(cls, ops: Iterable[Op], compiled: bool) -> "Work":
+    def of(cls, ops: Iterable[Op], compiled: bool, scale: "Scale | None" = None) -> "Work":
+        """scale: from the degrees of the trace to those of a candidate; None: they are the same."""
+        ops = scale.apply(ops) if scale else ops
         sums: dict[tuple[str, tuple[Poly, ...]], np.ndarray] = defaultdict(lambda: np.zeros(5))
         sent, flops, launches = [], np.zeros(5), 0
         for op in ops:
             if op.kind == "collective":
-                sent.append((axis_of(op.collective[1]), op.collective[0], op.moved))
+                sent += [(axis_of(op.collective[1]), op.collective[0], op.moved)] * round(op.count)
                 continue
             amount = np.array(op.flops if op.kind != "memory" else op.fused if compiled else op.moved)
             if op.kind == "memory" and compiled and not amount.any():
                 continue  # part of a neighbour's kernel
             sums[_PARTS[op.kind], op.shape] += amount
             flops += np.array(op.flops)
-            launches += 1
+            launches += op.count
         computed = tuple((part, shape, amount) for (part, shape), amount in sums.items())
         return cls(computed, tuple(sent), flops, launches, len(sent))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """From a trace's degrees to others: each rank's rows are the same, its clips' tokens are not.
+
+    ring, ulysses: degrees of the candidate; from_ring, from_ulysses: of the trace.
+    """
+
+    ring: int
+    ulysses: int
+    from_ring: int
+    from_ulysses: int
+
+    def apply(self, ops: Iterable[Op]) -> list[Op]:
+        ops = list(ops)
+        tokens = self.ring * self.ulysses / (self.from_ring * self.from_ulysses)
+        sends = (self.ring - 1) / (self.from_ring - 1) if self.from_ring > 1 else 1.0
+        repeated = self._repeated(ops)
+        found = []
+        for i, op in enumerate(ops):
+            if op.kind == "attention":
+                keys = op.shape[0]
+                keys = (*keys[:2], *(n * self.ulysses / self.from_ulysses for n in keys[2:]))
+                op = replace(op, flops=(*op.flops[:4], op.flops[4] * tokens), shape=(keys, *op.shape[1:]))
+            elif op.kind == "collective" and axis_of(op.collective[1]) == "ring":
+                op = replace(op, count=sends)
+            elif i in repeated:
+                moved, fused = (tuple(n * sends for n in poly) for poly in (op.moved, op.fused))
+                op = replace(op, moved=moved, fused=fused, count=sends)
+            found.append(op)
+        return found
+
+    @staticmethod
+    def _repeated(ops: list[Op]) -> set[int]:
+        """Operators that merge a chunk of a ring into the result of the others: what follows its last attention.
+
+        At the end, the result is cast and made contiguous, once; in backward, after the sums have come home.
+        """
+        by_ring: dict[int, list[int]] = defaultdict(list)
+        rings = {op.outer for op in ops if op.kind == "collective" and axis_of(op.collective[1]) == "ring"}
+        for i, op in enumerate(ops):
+            if op.outer in rings:
+                by_ring[op.outer].append(i)
+        found: set[int] = set()
+        for own in by_ring.values():
+            last = max(n for n, i in enumerate(own) if ops[i].kind == "attention")
+            after = own[last + 1 :]
+            home = [n for n, i in enumerate(after) if ops[i].kind == "collective"]
+            after = after[: home[-1]] if home else after[:-2]
+            found |= {i for i in after if ops[i].kind == "memory" and ops[i].name != "zeros_like"}
+        return found
 
 
 def axis_of(name: str) -> str:

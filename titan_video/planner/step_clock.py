@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 from titan_video.planner.candidate import NONE, Candidate, Checkpointing
-from titan_video.planner.seconds import Clock, Seconds, Work, groups_of, recomputed
+from titan_video.planner.seconds import Clock, Scale, Seconds, Work, groups_of, recomputed
 from titan_video.planner.step_model import (
     BlockTime,
     StageTime,
@@ -48,11 +48,15 @@ class StepClock:
                 trace = self.model.trace(c)[0][path]
                 ops = recomputed(trace, mode, is_long) if part == "again" else None
                 ops = [op for op in trace.ops if op.part == part] if ops is None else ops
-                self._works[trace_key] = Work.of(ops, self.clock.compiled)
+                self._works[trace_key] = Work.of(ops, self.clock.compiled, self._scale(c))
             groups, length = groups_of(c, self.cluster), -(-work.tokens // (c.cp * c.tp))
             found = self.clock.seconds(self._works[trace_key], groups, clips, length, part == "backward")
             self._seconds[key] = found
         return self._seconds[key]
+
+    def _scale(self, c: Candidate) -> Scale | None:
+        ring, ulysses, _ = self.model.tracer.degrees(c.ring, c.ulysses, c.tp)
+        return Scale(c.ring, c.ulysses, ring, ulysses) if (ring, ulysses) != (c.ring, c.ulysses) else None
 
     def block_traffic(self, c: Candidate, path: str) -> Traffic:
         key = path, c.dp_shard, c.cp, c.tp, c.dp_replicate, c.enable_cpu_offload, self.model.has_units(c)
@@ -90,7 +94,7 @@ class StepClock:
         for part in LAST if last else FIRST:
             if (*key, part) not in self._works:
                 ops = [op for op in self.model.trace(c)[1].ops if op.part == part]
-                self._works[(*key, part)] = Work.of(ops, compiled=False)
+                self._works[(*key, part)] = Work.of(ops, compiled=False, scale=self._scale(c))
             is_backward = part.endswith("backward")
             s = self.ends_clock.seconds(self._works[(*key, part)], groups, clips, length, is_backward)
             parts = Counter(s.by_part)

@@ -127,9 +127,19 @@ class Tracer:
                     del model.get_submodule(params)[key]
         return model
 
+    def degrees(self, ring: int, ulysses: int, tp: int) -> tuple[int, int, int]:
+        """The degrees at which a layout is traced: the smallest of each axis that it has, from which others follow.
+
+        A ring that gathers all chunks at once holds as many as it has ranks, and is traced as it is.
+        """
+        heads = self.args.num_heads // tp
+        least = next((n for n in range(2, heads + 1) if heads % n == 0), 1)
+        rotate = self.config.parallelism.context_parallel_rotate_method
+        return min(ring, 2) if rotate == "alltoall" else ring, min(ulysses, least), tp
+
     def trace(self, ring: int, ulysses: int, tp: int) -> tuple[dict[str, BlockTrace], EndsTrace]:
-        """({container of blocks: trace}, ends) of rank 0 of so many ranks; cached. No process group may exist."""
-        key = ring, ulysses, tp
+        """({container of blocks: trace}, ends) of rank 0 at `degrees`; cached. No process group may exist."""
+        key = ring, ulysses, tp = self.degrees(ring, ulysses, tp)
         if key not in self._traces:
             dims = ParallelDims(ring=ring, ulysses=ulysses, tp=tp)
             with fake.fake_ranks(dims.sequence, 0):

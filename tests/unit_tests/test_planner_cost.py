@@ -1,0 +1,303 @@
+"""The planner's clusters, traces and cost model, on debug models: what it counts is what a dry run counts."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.block_bytes import our_block, using
+from titan_video.config.job_config import JobConfig
+from titan_video.models import get_spec
+from titan_video.planner import cluster as clusters
+from titan_video.planner.candidate import FULL, NONE, PARTS, Candidate, Checkpointing, Range
+from titan_video.planner.cluster import Group, load, parse
+from titan_video.planner.cost import CostModel
+from titan_video.planner.dry_run import dry_run
+from titan_video.planner.plan_file import to_tables
+from titan_video.planner.recorder import CLIPS, LENGTH, decode, monomials
+from titan_video.planner.seconds import axis_of, recomputed
+from titan_video.planner.step_tracker import Axis, bytes_sent
+
+FILES = sorted(clusters.FOLDER.glob("*.toml"))
+ATTENTION = Checkpointing("selective", ("attention", "down"))
+BANDWIDTHS = (
+    ("gpu", "peak_tflops"),
+    ("gpu", "hbm_gb_per_s"),
+    ("links", "node_gb_per_s"),
+    ("links", "network_gb_per_s"),
+    ("links", "host_gb_per_s"),
+)
+
+
+def job(family="wan", flavor="debug", bucket=(17, 128, 128), **model):
+    """A job on clips of so many frames and pixels."""
+    c = JobConfig()
+    return replace(
+        c,
+        model=replace(c.model, name=family, flavor=flavor, **model),
+        data=replace(c.data, buckets=(bucket,)),
+        encoder=replace(c.encoder, max_text_length=16),
+        activation_checkpoint=replace(c.activation_checkpoint, save_min_kv=32),
+    )
+
+
+def configured(config, candidate, num_blocks):
+    for section, values in to_tables(candidate, num_blocks).items():
+        known = vars(getattr(config, section))
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
+        config = replace(config, **{section: replace(getattr(config, section), **values)})
+    return config
+
+
+# ---- clusters ----
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_shipped_clusters(path):
+    cluster = load(path.stem)
+    assert cluster.name == path.stem and cluster.gpus % cluster.gpus_per_node == 0
+    assert cluster.links.network_gb_per_s <= cluster.links.node_gb_per_s
+
+
+def test_every_value_of_a_cluster_has_its_source():
+    for path in FILES:
+        for line in path.read_text().splitlines():
+            name = line.partition(" = ")[0]
+            is_identity = (
+                not line or line.startswith(("#", "[")) or name in ("name", "gpus", "gpus_per_node", "read_gb")
+            )
+            assert is_identity or "#" in line, f"{path}: {line}"
+
+
+@pytest.mark.parametrize(
+    "section, field, value, words",
+    [
+        ("gpu", "memory_gib", -1, "gpu.memory_gib: given -1; legal: a number > 0"),
+        ("gpu", "memory", 80, "gpu.memory: no such field; legal: name, memory_gib"),
+        ("efficiency", "product", 1.5, "efficiency.product: given 1.5; legal: a number > 0 and <= 1"),
+        ("links", "host_gb_per_s", "fast", "links.host_gb_per_s: given 'fast'; legal: a number > 0"),
+        (None, "gpus", 12, "gpus_per_node: given 8, which does not divide gpus 12"),
+        (None, "wires", {}, "wires: no field of a cluster"),
+        (None, "send", [{"bytes": 1}], "send[0].seconds: missing"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_fix(section, field, value, words):
+    raw = clusters.tomllib.loads((clusters.FOLDER / "h100x8.toml").read_text())
+    (raw[section] if section else raw)[field] = value
+    with pytest.raises(ValueError, match="somewhere") as error:
+        parse(raw, "somewhere")
+    assert words in str(error.value)
+
+
+def test_a_file_that_is_not_there_names_those_that_are():
+    with pytest.raises(ValueError, match="--cluster: nowhere.toml .* one of a800x64"):
+        load("nowhere.toml")
+
+
+def test_measured_messages_replace_the_formula():
+    cluster = load("h100x8")
+    rows = [{"ranks": 8, "ranks_per_node": 8, "bytes": n, "seconds": n / 1e10 + 1e-4} for n in (1000, 10**6, 10**9)]
+    raw = clusters.tomllib.loads((clusters.FOLDER / "h100x8.toml").read_text()) | {"all_gather": rows}
+    measured, group = parse(raw, "x"), Group(8, 8)
+    assert measured.gather_seconds(10**6, group) == pytest.approx(2e-4)
+    assert measured.gather_seconds(5 * 10**8, group) == pytest.approx(0.0501, rel=1e-3)
+    assert measured.gather_seconds(10**6, group, "reduce_scatter") == cluster.gather_seconds(10**6, group)
+
+
+# ---- traces ----
+
+
+def test_decoded_numbers():
+    for poly in ((3, 0, 5, 0, 0), (0, 7, 0, 11, 0), (0, 512, 0, 64, 4)):
+        assert (
+            decode(round(sum(c * m for c, m in zip(poly, monomials(CLIPS, 1), strict=True) if not c) or 0)) is not None
+        )
+        number = poly[0] + CLIPS * poly[1] + LENGTH * poly[2] + CLIPS * LENGTH * poly[3] + CLIPS * LENGTH**2 * poly[4]
+        assert decode(number) == poly
+
+
+@pytest.mark.parametrize("family, flavor", [("wan", "debug"), ("wan", "debug-i2v"), ("hunyuan_video", "debug")])
+def test_traced_flops_are_the_model_s(family, flavor):
+    model = CostModel(job(family, flavor), load("h100x8"))
+    tokens, clips = model.workload[0].tokens, 3
+    blocks, ends = model.tracer.trace(1, 1, 1)
+    values = monomials(clips, tokens)
+    forward = sum(
+        sum(model.layers.count(path) * op.flops[i] * values[i] for i in range(5))
+        for path, trace in blocks.items()
+        for op in trace.ops
+        if op.part == "forward"
+    )
+    assert forward == model.args.block_flops(tokens, clips)
+    whole = sum(op.flops[i] * values[i] for op in ends.ops if "backward" not in op.part for i in range(5))
+    assert whole == pytest.approx(model.args.flops(tokens, clips) - forward, rel=0.1)  # modulation is in blocks too
+
+
+def test_a_block_keeps_what_is_counted_without_a_run():
+    config = job(flavor="t2v-1.3B")
+    config = replace(config, encoder=replace(config.encoder, max_text_length=512))
+    model, tokens = CostModel(config, load("h100x8")), 1000
+    log = model.tracer.trace(1, 1, 1)[0]["blocks"].log
+    kept = sum(log.sizes[s] @ monomials(1, tokens) for s in log.kept)
+    with using("triton"):
+        counted = our_block(model.args, tokens)["saved"]
+    modulation = 24 * model.args.dim  # which the other count takes for shared
+    assert kept - modulation == pytest.approx(counted, abs=1)
+
+
+# ---- what is sent ----
+
+
+def sent_by_blocks(model, candidate, mode):
+    """{(collective, axis): bytes} that one rank's blocks send in a micro-batch."""
+    clock, found = model.clock, Counter()
+    work, trace = model.workload[0], model.trace(candidate)[0]
+    degrees = {"ulysses": candidate.ulysses, "ring": candidate.ring, "tp": candidate.tp}
+    values = monomials(candidate.local_batch_size, -(-work.tokens // (candidate.cp * candidate.tp)))
+    for path in model.layers:
+        for part in ("forward", "backward", "again"):
+            clock.block_seconds(candidate, path, part, work, mode if part == "again" else NONE)
+            chosen = mode if part == "again" else NONE
+            key = (candidate.ring, candidate.ulysses, candidate.tp, path, part, chosen.mode, chosen.save, True)
+            for axis, kind, payload in clock._works[key].sent:
+                ranks = degrees[axis]
+                # A ring's exchange is a send to one rank: nothing of it stays.
+                kind_sent = "send" if axis == "ring" else kind
+                found[kind, axis] += bytes_sent(kind_sent, round(payload @ values), Axis(axis, ranks, 0))
+    assert recomputed(trace[path], NONE, True) == []
+    return found
+
+
+@pytest.mark.parametrize(
+    "family, candidate",
+    [
+        ("wan", Candidate(ulysses=4)),
+        ("wan", Candidate(ring=4)),
+        ("wan", Candidate(ring=3, ulysses=2)),
+        ("wan", Candidate(tp=2, ulysses=2, local_batch_size=2)),
+        ("hunyuan_video", Candidate(ulysses=4)),
+        ("hunyuan_video", Candidate(tp=2, ring=2)),
+    ],
+    ids=str,
+)
+def test_bytes_of_collectives_are_those_that_a_dry_run_counts(family, candidate):
+    """Blocks' own, and FSDP's gathers and reductions, at degrees that were not traced."""
+    model = CostModel(job(family), load("h100x8"))
+    candidate = replace(candidate, ranges=(Range(0, len(model.layers), ATTENTION),))
+    config = configured(model.config, candidate, len(model.layers))
+    report = dry_run(config, candidate.num_training_ranks)
+    counted, fsdp = Counter(), Counter()
+    for c in report.collectives:
+        is_of_block = axis_of(c.axis) in ("ulysses", "ring", "tp") and c.kind == "all-to-all"
+        (counted if is_of_block else fsdp)[c.kind, axis_of(c.axis)] += c.sent
+    predicted = sent_by_blocks(model, candidate, ATTENTION)
+    assert {k: n for k, n in predicted.items() if k[0] == "all-to-all"} == counted
+    units, shards, tp = model.units(candidate), candidate.cp, candidate.tp
+    gathered = reduced = 0
+    for path in model.layers:
+        unit = units.blocks[path]
+        gathered += 2 * unit.gathered * (shards - 1) // shards
+        reduced += unit.reduced * (shards - 1) // shards
+    ranks = shards * tp
+    for name, unit in (*units.first.items(), *units.last.items()):
+        passes = 1 if not name else 2
+        gathered += passes * unit.gathered * (ranks - 1) // ranks
+        reduced += unit.reduced * (ranks - 1) // ranks
+    others = sum(n for key, n in predicted.items() if key[0] in ("all-gather", "reduce-scatter", "all-reduce"))
+    assert gathered + reduced + others == pytest.approx(sum(fsdp.values()), rel=0.02)
+
+
+# ---- predictions ----
+
+
+CANDIDATES = (
+    Candidate(dp_shard=8),
+    Candidate(dp_shard=2, ulysses=2, ring=2, microbatches=2),
+    Candidate(pp=2, dp_shard=2, tp=2, microbatches=4, ranges=(Range(0, 2, FULL), Range(2, 4, ATTENTION))),
+    Candidate(dp_replicate=2, dp_shard=2, ulysses=2, enable_cpu_offload=True, ranges=(Range(0, 4, FULL),)),
+    Candidate(pp=2, ring=4, microbatches=4, schedule="Interleaved1F1B", ranges=(Range(0, 4, ATTENTION),)),
+)
+
+
+@pytest.fixture(scope="module")
+def traced():
+    """A model whose traces the tests of this file share."""
+    return CostModel(job(), load("h100x8"))
+
+
+def on(model, cluster):
+    """The same model on another cluster."""
+    other = CostModel(model.config, cluster)
+    other.tracer = model.tracer
+    return other
+
+
+@pytest.mark.parametrize("candidate", CANDIDATES, ids=str)
+def test_parts_sum_to_the_step(candidate, traced):
+    p = traced.predict(candidate)
+    assert p.step_seconds == pytest.approx(sum(p.seconds.values())) and set(p.seconds) <= set(PARTS)
+    assert all(value >= 0 for value in p.seconds.values())
+    assert 0 < p.mfu < 1 and p.clips == candidate.dp * candidate.microbatches * candidate.local_batch_size
+    assert len(p.memory) == candidate.pp and p.flops > p.model_flops / 2
+
+
+@pytest.mark.parametrize("section, field", BANDWIDTHS)
+def test_time_never_rises_with_a_bandwidth(section, field, traced):
+    for candidate in CANDIDATES:
+        last = float("inf")
+        for factor in (0.01, 0.1, 0.5, 1, 2, 10, 1000):
+            cluster = load("h100x8")
+            part = getattr(cluster, section)
+            changed = replace(cluster, **{section: replace(part, **{field: getattr(part, field) * factor})})
+            seconds = on(traced, changed).predict(candidate).step_seconds
+            assert seconds <= last * (1 + 1e-9), (candidate, field, factor)
+            last = seconds
+
+
+def test_what_fits_still_fits_with_more_memory(traced):
+    cluster = load("h100x8")
+    for candidate in CANDIDATES:
+        fits = [
+            on(traced, replace(cluster, gpu=replace(cluster.gpu, memory_gib=gib))).fits(candidate)
+            for gib in (0.5, 1.0, 1.5, 1.6, 1.7, 2, 4, 80)
+        ]
+        assert fits == sorted(fits) and fits[-1] and not fits[0]
+
+
+def test_checkpointing_saves_memory_and_costs_time(traced):
+    def measure(mode):
+        p = traced.predict(Candidate(dp_shard=8, ranges=(Range(0, 4, mode),)))
+        return p.step_seconds, p.memory[0].total
+
+    none, attention, full = map(measure, (NONE, ATTENTION, FULL))
+    assert none[0] < attention[0] < full[0] and none[1] > attention[1] > full[1]
+
+
+def test_the_search_adds_up_what_is_predicted(traced):
+    """`layout` and `predict` agree on the step of one stage, and of two."""
+    for candidate in (CANDIDATES[0], CANDIDATES[1], replace(CANDIDATES[2], ranges=(Range(0, 4, ATTENTION),))):
+        layout = traced.layout(candidate)
+        mode = candidate.ranges[0].checkpointing if candidate.ranges else NONE
+        choice = {kind: next(c for c in found if c.name == mode) for kind, found in layout.choices.items()}
+        stages = [
+            budget.seconds + sum(choice[traced.layers[i]].seconds for i in blocks)
+            for budget, blocks in zip(layout.stages, traced.stages(candidate), strict=True)
+        ]
+        assert layout.step_seconds(stages) == pytest.approx(traced.predict(candidate).step_seconds, rel=1e-6)
+
+
+def test_what_is_not_planned_is_refused():
+    config = job()
+    with pytest.raises(ValueError, match="lora.enable"):
+        CostModel(replace(config, lora=replace(config.lora, enable=True)), load("h100x8"))
+    with pytest.raises(ValueError, match="optimizer.name"):
+        CostModel(replace(config, optimizer=replace(config.optimizer, name="torch.optim.RAdam")), load("h100x8"))
+
+
+def test_nothing_of_a_trace_is_left_in_the_process(traced):
+    import torch.distributed as dist
+
+    traced.predict(CANDIDATES[0])
+    assert not dist.is_initialized() and Path("train_configs").exists()
+    assert get_spec("wan").flavors["debug"].num_layers == 4
