@@ -55,10 +55,31 @@ PP = {"parallelism.pipeline_parallel_degree": 2, "parallelism.pipeline_parallel_
 
 HEAD = """# The planner on this machine
 
-Is it right about the machine at hand? `benchmarks/planner_here.py` measures this machine, predicts twelve layouts and
-modes of checkpointing of a debug model (`train_configs/debug.toml` with the options in the script) on 1, 2 and 4
-processes of one thread, and then runs `train.py` with each of them, in turns. Processes that share a core are part of
-what is measured.
+A machine is measured by (needs all of its GPUs, or some minutes of a CPU that does nothing else)
+
+```bash
+torchrun --nproc_per_node 8 -m titan_video.planner profile --out here.toml --config CONFIG.toml
+```
+
+The file holds what products and attention of the configuration's model reach, memory, collectives by size and group,
+and the host's time for a launch; the planner takes it as `--cluster here.toml`. Rates are those of all ranks at once: where
+ranks share cores, measure with as many ranks as will train. Not measured on GPUs yet.
+
+With
+
+```toml
+[planner]
+cluster = "here.toml"
+```
+
+the log of a run has, after 20 steps, a table of the predicted and the measured seconds of a step by part. Rank 0 records
+one step for it with torch's profiler; the prediction is made beside training, in a process of its own.
+
+## On this machine
+
+`benchmarks/planner_here.py` measures this machine, predicts twelve layouts and modes of checkpointing of a debug model
+(`train_configs/debug.toml` with the options in the script) on 1, 2 and 4 processes of one thread, and then runs
+`train.py` with each of them, in turns.
 
 """
 
