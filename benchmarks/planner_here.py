@@ -62,8 +62,8 @@ torchrun --nproc_per_node 8 -m titan_video.planner profile --out here.toml --con
 ```
 
 The file holds what products and attention of the configuration's model reach, memory, collectives by size and group,
-and the host's time for a launch; the planner takes it as `--cluster here.toml`. Rates are those of all ranks at once: where
-ranks share cores, measure with as many ranks as will train. Not measured on GPUs yet.
+and the host's time for a launch; the planner takes it as `--cluster here.toml`. Rates are those of all ranks at once:
+where ranks share cores, measure with as many ranks as will train. It has not been run on GPUs yet.
 
 With
 
@@ -72,8 +72,8 @@ With
 cluster = "here.toml"
 ```
 
-the log of a run has, after 20 steps, a table of the predicted and the measured seconds of a step by part. Rank 0 records
-one step for it with torch's profiler; the prediction is made beside training, in a process of its own.
+the log of a run has, after 20 steps, a table of the predicted and the measured seconds of a step by part. Rank 0
+records one step for it with torch's profiler; the prediction is made beside training, in a process of its own.
 
 ## On this machine
 
