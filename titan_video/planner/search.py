@@ -2,8 +2,8 @@
 
 1. Every candidate of the space (space.py) gets a lower bound of its step: what its blocks compute and send, without
    recomputation, collectives of FSDP or a limit of memory. A few microseconds each.
-2. In the order of their bounds, candidates get a better one: each block saves what the linear relaxation of the knapsack
-   lets it save, and the stages of a pipeline are equally fast. Those that lack memory all the same are rejected.
+2. In the order of their bounds, candidates get a better one: each block saves what the linear relaxation of the
+   knapsack lets it save, and the stages of a pipeline are equally fast. Those that lack memory even so are rejected.
 3. Whose better bound is the next in order is solved exactly (knapsack.py, stages.py). The search ends when the next
    bound is above the plateau of the best found: no candidate that is left out can be the fastest.
 4. The plans on the plateau differ by less than the model's error. Of these the chosen one is the first in the order of
