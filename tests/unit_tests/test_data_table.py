@@ -370,12 +370,12 @@ def test_parts_of_a_plan_and_of_encoding_make_the_whole(toml, tmp_path, monkeypa
 
 def test_a_known_plan_is_taken_and_nothing_is_written_anew(toml, tmp_path, monkeypatch, capsys):
     main(["encode", str(toml)])
-    report, told = tmp_path / "run/data_plan.jsonl", capsys.readouterr().out
+    report, printed = tmp_path / "run/data_plan.jsonl", capsys.readouterr().out
     stamp = report.stat().st_mtime_ns
     monkeypatch.setattr(planned.Planner, "entries", lambda *_: pytest.fail("it is decided anew"))
     monkeypatch.setattr(clip_tables, "_write", lambda *_: pytest.fail("keys are hashed anew"))
     main(["encode", str(toml)])
-    assert report.stat().st_mtime_ns == stamp and capsys.readouterr().out == told
+    assert report.stat().st_mtime_ns == stamp and capsys.readouterr().out == printed
     monkeypatch.undo()
     (tmp_path / "clips/0.txt").write_text("another caption")
     main(["encode", str(toml)])
