@@ -272,6 +272,19 @@ def test_probes_are_kept_in_few_tables(tmp_path, monkeypatch):
     assert again.get(b"x" * 32, "") and ProbeStore(tmp_path, DEFAULT_LIMITS).get(b"x" * 32, "") is None
 
 
+def test_a_process_has_one_table_that_is_not_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(probes, "PROBES_A_TABLE", 4)
+    store = ProbeStore(tmp_path, DEFAULT_LIMITS)
+    made = {bytes([n]) * 32: Probe(f"{n}", 8, 8, "1/25", (0, 1, 3), 4) for n in (5, 1, 4, 2, 3, 9)}
+    for n, (key, found) in enumerate(made.items(), 1):
+        store.add(key, found)
+        store.flush()
+        assert len(list(tmp_path.iterdir())) == 1 + (n > 4)
+        there = ProbeStore(tmp_path, DEFAULT_LIMITS)
+        assert all(s.get(k, "") == f for s in (store, there) for k, f in list(made.items())[:n])
+    assert there.get(b"x" * 32, "") is None and not there.has(b"x" * 32, "") and there.has(key, "")
+
+
 def test_probes_of_earlier_versions_are_read(tmp_path, monkeypatch):
     (tmp_path / "clips").mkdir()
     clip = captioned(tmp_path / "clips" / "a.mp4")
