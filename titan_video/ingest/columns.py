@@ -86,6 +86,7 @@ class ColumnWriter:
 
     def __init__(self, folder: str | os.PathLike, fixed: np.dtype, blobs: Sequence[str] = ()):
         self.folder, self.fixed, self.blobs = Path(folder), fixed, tuple(blobs)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.num_rows = 0
         self.rows: list[tuple] = []
         self.texts: list[tuple[bytes, ...]] = []

@@ -176,7 +176,6 @@ class ProbeStore:
         """Whether a table of these could be written. merged: names of the tables whose place it takes."""
         path = self.folder / f"{time.time_ns():x}-{os.uname().nodename}-{os.getpid()}.columns"
         with optional_write("probes", self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
             with ColumnWriter(self.folder, ROW, ("texts",)) as writer:
                 times = TimesWriter(writer)
                 for key, found in probes:
