@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import run_ranks
+from benchmarks import clip_table as benchmark
+from tests.helpers import free_port, run_ranks
 from tests.unit_tests.data_clips import captioned, write_clip
 from titan_video.config.job_config import Data
 from titan_video.data import latent_cache
@@ -413,3 +414,16 @@ def test_all_ranks_look_at_the_files(toml, tmp_path):
     (first, entries, path), (second, others, other) = run_ranks(plan_on_rank, 2, tmp_path)
     assert sorted(first + second) == [f"{k}.mp4" for k in range(6)] and first and second
     assert entries == others == [expected] * 2 and path == other
+
+
+def test_the_benchmark_of_a_start(tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")  # so that what the script sets is taken back
+        monkeypatch.delenv(name)
+    once = benchmark.prepare(tmp_path, 12, clips_per_file=2)
+    benchmark.start(0, 1, free_port(), tmp_path, 2)
+    found = json.loads((tmp_path / "rank-0.json").read_text())
+    assert found["clips"] == 23 and found["cpu"] > 0  # and one is held out
+    result = {"clips": 23, "once": once, "first": [found], "known": [found], "tables": 2300}
+    shown = benchmark.table([result, {**result, "clips": 13}])
+    assert "rank 0: own memory grows by 0.0 B a clip" in shown and "100 B a clip on disk" in shown
