@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 from dataclasses import dataclass, replace
 
 import pytest
@@ -472,6 +473,21 @@ def test_a_run_that_fails_is_named(fake_runs):
     argv = ["--training.steps", 20, "--rates", "1e-6", "--runs", folder / "r", *MUP[:4]]
     code = run_cli(folder, "transfer", *argv)
     assert "the run of proxy-debug at 1.000e-06 ended with exit code 1: see" in code and code.endswith("log.txt")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_several_ranks_are_started_by_torchrun(tmp_path, ranks, monkeypatch):
+    started = []
+
+    def run(words, **options):
+        started.append(words)
+        return subprocess.CompletedProcess(words, returncode=7)
+
+    monkeypatch.setattr(transfer.subprocess, "run", run)
+    argv = ["transfer", "--rates", "1e-3", "--ranks", ranks, "--runs", tmp_path / "runs", *MUP[:4]]
+    assert "ended with exit code 7" in run_cli(tmp_path, *argv)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    assert started[0][1:7] == [*torchrun, str(transfer.TRAIN)] if ranks == 2 else started[0][1] == str(transfer.TRAIN)
 
 
 def test_the_commands_of_the_runs(tmp_path, capsys):
