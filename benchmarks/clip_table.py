@@ -38,6 +38,7 @@ from titan_video.ingest.cache_keys import video_keys  # noqa: E402
 from titan_video.ingest.entry_index import make_index  # noqa: E402
 from titan_video.ingest.plan import Planner, Scan  # noqa: E402
 from titan_video.ingest.plan_table import PlanTable  # noqa: E402
+from titan_video.ingest.planned import Tables, plan_on_ranks  # noqa: E402
 from titan_video.ingest.prepare import open_cache, prepare_clips  # noqa: E402
 from titan_video.ingest.probes import ProbeStore  # noqa: E402
 from titan_video.ingest.video import Probe  # noqa: E402
@@ -183,8 +184,6 @@ def prepare(folder: Path, num_files: int, clips_per_file: int) -> dict[str, floa
     make_files(folder, num_files)
     planner = Planner.of(config.data, cache.folder, encoders.stride_t)
     make_probes(planner, clips_per_file)
-    from titan_video.ingest.planned import Tables, plan_on_ranks
-
     init_distributed(torch.device("cpu"), timeout_seconds=7200)
     cpu = time.process_time()
     plan = plan_on_ranks(planner, 0, Tables.of(cache.folder, folder / "run"))

@@ -187,11 +187,9 @@ def check(world, runs, tmp_path):
 
 
 FOUR_RANKS = (
-    Run(layout(dp_shard=2, ulysses=2, ep=2), factor=1 / 2),
     Run(layout(dp_shard=2, ulysses=2, ep=4), "full", STARVED),
     Run(layout(dp_shard=2, tp=2, ep=2), "selective", STARVED),
-    Run(layout(pp=2, dp_shard=2, ep=2), "exchange"),
-    Run(layout(dp_shard=2, ulysses=2, ep=4), choice=True),
+    Run(layout(pp=2, dp_shard=2, ep=2), "exchange", factor=1 / 2),
 )
 EIGHT_RANKS = {
     "dp2 cp4": {"dp_shard": 2, "ring": 2, "ulysses": 2},
@@ -202,7 +200,7 @@ EIGHT_RANKS = {
 
 
 def test_experts_over_four_ranks_equal_one_process(tmp_path):
-    """With one wrong factor, which is seen."""
+    """The last with a wrong factor, which is seen."""
     check(4, FOUR_RANKS, tmp_path)
 
 
@@ -297,59 +295,64 @@ def full(tensors):
     return {name: t.full_tensor() if isinstance(t, DTensor) else t.clone() for name, t in tensors.items()}
 
 
-def train_and_save(folder, num):
-    """Two steps on four ranks of experts, a checkpoint, a third step; then the same from the checkpoint. Whether the
-    third step was the same, the checkpoint's tensors, the norms, and the biases of the routers after three steps.
+def train_and_save(folder, num, steps, others):
+    """On four ranks of experts: steps, a checkpoint and one more step; then from the checkpoint. Whether the last step
+    was the same there, the checkpoint's tensors, the norms, the last biases of the routers, and `load` of others.
     """
     run = Trained(EP4, folder, num=num)
-    norms = [run.step(1), run.step(2)]
-    run.checkpoint.save(2, force=True)
+    norms = [run.step(i + 1) for i in range(steps)]
+    run.checkpoint.save(steps, force=True)
     run.checkpoint.close()
     saved = full(run.tensors())
-    norms.append(run.step(3))
-    third = {name: to_local(t).clone() for name, t in run.tensors().items()}
+    norms.append(run.step(steps + 1))
+    last = {name: to_local(t).clone() for name, t in run.tensors().items()}
     resumed = Trained(EP4, folder, num=num)
-    assert resumed.checkpoint.load() == 2
-    resumed.step(3)
-    same = [name for name, t in resumed.tensors().items() if torch.equal(to_local(t), third[name])]
-    return len(same) == len(third), saved, norms, run.biases()
+    assert resumed.checkpoint.load() == steps
+    resumed.step(steps + 1)
+    same = [name for name, t in resumed.tensors().items() if torch.equal(to_local(t), last[name])]
+    if torch.distributed.get_rank() == 0:
+        torch.save(saved, folder / "saved.pt")
+    torch.distributed.barrier()
+    return len(same) == len(last), norms, run.biases(), load(others, folder, num, steps)
 
 
-def load(layouts, folder, num):
-    """What differs from the checkpoint's tensors after a load in each layout; norm and biases of a third step."""
+def load(layouts, folder, num, steps):
+    """What differs from the checkpoint's tensors after a load in each layout; norm and biases of another step."""
     found, reference = [], torch.load(folder / "saved.pt")
     for chosen in layouts:
         run = Trained(chosen, folder, num=num)
         with torch.no_grad():
             for p in run.model.parameters():
                 to_local(p).fill_(float("nan"))
-        assert run.checkpoint.load() == 2
-        found.append((run.differences(reference), run.step(3), run.biases()))
+        assert run.checkpoint.load() == steps
+        found.append((run.differences(reference), run.step(steps + 1), run.biases()))
     return found
 
 
-def check_loads(worlds, tmp_path, num=NUM_BATCHES):
-    resumes, saved, norms, biases = run_ranks(train_and_save, 4, tmp_path, num, timeout=600)[0]
+def check_loads(others, worlds, tmp_path, num=NUM_BATCHES, steps=1):
+    """others: layouts of four ranks. worlds: layouts by their number of ranks."""
+    ranks = run_ranks(train_and_save, 4, tmp_path, num, steps, others, timeout=900)
+    resumes, norms, biases, _ = ranks[0]
     assert resumes
-    torch.save(saved, tmp_path / "saved.pt")
     one = Trained(None, tmp_path / "none", num=num)
-    assert [one.step(i) for i in (1, 2, 3)] == pytest.approx(norms, rel=1e-9)
+    assert [one.step(i + 1) for i in range(steps + 1)] == pytest.approx(norms, rel=1e-9)
     assert all(torch.equal(biases[name], bias) and bias.any() for name, bias in one.biases().items())
-    found = load([None], tmp_path, num)
+    found = load([None], tmp_path, num, steps) + [x for *_, of_rank in ranks for x in of_rank]
     for world, layouts in worlds.items():
-        found += [x for of_rank in run_ranks(load, world, layouts, tmp_path, num, timeout=900) for x in of_rank]
+        found += [x for of_rank in run_ranks(load, world, layouts, tmp_path, num, steps, timeout=900) for x in of_rank]
     assert [wrong for wrong, _, _ in found] == [[]] * len(found)
     assert all(torch.equal(bias, biases[name]) for _, _, own in found for name, bias in own.items())
     assert [norm for _, norm, _ in found] == pytest.approx([norms[-1]] * len(found), rel=1e-9)
 
 
-def test_a_checkpoint_of_experts_loads_under_other_layouts_and_resumes(tmp_path):
-    check_loads({2: [layout(tp=2, ep=2)]}, tmp_path)
+def test_a_checkpoint_of_experts_loads_under_another_layout_and_resumes(tmp_path):
+    check_loads([layout(dp_shard=2, tp=2, ep=2)], {}, tmp_path)
 
 
 @pytest.mark.slow
 def test_a_checkpoint_of_experts_loads_under_all_layouts(tmp_path):
     check_loads(
+        [layout(dp_shard=4), layout(dp_shard=2, tp=2, ep=2), layout(pp=2, dp_shard=2, ep=2)],
         {
             1: [layout()],
             2: [layout(dp_shard=2, ep=2), layout(dp_shard=2), layout(tp=2, ep=2), layout(pp=2)],
@@ -358,34 +361,41 @@ def test_a_checkpoint_of_experts_loads_under_all_layouts(tmp_path):
         },
         tmp_path,
         PIPELINED,
+        steps=2,
     )
 
 
 FEW = replace(MODEL, args=replace(ARGS, experts=replace(EXPERTS, num_experts=2, top_k=1)))
-
-
+THREE = replace(MODEL, args=replace(ARGS, experts=replace(EXPERTS, num_experts=3, top_k=1)))
 OPTIMIZERS = ("AdamW8bit", "Muon")
 
 
-def optimize(layouts, folder):
+def optimize(layouts, folder, m):
     """What differs from one process after two steps by each optimizer in each layout."""
     found = []
     for name, chosen in ((name, chosen) for name in OPTIMIZERS for chosen in layouts):
-        run, reference = Trained(chosen, folder / "none", name, FEW), torch.load(folder / f"{name}.pt")
+        run, reference = Trained(chosen, folder / "none", name, m), torch.load(folder / f"{name}.pt")
         run.step(1), run.step(2)
         assert run.model.blocks["0"].moe.experts.up.placements[0].is_shard(1)
         found.append(run.differences(reference, lambda a, b: torch.allclose(a.double(), b.double(), 1e-7, 1e-9)))
     return found
 
 
-def test_optimizers_of_experts_equal_one_process(tmp_path):
-    """With fewer experts than ranks, FSDP shards the rows of each, and Muon exchanges them."""
+@pytest.mark.parametrize(
+    "world, m, layouts",
+    [
+        (2, THREE, [layout(dp_shard=2)]),
+        pytest.param(4, FEW, [layout(dp_shard=2, ulysses=2, ep=ep) for ep in (1, 2)], marks=pytest.mark.slow),
+    ],
+    ids=["two ranks", "four ranks"],
+)
+def test_optimizers_of_experts_equal_one_process(world, m, layouts, tmp_path):
+    """The ranks do not divide the experts: FSDP shards the rows of each, and Muon exchanges them."""
     for name in OPTIMIZERS:
-        run = Trained(None, tmp_path / "none", name, FEW)
+        run = Trained(None, tmp_path / "none", name, m)
         run.step(1), run.step(2)
         kinds = {p: group["kind"] for group in run.optimizer.param_groups for p in group["params"]}
         experts = run.model.blocks["0"].moe.experts
         assert [kinds[p] for p in (experts.up, experts.down, experts.up_bias)] == [name, name, "AdamW"]
         torch.save(run.tensors(), tmp_path / f"{name}.pt")
-    layouts = [layout(dp_shard=2, ulysses=2, ep=2), layout(dp_shard=2, ulysses=2, ep=1)]
-    assert run_ranks(optimize, 4, layouts, tmp_path, timeout=600) == [[[]] * 4] * 4
+    assert run_ranks(optimize, world, layouts, tmp_path, m, timeout=600) == [[[]] * 2 * len(layouts)] * world

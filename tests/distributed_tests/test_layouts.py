@@ -118,7 +118,7 @@ LAYOUTS = {
     "pp2": layout(pp=2),
     "pp4": layout(pp=4),
     "pp2 uneven": layout({"pipeline_parallel_split": (0, 1)}, pp=2),
-    "pp3 x fsdp2 uneven": layout({"pipeline_parallel_split": (0, 2, 3)}, pp=3, dp_shard=2),
+    "pp3 uneven": layout({"pipeline_parallel_split": (0, 2, 3)}, pp=3),
     "pp2 zero bubble": layout({"pipeline_parallel_schedule": "InterleavedZeroBubble"}, pp=2),
     "tp2 x ulysses2": layout(tp=2, ulysses=2),
     "tp2 x ring2": layout(tp=2, ring=2),

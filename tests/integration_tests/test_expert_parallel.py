@@ -31,7 +31,7 @@ def read(options):
     [
         pytest.param(4, EP2, 1, marks=pytest.mark.slow),
         (4, EP2 | FULL | {"optimizer.name": "AdamW8bit"}, 2),
-        (8, EP2 | TP2 | CP2 | EXCHANGE | {"optimizer.name": "Muon"}, 1),
+        pytest.param(8, EP2 | TP2 | CP2 | EXCHANGE | {"optimizer.name": "Muon"}, 1, marks=pytest.mark.slow),
         # More ranks than experts of one of them.
         pytest.param(32, EP2 | {"optimizer.in_backward": "true", "training.max_norm": 0}, 1, marks=pytest.mark.slow),
     ],

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import run_ranks
+from benchmarks import clip_table as benchmark
+from tests.helpers import free_port, run_ranks
 from tests.unit_tests.data_clips import captioned, write_clip
 from titan_video.config.job_config import Data
 from titan_video.data import latent_cache
@@ -272,6 +273,19 @@ def test_probes_are_kept_in_few_tables(tmp_path, monkeypatch):
     assert again.get(b"x" * 32, "") and ProbeStore(tmp_path, DEFAULT_LIMITS).get(b"x" * 32, "") is None
 
 
+def test_a_process_has_one_table_that_is_not_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(probes, "PROBES_A_TABLE", 4)
+    store = ProbeStore(tmp_path, DEFAULT_LIMITS)
+    made = {bytes([n]) * 32: Probe(f"{n}", 8, 8, "1/25", (0, 1, 3), 4) for n in (5, 1, 4, 2, 3, 9)}
+    for n, (key, found) in enumerate(made.items(), 1):
+        store.add(key, found)
+        store.flush()
+        assert len(list(tmp_path.iterdir())) == 1 + (n > 4)
+        there = ProbeStore(tmp_path, DEFAULT_LIMITS)
+        assert all(s.get(k, "") == f for s in (store, there) for k, f in list(made.items())[:n])
+    assert there.get(b"x" * 32, "") is None and not there.has(b"x" * 32, "") and there.has(key, "")
+
+
 def test_probes_of_earlier_versions_are_read(tmp_path, monkeypatch):
     (tmp_path / "clips").mkdir()
     clip = captioned(tmp_path / "clips" / "a.mp4")
@@ -370,12 +384,12 @@ def test_parts_of_a_plan_and_of_encoding_make_the_whole(toml, tmp_path, monkeypa
 
 def test_a_known_plan_is_taken_and_nothing_is_written_anew(toml, tmp_path, monkeypatch, capsys):
     main(["encode", str(toml)])
-    report, told = tmp_path / "run/data_plan.jsonl", capsys.readouterr().out
+    report, printed = tmp_path / "run/data_plan.jsonl", capsys.readouterr().out
     stamp = report.stat().st_mtime_ns
     monkeypatch.setattr(planned.Planner, "entries", lambda *_: pytest.fail("it is decided anew"))
     monkeypatch.setattr(clip_tables, "_write", lambda *_: pytest.fail("keys are hashed anew"))
     main(["encode", str(toml)])
-    assert report.stat().st_mtime_ns == stamp and capsys.readouterr().out == told
+    assert report.stat().st_mtime_ns == stamp and capsys.readouterr().out == printed
     monkeypatch.undo()
     (tmp_path / "clips/0.txt").write_text("another caption")
     main(["encode", str(toml)])
@@ -400,3 +414,16 @@ def test_all_ranks_look_at_the_files(toml, tmp_path):
     (first, entries, path), (second, others, other) = run_ranks(plan_on_rank, 2, tmp_path)
     assert sorted(first + second) == [f"{k}.mp4" for k in range(6)] and first and second
     assert entries == others == [expected] * 2 and path == other
+
+
+def test_the_benchmark_of_a_start(tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")  # so that what the script sets is taken back
+        monkeypatch.delenv(name)
+    once = benchmark.prepare(tmp_path, 12, clips_per_file=2)
+    benchmark.start(0, 1, free_port(), tmp_path, 2)
+    found = json.loads((tmp_path / "rank-0.json").read_text())
+    assert found["clips"] == 23 and found["cpu"] > 0  # and one is held out
+    result = {"clips": 23, "once": once, "first": [found], "known": [found], "tables": 2300}
+    shown = benchmark.table([result, {**result, "clips": 13}])
+    assert "rank 0: own memory grows by 0.0 B a clip" in shown and "100 B a clip on disk" in shown

@@ -80,16 +80,18 @@ def test_the_model_must_have_the_experts(args, degree, words):
     "dims, shape",
     [
         (ParallelDims(dp_shard=4), (2, 6, 5)),
-        (ParallelDims(dp_shard=4, tp=2), (1, 6, 5)),
+        (ParallelDims(dp_shard=4, tp=2), (2, 6, 5)),
+        (ParallelDims(dp_shard=4, tp=2, ep=2), (1, 6, 5)),
         (ParallelDims(dp_shard=4, ep=2), (2, 6, 5)),
         (ParallelDims(dp_shard=8, tp=2, ep=8), (1, 3, 5)),
-        (ParallelDims(dp_shard=12, tp=2), (1, 6, 5)),  # 24 ranks divide neither 8 nor 6
+        (ParallelDims(dp_shard=12, tp=2), (1, 6, 5)),  # 12 ranks divide neither 8 nor 6
     ],
 )
 def test_closed_form_of_an_expert_shard(dims, shape):
     assert shard_shape("blocks.0.moe.experts.up", (8, 6, 5), PLAN, dims) == shape
     assert shard_shape("blocks.0.self_attn.q.weight", (8, 6), PLAN, dims)[0] == -(-8 // dims.tp // dims.dp_shard)
-    assert get_unit("blocks.0.moe.experts.up", PLAN) == "blocks.0.moe.experts"
+    unit = "blocks.0.moe.experts" if dims.ep > 1 else "blocks.0"
+    assert get_unit("blocks.0.moe.experts.up", PLAN, dims.ep) == unit
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

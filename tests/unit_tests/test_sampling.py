@@ -150,7 +150,7 @@ IMAGE_KINDS = {
 def test_wan_from_an_image_with_a_negative_prompt_is_diffusers_pipeline(kind):
     args, ours, theirs = wan_pair(0, **IMAGE_KINDS[kind])
     g = torch.Generator().manual_seed(7)
-    prompt, negative = make_prompt(args, 1, (7,)), make_prompt(args, 2, (9,))
+    prompt, negative = make_prompt(args, 1, (7,)), make_prompt(args, 2, (args.text_len - 3,))
     images = [torch.rand(1, 3, SIZE["height"], SIZE["width"], generator=g) for _ in range(2)]
     tokens = torch.randn(1, args.image_len, args.image_dim, generator=g)
     is_clean, has_two = args.clean_first_frame, args.image_positions
@@ -179,7 +179,7 @@ def test_wan_from_an_image_with_a_negative_prompt_is_diffusers_pipeline(kind):
     torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
     empty = Prompt(torch.zeros_like(negative.text_BLD), torch.zeros_like(negative.mask_BL))
     other = sample_latents(ours, args, replace(prompt, cond=cond), empty, LATENT, [3], settings)
-    assert (other - expected).abs().max() > 1e-2
+    assert (other - expected).abs().max() > 2e-3
 
 
 @pytest.mark.parametrize("solver", ["euler", "unipc"])

@@ -76,7 +76,7 @@ class ParallelDims:
         fsdp_root = world["dp_shard", "ring", "ulysses", "tp"]._flatten("fsdp_tp")
         if self.dp_replicate > 1:
             fsdp, fsdp_root = (DeviceMesh._concatenate([world["dp_replicate"], mesh]) for mesh in (fsdp, fsdp_root))
-        expert_fsdp, ep = fsdp_root, None
+        expert_fsdp = ep = None
         if self.ep > 1:
             build_expert_meshes = resolve(f"{EXPERT_PARALLEL}:build_expert_meshes", EP_ASKED)
             expert_fsdp, ep = build_expert_meshes(self, device_type)
@@ -104,7 +104,8 @@ class Meshes:
     fsdp: 1-D (dp_shard x cp) or 2-D (dp_replicate, dp_shard x cp); the blocks are sharded over it. fsdp_root: the same
     with tp, for what is outside the blocks: tensor parallel does not split it, and its gradients too are sums over the
     tokens of all these ranks.
-    expert_fsdp: the same for experts, of which each rank of the 1-D ep has a part; ep None: each rank has all of them.
+    ep: 1-D, over which experts are divided. expert_fsdp: the ranks that have the same ones, over which these are
+    sharded, 1-D or 2-D like fsdp. None without expert parallel: experts are then parameters of their block like others.
     """
 
     world: DeviceMesh
@@ -116,7 +117,7 @@ class Meshes:
     ulysses: DeviceMesh
     tp: DeviceMesh
     pp: DeviceMesh
-    expert_fsdp: DeviceMesh
+    expert_fsdp: DeviceMesh | None = None
     ep: DeviceMesh | None = None
 
 

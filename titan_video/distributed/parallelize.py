@@ -29,7 +29,7 @@ def parallelize(
     block_sections: dict[tuple[str, str], ActivationCheckpoint] | None = None,
     float8: Float8 | None = None,
 ) -> None:
-    """Apply float8, tensor, context and expert parallel, checkpointing, compile, block swap and FSDP2, in this order.
+    """Apply float8, expert, tensor and context parallel, checkpointing, compile, block swap and FSDP2, in this order.
 
     In place; the parameters may be on the meta device. One section a step, hence nine parameters.
     block_sections: see `apply_activation_checkpoint`, where `model` is one pipeline stage of it.
@@ -38,14 +38,14 @@ def parallelize(
     if float8 is not None and float8.enable:
         apply_float8 = resolve(FLOAT8, asked_by="float8.enable = true")
         apply_float8(model, plan, float8, meshes.world.device_type, meshes.tp.size())
+    if meshes.ep is not None:
+        resolve(EXPERT_PARALLEL, asked_by="parallelism.expert_parallel_degree")(model, plan, meshes.ep)
     if meshes.tp.size() > 1:
         apply_tensor_parallel = resolve(TENSOR_PARALLEL, asked_by="parallelism.tensor_parallel_degree")
         apply_tensor_parallel(model, plan, meshes.tp, parallelism.enable_async_tensor_parallel)
     if meshes.ring.size() * meshes.ulysses.size() > 1:
         apply_context_parallel = resolve(CONTEXT_PARALLEL, asked_by="parallelism.context_parallel_degree")
         apply_context_parallel(model, plan, meshes.ring, meshes.ulysses, parallelism.context_parallel_rotate_method)
-    if meshes.ep is not None:
-        resolve(EXPERT_PARALLEL, asked_by="parallelism.expert_parallel_degree")(model, plan, meshes.ep)
     apply_activation_checkpoint(model, plan, checkpointing, block_sections)
     if compilation.enable:
         apply_compile(model, plan, compilation.backend)

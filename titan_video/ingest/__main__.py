@@ -149,7 +149,7 @@ class DataCommand:
             print(f"  written: {path}")
 
     def _decode_all(self, plan: Plan) -> Plan:
-        frames, start = sum(e.bucket[0] for e in plan.kept), time.perf_counter()
+        frames, start = sum(e.bucket[0] for e in plan.entries if e.kept), time.perf_counter()
         plan = decode_all(plan, self.config.data.num_workers)
         plan.write_jsonl(self.plan_file)
         rate = frames / (time.perf_counter() - start)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 
 from titan_video.tools.files import atomic_path
 
@@ -32,10 +33,11 @@ class Columns(Mapping[str, np.ndarray]):
     """{name: column} of a file, and its `note`, what else the writer had to say. It is sent to another process as its
     path.
 
+    is_copied: the file is read and not mapped, so that it may be deleted meanwhile.
     ValueError: no such file, or a damaged one.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, is_copied: bool = False):
         self.path = Path(path)
         try:
             size = self.path.stat().st_size
@@ -47,17 +49,15 @@ class Columns(Mapping[str, np.ndarray]):
             if header["format"] != FORMAT:
                 raise ValueError("it has another format")
             self.num_rows, self.note, start = int(header["rows"]), header["note"], _aligned(8 + length)
-            self._columns = {name: self._map(start, size, *at) for name, at in header["columns"].items()}
+            # Torch's mapping, unlike numpy's, holds no file descriptor, of which a process has few.
+            data = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8).numpy()
+            data = (data.copy() if is_copied else data)[start:]
+            data.flags.writeable = False
+            self._columns = {name: _column(data, *at) for name, at in header["columns"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
             raise ValueError(f"{path}: is no table of columns ({e}); delete this file and start again") from e
-
-    def _map(self, start: int, size: int, dtype: str, shape: Sequence[int], offset: int) -> np.ndarray:
-        kind, count = np.dtype(dtype), int(np.prod(shape, dtype=np.int64))
-        if kind.hasobject or min(offset, *shape, 0) < 0 or start + offset + count * kind.itemsize > size:
-            raise ValueError("a column is longer than the file")
-        if not count:
-            return np.zeros(shape, kind)
-        return np.memmap(self.path, kind, "r", start + offset, tuple(shape)).view(np.ndarray)
+        except RuntimeError as e:  # torch's own, for a file that is gone
+            raise ValueError(f"{path}: cannot be mapped ({e}); start again") from e
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._columns[name]
@@ -86,6 +86,7 @@ class ColumnWriter:
 
     def __init__(self, folder: str | os.PathLike, fixed: np.dtype, blobs: Sequence[str] = ()):
         self.folder, self.fixed, self.blobs = Path(folder), fixed, tuple(blobs)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.num_rows = 0
         self.rows: list[tuple] = []
         self.texts: list[tuple[bytes, ...]] = []
@@ -165,6 +166,14 @@ def used(path: Path) -> Path:
             if time.time() - other.stat().st_mtime > UNUSED_SECONDS:
                 other.unlink(missing_ok=True)
     return path
+
+
+def _column(data: np.ndarray, dtype: str, shape: Sequence[int], offset: int) -> np.ndarray:
+    kind = np.dtype(dtype)
+    end = offset + int(np.prod(shape, dtype=np.int64)) * kind.itemsize
+    if kind.hasobject or min(offset, *shape, 0) < 0 or end > len(data):
+        raise ValueError("a column is longer than the file")
+    return data[offset:end].view(kind).reshape(shape)
 
 
 def _aligned(offset: int) -> int:

@@ -89,7 +89,6 @@ def write_plan_table(path: Path, plan: Plan, limits: DecodeLimits, key: str = ""
 
     limits: of all entries. key: of what was decided. is_final: the same again would decide the same.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     maker = SummaryMaker()
     with ColumnWriter(path.parent, ROW, ("texts",)) as writer:
         _append(writer, plan.entries, maker)

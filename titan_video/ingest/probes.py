@@ -1,7 +1,8 @@
 """Probes of many files, in worker processes of many ranks, kept between runs.
 
-A probe is named by a hash of its file's path, size and time of change. Each process writes the probes of a minute as a
-table (columns.py); many small tables are merged into one. Caches of earlier versions have a small JSON file for each.
+A probe is named by a hash of its file's path, size and time of change. Each process writes its probes as tables
+(columns.py): once a minute into a small one, which takes the place of the one before, until that is full. Many tables
+are merged into one. Caches of earlier versions have a small JSON file for each probe.
 """
 
 import hashlib
@@ -29,7 +30,8 @@ from titan_video.tools.signals import Stopped, stop_requested
 
 PROBE_VERSION = 3
 PROBES_A_TABLE, SECONDS_A_TABLE = 20_000, 60.0
-TABLES_KEPT, KEPT_SECONDS = 16, 86_400  # merged when there are more; deleted when as old, as others may have them open
+TABLES_KEPT = 16  # more are merged
+KEPT_SECONDS = 86_400  # after which merged ones are deleted: others may have them mapped
 NUMBERS = ("width", "height", "end")
 TEXTS = ("sha256", "time_base", "reason", "colour", "formerly")
 ROW = np.dtype(
@@ -77,14 +79,15 @@ class ProbeStore:
         self.unsaved: dict[bytes, Probe] = {}
         self.waiting: dict[bytes, Probe] = {}
         self.oldest = 0.0
+        self.small: Columns | None = None  # the table of this process that is not full
         self.open()
 
     def open(self) -> None:
         """Take what other processes have written."""
         found = []
         for path in sorted(self.folder.glob("*.columns")):
-            with suppress(ValueError):  # not whole: the files are probed again
-                found.append(Columns(path))
+            with suppress(ValueError):  # not whole, or just replaced: the files are probed again
+                found.append(_open(path))
         merged = {name for columns in found for name in columns.note["merged"]}
         self.tables = [_keyed(columns) for columns in found if columns.path.name not in merged]
         for path in (columns.path for columns in found if columns.path.name in merged):
@@ -140,8 +143,20 @@ class ProbeStore:
     def flush(self) -> None:
         """Write what waits as a table. Without it the next start probes again."""
         waiting, self.waiting = self.waiting, {}
-        if waiting and not self._write(sorted(waiting.items()), ()):
+        if not waiting:
+            return
+        old, probes = self.small, list(waiting.items())
+        if old is not None:
+            probes += ((old["key"][row].tobytes(), _read(old, row)) for row in range(old.num_rows))
+        if not self._write(sorted(probes, key=lambda one: one[0]), ()):
             self.unsaved |= waiting
+            return
+        if old is not None:
+            self.tables = [(columns, keys) for columns, keys in self.tables if columns.path != old.path]
+            with suppress(OSError):
+                old.path.unlink(missing_ok=True)
+        new = self.tables[-1][0]
+        self.small = new if new.num_rows < PROBES_A_TABLE else None
 
     def merge(self) -> None:
         """One table in place of many. One process calls it, when all have written."""
@@ -155,13 +170,12 @@ class ProbeStore:
         chosen = order[is_new(keys[order])].tolist()
         probes = ((keys[n].tobytes(), _read(old[table[n]], int(row[n]))) for n in chosen)
         if self._write(probes, [columns.path.name for columns in old]):
-            self.tables = self.tables[-1:]
+            self.tables, self.small = self.tables[-1:], None
 
     def _write(self, probes: Iterable[tuple[bytes, Probe]], merged: Sequence[str]) -> bool:
         """Whether a table of these could be written. merged: names of the tables whose place it takes."""
         path = self.folder / f"{time.time_ns():x}-{os.uname().nodename}-{os.getpid()}.columns"
         with optional_write("probes", self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
             with ColumnWriter(self.folder, ROW, ("texts",)) as writer:
                 times = TimesWriter(writer)
                 for key, found in probes:
@@ -170,9 +184,15 @@ class ProbeStore:
                     raw, prefix = np.frombuffer(key, np.uint8), int.from_bytes(key[:8], "big")
                     writer.append((raw, prefix, *numbers, *times.code(found.pts)), texts.encode())
                 writer.write(path, {"merged": list(merged)}, "probes")
-            self.tables.append(_keyed(Columns(path)))
+            self.tables.append(_keyed(_open(path)))
             return True
         return False
+
+
+def _open(path: Path) -> Columns:
+    """A small table is read, as its process may delete it."""
+    columns = Columns(path)
+    return columns if columns.num_rows >= PROBES_A_TABLE else Columns(path, is_copied=True)
 
 
 def _keyed(columns: Columns) -> tuple[Columns, SortedKeys]:

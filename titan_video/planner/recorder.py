@@ -91,6 +91,10 @@ class Recorder(StepTracker):
         """(storage, change of bytes), in order."""
         return self._log
 
+    def events(self, first: int, last: int) -> np.ndarray:
+        """[events, 2] of this part of the log: storage, and 1 for an allocation or -1."""
+        return np.array([(number, 1 if change > 0 else -1) for number, change in self._log[first:last]]).reshape(-1, 2)
+
     def number(self, tensor: Tensor) -> int:
         """The number of a tensor's storage."""
         return self._number(tensor)

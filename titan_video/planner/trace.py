@@ -6,13 +6,16 @@ asked of its own policy (SACPolicy), operator by operator, and what backward run
 """
 
 import copy
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -23,6 +26,7 @@ from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.parallelize import CONTEXT_PARALLEL, TENSOR_PARALLEL
 from titan_video.distributed.sequence import SequenceShard
 from titan_video.flow.matching import FlowMatching
+from titan_video.models import get_args, get_spec
 from titan_video.models.layers import cast_params
 from titan_video.models.spec import ModelSpec
 from titan_video.planner import fake
@@ -139,13 +143,27 @@ class Tracer:
         return min(ring, 2) if rotate == "alltoall" else ring, min(ulysses, least), tp
 
     def trace(self, ring: int, ulysses: int, tp: int) -> tuple[dict[str, BlockTrace], EndsTrace]:
-        """({container of blocks: trace}, ends) of rank 0 at `degrees`; cached. No process group may exist."""
+        """({container of blocks: trace}, ends) of rank 0 at `degrees`; cached.
+
+        A process that trains has a process group, and can have no other: there, another process traces.
+        """
         key = ring, ulysses, tp = self.degrees(ring, ulysses, tp)
-        if key not in self._traces:
+        if key not in self._traces and dist.is_initialized():
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                self._traces[key] = pool.submit(_trace_alone, self.config, key).result()
+        elif key not in self._traces:
             dims = ParallelDims(ring=ring, ulysses=ulysses, tp=tp)
             with fake.fake_ranks(dims.sequence, 0):
                 self._traces[key] = _LayoutTracer(self, dims).run()
         return self._traces[key]
+
+
+def _trace_alone(config: JobConfig, key: tuple[int, int, int]) -> tuple[dict[str, BlockTrace], EndsTrace]:
+    """In a process of its own."""
+    spec = get_spec(config.model.name)
+    args = get_args(spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
+    ring, ulysses, tp = key
+    return Tracer(config, spec, args).trace(ring, ulysses, tp)
 
 
 class _LayoutTracer:
@@ -153,6 +171,7 @@ class _LayoutTracer:
         self.config, self.spec, self.args, self.dims = tracer.config, tracer.spec, tracer.args, dims
         self.meshes, self._last_unit = dims.build_mesh("cpu"), ""
         self.model = copy.deepcopy(tracer.small)
+        self.single = {path for path in self.spec.plan.blocks if len(tracer.model.get_submodule(path)) == 1}
         cast_params(self.model, self.spec.plan.fp32, tracer.dtype)
         parallelism = self.config.parallelism
         if dims.tp > 1:
@@ -196,7 +215,9 @@ class _LayoutTracer:
         handles = []
         for path, calls in seen.items():
             container = self.model.get_submodule(path)
-            block = container["1"] = container["0"]  # run twice: what both calls get is shared by all blocks
+            block = container["0"]
+            if path not in self.single:
+                container["1"] = block  # run twice: what both calls get is shared by all blocks
 
             def note(module: nn.Module, args: tuple, kwargs: dict, calls: list = calls) -> None:
                 calls.append((module, args, kwargs))
@@ -250,8 +271,8 @@ class _LayoutTracer:
             p.grad = None
         log = Log(
             sizes=recorder.sizes(),
-            forward=_events(recorder.log[start:middle]),
-            backward=_events(recorder.log[middle:end]),
+            forward=recorder.events(start, middle),
+            backward=recorder.events(middle, end),
             inputs=inputs,
             kept=frozenset(kept),
             results=frozenset(results),
@@ -289,8 +310,8 @@ class _LayoutTracer:
         kept = marks["loss"] - marks["inputs"]
         log = Log(
             sizes=sizes,
-            forward=_events(recorder.log[start:middle]),
-            backward=_events(recorder.log[middle:end]),
+            forward=recorder.events(start, middle),
+            backward=recorder.events(middle, end),
             inputs=frozenset(marks["inputs"]),
             kept=frozenset(kept),
             results=frozenset(),
@@ -376,8 +397,3 @@ def _leaf_like(t: Tensor) -> Tensor:
 
 def _storage(t: Tensor) -> int:
     return t.untyped_storage()._cdata
-
-
-def _events(log: list[tuple[int, int]]) -> np.ndarray:
-    """[events, 2]: storage, and 1 for an allocation or -1."""
-    return np.array([(number, 1 if change > 0 else -1) for number, change in log]).reshape(-1, 2)

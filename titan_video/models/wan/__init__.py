@@ -6,7 +6,8 @@ Names of parameters: names.py.
 from dataclasses import asdict, replace
 
 from titan_video.models.spec import ExpertArgs, LatentGeometry, ModelSpec, ParallelPlan, WidthRules
-from titan_video.models.wan.model import WanArgs, WanModel, init_parameter
+from titan_video.models.wan.args import WanArgs
+from titan_video.models.wan.model import WanModel, init_parameter
 from titan_video.models.wan.names import HF_NAMES
 from titan_video.tools.parts import resolve
 

@@ -1,7 +1,7 @@
 """Names and layout transforms of Wan's parameters in diffusers' layout and in the public code's (Wan-Video/Wan2.1)."""
 
 from titan_video.models.spec import NameRule
-from titan_video.models.wan.model import WanArgs
+from titan_video.models.wan.args import WanArgs
 
 
 def _conv_kernel(weight, args: WanArgs):
