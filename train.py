@@ -282,7 +282,7 @@ class Trainer:
         self.steps = Prefetch(self.loader, last_step - self.step, self.task.prepare, self.device, clips)
         run = self.guard, self.checkpoint, self.metrics, self.steps, self.folder, self.host_group
         self.judge = StepJudge(c, self.guard, self.ema, self.metrics, partial(parts.handle_fault, run, last_step))
-        with parts.build_profiler(c.profiling, self.folder, self.device) as profiler:
+        with parts.build_profiler(c, self.folder, self.device) as profiler:
             while self.step < last_step:
                 self.export()  # of the step before; a resumed run makes up for it
                 start = time.perf_counter()

@@ -76,6 +76,10 @@ class SmallModel:
         held = {kind: self.held_bytes(c, 1) for kind in choices}
         return SmallLayout(stages, choices, held, self.usable, c.microbatches, fixed=0.1 / c.dp_shard)
 
+    def least_seconds(self, c: Candidate) -> float:
+        compute = sum(self.compute[kind] for kind in self.layers) * c.local_batch_size / (c.cp * c.tp)
+        return compute * (c.microbatches + c.pp - 1) / c.pp
+
     def predict(self, c: Candidate) -> Prediction:
         modes = [r.checkpointing for r in c.ranges for _ in range(r.first, r.last)]
         blocks = [self.block(c, kind, mode) for kind, mode in zip(self.layers, modes, strict=True)]

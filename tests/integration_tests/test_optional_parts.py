@@ -10,7 +10,7 @@ import pytest
 from benchmarks.house import OPTIONAL_PARTS, PACKAGE, optional_part
 from tests.helpers import run_ranks
 
-PROGRAMS = {"planner", "convert", "download", "sample", "replay", "ingest.importers"}  # started by hand
+PROGRAMS = {"convert", "download", "sample", "replay", "ingest.importers"}  # started by hand
 ALWAYS = {"supervision", "training.tensorboard_sink"}  # every run uses them where they are there
 AFTERWARDS = {"training.out_of_memory"}  # explains an error
 ASKING = {
@@ -42,6 +42,7 @@ ASKING = {
     "training.faults": {"fault_tolerance.nonfinite": "rollback"},
     "training.gradient_check": {"debug.deterministic": "true", "debug.verify_every": 2},
     "lora": {"lora.enable": "true"},
+    "planner": {"planner.cluster": "h100x1"},
     "flow.unipc": {"validation.solver": "unipc"},
     "online": {"encoder.placement": "colocated"},
 }

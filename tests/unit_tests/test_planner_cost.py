@@ -160,11 +160,11 @@ def sent_by_blocks(model, candidate, mode):
             clock.block_seconds(candidate, path, part, work, mode if part == "again" else NONE)
             chosen = mode if part == "again" else NONE
             key = (candidate.ring, candidate.ulysses, candidate.tp, path, part, chosen.mode, chosen.save, True)
-            for axis, kind, payload in clock._works[key].sent:
+            for axis, kind, payload, times in clock._works[key].sent:
                 ranks = degrees[axis]
                 # A ring's exchange is a send to one rank: nothing of it stays.
                 kind_sent = "send" if axis == "ring" else kind
-                found[kind, axis] += bytes_sent(kind_sent, round(payload @ values), Axis(axis, ranks, 0))
+                found[kind, axis] += times * bytes_sent(kind_sent, round(payload @ values), Axis(axis, ranks, 0))
     assert recomputed(trace[path], NONE, True) == []
     return found
 

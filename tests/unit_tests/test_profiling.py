@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.unit_tests.config_cases import get_message
-from titan_video.config.job_config import Profiling
+from titan_video.config.job_config import JobConfig, Profiling
 from titan_video.training import profiling
 from titan_video.training.parts import NoProfiler, build_profiler
 from titan_video.training.profiling import Profiler
@@ -23,7 +23,7 @@ def one_rank(monkeypatch):
 
 def run_steps(section, folder, num_steps, first=1):
     """Steps `first` to `num_steps`, the operator of step i on a tensor of i numbers."""
-    with build_profiler(section, folder, CPU) as profiler:
+    with build_profiler(JobConfig(profiling=section), folder, CPU) as profiler:
         for step in range(first, num_steps + 1):
             torch.cumsum(torch.ones(step), 0)
             profiler.step(step)
@@ -65,14 +65,14 @@ def test_a_trace_is_named_by_the_step_of_the_run(tmp_path):
 
 
 def test_without_options_nothing_is_loaded_or_written(tmp_path):
-    assert isinstance(build_profiler(Profiling(), tmp_path, CPU), NoProfiler)
+    assert isinstance(build_profiler(JobConfig(), tmp_path, CPU), NoProfiler)
     run_steps(Profiling(), tmp_path, 20)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_memory_snapshot_needs_a_gpu(tmp_path):
     with pytest.raises(ValueError, match=r"^profiling.enable_memory_snapshot: true, but only a GPU's allocations"):
-        build_profiler(Profiling(enable_memory_snapshot=True), tmp_path, CPU)
+        build_profiler(JobConfig(profiling=Profiling(enable_memory_snapshot=True)), tmp_path, CPU)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from titan_video.config.sections.data import Source as Source
 from titan_video.config.sections.fault_tolerance import FaultTolerance
 from titan_video.config.sections.float8 import Float8
 from titan_video.config.sections.lora import Lora
+from titan_video.config.sections.planner import Planner
 from titan_video.config.sections.profiling import Profiling
 from titan_video.config.sections.validation import Validation
 
@@ -390,6 +391,7 @@ class JobConfig:
     checkpoint: Checkpoint = Checkpoint()
     metrics: Metrics = Metrics()
     profiling: Profiling = Profiling()
+    planner: Planner = Planner()
     comm: Comm = Comm()
     fault_tolerance: FaultTolerance = FaultTolerance()
     debug: Debug = Debug()

@@ -32,6 +32,7 @@ PARTS = (  # (section or option, the values that ask for a part, the part)
     ("parallelism.pipeline_parallel_degree", CHANGED, "titan_video.distributed.pipeline_parallel"),
     ("parallelism.pipeline_parallel_split", CHANGED, "titan_video.distributed.pipeline_parallel"),
     ("parallelism.enable_async_tensor_parallel", (True,), "titan_video.distributed.async_tensor_parallel"),
+    ("planner", CHANGED, "titan_video.planner"),
     ("profiling.enable_profiling", (True,), "titan_video.training.profiling"),
     ("profiling.enable_memory_snapshot", (True,), "titan_video.training.profiling"),
     ("metrics.enable_wandb", (True,), "titan_video.training.wandb_sink"),

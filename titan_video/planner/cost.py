@@ -87,6 +87,10 @@ class CostModel:
         """All that does not depend on checkpointing or on the split into stages. See layout.py."""
         return self.builder.layout(candidate, allow_offload)
 
+    def least_seconds(self, candidate: Candidate) -> float:
+        """A lower bound of a step, cheap: see layout.py."""
+        return self.builder.least_seconds(candidate)
+
     def predict(self, candidate: Candidate) -> Prediction:
         """A step of the candidate."""
         seconds, flops = self.clock.step(candidate)

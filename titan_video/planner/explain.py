@@ -54,9 +54,7 @@ def rejections(result: Result) -> list[str]:
         lines.append(f"the nearest to fit, {name_of(nearest.candidate)}, lacks {nearest.missing / GIB:.2f} GiB")
     if result.slower:
         bound, candidate = result.slower[0]
-        text = (
-            f"{len(result.slower):,} fit and were left out: even the lower bound of the best, {name_of(candidate)}, is "
-        )
+        text = f"{len(result.slower):,} were left out: even the lower bound of the best, {name_of(candidate)}, is "
         lines.append(text + f"{bound:.3f} s")
     lines.append(f"{len(result.plans):,} were solved exactly; {len(result.plateau):,} are within 2 % of the fastest")
     if chosen:

@@ -5,6 +5,7 @@ left for them, and the seconds of all else. Both are what `CostModel.predict` ad
 reduction buffers of the peak, which depend on the choice: a budget is never too small, and may be a little too large.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,10 +68,25 @@ class LayoutBuilder:
         self._budgets: dict[Any, tuple[StageBudget, ...]] = {}
         self._held: dict[Any, dict[str, float]] = {}
         self._fixed: dict[Any, StepFixed] = {}
+        self._least: dict[Any, float] = {}
 
     @property
     def clock(self) -> StepClock:
         return self.model.clock
+
+    def least_seconds(self, c: Candidate) -> float:
+        """Of a step whose blocks save everything, wait for no weights, and are spread equally over the stages."""
+        key = c.ring, c.ulysses, c.tp, c.local_batch_size, c.tokens_per_microbatch
+        if key not in self._least:
+            numbers = Counter(self.model.layers)
+            self._least[key] = sum(
+                n * work.share * self.clock.block_seconds(c, path, part, work).device
+                for path, n in numbers.items()
+                for part in ("forward", "backward")
+                for work in self.model.workload
+            )
+        chunks = 2 if c.pp > 1 and c.schedule.startswith("Interleaved") else 1
+        return self._least[key] * (c.microbatches + (c.pp - 1) / chunks) / c.pp
 
     def layout(self, c: Candidate, allow_offload: bool) -> Layout:
         chunks = 2 if c.pp > 1 and c.schedule.startswith("Interleaved") else 1

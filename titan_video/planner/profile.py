@@ -9,7 +9,6 @@ named at the top of the file: the encoders' rates, and the network where all ran
 """
 
 import argparse
-import math
 import os
 import platform
 import sys
@@ -55,6 +54,7 @@ class Profile:
 
     def run(self) -> dict[str, Any]:
         """The tables of a cluster TOML, the same on every rank."""
+        profile_compute.measure_sharing(self.watch, (256, 256, 256), self.dtype)
         samples, peak = self._products()
         tables = self._attention(peak)
         messages = self._messages()
@@ -76,8 +76,6 @@ class Profile:
         samples = profile_compute.product_samples(self.watch, shapes, self.dtype)
         best = max(s["tflops"] for s in samples) * 1e12
         peak = peak_flops(self.device) if self.device.type == "cuda" else None
-        largest = profile_compute.bounded(max(shapes, key=math.prod), best * self.watch.budget)
-        self.shared = profile_compute.oversubscription(self.watch, largest, self.dtype)
         return samples, max(best, peak or 0.0)
 
     def _attention(self, peak: float) -> list[dict[str, Any]]:
@@ -146,10 +144,7 @@ class Profile:
         if self.device.type == "cuda":
             found["compiled_us"] = profile_compute.compiled_seconds(self.watch) * 1e6
         if self.groups:
-            group = max(self.groups, key=lambda g: g.ranks)
-            launch = profile_links.launch_seconds(self.watch, group)
-            waiting = launch if self.device.type == "cpu" else 0.0
-            found["collective_us"] = max(profile_compute.fsdp_seconds(self.watch, waiting), 1e-6) * 1e6
+            found["collective_us"] = profile_compute.fsdp_seconds(self.watch) * 1e6
         return found | {
             "memory_gib": memory_bytes(torch.device("cpu"), self.per_node) / GIB,
             "memory_gb_per_s": profile_compute.host_memory_rate(self.watch, self.largest) / 1e9,
@@ -190,7 +185,7 @@ def header(profile: Profile) -> str:
         f"Measured by `python -m titan_video.planner.profile`: {profile.world_size} ranks, {backend}, torch "
         f"{torch.__version__}, {str(profile.dtype).removeprefix('torch.')}, model {profile.config.model.name} "
         f"{profile.config.model.flavor}, {profile.tokens} tokens a clip.",
-        f"Rates are those of all ranks at once: a product then takes {profile.shared:.2f} times as long as on one alone.",
+        f"Rates are of all ranks at once: each has a core for 1 / {profile.watch.sharing:.2f} of the time.",
         f"Not measured, so at their defaults: {', '.join(unmeasured)}.",
     ]
     return "".join(f"# {line}\n" for line in lines) + "\n"

@@ -49,7 +49,7 @@ def product_rate(watch: Stopwatch, shape: tuple[int, int, int], dtype: torch.dty
     rows, inner, columns = shape
     a = random_tensor(rows, inner, dtype=dtype, device=watch.device)
     b = random_tensor(inner, columns, dtype=dtype, device=watch.device)
-    return 2 * rows * inner * columns / watch.seconds(lambda: a @ b)
+    return 2 * rows * inner * columns / watch.compute_seconds(lambda: a @ b)
 
 
 def bounded(shape: tuple[int, int, int], flops: float) -> tuple[int, int, int]:
@@ -62,11 +62,11 @@ def bounded(shape: tuple[int, int, int], flops: float) -> tuple[int, int, int]:
     return tuple(sizes)
 
 
-def oversubscription(watch: Stopwatch, shape: tuple[int, int, int], dtype: torch.dtype) -> float:
-    """Seconds of a product on all ranks at once / on rank 0 alone: more than 1 where ranks share cores or power."""
+def measure_sharing(watch: Stopwatch, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """How many ranks share a core; later figures of `watch.compute_seconds` have it."""
     a = random_tensor(*shape[:2], dtype=dtype, device=watch.device)
     b = random_tensor(*shape[1:], dtype=dtype, device=watch.device)
-    return watch.seconds(lambda: a @ b) / watch.seconds_alone(lambda: a @ b)
+    watch.measure_sharing(lambda: a @ b)
 
 
 # ---- attention ----
@@ -112,8 +112,8 @@ def _attention_seconds(watch: Stopwatch, shape: tuple[int, ...], dtype: torch.dt
         torch.autograd.grad(attention.attention(q, k, v), leaves, grad)
 
     with torch.no_grad():
-        forward = watch.seconds(lambda: attention.attention(q, k, v))
-    return forward, watch.seconds(forward_backward)
+        forward = watch.compute_seconds(lambda: attention.attention(q, k, v))
+    return forward, watch.compute_seconds(forward_backward)
 
 
 # ---- memory ----
@@ -123,7 +123,7 @@ def copy_rate(watch: Stopwatch, shape: tuple[int, int], dtype: torch.dtype) -> f
     """Bytes per second, read and written, of a copy."""
     x = random_tensor(*shape, dtype=dtype, device=watch.device)
     y = torch.empty_like(x)
-    return 2 * x.nbytes / watch.seconds(lambda: y.copy_(x))
+    return 2 * x.nbytes / watch.compute_seconds(lambda: y.copy_(x))
 
 
 def elementwise_rate(watch: Stopwatch, shape: tuple[int, int], dtype: torch.dtype) -> float:
@@ -136,7 +136,7 @@ def elementwise_rate(watch: Stopwatch, shape: tuple[int, int], dtype: torch.dtyp
         F.layer_norm(x, shape[1:])
         F.gelu(x, approximate="tanh")
 
-    return (3 + 3 + 2 + 2) * x.nbytes / watch.seconds(run)
+    return (3 + 3 + 2 + 2) * x.nbytes / watch.compute_seconds(run)
 
 
 def host_copy_rate(watch: Stopwatch, num_bytes: int) -> float:
@@ -211,8 +211,8 @@ def compiled_seconds(watch: Stopwatch) -> float:
     return watch.host_seconds(lambda: block(x).sum().backward()) / kernels
 
 
-def fsdp_seconds(watch: Stopwatch, waiting: float) -> float:
-    """Host time of one of FSDP's collectives, with its own work. waiting: of the collective itself, on a CPU.
+def fsdp_seconds(watch: Stopwatch) -> float:
+    """Host time of one of FSDP's collectives, with its own work, but without what it waits for.
 
     Difference of a small module with and without FSDP: two gathers and a reduction.
     """
@@ -221,4 +221,4 @@ def fsdp_seconds(watch: Stopwatch, waiting: float) -> float:
     fully_shard(sharded, mesh=mesh)
     x = torch.ones(4, 64, device=watch.device)
     alone = watch.host_seconds(lambda: plain(x).sum().backward())
-    return max((watch.host_seconds(lambda: sharded(x).sum().backward()) - alone) / 3 - waiting, 1e-6)
+    return max((watch.host_seconds(lambda: sharded(x).sum().backward()) - alone) / 3, 1e-6)

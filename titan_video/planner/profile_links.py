@@ -1,6 +1,6 @@
 """What ranks exchange: collectives and sends by message size and group, and computing beside them. For profile.py."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,22 +27,28 @@ class RankSet:
     group: dist.ProcessGroup
 
 
-def build_groups(world_size: int, per_node: int) -> list[RankSet]:
-    """Groups of every size that divides the world: neighbours, and across nodes one rank of each node.
-
-    All groups of a size exist at once, as the rows of a mesh, and are measured at once.
+def group_rows(world_size: int, per_node: int) -> Iterator[tuple[int, int, list[list[int]]]]:
+    """(ranks of a group, of them on a node, all groups): each size that divides the world, of neighbours, and where
+    there are several nodes of one rank of each. The groups of a size exist at once, as the rows of a mesh.
     """
-    found: dict[tuple[int, int], RankSet] = {}
+    seen = set()
     for size in (n for n in range(2, world_size + 1) if world_size % n == 0):
-        for stride in {1, per_node} if world_size > per_node else {1}:
-            if world_size % (size * stride):
-                continue
+        for stride in (1, per_node) if world_size > per_node else (1,):
             here = max(1, min(size, per_node // stride))
-            mesh = torch.arange(world_size).view(-1, size, stride).transpose(1, 2).reshape(-1, size)
-            groups = [dist.new_group(ranks) for ranks in mesh.tolist()]  # on every rank, in the same order
-            own = next(g for g, ranks in zip(groups, mesh.tolist(), strict=True) if dist.get_rank() in ranks)
-            found.setdefault((size, here), RankSet(size, here, own))
-    return list(found.values())
+            if world_size % (size * stride) == 0 and (size, here) not in seen:
+                seen.add((size, here))
+                rows = torch.arange(world_size).view(-1, size, stride).transpose(1, 2).reshape(-1, size)
+                yield size, here, rows.tolist()
+
+
+def build_groups(world_size: int, per_node: int) -> list[RankSet]:
+    """This rank's group of each size, measured while all groups of the size are."""
+    found = []
+    for size, here, rows in group_rows(world_size, per_node):
+        groups = [dist.new_group(ranks) for ranks in rows]  # on every rank, in the same order
+        own = next(g for g, ranks in zip(groups, rows, strict=True) if dist.get_rank() in ranks)
+        found.append(RankSet(size, here, own))
+    return found
 
 
 def message_sizes(largest: int) -> list[int]:
@@ -119,8 +125,3 @@ def overlap_slowdown(watch: Stopwatch, ranks: RankSet, num_bytes: int, dtype: to
 
     alone = watch.seconds(compute)
     return max(1.0, watch.seconds(beside) / max(alone, gather))
-
-
-def launch_seconds(watch: Stopwatch, ranks: RankSet) -> float:
-    """Host time of a small collective."""
-    return watch.host_seconds(collective("all_gather", SMALLEST, ranks, watch.device))

@@ -1,15 +1,18 @@
 """The fastest plans that fit: all layouts by a bound, the best ones exactly.
 
-1. Every candidate of the space (space.py) gets a lower bound of its step: each block saves what the linear relaxation
-   of the knapsack lets it save, and the stages of a pipeline are equally fast. A few microseconds each.
-2. In the order of their bounds, candidates are solved exactly (knapsack.py, stages.py), until the bound of the next one
-   is above the plateau of the best found. No candidate that is left out can be the fastest.
-3. The plans on the plateau differ by less than the model's error. Of these the chosen one is the first in the order of
+1. Every candidate of the space (space.py) gets a lower bound of its step: what its blocks compute and send, without
+   recomputation, collectives of FSDP or a limit of memory. A few microseconds each.
+2. In the order of their bounds, candidates get a better one: each block saves what the linear relaxation of the
+   knapsack lets it save, and the stages of a pipeline are equally fast. Those that lack memory even so are rejected.
+3. Whose better bound is the next in order is solved exactly (knapsack.py, stages.py). The search ends when the next
+   bound is above the plateau of the best found: no candidate that is left out can be the fastest.
+4. The plans on the plateau differ by less than the model's error. Of these the chosen one is the first in the order of
    `preference`.
 
 What the cost model must offer is `Layout` below.
 """
 
+import heapq
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +25,7 @@ from titan_video.planner.plan_file import merged
 
 PLATEAU = 0.02  # plans whose times differ by less are taken as equally fast
 MAX_SOLVED = 64  # candidates that are solved exactly
-TRIES = 5  # corrections of the budgets by what the whole step's memory turned out to be
+TRIES = 8  # corrections of the budgets by what the whole step's memory turned out to be
 SLACK = 0.003  # of the memory: less is not worth a correction
 COMMUNICATION = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ring", "tensor parallel")
 COMMUNICATION += ("offload", "pipeline sends", "pipeline bubble", "encoders", "data", "host")
@@ -59,9 +62,11 @@ class Layout(Protocol):
 
 
 class Model(Protocol):
-    """layers: the type of each block, in forward order."""
+    """layers: the type of each block, in forward order. least_seconds: a cheap lower bound of a step."""
 
     layers: Sequence[str]
+
+    def least_seconds(self, candidate: Candidate) -> float: ...
 
     def layout(self, candidate: Candidate, allow_offload: bool) -> Any: ...
 
@@ -93,7 +98,9 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Result:
-    """plans: solved exactly, the fastest first. slower: (bound, candidate) of those whose bound excluded them."""
+    """plans: solved exactly, the fastest first. slower: (bound, candidate) of those whose bound excluded them.
+    They may or may not fit.
+    """
 
     plans: list[Plan]
     rejected: list[Rejected]
@@ -114,33 +121,30 @@ def search(
     allow_offload: bool = False,
 ) -> Result:
     """allow_offload: activations may wait in host memory. max_solved: plans to find at most."""
-    bounds: list[tuple[float, int, Candidate]] = []
+    queue = [(model.least_seconds(candidate), i, False, candidate) for i, candidate in enumerate(space)]
+    number = len(queue)
+    heapq.heapify(queue)
+    plans: list[Plan] = []
     rejected: list[Rejected] = []
     groups, known = grouped(model.layers), {}
-    for i, candidate in enumerate(space):
-        layout = model.layout(candidate, allow_offload)
-        bound, missing = lower_bound(layout, groups, known)
-        if missing > 0:
-            rejected.append(Rejected(candidate, missing))
-        else:
-            bounds.append((bound, i, candidate))
-    bounds.sort(key=lambda b: b[:2])
-    plans: list[Plan] = []
-    best, solved = math.inf, 0  # of `bounds`
-    for bound, _, candidate in bounds:
-        if bound > best * (1 + PLATEAU) or len(plans) >= max_solved:
-            break
-        solved += 1
+    best = math.inf
+    while queue and queue[0][0] <= best * (1 + PLATEAU) and len(plans) < max_solved:
+        _, i, is_bound, candidate = heapq.heappop(queue)
+        if not is_bound:  # so far only what its compute takes at least
+            bound, missing = lower_bound(model.layout(candidate, allow_offload), groups, known)
+            if missing > 0:
+                rejected.append(Rejected(candidate, missing))
+            else:
+                heapq.heappush(queue, (bound, i, True, candidate))
+            continue
         plan = solve_candidate(model, candidate, allow_offload)
         if plan is None:
             rejected.append(Rejected(candidate, 0.0))
-            continue
-        plans.append(plan)
-        best = min(best, plan.seconds)
+        else:
+            plans.append(plan)
+            best = min(best, plan.seconds)
     plans.sort(key=lambda plan: plan.seconds)
-    result = Result(
-        plans, rejected, [b[::2] for b in bounds[solved:]], len(bounds) + len(rejected) - solved + len(plans)
-    )
+    result = Result(plans, rejected, [(entry[0], entry[3]) for entry in sorted(queue, key=lambda e: e[:2])], number)
     chosen = min(result.plateau, key=lambda plan: preference(plan, gpus_per_node)) if plans else None
     return replace(result, chosen=chosen)
 
@@ -194,7 +198,7 @@ def solve_candidate(model: Model, candidate: Candidate, allow_offload: bool = Fa
     layout = model.layout(candidate, allow_offload)
     budgets = list(layout.stages)
     best: Plan | None = None
-    for _ in range(TRIES):
+    for number in range(TRIES):
         found = assign(layout, budgets, model.layers)
         if found is None:
             break
@@ -210,7 +214,8 @@ def solve_candidate(model: Model, candidate: Candidate, allow_offload: bool = Fa
         if fits and (max(left) < SLACK * layout.usable or not prediction.seconds.get("recomputation")):
             break
         per_rank = len(budgets) // len(left)
-        share = [min(x, 0.0) * 1.02 + max(x, 0.0) for x in left]
+        # Choices are steps: a correction that is too small changes nothing, so what lacks counts more each time.
+        share = [min(x, 0.0) * 2**number + max(x, 0.0) for x in left]
         budgets = [replace(s, budget=s.budget + share[i % len(left)] / per_rank) for i, s in enumerate(budgets)]
     return best
 

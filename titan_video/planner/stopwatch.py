@@ -1,6 +1,7 @@
 """Seconds of a function on this machine, as a training step would have it: on all ranks at once, the slowest counts.
 
 Every rank of the default group calls every measurement, in the same order and with the same numbers of repetitions.
+Of several samples the lower quartile counts: what else runs on the machine makes some longer, none shorter.
 """
 
 import statistics
@@ -11,35 +12,56 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-MIN_SAMPLES, MAX_SAMPLES = 3, 50
+MIN_SAMPLES, MAX_SAMPLES = 4, 50
 SHORTEST = 1e-3  # seconds of one sample: a shorter function is called several times in a sample
+LONG = 0.05  # seconds of a sample that shows how ranks share cores: many time slices of the scheduler
 
 
 class Stopwatch:
-    """budget: seconds that one measurement should take, warm-up not counted."""
+    """budget: seconds that one measurement should take, warm-up not counted.
+
+    sharing: seconds on the clock / seconds of CPU, of a rank that computes while all do; see `measure_sharing`.
+    """
 
     def __init__(self, device: torch.device, budget: float):
-        self.device, self.budget = device, budget
+        self.device, self.budget, self.sharing = device, budget, 1.0
 
     def seconds(self, run: Callable[[], object]) -> float:
-        """Of one call: the median of several samples, after a warm-up, on the slowest rank."""
-        self._sample(run, 1)
-        calls = max(1, int(SHORTEST / self.slowest(self._sample(run, 2))))
-        first = self.slowest(self._sample(run, calls))
-        num_samples = min(max(int(self.budget / (first * calls)), MIN_SAMPLES), MAX_SAMPLES)
-        return self.slowest(statistics.median(self._sample(run, calls) for _ in range(num_samples)))
+        """Of one call, on the slowest rank: what ranks wait for each other included."""
+        return self._measured(run, time.perf_counter)
 
-    def seconds_alone(self, run: Callable[[], object]) -> float:
-        """The same on rank 0 while the other ranks wait."""
-        found = 0.0
-        if dist.get_rank() == 0:
-            run()
-            found = statistics.median(self._time(run, 1) for _ in range(2 * MIN_SAMPLES))
-        return self.slowest(found)
+    def compute_seconds(self, run: Callable[[], object]) -> float:
+        """Of one call that waits for nothing.
+
+        On a CPU with one thread it is the thread's own time, which other programs do not lengthen, as often as ranks
+        share a core.
+        """
+        if self.device.type != "cpu" or torch.get_num_threads() > 1:
+            return self.seconds(run)
+        return self.sharing * self._measured(run, time.thread_time)
+
+    def measure_sharing(self, run: Callable[[], object]) -> None:
+        """run: computes on one thread. No sharing is seen where a rank has several."""
+        if self.device.type != "cpu" or torch.get_num_threads() > 1:
+            return
+        run()
+        calls = max(1, int(LONG / self.slowest(self._sample(run, 2, time.thread_time))))
+        samples = [self._shared(run, calls) for _ in range(2 * MIN_SAMPLES)]
+        self.sharing = max(1.0, self.slowest(lower_quartile(samples)))
 
     def host_seconds(self, run: Callable[[], object]) -> float:
-        """Until the host is done: on a GPU the launches alone."""
-        return self.seconds(run) if self.device.type == "cpu" else self.slowest(self._host_median(run))
+        """Until the host is done with one call: on a GPU the launches alone."""
+        if self.device.type == "cpu":
+            return self.compute_seconds(run)
+        run()
+        samples = []
+        for _ in range(2 * MIN_SAMPLES):
+            torch.cuda.synchronize(self.device)
+            start = time.perf_counter()
+            run()
+            samples.append(time.perf_counter() - start)
+        torch.cuda.synchronize(self.device)
+        return self.slowest(statistics.median(samples))
 
     def slowest(self, value: float) -> float:
         """The largest of all ranks' values, on every rank."""
@@ -49,17 +71,34 @@ class Stopwatch:
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return found.item()
 
-    def _sample(self, run: Callable[[], object], calls: int) -> float:
-        if dist.get_world_size() > 1:
-            dist.all_reduce(torch.zeros(1))  # all begin together
-        return self._time(run, calls) / calls
+    def _measured(self, run: Callable[[], object], clock: Callable[[], float]) -> float:
+        self._sample(run, 1, clock)
+        calls = max(1, int(SHORTEST / self.slowest(self._sample(run, 2, clock))))
+        first = self.slowest(self._sample(run, calls, time.perf_counter))
+        num_samples = min(max(int(self.budget / (first * calls)), MIN_SAMPLES), MAX_SAMPLES)
+        return self.slowest(lower_quartile([self._sample(run, calls, clock) for _ in range(num_samples)]))
 
-    def _time(self, run: Callable[[], object], calls: int) -> float:
+    def _shared(self, run: Callable[[], object], calls: int) -> float:
+        self._meet()
+        start, own = time.perf_counter(), time.thread_time()
+        for _ in range(calls):
+            run()
+        return (time.perf_counter() - start) / max(time.thread_time() - own, 1e-9)
+
+    def _sample(self, run: Callable[[], object], calls: int, clock: Callable[[], float]) -> float:
+        self._meet()
+        return self._time(run, calls, clock) / calls
+
+    def _meet(self) -> None:
+        if dist.get_world_size() > 1:
+            dist.all_reduce(torch.zeros(1))
+
+    def _time(self, run: Callable[[], object], calls: int, clock: Callable[[], float]) -> float:
         if self.device.type != "cuda":
-            start = time.perf_counter()
+            start = clock()
             for _ in range(calls):
                 run()
-            return time.perf_counter() - start
+            return max(clock() - start, 1e-9)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(self.device)
         begin.record()
@@ -67,18 +106,11 @@ class Stopwatch:
             run()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        return max(begin.elapsed_time(end) / 1e3, 1e-9)
 
-    def _host_median(self, run: Callable[[], object]) -> float:
-        run()
-        samples = []
-        for _ in range(2 * MIN_SAMPLES):
-            torch.cuda.synchronize(self.device)
-            start = time.perf_counter()
-            run()
-            samples.append(time.perf_counter() - start)
-        torch.cuda.synchronize(self.device)
-        return statistics.median(samples)
+
+def lower_quartile(samples: list[float]) -> float:
+    return sorted(samples)[(len(samples) - 1) // 4]
 
 
 def random_tensor(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:

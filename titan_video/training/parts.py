@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from titan_video.config.job_config import Debug, Encoder, FaultTolerance, JobConfig, Profiling
+from titan_video.config.job_config import Debug, Encoder, FaultTolerance, JobConfig
 from titan_video.config.manager import dump
 from titan_video.data.batching import Bucket
 from titan_video.data.latent_cache import LatentCache
@@ -99,8 +99,11 @@ class NoProfiler(nullcontext):
         pass
 
 
-def build_profiler(section: Profiling, folder: Path, device: torch.device) -> Any:
+def build_profiler(config: JobConfig, folder: Path, device: torch.device) -> Any:
     """A context manager whose `step` is called after each optimizer step."""
+    section = config.profiling
+    if config.planner.cluster:
+        return resolve("titan_video.planner.comparison:Comparison", asked_by="planner.cluster")(config, device)
     if not (section.enable_profiling or section.enable_memory_snapshot):
         return NoProfiler()
     return resolve("titan_video.training.profiling:Profiler", asked_by="profiling")(section, folder, device)

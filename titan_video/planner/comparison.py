@@ -1,0 +1,173 @@
+"""In the log of a run: what a step was predicted to take on a cluster, and what it takes, `[planner] cluster`.
+
+After NUM_STEPS steps rank 0 records one step with torch's profiler and sorts its operators; the log gets a table. The
+first WARM_UP steps, which compile and encode, do not count. The step is the median's, and the recorded one's shares
+are scaled to it, as recording takes time itself.
+"""
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from titan_video.config.job_config import JobConfig
+from titan_video.models import get_args, get_spec
+from titan_video.planner import cluster
+from titan_video.planner.candidate import Prediction
+from titan_video.planner.cost import CostModel
+from titan_video.planner.describe import GIB
+from titan_video.planner.plan_file import to_candidate
+from titan_video.tools.logging import logger
+
+NUM_STEPS, WARM_UP = 20, 5
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "frozen_linear", "frozen_linear_backward", "convolution")
+COMPUTING = ("aten::", "titan_video::", "triton_")  # of other operators, the host's time is not a kernel's
+OPTIMIZER = "Optimizer.step"
+ELSEWHERE = ""  # no operator that computes: waiting, copies between ranks, the host
+ROWS = (  # (name, parts of the prediction, what is measured)
+    ("products", ("products",), "products"),
+    ("attention", ("attention",), "attention"),
+    ("memory-bound", ("memory-bound",), "memory-bound"),
+    ("recomputation", ("recomputation",), None),
+    ("optimizer", ("optimizer",), "optimizer"),
+)
+
+
+class Comparison(AbstractContextManager):
+    """`step` is called after each optimizer step, on every rank; only rank 0 measures."""
+
+    def __init__(self, config: JobConfig, device: torch.device):
+        self.config, self.device = config, device
+        self.is_active = dist.get_rank() == 0
+        self.seconds: list[float] = []  # of each step after the first
+        self.last: float | None = None
+        self.recording: torch.profiler.profile | None = None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if self.recording is not None:
+            self.recording.__exit__(kind, error, trace)
+        if self.is_active and error is None and self.seconds:  # a short run
+            self._report(None)
+
+    def step(self, step: int) -> None:
+        """Optimizer step number `step` has ended."""
+        if not self.is_active:
+            return
+        now = time.perf_counter()
+        if self.recording is not None:
+            recording, self.recording, self.is_active = self.recording, None, False
+            recording.__exit__(None, None, None)
+            return self._report(recording)
+        if self.last is not None:
+            self.seconds.append(now - self.last)
+        if len(self.seconds) >= NUM_STEPS and self._is_followed_by_a_step(step):
+            kinds = torch.profiler.ProfilerActivity
+            on_gpu = [kinds.CUDA] if self.device.type == "cuda" else []
+            self.recording = torch.profiler.profile(activities=[kinds.CPU, *on_gpu])
+            self.recording.__enter__()
+        self.last = time.perf_counter()
+
+    def _is_followed_by_a_step(self, step: int) -> bool:
+        """Whether nothing but a step comes before the next call: no validation, no checkpoint."""
+        c = self.config
+        return step % c.checkpoint.interval != 0 and not (c.validation.enable and step % c.validation.freq == 0)
+
+    def _report(self, recording: torch.profiler.profile | None) -> None:
+        median = statistics.median(self.seconds[WARM_UP:] or self.seconds)
+        measured = {} if recording is None else scaled(sort_events(recording.events(), self.device), median)
+        try:
+            prediction = predict(self.config, dist.get_world_size())
+        except ValueError as e:
+            logger.warning(f"planner: a step takes {median:.3f} s; no prediction: {e}")
+            return
+        lines = [
+            f"planner: a step on {self.config.planner.cluster}, and here on rank 0",
+            *table(prediction, measured, median),
+        ]
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+            lines.append(f"memory: predicted {prediction.memory[0].total / GIB:.2f} GiB, here {peak / GIB:.2f}")
+        logger.info("\n".join(lines))
+
+
+def predict(config: JobConfig, num_training: int) -> Prediction:
+    """The step of a configuration on the cluster that it names. ValueError: no plan covers it."""
+    machine = cluster.load(config.planner.cluster)
+    spec = get_spec(config.model.name)
+    args = get_args(spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
+    encoders = config.encoder.num_ranks if config.encoder.placement == "separate" else 0
+    candidate = to_candidate(config, num_training + encoders, args.num_layers)
+    return CostModel(config, machine).predict(candidate)
+
+
+def sort_events(events: Any, device: torch.device) -> dict[str, float]:
+    """Seconds of a recorded step by kind. What no operator accounts for is ELSEWHERE.
+
+    Communication is not summed: it may run beside compute. Where compute waits for it, it is in ELSEWHERE.
+    """
+    own_time = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    found = dict.fromkeys(("products", "attention", "memory-bound", "optimizer"), 0.0)
+    first, last = float("inf"), 0.0
+    for event in events:
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            continue  # a kernel, whose time its operator has
+        first, last = min(first, event.time_range.start), max(last, event.time_range.end)
+        if kind := kind_of(event):
+            found[kind] += getattr(event, own_time) / 1e6
+    whole = max(0.0, last - first) / 1e6
+    return found | {ELSEWHERE: max(0.0, whole - sum(found.values()))}
+
+
+def kind_of(event: Any) -> str:
+    """Of an operator; ELSEWHERE for what does not compute."""
+    parent = event
+    while parent is not None:
+        if parent.name.startswith(OPTIMIZER):
+            return "optimizer"
+        parent = parent.cpu_parent
+    if not event.name.startswith(COMPUTING):
+        return ELSEWHERE
+    name = event.name.partition("::")[2] or event.name
+    if "attention" in name:
+        return "attention"
+    return "products" if name in PRODUCTS else "memory-bound"
+
+
+def scaled(found: dict[str, float], step: float) -> dict[str, float]:
+    """The same shares of `step` seconds."""
+    whole = sum(found.values())
+    return {kind: seconds * step / whole for kind, seconds in found.items()} if whole else {}
+
+
+def table(prediction: Prediction, measured: dict[str, float], step: float) -> Iterator[str]:
+    """Lines: each part in seconds. Recomputation is, measured, part of the first three."""
+    yield f"{'seconds':<34}{'predicted':>11}{'measured':>11}"
+    rest = dict(prediction.seconds)
+    for name, parts, kind in ROWS:
+        seconds = sum(rest.pop(part, 0.0) for part in parts)
+        here = "above" if kind is None else f"{measured[kind]:.4f}" if kind in measured else "-"
+        yield f"{name:<34}{seconds:>11.4f}{here:>11}"
+    here = f"{measured[ELSEWHERE]:.4f}" if ELSEWHERE in measured else "-"
+    yield f"{'communication, bubble, data, host':<34}{sum(rest.values()):>11.4f}{here:>11}"
+    total = prediction.step_seconds
+    yield f"{'step':<34}{total:>11.4f}{step:>11.4f}  predicted / measured {total / step:.2f}"
+    waits = [f"{part} {seconds:.4f}" for part, seconds in rest.items() if seconds > 0]
+    if waits:
+        yield f"predicted: {', '.join(waits)}"
+
+
+def rules(config: JobConfig, world_size: int) -> Iterator[str]:
+    """Rules of the configuration about the comparison, one line per mistake."""
+    if config.profiling.enable_profiling or config.profiling.enable_memory_snapshot:
+        yield (
+            "planner.cluster: given beside profiling, and only one of both can record a step; leave it empty, or turn "
+            "profiling.enable_profiling and enable_memory_snapshot off"
+        )
+    try:
+        cluster.load(config.planner.cluster)
+    except ValueError as e:
+        yield from str(e).replace("--cluster:", "planner.cluster:").splitlines()
