@@ -189,8 +189,13 @@ def test_a_plan_survives_its_toml(candidate, tmp_path):
 def test_the_rest_of_the_toml_stays(tmp_path, planned):
     paths = report.write(planned, replace(source(), overrides=("--training.steps=7", "--data.fps", "12")), tmp_path)
     assert {path.name for path in paths} == {
-        "plan.toml", "plan.html", "plan.json", "plans.md", "plans.csv", "timeline.json"
-    }  # fmt: skip
+        "plan.toml",
+        "plan.html",
+        "plan.json",
+        "plans.md",
+        "plans.csv",
+        "timeline.json",
+    }
     old, new = manager.load(TOML), manager.load(tmp_path / "plan.toml")
     chosen = {"parallelism", "training", "activation_checkpoint"}
     for f in fields(JobConfig):

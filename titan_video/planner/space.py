@@ -102,9 +102,13 @@ class Space:
                 dp_replicate = rest // ring // dp_shard
                 if self._allows("dp_shard", dp_shard) and self._allows("dp_replicate", dp_replicate):
                     yield {
-                        "pp": pp, "dp_replicate": dp_replicate, "dp_shard": dp_shard,
-                        "ring": ring, "ulysses": ulysses, "tp": tp,
-                    }  # fmt: skip
+                        "pp": pp,
+                        "dp_replicate": dp_replicate,
+                        "dp_shard": dp_shard,
+                        "ring": ring,
+                        "ulysses": ulysses,
+                        "tp": tp,
+                    }
 
     def _sized(self, degrees: dict[str, int], encoder_ranks: int) -> Iterator[Candidate]:
         """With each micro-batch, schedule and resharding."""
