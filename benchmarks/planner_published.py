@@ -9,6 +9,7 @@ what they are. Nothing here was measured by this project.
 """
 
 import argparse
+import statistics
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -129,11 +130,13 @@ def layout_of(run: Run) -> str:
     return ", ".join(f"{name} {n}" for name, n in degrees.items() if n > 1) or "1 GPU"
 
 
-def rows() -> list[list[str]]:
-    found = []
+def rows() -> tuple[list[list[str]], str]:
+    """The table, and the median error of each way to predict."""
+    found, sizes = [], []
     for run in RUNS:
         ours, plain = predict(run, True), predict(run, False)
         errors = [f"{value / run.published - 1:+.0%}" for value in (ours, plain)]
+        sizes.append([abs(value / run.published - 1) for value in (ours, plain)])
         size = "x".join(map(str, run.bucket))
         found.append(
             [
@@ -147,7 +150,8 @@ def rows() -> list[list[str]]:
             ]
         )
         print(found[-1], file=sys.stderr, flush=True)
-    return found
+    fused, plain = (statistics.median(column) for column in zip(*sizes, strict=True))
+    return found, f"Median error: {fused:.0%} fused, {plain:.0%} plain."
 
 
 def main(argv: list[str]) -> None:
@@ -155,7 +159,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--write", type=Path, help=f"file in which the table stands between two lines {MARKER}")
     cli = parser.parse_args(argv)
     header = ["source", "model, bucket", "layout", "published", "predicted, fused", "predicted, plain", "assumed"]
-    table = f"Constants frozen in commit {FROZEN}.\n\n" + markdown(header, rows())
+    lines, median = rows()
+    table = f"Constants frozen in commit {FROZEN}. {median}\n\n" + markdown(header, lines)
     print(table)
     if cli.write:
         before, _, after = cli.write.read_text().split(MARKER)

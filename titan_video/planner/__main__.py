@@ -1,7 +1,8 @@
 """The fastest layout of a job on a cluster, with its reasons.
 
     python -m titan_video.planner CONFIG.toml --cluster h100x64 [--out DIR] [--explain [tp=8]] [--what-if tp=8]
-        [--fix pp=1] [--allow offload,8bit,host-state] [--shares 81x480x832=0.7,1x480x832=0.3] [--section.field value ...]
+        [--fix pp=1] [--allow offload,8bit,host-state] [--shares 81x480x832=0.7,1x480x832=0.3]
+        [--section.field value ...]
     python -m titan_video.planner profile ...        measures the machine that it runs on: see planner/profile.py
 
 Nothing is read but the TOMLs, and with model.flavor hf the folder's config.json. --out gets plan.toml, which the

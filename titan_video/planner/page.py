@@ -22,6 +22,7 @@ from types import MappingProxyType
 from typing import Any
 
 GIB = 2**30
+VISIBLE = 0.0003  # of a time line: shorter events are not drawn
 LANES = ("compute", "all-to-all", "ring", "tensor parallel", "gather", "reduce", "pipeline", "host")
 COLOURS = MappingProxyType(  # of Paul Tol's muted scheme, which colour-blind readers can tell apart
     {
@@ -159,7 +160,7 @@ class _Figures:
         bars = data["memory"]
         kinds = list(dict.fromkeys(kind for bar in bars for kind in bar["kinds"]))
         with self.matplotlib.rc_context(self.style):
-            figure, axes = self._axes(1.3 + 0.42 * len(bars))
+            figure, axes = self._axes(1.5 + 0.45 * len(bars))
             left = [0.0] * len(bars)
             for kind, colour in zip(kinds, _KINDS * (1 + len(kinds) // len(_KINDS)), strict=False):
                 widths = [bar["kinds"].get(kind, 0) / GIB for bar in bars]
@@ -176,9 +177,7 @@ class _Figures:
             axes.set_yticks(range(len(bars)), [bar["ranks"] for bar in bars])
             axes.set_ylim(len(bars) - 0.4, -0.6)
             axes.set_xlabel("GiB (red: usable, dashed, and what the GPU has)")
-            axes.legend(
-                loc="upper center", bbox_to_anchor=(0.5, -0.45 if len(bars) < 3 else -0.2), ncols=5, frameon=False
-            )
+            figure.legend(loc="outside lower center", ncols=5, frameon=False)
             return self._svg(figure)
 
     def parts(self, data: dict[str, Any]) -> str:
@@ -198,8 +197,9 @@ class _Figures:
             return self._svg(figure)
 
     def timeline(self, events: list[dict[str, Any]], unit: str, scale: float) -> str:
-        lanes = sorted({event["lane"] for event in events}, key=lambda lane: (LANES.index(_kind(lane)), lane))
         end = max(event["start"] + event["seconds"] for event in events) or 1.0
+        events = [event for event in events if event["seconds"] > VISIBLE * end]
+        lanes = sorted({event["lane"] for event in events}, key=lambda lane: (LANES.index(_kind(lane)), lane))
         with self.matplotlib.rc_context(self.style):
             figure, axes = self._axes(0.75 + 0.4 * len(lanes))
             for event in events:
@@ -211,7 +211,7 @@ class _Figures:
                 axes.barh(
                     y, width, left=event["start"] * scale, color=colour, height=0.7, edgecolor="white", linewidth=0.4
                 )
-                if event["seconds"] > 0.008 * len(event["name"]) * end:
+                if event["seconds"] > 0.0065 * len(event["name"]) * end:
                     middle = (event["start"] + event["seconds"] / 2) * scale
                     ink = "#333333" if kind in ("bubble", "recompute", "ring") else "white"
                     axes.text(middle, y, event["name"], ha="center", va="center", color=ink, fontsize=7.5)

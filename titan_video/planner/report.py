@@ -201,8 +201,9 @@ def curve(planned: Planned) -> list[Plan]:
     model, chosen = planned.model, planned.result.chosen
     layout = model.layout(chosen.candidate, "offload" in planned.job.allow)
     plans: dict[Any, Plan] = {}
+    held = sum(layout.held[kind] for kind in model.layers) / len(layout.stages)
     for share in CURVE:
-        budgets = [replace(stage, budget=stage.budget * share) for stage in layout.stages]
+        budgets = [replace(s, budget=held + share * (s.budget - held)) for s in layout.stages]
         found = assign(layout, budgets, model.layers)
         if found is not None:
             candidate = replace(chosen.candidate, ranges=found[0], split=found[1])

@@ -2,8 +2,8 @@
 
 1. Every candidate of the space (space.py) gets a lower bound of its step: what its blocks compute and send, without
    recomputation, collectives of FSDP or a limit of memory. A few microseconds each.
-2. In the order of their bounds, candidates get a better one: each block saves what the linear relaxation of the knapsack
-   lets it save, and the stages of a pipeline are equally fast. Those that lack memory all the same are rejected.
+2. In the order of their bounds, candidates get a better one: each block saves what the linear relaxation of the
+   knapsack lets it save, and the stages of a pipeline are equally fast. Those that lack memory even so are rejected.
 3. Whose better bound is the next in order is solved exactly (knapsack.py, stages.py). The search ends when the next
    bound is above the plateau of the best found: no candidate that is left out can be the fastest.
 4. The plans on the plateau differ by less than the model's error. Of these the chosen one is the first in the order of
@@ -25,7 +25,7 @@ from titan_video.planner.plan_file import merged
 
 PLATEAU = 0.02  # plans whose times differ by less are taken as equally fast
 MAX_SOLVED = 64  # candidates that are solved exactly
-TRIES = 5  # corrections of the budgets by what the whole step's memory turned out to be
+TRIES = 8  # corrections of the budgets by what the whole step's memory turned out to be
 SLACK = 0.003  # of the memory: less is not worth a correction
 COMMUNICATION = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ring", "tensor parallel")
 COMMUNICATION += ("offload", "pipeline sends", "pipeline bubble", "encoders", "data", "host")
@@ -198,7 +198,7 @@ def solve_candidate(model: Model, candidate: Candidate, allow_offload: bool = Fa
     layout = model.layout(candidate, allow_offload)
     budgets = list(layout.stages)
     best: Plan | None = None
-    for _ in range(TRIES):
+    for number in range(TRIES):
         found = assign(layout, budgets, model.layers)
         if found is None:
             break
@@ -214,7 +214,8 @@ def solve_candidate(model: Model, candidate: Candidate, allow_offload: bool = Fa
         if fits and (max(left) < SLACK * layout.usable or not prediction.seconds.get("recomputation")):
             break
         per_rank = len(budgets) // len(left)
-        share = [min(x, 0.0) * 1.02 + max(x, 0.0) for x in left]
+        # Choices are steps: a correction that is too small changes nothing, so what lacks counts more each time.
+        share = [min(x, 0.0) * 2**number + max(x, 0.0) for x in left]
         budgets = [replace(s, budget=s.budget + share[i % len(left)] / per_rank) for i, s in enumerate(budgets)]
     return best
 

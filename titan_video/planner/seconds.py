@@ -28,11 +28,12 @@ TP = "tensor parallel"
 class Work:
     """What some operators of a trace do, summed where the cluster gives them one rate.
 
-    computed: (part, shape, FLOPs or bytes). sent: (axis, collective, payload). launches: of kernels, of collectives.
+    computed: (part, shape, FLOPs or bytes). sent: (axis, collective, payload, how often). launches: of kernels.
+    collectives: how many.
     """
 
     computed: tuple[tuple[str, tuple[Poly, ...], np.ndarray], ...]
-    sent: tuple[tuple[str, str, Poly], ...]
+    sent: tuple[tuple[str, str, Poly, int], ...]
     flops: np.ndarray
     launches: float
     collectives: int
@@ -42,10 +43,11 @@ class Work:
         """scale: from the degrees of the trace to those of a candidate; None: they are the same."""
         ops = scale.apply(ops) if scale else ops
         sums: dict[tuple[str, tuple[Poly, ...]], np.ndarray] = defaultdict(lambda: np.zeros(5))
-        sent, flops, launches = [], np.zeros(5), 0
+        sent: Counter[tuple[str, str, Poly]] = Counter()
+        flops, launches = np.zeros(5), 0
         for op in ops:
             if op.kind == "collective":
-                sent += [(axis_of(op.collective[1]), op.collective[0], op.moved)] * round(op.count)
+                sent[axis_of(op.collective[1]), op.collective[0], op.moved] += round(op.count)
                 continue
             amount = np.array(op.flops if op.kind != "memory" else op.fused if compiled else op.moved)
             if op.kind == "memory" and compiled and not amount.any():
@@ -54,7 +56,7 @@ class Work:
             flops += np.array(op.flops)
             launches += op.count
         computed = tuple((part, shape, amount) for (part, shape), amount in sums.items())
-        return cls(computed, tuple(sent), flops, launches, len(sent))
+        return cls(computed, tuple((*what, n) for what, n in sent.items()), flops, launches, sent.total())
 
 
 @dataclass(frozen=True)
@@ -149,9 +151,9 @@ class Clock:
             rate = self._rate(part, shape, values, backward)
             parts[part] += float(amount @ values) / rate
         ring = 0.0
-        for axis, kind, payload in work.sent:
+        for axis, kind, payload, times in work.sent:
             size = float(np.dot(payload, values))
-            seconds = self._collective(kind, size, groups[axis], on_ring=axis == "ring")
+            seconds = times * self._collective(kind, size, groups[axis], on_ring=axis == "ring")
             if axis == "ring":
                 ring += seconds
             else:
