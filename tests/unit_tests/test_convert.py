@@ -18,12 +18,14 @@ from tests.helpers import ROOT, diffusers_wan
 from tests.unit_tests import test_hunyuan_video as hunyuan
 from tests.unit_tests import test_wan_variants as wan
 from titan_video import convert
+from titan_video.checkpoint.files import is_checkpoint
 from titan_video.models import hunyuan_video as hunyuan_models
 from titan_video.models import wan as wan_models
+from titan_video.weights.export.pipeline_folder import complete_pipeline, export_path, is_exported
+from titan_video.weights.export.save import save_hf
 from titan_video.weights.formats import FORMAT_NAMES, get_format
-from titan_video.weights.hf_storage import load_hf, save_hf
+from titan_video.weights.hf_storage import load_hf
 from titan_video.weights.original import PREFIX
-from titan_video.weights.pipeline_folder import complete_pipeline, export_path, is_checkpoint, is_exported
 
 MODELS = {
     **{
