@@ -189,11 +189,11 @@ def report(predicted: dict[str, Prediction], measured: dict[str, float]) -> str:
     for n in names:
         here = f"{1e3 * seconds[n]:.1f} | {1e3 * measured[n]:.1f} | {seconds[n] / measured[n]:.2f}"
         lines.append(f"| {n} | {world[n]} | {here} |")
-    verdict = {True: "reached", False: "missed"}
+    words = {True: "reached", False: "missed"}
     text = (
         f"Spearman's rank correlation: {correlation:.3f} (bar {BAR_SPEARMAN}, "
-        f"{verdict[correlation >= BAR_SPEARMAN]}). The planner's first choice, {first}, takes {100 * regret:.1f} % "
-        f"longer than the best measured (bar {100 * BAR_REGRET:.0f} %, {verdict[regret <= BAR_REGRET]})."
+        f"{words[correlation >= BAR_SPEARMAN]}). The planner's first choice, {first}, takes {100 * regret:.1f} % "
+        f"longer than the best measured (bar {100 * BAR_REGRET:.0f} %, {words[regret <= BAR_REGRET]})."
     )
     lines += ["", *textwrap.wrap(text, width=120)]
     return "\n".join(lines)
