@@ -49,7 +49,7 @@ _RING = "titan_video::ring_attention"  # its argument 3 is the number of keys on
 _GELUS = ("aten::gelu", "titan_video::join_gelu")
 _MATMULS = ("aten::mm", "aten::addmm", "titan_video::frozen_linear", "titan_video::grouped_linear")
 _EXCHANGE = "_c10d_functional::all_to_all_single"
-# Which rows go to which expert (models/experts.py): always saved, as a recomputed block must route alike.
+# Which rows go to which expert (models/experts.py): always saved, as a recomputed block must route the same.
 _DECISIONS = ("titan_video::choose_experts", "titan_video::choose_tokens")
 # Kinds of results that each selected block must have; an exchange depends on the micro-batch's layout.
 _NO_OPERATOR = {
