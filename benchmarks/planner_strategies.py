@@ -44,10 +44,10 @@ def row(name: str, job: Job, fastest: float) -> tuple[list[str], float]:
     planned = make_own_plan(job, job.build(job.config, job.cluster, None))
     result = planned.result
     if not result.num_candidates:
-        return [name, "", "", "not legal", ""], fastest
+        return [name, "", "", f"not legal with {planned.space.step.clips} clips a step", ""], fastest
     if result.chosen is None:
         lacks = min(r.missing for r in result.rejected) / GIB
-        return [name, "", "", f"does not fit: lacks {lacks:.0f} GiB", ""], fastest
+        return [name, "", "", f"does not fit: lacks {lacks:.0f} GiB" if lacks >= 1 else "does not fit", ""], fastest
     plan = result.plans[0]
     fastest = fastest or plan.seconds
     cells = [name, f"{plan.seconds:.2f}", f"{plan.seconds / fastest - 1:+.0%}"]

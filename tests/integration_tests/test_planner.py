@@ -55,18 +55,15 @@ def losses(front, name, path, world):
     return [row["loss"] for row in records], [row["grad_norm"] for row in records]
 
 
-LONG = pytest.mark.slow
-
-
 @pytest.mark.parametrize(
     "gpus, family, fixed",
     [
         (2, "wan", "cp=2"),
-        pytest.param(8, "wan", "cp=8", marks=LONG),
-        pytest.param(8, "wan", "pp=2,cp=2,tp=2", marks=LONG),
-        pytest.param(8, "wan", "pp=2,ring=2,dp_replicate=2", marks=LONG),
-        pytest.param(8, "hunyuan_video", "ulysses=2,ring=2", marks=LONG),
-        pytest.param(8, "hunyuan_video", "pp=4,tp=2", marks=LONG),
+        pytest.param(8, "wan", "cp=8", marks=pytest.mark.slow),
+        pytest.param(8, "wan", "pp=2,cp=2,tp=2", marks=pytest.mark.slow),
+        pytest.param(8, "wan", "pp=2,ring=2,dp_replicate=2", marks=pytest.mark.slow),
+        pytest.param(8, "hunyuan_video", "ulysses=2,ring=2", marks=pytest.mark.slow),
+        pytest.param(8, "hunyuan_video", "pp=4,tp=2", marks=pytest.mark.slow),
     ],
 )
 def test_a_plan_trains_with_the_loss_of_one_process(gpus, family, fixed, front, tmp_path):

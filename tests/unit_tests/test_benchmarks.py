@@ -17,6 +17,9 @@ from benchmarks import (
     hsdp,
     kernels,
     memory,
+    planner_search,
+    planner_shipped,
+    planner_strategies,
     profile_step,
     report,
     roof,
@@ -257,3 +260,24 @@ def test_table_of_layouts_has_the_counts_of_tensor_parallel():
     """The counts that tests/distributed_tests/test_tensor_parallel.py finds on real ranks."""
     row = next(row for row in traffic.rows(SPEC.flavors["t2v-14B"], 75600, 8) if row[0] == "tensor parallel")
     assert [row[1], row[2]] == [traffic.describe(calls) for calls in run_ranks(split_block, 1)[0]]
+
+
+# ---- the planner's ----
+
+
+def test_the_planners_scripts_print_their_tables(capsys, tmp_path, monkeypatch):
+    """On a small model and eight GPUs: candidates a second; shipped layouts; strategies."""
+    figures = planner_search.main(["--config", "shapes", "--gpus", "8", "--clips", "16", "--rounds", "1"])
+    assert figures["candidates"] > 100 and figures["solved exactly"] > 0 and figures["step"] > 0
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{planner_shipped.MARKER}\nold\n{planner_shipped.MARKER}\nafter\n")
+    monkeypatch.setattr(planner_shipped, "num_gpus", lambda path: 2)
+    planner_shipped.main(["shapes", "--write", str(page)])
+    row = page.read_text().splitlines()[4]
+    assert "old" not in page.read_text() and re.match(r"\| `shapes` +\| +2 \|", row), row
+    monkeypatch.setattr(
+        planner_strategies, "strategies", lambda gpus: {"the plan": {}, "pp": {"pp": 2}, "no": {"tp": 5}}
+    )
+    planner_strategies.main(["--config", "shapes", "--cluster", "h100x8"])
+    printed = capsys.readouterr().out
+    assert re.search(r"\| the plan +\| +[\d.]+ \| +\+0%", printed) and "not legal with" in printed

@@ -44,6 +44,12 @@ RUN_BY = {
     r"torchrun --nproc_per_node \d+ -m titan_video\.data encode CONFIG": f"{DOCS}::test_encoding_ahead_of_training",
     r"python -m titan_video\.data import": "tests/unit_tests/test_data_importers.py::test_the_command",
     r"python -m titan_video\.planner\.dry_run": "tests/integration_tests/test_dry_run.py::test_toml_at_its_world_size",
+    r"python -m titan_video\.planner (CONFIG|train_configs)": (
+        "tests/integration_tests/test_planner.py::test_the_command_prints_and_writes"
+    ),
+    r"python benchmarks/planner_(search|shipped|strategies)\.py": (
+        f"{BENCHMARKS}::test_the_planners_scripts_print_their_tables"
+    ),
     r"python -m titan_video\.convert": "tests/unit_tests/test_convert.py::test_the_command_round_trips",
     r"python -m titan_video\.mup check": f"{MUP}::test_the_check_as_a_command",
     r"python -m titan_video\.mup transfer": f"{MUP}::test_a_rate_that_holds_and_one_that_does_not",

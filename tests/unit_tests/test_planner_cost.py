@@ -203,9 +203,10 @@ def test_bytes_of_collectives_are_those_that_a_dry_run_counts(family, candidate)
         padded = unit.reduced if is_float32 else unit.reduced // 2  # shards are padded to equal rows
         predicted["all-gather"] += gathers * padded * (group - 1) // group
         predicted["reduce-scatter"] += unit.reduced * (group - 1) // group
-    assert predicted.pop("all-reduce", 0) <= counted.pop("all-reduce", 0)
-    if family == "hunyuan_video":  # nothing reads the text that leaves the last block, so it has no gradient to send
-        text = candidate.local_batch_size * model.args.text_len * model.args.dim * 2
+    # Nothing reads the text that leaves HunyuanVideo's last block, so it has no gradient to send.
+    text = candidate.local_batch_size * model.args.text_len * model.args.dim * 2 * (family == "hunyuan_video")
+    assert predicted.pop("all-reduce", 0) <= counted.pop("all-reduce", 0) + 2 * text
+    if text:
         for kind in ("reduce-scatter", "all-gather"):
             unused = predicted[kind] - counted.pop(kind)
             assert 0 <= unused < 2 * text

@@ -186,11 +186,25 @@ def test_a_plan_survives_its_toml(candidate, tmp_path):
     assert path.read_text().startswith("# world size: 64\n#\n#   x\n")
 
 
+def test_what_belongs_to_another_placement_is_left_out(tmp_path):
+    raw = {"encoder": {"placement": "separate", "num_ranks": 4, "queue_depth": 8, "write_cache": True}}
+    tables = plan_tables(raw, Candidate(dp_shard=8, placement="colocated"), 4)
+    assert tables["encoder"] == {"placement": "colocated", "write_cache": True}
+    raw = {"encoder": {"placement": "colocated", "offload_policy": "free"}}
+    tables = plan_tables(raw, Candidate(dp_shard=6, placement="separate", encoder_ranks=2), 4)
+    assert tables["encoder"] == {"placement": "separate", "num_ranks": 2}
+
+
 def test_the_rest_of_the_toml_stays(tmp_path, planned):
     paths = report.write(planned, replace(source(), overrides=("--training.steps=7", "--data.fps", "12")), tmp_path)
     assert {path.name for path in paths} == {
-        "plan.toml", "plan.html", "plan.json", "plans.md", "plans.csv", "timeline.json"
-    }  # fmt: skip
+        "plan.toml",
+        "plan.html",
+        "plan.json",
+        "plans.md",
+        "plans.csv",
+        "timeline.json",
+    }
     old, new = manager.load(TOML), manager.load(tmp_path / "plan.toml")
     chosen = {"parallelism", "training", "activation_checkpoint"}
     for f in fields(JobConfig):

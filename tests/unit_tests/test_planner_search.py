@@ -220,6 +220,10 @@ def test_the_space_with_encoder_ranks():
     found = list(space)
     assert {(c.encoder_ranks, c.num_training_ranks) for c in found} == {(2, 6), (4, 4)}
     assert {3, 6} <= {c.dp for c in found}  # not only powers of two
+    assert {c.placement for c in found} == {"separate"}
+    both = replace(space, encoder_ranks=(0, 4))
+    assert {(c.placement, c.num_training_ranks) for c in both} == {("colocated", 8), ("separate", 4)}
+    assert {c.placement for c in replace(both, placement="cached", encoder_ranks=(0,))} == {"cached"}
     fixed = replace(space, fixed=parse_fixed("cp=2,encoder_ranks=2,reshard=true"))
     assert {(c.cp, c.num_training_ranks, c.reshard) for c in fixed} == {(2, 6, True)}
     assert list(violations(space, {"tp": 3})) and not list(violations(space, {"tp": 2}))

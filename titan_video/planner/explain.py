@@ -10,6 +10,7 @@ from titan_video.planner.describe import GIB
 from titan_video.planner.search import Model, Plan, Rejected, Result, search
 from titan_video.planner.space import DEGREES, Space, violations
 
+MAX_RANGES = 5  # that are listed one by one
 SMALL = 0.002  # of a step: differences of parts that are not listed
 
 
@@ -31,11 +32,17 @@ def name_of(candidate: Candidate) -> str:
 
 
 def saved_by(candidate: Candidate) -> str:
-    """Its checkpointing, by ranges."""
+    """Its checkpointing, by ranges; of many ranges, the numbers of blocks."""
     ranges = candidate.ranges
     if len(ranges) < 2:
         return str(ranges[0].checkpointing) if ranges else "none"
-    return ", ".join(f"{r.first}-{r.last - 1} {r.checkpointing}" for r in ranges)
+    if len(ranges) <= MAX_RANGES:
+        spans = [f"{r.first}-{r.last - 1}" if r.last - r.first > 1 else f"{r.first}" for r in ranges]
+        return ", ".join(f"{span} {r.checkpointing}" for span, r in zip(spans, ranges, strict=True))
+    numbers: Counter[str] = Counter()
+    for r in ranges:
+        numbers[str(r.checkpointing)] += r.last - r.first
+    return ", ".join(f"{name} in {number} blocks" for name, number in numbers.items())
 
 
 def matches(candidate: Candidate, fixed: Mapping[str, Any]) -> bool:

@@ -169,9 +169,16 @@ class _Figures:
                 left = [a + b for a, b in zip(left, widths, strict=True)]
             for i, bar in enumerate(bars):
                 axes.annotate(
-                    f"{left[i]:.1f}", (left[i], i), (-5, 0), textcoords="offset points", ha="right", va="center",
-                    color="white", weight="bold", bbox={"boxstyle": "round,pad=0.2", "fc": "#00000055", "ec": "none"},
-                )  # fmt: skip
+                    f"{left[i]:.1f}",
+                    (left[i], i),
+                    (-5, 0),
+                    textcoords="offset points",
+                    ha="right",
+                    va="center",
+                    color="white",
+                    weight="bold",
+                    bbox={"boxstyle": "round,pad=0.2", "fc": "#00000055", "ec": "none"},
+                )
                 for size, style in ((bar["usable"], "--"), (bar["capacity"], "-")):
                     axes.plot([size / GIB] * 2, [i - 0.42, i + 0.42], style, color="#bb2222", linewidth=1)
             axes.set_yticks(range(len(bars)), [bar["ranks"] for bar in bars])

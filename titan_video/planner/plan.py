@@ -35,7 +35,6 @@ class Job:
         spec = get_spec(c.model.name)
         args = get_args(spec, c.model.flavor, c.model.hf_assets_path, c.encoder.max_text_length)
         schedules = SCHEDULES if c.parallelism.pipeline_parallel_degree > 1 or gpus > 1 else SCHEDULES[:1]
-        is_separate = c.encoder.placement == "separate"
         return Space(
             world_size=gpus,
             gpus_per_node=self.cluster.gpus_per_node,
@@ -45,7 +44,7 @@ class Job:
             step=StepClips.of(c, gpus),
             longest=max(work.tokens for work in model.workload),
             placement=c.encoder.placement,
-            encoder_ranks=encoder_ranks(gpus) if is_separate else (0,),
+            encoder_ranks=(0,) if c.encoder.placement == "cached" else (0, *encoder_ranks(gpus)),
             schedules=schedules,
             optimizer="AdamW8bit" if "8bit" in self.allow and c.optimizer.name == "AdamW" else c.optimizer.name,
             enable_cpu_offload="host-state" in self.allow or c.training.enable_cpu_offload,

@@ -8,6 +8,7 @@ import json
 import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
+from types import MappingProxyType
 from typing import Any
 
 import tomli_w
@@ -18,6 +19,7 @@ from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.planner.candidate import FULL, NONE, Candidate, Checkpointing, Range
 
 SAVE = ("attention", "down", "exchange", "matmul")  # the order of the option's values
+PLACEMENT_FIELDS = MappingProxyType({"queue_depth": "separate", "offload_policy": "colocated"})  # of [encoder]
 Tables = dict[str, dict[str, Any]]
 
 
@@ -103,6 +105,9 @@ def plan_tables(raw: Tables, candidate: Candidate, num_blocks: int) -> Tables:
                 table.pop(name, None)
             else:
                 table[name] = value
+    for name, placement in PLACEMENT_FIELDS.items():
+        if candidate.placement != placement:
+            tables.get("encoder", {}).pop(name, None)
     checkpoint = tables.get("activation_checkpoint", {})
     if checkpoint.get("mode", "none") != "selective" or checkpoint.get("range"):
         checkpoint.pop("save", None)

@@ -52,7 +52,8 @@ class StepClips:
 class Space:
     """Where to look. heads, hidden, layers: the model's numbers of heads, feed-forward width, and blocks.
 
-    longest: tokens of the longest clip. encoder_ranks: numbers of ranks that encode, tried one by one.
+    longest: tokens of the longest clip. placement: where the job encodes; if
+    during training, both ways to do so are tried. encoder_ranks: numbers of ranks that encode; 0: those that train.
     fixed: values that every candidate has, by a name of FIXABLE.
     """
 
@@ -102,9 +103,13 @@ class Space:
                 dp_replicate = rest // ring // dp_shard
                 if self._allows("dp_shard", dp_shard) and self._allows("dp_replicate", dp_replicate):
                     yield {
-                        "pp": pp, "dp_replicate": dp_replicate, "dp_shard": dp_shard,
-                        "ring": ring, "ulysses": ulysses, "tp": tp,
-                    }  # fmt: skip
+                        "pp": pp,
+                        "dp_replicate": dp_replicate,
+                        "dp_shard": dp_shard,
+                        "ring": ring,
+                        "ulysses": ulysses,
+                        "tp": tp,
+                    }
 
     def _sized(self, degrees: dict[str, int], encoder_ranks: int) -> Iterator[Candidate]:
         """With each micro-batch, schedule and resharding."""
@@ -128,9 +133,15 @@ class Space:
                             schedule=schedule,
                             optimizer=self.optimizer,
                             enable_cpu_offload=self.enable_cpu_offload,
-                            placement=self.placement,
+                            placement=self._placement(encoder_ranks),
                             encoder_ranks=encoder_ranks,
                         )
+
+    def _placement(self, encoder_ranks: int) -> str:
+        """Clips are encoded before training, or during it: on ranks of their own, or on those that train."""
+        if self.placement == "cached":
+            return "cached"
+        return "separate" if encoder_ranks else "colocated"
 
     def _batches(self, dp: int) -> Iterator[tuple[int, int, int]]:
         """(clips of a micro-batch, token budget, micro-batches of a rank)."""

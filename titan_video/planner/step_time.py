@@ -10,11 +10,17 @@ from titan_video.planner.search import Plan
 
 
 def describe_step(config: JobConfig, world_size: int, cluster_name: str) -> str:
-    """Lines: the step on `world_size` GPUs of the cluster, by part. ValueError: no plan covers the configuration."""
+    """Lines: the step on `world_size` GPUs of the cluster, by part, or why there is no prediction.
+
+    ValueError: the cluster's TOML cannot be read.
+    """
     machine = cluster.load(cluster_name)
     per_node = min(machine.gpus_per_node, world_size)
     job = Job(config, replace(machine, gpus=world_size, gpus_per_node=per_node))
-    found = as_it_is(job, job.build(config, job.cluster, None))
+    try:
+        found = as_it_is(job, job.build(config, job.cluster, None))
+    except ValueError as e:  # the memory of a dry run is known all the same
+        return f"no prediction: {e}"
     if not isinstance(found, Plan):
         return f"predicted on {machine.name}: {found}"
     return "\n".join(step_lines(found.prediction, machine.name))
