@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -188,13 +189,13 @@ def report(predicted: dict[str, Prediction], measured: dict[str, float]) -> str:
     for n in names:
         here = f"{1e3 * seconds[n]:.1f} | {1e3 * measured[n]:.1f} | {seconds[n] / measured[n]:.2f}"
         lines.append(f"| {n} | {world[n]} | {here} |")
-    verdict = {True: "reached", False: "missed"}
-    lines += [
-        "",
+    words = {True: "reached", False: "missed"}
+    text = (
         f"Spearman's rank correlation: {correlation:.3f} (bar {BAR_SPEARMAN}, "
-        f"{verdict[correlation >= BAR_SPEARMAN]}). The planner's first choice, {first}, takes {100 * regret:.1f} % "
-        f"longer than the best measured (bar {100 * BAR_REGRET:.0f} %, {verdict[regret <= BAR_REGRET]}).",
-    ]
+        f"{words[correlation >= BAR_SPEARMAN]}). The planner's first choice, {first}, takes {100 * regret:.1f} % "
+        f"longer than the best measured (bar {100 * BAR_REGRET:.0f} %, {words[regret <= BAR_REGRET]})."
+    )
+    lines += ["", *textwrap.wrap(text, width=120)]
     return "\n".join(lines)
 
 
@@ -227,7 +228,8 @@ def main(argv: list[str]) -> None:
     load = f"load average {before:.1f} before the measurements and {os.getloadavg()[2]:.1f} during the last of them"
     where = f"{machines[1].gpu.name}, {os.cpu_count()} cores, torch {torch.__version__}"
     how = f"{cli.rounds} rounds of {cli.steps} steps, {CLIPS} clips of {COMMON['data.buckets']} a step; {load}"
-    text = f"{where}; {how}.\n\n{report(predicted, measured)}\n\n{parts_table(predicted)}\n"
+    machine = textwrap.fill(f"{where}; {how}.", width=120)
+    text = f"{machine}\n\n{report(predicted, measured)}\n\n{parts_table(predicted)}\n"
     print(text)
     if cli.write:
         atomic_write(cli.write, HEAD + text)
