@@ -1,7 +1,8 @@
 """Does a mixture of experts learn as fast as the dense model whose feed-forward has the size that is active in it?
 
     python benchmarks/learn_experts.py [--dense debug] [--moe moe-debug] [--config train_configs/debug.toml]
-                                       [--steps 1400] [--every 100] [--out outputs/learn_experts] [--section.field value ...]
+                                       [--steps 1400] [--every 100] [--out outputs/learn_experts]
+                                       [--section.field value ...]
 
 Both flavors train with the TOML, each in a folder of --out; a run that was stopped resumes, one that is finished is
 only read. Every --every steps 96 clips are sampled and scored (validation.num_scored). Printed: the scores of both, the
