@@ -14,6 +14,7 @@ from titan_video.distributed.utils import broadcast_from_rank0, gather_objects
 from titan_video.encoders.spec import Encoders
 from titan_video.ingest.cache_keys import explain_stale, remove_partial_shards, write_manifest
 from titan_video.ingest.clip_table import ClipTable, Missing, WantedNames, failed_paths
+from titan_video.ingest.columns import SortedKeys
 from titan_video.ingest.encode import Job, encode_share, frames_job, missing_part, text_job, text_jobs
 from titan_video.ingest.entry_index import KEY_BYTES, make_index, use_index
 from titan_video.ingest.planned import ALL, Part
@@ -53,7 +54,7 @@ def encode_table(
     if not (missing.frames.size or missing.texts.size or texts):
         return {}, {}
     rank, world = dist.get_rank(), dist.get_world_size()
-    rank, world = part.index * world + rank, part.count * world
+    missing, texts = _of_part(clips, missing, part), texts if part.index == 0 else []
     frames = _by_cost(clips, missing.frames, cache)[rank::world]
     of_texts = ((int(r), int(n)) for r, n in zip(missing.texts[rank::world], missing.number[rank::world], strict=True))
     captions = (missing_part(cache, _text_job(clips, cache, row, number)) for row, number in of_texts)
@@ -111,6 +112,17 @@ class _Made:
                 self.num_clips += len(done)
                 self.num_frames += sum(job.entry.bucket[0] for job in done)
                 self.clip_seconds += spent.get("clips", 0.0)
+
+
+def _of_part(clips: ClipTable, missing: Missing, part: Part) -> Missing:
+    """By the keys: the same whatever else is missing, as other jobs encode their parts at the same time."""
+    places = clips.columns["texts/ends"][missing.texts] // KEY_BYTES + missing.number
+    texts = clips.columns["texts"].reshape(-1, KEY_BYTES)[places]
+    own = [
+        SortedKeys.prefixes_of(keys) % np.uint64(part.count) == part.index
+        for keys in (clips.columns["video"][missing.frames], texts)
+    ]
+    return Missing(missing.frames[own[0]], missing.texts[own[1]], missing.number[own[1]])
 
 
 def _by_cost(clips: ClipTable, rows: np.ndarray, cache: LatentCache) -> np.ndarray:
