@@ -66,7 +66,10 @@ JOBS = (
     Job("wan", "t2v-14B", 64, (81, 480, 832), {"parallelism": {"context_parallel_degree": 4}}),
     Job("wan", "t2v-14B", 64, (81, 480, 832), {**FULL, "parallelism": {"context_parallel_degree": 4}}),
     Job(
-        "wan", "t2v-14B", 64, (81, 480, 832),
+        "wan",
+        "t2v-14B",
+        64,
+        (81, 480, 832),
         {
             "activation_checkpoint": {"mode": "selective", "save": ("attention",)},
             "parallelism": {"context_parallel_degree": 4, "data_parallel_replicate_degree": 4},
@@ -74,7 +77,7 @@ JOBS = (
     ),
     Job("wan", "t2v-1.3B", 8, (33, 480, 832), {**FULL, "parallelism": {"fsdp_reshard_after_forward": "never"}}, 8),
     Job("wan", "ti2v-5B", 8, (81, 480, 832), FULL),
-)  # fmt: skip
+)
 
 
 def by_torch(job: Job) -> int:

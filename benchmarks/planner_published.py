@@ -9,6 +9,7 @@ what they are. Nothing here was measured by this project.
 """
 
 import argparse
+import statistics
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,17 +63,38 @@ SMALL = tuple(WAN_IMAGE.items())
 HUNYUAN = "TeleTron's first release, its plot; encoders on the training GPUs"
 RUNS = (
     Run(
-        f"{DFM}, Megatron", "wan", "t2v-14B", "h100x512", (93, 480, 832),
-        Candidate(dp_shard=16, ulysses=4, tp=2, reshard=False), 325.77, "TFLOP/s", full=8,
+        f"{DFM}, Megatron",
+        "wan",
+        "t2v-14B",
+        "h100x512",
+        (93, 480, 832),
+        Candidate(dp_shard=16, ulysses=4, tp=2, reshard=False),
+        325.77,
+        "TFLOP/s",
+        full=8,
         assumed="context parallel as Ulysses; 8 blocks recomputed, as in its recipe",
     ),
     Run(
-        f"{DFM}, Automodel", "wan", "t2v-14B", "h100x8", (93, 480, 832),
-        Candidate(dp_shard=8), 175.88, "TFLOP/s", assumed="full recomputation",
+        f"{DFM}, Automodel",
+        "wan",
+        "t2v-14B",
+        "h100x8",
+        (93, 480, 832),
+        Candidate(dp_shard=8),
+        175.88,
+        "TFLOP/s",
+        assumed="full recomputation",
     ),
     Run(
-        f"{DFM}, Automodel", "wan", "t2v-14B", "h100x64", (93, 480, 832),
-        Candidate(dp_shard=64), 228.85, "TFLOP/s", assumed="full recomputation",
+        f"{DFM}, Automodel",
+        "wan",
+        "t2v-14B",
+        "h100x64",
+        (93, 480, 832),
+        Candidate(dp_shard=64),
+        228.85,
+        "TFLOP/s",
+        assumed="full recomputation",
     ),
     teletron("t2v-1.3B", (384, 640), 1.77, 1, SMALL),
     teletron("t2v-1.3B", (480, 720), 2.58, 1, SMALL),
@@ -83,18 +105,39 @@ RUNS = (
     teletron("i2v-14B", (720, 1280), 9.24, 8),
     teletron("i2v-14B", (1088, 1920), 34.7, 8),
     Run(
-        HUNYUAN, "hunyuan_video", "t2v-13B", "h100x8", (125, 720, 1280),
-        Candidate(ulysses=8, placement="colocated"), 21.2, "FPS", assumed="H100, full recomputation",
+        HUNYUAN,
+        "hunyuan_video",
+        "t2v-13B",
+        "h100x8",
+        (125, 720, 1280),
+        Candidate(ulysses=8, placement="colocated"),
+        21.2,
+        "FPS",
+        assumed="H100, full recomputation",
     ),
     Run(
-        HUNYUAN, "hunyuan_video", "t2v-13B", "h100x8", (65, 256, 256),
-        Candidate(dp_shard=8, placement="colocated"), 85.5, "FPS", assumed="H100, 256 x 256, one clip a GPU",
+        HUNYUAN,
+        "hunyuan_video",
+        "t2v-13B",
+        "h100x8",
+        (65, 256, 256),
+        Candidate(dp_shard=8, placement="colocated"),
+        85.5,
+        "FPS",
+        assumed="H100, 256 x 256, one clip a GPU",
     ),
     Run(
-        "vita-epfl/Stable-Video-Infinity#49", "wan", "i2v-14B", "h200x8", (81, 480, 832),
-        Candidate(), 2.05, "s forward", assumed="forward of LoRA training as that of full training",
+        "vita-epfl/Stable-Video-Infinity#49",
+        "wan",
+        "i2v-14B",
+        "h200x8",
+        (81, 480, 832),
+        Candidate(),
+        2.05,
+        "s forward",
+        assumed="forward of LoRA training as that of full training",
     ),
-)  # fmt: skip
+)
 
 
 def predict(run: Run, fused: bool) -> float:
@@ -129,11 +172,13 @@ def layout_of(run: Run) -> str:
     return ", ".join(f"{name} {n}" for name, n in degrees.items() if n > 1) or "1 GPU"
 
 
-def rows() -> list[list[str]]:
-    found = []
+def rows() -> tuple[list[list[str]], str]:
+    """The table, and the median error of each way to predict."""
+    found, sizes = [], []
     for run in RUNS:
         ours, plain = predict(run, True), predict(run, False)
         errors = [f"{value / run.published - 1:+.0%}" for value in (ours, plain)]
+        sizes.append([abs(value / run.published - 1) for value in (ours, plain)])
         size = "x".join(map(str, run.bucket))
         found.append(
             [
@@ -147,7 +192,8 @@ def rows() -> list[list[str]]:
             ]
         )
         print(found[-1], file=sys.stderr, flush=True)
-    return found
+    fused, plain = (statistics.median(column) for column in zip(*sizes, strict=True))
+    return found, f"Median error: {fused:.0%} fused, {plain:.0%} plain."
 
 
 def main(argv: list[str]) -> None:
@@ -155,7 +201,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--write", type=Path, help=f"file in which the table stands between two lines {MARKER}")
     cli = parser.parse_args(argv)
     header = ["source", "model, bucket", "layout", "published", "predicted, fused", "predicted, plain", "assumed"]
-    table = f"Constants frozen in commit {FROZEN}.\n\n" + markdown(header, rows())
+    lines, median = rows()
+    table = f"Constants frozen in commit {FROZEN}. {median}\n\n" + markdown(header, lines)
     print(table)
     if cli.write:
         before, _, after = cli.write.read_text().split(MARKER)

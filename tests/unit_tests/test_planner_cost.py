@@ -16,7 +16,7 @@ from titan_video.planner.cost import CostModel
 from titan_video.planner.dry_run import dry_run
 from titan_video.planner.plan_file import to_tables
 from titan_video.planner.recorder import CLIPS, LENGTH, decode, monomials
-from titan_video.planner.seconds import axis_of, recomputed
+from titan_video.planner.seconds import recomputed
 from titan_video.planner.step_tracker import Axis, bytes_sent
 
 FILES = sorted(clusters.FOLDER.glob("*.toml"))
@@ -173,39 +173,45 @@ def sent_by_blocks(model, candidate, mode):
     "family, candidate",
     [
         ("wan", Candidate(ulysses=4)),
-        ("wan", Candidate(ring=4)),
+        pytest.param("wan", Candidate(ring=4), marks=pytest.mark.slow),
         ("wan", Candidate(ring=3, ulysses=2)),
         ("wan", Candidate(tp=2, ulysses=2, local_batch_size=2)),
         ("hunyuan_video", Candidate(ulysses=4)),
-        ("hunyuan_video", Candidate(tp=2, ring=2)),
+        pytest.param("hunyuan_video", Candidate(tp=2, ring=2), marks=pytest.mark.slow),
     ],
-    ids=str,
+    ids=lambda x: x if isinstance(x, str) else f"ring{x.ring}-ulysses{x.ulysses}-tp{x.tp}",
 )
 def test_bytes_of_collectives_are_those_that_a_dry_run_counts(family, candidate):
-    """Blocks' own, and FSDP's gathers and reductions, at degrees that were not traced."""
+    """Equal by kind, at degrees that were not traced. Of all-reduces, those of the blocks' own statistics: others, of a
+    few vectors' gradients under tensor parallel, are left out of the prediction."""
     model = CostModel(job(family), load("h100x8"))
     candidate = replace(candidate, ranges=(Range(0, len(model.layers), ATTENTION),))
     config = configured(model.config, candidate, len(model.layers))
-    report = dry_run(config, candidate.num_training_ranks)
-    counted, fsdp = Counter(), Counter()
-    for c in report.collectives:
-        is_of_block = axis_of(c.axis) in ("ulysses", "ring", "tp") and c.kind == "all-to-all"
-        (counted if is_of_block else fsdp)[c.kind, axis_of(c.axis)] += c.sent
-    predicted = sent_by_blocks(model, candidate, ATTENTION)
-    assert {k: n for k, n in predicted.items() if k[0] == "all-to-all"} == counted
-    units, shards, tp = model.units(candidate), candidate.cp, candidate.tp
-    gathered = reduced = 0
-    for path in model.layers:
-        unit = units.blocks[path]
-        gathered += 2 * unit.gathered * (shards - 1) // shards
-        reduced += unit.reduced * (shards - 1) // shards
-    ranks = shards * tp
-    for name, unit in (*units.first.items(), *units.last.items()):
-        passes = 1 if not name else 2
-        gathered += passes * unit.gathered * (ranks - 1) // ranks
-        reduced += unit.reduced * (ranks - 1) // ranks
-    others = sum(n for key, n in predicted.items() if key[0] in ("all-gather", "reduce-scatter", "all-reduce"))
-    assert gathered + reduced + others == pytest.approx(sum(fsdp.values()), rel=0.02)
+    counted, predicted = Counter(), Counter()
+    for c in dry_run(config, candidate.num_training_ranks).collectives:
+        counted[c.kind] += c.sent
+    for (kind, _), sent in sent_by_blocks(model, candidate, ATTENTION).items():
+        predicted[kind] += sent
+    units, shards = model.units(candidate), candidate.cp
+    ranks = shards * candidate.tp
+    sharded = [(units.blocks[path], shards, 2) for path in model.layers]
+    ends = [*units.first.items(), *units.last.items()]
+    sharded += [(unit, ranks, 2 if name and shards > 1 else 1) for name, unit in ends]
+    sharded += [(units.per_block, ranks, 1)] * len(model.layers)
+    for unit, group, gathers in sharded:
+        is_float32 = unit.gathered > 2 * unit.elements
+        padded = unit.reduced if is_float32 else unit.reduced // 2  # shards are padded to equal rows
+        predicted["all-gather"] += gathers * padded * (group - 1) // group
+        predicted["reduce-scatter"] += unit.reduced * (group - 1) // group
+    # Nothing reads the text that leaves HunyuanVideo's last block, so it has no gradient to send.
+    text = candidate.local_batch_size * model.args.text_len * model.args.dim * 2 * (family == "hunyuan_video")
+    assert predicted.pop("all-reduce", 0) <= counted.pop("all-reduce", 0) + 2 * text
+    if text:
+        for kind in ("reduce-scatter", "all-gather"):
+            unused = predicted[kind] - counted.pop(kind)
+            assert 0 <= unused < 2 * text
+            del predicted[kind]
+    assert predicted == counted
 
 
 # ---- predictions ----

@@ -88,6 +88,8 @@ def rank_memory(stages: Sequence[StageInput], on_host: tuple[str, ...] = ()) -> 
         kinds.update(_state(other))
         if stage.pipelined:
             kinds["pipeline buffers"] += _buffers(other)
+        if stage is second:  # the first one's backward, which frees its weights, is still to come
+            kinds["gathered weights"] += _gathered_after_forward(first)
         kinds["offloaded activations"] += other.in_flight * sum(other.memory[block].host for block in other.blocks)
         found.append({kind: size for kind, size in kinds.items() if size})
     uncounted = (*on_host, "offloaded activations")
@@ -100,6 +102,14 @@ def _kept(stage: StageInput) -> float:
     kept = ends.trunk + (ends.embed if stage.is_first else 0) + (ends.head if stage.is_last else 0)
     kept += ends.state if stage.pipelined and not stage.is_last else 0
     return kept + sum(stage.memory[block].saved for block in stage.blocks)
+
+
+def _gathered_after_forward(stage: StageInput) -> float:
+    """Weights that a stage leaves gathered between its forward and its backward: its root's, or all of them."""
+    ends = _end_units(stage)
+    root = ends.get("", Unit()).gathered + len(stage.blocks) * stage.units.per_block.gathered
+    units = [stage.units.blocks[path] for path, _ in stage.blocks]
+    return root if stage.reshard else _Gathered(stage, units, ends, root).at(len(units))
 
 
 def _buffers(stage: StageInput) -> float:

@@ -1,0 +1,51 @@
+"""The planner's memory against dry runs, and the dry run against torch's own counter of an FSDP2 step."""
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import planner_memory, planner_memtracker
+from benchmarks.planner_memory import FLAVOR, Case, compare, configure, few_blocks
+from titan_video.config.job_config import JobConfig
+from titan_video.models import get_spec
+from titan_video.planner.candidate import FULL, NONE, Candidate, Checkpointing, Range
+
+ATTENTION = Checkpointing("selective", ("attention", "down"))
+
+
+@pytest.mark.parametrize(
+    "family, flavor, candidate, mode, stage",
+    [
+        ("wan", "t2v-1.3B", Candidate(dp_replicate=2, ulysses=2), ATTENTION, 0),
+        ("wan", "t2v-1.3B", Candidate(pp=2, dp_shard=2, tp=2, microbatches=4), FULL, 1),
+        ("hunyuan_video", "t2v-13B", Candidate(ring=4, microbatches=2), NONE, 0),
+    ],
+    ids=str,
+)
+def test_memory_is_that_of_a_dry_run(family, flavor, candidate, mode, stage, monkeypatch):
+    spec = get_spec(family)
+    monkeypatch.setitem(spec.flavors, FLAVOR, few_blocks(spec.flavors[flavor], 2 if family != "wan" else 4))
+    config = JobConfig()
+    config = replace(
+        config,
+        model=replace(config.model, name=family, flavor=FLAVOR),
+        data=replace(config.data, buckets=((33, 480, 832),)),
+        encoder=replace(config.encoder, max_text_length=256),
+    )
+    candidate = replace(candidate, ranges=(Range(0, 4, mode),))
+    row = compare(Case(family, flavor, configure(config, candidate, 4), candidate, stage))
+    assert abs(row.error) < planner_memory.LIMIT, row.by_kind
+
+
+@pytest.mark.slow
+def test_memory_of_sixty_random_candidates():
+    rows = planner_memory.run(60, seed=0, blocks=4)
+    wrong = [(row.case.flavor, row.case.layout, row.case.modes, row.error) for row in rows if abs(row.error) > 0.05]
+    assert not wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", planner_memtracker.JOBS, ids=str)
+def test_dry_run_is_torch_s_own_count(job):
+    theirs = planner_memtracker.by_torch(job)
+    assert planner_memtracker.by_dry_run(job) == pytest.approx(theirs, rel=0.05)
