@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # [CONFIG_FILE=file.toml] [NGPU=n] [LOG_RANK=0,1] ./run_train.sh [--section.field value ...]
 #
-#   CONFIG_FILE  TOML of the run; default train_configs/debug.toml. It is looked up in the current folder, then in the
+#   CONFIG_FILE  TOML of the run; default train_configs/shapes.toml. It is looked up in the current folder, then in the
 #                folder of this script.
 #   NGPU         processes on this machine; default: the number of GPUs, or 1. Without GPUs NGPU=4 starts four CPU
 #                processes.
@@ -17,7 +17,7 @@
 # stops at once. Exit codes: 0 the run finished; 85 it was stopped, and the same command continues it; 1 error.
 set -u
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-CONFIG_FILE=${CONFIG_FILE:-train_configs/debug.toml}
+CONFIG_FILE=${CONFIG_FILE:-train_configs/shapes.toml}
 LOG_RANK=${LOG_RANK:-0}
 NNODES=${NNODES:-1}
 STOPPED=85    # titan_video/tools/signals.py

@@ -41,7 +41,7 @@ from titan_video.distributed.sequence import SequenceShard
 from titan_video.distributed.utils import broadcast_from_rank0, clip_grad_norm, reduce_over, set_timeout
 from titan_video.encoders import build_encoders
 from titan_video.flow.matching import FlowMatching, expert_sigma_range
-from titan_video.ingest.prepare import check_encoders, open_cache, prepare_clips, with_steps
+from titan_video.ingest.prepare import check_encoders, open_run_cache, prepare_clips, with_steps
 from titan_video.ingest.started import as_started
 from titan_video.kernels import attention
 from titan_video.models import get_args, get_spec
@@ -83,7 +83,7 @@ class Trainer:
     def build_layout(self) -> None:
         """The architecture, whether it can be laid out as asked, ranks, device, process groups."""
         config, m, length = self.config, self.config.model, self.config.encoder.max_text_length
-        self.spec = get_spec(m.name)
+        self.spec = parts.parametrize(get_spec(m.name), config)
         self.args = get_args(self.spec, m.flavor, m.hf_assets_path, length)
         self.geometry = self.spec.geometry(self.args)
         world_size = config.encoder.num_training_ranks(int(os.environ.get("WORLD_SIZE", 1)))
@@ -123,7 +123,7 @@ class Trainer:
         config, c, group = self.config, self.config.data, self.host_group
         self.encoders = build_encoders(config.encoder, config.model.hf_assets_path, self.device)
         check_encoders(self.encoders, self.args, self.geometry, config)
-        cache = open_cache(Path(c.cache_folder or self.folder / "cache"), self.encoders, self.args.conditioning, group)
+        cache = open_run_cache(config, self.encoders, self.args.conditioning, group)
         self.clips = prepare_clips(config, self.args, self.encoders, cache, group)
         self.encoders.free()
         channel, latent_shape, text_len = self.encoder_channel, self.geometry.latent_shape, self.args.text_len
@@ -158,7 +158,7 @@ class Trainer:
         self.pipeline, p = None, c.parallelism
         if stages:
             self.pipeline = self.pp.Pipeline(model, stages, plan, meshes.pp, p, param_dtype, self.device)
-        self.optimizer = build_optimizer(self.model, config.optimizer, plan.blocks, config.debug.seed)
+        self.optimizer = build_optimizer(model, c.optimizer, plan.blocks, c.debug.seed, self.spec.adjust_group)
         self.grad_norm = lambda: clip_grad_norm(model, config.training.max_norm, meshes.pp)
         if config.optimizer.in_backward:
             self.grad_norm = step_in_backward(self.optimizer).grad_norm
@@ -182,7 +182,7 @@ class Trainer:
         logger.info(f"weights: {self.weights.origin(self.step)}")
 
     def build_loggers(self) -> None:
-        """What watches a run that is not finished: the resolved TOML, metrics, the check of gradients, validation."""
+        """What watches a run that is not finished: the resolved TOML, metrics, what runs around a step, validation."""
         config, steps = self.config, self.config.training.steps
         if self.rank == 0:
             atomic_write(self.folder / "config.toml", dump(config), "resolved configuration")
@@ -193,7 +193,8 @@ class Trainer:
         self.exit_stack.callback(self.metrics.close)
         self.metrics.log_table(self.step, self.clips.numbers, "data")
         self.graphs = GraphLog()
-        self.check_gradients = parts.build_gradient_check(config.debug, self.model, self.host_group)
+        run, others = parts.build_gradient_check(config.debug, self.model, self.host_group), (self.meshes, self.metrics)
+        self.run_step = parts.balance_experts(config, self.args, self.model, run, self.optimizer, *others)
         if config.validation.enable:
             model, size = self.stop.guard(self.pipeline or self.model), self.geometry.latent_shape(config.data.sizes[0])
             validation, folder = parts.load_validation(), self.folder / "samples"
@@ -215,7 +216,7 @@ class Trainer:
         elements = sum(self.task.num_loss_elements(b) for b in batches)
         tokens, frames = sum(i.num_tokens * i.num_clips for i in infos), sum(i.num_frames * i.num_clips for i in infos)
         counts = reduce_over(self.meshes.batch, torch.tensor([elements, tokens, frames]), "sum").tolist()
-        loss = self.check_gradients(self.step, lambda: self.forward_backward(batches, num_elements=counts[0]))
+        loss = self.run_step(self.step, lambda: self.forward_backward(batches, num_elements=counts[0]))
         grad_norm = self.grad_norm()
         loss = reduce_over(self.meshes.sequence, loss, "sum")
         max_loss = reduce_over(self.meshes.batch, loss / (elements / counts[0]), "max")

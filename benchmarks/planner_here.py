@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +52,37 @@ SELECTIVE = {"activation_checkpoint.mode": "selective"}
 RANGES = {"activation_checkpoint.range": '[{layers = "0-1", mode = "full"}]'}
 TP, ULYSSES = {"parallelism.tensor_parallel_degree": 2}, {"parallelism.context_parallel_degree": 2}
 PP = {"parallelism.pipeline_parallel_degree": 2, "parallelism.pipeline_parallel_microbatch_size": 4}
+
+
+HEAD = """# The planner on this machine
+
+A machine is measured by (needs all of its GPUs, or some minutes of a CPU that does nothing else)
+
+```bash
+torchrun --nproc_per_node 8 -m titan_video.planner profile --out here.toml --config CONFIG.toml
+```
+
+The file holds what products and attention of the configuration's model reach, memory, collectives by size and group,
+and the host's time for a launch; the planner takes it as `--cluster here.toml`. Rates are those of all ranks at once:
+where ranks share cores, measure with as many ranks as will train. It has not been run on GPUs yet.
+
+With
+
+```toml
+[planner]
+cluster = "here.toml"
+```
+
+the log of a run has, after 20 steps, a table of the predicted and the measured seconds of a step by part. Rank 0
+records one step for it with torch's profiler; the prediction is made beside training, in a process of its own.
+
+## On this machine
+
+`benchmarks/planner_here.py` measures this machine, predicts twelve layouts and modes of checkpointing of a debug model
+(`train_configs/debug.toml` with the options in the script) on 1, 2 and 4 processes of one thread, and then runs
+`train.py` with each of them, in turns.
+
+"""
 
 
 @dataclass(frozen=True)
@@ -157,13 +189,13 @@ def report(predicted: dict[str, Prediction], measured: dict[str, float]) -> str:
     for n in names:
         here = f"{1e3 * seconds[n]:.1f} | {1e3 * measured[n]:.1f} | {seconds[n] / measured[n]:.2f}"
         lines.append(f"| {n} | {world[n]} | {here} |")
-    verdict = {True: "reached", False: "missed"}
-    lines += [
-        "",
+    words = {True: "reached", False: "missed"}
+    text = (
         f"Spearman's rank correlation: {correlation:.3f} (bar {BAR_SPEARMAN}, "
-        f"{verdict[correlation >= BAR_SPEARMAN]}). The planner's first choice, {first}, takes {100 * regret:.1f} % "
-        f"longer than the best measured (bar {100 * BAR_REGRET:.0f} %, {verdict[regret <= BAR_REGRET]}).",
-    ]
+        f"{words[correlation >= BAR_SPEARMAN]}). The planner's first choice, {first}, takes {100 * regret:.1f} % "
+        f"longer than the best measured (bar {100 * BAR_REGRET:.0f} %, {words[regret <= BAR_REGRET]})."
+    )
+    lines += ["", *textwrap.wrap(text, width=120)]
     return "\n".join(lines)
 
 
@@ -191,14 +223,16 @@ def main(argv: list[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         machines = profile(folder, cli.seconds)
         predicted = {case.name: predict(case, machines[case.world_size]) for case in CASES}
+        before = os.getloadavg()[0]
         measured = measure_all(folder, cli.rounds, cli.steps)
+    load = f"load average {before:.1f} before the measurements and {os.getloadavg()[2]:.1f} during the last of them"
     where = f"{machines[1].gpu.name}, {os.cpu_count()} cores, torch {torch.__version__}"
-    how = f"{cli.rounds} rounds of {cli.steps} steps, {CLIPS} clips of {COMMON['data.buckets']} a step"
-    text = f"{where}; {how}.\n\n{report(predicted, measured)}\n\n{parts_table(predicted)}\n"
+    how = f"{cli.rounds} rounds of {cli.steps} steps, {CLIPS} clips of {COMMON['data.buckets']} a step; {load}"
+    machine = textwrap.fill(f"{where}; {how}.", width=120)
+    text = f"{machine}\n\n{report(predicted, measured)}\n\n{parts_table(predicted)}\n"
     print(text)
     if cli.write:
-        head = "# The planner on this machine\n\nWritten by `benchmarks/planner_here.py`, which says how.\n\n"
-        atomic_write(cli.write, head + text)
+        atomic_write(cli.write, HEAD + text)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,17 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from titan_video.kernels import reference  # noqa: E402
-from titan_video.kernels.triton import gelu, launch, projections
+from titan_video.kernels import attention, reference  # noqa: E402
+from titan_video.kernels.triton import gelu, joined, launch, merge, projections
 from titan_video.kernels.triton import layer_norm as fused_layer_norm
 from titan_video.kernels.triton import rms_norm as fused_rms_norm
 
 EPS = 1e-6
-fused_products = SimpleNamespace(gelu_linear=gelu.gelu_linear, project_and_norm=projections.project_and_norm)
+fused_products = SimpleNamespace(
+    gelu_linear=gelu.gelu_linear,
+    joined_linear=joined.joined_linear,
+    project_and_norm=projections.project_and_norm,
+)
 MODULATION = ("one row", "one row for all samples", "a row per token", "two rows and a mask")
 # Samples, tokens, width and modulation in the interpreter. The last size has several programs of several tokens each.
 SIZES = ((2, 3, 128, MODULATION), (3, 3, 384, MODULATION[1::2]), (1, 5, 1536, MODULATION[::2]))
@@ -139,11 +143,16 @@ def rms_norm_cases(B, L, D, dtype, device="cpu", K=32):
 
 
 class PlainProducts:
-    """The definition of gelu.py and projections.py, by autograd."""
+    """The definition of gelu.py, joined.py and projections.py, by autograd."""
 
     @staticmethod
     def gelu_linear(u, weight, bias, u_bias):
         return F.linear(F.gelu(u + (u_bias - u_bias.detach()), approximate="tanh"), weight, bias)
+
+    @staticmethod
+    def joined_linear(out, u, weight, bias):
+        hidden = F.gelu(u, approximate="tanh").unflatten(-1, (out.shape[2], -1))
+        return F.linear(torch.cat([out, hidden], dim=-1).flatten(2), weight, bias)
 
     @staticmethod
     def project_and_norm(x, context, weights, biases, norms, freqs_cis, head_dim, eps):
@@ -170,6 +179,9 @@ def product_cases(B, L, D, dtype, device="cpu", K=32):
         draw(D, 2 * D, seed=1, scale=D**-0.5),
         *(draw(n, seed=2) for n in (D, 2 * D)),
     )
+    out, v = rand(B, L, 2, K, seed=4, dtype=dtype, device=device), rand(B, L, 6 * K, seed=5, dtype=dtype, device=device)
+    product = rand(D, 8 * K, seed=6, dtype=dtype, device=device)
+    yield "joined_linear", lambda m, o, v, w, b: m.joined_linear(o, v, w, b), (out, v, product, bias)
     yield "gelu_linear", lambda m, u, w, b, c: m.gelu_linear(u, w, b, c), (u, weight, bias, u_bias)
     x, context = draw(B, L, 64, seed=3), draw(B, 2, 64, seed=4)
     weights, biases = [draw(D, 64, seed=i, scale=0.125) for i in (5, 6, 7)], [draw(D, seed=i) for i in (8, 9, 10)]
@@ -193,6 +205,24 @@ def cases(B, L, D, dtype, device="cpu", kinds=MODULATION):
     yield from ((fused_products, *case) for case in product_cases(B, L, D, dtype, device))
     yield from ((fused_layer_norm, *case) for case in layer_norm_cases(B, L, D, dtype, device, kinds))
     yield from ((fused_rms_norm, *case) for case in rms_norm_cases(B, L, D, dtype, device))
+
+
+def check_merge(B, L, H, K, dtype, device="cpu", transposed=False):
+    """One pass gives what the plain operators give in float64. transposed: the kernel's layout is [B, H, L, K]."""
+    shape = (B, H, L, K) if transposed else (B, L, H, K)
+    out, part = (rand(*shape, seed=i, dtype=dtype, device=device, grad=False) for i in (1, 2))
+    out, part = (x.transpose(1, 2) if transposed else x for x in (out, part))
+    lse, part_lse = (3 * rand(B, H, L, seed=i, device=device, grad=False) for i in (3, 4))
+    part_lse[:, 0, 0] = -1e38  # all keys of a part are masked
+    found, found_lse = merge.merge_attention(out.clone(), lse, part, part_lse)
+    expected, expected_lse = attention.merge(out.double(), lse.double(), part.double(), part_lse.double())
+    assert found.dtype == dtype and found.is_contiguous() and found.shape == (B, L, H, K)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-2 if dtype == torch.bfloat16 else 1e-6)
+    torch.testing.assert_close(found_lse.double(), expected_lse, rtol=1e-6, atol=1e-6)
+    assert torch.equal(found[:, 0, 0], out[:, 0, 0])
+
+
+MERGES = ((2, 5, 3, 128, torch.bfloat16), (1, 7, 2, 96, torch.float32), (1, 40, 1, 64, torch.bfloat16))
 
 
 def results(module, function, inputs):
@@ -237,6 +267,10 @@ def main():
         dtype = torch.bfloat16 if B == 2 else torch.float32
         for case in cases(B, L, D, dtype, kinds=kinds):
             check(*case, dtype, again=False)  # programs run one after the other, so two runs cannot differ
+            number += 1
+    for sizes in MERGES:
+        for transposed in (False, True):
+            check_merge(*sizes, transposed=transposed)
             number += 1
     print(f"{number} cases")
 

@@ -1,6 +1,6 @@
 """Converts weights, or adapters, between formats:
 
-    python -m titan_video.convert SRC DST --format diffusers|original|single_file|comfyui
+    python -m titan_video.convert SRC DST --format diffusers|original|single_file|comfyui|stacked
     python -m titan_video.convert SRC DST --format diffusers|comfyui|musubi|diffsynth|peft      SRC holds adapters
 
 SRC is a folder or file of weights in any of these formats, which is detected from its names, a file or folder of
@@ -27,6 +27,8 @@ from titan_video.models.spec import ModelSpec
 from titan_video.tools.bounded import read_json
 from titan_video.tools.logging import init_logger, logger
 from titan_video.tools.parts import find_module, resolve
+from titan_video.weights.export.pipeline_folder import PIPELINE, complete_pipeline
+from titan_video.weights.export.save import GIB, WritePlan, Writer
 from titan_video.weights.formats import (
     CONFIG,
     FORMAT_NAMES,
@@ -36,8 +38,7 @@ from titan_video.weights.formats import (
     preview,
     read_slice,
 )
-from titan_video.weights.hf_storage import GIB, WritePlan, Writer, global_shapes
-from titan_video.weights.pipeline_folder import PIPELINE, complete_pipeline, is_checkpoint
+from titan_video.weights.hf_storage import global_shapes
 from titan_video.weights.safetensors_io import opened
 
 DETECT = "titan_video.weights.original:detect"  # an optional part
@@ -84,6 +85,10 @@ class StepSource:
         saved = saved_under(self.metadata, weights)
         if not saved:
             raise ValueError(f"{folder} holds no `{weights}` weights")
+        # Averages lack what is not trained: biases of routers.
+        rest = {name: e for name, e in saved_under(self.metadata, "model").items() if name.startswith("routers.")}
+        self.sources = dict.fromkeys(rest, "model.") | dict.fromkeys(saved, self.prefix)
+        saved = rest | saved
         names = sorted(saved.keys() | self.shapes.keys())
         odd = [name for name in names if name not in saved or saved[name].size != self.shapes.get(name)]
         if odd:
@@ -92,7 +97,7 @@ class StepSource:
 
     def read(self, name: str) -> Tensor:
         tensor = torch.empty(self.shapes[name], dtype=self.dtypes[name])
-        read_tensors(self.folder, self.metadata, {self.prefix + name: tensor})
+        read_tensors(self.folder, self.metadata, {self.sources[name] + name: tensor})
         return tensor
 
 
@@ -241,11 +246,11 @@ def run(options: argparse.Namespace) -> Path:
         raise ValueError(f"DST {target}: --format {options.format} is one file, whose name should end in .safetensors")
     if options.max_shard_gib <= 0:
         raise ValueError("--max-shard-gib must be above 0")
-    weights = StepSource(source, options.weights) if is_checkpoint(source) else PublicSource(source, options)
+    weights = StepSource(source, options.weights) if files.is_checkpoint(source) else PublicSource(source, options)
     path = target
+    if options.format in ("diffusers", "stacked"):
+        path = target / (subfolder := options.subfolder or weights.spec.hf_folder)
     if options.format == "diffusers":
-        subfolder = options.subfolder or weights.spec.hf_folder
-        path = target / subfolder
         pipeline = next(
             (folder for folder in (options.assets, source, source.parent) if folder and (folder / PIPELINE).is_file()),
             None,
@@ -258,7 +263,7 @@ def run(options: argparse.Namespace) -> Path:
 
 def find_adapters(source: Path, options: argparse.Namespace) -> Any:
     """The adapters of `source`, for lora/convert.py; None: it holds weights. ValueError: they are not valid."""
-    if is_checkpoint(source):
+    if files.is_checkpoint(source):
         config, _ = run_config(source)
         if config.lora.enable and options.format in ADAPTER_FORMATS:
             read = resolve(f"{LORA}.convert:read_step", asked_by=f"{source}, of a run with lora.enable")

@@ -16,8 +16,9 @@ second one, or SIGQUIT, they are killed. SIGUSR1 to this process asks for the sa
 Output: torchrun shows the local ranks that LOG_RANK names, each line labelled with the global rank. Warnings of the
 other ones are shown too (WarningRelay).
 
-Ranks: a rank whose heartbeat (supervision/watch.py) has stopped for longer than its limit is killed and named. The exit
-code is 0 if the run finished, 85 if it was stopped and is to be continued, else 1.
+Ranks: a rank whose heartbeat (supervision/watch.py) has stopped for longer than its limit is killed and named, and so
+is one that was stopped before its first beat. The exit code is 0 if the run finished, 85 if it was stopped and is to be
+continued, else 1.
 """
 
 import json
@@ -27,6 +28,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from titan_video.supervision import watch
@@ -40,9 +43,9 @@ LABEL = "[${role_name}${rank}]:"  # of torchrun's lines; its own default has the
 WARNING = re.compile(r"^\d\d-\d\d \d\d:\d\d:\d\d (?=(WARNING|ERROR|CRITICAL) )")  # of tools/logging.py
 
 
-def check_run(argv: list[str], world_size: int) -> Path:
-    """The folder of the run. Ends the program with status 1 and a message if train.py would refuse these arguments on
-    `world_size` ranks.
+def check_run(argv: list[str], world_size: int) -> tuple[Path, float]:
+    """The folder of the run, and its comm.init_timeout_seconds. Ends the program with status 1 and a message if
+    train.py would refuse these arguments on `world_size` ranks.
     """
     from titan_video.config.check import check
     from titan_video.config.manager import main_guard, parse_args
@@ -55,23 +58,23 @@ def check_run(argv: list[str], world_size: int) -> Path:
         spec, text_length = get_spec(config.model.name), config.encoder.max_text_length
         args = get_args(spec, config.model.flavor, config.model.hf_assets_path, text_length)
         check_layout(config.parallelism, args, config.encoder.num_training_ranks(world_size))
-    return Path(config.job.dump_folder)
+    return Path(config.job.dump_folder), config.comm.init_timeout_seconds
 
 
-def child_processes() -> list[int]:
-    """This process's children that are alive: the ranks of this machine."""
-    found = []
+def child_processes() -> dict[int, str]:
+    """{process: state} of this process's children that are alive: the ranks of this machine."""
+    found = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, parent = path.read_text().rpartition(")")[2].split()[:2]
         except OSError:
             continue
         if int(parent) == os.getpid() and state != "Z":
-            found.append(int(path.parent.name))
+            found[int(path.parent.name)] = state
     return found
 
 
-def send(signum: int, pids: list[int]) -> None:
+def send(signum: int, pids: Iterable[int]) -> None:
     for pid in pids:
         try:
             os.kill(pid, signum)
@@ -79,9 +82,15 @@ def send(signum: int, pids: list[int]) -> None:
             pass
 
 
+def say(line: str, to: int = 2) -> None:
+    """Write a line to this file descriptor. Where the disk of the log is full, the launcher goes on without it."""
+    with suppress(OSError):
+        os.write(to, f"{line}\n".encode())
+
+
 def end(code: int, message: str) -> None:
     """Ends this process and its ranks at once."""
-    print(message, file=sys.stderr, flush=True)
+    say(message)
     send(signal.SIGKILL, child_processes())
     os._exit(code)
 
@@ -143,7 +152,7 @@ class WarningRelay:
                     if (match := WARNING.match(line)) and (text := line[match.end() :]) not in self.seen:
                         self.seen.add(text)
                         if path.parent.name not in self.shown:
-                            print(f"{_rank_label(path.parent)}{line}", flush=True)
+                            say(f"{_rank_label(path.parent)}{line}", to=1)
 
     def _new_lines(self, path: Path) -> list[str]:
         try:
@@ -164,19 +173,31 @@ def _rank_label(folder: Path) -> str:
         return f"[local rank {folder.name}]:"
 
 
+def _local_rank(pid: int) -> str:
+    """Of a process that torchrun has started; "?" if it does not say."""
+    try:
+        words = Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
+    except OSError:
+        return "?"
+    return next((word.partition("=")[2] for word in words if word.startswith("LOCAL_RANK=")), "?")
+
+
 class RankWatch:
     """A thread that reads the heartbeats of this machine's ranks, and ends the job when one is frozen. It also passes
     warnings on.
+
+    start_limit: seconds after which one that was stopped before its first beat is frozen.
     """
 
-    def __init__(self, logs: Path, shown: set[str]):
-        self.logs, self.warnings = logs, WarningRelay(logs, shown)
+    def __init__(self, logs: Path, shown: set[str], start_limit: float):
+        self.logs, self.warnings, self.start_limit = logs, WarningRelay(logs, shown), start_limit
+        self.stopped: dict[int, float] = {}  # {rank's process that is stopped: since when}
         self.suspects: dict[int, str] = {}  # {process: what was said of it}; torchrun may end it before its limit
         threading.Thread(target=self._watch, name="rank watch", daemon=True).start()
 
     def silent(self, longer_than: float | None = None) -> list[tuple[int, str]]:
         """(process, description) of the ranks without a beat for longer than their limit, or than so many seconds."""
-        found = []
+        found, with_beat = [], set()
         for path in self.logs.rglob(watch.NAME):
             try:
                 seconds = time.time() - path.stat().st_mtime
@@ -184,15 +205,23 @@ class RankWatch:
                 process_exists = Path(f"/proc/{beat['pid']}").exists()
             except (OSError, ValueError):
                 continue
+            with_beat.add(beat["pid"])
             if seconds > (longer_than or beat["limit"]) and process_exists:
                 where = f"local rank {path.parent.name} (host {os.uname().nodename}, pid {beat['pid']})"
                 found.append((beat["pid"], f"{where} is frozen: no sign of life for {seconds:.0f} s; {beat['doing']}"))
+        for pid, since in self.stopped.items():
+            seconds = time.monotonic() - since
+            if pid not in with_beat and seconds > (longer_than or self.start_limit):
+                where = f"local rank {_local_rank(pid)} (host {os.uname().nodename}, pid {pid})"
+                found.append((pid, f"{where} is frozen: stopped for {seconds:.0f} s, before it began"))
         return found
 
     def _watch(self) -> None:
         while True:
+            ranks, now = child_processes(), time.monotonic()
+            self.stopped = {pid: self.stopped.get(pid, now) for pid, state in ranks.items() if state in "Tt"}
             for pid, text in self.silent():
-                print(f"error: {text}. {watch.FIX}", file=sys.stderr, flush=True)
+                say(f"error: {text}. {watch.FIX}")
                 send(signal.SIGKILL, [pid])  # torchrun then ends the others
             self.suspects |= self.silent(longer_than=AGENT_SECONDS)
             self.warnings.pass_on()
@@ -209,7 +238,7 @@ def exit_code(folder: Path, run_id: str, num_nodes: int) -> int:
         if status.get("run_id") == run_id and status.get("exit_code") is not None:
             return status["exit_code"]
         if time.monotonic() > deadline:
-            print(f"warning: {folder}/status.json does not say how the run ended", file=sys.stderr)
+            say(f"warning: {folder}/status.json does not say how the run ended")
             return 0
         time.sleep(0.5)
 
@@ -225,20 +254,23 @@ def main(argv: list[str]) -> None:
     names = [Path(word).name for word in options.training_script_args]
     train_args = options.training_script_args[names.index("train.py") + 1 :]
     num_nodes = int(options.nnodes)
-    folder = check_run(train_args, num_nodes * int(options.nproc_per_node))
+    folder, start_limit = check_run(train_args, num_nodes * int(options.nproc_per_node))
     if relay.requested:
         end(STOPPED, "stopped before the ranks were started; the same command starts the run")
-    rank_watch = RankWatch(Path(options.log_dir), set(options.local_ranks_filter.split(",")))
+    rank_watch = RankWatch(Path(options.log_dir), set(options.local_ranks_filter.split(",")), start_limit)
     os.environ.setdefault("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", LABEL)
     try:
         torchrun.run(options)
     except ChildFailedError as e:
         rank_watch.warnings.pass_on()
         for text in rank_watch.suspects.values():
-            print(f"error: {text}", file=sys.stderr)
-        print(e, file=sys.stderr)
+            say(f"error: {text}")
+        say(str(e))
         rank, failure = e.get_first_failure()
-        mark_failed(folder, options.rdzv_id, f"rank {rank} ended with exit code {failure.exitcode}")
+        try:
+            mark_failed(folder, options.rdzv_id, f"rank {rank} ended with exit code {failure.exitcode}")
+        except OSError as error:
+            say(f"error: {error}")
         sys.exit(1)
     rank_watch.warnings.pass_on()
     sys.exit(exit_code(folder, options.rdzv_id, num_nodes))

@@ -30,6 +30,7 @@ from titan_video.encoders import build_encoders
 from titan_video.encoders.spec import Encoders
 from titan_video.flow.matching import NUM_TRAIN_TIMESTEPS
 from titan_video.ingest.bucketing import bucket_errors
+from titan_video.ingest.captions import lost_words
 from titan_video.ingest.conditioning_frames import encode_cond_frames, encode_images
 from titan_video.ingest.prepare import check_encoders
 from titan_video.ingest.sampling_defaults import OFFICIAL, sampling_defaults, sampling_section
@@ -212,6 +213,8 @@ def generate(config: JobConfig, folder: Path, texts: list[str], options: argpars
     encoders = build_encoders(config.encoder, config.model.hf_assets_path, device)
     check_encoders(encoders, args, geometry, config)
     guidance = find_guidance(options, low[1] if low else None, args)
+    for line in lost_words([*texts, options.negative_prompt], encoders) if dist.get_rank() == 0 else ():
+        logger.warning(f"prompt {line}")
     prompts, null = encode_prompts(encoders, args, texts, options)
     encoders.free()
 

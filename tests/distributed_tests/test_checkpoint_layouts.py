@@ -34,7 +34,8 @@ from titan_video.models.wan import SPEC, WanArgs, WanModel
 from titan_video.optim.ema import EmaWeights
 from titan_video.optim.optimizer import build_optimizer
 from titan_video.tasks.denoising import Denoising
-from titan_video.weights.hf_storage import load_hf, save_hf
+from titan_video.weights.export.save import save_hf
+from titan_video.weights.hf_storage import load_hf
 
 SIZES = {"num_layers": 2, "text_dim": 20, "text_len": 9, "freq_dim": 32}
 # 25 rows of ffn.up on each of two tensor-parallel ranks: FSDP shards them unevenly. Four such ranks need four heads.

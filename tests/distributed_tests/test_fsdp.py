@@ -118,7 +118,10 @@ def test_symmetric_memory_is_asked_of_every_unit(monkeypatch):
     monkeypatch.setattr(fsdp, "fully_shard", lambda module, **_: Unit.of(module, asked))
     monkeypatch.setattr(fsdp, "FSDPModule", Unit)
     meshes = SimpleNamespace(
-        world=SimpleNamespace(device_type="cuda"), fsdp=SimpleNamespace(shape=(2,)), fsdp_root=SimpleNamespace()
+        world=SimpleNamespace(device_type="cuda"),
+        fsdp=SimpleNamespace(shape=(2,)),
+        fsdp_root=SimpleNamespace(),
+        expert_fsdp=None,
     )
     meshes.fsdp_root.size = lambda: 2
     with torch.device("meta"):

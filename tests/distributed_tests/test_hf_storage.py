@@ -10,8 +10,9 @@ from tests.helpers import run_ranks
 from tests.unit_tests.test_hf_storage import ARGS, TOY, Toy, assert_holds, toy_model, toy_tensors, write_public
 from titan_video.tools.files import StorageError
 from titan_video.weights import safetensors_io
+from titan_video.weights.export.save import save_hf
 from titan_video.weights.formats import public_names
-from titan_video.weights.hf_storage import load_hf, save_hf
+from titan_video.weights.hf_storage import load_hf
 
 
 def sharded_model(layout):

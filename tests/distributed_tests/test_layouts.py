@@ -27,11 +27,12 @@ from titan_video.lora.quantized_base import CODE_DTYPES, fill_quantized, quantiz
 from titan_video.models.hunyuan_video import SPEC as HUNYUAN
 from titan_video.models.hunyuan_video import HunyuanVideoArgs
 from titan_video.models.layers import is_adapter
-from titan_video.models.spec import ModelSpec
+from titan_video.models.spec import ExpertArgs, ModelSpec
 from titan_video.models.wan import SPEC as WAN
 from titan_video.models.wan import WanArgs, WanModel
 
 ARGS = WanArgs(dim=72, num_heads=12, num_layers=4, ffn_dim=60, text_dim=20, text_len=9, freq_dim=32)
+EXPERTS = ExpertArgs(num_experts=8, top_k=2, expert_dim=24, shared_dim=12, first_dense=1)
 HUNYUAN_ARGS = HunyuanVideoArgs(
     dim=72,
     num_heads=12,
@@ -61,6 +62,8 @@ MODELS = {
     "wan flf2v": Model(WAN, replace(ARGS, in_channels=36, image_dim=10, image_len=514, image_positions=True)),
     "wan A14B i2v": Model(WAN, replace(ARGS, in_channels=36)),
     "wan ti2v": Model(WAN, replace(ARGS, clean_first_frame=True)),
+    "wan moe": Model(WAN, replace(ARGS, experts=EXPERTS)),
+    "wan moe choice": Model(WAN, replace(ARGS, experts=replace(EXPERTS, expert_choice=True))),
     "hunyuan": Model(HUNYUAN, HUNYUAN_ARGS),
     "hunyuan concat": Model(
         HUNYUAN, replace(HUNYUAN_ARGS, in_channels=33, guidance=False, image_condition="latent_concat")
@@ -115,7 +118,7 @@ LAYOUTS = {
     "pp2": layout(pp=2),
     "pp4": layout(pp=4),
     "pp2 uneven": layout({"pipeline_parallel_split": (0, 1)}, pp=2),
-    "pp3 x fsdp2 uneven": layout({"pipeline_parallel_split": (0, 2, 3)}, pp=3, dp_shard=2),
+    "pp3 uneven": layout({"pipeline_parallel_split": (0, 2, 3)}, pp=3),
     "pp2 zero bubble": layout({"pipeline_parallel_schedule": "InterleavedZeroBubble"}, pp=2),
     "tp2 x ulysses2": layout(tp=2, ulysses=2),
     "tp2 x ring2": layout(tp=2, ring=2),
@@ -334,6 +337,7 @@ SOME_LAYOUTS = ("tp2", "ulysses2", "ring2", "pp2")
 FULL_LAYOUTS = ("unified2x2", "fsdp2 x tp2", "tp2 x ring2", "pp2 x fsdp2 x ulysses2")  # of those of 4 and 8 ranks
 RANGED_LAYOUTS = ("fsdp2", "tp2", "pp2", "pp2 uneven")
 FLOAT32_LAYOUTS = ("one", "fsdp2", "tp2", "ulysses2", "ring2", "pp2")
+EXPERT_LAYOUTS = ("fsdp2", *SOME_LAYOUTS, "tp2 x ring2", "pp2 x fsdp2 x ulysses2")
 LORA_LAYOUTS = ("fsdp2", "hsdp2x2", *SOME_LAYOUTS, "fsdp2 x tp2", "pp2 zero bubble")
 
 
@@ -345,9 +349,11 @@ def test_layout_equals_one_process(layout, one_process):
     check("wan", layout, runs + [("plain", torch.float32)] * (layout in FLOAT32_LAYOUTS), one_process)
 
 
-def modes_for(layout):
-    """Zero bubble is refused with compile."""
-    return EAGER if "zero bubble" in layout else tuple(EXECUTION_MODES)
+def modes_for(layout, name="wan"):
+    """Zero bubble is refused with compile and with experts, compile with experts that choose."""
+    if "zero bubble" in layout:
+        return () if name.startswith("wan moe") else EAGER
+    return EAGER if name == "wan moe choice" else tuple(EXECUTION_MODES)
 
 
 TWO_RANKS = [name for name in LAYOUTS if LAYOUTS[name].world_size == 2 and modes_for(name) == tuple(EXECUTION_MODES)]
@@ -370,6 +376,18 @@ def test_compiled_layout_equals_one_process(layout, one_process):
 @pytest.mark.parametrize("name", ["wan i2v", "wan ti2v", "hunyuan", "hunyuan replace"])
 def test_other_models_equal_one_process(name, layout, one_process):
     check(name, layout, [("plain", torch.float64)], one_process)
+
+
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+def test_experts_equal_one_process(layout, one_process):
+    modes = EAGER if LAYOUTS[layout].world_size == 2 else ("full",)
+    check("wan moe", layout, [(mode, torch.float64) for mode in modes], one_process)
+
+
+@pytest.mark.parametrize("layout", ["tp2", "ring2"])
+def test_experts_that_choose_equal_one_process(layout, one_process):
+    """They choose from the tokens of all ranks."""
+    check("wan moe choice", layout, [(mode, torch.float64) for mode in ("plain", "full")], one_process)
 
 
 @pytest.mark.parametrize("layout", LORA_LAYOUTS)
@@ -395,7 +413,8 @@ def test_quantized_base_equals_one_process(layout, one_process):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_model_in_every_layout(layout, one_process):
     for name in MODELS:
-        check(name, layout, [(mode, torch.float64) for mode in EAGER], one_process)
+        modes = [mode for mode in EAGER if mode in modes_for(layout, name)]
+        check(name, layout, [(mode, torch.float64) for mode in modes], one_process)
 
 
 @pytest.mark.slow
@@ -403,7 +422,9 @@ def test_every_model_in_every_layout(layout, one_process):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", MODELS)
 def test_whole_table(name, layout, dtype, one_process):
-    check(name, layout, [(mode, dtype) for mode in modes_for(layout)], one_process)
+    if dtype == torch.float32 and name.startswith("wan moe"):
+        return  # in float32 a token whose scores are nearly equal has other experts under another layout
+    check(name, layout, [(mode, dtype) for mode in modes_for(layout, name)], one_process)
 
 
 @pytest.mark.parametrize("layout", ["fsdp2", "fsdp2 x tp2"])

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from tests.kernel_cases import EPS, cases, check, definition, error, exact, rand, results
+from tests.kernel_cases import EPS, MERGES, cases, check, check_merge, definition, error, exact, rand, results
 from titan_video.kernels.triton import layer_norm as fused_layer_norm
 from titan_video.kernels.triton import rms_norm as fused_rms_norm
 
@@ -32,6 +32,12 @@ def test_error_is_not_above_that_of_the_compiled_reference(number):
         assert error(a, expected) <= 1.1 * error(b, expected) + 1e-7, (
             f"{name}, result {i}: {error(a, expected)}, compiled reference {error(b, expected)}"
         )
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_merging_attentions_in_one_pass_equals_the_plain_operators(transposed):
+    for sizes in (*MERGES, (1, 20_001, 24, 128, torch.bfloat16)):
+        check_merge(*sizes, device="cuda", transposed=transposed)
 
 
 def test_more_elements_than_an_int32_counts():

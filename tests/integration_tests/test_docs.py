@@ -131,9 +131,9 @@ def check_that_metrics_are_explained(folder):
 def test_the_first_commands_of_the_readme(clone):
     page = "README.md"
     run(one_command(page, "./run_train.sh") + SMALL, clone)
-    shown = re.search(r"^ls outputs/debug +# (.*)$", read(page), re.MULTILINE)[1].replace("/", "").split()
-    assert set(shown) <= set(run(one_command(page, "ls outputs/debug"), clone).split())
-    check_that_metrics_are_explained(clone / "outputs" / "debug")
+    shown = re.search(r"^ls outputs/shapes +# (.*)$", read(page), re.MULTILINE)[1].replace("/", "").split()
+    assert set(shown) <= set(run(one_command(page, "ls outputs/shapes"), clone).split())
+    check_that_metrics_are_explained(clone / "outputs" / "shapes")
     run(one_command(page, "python -m titan_video.sample") + " --steps 1", clone)
     assert (clone / "red.mp4").stat().st_size > 0
 
@@ -160,7 +160,7 @@ def test_the_rehearsal_of_the_recipe(clone):
 def test_a_trace_of_a_step(clone):
     command = one_command("docs/debugging.md", "./run_train.sh --profiling")
     run(command + SMALL + " --profiling.profile_freq 2", clone)
-    assert (clone / "outputs/debug/profile_traces/step-2/rank0_trace.json").is_file()
+    assert (clone / "outputs/shapes/profile_traces/step-2/rank0_trace.json").is_file()
 
 
 def test_the_plan_of_own_clips(clone):

@@ -435,17 +435,20 @@ def test_start_from_the_weights_of_another_run(exported, front, source):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_default_run(front):
-    """As it is shipped: all its steps, and its four clips at the end."""
+    """As it is shipped: all its steps, and at the end its four clips and scores."""
     import os
     import subprocess
 
     env = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
     p = subprocess.run(SHELL, cwd=front.root, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert p.returncode == 0, p.stdout + p.stderr
-    rows = [json.loads(line) for line in (front.root / "outputs" / "debug" / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (front.root / "outputs" / "shapes" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
     assert len(losses) == 800 and sum(losses[-10:]) / 10 < losses[0] / 2
-    assert len(list((front.root / "outputs" / "debug" / "samples").glob("step-800/*.mp4"))) == 4
+    assert len(list((front.root / "outputs" / "shapes" / "samples").glob("step-800/*.mp4"))) == 4
+    scores = [row["validation"] for row in rows if "score_shape" in row.get("validation", {})][-1]
+    assert scores["score_colour"] >= 0.95 and scores["score_direction"] >= 0.9 and scores["score_shape"] >= 0.7
+    assert f"score_shape {scores['score_shape']:.3f}" in p.stdout + p.stderr
 
 
 @pytest.mark.slow

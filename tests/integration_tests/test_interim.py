@@ -146,7 +146,7 @@ def kill_in_export(step):
     import os
     import signal
 
-    from titan_video.weights import interim
+    from titan_video.weights.export import interim
 
     commit = interim._commit
 

@@ -41,6 +41,8 @@ signals.install()
 rank, run_id = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_RUN_ID", "")
 if "--freeze" in sys.argv:
     watch.start(1.0)
+elif "--freeze-early" in sys.argv and rank == "0":
+    watch.start(60.0)
 def status(code):
     status = {"status": "x", "exit_code": code, "run_id": run_id, "idle_starts": int(os.environ.get("IDLE", "0"))}
     (here / "status.json").write_text(json.dumps(status))
@@ -69,6 +71,7 @@ import contextlib, sys
 main_guard = contextlib.nullcontext
 class parse_args(list):
     dump_folder = "."
+    init_timeout_seconds = 2.0
     def __getattr__(self, name):
         return self
     def num_training_ranks(self, world_size):
@@ -101,7 +104,7 @@ def repo(tmp_path):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, root / name)
     (root / "train_configs").mkdir()
-    (root / "train_configs" / "debug.toml").touch()
+    (root / "train_configs" / "shapes.toml").touch()
     (root / "train.py").write_text(TRAIN)
     (root / "requirements.txt").write_text("pip\n")
     (root / "constraints.txt").write_text("")
@@ -162,7 +165,7 @@ def test_one_process_saves_on_a_signal(repo, tmp_path, signum):
     p = start(repo, "--job.description", "two words", cwd=tmp_path)
     seen = facts(repo)
     # Run from another folder: the default configuration is found, and relative paths stay the user's.
-    assert seen["args"] == ["--job.config_file", f"{repo}/train_configs/debug.toml", "--job.description", "two words"]
+    assert seen["args"] == ["--job.config_file", f"{repo}/train_configs/shapes.toml", "--job.description", "two words"]
     assert seen["cwd"] == str(tmp_path)
     assert seen["omp"] is None
     p.send_signal(signum)
@@ -180,6 +183,29 @@ def test_the_error_of_a_hidden_rank_is_shown(repo, tmp_path):
     shutil.rmtree(logs)
     p = start(repo, "--end", "0", NGPU="2", TMPDIR=str(tmp_path))
     assert p.communicate(timeout=60)[0] and p.returncode == 0 and not list(tmp_path.glob("titan_video.*"))
+
+
+FULL_DISK = """
+def mark_failed(folder, run_id, message):
+    raise OSError("status.json: cannot write the file: No space left on device")
+"""
+
+
+@pytest.mark.parametrize("log_too", [False, True])
+def test_a_launcher_whose_disk_is_full_ends_with_one_line(repo, log_too):
+    """log_too: its own output cannot be written either."""
+    status = repo / "titan_video" / "supervision" / "run_status.py"
+    status.write_text(status.read_text() + FULL_DISK)
+    if not log_too:
+        output, code = (p := start(repo, "--fail", NGPU="2")).communicate(timeout=60)[0], p.returncode
+        assert "Traceback" not in output
+        assert "error: status.json: cannot write the file: No space left on device\n" in output
+    else:
+        env = environment(PYTHON=sys.executable, NGPU="2")
+        with open("/dev/full", "w") as full:
+            streams = dict(stdin=subprocess.DEVNULL, stdout=full, stderr=full)
+            code = subprocess.run([str(repo / "run_train.sh"), "--fail"], cwd=repo, env=env, **streams).returncode
+    assert code == 1
 
 
 @pytest.mark.parametrize("signum, whole_group", [(signal.SIGTERM, True), (signal.SIGUSR2, False)])
@@ -252,6 +278,15 @@ def test_a_frozen_rank_ends_the_run_and_is_named(repo):
     assert (repo / "failed").read_text() == "rank 1 ended with exit code -9"
 
 
+def test_a_rank_that_is_stopped_before_its_first_beat_ends_the_run_and_is_named(repo):
+    p = start(repo, "--freeze-early", NGPU="2")
+    pid = facts(repo, 1)["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    output, _ = p.communicate(timeout=60)
+    assert p.returncode == 1 and not running(pid)
+    assert f"error: local rank 1 (host {os.uname().nodename}, pid {pid}) is frozen: stopped for" in output
+
+
 def test_warnings_of_hidden_ranks_are_shown_once_with_the_rank_of_the_whole_run(repo):
     """Two machines on this one: ranks 0 and 1, 2 and 3. Local rank 0 is shown."""
     code = """
@@ -290,7 +325,7 @@ def test_exit_code(repo, ranks, code):
 @pytest.mark.parametrize(
     "env, message",
     [
-        ({"CONFIG_FILE": "no.toml"}, "Configurations: train_configs/debug.toml"),
+        ({"CONFIG_FILE": "no.toml"}, "Configurations: train_configs/shapes.toml"),
         ({"NGPU": "two"}, "NGPU=two is not a number"),
     ],
 )
@@ -550,7 +585,7 @@ def test_slurm_script(repo, signalled, status, code, requeued):
     assert asked == ["show hostnames node[07-08]", *(["requeue 4321"] if requeued else [])]
     assert ("not queued again" in output) == (signalled and not requeued)
     asked = (repo / "status.args").read_text().splitlines()
-    assert asked[1:] == "titan_video.run_status --job.config_file train_configs/debug.toml".split() + [
+    assert asked[1:] == "titan_video.run_status --job.config_file train_configs/shapes.toml".split() + [
         "--training.steps",
         "9 9",
     ]
@@ -558,7 +593,7 @@ def test_slurm_script(repo, signalled, status, code, requeued):
     options = dict(zip(words, words[1:], strict=False))
     assert (options["--nnodes"], options["--nproc_per_node"], options["--rdzv_backend"]) == ("2", "1", "c10d")
     assert (options["--rdzv_id"], options["--rdzv_endpoint"]) == ("4321.4", f"node07:{29500 + 321}")
-    assert words[-4:] == ["--job.config_file", "train_configs/debug.toml", "--training.steps", "9 9"]
+    assert words[-4:] == ["--job.config_file", "train_configs/shapes.toml", "--training.steps", "9 9"]
     if signalled:
         assert (repo / "saved0").exists()
 
@@ -605,7 +640,7 @@ def test_sbatch_from_any_folder(repo, tmp_path):
     cwd.mkdir()
     p, (run, status) = submit(repo, cwd, "--training.steps", "9")
     assert p.returncode == 0, p.stdout
-    assert run == status == ["--job.config_file", f"{repo}/train_configs/debug.toml", "--training.steps", "9"]
+    assert run == status == ["--job.config_file", f"{repo}/train_configs/shapes.toml", "--training.steps", "9"]
     (cwd / "ensure_env.sh").write_text("echo another repository; exit 3\n")
     (cwd / "my.toml").touch()
     p, (run, status) = submit(repo, cwd, CONFIG_FILE="my.toml")
@@ -620,7 +655,7 @@ def test_tasks_of_an_array_take_their_line(repo, tmp_path):
         "--optimizer.lr 1e-4\r\n# a comment\n--data.buckets '[[17, 64, 64]]' --job.description=\"two $HOME words\"\n"
     )
     (tmp_path / "sweep.txt").write_text(lines + "--job.dump_folder mine --optimizer.lr 3e-4\n--job.description 'open\n")
-    toml = ["--job.config_file", f"{repo}/train_configs/debug.toml"]
+    toml = ["--job.config_file", f"{repo}/train_configs/shapes.toml"]
 
     def task(number, *args, **env):
         return submit(repo, tmp_path, *args, SLURM_ARRAY_TASK_ID=str(number), **env)
@@ -658,6 +693,6 @@ def test_a_mistake_is_reported_before_torchrun_starts(repo, tmp_path):
     process = start(repo, "--refuse", NGPU="2", TMPDIR=str(tmp_path))
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 1
-    assert "refused for 2 ranks: ['--job.config_file', 'train_configs/debug.toml', '--refuse']" in output
+    assert "refused for 2 ranks: ['--job.config_file', 'train_configs/shapes.toml', '--refuse']" in output
     assert "Traceback" not in output and "The output of all ranks" not in output and not list(repo.glob("started*"))
     assert not list(tmp_path.glob("titan_video.*"))

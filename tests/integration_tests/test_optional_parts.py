@@ -10,18 +10,22 @@ import pytest
 from benchmarks.house import OPTIONAL_PARTS, PACKAGE, optional_part
 from tests.helpers import run_ranks
 
-PROGRAMS = {"convert", "download", "sample", "replay", "ingest.importers"}  # started by hand
+PROGRAMS = {"convert", "upcycle", "download", "sample", "replay", "ingest.importers"}  # started by hand
 ALWAYS = {"supervision", "training.tensorboard_sink"}  # every run uses them where they are there
 AFTERWARDS = {"training.out_of_memory"}  # explains an error
 ASKING = {
     "models.hunyuan_video": {"model.name": "hunyuan_video"},
     "encoders.hunyuan_video": {"encoder.name": "hunyuan_video"},
+    "kernels.grouped": {"model.flavor": "moe-debug"},
+    "models.experts": {"model.flavor": "moe-debug"},
+    "training.expert_balance": {"experts.balance_rate": 0.01},
     "kernels.triton": {"model.kernels": "triton"},
     "kernels.attention_backends": {"model.attention": "flex"},
     "distributed.float8": {"float8.enable": "true", "float8.emulate": "true"},
     "distributed.async_tensor_parallel": {"parallelism.enable_async_tensor_parallel": "true"},
     "distributed.tensor_parallel": {"parallelism.tensor_parallel_degree": 2},
     "distributed.context_parallel": {"parallelism.context_parallel_degree": 2},
+    "distributed.expert_parallel": {"parallelism.expert_parallel_degree": 2},
     "distributed.pipeline_parallel": {"parallelism.pipeline_parallel_degree": 2},
     "training.profiling": {"profiling.enable_profiling": "true"},
     "distributed.offload": {"activation_checkpoint.mode": "full", "activation_checkpoint.offload": "true"},
@@ -31,12 +35,14 @@ ASKING = {
     "optim.muon": {"optimizer.name": "Muon"},
     "optim.mixed": {"optimizer.name": "AdamW8bit"},
     "optim.in_backward": {"optimizer.in_backward": "true", "training.max_norm": 0},
+    "optim.mup": {"optimizer.parametrization": "mup", "optimizer.base_flavor": "proxy-debug"},
     "optim.by_name": {"optimizer.name": "torch.optim.RAdam"},
     "tasks.validation": {"validation.enable": "true"},
     "tasks.sampling": {"validation.enable": "true"},
     "ingest.shape_scores": {"validation.num_scored": 3},
+    "ingest.remote_cache": {"data.cache_url": "memory://cache"},
     "weights.original": {"checkpoint.last_save_in_hf": "true", "checkpoint.export_format": "original"},
-    "weights.interim": {"checkpoint.export_every": 1},
+    "weights.export": {"checkpoint.export_every": 1},
     "training.wandb_sink": {"metrics.enable_wandb": "true"},
     "training.flight_recorder": {"comm.trace_buf_size": 100},
     "training.faults": {"fault_tolerance.nonfinite": "rollback"},

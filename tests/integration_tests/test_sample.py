@@ -16,6 +16,15 @@ def run_sample(argv):
     sample.main([str(a) for a in argv])
 
 
+def output_of_sample(argv):
+    import contextlib
+    import io
+
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        run_sample(argv)
+    return out.getvalue()
+
+
 def decode(path):
     import av
 
@@ -67,6 +76,14 @@ def test_every_option_is_heard(trained, tmp_path):
     assert not any(np.array_equal(seen[0], clip) for clip in seen[1:])
     run_ranks(run_sample, 1, [*base, "--size", "5x32x48", "--fps", 12], init=False)
     assert decode(tmp_path / "x.mp4").shape == (5, 32, 48, 3)
+
+
+def test_a_prompt_that_is_cut_is_named(trained, tmp_path):
+    prompts = ["a red circle moves left", f"a red circle {'and more ' * 7}moves left"]
+    (tmp_path / "prompts.txt").write_text("\n".join([*prompts, prompts[1]]))
+    options = ["--steps", 1, "--guidance", 1, "--out", tmp_path / "clips", "--prompts", tmp_path / "prompts.txt"]
+    (output,) = run_ranks(output_of_sample, 1, [trained.folder, *options], init=False)
+    assert output.count("is cut to encoder.max_text_length") == 1 == output.count("not read: 'and more moves left'")
 
 
 def test_a_file_of_prompts_gives_a_clip_of_each(trained, tmp_path):

@@ -10,7 +10,7 @@ from tests.unit_tests.test_imports import OPTIONAL_PARTS
 from titan_video.config import ConfigError, JobConfig, dump, from_dict, parse
 from titan_video.config.check import check
 from titan_video.config.families import encoder_families, model_families
-from titan_video.config.job_config import Float8, Lora, Planner
+from titan_video.config.job_config import Experts, Float8, Lora, Planner
 from titan_video.config.parts import PARTS, installed_parts, missing_parts
 from titan_video.tools.parts import find_module
 
@@ -18,6 +18,7 @@ VALUES = [(option, value, part) for option, values, part in PARTS for value in v
 SECTIONS = [
     ("lora", Lora(rank=4), "titan_video.lora"),
     ("float8", Float8(emulate=True), "titan_video.distributed.float8"),
+    ("experts", Experts(balance_rate=0.1), "titan_video.training.expert_balance"),
     ("planner", Planner(cluster="h100x1"), "titan_video.planner"),
 ]
 

@@ -25,7 +25,8 @@ from titan_video.ingest.__main__ import main
 from titan_video.ingest.cache_keys import remove_partial_shards, video_key, write_manifest
 from titan_video.ingest.cached_clips import cached_clips, split_holdout
 from titan_video.ingest.encode import encode_missing, encode_share, missing_jobs, partition_jobs
-from titan_video.ingest.plan import PlanEntry, make_plan, read_frames
+from titan_video.ingest.entries import PlanEntry, read_frames
+from titan_video.ingest.plan import make_plan
 from titan_video.ingest.shapes import resolve_path
 from titan_video.ingest.worker import set_up_worker
 

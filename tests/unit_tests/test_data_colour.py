@@ -6,7 +6,8 @@ import pytest
 from tests.unit_tests.data_clips import write_clip, write_patches
 from titan_video.config.job_config import Data, Source
 from titan_video.ingest.colour import MediaPolicy, describe, linear, matrix_to_bt709, settle, tone
-from titan_video.ingest.plan import build_plan, make_plan, read_frames
+from titan_video.ingest.entries import read_frames
+from titan_video.ingest.plan import build_plan, make_plan
 from titan_video.ingest.video import Reading, decode, probe
 
 SRGB = np.array([(200, 50, 25), (30, 140, 70)])

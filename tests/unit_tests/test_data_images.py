@@ -8,8 +8,9 @@ from PIL import Image, ImageCms
 
 from titan_video.config.job_config import Source
 from titan_video.ingest.colour import MediaPolicy
+from titan_video.ingest.entries import read_frames
 from titan_video.ingest.images import rgb
-from titan_video.ingest.plan import make_plan, read_frames
+from titan_video.ingest.plan import make_plan
 from titan_video.ingest.video import probe, read_image
 
 RED, GREEN = (200, 50, 25), (30, 140, 70)

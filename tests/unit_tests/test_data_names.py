@@ -9,8 +9,9 @@ import pytest
 from tests.unit_tests.data_clips import captioned, number, write_clip
 from titan_video.config.job_config import Data, JobConfig, Source
 from titan_video.ingest import media
+from titan_video.ingest.entries import read_frames
 from titan_video.ingest.metadata import UNREAD_SUFFIXES
-from titan_video.ingest.plan import make_plan, read_frames
+from titan_video.ingest.plan import make_plan
 from titan_video.ingest.sources import remarks, rules, scan
 
 CAFE = unicodedata.normalize("NFC", "café")

@@ -290,6 +290,6 @@ def test_probes_are_kept_until_the_file_changes(folder, tmp_path, monkeypatch):
     captioned(folder / "b.mkv", "a tall clip", count=31, fps=12, width=48, height=64)
     again = make_plan(folder, buckets, 8, 0, cache)
     assert probed == ["b.mkv"] and again != first
-    for file in (cache / "probes").rglob("*.json"):
-        file.write_text(file.read_text()[:40])  # truncated entries are ignored, the files are probed again
-    assert make_plan(folder, buckets, 8, 0, cache) == again
+    for file in (cache / "probes").rglob("*.columns"):
+        file.write_bytes(file.read_bytes()[:40])  # truncated tables are ignored, the files are probed again
+    assert make_plan(folder, buckets, 8, 0, cache) == again and len(set(probed)) > 3

@@ -9,13 +9,16 @@ from tests.unit_tests.data_clips import captioned
 from titan_video.config.job_config import Checkpoint, Data, JobConfig, Validation
 from titan_video.config.manager import dump
 from titan_video.data.latent_cache import LatentCache
-from titan_video.data.loader import identity
+from titan_video.data.loader import by_bucket
 from titan_video.encoders.debug import DebugEncoders
 from titan_video.ingest.__main__ import main
 from titan_video.ingest.cached_clips import cached_clips, split_holdout
-from titan_video.ingest.captions import cut_prompts, with_cut_captions
+from titan_video.ingest.captions import cut_prompts, lost_words, with_cut_captions
+from titan_video.ingest.clip_table import clip_table
 from titan_video.ingest.encode import encode_missing
+from titan_video.ingest.media import DEFAULT_LIMITS
 from titan_video.ingest.plan import build_plan
+from titan_video.ingest.plan_table import write_plan_table
 from titan_video.ingest.resume import EarlierClips
 
 
@@ -40,13 +43,15 @@ class Folder:
     def save(self, clips, step=4):
         folder = self.root / "checkpoint" / f"step-{step}"
         folder.mkdir(parents=True)
-        state = {"step": step, "counters": {"data": {"draws": [4], "fingerprint": identity(clips)}}}
+        state = {"step": step, "counters": {"data": {"draws": [4], "fingerprint": by_bucket(clips).identity}}}
         (folder / "state.json").write_text(json.dumps(state))
 
     def least(self, validation=None, section=None, **changes):
         earlier = EarlierClips.of(section or Checkpoint(), self.root, self.report)
         data = replace(self.data, **changes)
-        return earlier.least_held_out(self.plan(**changes), self.cache, data, validation or Validation())
+        entries = write_plan_table(self.root / "tables" / "plan.columns", self.plan(**changes), DEFAULT_LIMITS)
+        clips = clip_table(entries, self.cache, drop_apart=False, folder=self.root / "tables")
+        return earlier.least_held_out(clips, self.cache, data, validation or Validation())
 
 
 @pytest.fixture
@@ -150,6 +155,24 @@ def test_captions_that_are_cut_are_named_once(folder):
         "1 prompts are cut to encoder.max_text_length = 16: 'one two one two "
     )
     assert cut_prompts([], folder.encoders) == ""
+
+
+def test_words_that_are_not_read_are_named():
+    class Letters(DebugEncoders):
+        """A token for each letter and one at the end, as of a script without spaces."""
+
+        def num_tokens(self, prompts):
+            return [1 + len(prompt.replace(" ", "")) for prompt in prompts]
+
+    text = "a red  circle moves left, slowly"
+    assert lost_words(["fits", text, text, "a red circle moves"], DebugEncoders(4)) == [
+        f"'{text}' has 7 tokens and is cut to encoder.max_text_length = 4; not read: 'moves left, slowly'",
+        "'a red circle moves' has 5 tokens and is cut to encoder.max_text_length = 4; not read: 'moves'",
+    ]
+    (whole,), (letters,) = lost_words([text], DebugEncoders(1)), lost_words(["abcdefghijkl"], Letters(5))
+    assert whole.endswith(f"not read: '{text}'") and letters.endswith("not read: 'efghijkl'")
+    assert lost_words(["ab cd efg hijkl"], Letters(6))[0].endswith("not read: 'efg hijkl'")
+    assert lost_words([text, ""], DebugEncoders(7)) == []
 
 
 def test_the_command_says_what_is_cut(folder, capsys):

@@ -45,6 +45,18 @@ def test_render_shows_what_the_caption_says():
     )
 
 
+def test_large_shapes_cross_the_middle():
+    for index in range(96):
+        frames = render(index, is_large=True)
+        where, edge = centers(frames), np.concatenate([frames[:, [0, -1]], frames[:, :, [0, -1]].swapaxes(1, 2)])
+        dx, dy = where[-1][0] - where[0][0], where[-1][1] - where[0][1]
+        wx, wy = DIRECTIONS[shapes.combination(index)[2]]
+        assert 17 < dx * wx + dy * wy < 27 and abs(dx * wy) + abs(dy * wx) < 1
+        assert abs(np.array(where[8][:2]) - 31.5).max() < 12 and min(n for *_, n in where) > 250
+        assert abs(edge.astype(int) - shapes.BACKGROUND).max() < 170 and (edge == shapes.BACKGROUND).mean() > 0.95
+        assert not np.array_equal(frames, render(index))
+
+
 def test_shapes_differ():
     area = {}
     for i in range(3):
@@ -92,8 +104,13 @@ def test_generation_is_finished_kept_or_refused(tmp_path):
 
 
 def test_resolve_path(tmp_path):
+    large, small = (resolve_path(f"embedded:{name}-2", tmp_path) for name in ("large-shapes", "shapes"))
+    assert (large / "00001.mp4").read_bytes() != (small / "00001.mp4").read_bytes()
+    assert (large / "00001.txt").read_text() == (small / "00001.txt").read_text()
+    with pytest.raises(ValueError, match="other settings"):
+        generate(large, 2)
     assert resolve_path("some/folder", tmp_path) == shapes.Path("some/folder")
-    for bad in ("embedded:shapes", "embedded:shapes-0", "embedded:cats-4", ""):
+    for bad in ("embedded:shapes", "embedded:shapes-0", "embedded:cats-4", "embedded:large-shapes-0", ""):
         with pytest.raises(ValueError, match="data.path"):
             resolve_path(bad, tmp_path)
 

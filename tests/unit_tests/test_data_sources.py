@@ -20,8 +20,9 @@ from titan_video.config.job_config import Data, Source
 from titan_video.ingest import media, probes
 from titan_video.ingest.bucketing import ClipChoice, choose, starts
 from titan_video.ingest.colour import MediaPolicy
+from titan_video.ingest.entries import read_frames
 from titan_video.ingest.metadata import CAPTION_COLUMNS, DECLARED_COLUMNS, MEDIA_COLUMNS
-from titan_video.ingest.plan import build_plan, make_plan, read_frames
+from titan_video.ingest.plan import build_plan, make_plan
 from titan_video.ingest.sources import scan
 from titan_video.ingest.video import decode, probe
 

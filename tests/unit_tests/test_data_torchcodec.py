@@ -13,8 +13,9 @@ from PIL import Image
 from tests.unit_tests.data_clips import captioned, damaged, number, write_clip
 from tests.unit_tests.test_data_video import CONTAINERS
 from titan_video.ingest.colour import MediaPolicy
+from titan_video.ingest.entries import read_frames
 from titan_video.ingest.media import member
-from titan_video.ingest.plan import make_plan, read_frames
+from titan_video.ingest.plan import make_plan
 from titan_video.ingest.video import Reading, UnusableClip, decode, frame_indices, probe, require
 
 try:

@@ -23,6 +23,7 @@ NEEDS = re.compile(r"\(needs\s[^)]+\)")  # in the paragraph before the commands:
 # A command that matches is run by this test, by itself or with sizes that a test can afford.
 FRONT, DOCS = "tests/integration_tests/test_front_door.py", "tests/integration_tests/test_docs.py"
 PHONE = "tests/integration_tests/test_phone_clips.py"
+MUP = "tests/unit_tests/test_mup.py"
 SCRIPTS, BENCHMARKS = "tests/integration_tests/test_launch_scripts.py", "tests/unit_tests/test_benchmarks.py"
 RUN_BY = {
     r".*train_configs/tiny_dit\.toml": (f"{DOCS}::test_a_third_family_is_made_as_the_page_says"),
@@ -34,9 +35,9 @@ RUN_BY = {
     r".*train_configs/debug\.toml .*--data\.path phone_clips": f"{PHONE}::test_from_a_phone_to_diffusers",
     r"python -c \"from diffusers": f"{PHONE}::test_from_a_phone_to_diffusers",
     r"NNODES=2 .*RDZV_ENDPOINT=localhost:\d+ NGPU=1 \./run_train\.sh": f"{DOCS}::test_two_nodes_on_one_machine",
-    r"ls outputs/debug": f"{DOCS}::test_the_first_commands_of_the_readme",
+    r"ls outputs/shapes": f"{DOCS}::test_the_first_commands_of_the_readme",
     r"tensorboard --logdir": f"{DOCS}::test_the_first_commands_of_the_readme",
-    r"python -m titan_video\.sample outputs/debug ": f"{DOCS}::test_the_first_commands_of_the_readme",
+    r"python -m titan_video\.sample outputs/shapes ": f"{DOCS}::test_the_first_commands_of_the_readme",
     r"\./run_tests\.sh": f"{SCRIPTS}::test_run_tests_passes_arguments_and_exit_code",
     r"python -m titan_video\.data plan train_configs/wan2\.1_t2v_1\.3b\.toml": f"{DOCS}::test_the_plan_of_own_clips",
     r"python -m titan_video\.data plan +CONFIG": "tests/unit_tests/test_data_report.py",
@@ -50,6 +51,8 @@ RUN_BY = {
         f"{BENCHMARKS}::test_the_planners_scripts_print_their_tables"
     ),
     r"python -m titan_video\.convert": "tests/unit_tests/test_convert.py::test_the_command_round_trips",
+    r"python -m titan_video\.mup check": f"{MUP}::test_the_check_as_a_command",
+    r"python -m titan_video\.mup transfer": f"{MUP}::test_a_rate_that_holds_and_one_that_does_not",
     r"python -m titan_video\.config": "tests/unit_tests/test_config_page.py",
     r"python benchmarks/learn_shapes\.py": BENCHMARKS,
     r"python benchmarks/traffic\.py": f"{BENCHMARKS}::test_page_of_layouts_has_the_tables_that_the_script_prints",
@@ -102,7 +105,7 @@ def runs_of(page):
     for command in shell_commands(page) + shell_commands(page, is_runnable=False):
         words = shlex.split(command)
         is_run = any(word.endswith(("run_train.sh", ".slurm", "train.py")) for word in words) or "encode" in words
-        path = next((word.rpartition("=")[2] for word in words if word.endswith(".toml")), "train_configs/debug.toml")
+        path = next((word.rpartition("=")[2] for word in words if word.endswith(".toml")), "train_configs/shapes.toml")
         if not is_run or "tiny_dit" in command:
             continue
         path = "train_configs/debug.toml" if path == "CONFIG.toml" else path

@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from titan_video import kernels
+from titan_video.kernels.triton import joined
 from titan_video.kernels.triton.gelu import gelu_linear
+from titan_video.kernels.triton.joined import joined_linear
 from titan_video.models.layers import FeedForward
 
 
@@ -73,3 +75,33 @@ def test_feed_forward_with_an_adapter_or_another_matmul_uses_it(fused, change):
     for name, value in change.items():
         setattr(ffn.down, name, value)
     assert not torch.equal(ffn(x)[0], before)
+
+
+def test_the_single_block_of_hunyuan_video_does_not_save_what_it_joins(fused):
+    """Its last product reads attention and GELU side by side; backward writes them so again."""
+    torch.manual_seed(0)
+    B, L, H, K, E = 1, 6, 2, 4, 16
+    out, u = draw(B, L, H, K, dtype=torch.float32), draw(B, L, H * E, dtype=torch.float32)
+    weight, bias = draw(5, H * (K + E), dtype=torch.float32), draw(5, dtype=torch.float32)
+
+    def saved_elements(function):
+        sizes = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: sizes.update({t.untyped_storage().data_ptr(): t.numel()}) or t, lambda t: t
+        ):
+            y = function(out, u, weight, bias)
+        return y, sum(sizes.values())
+
+    def plain(out, u, weight, bias):
+        hidden = F.gelu(u, approximate="tanh").unflatten(-1, (H, E))
+        return F.linear(torch.cat([out, hidden], dim=-1).flatten(2), weight, bias)
+
+    (y, saved), (expected, saved_by_plain) = saved_elements(joined_linear), saved_elements(plain)
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-5)
+    assert saved_by_plain - saved == L * H * E  # u instead of u and the joined tensor
+    for op, args in ((joined.join_gelu, (out, u)), (joined.join_gelu_backward, (plain_join(out, u), out, u))):
+        torch.library.opcheck(op, tuple(x.detach() for x in args))
+
+
+def plain_join(out, u):
+    return torch.cat([out, u.unflatten(-1, (out.shape[2], -1))], dim=-1).flatten(2)

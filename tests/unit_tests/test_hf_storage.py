@@ -15,9 +15,10 @@ from titan_video.distributed.utils import clean_name
 from titan_video.models.spec import LatentGeometry, ModelSpec, NameRule, ParallelPlan
 from titan_video.models.wan import SPEC, WanArgs, WanModel
 from titan_video.tools.files import StorageError
-from titan_video.weights import safetensors_io
+from titan_video.weights.export import safetensors_file
+from titan_video.weights.export.save import plan_shards, save_hf
 from titan_video.weights.formats import public_names
-from titan_video.weights.hf_storage import load_hf, plan_shards, save_hf
+from titan_video.weights.hf_storage import load_hf
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def test_a_new_export_replaces_the_old_one_completely(tmp_path):
 def test_a_failed_export_leaves_the_old_one(tmp_path, monkeypatch):
     folder, calls = tmp_path / "m", []
     save_hf(toy_model(toy_tensors()), folder, TOY, ARGS, torch.float32)
-    put = safetensors_io.SafetensorsFile._put
+    put = safetensors_file.SafetensorsFile._put
 
     def full_disk(file, data):
         calls.append(data)
@@ -222,7 +223,7 @@ def test_a_failed_export_leaves_the_old_one(tmp_path, monkeypatch):
         (short, RuntimeError, "bytes 0 to"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(safetensors_io.SafetensorsFile, "_put", damage)
+            patch.setattr(safetensors_file.SafetensorsFile, "_put", damage)
             with pytest.raises(kind, match=message):
                 save_hf(toy_model(toy_tensors(1)), folder, TOY, ARGS, torch.float32, 300)
     model = toy_model()
@@ -232,10 +233,10 @@ def test_a_failed_export_leaves_the_old_one(tmp_path, monkeypatch):
 
 def test_long_files_are_read_back_while_they_grow(tmp_path, monkeypatch):
     reads = []
-    monkeypatch.setattr(safetensors_io, "CHECK_EVERY", 100)
-    real = safetensors_io.SafetensorsFile._read_back
+    monkeypatch.setattr(safetensors_file, "CHECK_EVERY", 100)
+    real = safetensors_file.SafetensorsFile._read_back
     monkeypatch.setattr(
-        safetensors_io.SafetensorsFile, "_read_back", lambda file: (reads.append(file.checked), real(file))
+        safetensors_file.SafetensorsFile, "_read_back", lambda file: (reads.append(file.checked), real(file))
     )
     save_hf(toy_model(toy_tensors()), tmp_path / "m", TOY, ARGS, torch.float32)
     assert len(reads) > 4 and reads == sorted(set(reads)) and reads[0] == 0

@@ -16,7 +16,8 @@ from titan_video.models.hunyuan_video import SPEC, HunyuanVideoArgs, HunyuanVide
 from titan_video.models.hunyuan_video.blocks import JointInnerAttention
 from titan_video.models.layers import attention_flops, patchify, positions, token_shape, unpatchify
 from titan_video.models.spec import StepLayout
-from titan_video.weights.hf_storage import load_hf, save_hf
+from titan_video.weights.export.save import save_hf
+from titan_video.weights.hf_storage import load_hf
 
 T2V = HunyuanVideoArgs(
     dim=48,

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.helpers import ROOT
-from tests.kernel_cases import EPS, cases, check, modulation, rand
+from tests.kernel_cases import EPS, MERGES, cases, check, check_merge, modulation, rand
 from titan_video import kernels
 from titan_video.kernels import reference
 from titan_video.kernels.triton import layer_norm as fused_layer_norm
@@ -60,7 +60,26 @@ def test_kernels_equal_the_definition_in_the_interpreter():
         [sys.executable, "-m", "tests.kernel_cases"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    assert int(run.stdout.split()[0]) >= 105  # cases
+    assert int(run.stdout.split()[0]) >= 111  # cases
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("sizes", MERGES, ids=str)
+def test_merging_attentions_in_one_pass_equals_the_plain_operators(sizes, transposed):
+    check_merge(*sizes, transposed=transposed)
+
+
+def test_attention_to_masked_text_merges_in_one_pass(monkeypatch, fused):
+    """HunyuanVideo's joint attention, on any device; the result is the plain one."""
+    q, k, v = (rand(2, 6, 3, 32, seed=i, dtype=torch.bfloat16, grad=False) for i in range(3))
+    mask, calls = torch.tensor([[True, True, False], [True, False, False]]), []
+    merge = kernels._fused["merge_attention"]
+    monkeypatch.setitem(kernels._fused, "merge_attention", lambda *args: calls.append(1) or merge(*args))
+    found = OPS.attention(q, k, v, k[:, :3], v[:, :3], mask)
+    assert len(calls) == 1
+    kernels.set_backend("torch")
+    plain = OPS.attention(q, k, v, k[:, :3], v[:, :3], mask)
+    assert len(calls) == 1 and all(torch.equal(x, y) for x, y in zip(found, plain, strict=True))
 
 
 def op_calls():

@@ -21,7 +21,8 @@ from titan_video.models import get_spec
 from titan_video.models.layers import is_adapter
 from titan_video.optim.ema import EmaWeights
 from titan_video.optim.optimizer import build_optimizer
-from titan_video.weights.hf_storage import load_hf, save_hf
+from titan_video.weights.export.save import save_hf
+from titan_video.weights.hf_storage import load_hf
 
 WAN_ARGS = replace(wan.ARGS, text_len=16, num_layers=2)
 ARGS = {"wan": WAN_ARGS, "hunyuan_video": hunyuan.T2V}

@@ -20,7 +20,7 @@ from titan_video.lora.files import MergedWeights, load_lora, save_lora, section_
 from titan_video.lora.matrices import public_matrices
 from titan_video.lora.names import flat
 from titan_video.models import get_spec
-from titan_video.weights.hf_storage import save_hf
+from titan_video.weights.export.save import save_hf
 
 RANK, ALPHA = 4, 8.0
 SECTION = Lora(enable=True, rank=RANK, alpha=3.0)

@@ -232,11 +232,11 @@ def train_with_schedule(model, section, in_backward=False, **options):
     ],
 )
 def test_lr_scale_is_a_factor_on_the_rate(name, dtype, in_backward):
-    def half_of_ffn(parameter):
-        return 0.5 if ".ffn." in parameter else 1.0
+    def half_of_ffn(parameter, group):
+        return {"lr_scale": 0.5} if ".ffn." in parameter else {}
 
     full, half = Optimizer(name=name, lr=0.02), Optimizer(name=name, lr=0.01)
-    scaled, optimizer = train_with_schedule(build_model_for(dtype), full, in_backward, lr_scale=half_of_ffn)
+    scaled, optimizer = train_with_schedule(build_model_for(dtype), full, in_backward, adjust_group=half_of_ffn)
     at_full_rate, plain = train_with_schedule(build_model_for(dtype), full, in_backward)
     at_half_rate, _ = train_with_schedule(build_model_for(dtype), half, in_backward)
     assert {group["lr_scale"] for group in optimizer.param_groups} == {0.5, 1.0}

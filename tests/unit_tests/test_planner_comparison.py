@@ -8,25 +8,41 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.helpers import run_ranks
+from tests.helpers import ROOT, run_ranks
 from tests.unit_tests.config_cases import get_message, with_values
 from titan_video.config import JobConfig, dump, from_dict
 from titan_video.config.job_config import Planner, Validation
 from titan_video.planner import comparison
-from titan_video.planner.candidate import PARTS, Prediction, StageMemory
-from titan_video.planner.comparison import ELSEWHERE, NUM_STEPS, Comparison, kind_of, scaled, sort_events, table
+from titan_video.planner.candidate import PARTS
+from titan_video.planner.comparison import (
+    ELSEWHERE,
+    NUM_STEPS,
+    Comparison,
+    Predicting,
+    kind_of,
+    scaled,
+    sort_events,
+    table,
+)
 from titan_video.tools.logging import logger
 
 CPU = torch.device("cpu")
-PREDICTION = Prediction(
-    seconds={part: 0.001 * (i + 1) for i, part in enumerate(PARTS)},
-    memory=(StageMemory(0, {}),),
-    flops=1.0,
-    model_flops=1.0,
-    tokens=1.0,
-    clips=1.0,
-    peak_flops=1.0,
-)
+SECONDS = {part: 0.001 * (i + 1) for i, part in enumerate(PARTS)}
+
+
+class Known:
+    """Stands in for Predicting: the result is there at once."""
+
+    result_of = staticmethod(lambda: {"seconds": SECONDS, "memory": 0})
+
+    def __init__(self, config, num_training):
+        pass
+
+    def is_ready(self):
+        return True
+
+    def result(self):
+        return self.result_of()
 
 
 def event(name, parent=None):
@@ -70,19 +86,19 @@ def test_a_recorded_step_is_sorted():
 
 def test_the_table_has_every_part_once():
     measured = {"products": 0.5, "attention": 0.25, "memory-bound": 0.125, "optimizer": 0.1, ELSEWHERE: 0.025}
-    head, *rows, step, waits = table(PREDICTION, measured, 1.0)
+    head, *rows, step, waits = table(SECONDS, measured, 1.0)
     cells = [row[34:].split() for row in rows]
     assert head.split() == ["seconds", "predicted", "measured"]
-    assert sum(float(predicted) for predicted, _ in cells) == pytest.approx(PREDICTION.step_seconds)
+    assert sum(float(predicted) for predicted, _ in cells) == pytest.approx(sum(SECONDS.values()))
     assert [here for _, here in cells] == ["0.5000", "0.2500", "0.1250", "above", "0.1000", "0.0250"]
-    assert step.split()[:3] == ["step", f"{PREDICTION.step_seconds:.4f}", "1.0000"]
+    assert step.split()[:3] == ["step", f"{sum(SECONDS.values()):.4f}", "1.0000"]
     assert "all-gather" in waits and "products" not in waits
-    assert [row[34:].split()[1] for row in list(table(PREDICTION, {}, 1.0))[1:4]] == ["-"] * 3
+    assert [row[34:].split()[1] for row in list(table(SECONDS, {}, 1.0))[1:4]] == ["-"] * 3
 
 
 def messages(config, num_calls):
     """What the log of a rank has after so many steps, each of a product, by step."""
-    comparison.predict = lambda config, ranks: PREDICTION
+    comparison.Predicting = Known
     found, step = [], 0
     handler = logging.Handler()
     handler.emit = lambda record: found.append((step, record.getMessage()))
@@ -107,7 +123,7 @@ def test_one_table_after_twenty_steps_of_rank_0():
     """The first call begins the first interval. A step with a validation after it is not recorded."""
     (usual, validating, short, single), others = run_ranks(run_cases, 2)
     assert others == [[], [], [], []] and single == []
-    assert [step for step, _ in usual] == [NUM_STEPS + 2] and [step for step, _ in validating] == [NUM_STEPS + 3]
+    assert [step for step, _ in usual] == [NUM_STEPS + 3] and [step for step, _ in validating] == [NUM_STEPS + 4]
     for text in (usual[0][1], validating[0][1]):
         assert "planner: a step on here" in text and "products" in text and text.splitlines()[2].split()[2] != "-"
     assert len(short) == 1 and short[0][1].splitlines()[2].split()[2] == "-"
@@ -118,10 +134,8 @@ def test_where_nothing_is_predicted_the_run_goes_on():
 
 
 def run_refused():
-    def refuse(config, ranks):
-        raise ValueError("optimizer.name: not known")
-
-    comparison.predict, found = refuse, []
+    comparison.Predicting, found = Known, []
+    Known.result_of = staticmethod(lambda: {"error": "optimizer.name: not known"})
     handler = logging.Handler()
     handler.emit = lambda record: found.append(record.getMessage())
     logger.addHandler(handler)
@@ -136,3 +150,12 @@ def test_rules():
     assert "planner.cluster: no-such cannot be read" in get_message(text)
     text = dump(from_dict(with_values({"planner.cluster": "h100x1", "profiling.enable_profiling": True})))
     assert "only one of both can record" in get_message(text)
+
+
+def test_the_process_that_predicts(tmp_path):
+    """On a cluster of the shipped ones: the step of the debug run; and an error in words."""
+    config = from_dict(with_values({"planner.cluster": str(ROOT / "train_configs" / "clusters" / "h100x1.toml")}))
+    found = Predicting(config, 1).result()
+    assert set(found["seconds"]) <= set(PARTS) and sum(found["seconds"].values()) > 0 and found["memory"] > 0
+    unknown = replace(config, planner=Planner(cluster=str(tmp_path / "none.toml")))
+    assert "cannot be read" in Predicting(unknown, 1).result()["error"]

@@ -32,7 +32,8 @@ from titan_video.lora.training import LoraState
 from titan_video.models import get_spec
 from titan_video.models.layers import is_adapter
 from titan_video.models.wan import SPEC, WanArgs, WanModel
-from titan_video.weights.hf_storage import load_hf, save_hf
+from titan_video.weights.export.save import save_hf
+from titan_video.weights.hf_storage import load_hf
 
 ARGS = WanArgs(dim=128, num_heads=2, num_layers=2, ffn_dim=192, text_dim=16, text_len=8, freq_dim=32)
 LORA = Lora(enable=True, rank=4, alpha=6.0)

@@ -2,6 +2,7 @@
 left to the model.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +22,7 @@ from titan_video.models.hunyuan_video import HunyuanVideoArgs, HunyuanVideoModel
 from titan_video.models.wan import SPEC as WAN
 from titan_video.models.wan import WanArgs, WanModel
 from titan_video.sample import Experts, find_guidance
+from titan_video.tasks.conditioning import COND_LATENTS
 from titan_video.tasks.sampling import Prompt, SamplerSettings, sample_latents
 
 STEPS, SHIFT = 6, 3.0
@@ -79,8 +81,9 @@ def noise(ids):
     return draw_noise(0, torch.tensor(ids), LATENT, stream="sampling")
 
 
-def wan_pair(seed):
-    args = WanArgs(**{**vars(WAN_ARGS), "in_channels": 16, "out_channels": 16, "num_layers": 1, "text_len": 16})
+def wan_pair(seed, **kind):
+    sizes = {"in_channels": 16, "out_channels": 16, "num_layers": 1, "text_len": 16}
+    args = WanArgs(**{**vars(WAN_ARGS), **sizes, **kind})
     theirs, ours = diffusers_wan(args), WanModel(args)
     with torch.no_grad():
         for p in theirs.parameters():
@@ -89,11 +92,14 @@ def wan_pair(seed):
     return args, ours, theirs
 
 
-def wan_pipeline(solver, **parts):
-    from diffusers import AutoencoderKLWan, WanPipeline
+def wan_pipeline(solver, name="WanPipeline", **parts):
+    import diffusers
 
-    vae = AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
-    pipeline = WanPipeline(tokenizer=None, text_encoder=None, vae=vae, scheduler=scheduler(solver), **parts)
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    pipeline = getattr(diffusers, name)(
+        tokenizer=None, text_encoder=None, vae=vae, scheduler=scheduler(solver), **parts
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -116,6 +122,64 @@ def test_wan_with_a_negative_prompt_is_diffusers_pipeline(solver):
     torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
     empty = Prompt(torch.zeros_like(negative.text_BLD), torch.zeros_like(negative.mask_BL))
     assert (sample_latents(ours, args, prompt, empty, LATENT, [3, 4], settings) - expected).abs().max() > 1e-2
+
+
+def latents_of(vae, video_BCFHW):
+    """Normalised, as Wan's pipelines do."""
+    mean, std = (torch.tensor(x).view(1, -1, 1, 1, 1) for x in (vae.config.latents_mean, vae.config.latents_std))
+    with torch.no_grad():
+        return (vae.encode(video_BCFHW).latent_dist.mode() - mean) / std
+
+
+IMAGE_KINDS = {
+    # diffusers takes the last 512 tokens for the text.
+    "Wan 2.1": {"in_channels": 36, "image_dim": 24, "image_len": 5, "text_len": 512},
+    "Wan 2.1, first and last frame": {
+        "in_channels": 36,
+        "image_dim": 24,
+        "image_len": 10,
+        "image_positions": True,
+        "text_len": 512,
+    },
+    "Wan 2.2 A14B": {"in_channels": 36},
+    "Wan 2.2 TI2V": {"clean_first_frame": True},
+}
+
+
+@pytest.mark.parametrize("kind", IMAGE_KINDS)
+def test_wan_from_an_image_with_a_negative_prompt_is_diffusers_pipeline(kind):
+    args, ours, theirs = wan_pair(0, **IMAGE_KINDS[kind])
+    g = torch.Generator().manual_seed(7)
+    prompt, negative = make_prompt(args, 1, (7,)), make_prompt(args, 2, (args.text_len - 3,))
+    images = [torch.rand(1, 3, SIZE["height"], SIZE["width"], generator=g) for _ in range(2)]
+    tokens = torch.randn(1, args.image_len, args.image_dim, generator=g)
+    is_clean, has_two = args.clean_first_frame, args.image_positions
+    pipeline = wan_pipeline("euler", "WanImageToVideoPipeline", transformer=theirs, expand_timesteps=is_clean)
+    pipeline.encode_image = lambda *_: tokens.reshape(1 + has_two, -1, args.image_dim)  # in place of CLIP
+
+    video = torch.zeros(1, 3, SIZE["num_frames"], *images[0].shape[2:])
+    video[:, :, 0] = 2 * images[0] - 1
+    if has_two:
+        video[:, :, -1] = 2 * images[1] - 1
+    cond = {COND_LATENTS: latents_of(pipeline.vae, video[:, :, :1] if is_clean else video)}
+    cond |= {"image_BSD": tokens} if args.image_len else {}
+    settings = SamplerSettings(num_steps=STEPS, guidance_scale=5.0, shift=SHIFT)
+    latents = sample_latents(ours, args, replace(prompt, cond=cond), negative, LATENT, [3], settings)
+    expected = pipeline(
+        image=images[0],
+        last_image=images[1] if has_two else None,
+        prompt_embeds=prompt.text_BLD,
+        negative_prompt_embeds=negative.text_BLD,
+        guidance_scale=5.0,
+        num_inference_steps=STEPS,
+        latents=noise([3]),
+        output_type="latent",
+        **SIZE,
+    ).frames
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
+    empty = Prompt(torch.zeros_like(negative.text_BLD), torch.zeros_like(negative.mask_BL))
+    other = sample_latents(ours, args, replace(prompt, cond=cond), empty, LATENT, [3], settings)
+    assert (other - expected).abs().max() > 2e-3
 
 
 @pytest.mark.parametrize("solver", ["euler", "unipc"])
@@ -151,24 +215,34 @@ def test_two_experts_have_a_guidance_scale_each(solver):
         find_guidance(options, None, WAN.flavors["t2v-14B"])
 
 
-@pytest.mark.parametrize("true_scale, embedded", [(3.0, 6.0), (1.0, 6.0)])
-def test_hunyuan_with_a_negative_prompt_is_diffusers_pipeline(true_scale, embedded):
-    from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline
-
+def hunyuan_pair(**kind):
     sizes = {"num_double_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1, "axes_dim": (2, 4, 6)}
-    args = HunyuanVideoArgs(dim=48, num_heads=4, ffn_dim=96, text_dim=20, text_len=11, pooled_dim=10, **sizes)
+    args = HunyuanVideoArgs(dim=48, num_heads=4, ffn_dim=96, text_dim=20, text_len=11, pooled_dim=10, **sizes, **kind)
     theirs, ours = diffusers_hunyuan(args), HunyuanVideoModel(args)
     load_from_hf_state_dict(ours, HUNYUAN, args, theirs.state_dict())
+    return args, ours, theirs
+
+
+def hunyuan_pipeline(name, **parts):
+    import diffusers
+
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLHunyuanVideo(
+        block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2, latent_channels=16
+    )
+    parts |= dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipeline = getattr(diffusers, name)(vae=vae, scheduler=scheduler("euler"), **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize("true_scale, embedded", [(3.0, 6.0), (1.0, 6.0)])
+def test_hunyuan_with_a_negative_prompt_is_diffusers_pipeline(true_scale, embedded):
+    args, ours, theirs = hunyuan_pair()
     prompt, negative = make_prompt(args, 1, pooled=10), make_prompt(args, 2, (9, 9), pooled=10)
     settings = SamplerSettings(STEPS, guidance_scale=true_scale, shift=SHIFT, embedded_guidance=embedded)
     latents = sample_latents(ours, args, prompt, negative, LATENT, [3, 4], settings)
-    vae = AutoencoderKLHunyuanVideo(
-        block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2, latent_channels=16
-    )
-    parts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    pipeline = HunyuanVideoPipeline(transformer=theirs, vae=vae, scheduler=scheduler("euler"), **parts)
-    pipeline.set_progress_bar_config(disable=True)
-    expected = pipeline(
+    expected = hunyuan_pipeline("HunyuanVideoPipeline", transformer=theirs)(
         prompt_embeds=prompt.text_BLD,
         pooled_prompt_embeds=prompt.cond["pooled_text_BD"],
         prompt_attention_mask=prompt.mask_BL,
@@ -183,6 +257,37 @@ def test_hunyuan_with_a_negative_prompt_is_diffusers_pipeline(true_scale, embedd
         **SIZE,
     ).frames
     torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["latent_concat", "token_replace"])
+def test_hunyuan_from_an_image_with_a_negative_prompt_is_diffusers_pipeline(kind):
+    is_concat = kind == "latent_concat"
+    channels = {"in_channels": 33, "guidance": False} if is_concat else {}
+    args, ours, theirs = hunyuan_pair(image_condition=kind, **channels)
+    prompt, negative = make_prompt(args, 1, (7,), pooled=10), make_prompt(args, 2, (9,), pooled=10)
+    image = torch.rand(1, 3, SIZE["height"], SIZE["width"], generator=torch.Generator().manual_seed(7))
+    pipeline = hunyuan_pipeline("HunyuanVideoImageToVideoPipeline", transformer=theirs, image_processor=None)
+    with torch.no_grad():
+        cond_latents = pipeline.vae.encode(2 * image.unsqueeze(2) - 1).latent_dist.mode()
+    cond = prompt.cond | {COND_LATENTS: cond_latents * pipeline.vae.config.scaling_factor}
+    settings = SamplerSettings(STEPS, guidance_scale=3.0, shift=SHIFT, embedded_guidance=6.0)
+    latents = sample_latents(ours, args, replace(prompt, cond=cond), negative, LATENT, [3], settings)
+    expected = pipeline(
+        image=image,
+        prompt_embeds=prompt.text_BLD,
+        pooled_prompt_embeds=prompt.cond["pooled_text_BD"],
+        prompt_attention_mask=prompt.mask_BL,
+        negative_prompt_embeds=negative.text_BLD,
+        negative_pooled_prompt_embeds=negative.cond["pooled_text_BD"],
+        negative_prompt_attention_mask=negative.mask_BL,
+        true_cfg_scale=3.0,
+        guidance_scale=6.0,
+        num_inference_steps=STEPS,
+        latents=noise([3]),
+        output_type="latent",
+        **SIZE,
+    ).frames
+    torch.testing.assert_close(latents[:, :, is_concat:], expected, rtol=1e-4, atol=1e-4)  # it cuts that frame off
 
 
 # ---- what is left to the model ----
@@ -215,7 +320,8 @@ def test_shift_guidance_and_negative_prompt_are_the_models_own():
     for (family, flavor, size), expected in cases.items():
         found = section(family, flavor, sizes[size])
         assert (found.sample_shift, found.guidance_scale) == expected, flavor
-    published = {(f, name) for f in ("wan", "hunyuan_video") for name in get_spec(f).flavors if "debug" not in name}
+    flavors = {(f, name) for f in ("wan", "hunyuan_video") for name in get_spec(f).flavors}
+    published = {(f, name) for f, name in flavors if not name.startswith(("debug", "proxy"))}
     assert {case[:2] for case in cases} == published
     assert section("wan", "t2v-A14B", expert="low").guidance_scale == 3
     assert section("wan", "t2v-14B", (81, 832, 480)).sample_shift == 3  # upright

@@ -81,13 +81,24 @@ def test_what_is_encoded_is_fixed_and_how_to_sample_is_not(tmp_path, caplog):
 
 
 def test_a_shipped_toml_that_has_changed_does_not_stop_a_run(tmp_path, caplog):
-    """HunyuanVideo's TOMLs now encode in spatial tiles and drop images: a run that was started with them goes on."""
+    """HunyuanVideo's TOMLs now encode in spatial tiles, drop images and give the model a guidance of 6: a run that was
+    started with them goes on.
+    """
     old = run_of(tmp_path, "hunyuan_video")
     write(tmp_path, old, without=[option for option in OPTIONS if option != "encoder.vae_tiling"])
-    new = replace(old, encoder=replace(old.encoder, vae_tiling=True), data=replace(old.data, image_dropout=0.1))
+    new = replace(
+        old,
+        encoder=replace(old.encoder, vae_tiling=True),
+        data=replace(old.data, image_dropout=0.1),
+        training=replace(old.training, guidance=6.0),
+    )
     started = as_started(new)
     assert (started.encoder.vae_tiling, started.encoder.vae_temporal_tiling) == (False, True)
-    assert started.data.image_dropout == 0 and caplog.text.count(" stays ") == 3
+    assert started.data.image_dropout == 0 and started.training.guidance == 1
+    assert caplog.text.count(" stays ") == 4 and "training.guidance stays 1.0" in caplog.text
+    wan = replace(new, model=replace(new.model, name="wan"))
+    write(tmp_path, replace(old, model=wan.model))
+    assert as_started(wan).training.guidance == 6  # Wan takes none
 
 
 def test_programs_that_read_a_run_see_what_it_did(tmp_path):

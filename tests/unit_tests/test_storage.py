@@ -21,14 +21,14 @@ from titan_video.checkpoint import files as checkpoint_files
 from titan_video.config.job_config import Metrics
 from titan_video.config.manager import main_guard
 from titan_video.data.latent_cache import LatentCache
-from titan_video.ingest.plan import Plan, PlanEntry
+from titan_video.ingest.entries import Plan, PlanEntry
 from titan_video.tasks.validation import ClipWriter
 from titan_video.tools import files
 from titan_video.tools.files import StorageError, atomic_path, atomic_write, optional_write, writing
 from titan_video.tools.logging import _Handler
 from titan_video.tools.video import write_mp4
 from titan_video.training.metrics import MetricsLogger
-from titan_video.weights.hf_storage import save_hf
+from titan_video.weights.export.save import save_hf
 
 
 @pytest.fixture

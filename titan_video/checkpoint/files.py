@@ -87,6 +87,11 @@ def list_steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in _matches(folder, r"step-(0|[1-9]\d*)"))
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is a step-N folder or contains some, rather than public weights."""
+    return (path / MANIFEST).is_file() or bool(list_steps(path))
+
+
 def list_partial(folder: Path) -> list[Path]:
     """Folders of saves and removals that did not finish."""
     return sorted(folder / match[0] for match in _matches(folder, r"step-\d+\.(partial|old)"))

@@ -32,18 +32,22 @@ PART_RULES = MappingProxyType(  # {optional part: its rules}, loaded only where 
         "titan_video.distributed.float8": "titan_video.distributed.float8:rules",
         "titan_video.distributed.block_swap": "titan_video.distributed.block_swap:rules",
         "titan_video.distributed.checkpoint_ranges": "titan_video.distributed.checkpoint_ranges:rules",
+        "titan_video.distributed.expert_parallel": "titan_video.distributed.expert_parallel:rules",
         "titan_video.distributed.pipeline_parallel": "titan_video.distributed.pipeline_parallel:rules",
         "titan_video.planner": "titan_video.planner.comparison:rules",
         "titan_video.training.profiling": "titan_video.training.profiling:rules",
         "titan_video.training.wandb_sink": "titan_video.training.wandb_sink:rules",
         "titan_video.training.faults": "titan_video.training.faults.guard:rules",
+        "titan_video.training.expert_balance": "titan_video.training.expert_balance:rules",
         "titan_video.training.gradient_check": "titan_video.training.gradient_check:rules",
         "titan_video.optim.by_name": "titan_video.optim.by_name:rules",
         "titan_video.optim.in_backward": "titan_video.optim.in_backward:rules",
+        "titan_video.optim.mup": "titan_video.optim.mup.parametrization:rules",
         "titan_video.tasks.validation": "titan_video.tasks.validation:rules",
         "titan_video.lora": "titan_video.lora.adapters:rules",
-        "titan_video.weights.interim": "titan_video.weights.interim:rules",
+        "titan_video.weights.export": "titan_video.weights.export.interim:rules",
         "titan_video.online": "titan_video.online.setup:rules",
+        "titan_video.ingest.remote_cache": "titan_video.ingest.remote_cache:rules",
     }
 )
 FILE_RULES = ("titan_video.ingest.sources:rules", "titan_video.config.folders:file_rules")  # of what the run reads

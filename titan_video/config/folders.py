@@ -66,7 +66,7 @@ def _assets(config: JobConfig) -> Iterator[str]:
     model_config = os.path.join(assets, "transformer", "config.json")
     if assets and not os.path.isdir(assets):
         yield f"{name}: there is no folder {assets}; give a local diffusers folder{_fetch(assets)}, or leave it empty"
-    if encoder != "debug" and not assets:
+    if not encoder.startswith("debug") and not assets:
         yield (
             f"{name}: empty, but encoder.name {encoder} reads the VAE and the text encoder there; give a diffusers "
             f"folder or encoder.name debug"

@@ -10,9 +10,12 @@ from typing import Literal
 
 from titan_video.config.families import encoder_families, model_families, model_flavors
 from titan_video.config.option import opt
+from titan_video.config.sections.activation_checkpoint import ActivationCheckpoint
+from titan_video.config.sections.activation_checkpoint import CheckpointRange as CheckpointRange
 from titan_video.config.sections.checkpoint import Checkpoint
 from titan_video.config.sections.data import Data
 from titan_video.config.sections.data import Source as Source
+from titan_video.config.sections.experts import Experts
 from titan_video.config.sections.fault_tolerance import FaultTolerance
 from titan_video.config.sections.float8 import Float8
 from titan_video.config.sections.lora import Lora
@@ -70,7 +73,8 @@ class Encoder:
     name: str = opt(
         "wan",
         "Frozen VAE, text and image encoders: a module of titan_video/encoders. `debug` needs no weights: a fixed "
-        "video transform, and embeddings made from hashes of the words.",
+        "video transform, and embeddings made from hashes of the words; `debug_outlines`: with another transform, for "
+        "shapes of one colour.",
         names=encoder_families,
     )
     dtype: Literal["bfloat16", "float32"] = opt(
@@ -186,6 +190,18 @@ class Optimizer:
     implementation: Literal["fused", "foreach", "for-loop"] = opt(
         "fused", "Implementation in torch.optim of AdamW with float32 weights."
     )
+    parametrization: Literal["standard", "mup"] = opt(
+        "standard",
+        "mup: initial values and rates of each class of parameters follow the width, so that a rate tuned at the width "
+        "of base_flavor holds at that of model.flavor (docs/mup.md).",
+    )
+    base_flavor: str = opt(
+        "", "For mup: the flavor at which the rate was tuned, of the same depth and head width as model.flavor."
+    )
+    mup_finetune: bool = opt(
+        False,
+        "For mup: start from given weights, which mup has not drawn; of it, only rates, decay and eps remain.",
+    )
     in_backward: bool = opt(
         False,
         "Update each weight as soon as backward has computed its gradient, then free the gradient. Excludes clipping.",
@@ -239,6 +255,12 @@ class Parallelism:
         "For ring and unified. alltoall: keys and values pass from rank to rank, overlapped with compute. allgather: "
         "they are gathered first.",
     )
+    expert_parallel_degree: int = opt(
+        1,
+        "Ranks over which the experts of a mixture-of-experts flavor are divided; tokens go to the ranks that have "
+        "their experts. They are ranks of data, context and tensor parallel: the degree divides the product of these.",
+        ge=1,
+    )
     pipeline_parallel_degree: int = opt(1, "Ranks over which the blocks are partitioned into stages.", ge=1)
     pipeline_parallel_schedule: Literal["GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble"] = opt(
         "1F1B", "Order of forwards and backwards. The interleaved schedules have two stages on each rank."
@@ -254,51 +276,6 @@ class Parallelism:
     def model_parallel_degree(self) -> int:
         """Ranks that work on the same samples."""
         return self.pipeline_parallel_degree * self.context_parallel_degree * self.tensor_parallel_degree
-
-
-@dataclass(frozen=True)
-class CheckpointRange:
-    """Blocks that are checkpointed in their own way, a table `[[activation_checkpoint.range]]`."""
-
-    layers: str = opt("", "Numbers of the blocks in forward order: `0-9` with both ends, or one number.")
-    mode: Literal["none", "selective", "full"] = opt("full", "As activation_checkpoint.mode.")
-    save: tuple[Literal["attention", "down", "exchange", "matmul"], ...] = opt(
-        (), "For selective: as activation_checkpoint.save. Empty: that."
-    )
-    offload: bool = opt(False, "As activation_checkpoint.offload.")
-
-
-@dataclass(frozen=True)
-class ActivationCheckpoint:
-    mode: Literal["none", "selective", "full", "memory_budget"] = opt(
-        "none",
-        "`full` saves the input of each block and recomputes the block in backward. `selective` also saves the outputs "
-        "of the ops in `save`. `memory_budget` lets the compiler choose what to save.",
-    )
-    save: tuple[Literal["attention", "down", "exchange", "matmul"], ...] = opt(
-        ("attention", "down"),
-        "For selective: saved outputs. attention: all, so attention is never recomputed. down: the matmul after each "
-        "GELU. exchange: Ulysses' all-to-alls, so that recomputation sends nothing for them. matmul: every second "
-        "matmul.",
-    )
-    save_min_kv: int = opt(
-        1024,
-        "For selective: attention over fewer keys than this, such as cross-attention to text, is recomputed.",
-        ge=0,
-    )
-    layers: tuple[int, ...] = opt(
-        (), "Numbers of the blocks to which the mode applies; other blocks save everything. Empty: all blocks.", ge=0
-    )
-    range: tuple[CheckpointRange, ...] = opt(
-        (), "Blocks with a mode of their own; the others have that of the section."
-    )
-    offload: bool = opt(False, "Move saved activations to host memory after forward and back before backward.")
-    memory_budget: float = opt(
-        0.5,
-        "For memory_budget: activation memory of a block, from 0 (as little as full) to 1 (as much as none).",
-        ge=0,
-        le=1,
-    )
 
 
 @dataclass(frozen=True)
@@ -380,6 +357,7 @@ class JobConfig:
     training: Training = Training()
     optimizer: Optimizer = Optimizer()
     float8: Float8 = Float8()
+    experts: Experts = Experts()
     lr_scheduler: LrScheduler = LrScheduler()
     parallelism: Parallelism = Parallelism()
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()

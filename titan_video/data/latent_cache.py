@@ -23,7 +23,7 @@ import threading
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ FORMAT = "titan-video cache 2"
 GIVEN = "given"  # kind of the latents of conditioning frames: part of names and keys in caches on disk, never to change
 SHARD_BYTES, SHARD_ENTRIES, SHARD_SECONDS = 256 << 20, 4096, 60.0
 HEADERS_KEPT, MANIFEST = 64, "manifest.jsonl"
+SHARDS_A_FLUSH = 8  # that are listed for each one written
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # What reading a damaged file can raise.
 DAMAGE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError)
@@ -52,10 +53,12 @@ def content_hash(*parts: object) -> str:
 
 
 class LatentCache:
-    """The cache in `folder` for encoders, by their identities, and for a model's conditioning.
+    """The cache in `folder` for encoders, by their identities, and for a model's conditioning. known: see `use`.
 
     Every key depends on everything that its entry depends on. Reading is safe in several threads.
     """
+
+    header_guess = 8  # bytes at the beginning of a shard that are read together
 
     def __init__(
         self,
@@ -64,6 +67,7 @@ class LatentCache:
         text_id: str,
         image_id: str = "",
         conditioning: ConditioningSpec = TEXT_ONLY,
+        known: Any = None,
     ):
         self.folder = Path(folder)
         self.video_id = video_id
@@ -74,14 +78,16 @@ class LatentCache:
         self.where: dict[str, str] = {}  # entry -> shard
         self.waiting: dict[str, tuple[Tensor, dict[str, str]]] = {}
         self.oldest = 0.0
+        self.is_shared = True  # another process may write the same entries
+        self.flushes = 0  # since the folder was listed
         self._headers: OrderedDict[str, tuple[dict[str, Any], int]] = OrderedDict()
         self._headers_lock = threading.Lock()
-        self.refresh()
+        self.use(known)
 
     @property
     def identity(self) -> tuple:
         """Arguments that make this cache, in another process too."""
-        return self.folder, self.video_id, self.text_id, self.image_id, self.conditioning
+        return self.folder, self.video_id, self.text_id, self.image_id, self.conditioning, self.known
 
     # ---- keys ----
 
@@ -108,17 +114,37 @@ class LatentCache:
         name = f"{kind}/{key}"
         return name in self.where or name in self.waiting
 
+    def use(self, known: Any) -> None:
+        """Take what is known of the folder, a mutable {entry: shard} with `shards`, {name: bytes}; None: list it."""
+        self.known = known
+        if known is None:
+            return self.refresh()
+        self.where, self.shards = known, dict(known.shards)
+
     def refresh(self) -> None:
         """Find what other processes have written."""
+        self.flushes = 0
         listed = {} if self.shards else self._read_manifest()
-        for path in sorted((self.folder / "shards").glob("*.safetensors")):
-            if path.name in self.shards:
-                continue
-            size = path.stat().st_size
-            names = listed.get((path.name, size)) or entry_names(self.header(path.name)[0])
-            self.shards[path.name] = size
+        for shard in sorted(self.list_shards() - self.shards.keys()):
+            size = self.shard_bytes(shard)
+            names = listed.get((shard, size)) or entry_names(self.header(shard)[0])
+            self.shards[shard] = size
             for name in names:
-                self.where.setdefault(name, path.name)
+                self.where.setdefault(name, shard)
+
+    def list_shards(self) -> set[str]:
+        return {path.name for path in (self.folder / "shards").glob("*.safetensors")}
+
+    def shard_bytes(self, shard: str) -> int:
+        return (self.folder / "shards" / shard).stat().st_size
+
+    def read_bytes(self, shard: str, first: int, last: int) -> bytearray:
+        """Bytes of a shard, fewer where it ends before. OSError: it cannot be read."""
+        path, data = self.folder / "shards" / shard, bytearray(last - first)
+        with heartbeat.reading(path), open_regular(path) as f:
+            f.seek(first)
+            del data[f.readinto(data) :]
+        return data
 
     def write(self, kind: str, key: str, tensor: Tensor, made_from: Mapping[str, str]) -> None:
         """Store one tensor of a kind. It is on disk after the next `flush`.
@@ -134,12 +160,17 @@ class LatentCache:
             self.flush()
 
     def flush(self) -> None:
-        """Write a shard of the waiting entries that no other process has written meanwhile."""
+        """Write a shard of the waiting entries, without those that another process is known to have written.
+
+        The folder is listed again when that costs little beside what was written since: in all, linear in the shards.
+        """
         from safetensors.torch import save_file
 
         if not self.waiting:
             return
-        self.refresh()
+        self.flushes += 1
+        if self.is_shared and self.flushes * SHARDS_A_FLUSH >= len(self.shards):
+            self.refresh()
         fresh = {name: self.waiting[name] for name in sorted(self.waiting) if name not in self.where}
         self.waiting = {}
         if not fresh:
@@ -168,11 +199,9 @@ class LatentCache:
             first, last = header[name]["data_offsets"]
             if not 0 <= first <= last <= self.shards[path.name]:  # before as much memory is taken
                 raise ValueError("the file is too short")
-            data = bytearray(last - first)
-            with heartbeat.reading(path), open(path, "rb", buffering=0) as f:
-                f.seek(start + first)
-                if f.readinto(data) < len(data):
-                    raise ValueError("the file is too short")
+            data = self.read_bytes(path.name, start + first, start + last)
+            if len(data) < last - first:
+                raise ValueError("the file is too short")
             tensor = torch.frombuffer(data, dtype=DTYPES[header[name]["dtype"]]).view(header[name]["shape"])
             made = json.loads(header["__metadata__"][name])
             declared = {what: made[what] for what in ("encoder", "code version", "crc32")}
@@ -201,33 +230,43 @@ class LatentCache:
         ValueError: the file is damaged. OSError: there is none.
         """
         with self._headers_lock:
-            if shard not in self._headers:
-                self._headers[shard] = self._read_header(self.folder / "shards" / shard)
-                if len(self._headers) > HEADERS_KEPT:
-                    self._headers.popitem(last=False)
-            return self._headers[shard]
+            if shard in self._headers:
+                return self._headers[shard]
+        found = self._read_header(shard)
+        with self._headers_lock:
+            self._headers[shard] = found
+            if len(self._headers) > HEADERS_KEPT:
+                self._headers.popitem(last=False)
+        return found
 
-    @staticmethod
-    def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    def _read_header(self, shard: str) -> tuple[dict[str, Any], int]:
         try:
-            with open_regular(path) as f:
-                length = int.from_bytes(f.read(8), "little")
-                if length > path.stat().st_size:
-                    raise ValueError("its header is longer than the file")
-                header = json.loads(f.read(length))
+            data = self.read_bytes(shard, 0, self.header_guess)
+            length = int.from_bytes(data[:8], "little")
+            if length > self.shard_bytes(shard):
+                raise ValueError("its header is longer than the file")
+            if len(data) < 8 + length:
+                data += self.read_bytes(shard, len(data), 8 + length)
+            header = json.loads(data[8 : 8 + length])
             if header["__metadata__"]["format"] != FORMAT:
                 raise ValueError("it has another format")
         except DAMAGE_ERRORS as e:
             raise ValueError(
-                f"{path}: is no shard of a cache ({type(e).__name__}: {e}); delete this file and start again"
+                f"{self.folder}/shards/{shard}: is no shard of a cache ({type(e).__name__}: {e}); delete this file and "
+                f"start again"
             ) from e
         return header, 8 + length
 
     # ---- manifest ----
 
+    def manifest_lines(self) -> Iterator[str]:
+        """Raises OSError."""
+        with open(self.folder / MANIFEST, encoding="utf-8") as f:
+            yield from f
+
     def _read_manifest(self) -> dict[tuple[str, int], list[str]]:
         try:
-            rows = [json.loads(line) for line in (self.folder / MANIFEST).read_text().splitlines()]
+            rows = [json.loads(line) for line in self.manifest_lines()]
             return {(row["shard"], row["bytes"]): list(map(str.strip, row["entries"])) for row in rows}
         except (OSError, *DAMAGE_ERRORS):  # missing or not ours: the shards hold the same
             return {}

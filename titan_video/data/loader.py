@@ -123,17 +123,21 @@ class EntryReader:
         return Batch(**self[[ClipDraw(c, c.text_key, i) for c, i in zip(clips, sample_ids, strict=True)]])
 
 
-def by_bucket(clips: Sequence[CachedClip]) -> tuple[list[Bucket], list[list[CachedClip]]]:
-    """(sizes, ascending; the clips of each as often as an epoch holds them)."""
+class ClipsByBucket(NamedTuple):
+    """sizes: ascending. buckets: the clips of each, as often as an epoch holds them. identity: see `fingerprint`."""
+
+    sizes: list[Bucket]
+    buckets: list[Sequence[CachedClip]]
+    identity: str
+
+
+def by_bucket(clips: Sequence[CachedClip]) -> ClipsByBucket:
     found: dict[Bucket, list[CachedClip]] = {}
     for clip in clips:
         found.setdefault(clip.bucket, []).extend([clip] * clip.repeats)
-    return sorted(found), [found[size] for size in sorted(found)]
-
-
-def identity(clips: Sequence[CachedClip]) -> str:
-    """What the state of a loader says about its clips."""
-    return fingerprint(("".join((c.video_key, *c.text_keys, c.cond_key)) for c in b) for b in by_bucket(clips)[1])
+    sizes = sorted(found)
+    keys = (("".join((c.video_key, *c.text_keys, c.cond_key)) for c in found[size]) for size in sizes)
+    return ClipsByBucket(sizes, [found[size] for size in sizes], fingerprint(keys))
 
 
 class DrawPlan:
@@ -145,7 +149,7 @@ class DrawPlan:
 
     def __init__(
         self,
-        clips: Sequence[CachedClip],
+        clips: Sequence[CachedClip] | ClipsByBucket,
         null_text_key: str,
         batching: Batching,
         work: Callable[[Bucket], Work],
@@ -154,7 +158,7 @@ class DrawPlan:
         caption_dropout: float = 0.0,
         image_dropout: float = 0.0,
     ):
-        self.sizes, self.buckets = by_bucket(clips)
+        self.sizes, self.buckets, identity = clips if isinstance(clips, ClipsByBucket) else by_bucket(clips)
         self.null_text_key = null_text_key
         self.batching = batching
         self.seed = seed
@@ -167,7 +171,7 @@ class DrawPlan:
             batching.groups_per_step,
             seed,
             shuffle,
-            identity(clips),
+            identity,
         )
 
     def steps(self, num_steps: int | None, states: deque[dict[str, Any]]) -> Iterator[list[MicroBatch]]:

@@ -7,7 +7,8 @@
     memory_budget  what the compiler chooses for a share of all   compile(block)
 
 In full the checkpoint is outside: torch 2.13 does not compile one around tensor-parallel weights. In selective it is
-inside: the operators that it selects are not visible from outside a compiled block.
+inside: the operators that it selects are not visible from outside a compiled block. A block with experts is always
+wrapped as in selective: what its router decides is saved.
 """
 
 from collections import Counter
@@ -45,8 +46,11 @@ _KEY_DIM = {
     "flex_attention": -2,  # visible in a compiled block only
 }
 _RING = "titan_video::ring_attention"  # its argument 3 is the number of keys on all ranks
-_MATMULS = ("aten::mm", "aten::addmm", "titan_video::frozen_linear")
+_GELUS = ("aten::gelu", "titan_video::join_gelu")
+_MATMULS = ("aten::mm", "aten::addmm", "titan_video::frozen_linear", "titan_video::grouped_linear")
 _EXCHANGE = "_c10d_functional::all_to_all_single"
+# Which rows go to which expert (models/experts.py): always saved, as a recomputed block must route the same.
+_DECISIONS = ("titan_video::choose_experts", "titan_video::choose_tokens")
 # Kinds of results that each selected block must have; an exchange depends on the micro-batch's layout.
 _NO_OPERATOR = {
     "attention": "no attention operator that has a result to save",
@@ -71,15 +75,19 @@ def apply_activation_checkpoint(
     offload = resolve(OFFLOAD, asked_by="activation_checkpoint.offload = true")() if is_offloading else None
 
     @cache  # one for all blocks of a section
-    def policy(s: ActivationCheckpoint) -> SACPolicy | None:
-        return SACPolicy(s.save, s.save_min_kv, offload if s.offload else None) if s.mode == "selective" else None
+    def policy(s: ActivationCheckpoint) -> SACPolicy:
+        save = s.save if s.mode == "selective" else ()
+        return SACPolicy(save, s.save_min_kv, offload if s.offload else None)
 
     for path in plan.blocks:
         container = model.get_submodule(path)
         for key in container:
             s = sections[path, key]
             if s.mode in ("full", "selective"):
-                container[key] = CheckpointedBlock(container[key], policy(s), offload if s.offload else None)
+                has_router = any(getattr(m, "routes", False) for m in container[key].modules())
+                is_selective = s.mode == "selective" or has_router
+                of_block = offload if s.offload else None
+                container[key] = CheckpointedBlock(container[key], policy(s) if is_selective else None, of_block)
 
 
 def check_save_min_kv(section: ActivationCheckpoint, longest: int, num_blocks: int) -> None:
@@ -166,7 +174,7 @@ class SACPolicy:
 
         attention   of each attention over at least `save_min_kv` keys: its output and log-sum-exp
         down        of the matmul after each GELU: the widest products of a block give its narrowest results
-        exchange    of each all-to-all of Ulysses
+        exchange    of each all-to-all, of Ulysses and of expert parallel
         matmul      of every second matmul
 
     One for all blocks: equal blocks are compiled, and so traced, once.
@@ -212,7 +220,9 @@ class SACPolicy:
             nonlocal num_matmuls, num_gelus
             name = operator.name()
             self.num_operators += 1
-            num_gelus += name == "aten::gelu"
+            num_gelus += name in _GELUS
+            if name in _DECISIONS:
+                return True
             if name in _MATMULS:
                 num_matmuls += 1
                 is_down, num_gelus = num_gelus > 0, max(num_gelus - 1, 0)
@@ -339,10 +349,11 @@ def rules(config: JobConfig, world_size: int) -> Iterator[str]:
             "choose full"
         )
     p = config.parallelism
-    if a.mode == "selective" and "exchange" in a.save and context_parallel_degrees(p)[1] < 2:
+    has_exchange = context_parallel_degrees(p)[1] > 1 or p.expert_parallel_degree > 1
+    if a.mode == "selective" and "exchange" in a.save and not has_exchange:
         yield (
-            "activation_checkpoint.save: exchange, but there is none, as attention is not divided by Ulysses; take it "
-            "out, or set parallelism.context_parallel_degree"
+            "activation_checkpoint.save: exchange, but there is none, as neither attention is divided by Ulysses nor "
+            "experts over ranks; take it out, or set parallelism.context_parallel_degree"
         )
     for name in ("save", "layers"):
         values = getattr(a, name)

@@ -3,7 +3,8 @@
 One rank uses it too, so that mixed precision has one meaning, but not in float32 throughout, nor to train adapters.
 
 Blocks are sharded over dp_shard x cp; what is outside the blocks, and the root with the plan's float32 parts, over
-dp_shard x cp x tp. The ranks of cp and tp have different tokens: the same reduce-scatter sums over them.
+dp_shard x cp x tp; under expert parallel, experts over those of these ranks that have the same ones. The ranks of cp
+and tp have different tokens: the same reduce-scatter sums over them.
 Gradients are summed, never averaged: the loss is divided by the global element count before backward, which stays right
 when ranks hold unequal amounts. Each micro-batch is reduced at once into sharded float32 gradients; a deferred
 reduction would hold a full float32 gradient on each rank.
@@ -11,16 +12,18 @@ reduction would hold a full float32 gradient on each rank.
 
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from titan_video.config.job_config import JobConfig
 from titan_video.distributed.parallel_dims import Meshes
-from titan_video.distributed.utils import clean_name, reduce_over
+from titan_video.distributed.utils import clean_name, has, reduce_over, to_local
 from titan_video.models.layers import is_adapter
 from titan_video.models.spec import ParallelPlan
 
@@ -61,9 +64,10 @@ def apply_fsdp(
         return  # nothing to shard, send or cast: the units would only copy weights and gradients
 
     offload = CPUOffloadPolicy(pin_memory=meshes.world.device_type == "cuda") if cpu_offload else OffloadPolicy()
-    shard_degree = meshes.fsdp.shape[-1]
-    reshard = reshard_after_forward == "always" or (reshard_after_forward == "default" and shard_degree > 1)
     root_dtype = torch.promote_types(param_dtype, torch.float32)  # the root holds the plan's float32 parts
+    blocks = [container[key] for container, key in get_blocks(model, plan)]
+    in_blocks = [block.get_submodule(path) for block in blocks for path in plan.experts if has(block, path)]
+    experts = {p for module in in_blocks for p in module.parameters()}
     for pattern, mesh_name in plan.units.items():
         assert hasattr(meshes, mesh_name), (
             f"ParallelPlan.units: {pattern!r} is sharded over {mesh_name!r}, which is no mesh; meshes: "
@@ -73,13 +77,19 @@ def apply_fsdp(
         # Modules cast their inputs themselves: a policy's cast would also hit times, RoPE and modulation (float32).
         dtypes = (root_dtype, torch.promote_types(reduce_dtype, root_dtype)) if is_root else (param_dtype, reduce_dtype)
         policy = MixedPrecisionPolicy(param_dtype=dtypes[0], reduce_dtype=dtypes[1], cast_forward_inputs=False)
+        mesh = getattr(meshes, mesh_name)
+        if mesh is None:  # experts without expert parallel: they are in the unit of their block
+            continue
+        shard_degree = (mesh if mesh_name == "expert_fsdp" else meshes.fsdp).shape[-1]
+        reshard = reshard_after_forward == "always" or (reshard_after_forward == "default" and shard_degree > 1)
         for module in match_modules(model, pattern):
             fully_shard(
                 module,
-                mesh=getattr(meshes, mesh_name),
+                mesh=mesh,
                 mp_policy=policy,
                 offload_policy=offload,
                 reshard_after_forward=reshard and not is_root,
+                shard_placement_fn=partial(_shard_dim, experts=experts, degree=shard_degree) if experts else None,
             )
 
     for module in model.modules():
@@ -89,10 +99,23 @@ def apply_fsdp(
             module.set_force_sum_reduction_for_comms(True)
             if symmetric_memory:
                 module.set_symm_mem_for_comm()
-    blocks = [container[key] for container, key in get_blocks(model, plan)]
     for this, following in pairwise(blocks):
-        this.set_modules_to_forward_prefetch([following])
-        following.set_modules_to_backward_prefetch([this])
+        this.set_modules_to_forward_prefetch(units_of(following))
+        following.set_modules_to_backward_prefetch(units_of(this))
+
+
+def units_of(block: nn.Module) -> list[FSDPModule]:
+    """A block, and the units in it."""
+    return [module for module in block.modules() if isinstance(module, FSDPModule)]
+
+
+def _shard_dim(p: nn.Parameter, experts: set[nn.Parameter], degree: int) -> Shard:
+    """The dim that FSDP shards: the first, but of stacked experts [E, R, ...] the second where `degree` ranks do not
+    divide this rank's experts. There are often more ranks than experts, and FSDP would pad to a whole one on each.
+    """
+    local = to_local(p)
+    is_second = p in experts and local.shape[0] % degree > 0 and local.shape[1] % degree == 0
+    return Shard(1) if is_second else Shard(0)
 
 
 def match_modules(model: nn.Module, pattern: str) -> Iterator[nn.Module]:

@@ -9,11 +9,13 @@ Axes, outermost first; those that communicate most are on neighbouring ranks:
     ulysses      context parallel: tokens are exchanged for heads
     tp           tensor parallel: each block's matrices are split
 
+The experts of a mixture are laid out over the same ranks by themselves: see expert_parallel.py.
+
 The degrees are checked before start-up; `check_layout` checks what depends on the model.
 """
 
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -22,11 +24,15 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from titan_video.config.job_config import JobConfig, Parallelism
 from titan_video.config.manager import ConfigError
 from titan_video.config.values import divisors
+from titan_video.tools.parts import resolve
+
+EXPERT_PARALLEL = "titan_video.distributed.expert_parallel"  # optional
+EP_ASKED = "parallelism.expert_parallel_degree"
 
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """Degrees, in the order of the mesh."""
+    """Degrees, in the order of the mesh. ep is the innermost axis of the experts' own mesh over the same ranks."""
 
     pp: int = 1
     dp_replicate: int = 1
@@ -34,13 +40,15 @@ class ParallelDims:
     ring: int = 1
     ulysses: int = 1
     tp: int = 1
+    ep: int = 1
 
     @classmethod
     def of(cls, section: Parallelism, world_size: int) -> "ParallelDims":
         """The degrees of a run on `world_size` ranks. Raises ConfigError unless they multiply to it."""
         replicate, shard = data_parallel_degrees(section, world_size)
         ring, ulysses = context_parallel_degrees(section)
-        return cls(section.pipeline_parallel_degree, replicate, shard, ring, ulysses, section.tensor_parallel_degree)
+        tp, ep = section.tensor_parallel_degree, section.expert_parallel_degree
+        return cls(section.pipeline_parallel_degree, replicate, shard, ring, ulysses, tp=tp, ep=ep)
 
     @property
     def dp(self) -> int:
@@ -62,17 +70,29 @@ class ParallelDims:
         return ranks.transpose(0, 1).flatten(1).tolist()
 
     def build_mesh(self, device_type: str) -> "Meshes":
-        names = tuple(f.name for f in fields(self))
-        world = init_device_mesh(device_type, astuple(self), mesh_dim_names=names)
-        batch = world["dp_replicate", "dp_shard"]._flatten("batch")
-        sequence = world["ring", "ulysses", "tp"]._flatten("sequence")
+        degrees = {axis: degree for axis, degree in asdict(self).items() if axis != "ep"}
+        world = init_device_mesh(device_type, tuple(degrees.values()), mesh_dim_names=tuple(degrees))
         fsdp = world["dp_shard", "ring", "ulysses"]._flatten("fsdp")
-        fsdp_tp = world["dp_shard", "ring", "ulysses", "tp"]._flatten("fsdp_tp")
-        sharded = [
-            DeviceMesh._concatenate([world["dp_replicate"], mesh]) if self.dp_replicate > 1 else mesh
-            for mesh in (fsdp, fsdp_tp)
-        ]
-        return Meshes(world, batch, sequence, *sharded, *(world[axis] for axis in ("ring", "ulysses", "tp", "pp")))
+        fsdp_root = world["dp_shard", "ring", "ulysses", "tp"]._flatten("fsdp_tp")
+        if self.dp_replicate > 1:
+            fsdp, fsdp_root = (DeviceMesh._concatenate([world["dp_replicate"], mesh]) for mesh in (fsdp, fsdp_root))
+        expert_fsdp = ep = None
+        if self.ep > 1:
+            build_expert_meshes = resolve(f"{EXPERT_PARALLEL}:build_expert_meshes", EP_ASKED)
+            expert_fsdp, ep = build_expert_meshes(self, device_type)
+        return Meshes(
+            world=world,
+            batch=world["dp_replicate", "dp_shard"]._flatten("batch"),
+            sequence=world["ring", "ulysses", "tp"]._flatten("sequence"),
+            fsdp=fsdp,
+            fsdp_root=fsdp_root,
+            ring=world["ring"],
+            ulysses=world["ulysses"],
+            tp=world["tp"],
+            pp=world["pp"],
+            expert_fsdp=expert_fsdp,
+            ep=ep,
+        )
 
 
 @dataclass(frozen=True)
@@ -84,6 +104,8 @@ class Meshes:
     fsdp: 1-D (dp_shard x cp) or 2-D (dp_replicate, dp_shard x cp); the blocks are sharded over it. fsdp_root: the same
     with tp, for what is outside the blocks: tensor parallel does not split it, and its gradients too are sums over the
     tokens of all these ranks.
+    ep: 1-D, over which experts are divided. expert_fsdp: the ranks that have the same ones, over which these are
+    sharded, 1-D or 2-D like fsdp. None without expert parallel: experts are then parameters of their block like others.
     """
 
     world: DeviceMesh
@@ -95,6 +117,8 @@ class Meshes:
     ulysses: DeviceMesh
     tp: DeviceMesh
     pp: DeviceMesh
+    expert_fsdp: DeviceMesh | None = None
+    ep: DeviceMesh | None = None
 
 
 def context_parallel_degrees(section: Parallelism) -> tuple[int, int]:
@@ -146,6 +170,8 @@ def _layout_errors(dims: ParallelDims, section: Parallelism, args: Any) -> Itera
             f"parallelism.pipeline_parallel_split: given {list(section.pipeline_parallel_split)}, but the last of the "
             f"model's blocks is {args.num_layers - 1}; let the last stage begin there at the latest"
         )
+    if dims.ep > 1:
+        yield from resolve(f"{EXPERT_PARALLEL}:layout_errors", EP_ASKED)(dims, args)
 
 
 def stages_per_rank(section: Parallelism) -> int:

@@ -14,6 +14,7 @@ from titan_video.tools.parts import resolve
 FLOAT8 = "titan_video.distributed.float8:apply_float8"  # optional
 TENSOR_PARALLEL = "titan_video.distributed.tensor_parallel:apply_tensor_parallel"  # optional
 BLOCK_SWAP = "titan_video.distributed.block_swap:apply_block_swap"  # optional
+EXPERT_PARALLEL = "titan_video.distributed.expert_parallel:apply_expert_parallel"  # optional
 CONTEXT_PARALLEL = "titan_video.distributed.context_parallel:apply_context_parallel"  # optional
 
 
@@ -28,15 +29,17 @@ def parallelize(
     block_sections: dict[tuple[str, str], ActivationCheckpoint] | None = None,
     float8: Float8 | None = None,
 ) -> None:
-    """Apply float8, tensor and context parallel, checkpointing, compile, block swap and FSDP2, in this order, in place.
+    """Apply float8, expert, tensor and context parallel, checkpointing, compile, block swap and FSDP2, in this order.
 
-    The parameters may be on the meta device. One section a step, hence nine parameters.
+    In place; the parameters may be on the meta device. One section a step, hence nine parameters.
     block_sections: see `apply_activation_checkpoint`, where `model` is one pipeline stage of it.
     ValueError: see `apply_activation_checkpoint`, `apply_float8` and `apply_block_swap`.
     """
     if float8 is not None and float8.enable:
         apply_float8 = resolve(FLOAT8, asked_by="float8.enable = true")
         apply_float8(model, plan, float8, meshes.world.device_type, meshes.tp.size())
+    if meshes.ep is not None:
+        resolve(EXPERT_PARALLEL, asked_by="parallelism.expert_parallel_degree")(model, plan, meshes.ep)
     if meshes.tp.size() > 1:
         apply_tensor_parallel = resolve(TENSOR_PARALLEL, asked_by="parallelism.tensor_parallel_degree")
         apply_tensor_parallel(model, plan, meshes.tp, parallelism.enable_async_tensor_parallel)

@@ -45,7 +45,9 @@ class SequenceShard:
         None leaves a block the groups with which the model was built: a model of several sizes of group is always
         given a StepLayout.
         """
-        return StepLayout(seq_len, ring=self.ring, ulysses=self.ulysses) if self.size > 1 else None
+        if self.size == 1:
+            return None
+        return StepLayout(seq_len, ring=self.ring, ulysses=self.ulysses, sequence=self.sequence)
 
     def length(self, seq_len: int) -> int:
         """Rows that each rank has of seq_len tokens, padding included."""

@@ -42,7 +42,7 @@ def init_distributed(
 
 def set_timeout(timeout_seconds: int, meshes: Any) -> None:
     """From here on a collective of the default group or of any axis of `meshes` (Meshes) fails after this time."""
-    views = [getattr(meshes, f.name) for f in fields(meshes)]
+    views = [mesh for f in fields(meshes) if (mesh := getattr(meshes, f.name)) is not None]
     for group in [None, *(group for mesh in views for group in mesh.get_all_groups())]:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
 
@@ -145,14 +145,14 @@ def to_local(t: Tensor) -> Tensor:
 
 @torch.no_grad()
 def zeros_like_sharded(parameter: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """Zeros with a parameter's rows and `columns` in place of its last dim, sharded like it. Columns split evenly."""
+    """Zeros with `columns` in place of a parameter's last dim, sharded like it. Columns split evenly."""
     local = to_local(parameter)
     size = *local.shape[:-1], columns * local.shape[-1] // parameter.shape[-1]
     zeros = torch.zeros(size, dtype=dtype, device=parameter.device)
     if not isinstance(parameter, DTensor):
         return zeros
     shape = torch.Size((*parameter.shape[:-1], columns))
-    stride = (columns, 1)[2 - len(shape) :]
+    stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
         zeros, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
     )

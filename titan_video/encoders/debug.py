@@ -52,10 +52,26 @@ PATCHES, PATCH = 16, 4  # of an image, a side; pixels of a patch, a side, after 
 BEGIN = "\0begin"  # no word of a caption starts like this
 
 
-def _cosines(n: int) -> np.ndarray:
+def cosines(n: int) -> np.ndarray:
     """Orthonormal cosine basis [order, position] (DCT-II)."""
     order, position = np.arange(n)[:, None], np.arange(n) + 0.5
     return np.cos(np.pi * order * position / n) * np.sqrt(np.where(order == 0, 1, 2) / n)
+
+
+def as_blocks(frames_BCFHW: Tensor) -> Tensor:
+    """RGB [B, 3, 4k+1, 8h, 8w], uint8 or float32 from -1 to 1 -> blocks from -1 to 1 [B, k+1, h, w, K], the first of
+    the first frame alone. ValueError: other shapes or types.
+    """
+    _, colors, num_frames, height, width = frames_BCFHW.shape
+    is_shaped = colors == 3 and num_frames % 4 == 1 and height % 8 == 0 and width % 8 == 0
+    if frames_BCFHW.dtype not in (torch.uint8, torch.float32) or not is_shaped:
+        raise ValueError(
+            f"frames must be uint8 [B, 3, 4k+1, 8h, 8w], got {frames_BCFHW.dtype} {list(frames_BCFHW.shape)}"
+        )
+    frames_BCFHW = frames_BCFHW.contiguous()
+    x_BCFHW = frames_BCFHW if frames_BCFHW.is_floating_point() else frames_BCFHW.float() / 127.5 - 1
+    x_BCFHW = torch.cat([x_BCFHW[:, :, :1].expand(-1, -1, 3, -1, -1), x_BCFHW], dim=2)
+    return rearrange(x_BCFHW, "b c (f t) (h y) (w x) -> b f h w (c t y x)", t=4, y=8, x=8)
 
 
 class DebugEncoders:
@@ -70,7 +86,7 @@ class DebugEncoders:
 
     def __init__(self, max_text_length: int):
         self.max_text_length = max_text_length
-        time, space = _cosines(4), _cosines(8)
+        time, space = cosines(4), cosines(8)
         rows = [
             np.einsum("c,t,h,w->cthw", COLORS[c], time[t], space[h], space[w]).ravel()
             for (c, t, h, w), _, _ in COEFFICIENTS
@@ -92,16 +108,7 @@ class DebugEncoders:
 
     def encode_video(self, frames_BCFHW: Tensor) -> Tensor:
         """RGB [B, 3, 4k+1, 8h, 8w], uint8 or float32 from -1 to 1 -> latents [B, 16, k+1, h, w], float32."""
-        _, colors, num_frames, height, width = frames_BCFHW.shape
-        is_shaped = colors == 3 and num_frames % 4 == 1 and height % 8 == 0 and width % 8 == 0
-        if frames_BCFHW.dtype not in (torch.uint8, torch.float32) or not is_shaped:
-            raise ValueError(
-                f"frames must be uint8 [B, 3, 4k+1, 8h, 8w], got {frames_BCFHW.dtype} {list(frames_BCFHW.shape)}"
-            )
-        frames_BCFHW = frames_BCFHW.contiguous()
-        x_BCFHW = frames_BCFHW if frames_BCFHW.is_floating_point() else frames_BCFHW.float() / 127.5 - 1
-        x_BCFHW = torch.cat([x_BCFHW[:, :, :1].expand(-1, -1, 3, -1, -1), x_BCFHW], dim=2)
-        x_BFHWK = rearrange(x_BCFHW, "b c (f t) (h y) (w x) -> b f h w (c t y x)", t=4, y=8, x=8)
+        x_BFHWK = as_blocks(frames_BCFHW)
         basis_CK, mean_C, std_C = (t.to(x_BFHWK.device) for t in (self.basis_CK, self.mean_C, self.std_C))
         return ((F.linear(x_BFHWK, basis_CK) - mean_C) / std_C).permute(0, 4, 1, 2, 3).contiguous()
 

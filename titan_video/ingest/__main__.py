@@ -17,8 +17,10 @@ from titan_video.data.batching import Batching, Bucket, Work, batch_size_errors,
 from titan_video.distributed.utils import broadcast_from_rank0, init_distributed
 from titan_video.encoders import build_encoders
 from titan_video.ingest.captions import with_cut_captions
-from titan_video.ingest.plan import Plan, build_plan
-from titan_video.ingest.prepare import encode_plan, open_cache, sampled_negatives
+from titan_video.ingest.entries import Plan
+from titan_video.ingest.plan import Planner
+from titan_video.ingest.planned import ALL, Part, Tables, plan_on_ranks, probe_part, write_report
+from titan_video.ingest.prepare import Preparation, open_run_cache, sampled_negatives
 from titan_video.ingest.report import decode_all, export, report
 from titan_video.ingest.sampling_defaults import sampling_section
 from titan_video.ingest.started import as_started
@@ -28,8 +30,8 @@ from titan_video.tools.device import get_device
 from titan_video.tools.files import writing
 from titan_video.tools.parts import resolve
 
-USAGE = """usage: python -m titan_video.data plan CONFIG.toml [--export N] [--ranks N] [--decode] [--section.field V]
-       python -m titan_video.data encode CONFIG.toml [--section.field V]
+USAGE = """usage: python -m titan_video.data plan CONFIG.toml [--export N] [--ranks N] [--decode] [--part I/N] ...
+       python -m titan_video.data encode CONFIG.toml [--part I/N] ...
        python -m titan_video.data import FILE.toml [OUT.toml]"""
 HELP = {
     "": f"""{USAGE}
@@ -41,7 +43,7 @@ Look at the data of a run before it trains, or prepare it. CONFIG.toml is the TO
   import   the sections [data] and [training] for a data set TOML of diffusion-pipe or musubi-tuner
 
 `python -m titan_video.data COMMAND --help` has the options of one; docs/data.md explains all.""",
-    "plan": """usage: python -m titan_video.data plan CONFIG.toml [--export N] [--ranks N] [--decode] [--option V]...
+    "plan": """usage: python -m titan_video.data plan CONFIG.toml [--export N] [--ranks N] [--decode] [--part I/N] ...
 
 Examine every clip and say what becomes of it: buckets, what is dropped and why, what lies beside the clips and is not
 read, captions that the text encoder cuts, micro-batches and their cost. Every clip is in DUMP_FOLDER/data_plan.jsonl.
@@ -51,16 +53,19 @@ Nothing is encoded, and no weights are read.
   --export N               write N training clips as mp4 to DUMP_FOLDER/plan_clips: what the encoder will see
   --ranks N                data-parallel ranks of the last table (default: 8, or the most that divide the step)
   --decode                 decode every clip, as encoding will, and drop damaged ones
+  --part I/N               look at part I (from 0 on) of N of the files, and make no plan: for jobs on many machines;
+                           the same command without it makes the plan. Under torchrun all ranks look at files
   --data.file FILE.toml    [data] and [training], as `import` writes them, above those of CONFIG.toml
   --section.field V        any option of train.py, above both: `python train.py --help` lists them
 
 example: python -m titan_video.data plan train_configs/wan2.1_t2v_1.3b.toml --data.path my_clips --export 8""",
-    "encode": """usage: python -m titan_video.data encode CONFIG.toml [--section.field V]
+    "encode": """usage: python -m titan_video.data encode CONFIG.toml [--part I/N] [--section.field V]
 
 Plan the clips and encode what the latent cache lacks, on all ranks. It can be stopped at any moment and goes on from
 there; a run with the same [data], [encoder] and model finds everything in the cache (data.cache_folder).
 
   CONFIG.toml              the TOML of the run
+  --part I/N               encode part I (from 0 on) of N of what is missing: for jobs on many machines
   --data.file FILE.toml    [data] and [training], as `import` writes them, above those of CONFIG.toml
   --section.field V        any option of train.py, above both: `python train.py --help` lists them
 
@@ -90,14 +95,28 @@ class DataCommand:
         self.cache_folder = Path(config.data.cache_folder or self.folder / "cache")
         self.plan_file = self.folder / "data_plan.jsonl"
 
+    def planner(self) -> Planner:
+        stills = not self.args.conditioning.num_cond_frames
+        return Planner.of(self.config.data, self.cache_folder, self.geometry.temporal_stride, stills=stills)
+
     def plan(self) -> Plan:
-        """Print the plan of data.path and write data_plan.jsonl."""
-        plan = build_plan(self.config.data, self.cache_folder, self.geometry.temporal_stride)
-        plan = plan.without_single_frames() if self.args.conditioning.num_cond_frames else plan
-        plan = self._with_cut_captions(plan)
-        plan.write_jsonl(self.plan_file)
-        print(f"{plan.summary()}\n  every clip: {self.plan_file}")
-        return plan
+        """Make the plan of data.path with all ranks; the first one prints it and writes data_plan.jsonl."""
+        tables = Tables.of(self.cache_folder, self.folder)
+        plan = plan_on_ranks(self.planner(), self.config.data.num_workers, tables)
+
+        def show() -> Plan:
+            plan.require_clips()
+            shown = self._with_cut_captions(plan)
+            write_report(shown, self.plan_file, plan.entries.key)
+            print(f"{shown.summary()}\n  every clip: {self.plan_file}")
+            return shown
+
+        return broadcast_from_rank0(show)
+
+    def probe(self, part: Part) -> None:
+        """Look at one part of the clips. A plan of all finds what was seen."""
+        count = probe_part(self.planner(), self.config.data.num_workers, part)
+        print(f"{count} files are looked at in part {part.index} of {part.count}; `plan` without --part makes the plan")
 
     def _with_cut_captions(self, plan: Plan) -> Plan:
         """The tokenizer of the encoders decides; a plan can also be made where these are not there."""
@@ -117,6 +136,8 @@ class DataCommand:
         which a step can be divided).
         """
         config, plan = self.config, self.plan()
+        if dist.get_rank() > 0:
+            return
         if decode:
             plan = self._decode_all(plan)
         ranks = ranks or next((n for n in (8, 4, 2) if not any(batch_size_errors(config, n))), 1)
@@ -128,7 +149,7 @@ class DataCommand:
             print(f"  written: {path}")
 
     def _decode_all(self, plan: Plan) -> Plan:
-        frames, start = sum(e.bucket[0] for e in plan.kept), time.perf_counter()
+        frames, start = sum(e.bucket[0] for e in plan.entries if e.kept), time.perf_counter()
         plan = decode_all(plan, self.config.data.num_workers)
         plan.write_jsonl(self.plan_file)
         rate = frames / (time.perf_counter() - start)
@@ -136,26 +157,19 @@ class DataCommand:
         plan.require_clips()
         return plan
 
-    def encode(self) -> None:
+    def encode(self, part: Part) -> None:
         """Fill the latent cache with all ranks. A later run with the same [data], [encoder] and model finds everything
-        there.
+        there. part: of what is missing.
         """
-        config = self.config
-        init_distributed(torch.device("cpu"), timeout_seconds=24 * 3600)  # an idle rank waits for the others' encoding
-        try:
-            plan = broadcast_from_rank0(self.plan)
-            device = get_device(int(os.environ.get("LOCAL_RANK", 0)))
-            encoders = build_encoders(config.encoder, config.model.hf_assets_path, device)
-            cache = open_cache(self.cache_folder, encoders, self.args.conditioning, None)
-            validation = sampling_section(config, self.args, config.data.sizes[0])
-            texts, drop_apart = sampled_negatives(validation), config.data.image_dropout != 0
-            clips, _ = encode_plan(
-                plan, self.plan_file, encoders, cache, None, config.data.num_workers, texts, drop_apart
-            )
-            if dist.get_rank() == 0:
-                print(f"{len(clips)} clips in {self.cache_folder}")
-        finally:
-            dist.destroy_process_group()
+        config, plan = self.config, self.plan()
+        device = get_device(int(os.environ.get("LOCAL_RANK", 0)))
+        encoders = build_encoders(config.encoder, config.model.hf_assets_path, device)
+        cache = open_run_cache(config, encoders, self.args.conditioning, None)
+        ready = Preparation.of(config, self.args, encoders, cache, None)
+        texts = sampled_negatives(sampling_section(config, self.args, config.data.sizes[0]))
+        planned = ready.encode(broadcast_from_rank0(lambda: ready.planned(plan)), self.plan_file, texts, part)
+        if dist.get_rank() == 0:
+            print(f"{len(planned.clips)} clips in {self.cache_folder}")
 
 
 def import_toml(file: str, out: str = "") -> None:
@@ -171,13 +185,23 @@ def import_toml(file: str, out: str = "") -> None:
         Path(out).write_text(text, encoding="utf-8")
 
 
-def plan_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options of `plan` alone, and the remaining arguments."""
+def command_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of `plan` and `encode` that are none of the configuration, and the remaining arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=USAGE)
-    parser.add_argument("--export", type=int, default=0)
-    parser.add_argument("--ranks", type=int, default=0)
-    parser.add_argument("--decode", action="store_true")
-    return parser.parse_known_args(argv)
+    parser.add_argument("--part", type=part_of, default=None)
+    if argv[0] == "plan":
+        parser.add_argument("--export", type=int, default=0)
+        parser.add_argument("--ranks", type=int, default=0)
+        parser.add_argument("--decode", action="store_true")
+    return parser.parse_known_args(argv[2:])
+
+
+def part_of(text: str) -> Part:
+    """I/N. ArgumentTypeError: it is none."""
+    index, _, count = text.partition("/")
+    if not (index.isascii() and index.isdigit() and count.isascii() and count.isdigit() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"given {text}; legal: I/N, part I of N, such as 0/16 to 15/16")
+    return Part(int(index), int(count))
 
 
 def main(argv: list[str]) -> None:
@@ -193,13 +217,19 @@ def main(argv: list[str]) -> None:
             return import_toml(*argv[1:])
     who = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
     logging.basicConfig(level=logging.INFO, format=f"{who}%(message)s")
-    options, overrides = plan_options(argv[2:]) if argv[0] == "plan" else (None, argv[2:])
+    options, overrides = command_options(argv)
     with main_guard():
         command = DataCommand(as_started(parse_args(["--job.config_file", argv[1], *overrides])))
-        if options:
-            command.show(options.ranks, options.export, options.decode)
-        else:
-            command.encode()
+        init_distributed(torch.device("cpu"), timeout_seconds=24 * 3600)  # an idle rank waits for the others' encoding
+        try:
+            if argv[0] == "encode":
+                command.encode(options.part or ALL)
+            elif options.part:
+                command.probe(options.part)
+            else:
+                command.show(options.ranks, options.export, options.decode)
+        finally:
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
+from itertools import chain
 
 from titan_video.data.latent_cache import (
     CODE_VERSION,
@@ -17,8 +18,9 @@ from titan_video.data.latent_cache import (
     content_hash,
     entry_names,
 )
-from titan_video.ingest.plan import PlanEntry
-from titan_video.tools.files import atomic_write
+from titan_video.ingest.entries import PlanEntry
+from titan_video.ingest.entry_index import EntryIndex, listed_entries
+from titan_video.tools.files import atomic_path
 
 PARTIAL_SECONDS = 600  # no write of a shard takes this long
 
@@ -61,17 +63,20 @@ def imageless_keys(cache: LatentCache, entry: PlanEntry) -> tuple[str, ...]:
 def write_manifest(cache: LatentCache) -> Counter[str]:
     """List the entries of each shard in manifest.jsonl; return the number of entries by kind.
 
-    One process calls it, when all have written.
+    One process calls it, when all have written. What an index knows is taken from the manifest that is there.
     """
-    names: dict[str, list[str]] = defaultdict(list)
-    for name, shard in cache.where.items():
-        names[shard].append(name)
-    rows = [
-        {"shard": shard, "bytes": cache.shards[shard], "entries": sorted(names[shard])}
-        for shard in sorted(cache.shards)
-    ]
-    atomic_write(cache.folder / MANIFEST, "".join(json.dumps(row) + "\n" for row in rows), "latent cache manifest")
-    return Counter(name.partition("/")[0] for name in cache.where)
+    index = cache.where if isinstance(cache.where, EntryIndex) else None
+    named: dict[str, list[str]] = defaultdict(list)
+    for name, shard in (index.fresh if index else cache.where).items():
+        named[shard].append(name)
+    known = index.shards if index else {}
+    rows = chain(listed_entries(cache, known), ((s, named[s]) for s in sorted(cache.shards) if s not in known))
+    with atomic_path(cache.folder / MANIFEST, "latent cache manifest") as temporary, open(temporary, "w") as out:
+        for shard, names in rows:
+            row = {"shard": shard, "bytes": cache.shards[shard], "entries": sorted(names)}
+            out.write(json.dumps(row) + "\n")
+        out.flush()  # before atomic_path syncs the file
+    return index.counts() if index else Counter(name.partition("/")[0] for name in cache.where)
 
 
 def remove_partial_shards(cache: LatentCache) -> None:
@@ -88,13 +93,17 @@ def explain_stale(
 
     missing: (kind, made_from) of each. wanted: names of entries that this run reads, which are not stale.
     """
+    missing = list(missing)
+    origins = {(kind, made_from["of"]) for kind, made_from in missing}
     existing: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
     for shard in cache.shards:
         header = cache.header(shard)[0]
-        for name in (name for name in entry_names(header) if name not in wanted):
+        for name in entry_names(header):
             with suppress(*DAMAGE_ERRORS):  # of a damaged entry nothing is known
                 made = json.loads(header["__metadata__"][name])
-                existing[name.partition("/")[0], made.get("of", "")].append(made)
+                origin = name.partition("/")[0], made.get("of", "")
+                if origin in origins and name not in wanted:
+                    existing[origin].append(made)
     reasons: Counter[str] = Counter()
     for kind, made_from in missing:
         now = {**made_from, "encoder": cache.encoder(kind), "code version": str(CODE_VERSION)}

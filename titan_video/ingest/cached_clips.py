@@ -1,11 +1,13 @@
-"""From a plan to the clips that training takes from the cache, and which of them are held out."""
+"""From a plan to the clips that training takes from the cache, and which of them are held out: as lists, for few clips.
+`clip_table` has the same as a table.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
 
 from titan_video.data.latent_cache import GIVEN, CachedClip, LatentCache, content_hash
 from titan_video.ingest.cache_keys import imageless_keys, text_keys, video_keys
-from titan_video.ingest.plan import Plan
+from titan_video.ingest.entries import Plan
 
 
 def cached_clips(

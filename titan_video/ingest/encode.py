@@ -20,8 +20,8 @@ from titan_video.encoders.spec import Encoders
 from titan_video.ingest.cache_keys import explain_stale, video_keys
 from titan_video.ingest.cached_clips import cached_clips
 from titan_video.ingest.conditioning_frames import encode_cond_frames, encode_images
+from titan_video.ingest.entries import Plan, PlanEntry, read_frames
 from titan_video.ingest.media import DEFAULT_LIMITS, DecodeLimits
-from titan_video.ingest.plan import Plan, PlanEntry, read_frames
 from titan_video.ingest.video import UnusableClip, read_image
 from titan_video.ingest.worker import map_in_workers, release
 from titan_video.models.conditioning import ConditioningSpec
@@ -304,6 +304,7 @@ def encode_share(
     spent = {} if spent is None else spent
     spent["decode_wait"] = 0.0
     failed: dict[tuple, str] = {}
+    cache.is_shared = False  # no other rank makes these entries
     for what, some in zip(("captions", "clips"), jobs, strict=True):
         mine = partition_jobs(some, rank, world_size)
         needs_frames = what == "clips" or cache.conditioning.text_image_tokens
@@ -329,6 +330,7 @@ def encode_share(
             encoders.free()  # the text encoder is the larger half
         if stop_requested():
             break
+    cache.is_shared = True
     return failed
 
 

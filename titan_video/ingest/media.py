@@ -16,6 +16,7 @@ import hashlib
 import io
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -173,7 +174,7 @@ def _fetched(path: str) -> bytes:
 
 def version(path: str) -> dict[str, Any]:
     """Identity of the content of `path` by name, size and time of change, without reading it. Raises OSError."""
-    found = _MEMBER.fullmatch(path)
+    found = _MEMBER.fullmatch(path) if "!" in path else None
     file = found["container"] if found else path
     if is_url(file):
         fs, inner = _fsspec().core.url_to_fs(file)
@@ -182,7 +183,9 @@ def version(path: str) -> dict[str, Any]:
             "path": path,
             **{key: str(info[key]) for key in ("size", "mtime", "ETag", "LastModified", "created") if key in info},
         }
-    stats = [os.stat(p) for p in ([Path(file), *frame_files(file)] if os.path.isdir(file) else [file])]
+    stats = [os.stat(file)]
+    if stat.S_ISDIR(stats[0].st_mode):
+        stats += (os.stat(p) for p in frame_files(file))
     return {
         "path": os.path.abspath(path),
         "size": sum(s.st_size for s in stats),

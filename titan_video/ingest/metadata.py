@@ -129,7 +129,7 @@ def located(names: FileNames, name: str, where: str) -> tuple[str, str, str]:
     """
     if not name.strip() or not _is_path(name):
         return where, "", f"no clip named: {where} holds {short(repr(name))}"
-    path = str(names.folder / name)
+    path = names.join(name)
     reason = not_a_clip(path, f"named in {where}")
     if not reason.startswith("missing file"):
         return path, "", reason

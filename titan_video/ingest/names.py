@@ -44,7 +44,13 @@ class FileNames:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.prefix = str(folder / "x")[:-1]
         self.entries: dict[Path, dict[str, list[str]]] = {}
+
+    def join(self, name: str) -> str:
+        """The path of a name below the folder, as pathlib writes it."""
+        is_plain = name[0] not in "./" and name[-1] != "/" and "//" not in name and "/." not in name
+        return f"{self.prefix}{name}" if is_plain else str(self.folder / name)
 
     def find(self, written: str) -> Found:
         exact = str(self.folder / written)

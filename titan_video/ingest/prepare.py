@@ -3,9 +3,10 @@
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,19 @@ import torch.distributed as dist
 
 from titan_video.config.job_config import JobConfig, Validation
 from titan_video.data.latent_cache import CachedClip, LatentCache
-from titan_video.data.loader import LatentLoader
+from titan_video.data.loader import ClipsByBucket, LatentLoader
 from titan_video.data.sampler import GlobalSampler
 from titan_video.distributed.utils import broadcast_from_rank0, gather_objects
 from titan_video.encoders.spec import Encoders
-from titan_video.ingest.cache_keys import remove_partial_shards, write_manifest
-from titan_video.ingest.cached_clips import cached_clips, split_holdout
-from titan_video.ingest.captions import cut_prompts, with_cut_captions
+from titan_video.ingest.cache_keys import remove_partial_shards
+from titan_video.ingest.captions import cut_captions, cut_prompts
+from titan_video.ingest.clip_table import ClipTable, clip_table
 from titan_video.ingest.encode import encode_share, failed_clips, missing_jobs
-from titan_video.ingest.plan import Plan, build_plan
+from titan_video.ingest.encode_table import encode_table, share_index
+from titan_video.ingest.entries import Plan
+from titan_video.ingest.entry_index import EntryIndex, NotListed, make_index
+from titan_video.ingest.plan import Planner
+from titan_video.ingest.planned import ALL, Part, Tables, plan_on_ranks, write_report
 from titan_video.ingest.resume import EarlierClips
 from titan_video.ingest.sampling_defaults import sampling_section
 from titan_video.ingest.text import read_prompts
@@ -41,7 +46,7 @@ class Clips:
     sampling: [validation], with the model's own values where it leaves them to the model. scores: Validator.scores.
     """
 
-    training: list[CachedClip]
+    training: ClipsByBucket
     held_out: list[CachedClip]
     prompts: list[str]
     of_prompts: list[CachedClip]
@@ -50,15 +55,37 @@ class Clips:
     scores: Any = None
 
 
-def open_cache(
-    folder: Path, encoders: Encoders, conditioning: ConditioningSpec, group: dist.ProcessGroup | None
+def open_run_cache(
+    config: JobConfig, encoders: Encoders, conditioning: ConditioningSpec, group: dist.ProcessGroup | None
 ) -> LatentCache:
-    """The cache for these encoders. Their identities are hashes of the weights: gigabytes, which one rank reads."""
+    """The cache of a run for its encoders, with what data.cache_url holds."""
+    data, kind = config.data, LatentCache
+    if data.cache_url:
+        remote = resolve("titan_video.ingest.remote_cache:RemoteCache", asked_by="data.cache_url")
+        kind = partial(remote, url=data.cache_url, max_gib=data.cache_url_gib)
+    folder = Path(data.cache_folder or Path(config.job.dump_folder) / "cache")
+    return open_cache(folder, encoders, conditioning, group, kind)
 
-    def identities() -> tuple[str, str, str]:
-        return encoders.video_id(), encoders.text_id(), encoders.image_id() if conditioning.image_tokens else ""
 
-    return LatentCache(folder, *broadcast_from_rank0(identities, group), conditioning)
+def open_cache(
+    folder: Path,
+    encoders: Encoders,
+    conditioning: ConditioningSpec,
+    group: dist.ProcessGroup | None,
+    kind: Callable[..., LatentCache] = LatentCache,
+) -> LatentCache:
+    """The cache for these encoders, with an index of its entries that the ranks share. kind: makes it.
+
+    The encoders' identities are hashes of the weights: gigabytes, which one rank reads.
+    """
+
+    def find() -> tuple[tuple[str, str, str], EntryIndex | None]:
+        ids = encoders.video_id(), encoders.text_id(), encoders.image_id() if conditioning.image_tokens else ""
+        path = make_index(kind(folder, *ids, conditioning, known=NotListed()))
+        return ids, EntryIndex(path) if path else None
+
+    ids, known = broadcast_from_rank0(find, group)
+    return kind(folder, *ids, conditioning, known)
 
 
 def check_encoders(encoders: Encoders, args: Any, geometry: LatentGeometry, config: JobConfig) -> None:
@@ -106,6 +133,95 @@ def check_encoders(encoders: Encoders, args: Any, geometry: LatentGeometry, conf
         )
 
 
+@dataclass(frozen=True)
+class Preparation:
+    """What planning and encoding the clips of a run need. args: the model's (see ModelSpec)."""
+
+    config: JobConfig
+    args: Any
+    encoders: Encoders
+    cache: LatentCache
+    group: dist.ProcessGroup | None
+    tables: Tables
+
+    @classmethod
+    def of(
+        cls, config: JobConfig, args: Any, encoders: Encoders, cache: LatentCache, group: dist.ProcessGroup | None
+    ) -> "Preparation":
+        tables = Tables.of(cache.folder, Path(config.job.dump_folder))
+        return cls(config, args, encoders, cache, group, tables)
+
+    def plan(self, report: Path, path: str = "") -> "PlannedClips":
+        """Plan the clips of [data], or those of another path for validation; log the plan and write its report.
+
+        ValueError on all ranks when no clip is left, or when the run has checkpoints of other clips.
+        """
+        config, data, run = self.config, self.config.data, Path(self.config.job.dump_folder)
+        stills = not self.args.conditioning.num_cond_frames
+        planner = Planner.of(data, self.cache.folder, self.encoders.stride_t, path, stills)
+        plan = plan_on_ranks(planner, data.num_workers, self.tables, self.group)
+
+        def make() -> PlannedClips:
+            plan.require_clips()
+            planned = self.planned(plan, drop_apart=not path)
+            if not path:
+                earlier = EarlierClips.of(config.checkpoint, run, report)
+                at_least = earlier.least_held_out(planned.clips, self.cache, data, config.validation)
+                planned = replace(planned, at_least=at_least)
+            write_report(planned.plan(), report, plan.entries.key)
+            logger.info(planned.plan().summary())
+            return planned
+
+        return broadcast_from_rank0(make, self.group)
+
+    def planned(self, plan: Plan, drop_apart: bool = True) -> "PlannedClips":
+        """The clips of a plan, with a remark about captions that are cut. On the first rank.
+
+        drop_apart: with data.image_dropout.
+        """
+        drop_apart = drop_apart and self.config.data.image_dropout != 0
+        clips = self.tables.make(lambda folder: clip_table(plan.entries, self.cache, drop_apart, folder))
+        what = f"cut captions {plan.entries.key} {self.cache.text_id} {self.encoders.max_text_length}"
+        remark = self.tables.remembered(what, lambda: cut_captions(plan, self.encoders))
+        return PlannedClips(clips, (*plan.remarks, *([remark] if remark else [])), plan.counts())
+
+    def encode(self, planned: "PlannedClips", report: Path, prompts: Sequence[str], part: Part = ALL) -> "PlannedClips":
+        """Encode what the cache lacks of planned clips, and of prompts; `counts` has numbers of that, too.
+
+        Clips that turn out to be unusable are dropped, and the report is written anew. ValueError: no clip is left.
+        """
+        num_workers = self.config.data.num_workers
+        failures, numbers = encode_table(
+            planned.clips, self.encoders, self.cache, self.group, num_workers, prompts=prompts, part=part
+        )
+        if not failures:
+            return replace(planned, counts=planned.counts | numbers)
+
+        def drop() -> PlannedClips:
+            plan = planned.plan().drop(failures)
+            write_report(plan, report)
+            logger.info(plan.summary())
+            plan.require_clips()
+            return replace(planned, clips=planned.clips.without_paths(failures), counts=plan.counts() | numbers)
+
+        return broadcast_from_rank0(drop, self.group)
+
+
+@dataclass(frozen=True)
+class PlannedClips:
+    """clips: that are kept. remarks: of the plan. counts: of the plan and of encoding, for the log. at_least: clips
+    that are held out at least.
+    """
+
+    clips: ClipTable
+    remarks: tuple[str, ...]
+    counts: dict[str, float]
+    at_least: int = 1
+
+    def plan(self) -> Plan:
+        return replace(self.clips.plan.plan(), remarks=self.remarks)
+
+
 def prepare_clips(
     config: JobConfig, args: Any, encoders: Encoders, cache: LatentCache, group: dist.ProcessGroup | None
 ) -> Clips:
@@ -115,8 +231,8 @@ def prepare_clips(
     Plans are logged and written to job.dump_folder. ValueError on all ranks when no clip is left, or when that folder
     holds checkpoints of other clips.
     """
-    data, folder, checkpoint = config.data, Path(config.job.dump_folder), config.checkpoint
-    v, num_workers = sampling_section(config, args, data.sizes[0]), data.num_workers
+    data, folder = config.data, Path(config.job.dump_folder)
+    v, ready = sampling_section(config, args, data.sizes[0]), Preparation.of(config, args, encoders, cache, group)
     is_ahead = config.encoder.placement == "cached"
     prompts = broadcast_from_rank0(lambda: _read_prompts(v, encoders), group)
     texts, scores = prompts + sampled_negatives(v), None
@@ -126,43 +242,40 @@ def prepare_clips(
         scores = build(v.num_scored, cache, geometry.latent_shape(data.sizes[0]))
         texts += scores.captions
 
-    def plan_clips(path: str, report: Path) -> tuple[list[CachedClip], dict[str, float], int]:
-        drop_apart = not path and data.image_dropout != 0
+    def plan_clips(path: str, report: Path) -> PlannedClips:
+        planned = ready.plan(report, path)
+        return ready.encode(planned, report, texts) if is_ahead else planned
 
-        def make() -> tuple[Plan, int]:
-            plan, at_least = build_plan(data, cache.folder, encoders.stride_t, path), 1
-            if cache.conditioning.num_cond_frames:
-                plan = plan.without_single_frames()
-            if not path:
-                at_least = EarlierClips.of(checkpoint, folder, report).least_held_out(plan, cache, data, v)
-            plan = with_cut_captions(plan, encoders)
-            _report(plan, report)
-            plan.require_clips()
-            return plan, at_least
-
-        plan, at_least = broadcast_from_rank0(make, group)
-        if is_ahead:
-            return *encode_plan(plan, report, encoders, cache, group, num_workers, texts, drop_apart), at_least
-        return cached_clips(plan, cache, drop_apart=drop_apart), plan.counts(), at_least
-
-    (clips, numbers, at_least), held_out = plan_clips("", folder / "data_plan.jsonl"), []
+    planned, held_out = plan_clips("", folder / "data_plan.jsonl"), []
+    clips = planned.clips
     if v.enable and v.path:
-        held_out, _, _ = plan_clips(v.path, folder / "validation_plan.jsonl")
+        held_out = plan_clips(v.path, folder / "validation_plan.jsonl").clips
     elif v.enable:
-        clips, held_out = split_holdout(clips, v.holdout, at_least)
+        clips, held_out = clips.split(v.holdout, planned.at_least)
         why = "" if held_out else f": {_why_none(v, len(clips))}; there is no held-out loss"
         logger.info(f"{len(held_out)} of {len(clips) + len(held_out)} clips are held out for validation{why}")
-    held_out, captions = held_out[: v.max_clips], {}
-    for clip in held_out or clips:
-        captions.setdefault(clip.caption, clip)
-    shown = list(captions.values())[: v.num_videos]
-    failed, _ = encode_clips(held_out + shown if v.enable else [], encoders, cache, group, num_workers, texts)
+    held_out, shown = [held_out[i] for i in range(min(v.max_clips, len(held_out)))], []
+    if v.enable:
+        shown = list(_of_other_captions(held_out or clips, v.num_videos))
+    failed, _ = encode_clips(held_out + shown if v.enable else [], encoders, cache, group, data.num_workers, texts)
     if failed:
         raise ValueError(
             "\n".join(f"{path}: {reason}; validation needs this clip: remove it" for path, reason in failed.items())
         )
     of_prompts = prompts[: v.num_videos] or [clip.caption for clip in shown]
-    return Clips(clips, held_out, of_prompts, shown, numbers, v, scores)
+    training = clips.by_bucket(broadcast_from_rank0(clips.identity, group))
+    return Clips(training, held_out, of_prompts, shown, planned.counts, v, scores)
+
+
+def _of_other_captions(clips: Sequence[CachedClip], count: int) -> Iterator[CachedClip]:
+    """The first `count` clips, each of another caption."""
+    seen: set[str] = set()
+    for clip in clips if count else ():
+        if clip.caption not in seen:
+            seen.add(clip.caption)
+            yield clip
+        if len(seen) == count:
+            return
 
 
 def _read_prompts(v: Validation, encoders: Encoders) -> list[str]:
@@ -187,11 +300,6 @@ def sampled_negatives(v: Validation) -> list[str]:
     return [v.negative_prompt] if v.enable and v.num_videos and v.guidance_scale != 1 and v.negative_prompt else []
 
 
-def _report(plan: Plan, report: Path) -> None:
-    plan.write_jsonl(report)
-    logger.info(plan.summary())
-
-
 def encode_clips(
     clips: Sequence[CachedClip],
     encoders: Encoders,
@@ -200,7 +308,7 @@ def encode_clips(
     num_workers: int,
     prompts: Sequence[str] = (),
 ) -> tuple[dict[str, str], dict[str, float]]:
-    """Encode what the cache lacks of these clips, prompts and the empty prompt, on all ranks.
+    """Encode what the cache lacks of these few clips, prompts and the empty prompt, on all ranks.
 
     Returns all ranks' failures, {path: reason}, and numbers for the log: what was encoded and how fast. Both are
     {} when nothing was missing.
@@ -211,6 +319,8 @@ def encode_clips(
         return missing_jobs(clips, cache, prompts, logger.info)
 
     jobs = broadcast_from_rank0(find, group)
+    if not any(jobs):
+        return {}, {}
     spent: dict[str, float] = {}
     start = time.perf_counter()
     mine = encode_share(jobs, encoders, cache, dist.get_rank(), dist.get_world_size(), num_workers, logger.info, spent)
@@ -218,11 +328,7 @@ def encode_clips(
     failed = {keys: reason for part, _, _ in gathered for keys, reason in part.items()}
     if any(stopping for _, _, stopping in gathered):
         raise Stopped("stopped while encoding; the same command goes on from there")
-    cache.refresh()
-    if not any(jobs):
-        return {}, {}
-    counts = broadcast_from_rank0(lambda: write_manifest(cache), group)
-    logger.info(f"{cache.folder} holds " + ", ".join(f"{counts[kind]} of {kind}" for kind in sorted(counts)))
+    share_index(cache, group)
     numbers = {
         "encode_seconds": time.perf_counter() - start,
         "decode_wait_seconds": max(s["decode_wait"] for _, s, _ in gathered),
@@ -231,32 +337,6 @@ def encode_clips(
     numbers |= {"encoded_clips": len(done), "encoded_frames": sum(job.entry.bucket[0] for job in done)}
     numbers["encoded_frames_per_second"] = numbers["encoded_frames"] / max(1e-9, *(s["clips"] for _, s, _ in gathered))
     return failed_clips(clips, cache, failed), numbers
-
-
-def encode_plan(
-    plan: Plan,
-    report: Path,
-    encoders: Encoders,
-    cache: LatentCache,
-    group: dist.ProcessGroup | None,
-    num_workers: int,
-    prompts: Sequence[str] = (),
-    drop_apart: bool = False,
-) -> tuple[list[CachedClip], dict[str, float]]:
-    """Encode the clips of a plan. Returns the clips, and numbers of the plan and of the encoding for the log.
-
-    drop_apart: see `cached_clips`.
-
-    Clips that turn out to be unusable are dropped, and the report is written anew. ValueError: no clip is left.
-    """
-    clips = cached_clips(plan, cache, drop_apart=drop_apart)
-    failures, numbers = encode_clips(clips, encoders, cache, group, num_workers, prompts)
-    if failures:
-        plan = plan.drop(failures)
-        broadcast_from_rank0(lambda: _report(plan, report), group)
-        plan.require_clips()
-        clips = cached_clips(plan, cache, drop_apart=drop_apart)
-    return clips, plan.counts() | numbers
 
 
 def with_steps(config: JobConfig, loader: LatentLoader) -> JobConfig:

@@ -1,88 +1,234 @@
-"""Probes of many files, in worker processes, kept between runs."""
+"""Probes of many files, in worker processes of many ranks, kept between runs.
+
+A probe is named by a hash of its file's path, size and time of change. Each process writes its probes as tables
+(columns.py): once a minute into a small one, which takes the place of the one before, until that is full. Many tables
+are merged into one. Caches of earlier versions have a small JSON file for each probe.
+"""
 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from titan_video.data.latent_cache import DAMAGE_ERRORS
 from titan_video.ingest import media
+from titan_video.ingest.columns import Columns, ColumnWriter, SortedKeys, TimesWriter, decode_times, is_new, sort_keys
 from titan_video.ingest.media import DecodeLimits
 from titan_video.ingest.video import Probe, probe
 from titan_video.ingest.worker import map_in_workers
 from titan_video.tools import heartbeat
-from titan_video.tools.files import atomic_write, optional_write
+from titan_video.tools.files import optional_write
 from titan_video.tools.signals import Stopped, stop_requested
 
 PROBE_VERSION = 3
+PROBES_A_TABLE, SECONDS_A_TABLE = 20_000, 60.0
+TABLES_KEPT = 16  # more are merged
+KEPT_SECONDS = 86_400  # after which merged ones are deleted: others may have them mapped
+NUMBERS = ("width", "height", "end")
+TEXTS = ("sha256", "time_base", "reason", "colour", "formerly")
+ROW = np.dtype(
+    [("key", "u1", (32,)), ("prefix", "u8"), *((name, "i8") for name in (*NUMBERS, "first", "step", "place", "count"))]
+)
 
 
-def probe_all(paths: Sequence[str], num_workers: int, folder: Path, limits: DecodeLimits) -> list[Probe]:
-    """The probe of each path, in order. Each is kept, so a stop request ends this early: Stopped."""
-    files = _Probes(list(paths), folder, limits)
-    missing = [i for i in range(len(paths)) if files.read(i) is None]
-    fresh = map_in_workers(files, missing, min(num_workers, len(missing)))
-    found = {}
-    with heartbeat.own_work("looking at clips"):
-        for i, probed in zip(missing, fresh, strict=True):
-            found[i] = probed
-            heartbeat.progress(paths[i])
-            if stop_requested():
-                raise Stopped("stopped while looking at clips; the same command goes on from there")
-    return [found[i] if i in found else files.read(i) or probe(p, limits) for i, p in enumerate(paths)]
+def identity(path: str) -> dict[str, Any]:
+    """What a probe of `path` is valid for. Raises OSError."""
+    return {"probe": PROBE_VERSION, **media.version(path)}
 
 
-class _Probes:
-    """A data set for `map_in_workers`: probes by index of path. Each is saved in a small file, named by a hash of the
-    path, with the size and time of change it is valid for. What has no probe within the limits is tried again.
-    """
+def probe_key(path: str) -> bytes:
+    """32 bytes, another one when the file changes. Raises OSError."""
+    return hashlib.sha256(repr(identity(path)).encode()).digest()
 
-    def __init__(self, paths: list[str], folder: Path, limits: DecodeLimits):
-        self.paths, self.folder, self.decode_limits = paths, folder, limits
 
-    def limits(self, index: int) -> DecodeLimits:
+class Prober:
+    """A data set for `map_in_workers`: probes by path. What has no probe within the limits is tried again."""
+
+    def __init__(self, limits: DecodeLimits):
+        self.decode_limits = limits
+
+    def limits(self, path: str) -> DecodeLimits:
         return self.decode_limits
 
-    def name(self, index: int) -> str:
-        return self.paths[index]
+    def name(self, path: str) -> str:
+        return path
 
-    def failed(self, index: int, reason: str) -> Probe:
+    def failed(self, path: str, reason: str) -> Probe:
         return Probe(reason=reason)
 
-    def _identity(self, path: str) -> dict[str, Any]:
-        return {"probe": PROBE_VERSION, **media.version(path)}
+    def __getitem__(self, path: str) -> Probe:
+        return probe(path, self.decode_limits)
 
-    def _file(self, path: str) -> Path:
+
+class ProbeStore:
+    """The probes in `folder`, and those made since.
+
+    unsaved: {key: probe} of those that are in no table: beyond a limit, or the folder cannot be written.
+    """
+
+    def __init__(self, folder: str | os.PathLike, limits: DecodeLimits):
+        self.folder, self.limits = Path(folder), limits
+        self.unsaved: dict[bytes, Probe] = {}
+        self.waiting: dict[bytes, Probe] = {}
+        self.oldest = 0.0
+        self.small: Columns | None = None  # the table of this process that is not full
+        self.open()
+
+    def open(self) -> None:
+        """Take what other processes have written."""
+        found = []
+        for path in sorted(self.folder.glob("*.columns")):
+            with suppress(ValueError):  # not whole, or just replaced: the files are probed again
+                found.append(_open(path))
+        merged = {name for columns in found for name in columns.note["merged"]}
+        self.tables = [_keyed(columns) for columns in found if columns.path.name not in merged]
+        for path in (columns.path for columns in found if columns.path.name in merged):
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > KEPT_SECONDS:
+                    path.unlink(missing_ok=True)
+        self.has_files = next(self.folder.glob("??"), None) is not None
+
+    def get(self, key: bytes, path: str) -> Probe | None:
+        if found := self.unsaved.get(key) or self.waiting.get(key):
+            return found
+        for columns, keys in self.tables:
+            if (row := keys.find(key)) >= 0:
+                return _read(columns, row)
+        return self._from_file(path) if self.has_files else None
+
+    def has(self, key: bytes, path: str) -> bool:
+        is_known = key in self.unsaved or key in self.waiting or any(keys.find(key) >= 0 for _, keys in self.tables)
+        return is_known or (self.has_files and self._from_file(path) is not None)
+
+    def _from_file(self, path: str) -> Probe | None:
         name = hashlib.sha256(
             (path if media.is_url(path) else os.path.abspath(path)).encode("utf-8", "surrogateescape")
         ).hexdigest()
-        return self.folder / name[:2] / f"{name}.json"
-
-    def read(self, index: int) -> Probe | None:
-        path = self.paths[index]
         try:
-            saved = json.loads(self._file(path).read_text(encoding="utf-8"))
-            found = Probe(**saved["found"])
-            whole = all(isinstance(n, int) for n in (found.width, found.height, found.end, *found.pts))
-            if not whole or Fraction(found.time_base) <= 0 or not isinstance(found.sha256 + found.colour, str):
-                return None
-            return replace(found, pts=tuple(found.pts)) if saved["of"] == self._identity(path) else None
-        except (OSError, ArithmeticError, *DAMAGE_ERRORS):  # not there, or not whole: probe again
+            saved = json.loads((self.folder / name[:2] / f"{name}.json").read_text(encoding="utf-8"))
+            found = _whole(Probe(**saved["found"]))
+            return found and replace(found, pts=tuple(found.pts)) if saved["of"] == identity(path) else None
+        except (OSError, *DAMAGE_ERRORS):  # not there, or not whole: probe again
             return None
 
-    def __getitem__(self, index: int) -> Probe:
-        path = self.paths[index]
-        try:
-            identity = self._identity(path)
-        except OSError as e:
-            return Probe(reason=f"unreadable: {e.strerror or e}")
-        found = probe(path, self.decode_limits)
-        if found.reason.startswith(("too large", "too long")):
-            return found  # another limit may be set next time
-        with optional_write("probes", self.folder):  # without them the next start probes again
-            atomic_write(self._file(path), json.dumps({"of": identity, "found": asdict(found)}))
-        return found
+    def probe(self, files: Mapping[bytes, str], num_workers: int) -> None:
+        """Probe files, {key: path}. Each is kept, so a stop request ends this early: Stopped."""
+        fresh = map_in_workers(Prober(self.limits), files.values(), min(num_workers, len(files)))
+        with heartbeat.own_work("looking at clips"):
+            for (key, path), found in zip(files.items(), fresh, strict=True):
+                self.add(key, found)
+                heartbeat.progress(path)
+                if stop_requested():
+                    self.flush()
+                    raise Stopped("stopped while looking at clips; the same command goes on from there")
+        self.flush()
+
+    def add(self, key: bytes, found: Probe) -> None:
+        if found.reason.startswith(("too large", "too long", "too slow", "crashed")):
+            self.unsaved[key] = found  # another limit may be set next time
+            return
+        self.oldest = self.oldest if self.waiting else time.monotonic()
+        self.waiting[key] = found
+        if len(self.waiting) >= PROBES_A_TABLE or time.monotonic() - self.oldest > SECONDS_A_TABLE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits as a table. Without it the next start probes again."""
+        waiting, self.waiting = self.waiting, {}
+        if not waiting:
+            return
+        old, probes = self.small, list(waiting.items())
+        if old is not None:
+            probes += ((old["key"][row].tobytes(), _read(old, row)) for row in range(old.num_rows))
+        if not self._write(sorted(probes, key=lambda one: one[0]), ()):
+            self.unsaved |= waiting
+            return
+        if old is not None:
+            self.tables = [(columns, keys) for columns, keys in self.tables if columns.path != old.path]
+            with suppress(OSError):
+                old.path.unlink(missing_ok=True)
+        new = self.tables[-1][0]
+        self.small = new if new.num_rows < PROBES_A_TABLE else None
+
+    def merge(self) -> None:
+        """One table in place of many. One process calls it, when all have written."""
+        if len(self.tables) <= TABLES_KEPT:
+            return
+        old = [columns for columns, _ in self.tables]
+        table = np.repeat(np.arange(len(old)), [columns.num_rows for columns in old])
+        row = np.concatenate([np.arange(columns.num_rows) for columns in old])
+        keys = np.concatenate([columns["key"] for columns in old])
+        order = sort_keys(keys)
+        chosen = order[is_new(keys[order])].tolist()
+        probes = ((keys[n].tobytes(), _read(old[table[n]], int(row[n]))) for n in chosen)
+        if self._write(probes, [columns.path.name for columns in old]):
+            self.tables, self.small = self.tables[-1:], None
+
+    def _write(self, probes: Iterable[tuple[bytes, Probe]], merged: Sequence[str]) -> bool:
+        """Whether a table of these could be written. merged: names of the tables whose place it takes."""
+        path = self.folder / f"{time.time_ns():x}-{os.uname().nodename}-{os.getpid()}.columns"
+        with optional_write("probes", self.folder):
+            with ColumnWriter(self.folder, ROW, ("texts",)) as writer:
+                times = TimesWriter(writer)
+                for key, found in probes:
+                    texts = json.dumps([getattr(found, name) for name in TEXTS])
+                    numbers = [getattr(found, name) for name in NUMBERS]
+                    raw, prefix = np.frombuffer(key, np.uint8), int.from_bytes(key[:8], "big")
+                    writer.append((raw, prefix, *numbers, *times.code(found.pts)), texts.encode())
+                writer.write(path, {"merged": list(merged)}, "probes")
+            self.tables.append(_keyed(_open(path)))
+            return True
+        return False
+
+
+def _open(path: Path) -> Columns:
+    """A small table is read, as its process may delete it."""
+    columns = Columns(path)
+    return columns if columns.num_rows >= PROBES_A_TABLE else Columns(path, is_copied=True)
+
+
+def _keyed(columns: Columns) -> tuple[Columns, SortedKeys]:
+    return columns, SortedKeys(columns["key"], columns["prefix"])
+
+
+def _read(columns: Columns, row: int) -> Probe:
+    numbers = {name: int(columns[name][row]) for name in NUMBERS}
+    pts = decode_times(columns, *(int(columns[name][row]) for name in ("first", "step", "place", "count")))
+    return Probe(**dict(zip(TEXTS, json.loads(columns.blob("texts", row)), strict=True)), **numbers, pts=pts)
+
+
+def _whole(found: Probe) -> Probe | None:
+    """The probe, unless something in it is of another type than it must be."""
+    is_whole = all(isinstance(n, int) for n in (found.width, found.height, found.end, *found.pts))
+    is_whole = is_whole and Fraction(found.time_base) > 0 and isinstance(found.sha256 + found.colour, str)
+    return found if is_whole else None
+
+
+def chunks(files: Iterator[tuple[bytes, str]], size: int) -> Iterator[dict[bytes, str]]:
+    """The files, {key: path}, at most `size` at a time."""
+    some: dict[bytes, str] = {}
+    for key, path in files:
+        some[key] = path
+        if len(some) == size:
+            yield some
+            some = {}
+    if some:
+        yield some
+
+
+def share(files: Mapping[bytes, str], rank: int, world_size: int) -> dict[bytes, str]:
+    """Those of one rank, by their keys: the same whichever other files there are."""
+    return {key: path for key, path in files.items() if int.from_bytes(key[:8], "big") % world_size == rank}
+
+
+def is_lasting(found: Sequence[Probe]) -> bool:
+    """Whether files that have no probe within the limits would have none the next time, either."""
+    return not any(p.reason.startswith(("too slow", "crashed", "too large: decoding")) for p in found)

@@ -3,6 +3,7 @@ clips as files, to look at.
 """
 
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,8 +13,8 @@ import numpy as np
 from titan_video.data.batching import Batching, Bucket, Work
 from titan_video.data.sampler import CostClass, GlobalSampler
 from titan_video.ingest.bucketing import share_kept
+from titan_video.ingest.entries import Plan, PlanEntry, read_frames
 from titan_video.ingest.media import DecodeLimits
-from titan_video.ingest.plan import Plan, PlanEntry, read_frames
 from titan_video.ingest.video import UnusableClip
 from titan_video.ingest.worker import map_in_workers
 from titan_video.tools.video import write_mp4
@@ -53,11 +54,14 @@ def report(
     caption's embedding. FLOPs are of forward and backward. `of budget`: tokens of a micro-batch as a share of
     data.tokens_per_microbatch.
     """
-    clips: dict[Bucket, list[PlanEntry]] = {}
-    for e in plan.kept:
-        clips.setdefault(e.bucket, []).append(e)
+    clips: dict[Bucket, _OfBucket] = {}
+    captions = array("q")  # hashes
+    for e in plan.entries:
+        if e.kept:
+            clips.setdefault(e.bucket, _OfBucket()).add(e)
+            captions.extend(map(hash, e.captions))
     sizes = sorted(clips)
-    draws, works = [sum(e.repeats for e in clips[b]) for b in sizes], [work(b) for b in sizes]
+    draws, works = [clips[b].draws for b in sizes], [work(b) for b in sizes]
     classes = batching.classes(draws, works)
     clips_per_batch = {b: c.clips for c in classes for b in c.buckets}
     rows = [COLUMNS]
@@ -68,7 +72,7 @@ def report(
             (
                 "x".join(map(str, b)),
                 str(draws[i]),
-                *_origin(clips[b], b),
+                *clips[b].origin(),
                 "x".join(map(str, latent(b)[1:])),
                 str(tokens),
                 str(count),
@@ -85,20 +89,41 @@ def report(
         f"left over begins the next"
     )
     lines += _balance(draws, works, classes, batching, ranks, seed)
-    keys = {e.content: int(np.prod(latent(e.bucket))) * 4 for e in plan.kept}
-    captions = {caption for e in plan.kept for caption in e.captions}
+    latents = sum(int(np.prod(latent(b))) * 4 * clips[b].num_contents for b in sizes)
     lines.append(
-        f"  cache: {_size(sum(keys.values()))} of latents, at most {_size(len(captions) * text_bytes)} of captions"
+        f"  cache: {_size(latents)} of latents, at most {_size(_num_different(captions) * text_bytes)} of captions"
     )
     return "\n".join(lines)
 
 
-def _origin(entries: Sequence[PlanEntry], bucket: Bucket) -> tuple[str, str]:
-    """(the most frequent source size, the share of its pixels that the crop keeps)."""
-    (width, height), count = Counter((e.width, e.height) for e in entries).most_common(1)[0]
-    others = f" and {len({(e.width, e.height) for e in entries}) - 1} more" if count < len(entries) else ""
-    kept = sum(share_kept(e.width, e.height, bucket) for e in entries) / len(entries)
-    return f"{height}x{width}{others}", f"{kept:.0%}"
+class _OfBucket:
+    """What is counted of the clips of a bucket, in one pass. Of each eight bytes are kept."""
+
+    def __init__(self):
+        self.draws, self.share_kept = 0, 0.0
+        self.sources: Counter[tuple[int, int]] = Counter()
+        self.contents = array("q")
+
+    def add(self, e: PlanEntry) -> None:
+        self.draws += e.repeats
+        self.sources[e.width, e.height] += 1
+        self.share_kept += share_kept(e.width, e.height, e.bucket)
+        self.contents.append(hash(e.content))
+
+    @property
+    def num_contents(self) -> int:
+        """Copies of a file are encoded once."""
+        return _num_different(self.contents)
+
+    def origin(self) -> tuple[str, str]:
+        """(the most frequent source size, the share of its pixels that the crop keeps)."""
+        (width, height), _ = self.sources.most_common(1)[0]
+        others = f" and {len(self.sources) - 1} more" if len(self.sources) > 1 else ""
+        return f"{height}x{width}{others}", f"{self.share_kept / len(self.contents):.0%}"
+
+
+def _num_different(hashes: array) -> int:
+    return len(np.unique(np.array(hashes, np.int64)))
 
 
 def _balance(
@@ -146,8 +171,9 @@ def export(plan: Plan, count: int, folder: Path) -> list[Path]:
     Raises UnusableClip.
     """
     by_bucket: dict[Bucket, list[PlanEntry]] = {}
-    for e in plan.kept:
-        by_bucket.setdefault(e.bucket, []).append(e)
+    for e in plan.entries if count else ():
+        if e.kept and len(some := by_bucket.setdefault(e.bucket, [])) < count:
+            some.append(e)
     turns = [e for i in range(count) for b in sorted(by_bucket) for e in by_bucket[b][i : i + 1]][:count]
     written = []
     for number, e in enumerate(turns):
@@ -183,5 +209,6 @@ class _Decoded:
 
 def decode_all(plan: Plan, num_workers: int) -> Plan:
     """The plan without the clips that decoding every frame finds to be damaged, as encoding would find them."""
-    reasons = map_in_workers(_Decoded(plan.kept), range(len(plan.kept)), min(num_workers, len(plan.kept)))
-    return plan.drop({e.path: reason for e, reason in zip(plan.kept, reasons, strict=True) if reason})
+    kept = array("q", (row for row, e in enumerate(plan.entries) if e.kept))
+    reasons = map_in_workers(_Decoded(plan.entries), kept, min(num_workers, len(kept)))
+    return plan.drop({plan.entries[row].path: reason for row, reason in zip(kept, reasons, strict=True) if reason})

@@ -9,16 +9,13 @@ from titan_video.checkpoint.files import InvalidCheckpoint, list_steps, read_cou
 from titan_video.config.job_config import Checkpoint, Data, Validation
 from titan_video.config.manager import ConfigError, load
 from titan_video.config.values import show
-from titan_video.data.latent_cache import CachedClip, LatentCache
-from titan_video.data.loader import identity
+from titan_video.data.latent_cache import LatentCache
 from titan_video.data.sampler import OTHER_CLIPS
-from titan_video.ingest.cache_keys import video_keys
-from titan_video.ingest.cached_clips import cached_clips, split_holdout
-from titan_video.ingest.plan import Plan
+from titan_video.ingest.clip_table import ClipTable
 
 # Fields of [data] that change no clip.
-NEUTRAL = """shuffle num_workers prefetch_factor cache_folder caption_dropout tokens_per_microbatch global_micro_batches
-groups_per_step decode_timeout_seconds decode_memory_gib""".split()
+NEUTRAL = """shuffle num_workers prefetch_factor cache_folder cache_url cache_url_gib caption_dropout
+tokens_per_microbatch global_micro_batches groups_per_step decode_timeout_seconds decode_memory_gib""".split()
 
 
 @dataclass(frozen=True)
@@ -36,36 +33,33 @@ class EarlierClips:
     def of(cls, section: Checkpoint | None, folder: Path, report: Path) -> "EarlierClips":
         return cls(_fingerprint(section, folder) if section and section.enable else "", folder, report)
 
-    def least_held_out(self, plan: Plan, cache: LatentCache, data: Data, validation: Validation) -> int:
+    def least_held_out(self, clips: ClipTable, cache: LatentCache, data: Data, validation: Validation) -> int:
         """How many clips are held out at least: 1, and 0 where the checkpoints are of a run that held out none.
 
-        The clips of the checkpoints are those of the plan but for some that could not be encoded. Which these are, the
-        plan that was written says, and the cache, which lacks them.
+        clips: of the plan. Those of the checkpoints are the same but for some that could not be encoded. Which these
+        are, the plan that was written says, and the cache, which lacks them.
         ValueError: the clips of the plan are others; the message names the options that have changed.
         """
         share = validation.holdout if validation.enable and not validation.path else 0.0
         if self.fingerprint:
-            for clips in self._candidates(plan, cache):
+            for some in self._candidates(clips, cache):
                 for at_least in (1, 0):
-                    if identity(split_holdout(clips, share, at_least)[0]) == self.fingerprint:
+                    if some.split(share, at_least)[0].identity() == self.fingerprint:
                         return at_least
             changed = "; ".join(self._changed(data, validation))
             raise ValueError(OTHER_CLIPS + (f". What has changed: {changed}" if changed else ""))
         return 1
 
-    def _candidates(self, plan: Plan, cache: LatentCache) -> Iterator[list[CachedClip]]:
-        clips = cached_clips(plan, cache)
+    def _candidates(self, clips: ClipTable, cache: LatentCache) -> Iterator[ClipTable]:
         yield clips
-        dropped = self._dropped()
-        yield [clip for clip in clips if clip.path not in dropped]
+        yield clips.without_paths(self._dropped())
         cache.refresh()
-        yield [clip for clip in clips if _is_cached(clip, cache)]
+        yield clips.where(clips.cached(cache))
 
     def _dropped(self) -> set[str]:
         try:
             with open(self.report, encoding="utf-8", errors="replace") as f:
-                rows = [json.loads(line) for line in f]
-            return {row["path"] for row in rows if row["reason"]}
+                return {row["path"] for row in map(json.loads, f) if row["reason"]}
         except (OSError, ValueError, KeyError, TypeError):
             return set()
 
@@ -91,8 +85,3 @@ def _fingerprint(section: Checkpoint, folder: Path) -> str:
         except (InvalidCheckpoint, KeyError, TypeError):  # of which loading says more
             continue
     return ""
-
-
-def _is_cached(clip: CachedClip, cache: LatentCache) -> bool:
-    texts = [(kind, key) for kind in cache.text_kinds for key in clip.text_keys]
-    return all(cache.has(kind, key) for kind, key in [*video_keys(cache, clip.entry).items(), *texts])

@@ -68,7 +68,7 @@ def sampling_defaults(config: JobConfig, args: Any, size: tuple[int, ...]) -> Sa
     """
     family = FAMILIES.get(config.model.name)
     own = family(args, size) if family else SamplingDefaults()
-    return replace(own, negative_prompt="") if config.encoder.name == "debug" else own
+    return replace(own, negative_prompt="") if config.encoder.name.startswith("debug") else own
 
 
 def sampling_section(config: JobConfig, args: Any, size: tuple[int, ...]) -> Validation:

@@ -1,4 +1,8 @@
-"""The embedded data set: captioned clips of one coloured shape that moves, generated at first use."""
+"""The embedded data sets: captioned clips of one coloured shape that moves, generated at first use.
+
+Of small shapes anywhere in the picture (`embedded:shapes-N`), or of large ones that cross its middle
+(`embedded:large-shapes-N`), which a small model learns in minutes.
+"""
 
 import json
 import re
@@ -15,6 +19,7 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  
 COMBINATIONS = len(COLORS) * len(SHAPES) * len(DIRECTIONS)
 BACKGROUND = 64
 SIZE, FRAMES, FPS = 64, 17, 8
+OFF_CENTRE = 6  # pixels, at most, from the middle of a large shape's way to that of the picture
 VERSION = 1
 MARKER = ".shapes.json"  # a name with a dot is not looked at as data
 
@@ -32,16 +37,23 @@ def caption(index: int) -> str:
     return f"a {color} {shape} moves {direction}"
 
 
-def render(index: int, seed: int = 0) -> np.ndarray:
-    """Frames uint8 [17, 64, 64, 3] of a clip: a pure function of (seed, index).
-
-    The whole shape stays in the picture.
+def draw_way(rng: np.random.Generator, is_large: bool) -> tuple[float, float, float, float]:
+    """(radius, travel, along, across) of a shape, in pixels. It moves from `along` to `along + travel` on one axis, or
+    back, and is at `across` on the other. The whole shape stays in the picture.
     """
+    if not is_large:
+        radius, travel = rng.uniform(9, 14), rng.uniform(25, 35)
+        return radius, travel, rng.uniform(radius, SIZE - radius - travel), rng.uniform(radius, SIZE - radius)
+    radius, travel = rng.uniform(13, 18), rng.uniform(18, 26)
+    free = (SIZE - travel) / 2 - radius  # from the middle of the way to that of the picture
+    middle = SIZE / 2 + rng.uniform(-1, 1) * min(free, OFF_CENTRE)
+    return radius, travel, middle - travel / 2, SIZE / 2 + rng.uniform(-OFF_CENTRE, OFF_CENTRE)
+
+
+def render(index: int, seed: int = 0, is_large: bool = False) -> np.ndarray:
+    """Frames uint8 [17, 64, 64, 3] of a clip: a pure function of (seed, index, is_large)."""
     color, shape, direction = combination(index)
-    rng = np.random.Generator(np.random.Philox(key=[seed, index]))
-    radius, travel = rng.uniform(9, 14), rng.uniform(25, 35)
-    along = rng.uniform(radius, SIZE - radius - travel)  # lower end of the way
-    across = rng.uniform(radius, SIZE - radius)
+    radius, travel, along, across = draw_way(np.random.Generator(np.random.Philox(key=[seed, index])), is_large)
     dx, dy = DIRECTIONS[direction]
     way_F = along + travel * np.linspace(0, 1, FRAMES)[:: dx + dy]
     x_F11, y_F11 = (
@@ -60,13 +72,14 @@ def render(index: int, seed: int = 0) -> np.ndarray:
     return np.rint(BACKGROUND + cover_FHW1 * (np.array(COLORS[color]) - BACKGROUND)).astype(np.uint8)
 
 
-def generate(folder: Path, count: int, seed: int = 0) -> None:
+def generate(folder: Path, count: int, seed: int = 0, is_large: bool = False) -> None:
     """Write clips 00000.mp4 ... and their .txt into `folder`. A complete set is kept, an interrupted one completed.
 
     ValueError: the folder holds anything else.
     """
     folder = Path(folder)
-    identity = {"generator": "titan_video shapes", "version": VERSION, "count": count, "seed": seed}
+    generator = "titan_video large shapes" if is_large else "titan_video shapes"
+    identity = {"generator": generator, "version": VERSION, "count": count, "seed": seed}
     marker = folder / MARKER
     if marker.is_file():
         try:
@@ -91,25 +104,25 @@ def generate(folder: Path, count: int, seed: int = 0) -> None:
         clip = folder / f"{index:05d}.mp4"
         text = clip.with_suffix(".txt")
         if not (clip.is_file() and text.is_file()):
-            write_mp4(clip, render(index, seed), FPS, "generated clip")
+            write_mp4(clip, render(index, seed, is_large), FPS, "generated clip")
             atomic_write(text, caption(index) + "\n", "caption")
     atomic_write(marker, json.dumps({**identity, "complete": True}), "generated clips")
 
 
 def resolve_path(path: str, cache_folder: Path) -> Path:
-    """The folder or file of `data.path`. `embedded:shapes-N` generates N clips in `cache_folder` at first use."""
+    """The folder or file of `data.path`. An embedded data set is generated in `cache_folder` at first use."""
     if not path.startswith("embedded:"):
         if not path:
             raise ValueError(
                 "data.path is empty: give a folder of clips, a metadata .jsonl or .csv file, or embedded:shapes-N"
             )
         return Path(path)
-    match = re.fullmatch(r"embedded:shapes-([1-9]\d{0,5})", path)
+    match = re.fullmatch(r"embedded:(large-)?shapes-([1-9]\d{0,5})", path)
     if not match:
         raise ValueError(
-            f"data.path {path!r}: the embedded data set is embedded:shapes-N with N clips, for example "
-            f"embedded:shapes-240"
+            f"data.path {path!r}: the embedded data sets are embedded:shapes-N and embedded:large-shapes-N with N "
+            f"clips, for example embedded:shapes-240"
         )
     folder = Path(cache_folder) / path.removeprefix("embedded:")
-    generate(folder, int(match[1]))
+    generate(folder, int(match[2]), is_large=bool(match[1]))
     return folder

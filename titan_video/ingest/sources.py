@@ -38,7 +38,13 @@ METADATA_NAMES = tuple("metadata" + suffix for suffix in METADATA_SUFFIXES)
 
 
 def scan(path: str | Path, caption_column: str = "") -> list[ClipRecord]:
-    """All clips of a source, good and bad, in the order of names or rows.
+    """All clips of a source, good and bad: see `iter_records`."""
+    return list(iter_records(path, caption_column))
+
+
+def iter_records(path: str | Path, caption_column: str = "") -> Iterator[ClipRecord]:
+    """All clips of a source, good and bad, in the order of names or rows. What is in memory is a folder, or one of the
+    files of metadata, tars and tables.
 
     caption_column: the column of captions; "": the first of CAPTION_COLUMNS.
     ValueError: the path is missing or of no known layout, or metadata lacks a column.
@@ -50,25 +56,23 @@ def scan(path: str | Path, caption_column: str = "") -> list[ClipRecord]:
     if len(files) == 1 and not media.is_url(pattern) and os.path.isdir(files[0]):
         files, folder = _inside(Path(files[0])), Path(files[0])
         if not files:
-            return _scan_folder(folder)
-    records: list[ClipRecord] = []
+            yield from _scan_folder(folder)
     for file in files:
         suffix = Path(file).suffix.lower()
         if not media.is_url(file) and not os.path.isfile(file):
             raise ValueError(f"data path {file!r}: no such file or folder")
         if suffix == ".tar":
-            records += scan_tar(file, columns)
+            yield from scan_tar(file, columns)
         elif suffix in METADATA_SUFFIXES and not media.is_url(file):
-            records += _scan_metadata(Path(file), columns, is_found=os.path.isdir(pattern))
+            yield from _scan_metadata(Path(file), columns, is_found=os.path.isdir(pattern))
         elif suffix in TABLE_SUFFIXES and not media.is_url(file):
-            records += scan_table(Path(file), columns)
+            yield from scan_table(Path(file), columns)
         else:
             known = (
                 f"a folder, a metadata file ({' '.join(METADATA_SUFFIXES)}), tars, or {' '.join(TABLE_SUFFIXES)} "
                 f"files; of URLs, tars"
             )
             raise ValueError(f"data path {file!r}: a file of another kind; give {known}")
-    return records
 
 
 def _scan_metadata(file: Path, columns: tuple[str, ...], is_found: bool) -> list[ClipRecord]:
@@ -284,12 +288,12 @@ def rules(config: JobConfig, world_size: int) -> Iterator[str]:
 
 
 def _path_errors(name: str, path: str) -> Iterator[str]:
-    embedded = f"`embedded:shapes-N`, N from 1 to {MAX_EMBEDDED_CLIPS}, generates clips"
+    embedded = f"`embedded:shapes-N` or `embedded:large-shapes-N`, N from 1 to {MAX_EMBEDDED_CLIPS}, generates clips"
     suffixes = " ".join(FILE_SUFFIXES)
     if not path:
         yield f"{name}: empty; give a folder of clips, a file ({suffixes}), or {embedded}"
     elif path.startswith("embedded:"):
-        match = re.fullmatch(r"embedded:shapes-([0-9]{1,9})", path)
+        match = re.fullmatch(r"embedded:(?:large-)?shapes-([0-9]{1,9})", path)
         if not match or not 1 <= int(match[1]) <= MAX_EMBEDDED_CLIPS:
             yield f"{name}: given {path}; legal: {embedded}"
     elif "://" in path or set("*?[{") & set(path):

@@ -2,7 +2,8 @@
 
 Options came that change what a clip or a text is encoded to, and their defaults follow the models' own code. A run that
 was started before such an option, or with another value, goes on as it was: its checkpoints were trained on that, and
-its cache holds it. The resolved TOML in its dump folder says which; an option that is not there did not exist.
+its cache holds it. A run also keeps the parametrization for which its weights were drawn. The resolved TOML in its dump
+folder says which; an option that is not there did not exist.
 """
 
 from collections.abc import Callable
@@ -30,14 +31,18 @@ class KeptOption:
 
 KEPT = (
     KeptOption("encoder.clip_resize", "crop", lambda c: c.encoder.name == "wan"),
-    KeptOption("encoder.vae_tiling", False, lambda c: c.encoder.name != "debug"),  # is older; shipped TOMLs set it now
+    # Is older than this table; shipped TOMLs set it now.
+    KeptOption("encoder.vae_tiling", False, lambda c: not c.encoder.name.startswith("debug")),
     KeptOption("encoder.vae_temporal_tiling", True, lambda c: c.encoder.name == "hunyuan_video"),
     KeptOption("data.media_rules", 1, lambda c: not c.data.path.startswith("embedded:")),
+    KeptOption("optimizer.parametrization", "standard", lambda c: True),
+    KeptOption("optimizer.base_flavor", "", lambda c: True),
     KeptOption("data.image_dropout", 0.0, lambda c: c.model.name == "hunyuan_video"),
+    KeptOption("training.guidance", 1.0, lambda c: c.model.name == "hunyuan_video"),  # shipped TOMLs set 6 now
     KeptOption(
         "validation.negative_prompt",
         "",
-        lambda c: c.validation.enable and c.validation.guidance_scale != 1 and c.encoder.name != "debug",
+        lambda c: c.validation.enable and c.validation.guidance_scale != 1 and not c.encoder.name.startswith("debug"),
         is_fixed=False,
     ),
 )

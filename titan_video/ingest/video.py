@@ -71,8 +71,8 @@ class Probe:
 
     def seconds(self) -> tuple[list[float], float]:
         """Times of the frames and the end of the last."""
-        tick = Fraction(self.time_base)
-        return [float(t * tick) for t in self.pts], float(self.end * tick)
+        up, down = Fraction(self.time_base).as_integer_ratio()
+        return [t * up / down for t in self.pts], self.end * up / down  # rounded once, as a Fraction's float is
 
     @property
     def fps(self) -> float:

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from titan_video import kernels
 from titan_video.config.job_config import JobConfig
 from titan_video.kernels import sdpa
 from titan_video.kernels.reference import upcast
@@ -227,7 +228,10 @@ def own_attention(
     """
     out, lse = attend(q, k, v)
     if more_k is not None:
-        out, lse = merge(upcast(out), lse, *attend(q, more_k, more_v, mask))
+        part, part_lse = attend(q, more_k, more_v, mask)
+        if fused := kernels.fused_only("merge_attention", q):
+            return fused(out, lse, part, part_lse)
+        out, lse = merge(upcast(out), lse, part, part_lse)
     return out.to(q.dtype).contiguous(), lse.contiguous()
 
 

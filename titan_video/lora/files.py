@@ -41,9 +41,9 @@ from titan_video.models.layers import is_adapter
 from titan_video.models.spec import ModelSpec
 from titan_video.tools.files import atomic_path
 from titan_video.tools.logging import logger
+from titan_video.weights.export.safetensors_file import SafetensorsFile
+from titan_video.weights.export.save import gather_full_tensor, get_owners, send_to_rank0
 from titan_video.weights.formats import preview
-from titan_video.weights.hf_storage import gather_full_tensor, get_owners, send_to_rank0
-from titan_video.weights.safetensors_io import SafetensorsFile
 
 
 @dataclass(frozen=True)

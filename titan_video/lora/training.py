@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 
+from titan_video.checkpoint.files import is_checkpoint
 from titan_video.config.job_config import Lora
 from titan_video.distributed.utils import broadcast_from_rank0, initialise
 from titan_video.lora.adapters import add_adapters, init_adapter
 from titan_video.lora.files import MergedWeights, are_exported, load_lora, lora_path, save_lora
 from titan_video.lora.quantized_base import CODE_DTYPES, fill_quantized, quantize_base
 from titan_video.models.layers import is_adapter
-from titan_video.weights.pipeline_folder import is_checkpoint
 from titan_video.weights.trained import FullWeights
 
 
@@ -62,14 +62,14 @@ class LoraWeights(FullWeights):
         lora = self.settings.lora
         return are_exported(folder, lora) and ("merged" not in lora.export or super().is_written(folder))
 
-    def write(self, model: nn.Module, folder: Path, ema: dict[str, Tensor] | None) -> None:
+    def write(self, model: nn.Module, folder: Path, tensors: dict[str, Tensor] | None) -> None:
         """Files of adapters in the formats of lora.export; with "merged" also full weights with the adapters added."""
         lora, dtype = self.settings.lora, getattr(torch, self.settings.checkpoint.export_dtype)
         for form in lora.export:
             if form == "merged":
-                self._export_full(model, folder, MergedWeights(model, ema))
+                super().write(model, folder, MergedWeights(model, tensors))
             else:
-                save_lora(model, lora_path(folder, form), self.spec, self.args, lora, form, dtype, ema)
+                save_lora(model, lora_path(folder, form), self.spec, self.args, lora, form, dtype, tensors)
 
 
 class LoraState:

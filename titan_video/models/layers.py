@@ -143,9 +143,9 @@ class FeedForward(nn.Module):
         return gelu_linear(up, local_shard(self.down.weight), bias.detach(), up_bias), bias
 
 
-def is_plain(*linears: nn.Module) -> bool:
+def is_plain(*linears: nn.Module, kind: type[nn.Module] = Linear) -> bool:
     """Whether these are products with a weight and no more: no adapter, no float8, nothing sent by tensor parallel."""
-    return all(type(m) is Linear and m.adapter is None and m.linear_fn is F.linear for m in linears)
+    return all(type(m) is kind and m.adapter is None and m.linear_fn is F.linear for m in linears)
 
 
 def linear_and_bias(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -221,9 +221,10 @@ class RMSStats(nn.Module):
         return (None,) * len(tensors)
 
 
-def xavier_uniform_(weight: Tensor, generator: torch.Generator) -> None:
-    """Glorot and Bengio 2010, for an [out, in] matrix."""
-    bound = math.sqrt(6 / (weight.shape[0] + weight.shape[1]))
+def xavier_uniform_(weight: Tensor, generator: torch.Generator, shape: torch.Size | None = None) -> None:
+    """Glorot and Bengio 2010, for an [out, in] matrix, or each of several; with `shape`, at the scale of that shape."""
+    *_, rows, columns = shape or weight.shape
+    bound = math.sqrt(6 / (rows + columns))
     weight.uniform_(-bound, bound, generator=generator)
 
 

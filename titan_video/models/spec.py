@@ -59,11 +59,41 @@ class StepLayout:
     A block that is recomputed, or run later in a pipeline, so has its own layout and not the last one that was set.
     seq_len: tokens of the whole clip; a rank has a slice of them, which may end in padding.
     ring, ulysses: groups of context parallel; None: those with which the model was built.
+    sequence: all ranks that share the clip, in the order of their slices.
     """
 
     seq_len: int
     ring: RankGroup | None = None
     ulysses: RankGroup | None = None
+    sequence: RankGroup | None = None
+
+
+@dataclass(frozen=True)
+class ExpertArgs:
+    """A mixture of experts in place of the feed-forward of some blocks (models/experts.py, optional).
+
+    top_k: experts of a token; under expert choice the mean number. expert_dim, shared_dim: width of each routed expert
+    and of the one that all tokens pass, 0 for none. first_dense, last_dense: blocks that keep a dense feed-forward.
+    expert_choice: experts choose tokens. route_scale: factor of the routed experts' weights, whose sum is 1.
+    """
+
+    num_experts: int
+    top_k: int
+    expert_dim: int
+    shared_dim: int = 0
+    first_dense: int = 0
+    last_dense: int = 0
+    expert_choice: bool = False
+    route_scale: float = 1.0
+
+    def num_rows(self, num_tokens: int) -> int:
+        """Tokens of all routed experts together, for a clip. Under expert choice each has the same number."""
+        rows = self.top_k * num_tokens
+        return rows + -rows % self.num_experts if self.expert_choice else rows
+
+    def blocks(self, num_layers: int) -> range:
+        """The blocks that have experts."""
+        return range(self.first_dense, num_layers - self.last_dense)
 
 
 @dataclass(frozen=True)
@@ -78,6 +108,7 @@ class ParallelPlan:
     tensor: in each block, the tensor-parallel style of a module or parameter (distributed/tensor_parallel.py):
         "colwise" and "rowwise" split a Linear over its outputs or inputs, "all_gather_input" gathers a module's tokens,
         "shard_vector" splits a vector with the heads, "rms_stats" replaces a module. Others are replicated.
+    experts: in each block, the module of stacked experts: parameters [E, ...], divided over ranks by E alone.
     first, last: root modules and parameters of the first and the last pipeline stage.
     per_block_params: root containers keyed like the blocks; an entry goes with its block's stage.
     """
@@ -87,6 +118,7 @@ class ParallelPlan:
     units: dict[str, str] = field(default_factory=dict)
     inner_attention: tuple[str, ...] = ()
     tensor: dict[str, str] = field(default_factory=dict)
+    experts: tuple[str, ...] = ()
     first: tuple[str, ...] = ()
     last: tuple[str, ...] = ()
     per_block_params: tuple[str, ...] = ()
@@ -114,6 +146,23 @@ class NameRule:
 
 
 @dataclass(frozen=True)
+class WidthRules:
+    """How a family grows in width, for muP (optim/mup). Depth and head width stay.
+
+    sizes: arguments that grow in proportion to `dim`, itself among them; all others are the same at every width. A
+        dotted name is an argument in an argument.
+    classes: class of a parameter by a pattern of its name (fnmatch), the first that matches:
+        "input"   a matrix whose inputs do not grow: patches, text features, features of the time
+        "hidden"  a matrix whose inputs and outputs grow
+        "output"  a matrix whose inputs alone grow
+        "vector"  biases, weights of norms, tables
+    """
+
+    sizes: tuple[str, ...]
+    classes: dict[str, str]
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """A model family.
 
@@ -122,7 +171,8 @@ class ModelSpec:
         `boundary` between two experts or 0, `flops(num_tokens, batch)` of a forward and `block_flops(num_tokens,
         batch)` of its blocks, which full activation checkpointing runs again.
     build: arguments -> module; the trainer builds it on the meta device.
-    init_parameter: (name, full tensor, generator) fills one parameter in place, so every layout has the same weights.
+    init_parameter: (name, full tensor, generator, shape=None) fills one parameter in place, so every layout has the
+        same weights. shape: the scale is that of a tensor of this shape; None: of the tensor itself. Only muP gives it.
     geometry: arguments -> the latent space of the family's VAE. ValueError for arguments that no known VAE fits.
     hf_names: names of the parameters in diffusers' layout, and in the original one where every line says it.
     hf_ignored: diffusers' names of tensors that some published files hold and no model uses.
@@ -130,12 +180,14 @@ class ModelSpec:
     args_to_original: arguments -> config.json of the original layout; None where it has no such file.
     lora_targets: suffixes of the names of those Linears in blocks that get an adapter by default.
     masks_text: whether the blocks' attention leaves out the padding of the text.
+    widths: what muP needs; None: the family has no muP.
+    adjust_group: as in `optim.optimizer.build_optimizer`; with muP set together with `init_parameter`.
     """
 
     name: str
     flavors: dict[str, Any]
     build: Callable[[Any], nn.Module]
-    init_parameter: Callable[[str, Any, Any], None]
+    init_parameter: Callable[..., None]
     geometry: Callable[[Any], LatentGeometry]
     plan: ParallelPlan
     hf_names: tuple[NameRule, ...]
@@ -146,3 +198,5 @@ class ModelSpec:
     args_to_original: Callable[[Any], dict] | None = None
     lora_targets: tuple[str, ...] = ()
     masks_text: bool = False
+    widths: WidthRules | None = None
+    adjust_group: Callable[[str, dict], dict] | None = None

@@ -46,21 +46,21 @@ def codebooks(device: torch.device) -> Tensor:
 def quantize(x_RC: Tensor, codes_RC: Tensor, scale_RB: Tensor, signed: bool) -> None:
     """Write the codes (uint8) and block scales (float32) of a matrix (float32 or float64) into the given tensors.
 
-    Shapes: R rows, C columns, B = ceil(C / 64) blocks in a row.
+    Shapes: R rows, or several dims of them, C columns, B = ceil(C / 64) blocks in a row.
     """
-    C = x_RC.shape[1]
+    C = x_RC.shape[-1]
     x_RBb = F.pad(x_RC, (0, -C % BLOCK)).unflatten(-1, (-1, BLOCK))
     scale_RB.copy_(x_RBb.abs().amax(-1))
     values = codebook(signed, x_RC.device)
     x_RBb = x_RBb / scale_RB.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
     codes_RBb = torch.bucketize(x_RBb, ((values[1:] + values[:-1]) / 2).to(x_RBb.dtype), out_int32=True)
-    codes_RC.copy_(codes_RBb.flatten(-2)[:, :C])
+    codes_RC.copy_(codes_RBb.flatten(-2)[..., :C])
 
 
 def dequantize(codes_RC: Tensor, scale_RB: Tensor, signed: bool) -> Tensor:
     """The matrix [R, C], float32."""
     x_RC = codebook(signed, codes_RC.device)[codes_RC.int()]
-    return x_RC.mul_(scale_RB.repeat_interleave(BLOCK, dim=-1)[:, : codes_RC.shape[1]])
+    return x_RC.mul_(scale_RB.repeat_interleave(BLOCK, dim=-1)[..., : codes_RC.shape[-1]])
 
 
 def stochastic_round(x: Tensor, offsets: tuple[int, ...], row_length: int, key: int) -> Tensor:

@@ -28,7 +28,7 @@ class MixedOptimizer(torch.optim.Optimizer):
     are not lost. The random numbers depend on the seed, the step and the element, not on the layout.
 
     With model.kernels = triton, one kernel updates all tensors of one local shape (kernels/triton/optimizer.py). What
-    that does not take, and all tensors on a CPU, are updated one after another in plain torch.
+    that does not take, stacked experts, and all tensors on a CPU, are updated one after another in plain torch.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class MixedOptimizer(torch.optim.Optimizer):
         """Those that the kernels update, and the others."""
         if kernels.current_backend() != "triton":
             return [], params
-        is_fused = {p: self._kernels.is_used(to_local(p), to_local(p.grad)) for p in params}
+        is_fused = {p: p.ndim < 3 and self._kernels.is_used(to_local(p), to_local(p.grad)) for p in params}
         return [p for p in params if is_fused[p]], [p for p in params if not is_fused[p]]
 
     def _part(self, p: Tensor, state: list[Tensor | None], step_size: float, root_factor: float = 0.0) -> Any:
@@ -150,7 +150,7 @@ class MixedOptimizer(torch.optim.Optimizer):
         """
         lr, decay, momentum = group["lr"], group["lr"] * group["weight_decay"], group["momentum"]
         fused, plain = self._divide(params)
-        scale = {p: -lr * 0.2 * math.sqrt(max(p.shape)) for p in params}
+        scale = {p: -lr * 0.2 * math.sqrt(max(p.shape[-2:])) for p in params}
         states = {p: to_local(self.state[p]["momentum"]) for p in params}
         updates = {p: torch.empty_like(states[p], dtype=working_dtype(p)) for p in fused}
         if fused:
@@ -180,7 +180,16 @@ class MixedOptimizer(torch.optim.Optimizer):
         """Set these rows of the local shard to `weight`, rounded stochastically to bfloat16."""
         if p.dtype == torch.bfloat16:
             first, *others = _shard_offsets(p)
-            weight = stochastic_round(weight, (first + rows.start, *others), p.shape[-1], self._rounding_key(p))
+            key, first = self._rounding_key(p), first + rows.start
+            if p.ndim == 3:  # as a matrix in which the rows of each expert follow those of the one before
+                (row, col), num_rows = others, p.shape[1]
+                starts = [((first + i) * num_rows + row, col) for i in range(len(weight))]
+                rounded = [
+                    stochastic_round(x, start, p.shape[-1], key) for x, start in zip(weight, starts, strict=True)
+                ]
+                weight = torch.stack(rounded) if rounded else weight
+            else:
+                weight = stochastic_round(weight, (first, *others), p.shape[-1], key)
         to_local(p)[rows].copy_(weight)
 
     def _rounding_key(self, p: Tensor) -> int:

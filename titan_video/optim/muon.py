@@ -48,7 +48,7 @@ class RoundRobinOwners:
     def __init__(self, names: dict[Tensor, str]):
         """names: the name of every matrix that has a shard on this rank."""
         self.names = names
-        slices = {name: shard_slices(p) for p, name in names.items()}
+        slices = {name: shard_slices(p) for p, name in names.items() if p.ndim == 2}
         self.slices_by_rank = gather_objects(slices) if dist.is_initialized() else [slices]
 
     def orthogonalize(self, shards: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
@@ -58,7 +58,8 @@ class RoundRobinOwners:
         Compute and communication are in the shards' dtype. In bfloat16, matrices of one shape that a rank owns are
         computed together, up to MAX_ELEMENTS. The shards given are overwritten.
         """
-        params, results = sorted(shards, key=lambda p: (-p.numel(), *p.shape)), {}
+        results = {p: orthogonalize_experts(p, shards[p]) for p in shards if p.ndim == 3}
+        params = sorted((p for p in shards if p.ndim == 2), key=lambda p: (-p.numel(), *p.shape))
         mesh = get_mesh(params[0]) if params else None
         ranks = mesh.mesh.flatten().tolist() if mesh else [0]
         while params:
@@ -99,6 +100,30 @@ class RoundRobinOwners:
         _exchange([(rank, x.contiguous()) for rank, x in others], sent)
         _copy([(shards[p], own[p]) for p in full])
         return shards
+
+
+def orthogonalize_experts(p: Tensor, shard_ERC: Tensor) -> Tensor:
+    """This rank's shard of the orthogonalized experts of `p` [E, R, C], each a matrix of its own.
+
+    Where FSDP shards the experts' rows, the ranks exchange them, so that each computes some of the experts. Collective
+    over `p`'s mesh then; else nothing is sent.
+    """
+    axis = next((i for i, place in enumerate(p.placements) if place.is_shard(1)), None) if get_mesh(p) else None
+    if axis is None:
+        return torch.stack([orthogonalize(x) for x in shard_ERC]) if len(shard_ERC) else shard_ERC
+    group, num_ranks = p.device_mesh.get_group(axis), p.device_mesh.size(axis)
+    E, R, C = shard_ERC.shape
+    own = [len(part) for part in torch.empty(E, 0).tensor_split(num_ranks)]  # experts that each rank computes
+    num_own = own[p.device_mesh.get_local_rank(axis)]
+    sent, received = [n * R * C for n in own], [num_own * R * C] * num_ranks
+    rows = shard_ERC.new_empty(sum(received))
+    dist.all_to_all_single(rows, shard_ERC.flatten(), received, sent, group=group)
+    full = rows.view(num_ranks, num_own, R, C).transpose(0, 1).reshape(num_own, num_ranks * R, C)
+    full = torch.stack([orthogonalize(x) for x in full]) if num_own else full
+    rows = full.view(num_own, num_ranks, R, C).transpose(0, 1).flatten()
+    shard = torch.empty_like(shard_ERC)
+    dist.all_to_all_single(shard.view(-1), rows, sent, received, group=group)
+    return shard
 
 
 def shard_slices(p: Tensor) -> Slices:

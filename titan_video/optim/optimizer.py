@@ -51,10 +51,15 @@ def updated_by(parameter: str, ndim: int, name: str, blocks: tuple[str, ...]) ->
 
     blocks: paths of the containers of blocks (ParallelPlan.blocks).
     """
-    is_matrix = ndim == 2 and "modulation" not in parameter
+    is_matrix = not is_vector(parameter, ndim) and not parameter.startswith("routers.")
     if name == "Muon":
         return "Muon" if is_matrix and parameter.startswith(tuple(f"{path}." for path in blocks)) else "AdamW"
     return name if is_matrix or "." in name else "AdamW"
+
+
+def is_vector(parameter: str, ndim: int) -> bool:
+    """Whether a parameter is a vector, or a table of vectors: modulation, and the biases [E, D] of stacked experts."""
+    return ndim < 2 or "modulation" in parameter or parameter.endswith("bias")
 
 
 def build_optimizer(
@@ -62,12 +67,12 @@ def build_optimizer(
     section: Optimizer,
     blocks: tuple[str, ...] = (),
     seed: int = 0,
-    lr_scale: Callable[[str], float] | None = None,
+    adjust_group: Callable[[str, dict], dict] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer of all trainable parameters. Vectors (biases, norm weights) and modulation get no weight decay.
 
     blocks: see `updated_by`. seed: for stochastic rounding of bfloat16 weights.
-    lr_scale: clean parameter name -> factor on the learning rate (default 1.0 for all).
+    adjust_group: (clean parameter name, entries of its group) -> entries in their place, or further ones (optim/mup).
     Each group carries "kind" and "lr_scale"; the scheduler sets "lr" to the rate of the step times "lr_scale".
     ValueError: a tensor-parallel split cuts through the blocks of 8-bit state.
     """
@@ -75,10 +80,11 @@ def build_optimizer(
     names = {p: clean_name(name) for name, p in model.named_parameters() if p.requires_grad}
     for p, name in names.items():
         group = {
-            "weight_decay": 0.0 if p.ndim < 2 or "modulation" in name else section.weight_decay,
+            "weight_decay": 0.0 if is_vector(name, p.ndim) else section.weight_decay,
             "kind": updated_by(name, p.ndim, section.name, blocks),
-            "lr_scale": 1.0 if lr_scale is None else float(lr_scale(name)),
+            "lr_scale": 1.0,
         }
+        group |= adjust_group(name, group | {"eps": section.eps}) if adjust_group else {}
         # torch's foreach and fused kernels take the parameters of one mesh at a time.
         key = (*group.values(), get_mesh(p))
         groups.setdefault(key, {"params": [], **group, "lr": section.lr * group["lr_scale"]})["params"].append(p)

@@ -5,24 +5,31 @@ first WARM_UP steps, which compile and encode, do not count. The step is the med
 are scaled to it, as recording takes time itself.
 """
 
+import json
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from titan_video.config.job_config import JobConfig
+from titan_video.config.manager import dump, parse
 from titan_video.models import get_args, get_spec
 from titan_video.planner import cluster
-from titan_video.planner.candidate import Prediction
 from titan_video.planner.cost import CostModel
 from titan_video.planner.describe import GIB
 from titan_video.planner.plan_file import to_candidate
 from titan_video.tools.logging import logger
 
+ROOT = Path(__file__).resolve().parents[2]  # where the package is
 NUM_STEPS, WARM_UP = 20, 5
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "frozen_linear", "frozen_linear_backward", "convolution")
 COMPUTING = ("aten::", "titan_video::", "triton_")  # of other operators, the host's time is not a kernel's
@@ -38,30 +45,40 @@ ROWS = (  # (name, parts of the prediction, what is measured)
 
 
 class Comparison(AbstractContextManager):
-    """`step` is called after each optimizer step, on every rank; only rank 0 measures."""
+    """`step` is called after each optimizer step, on every rank; only rank 0 measures.
+
+    The prediction is made in a process of its own, while training goes on: it needs a process group that is not real.
+    """
 
     def __init__(self, config: JobConfig, device: torch.device):
         self.config, self.device = config, device
-        self.is_active = dist.get_rank() == 0
+        self.is_measuring = dist.get_rank() == 0
         self.seconds: list[float] = []  # of each step after the first
         self.last: float | None = None
         self.recording: torch.profiler.profile | None = None
+        self.measured: dict[str, float] = {}
+        self.predicting: Predicting | None = None
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if self.recording is not None:
             self.recording.__exit__(kind, error, trace)
-        if self.is_active and error is None and self.seconds:  # a short run
-            self._report(None)
+        if error is not None:
+            return
+        if self.is_measuring and self.seconds:  # a short run
+            self.predicting = Predicting(self.config, dist.get_world_size())
+        if self.predicting is not None:
+            self._report()
 
     def step(self, step: int) -> None:
         """Optimizer step number `step` has ended."""
-        if not self.is_active:
+        if self.predicting is not None and self.predicting.is_ready():
+            self._report()
+        if not self.is_measuring:
             return
         now = time.perf_counter()
         if self.recording is not None:
-            recording, self.recording, self.is_active = self.recording, None, False
-            recording.__exit__(None, None, None)
-            return self._report(recording)
+            self._end_recording()
+            return
         if self.last is not None:
             self.seconds.append(now - self.last)
         if len(self.seconds) >= NUM_STEPS and self._is_followed_by_a_step(step):
@@ -76,32 +93,67 @@ class Comparison(AbstractContextManager):
         c = self.config
         return step % c.checkpoint.interval != 0 and not (c.validation.enable and step % c.validation.freq == 0)
 
-    def _report(self, recording: torch.profiler.profile | None) -> None:
-        median = statistics.median(self.seconds[WARM_UP:] or self.seconds)
-        measured = {} if recording is None else scaled(sort_events(recording.events(), self.device), median)
-        try:
-            prediction = predict(self.config, dist.get_world_size())
-        except ValueError as e:
-            logger.warning(f"planner: a step takes {median:.3f} s; no prediction: {e}")
+    def _end_recording(self) -> None:
+        recording, self.recording, self.is_measuring = self.recording, None, False
+        recording.__exit__(None, None, None)
+        self.measured = scaled(sort_events(recording.events(), self.device), self._median())
+        self.predicting = Predicting(self.config, dist.get_world_size())
+
+    def _median(self) -> float:
+        return statistics.median(self.seconds[WARM_UP:] or self.seconds)
+
+    def _report(self) -> None:
+        predicting, self.predicting, self.is_measuring = self.predicting, None, False
+        found, median, cluster_name = predicting.result(), self._median(), self.config.planner.cluster
+        if "error" in found:
+            logger.warning(f"planner: a step takes {median:.3f} s; no prediction: {found['error']}")
             return
         lines = [
-            f"planner: a step on {self.config.planner.cluster}, and here on rank 0",
-            *table(prediction, measured, median),
+            f"planner: a step on {cluster_name}, and here on rank 0",
+            *table(found["seconds"], self.measured, median),
         ]
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
-            lines.append(f"memory: predicted {prediction.memory[0].total / GIB:.2f} GiB, here {peak / GIB:.2f}")
+            lines.append(f"memory: predicted {found['memory'] / GIB:.2f} GiB, here {peak / GIB:.2f}")
         logger.info("\n".join(lines))
 
 
-def predict(config: JobConfig, num_training: int) -> Prediction:
-    """The step of a configuration on the cluster that it names. ValueError: no plan covers it."""
+class Predicting:
+    """A process that predicts the step of a configuration. num_training: ranks that train."""
+
+    def __init__(self, config: JobConfig, num_training: int):
+        self.input, self.output, self.errors = (tempfile.TemporaryFile("w+") for _ in range(3))
+        self.input.write(dump(config))
+        self.input.seek(0)
+        command = [sys.executable, "-m", "titan_video.planner.comparison", str(num_training)]
+        # It computes nothing, and would take memory of a GPU that it sees.
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            command, stdin=self.input, stdout=self.output, stderr=self.errors, env=environment
+        )
+
+    def is_ready(self) -> bool:
+        return self.process.poll() is not None
+
+    def result(self) -> dict[str, Any]:
+        """{"seconds": by part, "memory": bytes on rank 0}, or {"error": why there is no prediction}."""
+        failed = self.process.wait()
+        for file in (self.output, self.errors):
+            file.seek(0)
+        if failed:
+            return {"error": self.errors.read().strip().rpartition("\n")[2]}
+        return json.loads(self.output.read().strip().rpartition("\n")[2])
+
+
+def predict(config: JobConfig, num_training: int) -> dict[str, Any]:
+    """What `Predicting.result` returns. ValueError: no plan covers the configuration."""
     machine = cluster.load(config.planner.cluster)
     spec = get_spec(config.model.name)
     args = get_args(spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
     encoders = config.encoder.num_ranks if config.encoder.placement == "separate" else 0
     candidate = to_candidate(config, num_training + encoders, args.num_layers)
-    return CostModel(config, machine).predict(candidate)
+    found = CostModel(config, machine).predict(candidate)
+    return {"seconds": found.seconds, "memory": found.memory[0].total}
 
 
 def sort_events(events: Any, device: torch.device) -> dict[str, float]:
@@ -143,17 +195,17 @@ def scaled(found: dict[str, float], step: float) -> dict[str, float]:
     return {kind: seconds * step / whole for kind, seconds in found.items()} if whole else {}
 
 
-def table(prediction: Prediction, measured: dict[str, float], step: float) -> Iterator[str]:
+def table(predicted: dict[str, float], measured: dict[str, float], step: float) -> Iterator[str]:
     """Lines: each part in seconds. Recomputation is, measured, part of the first three."""
     yield f"{'seconds':<34}{'predicted':>11}{'measured':>11}"
-    rest = dict(prediction.seconds)
+    rest = dict(predicted)
     for name, parts, kind in ROWS:
         seconds = sum(rest.pop(part, 0.0) for part in parts)
         here = "above" if kind is None else f"{measured[kind]:.4f}" if kind in measured else "-"
         yield f"{name:<34}{seconds:>11.4f}{here:>11}"
     here = f"{measured[ELSEWHERE]:.4f}" if ELSEWHERE in measured else "-"
     yield f"{'communication, bubble, data, host':<34}{sum(rest.values()):>11.4f}{here:>11}"
-    total = prediction.step_seconds
+    total = sum(predicted.values())
     yield f"{'step':<34}{total:>11.4f}{step:>11.4f}  predicted / measured {total / step:.2f}"
     waits = [f"{part} {seconds:.4f}" for part, seconds in rest.items() if seconds > 0]
     if waits:
@@ -171,3 +223,16 @@ def rules(config: JobConfig, world_size: int) -> Iterator[str]:
         cluster.load(config.planner.cluster)
     except ValueError as e:
         yield from str(e).replace("--cluster:", "planner.cluster:").splitlines()
+
+
+def main(num_training: int) -> None:
+    """Reads a TOML, and prints what `predict` returns as JSON, or its error."""
+    try:
+        found = predict(parse(sys.stdin.read()), num_training)
+    except ValueError as e:
+        found = {"error": str(e)}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -55,6 +55,11 @@ class CostModel:
         self.args = get_args(
             self.spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length
         )
+        if getattr(self.args, "experts", None):
+            raise ValueError(
+                f"model.flavor: {config.model.flavor} has experts, and no plan is made for those yet; "
+                f"python -m titan_video.planner.dry_run counts the memory of a layout that you choose"
+            )
         self.tracer = Tracer(config, self.spec, self.args)
         self.sizes = UnitSizes(config, self.spec, self.tracer.model)
         self.workload = self._workload(shares)

@@ -101,7 +101,7 @@ class RankStep:
             is_offloading = a.offload or any(r.offload for r in a.range)
             offload = fake.watch_offload(tracker) if is_offloading else nullcontext()
             operators = fake.gpu_operators(self.config.model.kernels)
-            with tracker, operators, offload:
+            with tracker, operators, offload, fake.balanced_experts():
                 self._create_state(tracker)
                 fake.watch_forwards(self.model, tracker)
                 fake.watch_recomputation(self.model, self.spec.plan, tracker)

@@ -27,6 +27,7 @@ from titan_video.tasks.conditioning import COND_LATENTS
 from titan_video.tools.parts import find_module, resolve
 
 QUANTIZED = "titan_video.lora.quantized_base"  # optional
+EXPERT_PARALLEL = "titan_video.distributed.expert_parallel"  # optional
 RING = "titan_video.distributed.context_parallel.ring"  # optional
 
 
@@ -74,6 +75,8 @@ def get_axes(meshes: Meshes) -> dict[str, Axis]:
         "tp": meshes.tp,
         "pp": meshes.pp,
     }
+    if meshes.ep is not None:
+        meshes_by_name |= {"expert_fsdp": meshes.expert_fsdp, "ep": meshes.ep}
     axes: dict[str, Axis] = {}
     for name, mesh in meshes_by_name.items():
         last = mesh.ndim - 1
@@ -139,6 +142,28 @@ def gpu_operators(backend: str) -> Iterator[None]:
     finally:
         F.rms_norm = rms_norm
         kernels.set_backend(previous)
+
+
+@contextmanager
+def balanced_experts() -> Iterator[None]:
+    """Inside, each expert gets as many rows as the others: fake tensors do not say how many."""
+    if not find_module(EXPERT_PARALLEL):
+        yield
+        return
+    part = resolve(EXPERT_PARALLEL, asked_by="the dry run")
+    host_numbers = part.host_numbers
+
+    def balanced(sent: Tensor, received: Tensor, num_rows: int) -> tuple[list[int], list[int], list[list[int]]]:
+        num_ranks, num_experts = received.shape
+        to = [num_rows * (rank + 1) // num_ranks - num_rows * rank // num_ranks for rank in range(num_ranks)]
+        by_expert = [[n * (i + 1) // num_experts - n * i // num_experts for i in range(num_experts)] for n in to]
+        return to, to, by_expert
+
+    part.host_numbers = balanced
+    try:
+        yield
+    finally:
+        part.host_numbers = host_numbers
 
 
 def watch_forwards(model: nn.Module, tracker: StepTracker) -> None:

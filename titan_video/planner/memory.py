@@ -70,7 +70,7 @@ def state(config: JobConfig, spec: ModelSpec, args: Any, dims: ParallelDims) -> 
         has_no_units = dims.dp * dims.sequence == 1 and (is_float32 or config.lora.enable)
         units = Counter()
         for name, size in nbytes.items():
-            units[name if has_no_units else get_unit(name, spec.plan)] += size
+            units[name if has_no_units else get_unit(name, spec.plan, dims.ep)] += size
         gradients = max(units.values())
     sizes = {
         "parameters": parameters,
@@ -80,11 +80,15 @@ def state(config: JobConfig, spec: ModelSpec, args: Any, dims: ParallelDims) -> 
     return sizes | ({"ema": 4 * sum(map(math.prod, shards.values()))} if config.ema.enable else {})
 
 
-def get_unit(name: str, plan: ParallelPlan) -> str:
-    """The FSDP unit of a parameter: a block, a root module, or "" for the root."""
+def get_unit(name: str, plan: ParallelPlan, ep: int = 1) -> str:
+    """The FSDP unit of a parameter: a block, a root module, or "" for the root; under expert parallel of degree `ep`
+    also the experts of a block.
+    """
     path = next((p for p in plan.blocks if name.startswith(f"{p}.")), None)
     if path is not None:
-        return f"{path}.{name[len(path) + 1 :].partition('.')[0]}"
+        key, _, in_block = name[len(path) + 1 :].partition(".")
+        experts = next((f".{e}" for e in plan.experts if ep > 1 and in_block.startswith(f"{e}.")), "")
+        return f"{path}.{key}{experts}"
     root = name.partition(".")[0]
     return "" if root in plan.fp32 else root
 
@@ -97,6 +101,11 @@ def shard_shape(name: str, shape: tuple[int, ...], plan: ParallelPlan, dims: Par
     else:
         ranks, size = dims.dp_shard * dims.cp, list(shape)
         in_block = name[len(path) + 1 :].partition(".")[2]
+        if in_block.startswith(tuple(f"{experts}." for experts in plan.experts)):
+            size[0] //= dims.ep
+            ranks = ranks * dims.tp // dims.ep if dims.ep > 1 else ranks
+            if size[0] % ranks and size[1] % ranks == 0:  # see `apply_fsdp`
+                return size[0], size[1] // ranks, *size[2:]
         module, _, leaf = in_block.rpartition(".")
         style = plan.tensor.get(in_block) or plan.tensor.get(module) or ""
         if style.startswith(("colwise", "shard_vector")):
@@ -124,6 +133,7 @@ def wan_activations(
         or args.image_dim
         or args.clean_first_frame
         or args.in_channels != args.out_channels
+        or args.experts
     ):
         raise ValueError(f"no closed form of the activations of {args}; run a dry run")
     sections = sections_by_block(section, args.num_layers)
@@ -231,5 +241,5 @@ def state_bytes(kind: str, shape: tuple[int, ...]) -> int:
     """Bytes of optimizer state, without the step count, for a shard of float32 or bfloat16 weights of this shape."""
     numel = math.prod(shape)
     if kind == "AdamW8bit":
-        return 2 * numel + 8 * shape[0] * -(-shape[1] // BLOCK)
+        return 2 * numel + 8 * math.prod(shape[:-1]) * -(-shape[-1] // BLOCK)
     return {"AdamW": 8, "Muon": 4}[kind] * numel

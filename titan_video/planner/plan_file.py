@@ -173,7 +173,7 @@ def to_candidate(config: JobConfig, world_size: int, num_blocks: int, clips: int
     sharded = dims.dp_shard * dims.cp > 1
     reshard = {"always": True, "never": False, "default": sharded}[p.fsdp_reshard_after_forward]
     return Candidate(
-        **{f.name: getattr(dims, f.name) for f in fields(dims)},
+        **{f.name: getattr(dims, f.name) for f in fields(dims) if f.name != "ep"},  # of experts: see CostModel
         local_batch_size=local,
         microbatches=microbatches,
         tokens_per_microbatch=config.data.tokens_per_microbatch,

@@ -127,8 +127,9 @@ class Tracer:
             for i, key in enumerate(list(container)):
                 if i > 0:
                     del container[key]
-                for params in self.spec.plan.per_block_params if i > 1 else ():
-                    del model.get_submodule(params)[key]
+                for params in map(model.get_submodule, self.spec.plan.per_block_params if i > 1 else ()):
+                    if key in params:
+                        del params[key]
         return model
 
     def degrees(self, ring: int, ulysses: int, tp: int) -> tuple[int, int, int]:

@@ -36,6 +36,15 @@ def ulysses_traffic(
     ]
 
 
+def expert_traffic(rows: int, width: int, degree: int, itemsize: int) -> Traffic:
+    """Of one layer of experts, in one direction, if all experts get as many rows. Backward sends the same.
+
+    rows: of this rank, one for each expert of each token. They go to their experts in one exchange and come back in
+    another. Forward, the numbers of rows are exchanged too: 8 bytes an expert, not counted here.
+    """
+    return Traffic("all_to_all", 2, 2 * rows * width * itemsize * (degree - 1) // degree)
+
+
 def ring_traffic(kv_elements: int, degree: int, itemsize: int, rotate: str) -> tuple[list[Traffic], list[Traffic]]:
     """(forward, backward). kv_elements: B S H K of this rank's k; Ulysses' exchange does not change their number.
 

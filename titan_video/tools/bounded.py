@@ -55,15 +55,15 @@ def parse_json(data: bytes | str, where: str, make_object: Callable[[list], Any]
     try:
         level = [value := json.loads(data, object_pairs_hook=make_object)]
         for _ in range(MAX_JSON_DEPTH + 1):
-            parents = [x.values() if isinstance(x, dict) else x for x in level if isinstance(x, dict | list)]
+            parents = [x.values() if isinstance(x, dict) else x for x in level if isinstance(x, (dict, list))]
             level = [child for parent in parents for child in parent]
-        if level:
-            raise RecursionError
+            if not level:
+                return value
+        raise RecursionError
     except RecursionError:
         raise ValueError(f"{where} is nested more than {MAX_JSON_DEPTH} deep") from None
     except ValueError as e:
         raise ValueError(f"{where} is no JSON in UTF-8 ({e})") from None
-    return value
 
 
 def read_index(path: Path) -> dict[str, str]:

@@ -12,8 +12,8 @@ from titan_video.tools import signals
 from titan_video.tools.logging import logger
 
 FOR_USERS = (ValueError, OSError, FloatingPointError)  # what the user can mend; our own errors are assertions
-# What gloo says of a rank that has ended, or gives no answer.
-LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting")
+# What gloo and the store say of a rank that has ended, or gives no answer.
+LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "wait timeout after", "timed out")
 
 
 def run_id() -> str:

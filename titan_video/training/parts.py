@@ -16,6 +16,7 @@ from titan_video.data.batching import Bucket
 from titan_video.data.latent_cache import LatentCache
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.utils import init_distributed
+from titan_video.models.spec import ModelSpec
 from titan_video.tools.logging import logger
 from titan_video.tools.parts import find_module, resolve
 from titan_video.training.ending import RunEnd
@@ -62,6 +63,14 @@ def run_encoder_rank(config: JobConfig, num_training: int) -> None:
     """All that an encoder rank does, from start to end."""
     run = _online("run_encoder_rank", config.encoder)
     run(config.encoder, config.data, config.comm, config.model.hf_assets_path, num_training)
+
+
+def parametrize(spec: ModelSpec, config: JobConfig) -> ModelSpec:
+    """The model family with the initialisation and the parameter groups of optimizer.parametrization."""
+    if config.optimizer.parametrization == "standard":
+        return spec
+    mup = resolve("titan_video.optim.mup.parametrization:parametrize", asked_by="optimizer.parametrization = mup")
+    return mup(spec, config)
 
 
 def load_pipeline(degree: int) -> Any:
@@ -135,6 +144,14 @@ def build_gradient_check(section: Debug, model: nn.Module, group: dist.ProcessGr
         return lambda step, run: run()
     check = resolve("titan_video.training.gradient_check:GradientCheck", asked_by="debug.verify_every")
     return check(section.verify_every, model, group)
+
+
+def balance_experts(config: JobConfig, args: Any, model: nn.Module, run: Callable[..., Any], *others: Any) -> Any:
+    """`run`, beside which a mixture of experts is balanced. args: the model's. others: optimizer, meshes, metrics."""
+    if getattr(args, "experts", None) is None:
+        return run
+    build = resolve("titan_video.training.expert_balance:build", asked_by="model.flavor")
+    return build(config, args, model, *others, run)
 
 
 def explain_out_of_memory(error: torch.OutOfMemoryError, config: JobConfig, step: int, bucket: str) -> str:

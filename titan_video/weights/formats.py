@@ -7,6 +7,8 @@ of names, `spec.hf_names`.
                   of several parameters                                  code has one
     single_file   as original                                            one file
     comfyui       as original, with the prefix `model.diffusion_model.`  one file
+    stacked       as diffusers; a mixture's experts stacked in one       as diffusers
+                  tensor, under our names, which only we read
 
 The names in a file identify its layout. Everything that is not diffusers' layout is in original.py, an optional part.
 """
@@ -46,12 +48,12 @@ OPTIONAL = {
     "tensors": "titan_video.weights.original:public_tensors",
     "detection": "titan_video.weights.original:detect_layout",
 }
-FORMAT_NAMES = ("diffusers", "original", "single_file", "comfyui")
+FORMAT_NAMES = ("diffusers", "original", "single_file", "comfyui", "stacked")
 
 
 def get_format(name: str) -> Format:
     """ValueError: the format needs an optional part that is not installed."""
-    if name == "diffusers":
+    if name in ("diffusers", "stacked"):
         return Format("diffusers")
     return resolve(OPTIONAL[name], asked_by=f"weights in the format {name}")
 

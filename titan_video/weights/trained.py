@@ -13,19 +13,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 
+from titan_video.checkpoint.files import is_checkpoint
 from titan_video.checkpoint.manager import load_weights
 from titan_video.config.job_config import Checkpoint, Lora, Model, Training
-from titan_video.distributed.utils import broadcast_from_rank0, initialise
+from titan_video.distributed.utils import initialise
 from titan_video.models.layers import cast_params
 from titan_video.models.spec import ModelSpec
 from titan_video.optim.ema import EmaWeights
-from titan_video.tools.logging import logger
 from titan_video.tools.parts import resolve
-from titan_video.weights.hf_storage import load_hf, save_hf
-from titan_video.weights.pipeline_folder import complete_pipeline, export_path, is_checkpoint, is_exported
+from titan_video.weights.hf_storage import load_hf
 
 LORA = "titan_video.lora.training:LoraWeights"  # optional
-INTERIM = "titan_video.weights.interim"  # optional
+EXPORT, EXPORTING = "titan_video.weights.export.run", "an export"  # optional
 
 
 @dataclass(frozen=True)
@@ -93,37 +92,24 @@ class FullWeights:
 
     def is_exported(self, folder: Path, step: int) -> bool:
         """Whether what is exported at the end of a run, after `step` steps, is in its folder."""
-        c = self.settings.checkpoint
-        if c.export_every and not c.last_save_in_hf:
-            return resolve(f"{INTERIM}:is_complete", asked_by="checkpoint.export_every")(c, folder, step)
-        return not c.last_save_in_hf or self.is_written(folder)
+        return not self._is_asked or resolve(f"{EXPORT}:is_done", EXPORTING)(self, folder, step)
 
     def export(self, model: nn.Module, folder: Path, step: int, ema: EmaWeights | None, last: bool) -> None:
         """Export the weights after `step` steps, or the EMA weights, if the run's configuration asks for it."""
-        c = self.settings.checkpoint
-        if last and c.last_save_in_hf:
-            self.write(model, folder, ema.state_dict() if ema else None)
-        elif c.export_every:
-            export = resolve(f"{INTERIM}:export_interim", asked_by="checkpoint.export_every")
-            export(c, folder, step, lambda to: self.write(model, to, ema.state_dict() if ema else None), self.group)
+        if self._is_asked:
+            resolve(f"{EXPORT}:export", EXPORTING)(self, model, folder, step, ema, last)
+
+    @property
+    def _is_asked(self) -> bool:
+        return self.settings.checkpoint.last_save_in_hf or self.settings.checkpoint.export_every > 0
 
     def is_written(self, folder: Path) -> bool:
         """Whether `write` has written all to `folder`."""
-        format_name = self.settings.checkpoint.export_format
-        return is_exported(export_path(folder, format_name, self.subfolder), format_name, self.spec)
+        return resolve(f"{EXPORT}:is_full_written", EXPORTING)(self, folder)
 
-    def write(self, model: nn.Module, folder: Path, ema: dict[str, Tensor] | None) -> None:
-        """Write the weights, or the EMA weights, to `folder`, as checkpoint.export_format says."""
-        self._export_full(model, folder, ema)
-
-    def _export_full(self, model: nn.Module, folder: Path, weights: Any) -> None:
-        c, assets = self.settings.checkpoint, self.settings.model.hf_assets_path
-        path = export_path(folder, c.export_format, self.subfolder)
-        if c.export_format == "diffusers" and assets:
-            broadcast_from_rank0(lambda: complete_pipeline(Path(assets), path.parent, self.subfolder), self.group)
-        dtype = getattr(torch, c.export_dtype)
-        save_hf(model, path, self.spec, self.args, dtype, weights=weights, format_name=c.export_format)
-        logger.info(f"exported to {path}")
+    def write(self, model: nn.Module, folder: Path, tensors: dict[str, Tensor] | None) -> None:
+        """Write the weights, or `tensors` by the same names (EMA weights), to `folder`, in checkpoint.export_format."""
+        resolve(f"{EXPORT}:write_full", EXPORTING)(self, model, folder, tensors)
 
 
 def build_weights(

@@ -41,10 +41,11 @@ class Checkpoint:
         0, "Steps between such exports during training, into `exports/step-N` of job.dump_folder; 0: none.", ge=0
     )
     keep_exports: int = opt(0, "Number of the newest folders in `exports` to keep; 0: all.", ge=0)
-    export_format: Literal["diffusers", "original", "single_file", "comfyui"] = opt(
+    export_format: Literal["diffusers", "original", "single_file", "comfyui", "stacked"] = opt(
         "diffusers",
         "diffusers: a folder `hf`, a complete pipeline if model.hf_assets_path is one. original: a folder `original` "
         "in the layout of the model's public code. single_file: that layout in one file `single_file.safetensors`. "
-        "comfyui: `comfyui.safetensors`, the same with the name prefix `model.diffusion_model.`",
+        "comfyui: `comfyui.safetensors`, the same with the name prefix `model.diffusion_model.`. "
+        "stacked: a folder `stacked`, for mixtures of experts, which the other programs cannot load.",
     )
     export_dtype: Literal["float32", "bfloat16"] = opt("bfloat16", "Dtype of the exported tensors.")

@@ -39,8 +39,8 @@ class Data:
     path: str = opt(
         "",
         "Folder of clips with .txt captions of the same name, a metadata .csv/.tsv/.json/.jsonl file, WebDataset tars "
-        "(wildcards, braces, URLs), or .parquet/.arrow files. `embedded:shapes-N` generates N clips of moving shapes. "
-        "Shorthand for a single data.source.",
+        "(wildcards, braces, URLs), or .parquet/.arrow files. `embedded:shapes-N` generates N clips of moving shapes, "
+        "`embedded:large-shapes-N` of large ones near the middle. Shorthand for a single data.source.",
     )
     source: tuple[Source, ...] = opt((), "Several sources, instead of path.")
     buckets: tuple[tuple[int, ...], ...] = opt(
@@ -119,6 +119,8 @@ class Data:
     )
     prefetch_factor: int = opt(2, "Batches that each worker prefetches.", ge=1)
     cache_folder: str = opt("", "Latents and text embeddings, keyed by content. Empty: `cache` in job.dump_folder.")
+    cache_url: str = opt("", "Copy of a cache folder, as s3://bucket/cache: what cache_folder lacks is read there.")
+    cache_url_gib: float = opt(64.0, "What is read from cache_url is kept in cache_folder, up to this size.", ge=0)
 
     @property
     def sources(self) -> tuple[Source, ...]:

@@ -114,8 +114,9 @@ def _remove_others(
         container = model.get_submodule(path)
         for key in [key for key in container if (path, key) not in own]:
             del container[key]
-            for params in plan.per_block_params:
-                del model.get_submodule(params)[key]
+            for params in map(model.get_submodule, plan.per_block_params):
+                if key in params:
+                    del params[key]
     for stage, names in ((0, plan.first), (num_stages - 1, plan.last)):
         if stage not in blocks:
             for name in names:

@@ -23,8 +23,20 @@ def launch_gelu_backward(
     return du, out, dbias.flatten()
 
 
+def launch_joined_backward(dout: Tensor, u: Tensor, joined: Tensor, heads: tuple[int, int]) -> Tensor:
+    """du [..., F]; gelu(u) is written to its columns of `joined`.
+
+    heads: (columns of a head's u, columns before them in dout and `joined`).
+    """
+    dout, u, du = dout.contiguous(), u.contiguous(), u.new_empty(u.shape)
+    rows, width = u.numel() // u.shape[-1], u.shape[-1]
+    run = Columns(dout, u, du, joined, rows, width, width, False, heads)
+    run(u.new_empty(run.programs, 0, dtype=torch.float32))
+    return du
+
+
 class Columns:
-    """One launch. u None: a copy. out, hidden, stride: see the kernel's du, hidden, du_stride."""
+    """One launch. u None: a copy. out, hidden, stride, heads: see the kernel's du, hidden, du_stride, (PART, SKIP)."""
 
     def __init__(
         self,
@@ -36,6 +48,7 @@ class Columns:
         width: int,
         stride: int,
         bias_grad: bool,
+        heads: tuple[int, int] = (0, 0),
     ):
         from titan_video.kernels.triton import column_kernels
 
@@ -46,6 +59,8 @@ class Columns:
             "GELU": u is not None,
             "HIDDEN": hidden is not None and hidden.numel() > 0,
             "BIAS_GRAD": bias_grad,
+            "PART": heads[0],
+            "SKIP": heads[1],
             "ROWS": ROWS,
             "BLOCK": BLOCK,
             "STAGES": 3,

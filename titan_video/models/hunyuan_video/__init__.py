@@ -6,7 +6,7 @@ Names of parameters: names.py.
 from titan_video.models.hunyuan_video.args import HunyuanVideoArgs
 from titan_video.models.hunyuan_video.model import HunyuanVideoModel, init_parameter
 from titan_video.models.hunyuan_video.names import HF_NAMES
-from titan_video.models.spec import LatentGeometry, ModelSpec, ParallelPlan
+from titan_video.models.spec import LatentGeometry, ModelSpec, ParallelPlan, WidthRules
 
 _13B = {"dim": 3072, "num_heads": 24, "num_double_layers": 20, "num_single_layers": 40, "ffn_dim": 12288}
 _DEBUG = {
@@ -29,9 +29,12 @@ FLAVORS = {
     "debug": HunyuanVideoArgs(**_DEBUG),
     "debug-i2v-latent-concat": HunyuanVideoArgs(**_DEBUG, **_LATENT_CONCAT),
     "debug-i2v-token-replace": HunyuanVideoArgs(**_DEBUG, **_TOKEN_REPLACE),
+    "proxy-debug": HunyuanVideoArgs(**_DEBUG | {"dim": 32, "num_heads": 1, "ffn_dim": 128}),
     "t2v-13B": HunyuanVideoArgs(**_13B),
     "i2v-13B-latent-concat": HunyuanVideoArgs(**_13B, **_LATENT_CONCAT, text_len=288 + 256),
     "i2v-13B-token-replace": HunyuanVideoArgs(**_13B, **_TOKEN_REPLACE, text_len=144 + 256),
+    # A narrow form, for optimizer.base_flavor: the same depth and head width. It is not published.
+    "proxy-t2v-13B": HunyuanVideoArgs(**_13B | {"dim": 384, "num_heads": 3, "ffn_dim": 1536}),
 }
 
 
@@ -148,6 +151,21 @@ SPEC = ModelSpec(
         *(f"{ffn}.{part}" for ffn in ("ffn", "text_ffn") for part in ("up", "down")),
     ),
     masks_text=True,
+    widths=WidthRules(
+        sizes=("dim", "num_heads", "ffn_dim"),
+        classes={
+            "*bias": "vector",
+            "*norm*": "vector",
+            "patch_embedding.weight": "input",
+            "text_refiner.proj_in.weight": "input",
+            "*condition.*.up.weight": "input",
+            "*condition.*.down.weight": "hidden",
+            "head_modulation.weight": "hidden",
+            "text_refiner.blocks.*.weight": "hidden",
+            "*_blocks.*.weight": "hidden",
+            "proj_out.weight": "output",
+        },
+    ),
 )
 
 __all__ = ["SPEC", "HunyuanVideoArgs", "HunyuanVideoModel"]

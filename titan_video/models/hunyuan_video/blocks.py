@@ -11,6 +11,7 @@ from titan_video.models.layers import (
     CastLinear,
     FeedForward,
     Linear,
+    is_plain,
     linear_and_bias,
     local_shard,
     project_and_norm,
@@ -219,6 +220,10 @@ class AttentionAndFeedForward(nn.Module):
         out, text_out = self.inner_attention(q, k, v, *text_qkv, text_mask_BS, layout)
         # `out` comes right after both GELUs: checkpointing may save the matmuls that follow a GELU.
         up, text_up = self.up(x_BLD), self.up(text_BSD)
+        joined_linear = kernels.fused_only("joined_linear", x_BLD)
+        if joined_linear is not None and is_plain(self.out, kind=JointLinear):
+            weight, bias = local_shard(self.out.weight), local_shard(self.out.bias)
+            return joined_linear(out, up, weight, bias), joined_linear(text_out, text_up, weight, bias)
         return self.out(self._with_feed_forward(out, up), self._with_feed_forward(text_out, text_up))
 
     def _with_feed_forward(self, out_BLHK: Tensor, up_BLF: Tensor) -> Tensor:

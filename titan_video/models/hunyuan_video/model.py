@@ -156,8 +156,11 @@ def leading(mask_BS: Tensor) -> Tensor:
     return torch.arange(mask_BS.shape[1], device=mask_BS.device) < mask_BS.sum(1, keepdim=True)
 
 
-def init_parameter(name: str, tensor: Tensor, generator: torch.Generator) -> None:
-    """Fill one full parameter in place, as the public code initialises: all modulation, and so every block, at zero."""
+def init_parameter(name: str, tensor: Tensor, generator: torch.Generator, shape: torch.Size | None = None) -> None:
+    """Fill one full parameter in place, as the public code initialises: all modulation, and so every block, at zero.
+
+    shape: see ModelSpec.
+    """
     if "modulation" in name or name.startswith("proj_out.") or name.endswith("bias"):
         tensor.zero_()
     elif "norm" in name:
@@ -165,4 +168,4 @@ def init_parameter(name: str, tensor: Tensor, generator: torch.Generator) -> Non
     elif ".time." in name or ".guidance." in name:
         tensor.normal_(0, 0.02, generator=generator)
     else:
-        xavier_uniform_(tensor, generator)
+        xavier_uniform_(tensor, generator, shape)

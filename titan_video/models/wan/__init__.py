@@ -3,12 +3,15 @@
 Names of parameters: names.py.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
-from titan_video.models.spec import LatentGeometry, ModelSpec, ParallelPlan
-from titan_video.models.wan.model import WanArgs, WanModel, init_parameter
+from titan_video.models.spec import ExpertArgs, LatentGeometry, ModelSpec, ParallelPlan, WidthRules
+from titan_video.models.wan.args import WanArgs
+from titan_video.models.wan.model import WanModel, init_parameter
 from titan_video.models.wan.names import HF_NAMES
+from titan_video.tools.parts import resolve
 
+CLASS, EXPERTS_CLASS = "WanTransformer3DModel", "TitanVideoWanExperts"  # of config.json; diffusers has the first
 CLIP_TOKENS, CLIP_WIDTH = 257, 1280  # of one image: 16 x 16 patches and the class token of CLIP's ViT-H/14
 
 _DEBUG = WanArgs(dim=128, num_heads=4, num_layers=4, ffn_dim=512, text_dim=64, text_len=16, freq_dim=64)
@@ -19,6 +22,8 @@ _5B = WanArgs(
 _CHANNELS = {"in_channels": 36}  # 16 noised latents, 4 of the cond mask, 16 conditioning latents
 _IMAGE = {**_CHANNELS, "image_dim": CLIP_WIDTH, "image_len": CLIP_TOKENS}
 _TWO_IMAGES = {**_IMAGE, "image_len": 2 * CLIP_TOKENS, "image_positions": True}
+_DEBUG_EXPERTS = ExpertArgs(num_experts=8, top_k=2, expert_dim=128, shared_dim=256, first_dense=1)
+_1_3B_EXPERTS = ExpertArgs(num_experts=32, top_k=2, expert_dim=2240, shared_dim=4480, first_dense=2, last_dense=1)
 
 FLAVORS = {
     # To try things out, with the debug encoders: one of each kind.
@@ -27,9 +32,17 @@ FLAVORS = {
     "debug-flf2v": replace(_DEBUG, **_TWO_IMAGES | {"image_dim": 64}),
     "debug-i2v-A14B": replace(_DEBUG, **_CHANNELS, boundary=0.9),
     "debug-ti2v": replace(_DEBUG, clean_first_frame=True),
+    "proxy-debug": replace(_DEBUG, dim=32, num_heads=1, ffn_dim=128),
+    "moe-debug": replace(_DEBUG, experts=_DEBUG_EXPERTS),
+    "moe-debug-expert-choice": replace(_DEBUG, experts=replace(_DEBUG_EXPERTS, expert_choice=True)),
     # Wan 2.1. The 480p and 720p models of i2v-14B differ in their weights only.
     "t2v-1.3B": WanArgs(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960),
     "t2v-14B": _14B,
+    # Mixtures of experts. Of moe-1.3B what is active has the size of t2v-1.3B. The others start from t2v-14B
+    # (titan_video/upcycle.py): its feed-forward becomes the expert of all tokens, or each routed one.
+    "moe-1.3B": WanArgs(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960, experts=_1_3B_EXPERTS),
+    "moe-14B-shared": replace(_14B, experts=ExpertArgs(num_experts=16, top_k=2, expert_dim=3456, shared_dim=13824)),
+    "moe-14B-copies": replace(_14B, experts=ExpertArgs(num_experts=8, top_k=2, expert_dim=13824)),
     "i2v-14B": replace(_14B, **_IMAGE),
     "flf2v-14B": replace(_14B, **_TWO_IMAGES),
     # Wan 2.2. An A14B is two models of this architecture: one for the high noise levels, one for the low.
@@ -38,13 +51,18 @@ FLAVORS = {
     # TI2V-5B is one model for both tasks: trained from a first frame, or, as t2v-5B, from the text alone.
     "ti2v-5B": _5B,
     "t2v-5B": replace(_5B, clean_first_frame=False),
+    # Narrow forms, for optimizer.base_flavor: the same depth and head width. None is published.
+    "proxy-t2v-1.3B": WanArgs(dim=384, num_heads=3, num_layers=30, ffn_dim=2240),
+    "proxy-t2v-14B": replace(_14B, dim=640, num_heads=5, ffn_dim=1728),
+    "proxy-ti2v-5B": replace(_5B, dim=384, num_heads=3, ffn_dim=1792),
+    "proxy-t2v-5B": replace(_5B, dim=384, num_heads=3, ffn_dim=1792, clean_first_frame=False),
 }
 
 
 def args_to_hf(args: WanArgs) -> dict:
-    """diffusers' `transformer/config.json` for these arguments."""
+    """diffusers' `transformer/config.json` for these arguments; with experts, which diffusers lacks, one of our own."""
     return {
-        "_class_name": "WanTransformer3DModel",
+        **({"_class_name": EXPERTS_CLASS, "experts": asdict(args.experts)} if args.experts else {"_class_name": CLASS}),
         "patch_size": list(args.patch),
         "num_attention_heads": args.num_heads,
         "attention_head_dim": args.head_dim,
@@ -70,7 +88,7 @@ def args_from_hf(config: dict) -> WanArgs:
     The file does not mention the first frame: 48 latent channels mean TI2V-5B, where it may be clean. The key
     boundary_ratio comes from model_index.json.
     """
-    if config.get("_class_name", "WanTransformer3DModel") != "WanTransformer3DModel":
+    if config.get("_class_name", CLASS) != (EXPERTS_CLASS if config.get("experts") else CLASS):
         raise ValueError(
             f'transformer/config.json holds a {config["_class_name"]}; model.name = "wan" needs a WanTransformer3DModel'
         )
@@ -99,7 +117,10 @@ def args_from_hf(config: dict) -> WanArgs:
         )
     if image_dim:
         args = replace(args, image_dim=image_dim, image_len=positions or CLIP_TOKENS, image_positions=bool(positions))
-    return replace(args, clean_first_frame=args.in_channels == 48, boundary=config.get("boundary_ratio") or 0.0)
+    if (experts := ExpertArgs(**config["experts"]) if config.get("experts") else None) is not None:
+        resolve("titan_video.models.experts:check", asked_by="model.flavor")(experts, args.num_layers)
+    first_frame, boundary = args.in_channels == 48, config.get("boundary_ratio") or 0.0
+    return replace(args, clean_first_frame=first_frame, boundary=boundary, experts=experts)
 
 
 def args_to_original(args: WanArgs) -> dict:
@@ -149,8 +170,9 @@ SPEC = ModelSpec(
     geometry=geometry,
     plan=ParallelPlan(
         blocks=("blocks",),
-        fp32=("time_embedder", "time_proj", "modulation", "head_modulation"),
+        fp32=("time_embedder", "time_proj", "modulation", "head_modulation", "routers"),
         units={
+            "blocks.*.moe.experts": "expert_fsdp",
             "blocks.*": "fsdp",
             "patch_embedding": "fsdp_root",
             "text_embedder": "fsdp_root",
@@ -169,10 +191,14 @@ SPEC = ModelSpec(
             "cross_attn.norm_k_image": "shard_vector",
             "ffn.up": "colwise",
             "ffn.down": "rowwise",
+            "moe.shared": "all_gather_input",
+            "moe.shared.up": "colwise",
+            "moe.shared.down": "rowwise",
         },
+        experts=("moe.experts",),
         first=("patch_embedding", "text_embedder", "image_embedder", "time_embedder", "time_proj"),
         last=("head_modulation", "proj_out"),
-        per_block_params=("modulation",),
+        per_block_params=("modulation", "routers"),
     ),
     hf_names=HF_NAMES,
     # In the published image-to-video folders, and unused; diffusers ignores it too.
@@ -181,6 +207,25 @@ SPEC = ModelSpec(
     args_to_hf=args_to_hf,
     args_to_original=args_to_original,
     lora_targets=(*(f"{a}.{part}" for a in ("self_attn", "cross_attn") for part in "qkvo"), "ffn.up", "ffn.down"),
+    widths=WidthRules(
+        sizes=("dim", "num_heads", "ffn_dim", "experts.expert_dim", "experts.shared_dim"),
+        classes={
+            "*bias": "vector",
+            "*norm*": "vector",
+            "*modulation*": "vector",
+            "image_embedder.positions": "vector",
+            "patch_embedding.weight": "input",
+            "*_embedder.up.weight": "input",
+            "image_embedder.down.weight": "input",  # its own width does not grow
+            "text_embedder.down.weight": "hidden",
+            "time_embedder.down.weight": "hidden",
+            "time_proj.weight": "hidden",
+            "blocks.*.weight": "hidden",
+            "blocks.*.experts.*": "hidden",
+            "routers.*.weight": "output",  # the number of experts does not grow
+            "proj_out.weight": "output",
+        },
+    ),
 )
 
 __all__ = ["SPEC", "WanArgs", "WanModel"]

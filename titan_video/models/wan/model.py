@@ -19,22 +19,19 @@ C = K / 2 RoPE frequencies, T times of a clip: 1, or 2 where the first frame may
 time of the noised tokens, row 1 that of the conditioning tokens, 0).
 """
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan_video import kernels
-from titan_video.models.conditioning import ConditioningSpec
 from titan_video.models.layers import (
     CastLinear,
     FeedForward,
     InnerAttention,
     Linear,
-    Patch,
     RMSStats,
-    attention_flops,
     linear_and_bias,
     local_shard,
     project_and_norm,
@@ -44,82 +41,11 @@ from titan_video.models.layers import (
     xavier_uniform_,
 )
 from titan_video.models.spec import StepLayout
+from titan_video.models.wan.args import WanArgs
+from titan_video.tools.parts import resolve
 
+EXPERTS = "titan_video.models.experts"  # optional
 IMAGE_EPS = 1e-5  # torch's default
-
-
-@dataclass(frozen=True)
-class WanArgs:
-    """Architecture. The defaults that no flavor changes are those of every public Wan.
-
-    in_channels: latent channels, then, beyond `out_channels`, conditioning channels.
-    image_dim, image_len: width and number of the image tokens, 0 for none. image_positions: a table of positions is
-    added to them. clean_first_frame: the first latent frame may be a conditioning frame.
-    boundary: sigma at and above which the high-noise expert of two is used; 0: one model for all noise levels.
-    """
-
-    dim: int
-    num_heads: int
-    num_layers: int
-    ffn_dim: int
-    in_channels: int = 16
-    out_channels: int = 16
-    text_dim: int = 4096
-    text_len: int = 512
-    freq_dim: int = 256
-    patch: Patch = (1, 2, 2)
-    eps: float = 1e-6
-    rope_theta: float = 10000.0
-    image_dim: int = 0
-    image_len: int = 0
-    image_positions: bool = False
-    clean_first_frame: bool = False
-    boundary: float = 0.0
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.num_heads
-
-    @property
-    def axes_dim(self) -> tuple[int, int, int]:
-        """Head channels whose RoPE angle follows the frame, the row and the column: 44, 42, 42 of 128."""
-        side = 2 * (self.head_dim // 6)
-        return self.head_dim - 2 * side, side, side
-
-    @property
-    def conditioning(self) -> ConditioningSpec:
-        """What the model takes beside noise, time and text."""
-        if self.in_channels > self.out_channels:
-            return ConditioningSpec(
-                num_cond_frames=2 if self.image_positions else 1, form="mask_first", image_tokens=self.image_len
-            )
-        return ConditioningSpec(num_cond_frames=1, form="clean") if self.clean_first_frame else ConditioningSpec()
-
-    @property
-    def patch_volume(self) -> int:
-        return self.patch[0] * self.patch[1] * self.patch[2]
-
-    def block_flops(self, num_tokens: int, batch: int = 1) -> int:
-        """FLOPs of all blocks' forward for `batch` clips of `num_tokens` tokens."""
-        L, S, D = num_tokens, self.text_len + self.image_len, self.dim
-        linear = 2 * L * (4 * D * D + 2 * D * self.ffn_dim) + 2 * (2 * L + 2 * S) * D * D
-        return self.num_layers * (batch * linear + attention_flops(batch, L, L, D) + attention_flops(batch, L, S, D))
-
-    def down_flops(self, num_tokens: int, batch: int = 1) -> int:
-        """The part of `block_flops` that is the matmul after each GELU."""
-        return self.num_layers * batch * 2 * num_tokens * self.dim * self.ffn_dim
-
-    def flops(self, num_tokens: int, batch: int = 1) -> int:
-        """FLOPs of a forward, 2 per multiply-add, for `batch` clips of `num_tokens` tokens.
-
-        Backward takes twice as many.
-        """
-        D, patch = self.dim, self.patch_volume
-        ends = 2 * num_tokens * patch * (self.in_channels + self.out_channels) * D
-        text = 2 * self.text_len * (self.text_dim * D + D * D)
-        image = 2 * self.image_len * (self.image_dim * self.image_dim + self.image_dim * D)
-        time = (1 + self.clean_first_frame) * 2 * (self.freq_dim * D + D * D + 6 * D * D)
-        return self.block_flops(num_tokens, batch) + batch * (ends + text + image + time)
 
 
 class Attention(nn.Module):
@@ -194,12 +120,13 @@ class CrossAttention(Attention):
 class Block(nn.Module):
     """Self-attention and feed-forward, each with shift, scale and gate from the time; between them cross-attention."""
 
-    def __init__(self, args: WanArgs):
+    def __init__(self, args: WanArgs, has_experts: bool = False):
         super().__init__()
         self.eps = args.eps
         self.self_attn = SelfAttention(args)
         self.cross_attn = CrossAttention(args)
-        self.ffn = FeedForward(args.dim, args.ffn_dim)
+        self.ffn = None if has_experts else FeedForward(args.dim, args.ffn_dim)
+        self.moe = _experts("MoE")(args.dim, args.experts) if has_experts else None
         self.norm_weight, self.norm_bias = (nn.Parameter(torch.empty(args.dim)) for _ in range(2))
 
     def forward(
@@ -210,7 +137,9 @@ class Block(nn.Module):
         freqs_cis_BLC: Tensor,
         layout: StepLayout | None = None,
         cond_mask_BL: Tensor | None = None,
+        routing: Any = None,
     ) -> Tensor:
+        """routing: of a block with experts (models/experts.py)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = select_modulation(modulation_BT6D, cond_mask_BL).unbind(2)
         norm_weight, norm_bias = local_shard(self.norm_weight), local_shard(self.norm_bias)
         y, x_BLD = kernels.ada_layer_norm_and_input(x_BLD, scale1, shift1, self.eps, cond_mask_BL)
@@ -218,8 +147,12 @@ class Block(nn.Module):
         x_BLD, y = kernels.residual_layer_norm(x_BLD, y, gate1, norm_weight, norm_bias, self.eps, cond_mask_BL, bias)
         y, bias = self.cross_attn(y, context_BSD)
         x_BLD, y = kernels.residual_ada_layer_norm(x_BLD, y, None, scale2, shift2, self.eps, cond_mask_BL, bias)
-        y, bias = self.ffn(y)
+        y, bias = self.ffn(y) if self.moe is None else self.moe(y, x_BLD, routing, layout)
         return kernels.gated_residual(x_BLD, y, gate2, cond_mask_BL, bias)
+
+
+def _experts(name: str) -> Any:
+    return resolve(f"{EXPERTS}:{name}", asked_by="model.flavor")
 
 
 class TextEmbedder(nn.Module):
@@ -266,8 +199,8 @@ class TimeEmbedder(nn.Module):
 class WanModel(nn.Module):
     """See the top of the file.
 
-    Each block's modulation table belongs to the root, not to the block: the root holds all float32 parameters, so one
-    small FSDP unit keeps them and each block's unit has a single type.
+    Each block's modulation table and router belong to the root, not to the block: the root holds all float32
+    parameters, so one small FSDP unit keeps them and each block's unit has a single type.
     """
 
     def __init__(self, args: WanArgs):
@@ -283,7 +216,9 @@ class WanModel(nn.Module):
         self.modulation = nn.ParameterDict(
             {str(i): nn.Parameter(torch.empty(6, args.dim)) for i in range(args.num_layers)}
         )
-        self.blocks = nn.ModuleDict({str(i): Block(args) for i in range(args.num_layers)})
+        with_experts = args.experts.blocks(args.num_layers) if args.experts else range(0)
+        self.blocks = nn.ModuleDict({str(i): Block(args, i in with_experts) for i in range(args.num_layers)})
+        self.routers = nn.ModuleDict({str(i): _experts("Router")(args.dim, args.experts) for i in with_experts})
         self.head_modulation = nn.Parameter(torch.empty(2, args.dim))
         self.proj_out = nn.Linear(args.dim, args.out_channels * args.patch_volume)
 
@@ -307,7 +242,7 @@ class WanModel(nn.Module):
         cond_mask: bool [B or 1, L], the tokens of a conditioning first frame; None: there is none.
         """
         state = self.embed(x_BLP, t_B, text_BSD, image_BSD)
-        state = self.trunk(*state, pos_BL3=pos_BL3, layout=layout, cond_mask_BL=cond_mask_BL)
+        state = self.trunk(*state, pos_BL3=pos_BL3, layout=layout, cond_mask_BL=cond_mask_BL, t_B=t_B)
         return self.head(*state, cond_mask_BL=cond_mask_BL)
 
     # The three parts of a forward. A pipeline stage runs those whose modules it has, and sends what `embed` and `trunk`
@@ -334,13 +269,16 @@ class WanModel(nn.Module):
         pos_BL3: Tensor,
         layout: StepLayout | None = None,
         cond_mask_BL: Tensor | None = None,
+        t_B: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The state after the blocks, in the shapes of `embed`."""
         assert cond_mask_BL is None or self.args.clean_first_frame
         freqs_cis_BLC = rope_freqs_cis(pos_BL3, self.args.axes_dim, self.args.rope_theta)
         time_BT6D = time_BTE.unflatten(-1, (6, -1))
         for name, block in self.blocks.items():
-            x_BLD = block(x_BLD, context_BSD, time_BT6D + self.modulation[name], freqs_cis_BLC, layout, cond_mask_BL)
+            modulation = time_BT6D + self.modulation[name]
+            routing = self.routers[name](t_B) if name in self.routers else None
+            x_BLD = block(x_BLD, context_BSD, modulation, freqs_cis_BLC, layout, cond_mask_BL, routing)
         return x_BLD, time_BTD, time_BTE, context_BSD
 
     def head(
@@ -364,10 +302,10 @@ class WanModel(nn.Module):
             )
 
 
-def init_parameter(name: str, tensor: Tensor, generator: torch.Generator) -> None:
-    """Fill one full parameter in place, as the public code initialises its training runs."""
+def init_parameter(name: str, tensor: Tensor, generator: torch.Generator, shape: torch.Size | None = None) -> None:
+    """Fill one full parameter in place, as the public code initialises its training runs. shape: see ModelSpec."""
     if name.endswith("modulation") or name.startswith("modulation."):
-        tensor.normal_(0, tensor.shape[-1] ** -0.5, generator=generator)
+        tensor.normal_(0, (shape or tensor.shape)[-1] ** -0.5, generator=generator)
     elif name.startswith("proj_out.") or name.endswith(("bias", ".positions")):
         tensor.zero_()
     elif "norm" in name:
@@ -375,4 +313,4 @@ def init_parameter(name: str, tensor: Tensor, generator: torch.Generator) -> Non
     elif name.startswith(("text_embedder.", "time_embedder.")):
         tensor.normal_(0, 0.02, generator=generator)
     else:
-        xavier_uniform_(tensor, generator)
+        xavier_uniform_(tensor, generator, shape)

@@ -1,7 +1,7 @@
 """Names and layout transforms of Wan's parameters in diffusers' layout and in the public code's (Wan-Video/Wan2.1)."""
 
 from titan_video.models.spec import NameRule
-from titan_video.models.wan.model import WanArgs
+from titan_video.models.wan.args import WanArgs
 
 
 def _conv_kernel(weight, args: WanArgs):
@@ -57,6 +57,12 @@ def _attention(ours: str, public: str) -> list[NameRule]:
 
 _BLOCK, _EMBEDDER, _IMAGE = "blocks.{}", "condition_embedder", "condition_embedder.image_embedder"
 
+_EXPERTS = (
+    *(f"{_BLOCK}.moe.experts.{part}" for part in ("up", "up_bias", "down", "down_bias")),
+    *(f"{_BLOCK}.moe.shared.{part}" for part in ("up.weight", "up.bias", "down.weight", "down.bias")),
+    *(f"routers.{{}}.{part}" for part in ("weight", "bias")),
+)
+
 # The norm of cross-attention, the only one with weights, is the second here and in diffusers, and called the third in
 # the public code.
 HF_NAMES = (
@@ -84,8 +90,10 @@ HF_NAMES = (
         optional=True,
     ),
     *_norm(f"{_BLOCK}.norm", f"{_BLOCK}.norm2", f"{_BLOCK}.norm3"),
-    *_linear(f"{_BLOCK}.ffn.up", f"{_BLOCK}.ffn.net.0.proj", f"{_BLOCK}.ffn.0"),
-    *_linear(f"{_BLOCK}.ffn.down", f"{_BLOCK}.ffn.net.2", f"{_BLOCK}.ffn.2"),
+    *_linear(f"{_BLOCK}.ffn.up", f"{_BLOCK}.ffn.net.0.proj", f"{_BLOCK}.ffn.0", optional=True),
+    *_linear(f"{_BLOCK}.ffn.down", f"{_BLOCK}.ffn.net.2", f"{_BLOCK}.ffn.2", optional=True),
+    # Of mixtures of experts, which no public code has: our own names.
+    *(_rule(name, name, name, optional=True) for name in _EXPERTS),
     _rule("head_modulation", "scale_shift_table", "head.modulation", _add_batch, _drop_batch),
     _rule("proj_out.weight", "proj_out.weight", "head.head.weight", _channels_last, _channels_first),
     _rule("proj_out.bias", "proj_out.bias", "head.head.bias", _channels_last, _channels_first),

@@ -4,7 +4,6 @@ import os
 import shutil
 from pathlib import Path
 
-from titan_video.checkpoint.files import MANIFEST, list_steps
 from titan_video.models.spec import ModelSpec
 from titan_video.tools.bounded import is_plain_name, read_json, short
 from titan_video.tools.files import atomic_path, atomic_write, sha256
@@ -15,9 +14,9 @@ PIPELINE = "model_index.json"
 
 
 def export_path(folder: Path, format_name: str, subfolder: str) -> Path:
-    """Path of a run's export: `hf/transformer`, `original`, `single_file.safetensors` or `comfyui.safetensors`."""
-    if format_name == "diffusers":
-        return folder / "hf" / subfolder
+    """Path of a run's export, such as `hf/transformer`, `original` or `single_file.safetensors`."""
+    if format_name in ("diffusers", "stacked"):
+        return folder / ("hf" if format_name == "diffusers" else format_name) / subfolder
     return folder / (f"{format_name}.safetensors" if get_format(format_name).one_file else format_name)
 
 
@@ -25,14 +24,9 @@ def is_exported(path: Path, format_name: str, spec: ModelSpec) -> bool:
     """Whether the file that an export writes last exists."""
     if get_format(format_name).one_file:
         return path.is_file()
-    if format_name == "diffusers" or spec.args_to_original:
+    if format_name in ("diffusers", "stacked") or spec.args_to_original:
         return (path / CONFIG).is_file()
     return (path / INDEX).is_file() or (path / f"{STEM}.safetensors").is_file()
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether `path` is a step-N folder or contains some, rather than public weights."""
-    return (path / MANIFEST).is_file() or bool(list_steps(path))
 
 
 def complete_pipeline(source: Path, target: Path, subfolder: str) -> None:
