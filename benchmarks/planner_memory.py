@@ -32,7 +32,7 @@ from titan_video.planner.trace import SAVES
 
 FLAVOR = "planner-memory"  # the flavor whose number of blocks is changed
 RANKS = (1, 2, 4, 8, 16, 32, 64)
-BUCKETS = ((17, 256, 256), (33, 480, 832), (81, 480, 832), (81, 720, 1280), (1, 480, 832))
+BUCKETS = ((17, 256, 256), (33, 480, 832), (81, 480, 832), (81, 704, 1280), (1, 480, 832))
 MOST_TOKENS = 40_000  # of a micro-batch on a rank
 LIMIT = 0.05
 
