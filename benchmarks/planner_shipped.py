@@ -52,7 +52,11 @@ def row_of(path: Path) -> list[str]:
 
 def table(paths: list[Path]) -> str:
     head = ["TOML", "GPUs", "as shipped", "s/step", "the planner's choice", "s/step", "shipped takes"]
-    return markdown(head, [row_of(path) for path in paths], right=(1, 3, 5, 6))
+    rows = []
+    for path in paths:
+        rows.append(row_of(path))
+        print(f"{path.stem}: {'; '.join(rows[-1][2:])}", file=sys.stderr, flush=True)  # a row takes some seconds
+    return markdown(head, rows, right=(1, 3, 5, 6))
 
 
 def main(argv: list[str]) -> None:
