@@ -51,6 +51,7 @@ RUN_BY = {
         f"{BENCHMARKS}::test_the_planners_scripts_print_their_tables"
     ),
     r"python -m titan_video\.convert": "tests/unit_tests/test_convert.py::test_the_command_round_trips",
+    r"python -m titan_video\.upcycle": "tests/unit_tests/test_upcycle.py::test_the_command",
     r"python -m titan_video\.mup check": f"{MUP}::test_the_check_as_a_command",
     r"python -m titan_video\.mup transfer": f"{MUP}::test_a_rate_that_holds_and_one_that_does_not",
     r"python -m titan_video\.config": "tests/unit_tests/test_config_page.py",

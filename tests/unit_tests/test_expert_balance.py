@@ -65,6 +65,7 @@ def train(rate, steps, bad_steps=()):
 
     for step in range(1, steps + 1):
         loss = balance(step, forward_backward)
+        assert balance.load_RSE.sum() == 2 * 4 * 128 * EXPERTS.top_k  # of this step alone
         norm = loss * (float("nan") if step in bad_steps else 1)
         NonFiniteGuard().update(optimizer, torch.stack([loss, loss, norm]))
         optimizer.zero_grad()

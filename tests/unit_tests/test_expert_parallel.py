@@ -125,9 +125,12 @@ def test_stacked_weights_are_rounded_like_a_matrix_of_all_rows(name):
 
 
 def test_muon_orthogonalizes_each_stacked_matrix():
-    stacked = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0))
+    """There are more of them than rows or columns, which set the size of the update."""
+    stacked = torch.randn(24, 8, 20, generator=torch.Generator().manual_seed(0))
     found = updated({"w": stacked}, "Muon")["w"]
-    assert torch.equal(found, torch.stack(list(updated({f"w{i}": x for i, x in enumerate(stacked)}, "Muon").values())))
+    assert torch.equal(
+        found, torch.stack(list(updated({f"w{i:02}": x for i, x in enumerate(stacked)}, "Muon").values()))
+    )
 
 
 def test_biases_of_experts_are_vectors():

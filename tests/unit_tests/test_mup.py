@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 from dataclasses import dataclass, replace
 
 import pytest
@@ -248,14 +249,6 @@ def test_a_base_that_is_not_narrower_in_proportion_is_refused():
 # ---- the coordinate check ----
 
 WIDTHS = (64, 128, 256)
-CHECKED = [  # (family, optimizer) in the order of what they cost
-    ("wan", "AdamW"),
-    pytest.param("wan", "AdamW8bit", marks=pytest.mark.slow),
-    ("wan", "Muon"),
-    ("hunyuan_video", "AdamW"),
-    pytest.param("hunyuan_video", "AdamW8bit", marks=pytest.mark.slow),
-    pytest.param("hunyuan_video", "Muon", marks=pytest.mark.slow),
-]
 
 
 def found_by(*argv, widths=WIDTHS, **probe):
@@ -267,7 +260,17 @@ def quickly(*argv):
     return found_by(*argv, widths=(64, 256), seeds=1, layers=1)
 
 
-@pytest.mark.parametrize("family, name", CHECKED)
+@pytest.mark.parametrize(
+    "family, name",
+    [
+        ("wan", "AdamW"),
+        pytest.param("wan", "AdamW8bit", marks=pytest.mark.slow),
+        ("wan", "Muon"),
+        ("hunyuan_video", "AdamW"),
+        pytest.param("hunyuan_video", "AdamW8bit", marks=pytest.mark.slow),
+        pytest.param("hunyuan_video", "Muon", marks=pytest.mark.slow),
+    ],
+)
 def test_activations_keep_their_size(family, name):
     found = found_by("--model.name", family, "--optimizer.name", name)
     assert found.measure == ("changes" if name == "Muon" else "activations")
@@ -472,6 +475,21 @@ def test_a_run_that_fails_is_named(fake_runs):
     argv = ["--training.steps", 20, "--rates", "1e-6", "--runs", folder / "r", *MUP[:4]]
     code = run_cli(folder, "transfer", *argv)
     assert "the run of proxy-debug at 1.000e-06 ended with exit code 1: see" in code and code.endswith("log.txt")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_several_ranks_are_started_by_torchrun(tmp_path, ranks, monkeypatch):
+    started = []
+
+    def run(words, **options):
+        started.append(words)
+        return subprocess.CompletedProcess(words, returncode=7)
+
+    monkeypatch.setattr(transfer.subprocess, "run", run)
+    argv = ["transfer", "--rates", "1e-3", "--ranks", ranks, "--runs", tmp_path / "runs", *MUP[:4]]
+    assert "ended with exit code 7" in run_cli(tmp_path, *argv)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    assert started[0][1:7] == [*torchrun, str(transfer.TRAIN)] if ranks == 2 else started[0][1] == str(transfer.TRAIN)
 
 
 def test_the_commands_of_the_runs(tmp_path, capsys):

@@ -151,3 +151,25 @@ def test_experts_in_a_config_are_checked(tmp_path):
             args_from_config(SPEC, config | {"experts": config["experts"] | change}, tmp_path)
     with pytest.raises(ValueError, match="holds a TitanVideoWanExperts"):
         args_from_config(SPEC, {k: v for k, v in config.items() if k != "experts"}, tmp_path)
+
+
+def test_the_command(dense, tmp_path, monkeypatch):
+    monkeypatch.setitem(SPEC.flavors, "narrow", DENSE)
+    arguments = [str(dense[1]), str(tmp_path / "moe"), "--flavor", "shared", "--method", "shared", "--dense", "narrow"]
+    upcycle.main(arguments)
+    assert (tmp_path / "moe/transformer/config.json").is_file()
+    with pytest.raises(SystemExit, match="error: DST .* exists"):
+        upcycle.main(arguments)
+
+
+def test_the_benchmark_of_learning():
+    from benchmarks.learn_experts import first_step, table
+
+    def scores(*shares):
+        return {100 * i: dict.fromkeys(("score_direction", "score_colour", "score_shape"), s) for i, s in shares}
+
+    assert first_step(scores((1, 0.5), (2, 0.9), (3, 1.0))) == pytest.approx(250)
+    assert first_step(scores((1, 0.5))) is None
+    text = table({"debug": scores((1, 0.9), (2, 1.0)), "moe-debug": scores((1, 0.5), (2, 1.0))})
+    assert "| 100 | 90 %, 90 %, 90 % | 50 %, 50 %, 50 % |" in text
+    assert "ratio 1.27, at most 1.1: no" in text

@@ -36,7 +36,7 @@ def apply_tensor_parallel(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh
     """Split the blocks over the 1-D `mesh`, in place; their parameters may be on the meta device. Nothing is sent.
 
     async_mode: overlap communication with matmuls (async_tensor_parallel.py). Parameters outside the blocks stay as
-    they are, and so do stacked experts, which FSDP shards over the ranks of tensor parallel too.
+    they are.
     """
     styles = STYLES
     if async_mode:
@@ -47,8 +47,7 @@ def apply_tensor_parallel(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh
             parent, _, leaf = name.rpartition(".")
             if has(block, name):  # kinds of blocks and flavors of a model differ in what they have
                 styles[style](block.get_submodule(parent), leaf, mesh)
-        experts = {m for name in plan.experts if has(block, name) for m in block.get_submodule(name).modules()}
-        for module in (m for m in block.modules() if m not in experts):
+        for module in block.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if not isinstance(parameter, DTensor):
                     distribute(module, name, mesh, Replicate())
