@@ -387,6 +387,8 @@ def test_parts_of_a_plan_and_of_encoding_make_the_whole(toml, tmp_path, monkeypa
 
 def test_a_known_plan_is_taken_and_nothing_is_written_anew(toml, tmp_path, monkeypatch, capsys):
     main(["encode", str(toml)])
+    capsys.readouterr()  # what was encoded
+    main(["encode", str(toml)])
     report, printed = tmp_path / "run/data_plan.jsonl", capsys.readouterr().out
     stamp = report.stat().st_mtime_ns
     monkeypatch.setattr(planned.Planner, "entries", lambda *_: pytest.fail("it is decided anew"))
