@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import time
 import tracemalloc
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -400,6 +401,51 @@ def test_a_known_plan_is_taken_and_nothing_is_written_anew(toml, tmp_path, monke
     report.write_text(report.read_text().replace("another caption", "ANOTHER CAPTION"))
     main(["encode", str(toml)])
     assert "another caption" in report.read_text()
+
+
+def test_what_a_passing_failure_has_dropped_is_not_taken_later(toml, tmp_path, monkeypatch):
+    """A clip that a worker did not survive once: the next plan has it, and so have the tables made of that plan."""
+    real = probes.probe
+    crash = lambda path, *a: Probe(reason="crashed: once") if path.endswith("0.mp4") else real(path, *a)  # noqa: E731
+    monkeypatch.setattr(probes, "probe", crash)
+    main(["encode", str(toml)])
+    assert "crashed: once" in (tmp_path / "run/data_plan.jsonl").read_text()
+    monkeypatch.undo()
+    main(["encode", str(toml)])
+    assert "crashed: once" not in (tmp_path / "run/data_plan.jsonl").read_text()
+    cache = LatentCache(tmp_path / "run/cache", "v", "t")
+    assert sum(name.startswith("video/") for name in cache.where) == 6
+    expected = {e.content for e in make_plan(tmp_path / "clips", [[5, 32, 32]], 8.0, 0, tmp_path / "alone").entries}
+    shards = [cache.header(shard)[0]["__metadata__"] for shard in cache.shards]
+    made = [json.loads(found[name]) for found in shards for name in found if name.startswith("video/")]
+    assert len(expected) == len({made["of"] for made in made}) == 6
+
+
+def test_a_table_that_is_there_stays(tmp_path):
+    """Another machine may have it mapped. One that holds something else, of the same sizes, is replaced."""
+
+    def write(number):
+        with ColumnWriter(tmp_path, np.dtype([("n", "i8")])) as writer:
+            writer.append((number,))
+            writer.write(tmp_path / "a.columns", {}, "table")
+        return (tmp_path / "a.columns").stat().st_ino, Columns(tmp_path / "a.columns")["n"].tolist()
+
+    first, same, other = write(7), write(7), write(8)
+    assert first == same and other[1] == [8] and other[0] != first[0]
+    (tmp_path / "a.columns").write_bytes((tmp_path / "a.columns").read_bytes()[:-1])
+    assert write(8)[1] == [8] and [p.name for p in tmp_path.iterdir()] == ["a.columns"]
+
+
+def test_what_killed_writers_left_is_deleted(tmp_path):
+    with ColumnWriter(tmp_path, np.dtype([("n", "i8")])) as writer:
+        writer.write(tmp_path / "plan-a.columns", {}, "table")
+    kept = {"plan-a.columns", ".plan-c.columns.host.1.tmp", "clips-a.columns"}
+    for name in (*kept, ".plan-b.columns.host.1.tmp", "plan-b.columns"):
+        (tmp_path / name).touch()
+    for name, days in ((".plan-b.columns.host.1.tmp", 2), ("plan-b.columns", 61), ("clips-a.columns", 61)):
+        os.utime(tmp_path / name, (time.time() - days * 86400,) * 2)
+    columns.used(tmp_path / "plan-a.columns")
+    assert {p.name for p in tmp_path.iterdir()} == kept
 
 
 def test_shares_are_whole_and_even():

@@ -82,8 +82,9 @@ def write_manifest(cache: LatentCache) -> Counter[str]:
 def remove_partial_shards(cache: LatentCache) -> None:
     """Delete the temporary files of writers that were killed. One process calls it, before encoding."""
     for path in cache.folder.glob("shards/.*.tmp"):
-        if time.time() - path.stat().st_mtime > PARTIAL_SECONDS:
-            path.unlink(missing_ok=True)
+        with suppress(OSError):  # gone, or in a folder that cannot be written
+            if time.time() - path.stat().st_mtime > PARTIAL_SECONDS:
+                path.unlink()
 
 
 def explain_stale(

@@ -20,6 +20,7 @@ from titan_video.ingest.columns import Columns, ColumnWriter, SortedKeys, is_new
 from titan_video.tools.files import optional_write
 
 KEY_BYTES = 32
+VERSION = 1  # raise it when an index of the same name would hold something else
 NO_COLUMNS = np.dtype([])
 
 
@@ -94,7 +95,7 @@ def make_index(cache: LatentCache) -> Path | None:
     One process calls it; `use_index` then takes it on all.
     """
     sizes = {shard: cache.shard_bytes(shard) for shard in cache.list_shards()}
-    path = cache.folder / f"index-{content_hash(sorted(sizes.items()))[:32]}.columns"
+    path = cache.folder / f"index-{content_hash(VERSION, sorted(sizes.items()))[:32]}.columns"
     if not sizes:
         return None
     with suppress(ValueError):
@@ -144,10 +145,10 @@ def _write(path: Path, sizes: Mapping[str, int], entries: Iterator[tuple[str, li
         for kind, count in counts.items():
             shards.setdefault(kind, []).append(np.full(count, numbers[shard], np.int32))
     with ColumnWriter(path.parent, NO_COLUMNS) as writer:
-        for kind in keys:
+        for kind in sorted(keys):
             _put_kind(writer, kind, np.frombuffer(keys[kind], np.uint8).reshape(-1, KEY_BYTES), shards[kind])
         writer.put("sizes", np.array([sizes[name] for name in names], np.int64))
-        writer.write(path, {"shards": names, "kinds": list(keys)}, "index of the cache", num_rows=len(names))
+        writer.write(path, {"shards": names, "kinds": sorted(keys)}, "index of the cache", num_rows=len(names))
 
 
 def _put_kind(writer: ColumnWriter, kind: str, keys: np.ndarray, shards: list[np.ndarray]) -> None:
