@@ -89,9 +89,10 @@ def test_another_dense_model_is_refused(dense, tmp_path, monkeypatch):
         upcycle.run(upcycle.parse([str(dense[1]), str(tmp_path / "x"), "--flavor", "wider", "--method", "copies"]))
     with pytest.raises(ValueError, match="exists; give a new path"):
         upcycle.run(upcycle.parse([str(dense[1]), str(tmp_path), "--flavor", "copies", "--method", "copies"]))
-    with pytest.raises(ValueError, match="--noise: given -1.0"):
-        arguments = [str(dense[1]), str(tmp_path / "x"), "--flavor", "copies", "--method", "copies", "--noise", "-1"]
-        upcycle.run(upcycle.parse(arguments))
+    for noise in ("-1.0", "nan", "inf"):
+        arguments = [str(dense[1]), str(tmp_path / "x"), "--flavor", "copies", "--method", "copies", "--noise", noise]
+        with pytest.raises(ValueError, match=f"--noise: given {noise}"):
+            upcycle.run(upcycle.parse(arguments))
 
 
 # ---- exports ----
