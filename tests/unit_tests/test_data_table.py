@@ -24,7 +24,7 @@ from titan_video.data.latent_cache import LatentCache
 from titan_video.data.loader import DrawPlan, by_bucket
 from titan_video.encoders.debug import DebugEncoders
 from titan_video.ingest import clip_table as clip_tables
-from titan_video.ingest import columns, planned, probes
+from titan_video.ingest import columns, entry_index, planned, probes
 from titan_video.ingest.__main__ import main
 from titan_video.ingest.bucketing import ClipChoice
 from titan_video.ingest.cache_keys import write_manifest
@@ -180,6 +180,26 @@ def test_the_index_holds_what_the_shards_hold(tmp_path):
     assert sorted(name for row in manifest for name in row["entries"]) == sorted(later.where)
     next((tmp_path / "shards").iterdir()).unlink()  # a shard less is another index
     assert len(EntryIndex(make_index(later))) < 15
+
+
+def test_the_index_of_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    """Such as a cache of another user."""
+    cache = LatentCache(tmp_path / "cache", "v", "t")
+    cache.write("text", f"{1:064x}", torch.ones(1), {})
+    cache.flush()
+    real = entry_index._write
+
+    def write(path, *others):
+        if path.parent == cache.folder:
+            raise PermissionError(13, "Permission denied")
+        real(path, *others)
+
+    monkeypatch.setattr(entry_index, "_write", write)
+    assert make_index(cache) is None
+    path = make_index(cache, tmp_path / "run/tables")
+    assert path.parent == tmp_path / "run/tables" and f"text/{1:064x}" in EntryIndex(path)
+    monkeypatch.setattr(entry_index, "_write", lambda *_: pytest.fail("it is written anew"))
+    assert make_index(cache, tmp_path / "run/tables") == path
 
 
 def test_the_folder_is_listed_a_bounded_number_of_times(tmp_path, monkeypatch):
@@ -378,7 +398,10 @@ def test_parts_of_a_plan_and_of_encoding_make_the_whole(toml, tmp_path, monkeypa
         later = [name for name in cache.where if int(name[-64:][:16], 16) % 3 > part]
         assert len(later) <= 1  # the empty caption, which the first part has
     assert len(cache.where) == 13  # all of them, before the merge
+    assert not (tmp_path / "run/cache/manifest.jsonl").exists()
     main(["encode", str(toml)])
+    listed = map(json.loads, (tmp_path / "run/cache/manifest.jsonl").read_text().splitlines())
+    assert sum(len(row["entries"]) for row in listed) == 13
     cache = LatentCache(tmp_path / "run/cache", "v", "t")
     assert sum(name.startswith("video/") for name in cache.where) == 6 and len(cache.where) == 13
     with pytest.raises(SystemExit):

@@ -169,8 +169,8 @@ class DataCommand:
         ready = Preparation.of(config, self.args, encoders, cache, None)
         texts = sampled_negatives(sampling_section(config, self.args, config.data.sizes[0]))
         planned = ready.encode(broadcast_from_rank0(lambda: ready.planned(plan)), self.plan_file, texts, part)
-        if part.count == 1 and "encode_seconds" not in planned.counts:  # parts have encoded all, and listed nothing
-            share_index(cache, None)
+        if part.count == 1 and "encode_seconds" not in planned.counts and os.access(cache.folder, os.W_OK):
+            share_index(cache, None)  # parts may have encoded all, and listed nothing
         if dist.get_rank() == 0:
             print(f"{len(planned.clips)} clips in {self.cache_folder}")
 

@@ -88,22 +88,26 @@ def holds(cache: LatentCache, kind: str, keys: np.ndarray) -> np.ndarray:
     return found
 
 
-def make_index(cache: LatentCache) -> Path | None:
+def make_index(cache: LatentCache, spare: Path | None = None) -> Path | None:
     """The file for all that the cache's folder holds now, which this process lists. None: it cannot be written, or
     there is no shard.
 
+    spare: the folder for it where that of the cache cannot be written.
     One process calls it; `use_index` then takes it on all.
     """
     sizes = {shard: cache.shard_bytes(shard) for shard in cache.list_shards()}
-    path = cache.folder / f"index-{content_hash(VERSION, sorted(sizes.items()))[:32]}.columns"
+    name = f"index-{content_hash(VERSION, sorted(sizes.items()))[:32]}.columns"
     if not sizes:
         return None
-    with suppress(ValueError):
-        EntryIndex(path)
-        return used(path)
-    with optional_write("index of the cache", path):
-        _write(path, sizes, listed_entries(cache, sizes))
-        return used(path)
+    paths = [folder / name for folder in (cache.folder, spare) if folder]
+    for path in paths:
+        with suppress(ValueError):
+            EntryIndex(path)
+            return used(path)
+    for path in paths:
+        with optional_write("index of the cache", path) if path == paths[-1] else suppress(OSError):
+            _write(path, sizes, listed_entries(cache, sizes))
+            return used(path)
     return None
 
 
