@@ -1,6 +1,7 @@
 """A mixture made from dense weights computes what they compute; mixtures are exported in a form of their own."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -146,12 +147,17 @@ def test_experts_in_a_config_are_checked(tmp_path):
         ({"top_k": 7}, "top_k"),
         ({"num_experts": "6"}, "num_experts"),
         ({"first_dense": 3}, "first_dense"),
+        ({"expert_choice": 1}, "expert_choice"),
+        ({"route_scale": "x"}, "route_scale"),
+        ({"route_scale": math.nan}, "route_scale"),
         ({"kind": 1}, "kind"),
     ):
         with pytest.raises(ValueError, match=message):
             args_from_config(SPEC, config | {"experts": config["experts"] | change}, tmp_path)
     with pytest.raises(ValueError, match="holds a TitanVideoWanExperts"):
         args_from_config(SPEC, {k: v for k, v in config.items() if k != "experts"}, tmp_path)
+    with pytest.raises(ValueError, match="holds a WanTransformer3DModel"):
+        args_from_config(SPEC, {k: v for k, v in config.items() if k != "_class_name"}, tmp_path)
 
 
 def test_the_command(dense, tmp_path, monkeypatch):
