@@ -93,7 +93,8 @@ def explain_stale(
 ) -> Counter[str]:
     """{reason: count}: why existing entries of the same origin ("of" in made_from) cannot replace missing ones.
 
-    Of a large cache the first shards are looked at. missing: (kind, made_from) of each. wanted: names of entries that this run reads, which are not stale.
+    Of a large cache the first shards are looked at.
+    missing: (kind, made_from) of each. wanted: names of entries that this run reads, which are not stale.
     """
     missing = list(missing)
     origins = {(kind, made_from["of"]) for kind, made_from in missing}
