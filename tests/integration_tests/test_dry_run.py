@@ -15,6 +15,7 @@ from benchmarks.block_bytes import our_block, using
 from tests.helpers import ROOT
 from titan_video import kernels
 from titan_video.config.manager import parse_args
+from titan_video.distributed.activation_checkpoint import sections_by_block
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.models import get_args, get_spec
 from titan_video.planner.describe import describe
@@ -282,6 +283,9 @@ def test_toml_at_its_world_size(path, monkeypatch, tmp_path, capsys):
 
     blocks(monkeypatch, config.model.flavor, 3, config.model.name)
     few = {"training.swap_blocks": min(config.training.swap_blocks, 3)}
+    if config.activation_checkpoint.range:  # its blocks are beyond the third
+        r = config.activation_checkpoint.range[0]
+        few["activation_checkpoint.range"] = f'[{{layers = "0-1", mode = "{r.mode}", save = {list(r.save)}}}]'
     config, options = read(path.stem, few), [f"--{name}={value}" for name, value in few.items()]
     main([str(path), "--world-size", str(world_size), "--json", str(tmp_path / "numbers.json"), *options])
     numbers = json.loads((tmp_path / "numbers.json").read_text())
@@ -300,15 +304,21 @@ def extrapolated(monkeypatch, config, world_size):
     """Activations of all blocks, from few. Checkpointed, HunyuanVideo's double blocks keep what single ones do.
     Recomputed they have more, but
     the most is at the last block, a single one: so single ones alone. Offloaded, three of them wait on the device."""
-    name, flavor, measured = config.model.name, config.model.flavor, []
-    args = get_spec(name).flavors[flavor]
+    name, flavor = config.model.name, config.model.flavor
+    args, total = get_spec(name).flavors[flavor], 0
     config = replace(config, training=replace(config.training, swap_blocks=0))
-    fewest = 4 if config.activation_checkpoint.offload else 1
-    for number in (fewest, fewest + 1):
-        with monkeypatch.context() as patch:
-            blocks(patch, flavor, number if name == "wan" else 0, name, single=number)
-            measured.append(dry_run(config, world_size).largest["activations"])
-    return measured[0] + (args.num_layers - fewest) * (measured[1] - measured[0])
+    sections = sections_by_block(config.activation_checkpoint, args.num_layers)
+    for section in dict.fromkeys(sections):
+        fewest, measured = 4 if section.offload else 1, []
+        for number in (fewest, fewest + 1):
+            with monkeypatch.context() as patch:
+                blocks(patch, flavor, number if name == "wan" else 0, name, single=number)
+                measured.append(dry_run(replace(config, activation_checkpoint=section), world_size))
+        first, second = (report.largest["activations"] for report in measured)
+        total += sections.count(section) * (second - first)
+        if section == sections[-1]:  # at the peak, what the last blocks recompute is there too
+            total += first - fewest * (second - first)
+    return total
 
 
 @pytest.mark.slow
