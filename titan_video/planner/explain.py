@@ -76,8 +76,13 @@ def _cause(rejected: Rejected) -> str:
     return "memory, even if every block saves the least"
 
 
-def why_not(model: Model, space: Space, result: Result, fixed: Mapping[str, Any]) -> list[str]:
-    """Why no candidate with these values is the plan: every rule or size that excludes them, or their cost."""
+def why_not(
+    model: Model, space: Space, result: Result, fixed: Mapping[str, Any], allow_offload: bool = False
+) -> list[str]:
+    """Why no candidate with these values is the plan: every rule or size that excludes them, or their cost.
+
+    allow_offload: as in the search of `result`.
+    """
     asked = ", ".join(f"{name}={value}" for name, value in fixed.items())
     chosen = result.chosen
     if chosen and matches(chosen.candidate, fixed):
@@ -86,10 +91,10 @@ def why_not(model: Model, space: Space, result: Result, fixed: Mapping[str, Any]
     broken = list(violations(space, degrees))
     if broken:
         return [f"{asked}: not legal here", *(f"  {line}" for line in broken)]
-    others = replace(space, fixed=fixed)
+    others = replace(space, fixed={**(space.fixed or {}), **fixed})
     if not any(True for _ in others):
         return [f"{asked}: not legal here", f"  no candidate on {space.world_size} ranks has all of these values"]
-    own = search(model, others, space.gpus_per_node)
+    own = search(model, others, space.gpus_per_node, allow_offload=allow_offload)
     if own.chosen is None:
         return [f"{asked}: does not fit", *_shortage(own.rejected)]
     lines = [f"{asked}: {own.num_candidates:,} candidates, of which {len(own.rejected):,} do not fit"]

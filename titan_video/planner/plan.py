@@ -4,8 +4,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from titan_video.config.check import check
 from titan_video.config.job_config import JobConfig
+from titan_video.distributed.parallel_dims import check_layout
 from titan_video.models import get_args, get_spec
+from titan_video.planner.candidate import Candidate
 from titan_video.planner.cluster import Cluster
 from titan_video.planner.cost import CostModel
 from titan_video.planner.describe import GIB
@@ -29,11 +32,15 @@ class Job:
     fixed: Mapping[str, Any] | None = None
     build: Callable[..., Any] = CostModel  # (config, cluster, shares) -> the cost model
 
+    @property
+    def args(self) -> Any:
+        """The model's arguments."""
+        m = self.config.model
+        return get_args(get_spec(m.name), m.flavor, m.hf_assets_path, self.config.encoder.max_text_length)
+
     def space(self, model: Any) -> Space:
         """ConfigError: the job's batch size does not fit its own layout on the cluster."""
-        c, gpus = self.config, self.cluster.gpus
-        spec = get_spec(c.model.name)
-        args = get_args(spec, c.model.flavor, c.model.hf_assets_path, c.encoder.max_text_length)
+        c, gpus, args = self.config, self.cluster.gpus, self.args
         schedules = SCHEDULES if c.parallelism.pipeline_parallel_degree > 1 or gpus > 1 else SCHEDULES[:1]
         return Space(
             world_size=gpus,
@@ -93,12 +100,20 @@ def make_own_plan(job: Job, model: Any, max_solved: int = MAX_SOLVED) -> Planned
     return Planned(job, model, space, result)
 
 
+def own_candidate(config: JobConfig, world_size: int, model: Any) -> Candidate:
+    """The candidate that a configuration is. ValueError: see `to_candidate`."""
+    longest, budget = max(work.tokens for work in model.workload), config.data.tokens_per_microbatch
+    clips = max(1, budget // longest) if budget else 0
+    return to_candidate(config, world_size, len(model.layers), clips)
+
+
 def as_it_is(job: Job, model: Any) -> Plan | str:
     """The layout that the job's TOML has already, as a plan, or why it cannot run on the cluster."""
-    longest = max(work.tokens for work in model.workload)
-    clips = max(1, job.config.data.tokens_per_microbatch // longest) if job.config.data.tokens_per_microbatch else 0
+    gpus = job.cluster.gpus
     try:
-        candidate = to_candidate(job.config, job.cluster.gpus, len(model.layers), clips)
+        check(job.config, gpus, files=False)
+        check_layout(job.config.parallelism, job.args, job.config.encoder.num_training_ranks(gpus))
+        candidate = own_candidate(job.config, gpus, model)
         prediction = model.predict(candidate)
     except ValueError as e:
         return str(e)

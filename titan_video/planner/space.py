@@ -207,14 +207,17 @@ def violations(space: Space, degrees: Mapping[str, int]) -> Iterator[str]:
         yield f"pp = {pp} needs as many micro-batches, but a data-parallel rank has {most} at most"
 
 
-def parse_fixed(text: str) -> dict[str, Any]:
-    """{name of FIXABLE: value} of "tp=8,pp=2". ValueError: an unknown name or a value that it cannot have."""
+def parse_fixed(text: str, option: str) -> dict[str, Any]:
+    """{name of FIXABLE: value} of "tp=8,pp=2". ValueError: an unknown name or a value that it cannot have.
+
+    option: of the command line that has the text, for messages.
+    """
     fixed: dict[str, Any] = {}
     for part in text.replace(" ", "").split(","):
         name, equals, value = part.partition("=")
         if name not in FIXABLE or not equals:
             raise ValueError(
-                f"{part!r}: not NAME=VALUE with a known name; legal: {', '.join(FIXABLE)}; nearest: "
+                f"{option}: {part!r}: not NAME=VALUE with a known name; legal: {', '.join(FIXABLE)}; nearest: "
                 f"{nearest_word(name, FIXABLE)}"
             )
         if name == "schedule":
@@ -228,5 +231,5 @@ def parse_fixed(text: str) -> dict[str, Any]:
             legal, known = value.isdecimal() and int(value) >= least, f"a whole number, at least {least}"
             fixed[name] = int(value) if legal else value
         if not legal:
-            raise ValueError(f"{name}={value}: legal: {known}")
+            raise ValueError(f"{option}: {name}={value}: legal: {known}")
     return fixed
