@@ -17,9 +17,12 @@ from titan_video.config.job_config import (
     CheckpointRange,
     Data,
     JobConfig,
+    Model,
+    Optimizer,
     Parallelism,
     Training,
 )
+from titan_video.config.values import tomllib
 from titan_video.planner import __main__ as program
 from titan_video.planner import cluster, report, timeline
 from titan_video.planner.candidate import FULL, NONE, PARTS, Candidate, Checkpointing, Range
@@ -191,6 +194,42 @@ def test_a_plan_survives_its_toml(candidate, tmp_path):
     clips = candidate.local_batch_size if candidate.tokens_per_microbatch else 0
     assert to_candidate(config, 64, LAYERS, clips) == candidate
     assert path.read_text().startswith("# world size: 64\n#\n#   x\n")
+
+
+def test_all_kinds_of_overrides_are_in_the_plan(tmp_path):
+    data = tmp_path / "data.toml"
+    data.write_text('[data]\npath = "embedded:shapes-64"\nbuckets = [[81, 480, 832]]\n')
+    words = ["--data.file", str(data), "--encoder.idle=free", "--encoder.placement", "colocated", "--ema.enable"]
+    config = manager.parse_args(["--job.config_file", str(TOML), *words])
+    raw = {**manager.read_file(TOML), "encoder": {"idle": "offload"}}
+    tables = report.Source("job.toml", raw, words).with_overrides(config)
+    path = tmp_path / "plan.toml"
+    path.write_text(write_toml(tables, []))
+    found = manager.load(path)
+    assert replace(found, job=config.job) == config and found.data.path == "embedded:shapes-64"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": Optimizer(in_backward=True), "training": Training(global_batch_size=8, max_norm=0.0)},
+        {"model": Model(attention="flex", flavor="t2v-14B")},
+        {"training": Training(global_batch_size=1, mixed_precision_reduce="bfloat16")},
+        {"parallelism": Parallelism(enable_async_tensor_parallel=True, tensor_parallel_degree=2)},
+        {"data": Data(groups_per_step=4, buckets=((81, 720, 1280),))},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_the_trainer_takes_what_is_planned_beside_options_that_stay(options, tmp_path):
+    config = replace(manager.load(TOML), **options)
+    of_plan = job(cluster=ONE_NODE)
+    of_plan = replace(of_plan, config=config)
+    space = of_plan.space(of_plan.build(config, ONE_NODE, None))
+    candidates = list(space)
+    assert candidates
+    for candidate in candidates[:: max(1, len(candidates) // 20)]:
+        tables = plan_tables(tomllib.loads(manager.dump(config)), candidate, LAYERS)
+        check(manager.from_dict(tables), ONE_NODE.gpus, files=False)
 
 
 def test_a_block_that_the_model_does_not_have_is_named():

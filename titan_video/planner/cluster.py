@@ -13,7 +13,6 @@ Bandwidths count 1e9 bytes. Times are of an otherwise idle machine.
 """
 
 import math
-import sys
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields
@@ -22,11 +21,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from titan_video.config.option import opt
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from titan_video.config.values import tomllib
 
 FOLDER = Path("train_configs/clusters")
 

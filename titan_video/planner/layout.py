@@ -129,11 +129,14 @@ class LayoutBuilder:
         return held
 
     def modes(self, c: Candidate, allow_offload: bool) -> list[Checkpointing]:
-        """What a block may save. Attention only where some clips are long enough for it (save_min_kv)."""
+        """What a block may save. Attention only where some clips are long enough for it (save_min_kv), and where its
+        operator is visible: see kernels/attention.py.
+        """
         key = c.ulysses > 1, allow_offload
         if key not in self._modes:
-            longest = max(work.tokens for work in self.model.workload)
-            is_long = longest >= self.model.config.activation_checkpoint.save_min_kv
+            config, longest = self.model.config, max(work.tokens for work in self.model.workload)
+            is_long = longest >= config.activation_checkpoint.save_min_kv
+            is_long = is_long and (config.model.attention != "flex" or config.compile.enable)
             found = [NONE, FULL]
             found += [
                 Checkpointing("selective", save)

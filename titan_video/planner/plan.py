@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from titan_video.config.check import check
@@ -15,7 +16,7 @@ from titan_video.planner.describe import GIB
 from titan_video.planner.explain import name_of
 from titan_video.planner.plan_file import to_candidate
 from titan_video.planner.search import MAX_SOLVED, Plan, Result, binding, search
-from titan_video.planner.space import MAX_ENCODER_SHARE, SCHEDULES, Space, StepClips, divisors
+from titan_video.planner.space import MAX_ENCODER_SHARE, SCHEDULES, Space, StepClips, divisors, runs
 
 ALLOWED = ("offload", "8bit", "host-state")  # what a plan may use beside layouts: asked for, or needed to fit
 MORE_GPUS = (2, 4, 8)
@@ -56,6 +57,7 @@ class Job:
             optimizer="AdamW8bit" if "8bit" in self.allow and c.optimizer.name == "AdamW" else c.optimizer.name,
             enable_cpu_offload="host-state" in self.allow or c.training.enable_cpu_offload,
             fixed=self.fixed,
+            runs=partial(runs, c),
         )
 
 

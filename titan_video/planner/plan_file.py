@@ -94,7 +94,7 @@ def merged(ranges: Iterable[Range]) -> tuple[Range, ...]:
 def plan_tables(raw: Tables, candidate: Candidate, num_blocks: int) -> Tables:
     """The tables of a job's TOML, with the candidate's values; those that equal the defaults are left out.
 
-    raw: as tomllib reads the TOML.
+    raw: as tomllib reads the TOML, with current names of fields.
     """
     defaults = asdict(JobConfig())
     tables = {section: dict(values) for section, values in raw.items()}
@@ -109,6 +109,8 @@ def plan_tables(raw: Tables, candidate: Candidate, num_blocks: int) -> Tables:
     for name, placement in PLACEMENT_FIELDS.items():
         if candidate.placement != placement:
             tables.get("encoder", {}).pop(name, None)
+    if candidate.tp == 1:
+        tables.get("parallelism", {}).pop("enable_async_tensor_parallel", None)
     checkpoint = tables.get("activation_checkpoint", {})
     if checkpoint.get("mode", "none") != "selective" or checkpoint.get("range"):
         checkpoint.pop("save", None)

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from titan_video.config.job_config import JobConfig
+from titan_video.config.manager import CONFIG_FILE, DATA_FILE
+from titan_video.config.renames import current_name
+from titan_video.config.values import sections
 from titan_video.planner.candidate import PARTS, StageMemory
 from titan_video.planner.describe import CATEGORIES, CONTEXT, GAPS, GIB, NCCL
 from titan_video.planner.explain import name_of, saved_by
@@ -30,13 +33,21 @@ class Source:
     overrides: Sequence[str] = ()
 
     def with_overrides(self, config: JobConfig) -> Tables:
-        tables = {section: dict(values) for section, values in self.tables.items()}
+        """The tables with current names, and the values that `config`, which is made of both, has by overrides."""
+        tables = {
+            section: {current_name(name, sections()[section]): value for name, value in values.items()}
+            for section, values in self.tables.items()
+        }
+        found, defaults = asdict(config), asdict(JobConfig())
         for word in self.overrides:
-            if word.startswith("--"):
-                section, _, field = word[2:].partition("=")[0].partition(".")
-                name = field.partition(".")[0]
-                value = asdict(config)[section][name]
-                tables.setdefault(section, {})[name] = list(value) if isinstance(value, tuple) else value
+            option = word[2:].partition("=")[0] if word.startswith("--") else CONFIG_FILE
+            section, _, field = option.partition(".")
+            if option == DATA_FILE:
+                for name in ("data", "training"):
+                    tables[name] = {k: v for k, v in found[name].items() if v != defaults[name][k]}
+            elif option != CONFIG_FILE:
+                name = current_name(field.partition(".")[0], sections()[section])
+                tables.setdefault(section, {})[name] = found[section][name]
         return tables
 
 

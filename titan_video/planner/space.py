@@ -4,7 +4,7 @@ The order of the mesh is ParallelDims': tensor parallel on neighbours, then Ulys
 stages outermost. Tensor parallel stays inside a node, where its links are.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -54,7 +54,8 @@ class Space:
 
     longest: tokens of the longest clip. placement: where the job encodes; if
     during training, both ways to do so are tried. encoder_ranks: numbers of ranks that encode; 0: those that train.
-    fixed: values that every candidate has, by a name of FIXABLE.
+    fixed: values that every candidate has, by a name of FIXABLE. runs: whether the trainer runs a candidate with the
+    options that the job keeps; None: all of them.
     """
 
     world_size: int
@@ -70,11 +71,12 @@ class Space:
     optimizer: str = "AdamW"
     enable_cpu_offload: bool = False
     fixed: Mapping[str, Any] | None = None
+    runs: Callable[[Candidate], bool] | None = None
 
     def __iter__(self) -> Iterator[Candidate]:
         for extra in filter(lambda n: self._allows("encoder_ranks", n), self.encoder_ranks):
             for degrees in self._degrees(self.world_size - extra):
-                yield from self._sized(degrees, extra)
+                yield from filter(self.runs or (lambda _: True), self._sized(degrees, extra))
 
     def _allows(self, name: str, value: Any) -> bool:
         return not self.fixed or name not in self.fixed or self.fixed[name] == value
@@ -179,6 +181,20 @@ def _is_legal(schedule: str, pp: int, microbatches: int) -> bool:
     if schedule == "1F1B":
         return microbatches >= pp
     return microbatches % max(1, microbatches // pp) == 0
+
+
+def runs(config: JobConfig, c: Candidate) -> bool:
+    """Whether a run's options that no plan changes allow the layout: rules of the trainer about both."""
+    p, t = config.parallelism, config.training
+    reduces = p.enable_fsdp_symm_mem or t.mixed_precision_reduce == "bfloat16"
+    if reduces and c.num_training_ranks <= c.pp:
+        return False
+    if config.model.attention == "flex" and c.ring > 1:
+        return False
+    if config.data.groups_per_step > 1 and c.pp > 1:
+        return False
+    is_one_backward = c.microbatches == c.pp == c.dp_replicate == 1 and not c.enable_cpu_offload
+    return is_one_backward or not config.optimizer.in_backward
 
 
 def violations(space: Space, degrees: Mapping[str, int]) -> Iterator[str]:
