@@ -11,7 +11,7 @@ from titan_video.config.job_config import JobConfig
 from titan_video.models import get_spec
 from titan_video.planner import cluster as clusters
 from titan_video.planner.candidate import FULL, NONE, PARTS, Candidate, Checkpointing, Range
-from titan_video.planner.cluster import Group, load, parse
+from titan_video.planner.cluster import AttentionSample, Group, load, parse
 from titan_video.planner.cost import CostModel
 from titan_video.planner.dry_run import dry_run
 from titan_video.planner.plan_file import to_tables
@@ -106,6 +106,13 @@ def test_measured_messages_replace_the_formula():
 
 
 # ---- traces ----
+
+
+def test_attention_has_the_rate_of_its_backend():
+    rows = [AttentionSample(name, 4096, 128, rate, rate) for name, rate in (("math", 10.0), ("cudnn", 500.0))]
+    machine = replace(load("h100x8"), attention=tuple(rows))
+    rates = {name: machine.attention_rate(4096, 128, False, name) / 1e12 for name in ("auto", "math", "flash")}
+    assert rates == pytest.approx({"auto": 500, "math": 10, "flash": 500})
 
 
 def test_decoded_numbers():

@@ -57,8 +57,7 @@ def rejections(result: Result) -> list[str]:
     for cause, number in by_cause.most_common():
         lines.append(f"{number:,} do not fit: {cause}")
     if result.rejected:
-        nearest = min(result.rejected, key=lambda r: r.missing)
-        lines.append(f"the nearest to fit, {name_of(nearest.candidate)}, lacks {nearest.missing / GIB:.2f} GiB")
+        lines += [line.strip() for line in _shortage(result.rejected)]
     if result.slower:
         bound, candidate = result.slower[0]
         text = f"{len(result.slower):,} were left out: even the lower bound of the best, {name_of(candidate)}, is "
@@ -104,6 +103,8 @@ def why_not(
 
 def _shortage(rejected: Iterable[Rejected]) -> list[str]:
     nearest = min(rejected, key=lambda r: r.missing)
+    if nearest.missing <= 0:
+        return [f"  the nearest to fit, {name_of(nearest.candidate)}: {_cause(nearest)}"]
     return [
         f"  the nearest to fit, {name_of(nearest.candidate)}, lacks {nearest.missing / GIB:.2f} GiB on its fullest "
         f"stage even if its blocks save the least"

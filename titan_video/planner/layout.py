@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from titan_video.planner.candidate import FULL, NONE, Candidate, Checkpointing
-from titan_video.planner.describe import CONTEXT, GAPS, GIB, NCCL
+from titan_video.planner.describe import usable_bytes
 from titan_video.planner.knapsack import Choice
 from titan_video.planner.memory_model import in_flight
 from titan_video.planner.search import StageBudget
@@ -61,7 +61,7 @@ class LayoutBuilder:
     """model: the CostModel. Everything is cached by what it depends on."""
 
     def __init__(self, model: Any):
-        self.model = model
+        self.model, self._gib = model, model.cluster.gpu.memory_gib
         self._modes: dict[Any, list[Checkpointing]] = {}
         self._tables: dict[Any, _Table] = {}
         self._choices: dict[Any, dict[str, tuple[Choice, ...]]] = {}
@@ -103,12 +103,16 @@ class LayoutBuilder:
         if fixed_key not in self._fixed:
             self._fixed[fixed_key] = self.clock.fixed(c)
         budgets, held, fixed = self._budgets[budget_key], self._held[budget_key], self._fixed[fixed_key]
-        return Layout(budgets, self._choices[key], held, self._usable(c), c.microbatches, c.pp, chunks, fixed)
-
-    def _usable(self, c: Candidate) -> float:
-        """Bytes of a GPU that may be counted."""
-        reserve = CONTEXT + (NCCL if c.num_training_ranks > 1 else 0)
-        return (self.model.cluster.gpu.memory_gib - reserve) * GIB / (1 + GAPS)
+        return Layout(
+            budgets,
+            self._choices[key],
+            held,
+            usable_bytes(self._gib, c.num_training_ranks),
+            c.microbatches,
+            c.pp,
+            chunks,
+            fixed,
+        )
 
     def _holds_gradients(self, c: Candidate) -> bool:
         """From the first backward of a step on, and not only as its last one goes."""
@@ -191,7 +195,7 @@ class LayoutBuilder:
         model = self.model
         num, units = len(model.stages(c)), model.units(c)
         works = [(work, model.ends_memory(c, work)) for work in model.workload]
-        usable = self._usable(c) * c.pp / num
+        usable = usable_bytes(self._gib, c.num_training_ranks) * c.pp / num
         found = []
         for s in range(num):
             is_first, is_last = s == 0, s == num - 1

@@ -145,10 +145,8 @@ def smallest_change(planned: Planned) -> list[str]:
     if not planned.result.rejected:
         return [f"no layout is legal on {job.cluster.name}: --explain NAME=VALUE says which rule a value breaks"]
     nearest = min(planned.result.rejected, key=lambda r: r.missing)
-    lines = [
-        f"no plan fits {job.cluster.name}: the nearest, {name_of(nearest.candidate)}, lacks "
-        f"{nearest.missing / GIB:.2f} GiB on each GPU"
-    ]
+    lacks = f"lacks {nearest.missing / GIB:.2f} GiB on each GPU" if nearest.missing > 0 else "lacks little memory"
+    lines = [f"no plan fits {job.cluster.name}: the nearest, {name_of(nearest.candidate)}, {lacks}"]
     tried: list[tuple[str, Callable[[], Job | None]]] = [
         ("fewer frames", lambda: _shorter(job)),
         ("more GPUs", lambda: _more_gpus(job)),
@@ -197,8 +195,9 @@ def _more_gpus(job: Job) -> Job | None:
 
 
 def _more_memory(job: Job, missing: float) -> Job | None:
-    """On a GPU with the least memory that fits, to a GiB above what is missing."""
+    """On a GPU with the least memory that fits, to a GiB above what is missing; where that is not known, 2 %."""
     gib = job.cluster.gpu.memory_gib
+    missing = max(missing, 0.02 * gib * GIB)
     for more in (1.08, 1.3, 1.7, 2.5):
         size = round(gib + missing / GIB * more + 0.5)
         trial = replace(job, cluster=replace(job.cluster, gpu=replace(job.cluster.gpu, memory_gib=float(size))))

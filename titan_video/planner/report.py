@@ -11,7 +11,7 @@ from titan_video.config.manager import CONFIG_FILE, DATA_FILE
 from titan_video.config.renames import current_name
 from titan_video.config.values import sections
 from titan_video.planner.candidate import PARTS, StageMemory
-from titan_video.planner.describe import CATEGORIES, CONTEXT, GAPS, GIB, NCCL
+from titan_video.planner.describe import CATEGORIES, CONTEXT, GAPS, GIB, NCCL, usable_bytes
 from titan_video.planner.explain import name_of, saved_by
 from titan_video.planner.page import build_page
 from titan_video.planner.plan import Planned
@@ -129,7 +129,7 @@ def page_data(planned: Planned, source: Source) -> dict[str, Any]:
     """See page.py."""
     plan, cluster, model = planned.result.chosen, planned.job.cluster, planned.model
     p, c = plan.prediction, plan.candidate
-    usable = _usable(cluster.gpu.memory_gib, cluster.gpus)
+    usable = usable_bytes(cluster.gpu.memory_gib, cluster.gpus)
     bars = []
     per_stage = c.num_training_ranks // c.pp
     for memory in p.memory:
@@ -158,11 +158,6 @@ def page_data(planned: Planned, source: Source) -> dict[str, Any]:
         "plans": _points(planned),
         "assumptions": assumptions(planned),
     }
-
-
-def _usable(memory_gib: float, gpus: int) -> float:
-    """Bytes that may be counted: with the reserve they are the GPU's memory (candidate.StageMemory.needed)."""
-    return (memory_gib - CONTEXT - (NCCL if gpus > 1 else 0)) / (1 + GAPS) * GIB
 
 
 def _ranks(stage: int, pp: int, per_stage: int) -> str:
