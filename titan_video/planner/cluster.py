@@ -23,7 +23,7 @@ from typing import Any, get_args, get_type_hints
 from titan_video.config.option import opt
 from titan_video.config.values import tomllib
 
-FOLDER = Path("train_configs/clusters")
+FOLDER = Path(__file__).resolve().parents[2] / "train_configs" / "clusters"  # from any working folder
 
 
 @dataclass(frozen=True)

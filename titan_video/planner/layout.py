@@ -18,7 +18,7 @@ from titan_video.planner.knapsack import Choice
 from titan_video.planner.memory_model import in_flight
 from titan_video.planner.search import StageBudget
 from titan_video.planner.step_clock import StepClock
-from titan_video.planner.step_model import StepFixed
+from titan_video.planner.step_model import StepFixed, bubble
 from titan_video.planner.trace import SAVES
 
 
@@ -40,7 +40,7 @@ class Layout:
         slowest = max(sum(of_stages[rank :: self.pp]) for rank in range(self.pp))
         total = self.microbatches * slowest + sum(self.fixed.parts.values())
         if self.pp > 1:
-            total += (self.pp - 1) * slowest / self.chunks
+            total += bubble(self.pp, self.microbatches, self.chunks) * slowest
             total += (self.microbatches + self.pp - 1) * self.fixed.send * self.chunks
         return max([total, *self.fixed.at_least.values()])
 
@@ -86,7 +86,7 @@ class LayoutBuilder:
                 for work in self.model.workload
             )
         chunks = 2 if c.pp > 1 and c.schedule.startswith("Interleaved") else 1
-        return self._least[key] * (c.microbatches + (c.pp - 1) / chunks) / c.pp
+        return self._least[key] * (c.microbatches + bubble(c.pp, c.microbatches, chunks)) / c.pp
 
     def layout(self, c: Candidate, allow_offload: bool) -> Layout:
         chunks = 2 if c.pp > 1 and c.schedule.startswith("Interleaved") else 1
