@@ -1,6 +1,6 @@
 """Makes a mixture of experts from dense weights (Komatsuzaki et al. 2023, "Sparse upcycling"):
 
-    python -m titan_video.upcycle SRC DST --flavor moe-14B --method shared
+    python -m titan_video.upcycle SRC DST --flavor moe-14B-shared --method shared
 
     method   experts                                     expert of all tokens      what the model computes at first
     copies   each is the dense feed-forward, its first   if any: drawn, down 0     with --noise 0 what SRC computes, as
@@ -13,6 +13,7 @@ with checkpoint.initial_load_path = DST and the same flavor.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -128,7 +129,7 @@ def run(options: argparse.Namespace) -> Path:
         raise ValueError(f"SRC {options.source} does not exist")
     if options.target.exists():
         raise ValueError(f"DST {options.target} exists; give a new path")
-    if options.noise < 0:
+    if not 0 <= options.noise < math.inf:
         raise ValueError(f"--noise: given {options.noise}; legal: 0 or more")
     flavor, options.flavor, options.config = options.flavor, options.dense, None
     source = options.source

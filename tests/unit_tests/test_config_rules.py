@@ -242,6 +242,11 @@ COMBINATIONS = [  # (what is set, fields the message names, a piece of the fix)
     ({"checkpoint.initial_load_path": "a/b"}, "checkpoint.initial_load_path", "python -m titan_video.download a/b"),
     ({"checkpoint.keep_exports": 2}, "checkpoint.keep_exports", "checkpoint.export_every"),
     (
+        {"checkpoint.export_every": 5, "checkpoint.export_format": "stacked"},
+        "checkpoint.export_format",
+        "for mixtures of experts, but model.flavor debug is none; choose diffusers",
+    ),
+    (
         {"lora.enable": True, "lora.export": [], "checkpoint.export_every": 5},
         "lora.export",
         "checkpoint.export_every is 5; give at least one",

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import time
 import tracemalloc
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from titan_video.data.latent_cache import LatentCache
 from titan_video.data.loader import DrawPlan, by_bucket
 from titan_video.encoders.debug import DebugEncoders
 from titan_video.ingest import clip_table as clip_tables
-from titan_video.ingest import columns, planned, probes
+from titan_video.ingest import columns, entry_index, planned, probes
 from titan_video.ingest.__main__ import main
 from titan_video.ingest.bucketing import ClipChoice
 from titan_video.ingest.cache_keys import write_manifest
@@ -179,6 +180,26 @@ def test_the_index_holds_what_the_shards_hold(tmp_path):
     assert sorted(name for row in manifest for name in row["entries"]) == sorted(later.where)
     next((tmp_path / "shards").iterdir()).unlink()  # a shard less is another index
     assert len(EntryIndex(make_index(later))) < 15
+
+
+def test_the_index_of_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    """Such as a cache of another user."""
+    cache = LatentCache(tmp_path / "cache", "v", "t")
+    cache.write("text", f"{1:064x}", torch.ones(1), {})
+    cache.flush()
+    real = entry_index._write
+
+    def write(path, *others):
+        if path.parent == cache.folder:
+            raise PermissionError(13, "Permission denied")
+        real(path, *others)
+
+    monkeypatch.setattr(entry_index, "_write", write)
+    assert make_index(cache) is None
+    path = make_index(cache, tmp_path / "run/tables")
+    assert path.parent == tmp_path / "run/tables" and f"text/{1:064x}" in EntryIndex(path)
+    monkeypatch.setattr(entry_index, "_write", lambda *_: pytest.fail("it is written anew"))
+    assert make_index(cache, tmp_path / "run/tables") == path
 
 
 def test_the_folder_is_listed_a_bounded_number_of_times(tmp_path, monkeypatch):
@@ -377,7 +398,10 @@ def test_parts_of_a_plan_and_of_encoding_make_the_whole(toml, tmp_path, monkeypa
         later = [name for name in cache.where if int(name[-64:][:16], 16) % 3 > part]
         assert len(later) <= 1  # the empty caption, which the first part has
     assert len(cache.where) == 13  # all of them, before the merge
+    assert not (tmp_path / "run/cache/manifest.jsonl").exists()
     main(["encode", str(toml)])
+    listed = map(json.loads, (tmp_path / "run/cache/manifest.jsonl").read_text().splitlines())
+    assert sum(len(row["entries"]) for row in listed) == 13
     cache = LatentCache(tmp_path / "run/cache", "v", "t")
     assert sum(name.startswith("video/") for name in cache.where) == 6 and len(cache.where) == 13
     with pytest.raises(SystemExit):
@@ -386,6 +410,8 @@ def test_parts_of_a_plan_and_of_encoding_make_the_whole(toml, tmp_path, monkeypa
 
 
 def test_a_known_plan_is_taken_and_nothing_is_written_anew(toml, tmp_path, monkeypatch, capsys):
+    main(["encode", str(toml)])
+    capsys.readouterr()  # what was encoded
     main(["encode", str(toml)])
     report, printed = tmp_path / "run/data_plan.jsonl", capsys.readouterr().out
     stamp = report.stat().st_mtime_ns
@@ -400,6 +426,51 @@ def test_a_known_plan_is_taken_and_nothing_is_written_anew(toml, tmp_path, monke
     report.write_text(report.read_text().replace("another caption", "ANOTHER CAPTION"))
     main(["encode", str(toml)])
     assert "another caption" in report.read_text()
+
+
+def test_what_a_passing_failure_has_dropped_is_not_taken_later(toml, tmp_path, monkeypatch):
+    """A clip that a worker did not survive once: the next plan has it, and so have the tables made of that plan."""
+    real = probes.probe
+    crash = lambda path, *a: Probe(reason="crashed: once") if path.endswith("0.mp4") else real(path, *a)  # noqa: E731
+    monkeypatch.setattr(probes, "probe", crash)
+    main(["encode", str(toml)])
+    assert "crashed: once" in (tmp_path / "run/data_plan.jsonl").read_text()
+    monkeypatch.undo()
+    main(["encode", str(toml)])
+    assert "crashed: once" not in (tmp_path / "run/data_plan.jsonl").read_text()
+    cache = LatentCache(tmp_path / "run/cache", "v", "t")
+    assert sum(name.startswith("video/") for name in cache.where) == 6
+    expected = {e.content for e in make_plan(tmp_path / "clips", [[5, 32, 32]], 8.0, 0, tmp_path / "alone").entries}
+    shards = [cache.header(shard)[0]["__metadata__"] for shard in cache.shards]
+    made = [json.loads(found[name]) for found in shards for name in found if name.startswith("video/")]
+    assert len(expected) == len({made["of"] for made in made}) == 6
+
+
+def test_a_table_that_is_there_stays(tmp_path):
+    """Another machine may have it mapped. One that holds something else, of the same sizes, is replaced."""
+
+    def write(number):
+        with ColumnWriter(tmp_path, np.dtype([("n", "i8")])) as writer:
+            writer.append((number,))
+            writer.write(tmp_path / "a.columns", {}, "table")
+        return (tmp_path / "a.columns").stat().st_ino, Columns(tmp_path / "a.columns")["n"].tolist()
+
+    first, same, other = write(7), write(7), write(8)
+    assert first == same and other[1] == [8] and other[0] != first[0]
+    (tmp_path / "a.columns").write_bytes((tmp_path / "a.columns").read_bytes()[:-1])
+    assert write(8)[1] == [8] and [p.name for p in tmp_path.iterdir()] == ["a.columns"]
+
+
+def test_what_killed_writers_left_is_deleted(tmp_path):
+    with ColumnWriter(tmp_path, np.dtype([("n", "i8")])) as writer:
+        writer.write(tmp_path / "plan-a.columns", {}, "table")
+    kept = {"plan-a.columns", ".plan-c.columns.host.1.tmp", "clips-a.columns"}
+    for name in (*kept, ".plan-b.columns.host.1.tmp", "plan-b.columns"):
+        (tmp_path / name).touch()
+    for name, days in ((".plan-b.columns.host.1.tmp", 2), ("plan-b.columns", 61), ("clips-a.columns", 61)):
+        os.utime(tmp_path / name, (time.time() - days * 86400,) * 2)
+    columns.used(tmp_path / "plan-a.columns")
+    assert {p.name for p in tmp_path.iterdir()} == kept
 
 
 def test_shares_are_whole_and_even():

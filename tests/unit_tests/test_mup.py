@@ -340,6 +340,13 @@ def test_eps_beside_the_gradients_is_width_free():
     assert abs(quickly("--optimizer.eps", "1e-4").worst()[2]) <= BAR
 
 
+def test_a_layer_that_diverged_fails():
+    sizes = {64: {"a": [1.0, 1.0], "b": [0.0, 2.0]}, 128: {"a": [1.0, math.inf], "b": [0.0, math.nan]}}
+    slopes = {layer: list(coordinate_check._slopes(sizes, layer)) for layer in ("a", "b")}
+    assert slopes["a"] == [0.0, math.inf] and math.isnan(slopes["b"][0]) and slopes["b"][1] == math.inf
+    assert coordinate_check.Finding("activations", sizes, slopes).worst() == ("a", 1, math.inf)
+
+
 def test_widths_of_a_check():
     assert coordinate_check.default_widths(32) == (64, 128, 256, 512)
     assert coordinate_check.default_widths(128) == (128, 256, 512, 1024)
@@ -509,5 +516,6 @@ def test_a_resumed_run_is_read_once(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert transfer.read_outcome(tmp_path, config) is None
     rows += [{"step": s, "loss": float(s), "grad_norm": 0.1} for s in (19, 20)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    torn = json.dumps(rows[18])[:-9]  # of a run that was killed
+    (tmp_path / "metrics.jsonl").write_text("\n".join([torn, *map(json.dumps, rows)]))
     assert transfer.read_outcome(tmp_path, config) == transfer.Outcome(loss=19.5, clipped=0.0)

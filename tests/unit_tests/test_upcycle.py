@@ -1,6 +1,7 @@
 """A mixture made from dense weights computes what they compute; mixtures are exported in a form of their own."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -89,9 +90,10 @@ def test_another_dense_model_is_refused(dense, tmp_path, monkeypatch):
         upcycle.run(upcycle.parse([str(dense[1]), str(tmp_path / "x"), "--flavor", "wider", "--method", "copies"]))
     with pytest.raises(ValueError, match="exists; give a new path"):
         upcycle.run(upcycle.parse([str(dense[1]), str(tmp_path), "--flavor", "copies", "--method", "copies"]))
-    with pytest.raises(ValueError, match="--noise: given -1.0"):
-        arguments = [str(dense[1]), str(tmp_path / "x"), "--flavor", "copies", "--method", "copies", "--noise", "-1"]
-        upcycle.run(upcycle.parse(arguments))
+    for noise in ("-1.0", "nan", "inf"):
+        arguments = [str(dense[1]), str(tmp_path / "x"), "--flavor", "copies", "--method", "copies", "--noise", noise]
+        with pytest.raises(ValueError, match=f"--noise: given {noise}"):
+            upcycle.run(upcycle.parse(arguments))
 
 
 # ---- exports ----
@@ -145,12 +147,17 @@ def test_experts_in_a_config_are_checked(tmp_path):
         ({"top_k": 7}, "top_k"),
         ({"num_experts": "6"}, "num_experts"),
         ({"first_dense": 3}, "first_dense"),
+        ({"expert_choice": 1}, "expert_choice"),
+        ({"route_scale": "x"}, "route_scale"),
+        ({"route_scale": math.nan}, "route_scale"),
         ({"kind": 1}, "kind"),
     ):
         with pytest.raises(ValueError, match=message):
             args_from_config(SPEC, config | {"experts": config["experts"] | change}, tmp_path)
     with pytest.raises(ValueError, match="holds a TitanVideoWanExperts"):
         args_from_config(SPEC, {k: v for k, v in config.items() if k != "experts"}, tmp_path)
+    with pytest.raises(ValueError, match="holds a WanTransformer3DModel"):
+        args_from_config(SPEC, {k: v for k, v in config.items() if k != "_class_name"}, tmp_path)
 
 
 def test_the_command(dense, tmp_path, monkeypatch):

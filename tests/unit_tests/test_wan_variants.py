@@ -172,7 +172,9 @@ def test_parameter_counts_are_exact(flavor):
 
 def test_every_flavor_is_counted_or_for_debugging_or_narrow():
     debug = {"debug", "debug-i2v", "debug-flf2v", "debug-i2v-A14B", "debug-ti2v"}
-    assert SPEC.flavors.keys() - COUNTS.keys() == debug | PROXIES
+    mixtures = {name for name, args in SPEC.flavors.items() if args.experts}
+    assert SPEC.flavors.keys() - COUNTS.keys() == debug | PROXIES | mixtures
+    assert mixtures == {"moe-debug", "moe-debug-expert-choice", "moe-1.3B", "moe-14B-shared", "moe-14B-copies"}
 
 
 def test_the_5B_is_one_model_for_both_tasks():

@@ -17,6 +17,7 @@ from titan_video.data.batching import Batching, Bucket, Work, batch_size_errors,
 from titan_video.distributed.utils import broadcast_from_rank0, init_distributed
 from titan_video.encoders import build_encoders
 from titan_video.ingest.captions import with_cut_captions
+from titan_video.ingest.encode_table import share_index
 from titan_video.ingest.entries import Plan
 from titan_video.ingest.plan import Planner
 from titan_video.ingest.planned import ALL, Part, Tables, plan_on_ranks, probe_part, write_report
@@ -168,6 +169,8 @@ class DataCommand:
         ready = Preparation.of(config, self.args, encoders, cache, None)
         texts = sampled_negatives(sampling_section(config, self.args, config.data.sizes[0]))
         planned = ready.encode(broadcast_from_rank0(lambda: ready.planned(plan)), self.plan_file, texts, part)
+        if part.count == 1 and "encode_seconds" not in planned.counts and os.access(cache.folder, os.W_OK):
+            share_index(cache, None)  # parts may have encoded all, and listed nothing
         if dist.get_rank() == 0:
             print(f"{len(planned.clips)} clips in {self.cache_folder}")
 

@@ -7,7 +7,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
-from itertools import chain
+from itertools import chain, islice
 
 from titan_video.data.latent_cache import (
     CODE_VERSION,
@@ -23,6 +23,7 @@ from titan_video.ingest.entry_index import EntryIndex, listed_entries
 from titan_video.tools.files import atomic_path
 
 PARTIAL_SECONDS = 600  # no write of a shard takes this long
+SHARDS_EXPLAINED = 4096  # that are opened to say why entries are stale: all ranks wait meanwhile
 
 
 def video_key(cache: LatentCache, content: str) -> str:
@@ -82,8 +83,9 @@ def write_manifest(cache: LatentCache) -> Counter[str]:
 def remove_partial_shards(cache: LatentCache) -> None:
     """Delete the temporary files of writers that were killed. One process calls it, before encoding."""
     for path in cache.folder.glob("shards/.*.tmp"):
-        if time.time() - path.stat().st_mtime > PARTIAL_SECONDS:
-            path.unlink(missing_ok=True)
+        with suppress(OSError):  # gone, or in a folder that cannot be written
+            if time.time() - path.stat().st_mtime > PARTIAL_SECONDS:
+                path.unlink()
 
 
 def explain_stale(
@@ -91,12 +93,13 @@ def explain_stale(
 ) -> Counter[str]:
     """{reason: count}: why existing entries of the same origin ("of" in made_from) cannot replace missing ones.
 
+    Of a large cache the first shards are looked at.
     missing: (kind, made_from) of each. wanted: names of entries that this run reads, which are not stale.
     """
     missing = list(missing)
     origins = {(kind, made_from["of"]) for kind, made_from in missing}
     existing: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
-    for shard in cache.shards:
+    for shard in islice(cache.shards, SHARDS_EXPLAINED):
         header = cache.header(shard)[0]
         for name in entry_names(header):
             with suppress(*DAMAGE_ERRORS):  # of a damaged entry nothing is known

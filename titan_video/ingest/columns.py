@@ -2,12 +2,13 @@
 memory of its own that grows with the rows.
 
     8 bytes      length of the header
-    header       JSON: format, rows, note, and for each column its dtype, shape, offset and bytes
+    header       JSON: format, rows, note, for each column its dtype, shape and offset, and a digest of all of them
     columns      each at a multiple of 64 bytes; a column of bytes of any length is one of all bytes and one of offsets
 
 A file is written once, under another name that is replaced at the end, and never changed.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from titan_video.tools.files import atomic_path
 
 FORMAT = "titan-video columns 1"
 ALIGNMENT, ROWS_WAITING, MAX_HEADER = 64, 4096, 1 << 30
-UNUSED_SECONDS = 60 * 86400
+UNUSED_SECONDS, KILLED_SECONDS = 60 * 86400, 86400
 TIMES_SHARED = 1 << 16  # whose places a writer remembers
 
 
@@ -50,8 +51,10 @@ class Columns(Mapping[str, np.ndarray]):
                 raise ValueError("it has another format")
             self.num_rows, self.note, start = int(header["rows"]), header["note"], _aligned(8 + length)
             # Torch's mapping, unlike numpy's, holds no file descriptor, of which a process has few.
-            data = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8).numpy()
-            data = (data.copy() if is_copied else data)[start:]
+            if is_copied:
+                data = np.fromfile(self.path, np.uint8)[start:]
+            else:
+                data = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8).numpy()[start:]
             data.flags.writeable = False
             self._columns = {name: _column(data, *at) for name, at in header["columns"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
@@ -77,6 +80,10 @@ class Columns(Mapping[str, np.ndarray]):
         return self[name][start:end].tobytes()
 
 
+class _IsThere(Exception):
+    """The table that is written is there already."""
+
+
 class ColumnWriter:
     """Writes a table row by row, or column by column. What waits is bounded: columns grow in temporary files.
 
@@ -93,6 +100,7 @@ class ColumnWriter:
         self.ends = np.zeros(len(self.blobs), np.int64)
         self.files: dict[str, BinaryIO] = {}
         self.columns: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+        self.digest = hashlib.blake2b(digest_size=16)
         for name in self.blobs:
             self._put(f"{name}/ends", np.zeros(1, np.int64))
 
@@ -107,22 +115,30 @@ class ColumnWriter:
         self._put(name, column)
 
     def write(self, path: str | os.PathLike, note: Mapping[str, Any], what: str, num_rows: int | None = None) -> None:
-        """The file, and the end of this writer. num_rows: of a table that was written by `put` alone."""
+        """The file, and the end of this writer. num_rows: of a table that was written by `put` alone.
+
+        A file that is there and holds the same stays: other processes may have it mapped, and on NFS a file that
+        another machine has replaced is gone for them.
+        """
         self._flush()
         offset, places = 0, {}
         for name, (dtype, shape) in self.columns.items():
             places[name] = dtype.str, shape, offset
             offset = _aligned(offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
         rows = self.num_rows if num_rows is None else num_rows
-        header = json.dumps({"format": FORMAT, "rows": rows, "note": note, "columns": places}).encode()
-        with atomic_path(path, what, offset + len(header)) as temporary, open(temporary, "wb") as out:
-            out.write(len(header).to_bytes(8, "little") + header)
+        about = {"format": FORMAT, "rows": rows, "note": note, "columns": places, "digest": self.digest.hexdigest()}
+        header = json.dumps(about).encode()
+        size, header = offset + len(header), len(header).to_bytes(8, "little") + header
+        with suppress(_IsThere), atomic_path(path, what, size) as temporary, open(temporary, "wb") as out:
+            out.write(header)
             for name, file in self.files.items():
                 out.write(bytes(-out.tell() % ALIGNMENT))
-                assert out.tell() == _aligned(8 + len(header)) + places[name][2]
+                assert out.tell() == _aligned(len(header)) + places[name][2]
                 file.seek(0)
                 shutil.copyfileobj(file, out, 1 << 20)
             out.flush()  # before atomic_path syncs the file
+            if _begins_with(path, header, out.tell()):
+                raise _IsThere
 
     def __enter__(self) -> "ColumnWriter":
         return self
@@ -152,20 +168,31 @@ class ColumnWriter:
             self.columns[name] = column.dtype, (0, *column.shape[1:])
         dtype, (count, *shape) = self.columns[name]
         assert column.dtype == dtype and column.shape[1:] == tuple(shape), name
-        self.files[name].write(np.ascontiguousarray(column).data)
+        data = np.ascontiguousarray(column).data
+        self.files[name].write(data)
+        self.digest.update(name.encode())
+        self.digest.update(data)
         self.columns[name] = dtype, (count + len(column), *shape)
 
 
 def used(path: Path) -> Path:
     """`path`, a table that is in use from now on. Tables of its kind that no run has taken for 60 days are deleted: not
-    earlier, since a run may have them mapped.
+    earlier, since a run may have them mapped; and what writers left that were killed.
     """
+    kind = path.name.partition("-")[0]
     with suppress(OSError):  # a folder that cannot be written
         os.utime(path)
-        for other in path.parent.glob(f"{path.name.partition('-')[0]}-*.columns"):
-            if time.time() - other.stat().st_mtime > UNUSED_SECONDS:
-                other.unlink(missing_ok=True)
+        for pattern, seconds in ((f"{kind}-*.columns", UNUSED_SECONDS), (f".{kind}-*.tmp", KILLED_SECONDS)):
+            for other in path.parent.glob(pattern):
+                if time.time() - other.stat().st_mtime > seconds:
+                    other.unlink(missing_ok=True)
     return path
+
+
+def _begins_with(path: str | os.PathLike, header: bytes, size: int) -> bool:
+    with suppress(OSError), open(path, "rb") as f:
+        return f.read(len(header)) == header and os.fstat(f.fileno()).st_size == size
+    return False
 
 
 def _column(data: np.ndarray, dtype: str, shape: Sequence[int], offset: int) -> np.ndarray:
@@ -252,7 +279,7 @@ class TimesWriter:
         if times == (tuple(range(first, first + count * step, step)) if step > 0 else (first,) * count):
             return first, step, -1, count
         differences = np.array(times, np.int64) - first
-        shared = differences.tobytes()
+        shared = hashlib.blake2b(differences.tobytes(), digest_size=16).digest()
         if (place := self.places.get(shared, -1)) < 0:
             if len(self.places) == TIMES_SHARED:
                 self.places.clear()

@@ -36,7 +36,7 @@ def encode_table(
 ) -> tuple[dict[str, str], dict[str, float]]:
     """Encode what the cache lacks of these clips, prompts and the empty prompt, on all ranks.
 
-    part: of what is missing; the others are encoded by other jobs at the same time.
+    part: of what is missing; the others are encoded by other jobs at the same time, and none lists what it has done.
     Returns, as `prepare.encode_clips`, failures and numbers for the log; both are {} when nothing was missing.
     Stopped: on all ranks, when a stop is requested.
     """
@@ -66,7 +66,8 @@ def encode_table(
     gathered = gather_objects((made, stop_requested()), group)
     if any(stopping for _, stopping in gathered):
         raise Stopped("stopped while encoding; the same command goes on from there")
-    share_index(cache, group)
+    if part.count == 1:
+        share_index(cache, group)
     failed = {keys: reason for one, _ in gathered for keys, reason in one.failed.items()}
     return broadcast_from_rank0(lambda: dict(failed_paths(clips, failed)) if failed else {}, group), {
         "encode_seconds": time.perf_counter() - start,

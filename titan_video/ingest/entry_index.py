@@ -20,6 +20,7 @@ from titan_video.ingest.columns import Columns, ColumnWriter, SortedKeys, is_new
 from titan_video.tools.files import optional_write
 
 KEY_BYTES = 32
+VERSION = 1  # raise it when an index of the same name would hold something else
 NO_COLUMNS = np.dtype([])
 
 
@@ -87,22 +88,26 @@ def holds(cache: LatentCache, kind: str, keys: np.ndarray) -> np.ndarray:
     return found
 
 
-def make_index(cache: LatentCache) -> Path | None:
+def make_index(cache: LatentCache, spare: Path | None = None) -> Path | None:
     """The file for all that the cache's folder holds now, which this process lists. None: it cannot be written, or
     there is no shard.
 
+    spare: the folder for it where that of the cache cannot be written.
     One process calls it; `use_index` then takes it on all.
     """
     sizes = {shard: cache.shard_bytes(shard) for shard in cache.list_shards()}
-    path = cache.folder / f"index-{content_hash(sorted(sizes.items()))[:32]}.columns"
+    name = f"index-{content_hash(VERSION, sorted(sizes.items()))[:32]}.columns"
     if not sizes:
         return None
-    with suppress(ValueError):
-        EntryIndex(path)
-        return used(path)
-    with optional_write("index of the cache", path):
-        _write(path, sizes, listed_entries(cache, sizes))
-        return used(path)
+    paths = [folder / name for folder in (cache.folder, spare) if folder]
+    for path in paths:
+        with suppress(ValueError):
+            EntryIndex(path)
+            return used(path)
+    for path in paths:
+        with optional_write("index of the cache", path) if path == paths[-1] else suppress(OSError):
+            _write(path, sizes, listed_entries(cache, sizes))
+            return used(path)
     return None
 
 
@@ -144,10 +149,10 @@ def _write(path: Path, sizes: Mapping[str, int], entries: Iterator[tuple[str, li
         for kind, count in counts.items():
             shards.setdefault(kind, []).append(np.full(count, numbers[shard], np.int32))
     with ColumnWriter(path.parent, NO_COLUMNS) as writer:
-        for kind in keys:
+        for kind in sorted(keys):
             _put_kind(writer, kind, np.frombuffer(keys[kind], np.uint8).reshape(-1, KEY_BYTES), shards[kind])
         writer.put("sizes", np.array([sizes[name] for name in names], np.int64))
-        writer.write(path, {"shards": names, "kinds": list(keys)}, "index of the cache", num_rows=len(names))
+        writer.write(path, {"shards": names, "kinds": sorted(keys)}, "index of the cache", num_rows=len(names))
 
 
 def _put_kind(writer: ColumnWriter, kind: str, keys: np.ndarray, shards: list[np.ndarray]) -> None:

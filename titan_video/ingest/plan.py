@@ -3,7 +3,7 @@
 scan (sources.py) -> probe (video.py, in worker processes) -> frame_indices -> bucketing.choose -> bucketing.starts
 -> one PlanEntry for each training clip
 
-`Planner` does it one clip at a time, so that a plan of any length can be written to a table (planned_table.py).
+`Planner` does it one clip at a time, so that a plan of any length can be written to a table (planned.py).
 """
 
 import hashlib

@@ -42,7 +42,7 @@ class PlanTable(Sequence[PlanEntry]):
     def __init__(self, path: str | os.PathLike):
         self.columns = Columns(path)
         note = self.columns.note
-        self.path, self.key, self.is_final = Path(path), note["key"], note["is_final"]
+        self.path, self.key = Path(path), note["key"]
         self.limits = DecodeLimits(**note["limits"])
         self.facts = PlanSummary(**note["facts"])
 
@@ -84,10 +84,11 @@ class PlanTable(Sequence[PlanEntry]):
         return Plan(note["source"], note["fps"], buckets, self, note["temporal_stride"], tuple(note["remarks"]))
 
 
-def write_plan_table(path: Path, plan: Plan, limits: DecodeLimits, key: str = "", is_final: bool = True) -> PlanTable:
+def write_plan_table(path: Path, plan: Plan, limits: DecodeLimits, key: str = "") -> PlanTable:
     """The table of a plan, whose entries may come one at a time.
 
-    limits: of all entries. key: of what was decided. is_final: the same again would decide the same.
+    limits: of all entries. key: of all that was decided, another one for another table; "": what is made of this table
+    is not for later runs.
     """
     maker = SummaryMaker()
     with ColumnWriter(path.parent, ROW, ("texts",)) as writer:
@@ -100,7 +101,7 @@ def write_plan_table(path: Path, plan: Plan, limits: DecodeLimits, key: str = ""
             "remarks": plan.remarks,
         }
         facts = asdict(maker.made(plan.buckets))
-        note = {"key": key, "is_final": is_final, "limits": asdict(limits), "facts": facts, "plan": about}
+        note = {"key": key, "limits": asdict(limits), "facts": facts, "plan": about}
         writer.write(path, note, "table of the plan")
     return PlanTable(path)
 

@@ -7,6 +7,7 @@ from the cache folder, and nothing is decided anew.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from titan_video.ingest.columns import used
 from titan_video.ingest.entries import Plan
 from titan_video.ingest.plan import FILES_TOGETHER, Planner, Scan
 from titan_video.ingest.plan_table import PlanTable, write_plan_table
-from titan_video.ingest.probes import ProbeStore, chunks, is_lasting, share
+from titan_video.ingest.probes import ProbeStore, chunks, passing, share
 from titan_video.ingest.video import require
 from titan_video.tools.files import StorageError, atomic_write, optional_write, writing
 from titan_video.tools.signals import Stopped
@@ -100,20 +101,18 @@ class _Looking:
         """Whether the plan is there already."""
         self.scanned = Scan(self.planner)
         self.key = self.planner.key(self.scanned)
-        for path in self.tables.find(self.name):
+        for path in self.tables.find(_table_name(self.key)):
             with suppress(ValueError, KeyError, TypeError):
                 table = PlanTable(path)
-                self.table = table if table.is_final and table.key == self.key else None
-                used(path)
+                if table.key == self.key:
+                    self.table = table
+                    used(path)
+                    break
         if self.table is None:
             self.store = ProbeStore(self.planner.probes, self.planner.limits)
             missing = self.planner.missing(self.scanned, self.store)
             self.chunks = chunks(missing, FILES_TOGETHER * dist.get_world_size())
         return self.table is not None
-
-    @property
-    def name(self) -> str:
-        return f"plan-{self.key[:32]}.columns"
 
     def next_files(self) -> dict[bytes, str]:
         return next(self.chunks, {})
@@ -125,19 +124,29 @@ class _Looking:
                 plan = replace(plan, remarks=tuple(self.planner.remarks(self.scanned)))
         else:
             self.store.merge()
-            plan = self.tables.make(lambda folder: self._write(folder / self.name).plan())
+            plan = self.tables.make(lambda folder: self._write(folder).plan())
         self.scanned.close()
         return plan
 
-    def _write(self, path: Path) -> PlanTable:
+    def _write(self, folder: Path) -> PlanTable:
         planner, limits = self.planner, self.planner.limits
         entries = planner.entries(self.scanned, self.store)
         plan = planner.plan(entries, planner.remarks(self.scanned))
-        if planner.without_stills:
-            whole = write_plan_table(path, plan, limits)
-            plan = whole.plan().without_single_frames()
-        is_final = is_lasting(self.store.unsaved.values())
-        return PlanTable(used(write_plan_table(path, plan, limits, self.key, is_final).path))
+        key = self.key
+        if others := passing(self.store.unsaved):  # what is made of this plan must not be taken for the next one
+            key = content_hash(key, others)
+        if not planner.without_stills:
+            return PlanTable(used(write_plan_table(folder / _table_name(key), plan, limits, key).path))
+        whole = folder / f"plan-{key[:32]}-{os.uname().nodename}-{os.getpid()}.columns"
+        try:
+            plan = write_plan_table(whole, plan, limits).plan().without_single_frames()
+            return PlanTable(used(write_plan_table(folder / _table_name(key), plan, limits, key).path))
+        finally:
+            whole.unlink(missing_ok=True)
+
+
+def _table_name(key: str) -> str:
+    return f"plan-{key[:32]}.columns"
 
 
 def probe_part(planner: Planner, num_workers: int, part: Part) -> int:

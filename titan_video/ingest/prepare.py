@@ -64,7 +64,7 @@ def open_run_cache(
         remote = resolve("titan_video.ingest.remote_cache:RemoteCache", asked_by="data.cache_url")
         kind = partial(remote, url=data.cache_url, max_gib=data.cache_url_gib)
     folder = Path(data.cache_folder or Path(config.job.dump_folder) / "cache")
-    return open_cache(folder, encoders, conditioning, group, kind)
+    return open_cache(folder, encoders, conditioning, group, kind, spare=Path(config.job.dump_folder) / "tables")
 
 
 def open_cache(
@@ -73,15 +73,17 @@ def open_cache(
     conditioning: ConditioningSpec,
     group: dist.ProcessGroup | None,
     kind: Callable[..., LatentCache] = LatentCache,
+    spare: Path | None = None,
 ) -> LatentCache:
-    """The cache for these encoders, with an index of its entries that the ranks share. kind: makes it.
+    """The cache for these encoders, with an index of its entries that the ranks share. kind: makes it. spare: the
+    folder of the index where that of the cache cannot be written.
 
     The encoders' identities are hashes of the weights: gigabytes, which one rank reads.
     """
 
     def find() -> tuple[tuple[str, str, str], EntryIndex | None]:
         ids = encoders.video_id(), encoders.text_id(), encoders.image_id() if conditioning.image_tokens else ""
-        path = make_index(kind(folder, *ids, conditioning, known=NotListed()))
+        path = make_index(kind(folder, *ids, conditioning, known=NotListed()), spare)
         return ids, EntryIndex(path) if path else None
 
     ids, known = broadcast_from_rank0(find, group)

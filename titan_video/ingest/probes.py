@@ -31,7 +31,7 @@ from titan_video.tools.signals import Stopped, stop_requested
 PROBE_VERSION = 3
 PROBES_A_TABLE, SECONDS_A_TABLE = 20_000, 60.0
 TABLES_KEPT = 16  # more are merged
-KEPT_SECONDS = 86_400  # after which merged ones are deleted: others may have them mapped
+KEPT_SECONDS = 86_400  # after a merge the merged ones are deleted: others may have them mapped
 NUMBERS = ("width", "height", "end")
 TEXTS = ("sha256", "time_base", "reason", "colour", "formerly")
 ROW = np.dtype(
@@ -88,11 +88,11 @@ class ProbeStore:
         for path in sorted(self.folder.glob("*.columns")):
             with suppress(ValueError):  # not whole, or just replaced: the files are probed again
                 found.append(_open(path))
-        merged = {name for columns in found for name in columns.note["merged"]}
+        merged = {name: columns.path for columns in found for name in columns.note["merged"]}
         self.tables = [_keyed(columns) for columns in found if columns.path.name not in merged]
         for path in (columns.path for columns in found if columns.path.name in merged):
             with suppress(OSError):
-                if time.time() - path.stat().st_mtime > KEPT_SECONDS:
+                if time.time() - merged[path.name].stat().st_mtime > KEPT_SECONDS:
                     path.unlink(missing_ok=True)
         self.has_files = next(self.folder.glob("??"), None) is not None
 
@@ -145,10 +145,11 @@ class ProbeStore:
         waiting, self.waiting = self.waiting, {}
         if not waiting:
             return
-        old, probes = self.small, list(waiting.items())
-        if old is not None:
-            probes += ((old["key"][row].tobytes(), _read(old, row)) for row in range(old.num_rows))
-        if not self._write(sorted(probes, key=lambda one: one[0]), ()):
+        old = self.small
+        rows = {} if old is None else {old["key"][row].tobytes(): row for row in range(old.num_rows)}
+        # Not all at a time: a long file has many times.
+        probes = ((key, waiting[key] if key in waiting else _read(old, rows[key])) for key in sorted(rows | waiting))
+        if not self._write(probes, ()):
             self.unsaved |= waiting
             return
         if old is not None:
@@ -229,6 +230,7 @@ def share(files: Mapping[bytes, str], rank: int, world_size: int) -> dict[bytes,
     return {key: path for key, path in files.items() if int.from_bytes(key[:8], "big") % world_size == rank}
 
 
-def is_lasting(found: Sequence[Probe]) -> bool:
-    """Whether files that have no probe within the limits would have none the next time, either."""
-    return not any(p.reason.startswith(("too slow", "crashed", "too large: decoding")) for p in found)
+def passing(found: Mapping[bytes, Probe]) -> list[tuple[str, str]]:
+    """(key, reason) of the files that have no probe within the limits, but may have one the next time."""
+    reasons = "too slow", "crashed", "too large: decoding"
+    return sorted((key.hex(), p.reason) for key, p in found.items() if p.reason.startswith(reasons))

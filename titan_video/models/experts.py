@@ -25,6 +25,7 @@ Letters: B batch, L tokens of this rank, D width, E experts, F expert width, K e
 expert) pairs sorted by expert, S buckets of noise level.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -177,6 +178,8 @@ def check(args: ExpertArgs, num_layers: int) -> None:
     """ValueError: no model of that many blocks can have these experts."""
     least = {"num_experts": 2, "top_k": 1, "expert_dim": 1, "shared_dim": 0, "first_dense": 0, "last_dense": 0}
     problems = [n for n, low in least.items() if type(getattr(args, n)) is not int or getattr(args, n) < low]
+    problems += ["expert_choice"] * (type(args.expert_choice) is not bool)
+    problems += ["route_scale"] * (type(args.route_scale) not in (int, float) or not 0 < args.route_scale < math.inf)
     if not problems and (args.top_k > args.num_experts or not args.blocks(num_layers)):
         problems = ["top_k"] if args.top_k > args.num_experts else ["first_dense", "last_dense"]
     if problems:

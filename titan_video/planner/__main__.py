@@ -1,7 +1,7 @@
 """The fastest layout of a job on a cluster, with its reasons.
 
     python -m titan_video.planner CONFIG.toml --cluster h100x64 [--out DIR] [--explain [tp=8]] [--what-if tp=8]
-        [--fix pp=1] [--allow offload,8bit,host-state] [--shares 81x480x832=0.7,1x480x832=0.3]
+        [--fix pp=1] [--room 5] [--allow offload,8bit,host-state] [--shares 81x480x832=0.7,1x480x832=0.3]
         [--section.field value ...]
     python -m titan_video.planner profile ...        measures the machine that it runs on: see planner/profile.py
 
@@ -44,6 +44,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--allow", default="", help=f"what a plan may use even if it fits without: {', '.join(ALLOWED)}"
     )
+    parser.add_argument("--room", type=float, default=0.0, help="GiB of a GPU to leave free, beside the reserve")
     parser.add_argument("--shares", default="", help="of micro-batches, by bucket; default: equal")
     parser.add_argument("--most", type=int, default=12, help="rows of the printed table")
     parser.add_argument("--no-page", action="store_true", help="no plan.html, whose figures need matplotlib")
@@ -124,7 +125,8 @@ def main(argv: list[str]) -> None:
                 parse_fixed(text, option)
         shares, allow = parse_shares(options.shares), parse_allow(options.allow)
         fixed = parse_fixed(options.fix, "--fix") if options.fix else None
-        planned = make_plan(Job(config, cluster.load(options.cluster), shares, allow, fixed))
+        machine = cluster.with_room(cluster.load(options.cluster), options.room)
+        planned = make_plan(Job(config, machine, shares, allow, fixed))
         if planned.result.chosen is None:
             for line in explained(planned, options.explain):
                 print(line)

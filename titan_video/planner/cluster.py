@@ -15,7 +15,7 @@ Bandwidths count 1e9 bytes. Times are of an otherwise idle machine.
 import math
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -381,3 +381,11 @@ def _within(value: float, limits: Any) -> bool:
         and value >= limits.get("ge", -math.inf)
         and value <= limits.get("le", math.inf)
     )
+
+
+def with_room(machine: Cluster, gib: float) -> Cluster:
+    """The same machine, of whose GPUs a plan leaves so many GiB free. ValueError: none would be left."""
+    left = machine.gpu.memory_gib - gib
+    if gib < 0 or left <= 0:
+        raise ValueError(f"--room: given {gib:g}; legal: GiB of a GPU, from 0 to less than {machine.gpu.memory_gib:g}")
+    return replace(machine, gpu=replace(machine.gpu, memory_gib=left))

@@ -46,7 +46,7 @@ class ExpertBalance:
         run: Run,
     ):
         self.routers = [module for module in model.modules() if isinstance(module, Router)]
-        self.rate, self.log_freq, self.num_steps = config.experts.balance_rate, config.metrics.log_freq, 0
+        self.rate, self.log_freq = config.experts.balance_rate, config.metrics.log_freq
         self.meshes, self.metrics, self.run = meshes, metrics, run
         self.num_steps = config.training.steps
         self.load_RSE: Tensor | None = None  # of a step whose update is still to come

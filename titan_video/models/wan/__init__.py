@@ -90,7 +90,8 @@ def args_from_hf(config: dict) -> WanArgs:
     """
     if config.get("_class_name", CLASS) != (EXPERTS_CLASS if config.get("experts") else CLASS):
         raise ValueError(
-            f'transformer/config.json holds a {config["_class_name"]}; model.name = "wan" needs a WanTransformer3DModel'
+            f'transformer/config.json holds a {config.get("_class_name", CLASS)}; model.name = "wan" needs a '
+            f"{CLASS}, or with experts a {EXPERTS_CLASS}"
         )
     for key, value in {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads"}.items():
         if config.get(key, value) != value:

@@ -59,7 +59,8 @@ class Finding:
     """What the check has found.
 
     measure: "activations" or "changes". sizes: {width: {layer: mean over the seeds}}.
-    slopes: {layer: slope per doubling of the width, at the start and after each step; NaN: the layer is zero there}.
+    slopes: {layer: slope per doubling of the width, at the start and after each step; NaN: the layer is zero there,
+        infinite: it has diverged}.
     """
 
     measure: str
@@ -217,6 +218,9 @@ def _slopes(sizes: dict[int, Sizes], layer: str) -> Iterator[float]:
     """The least-squares slope of log2(size) over log2(width), at the start and after each step."""
     x = torch.tensor([math.log2(width) for width in sizes], dtype=torch.float64)
     for values in zip(*(sizes[width][layer] for width in sizes), strict=True):
+        if not all(map(math.isfinite, values)):
+            yield math.inf
+            continue
         y = torch.tensor(values, dtype=torch.float64).log2()
         slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
         yield slope.item() if min(values) > 0 else math.nan

@@ -10,6 +10,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +57,10 @@ def read_outcome(folder: Path, config: JobConfig) -> Outcome | None:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return None
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError):  # the last line of a run that was killed
+            records.append(json.loads(line))
     steps = {record["step"]: record for record in records if "grad_norm" in record}  # a resumed run repeats some
     if max(steps, default=0) < config.training.steps:
         return None

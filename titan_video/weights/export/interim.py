@@ -13,6 +13,7 @@ import torch.distributed as dist
 from titan_video.checkpoint import files
 from titan_video.config.job_config import Checkpoint, JobConfig
 from titan_video.distributed.utils import broadcast_from_rank0
+from titan_video.models import get_spec
 from titan_video.tools import heartbeat
 from titan_video.tools.files import StorageError, sync, writing
 from titan_video.tools.logging import logger
@@ -27,6 +28,13 @@ def rules(config: JobConfig, world_size: int) -> Iterator[str]:
         yield (
             f"checkpoint.keep_exports: given {c.keep_exports}, but checkpoint.export_every is 0; set that to steps, or "
             f"leave this at 0"
+        )
+    args = get_spec(config.model.name).flavors.get(config.model.flavor)
+    has_experts = args is None or getattr(args, "experts", None) is not None  # None: flavor hf, which the export judges
+    if c.export_format == "stacked" and (c.last_save_in_hf or c.export_every) and not has_experts:
+        yield (
+            f"checkpoint.export_format: given stacked, which is for mixtures of experts, but model.flavor "
+            f"{config.model.flavor} is none; choose diffusers"
         )
 
 

@@ -7,7 +7,8 @@ holds some of the parameters; the shapes of the others follow from the architect
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections import ChainMap
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import reduce
 from pathlib import Path
@@ -46,7 +47,7 @@ def save_hf(
     args: Any,
     dtype: torch.dtype,
     max_shard_bytes: int = 5 * GIB,
-    weights: dict[str, Tensor] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
     format_name: str = "diffusers",
 ) -> None:
     """Write the parameters, or `weights` by the same names (EMA weights, for example), to `path` in type `dtype`. The
@@ -61,7 +62,7 @@ def save_hf(
     params, shapes = public_parameters(model), global_shapes(spec, args)
     check_parameters(params, shapes, args)
     if weights is not None:  # averages lack what is not trained: biases of routers
-        weights = {name: p for name, p in params.items() if not p.requires_grad} | weights
+        weights = ChainMap(weights, {name: p for name, p in params.items() if not p.requires_grad})
     if weights is not None and weights.keys() != params.keys():
         raise ValueError(
             f"weights to export differ in name from the model's parameters: "
@@ -231,7 +232,7 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def get_owners(names: Iterable[str], tensors: dict[str, Tensor]) -> dict[str, int]:
+def get_owners(names: Iterable[str], tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Name -> lowest rank that has the tensor or a shard of it. ValueError, on all ranks: no rank has one of them."""
     held = bytes(name in tensors for name in names)
     by_rank = gather_objects(held) if dist.is_available() and dist.is_initialized() else [held]
