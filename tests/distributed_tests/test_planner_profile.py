@@ -96,7 +96,7 @@ def test_long_functions_run_seldom_and_short_ones_often():
     ]
 
 
-@pytest.mark.parametrize("options", [["--seconds", "0"], ["--largest", "0"]])
+@pytest.mark.parametrize("options", [["--seconds", "0"], ["--seconds", "inf"], ["--largest", "0"]])
 def test_an_illegal_budget_is_refused(options, tmp_path):
-    with pytest.raises(SystemExit, match="error: --seconds, --largest: legal: more than 0"):
+    with pytest.raises(SystemExit, match="error: --(seconds|largest): given .*; legal: "):
         profile.main(["--out", str(tmp_path / "x.toml"), *options])

@@ -1,6 +1,7 @@
 """`[planner] cluster`: what the log says of a step, predicted and measured."""
 
 import logging
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -159,3 +160,22 @@ def test_the_process_that_predicts(tmp_path):
     assert set(found["seconds"]) <= set(PARTS) and sum(found["seconds"].values()) > 0 and found["memory"] > 0
     unknown = replace(config, planner=Planner(cluster=str(tmp_path / "none.toml")))
     assert "cannot be read" in Predicting(unknown, 1).result()["error"]
+
+
+def test_a_prediction_that_takes_too_long_is_given_up():
+    predicting = Predicting(JobConfig(planner=Planner(cluster="h100x1")), 1)
+    predicting.limit = 0.0
+    assert "took longer than 0 s" in predicting.result()["error"]
+    assert predicting.process.returncode == -signal.SIGKILL
+
+
+def test_no_prediction_goes_on_after_a_run_that_stopped():
+    assert run_ranks(run_stopped, 1)[0] == -signal.SIGKILL
+
+
+def run_stopped():
+    config = JobConfig(planner=Planner(cluster="h100x1"))
+    with pytest.raises(SystemExit), Comparison(config, CPU) as compared:
+        predicting = compared.predicting = Predicting(config, 1)
+        raise SystemExit("stopped by a signal")
+    return predicting.process.returncode

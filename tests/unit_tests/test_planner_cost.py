@@ -11,12 +11,13 @@ from titan_video.config.job_config import JobConfig
 from titan_video.models import get_spec
 from titan_video.planner import cluster as clusters
 from titan_video.planner.candidate import FULL, NONE, PARTS, Candidate, Checkpointing, Range
-from titan_video.planner.cluster import Group, load, parse
+from titan_video.planner.cluster import AttentionSample, Group, load, parse
 from titan_video.planner.cost import CostModel
 from titan_video.planner.dry_run import dry_run
 from titan_video.planner.plan_file import to_tables
 from titan_video.planner.recorder import CLIPS, LENGTH, decode, monomials
 from titan_video.planner.seconds import recomputed
+from titan_video.planner.step_model import bubble
 from titan_video.planner.step_tracker import Axis, bytes_sent
 
 FILES = sorted(clusters.FOLDER.glob("*.toml"))
@@ -106,6 +107,30 @@ def test_measured_messages_replace_the_formula():
 
 
 # ---- traces ----
+
+
+@pytest.mark.parametrize(
+    "pp, m, chunks, expected", [(1, 4, 1, 0), (4, 8, 1, 3), (4, 2, 1, 3), (4, 8, 2, 1.5), (4, 1, 2, 3), (4, 2, 2, 2.5)]
+)
+def test_the_bubble_is_that_of_stages_one_after_the_other(pp, m, chunks, expected):
+    """Chunks of equal time in lock step: micro-batch i enters a chunk when the one before has left it."""
+    assert bubble(pp, m, chunks) == expected
+    rounds, ends = -(-m // pp), {}
+    for r in range(rounds):
+        for chunk in range(chunks):
+            for i in range(r * pp, min(m, (r + 1) * pp)):
+                for rank in range(pp):
+                    before = ends.get((i, chunk, rank - 1)) if rank else ends.get((i, chunk - 1, pp - 1), 0)
+                    start = max(before, ends.get(rank, 0))
+                    ends[i, chunk, rank] = ends[rank] = start + 1 / chunks
+    assert ends[pp - 1] == m + bubble(pp, m, chunks)
+
+
+def test_attention_has_the_rate_of_its_backend():
+    rows = [AttentionSample(name, 4096, 128, rate, rate) for name, rate in (("math", 10.0), ("cudnn", 500.0))]
+    machine = replace(load("h100x8"), attention=tuple(rows))
+    rates = {name: machine.attention_rate(4096, 128, False, name) / 1e12 for name in ("auto", "math", "flash")}
+    assert rates == pytest.approx({"auto": 500, "math": 10, "flash": 500})
 
 
 def test_decoded_numbers():

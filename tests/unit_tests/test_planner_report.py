@@ -12,14 +12,24 @@ from tests.helpers import ROOT
 from tests.planner_model import ATTENTION, SmallModel
 from titan_video.config import manager
 from titan_video.config.check import check
-from titan_video.config.job_config import JobConfig
+from titan_video.config.job_config import (
+    ActivationCheckpoint,
+    CheckpointRange,
+    Data,
+    JobConfig,
+    Model,
+    Optimizer,
+    Parallelism,
+    Training,
+)
+from titan_video.config.values import tomllib
 from titan_video.planner import __main__ as program
 from titan_video.planner import cluster, report, timeline
 from titan_video.planner.candidate import FULL, NONE, PARTS, Candidate, Checkpointing, Range
 from titan_video.planner.describe import GIB
 from titan_video.planner.explain import name_of, rejections, why_not
 from titan_video.planner.page import build_page, pareto, read_data
-from titan_video.planner.plan import Job, make_plan, smallest_change
+from titan_video.planner.plan import Job, as_it_is, make_plan, smallest_change
 from titan_video.planner.plan_file import merged, plan_tables, to_candidate, write_toml
 from titan_video.planner.space import parse_fixed
 
@@ -186,6 +196,64 @@ def test_a_plan_survives_its_toml(candidate, tmp_path):
     assert path.read_text().startswith("# world size: 64\n#\n#   x\n")
 
 
+def test_all_kinds_of_overrides_are_in_the_plan(tmp_path):
+    data = tmp_path / "data.toml"
+    data.write_text('[data]\npath = "embedded:shapes-64"\nbuckets = [[81, 480, 832]]\n')
+    words = ["--data.file", str(data), "--encoder.idle=free", "--encoder.placement", "colocated", "--ema.enable"]
+    config = manager.parse_args(["--job.config_file", str(TOML), *words])
+    raw = {**manager.read_file(TOML), "encoder": {"idle": "offload"}}
+    tables = report.Source("job.toml", raw, words).with_overrides(config)
+    path = tmp_path / "plan.toml"
+    path.write_text(write_toml(tables, []))
+    found = manager.load(path)
+    assert replace(found, job=config.job) == config and found.data.path == "embedded:shapes-64"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": Optimizer(in_backward=True), "training": Training(global_batch_size=8, max_norm=0.0)},
+        {"model": Model(attention="flex", flavor="t2v-14B")},
+        {"training": Training(global_batch_size=1, mixed_precision_reduce="bfloat16")},
+        {"parallelism": Parallelism(enable_async_tensor_parallel=True, tensor_parallel_degree=2)},
+        {"data": Data(groups_per_step=4, buckets=((81, 720, 1280),))},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_the_trainer_takes_what_is_planned_beside_options_that_stay(options, tmp_path):
+    config = replace(manager.load(TOML), **options)
+    of_plan = job(cluster=ONE_NODE)
+    of_plan = replace(of_plan, config=config)
+    space = of_plan.space(of_plan.build(config, ONE_NODE, None))
+    candidates = list(space)
+    assert candidates
+    for candidate in candidates[:: max(1, len(candidates) // 20)]:
+        tables = plan_tables(tomllib.loads(manager.dump(config)), candidate, LAYERS)
+        check(manager.from_dict(tables), ONE_NODE.gpus, files=False)
+
+
+def test_a_block_that_the_model_does_not_have_is_named():
+    section = ActivationCheckpoint(range=(CheckpointRange(layers="38-40", mode="full"),))
+    config = replace(manager.load(TOML), activation_checkpoint=section)
+    with pytest.raises(ValueError, match="the last of the model's blocks is 39"):
+        to_candidate(config, 64, LAYERS)
+    assert "the last of the model's blocks is 39" in as_it_is(replace(job(), config=config), make_plan(job()).model)
+
+
+def test_a_toml_that_cannot_run_as_it_is_says_why(planned):
+    parallelism = Parallelism(pipeline_parallel_degree=64)
+    config = replace(planned.job.config, parallelism=parallelism)
+    assert "legal: at most 40" in as_it_is(replace(planned.job, config=config), planned.model)
+
+
+def test_a_pipeline_s_micro_batches_have_their_share_of_a_token_budget():
+    data = Data(tokens_per_microbatch=4 * 75600, global_micro_batches=32)
+    parallelism = Parallelism(pipeline_parallel_degree=2, pipeline_parallel_microbatch_size=2)
+    config = replace(manager.load(TOML), data=data, training=Training(), parallelism=parallelism)
+    found = to_candidate(config, 64, LAYERS, clips=4)
+    assert (found.local_batch_size, found.tokens_per_microbatch, found.microbatches) == (2, 2 * 75600, 2)
+
+
 def test_what_belongs_to_another_placement_is_left_out(tmp_path):
     raw = {"encoder": {"placement": "separate", "num_ranks": 4, "queue_depth": 8, "write_cache": True}}
     tables = plan_tables(raw, Candidate(dp_shard=8, placement="colocated"), 4)
@@ -250,7 +318,7 @@ def test_tables_are_ranked_and_complete(tmp_path, planned):
 
 def test_why_a_layout_is_not_the_plan(planned):
     def why(text):
-        return "\n".join(why_not(planned.model, planned.space, planned.result, parse_fixed(text)))
+        return "\n".join(why_not(planned.model, planned.space, planned.result, parse_fixed(text, "--explain")))
 
     assert "tp = 3 does not divide" not in why("tp=2") and "it is the plan" in why("tp=2")
     assert "tp = 16 does not divide the model's 40 heads" in why("tp=16")
@@ -279,13 +347,19 @@ def test_what_if(planned):
     assert "not legal" in "\n".join(program.what_if(planned, "tp=16"))
 
 
+def test_what_if_keeps_what_is_fixed(pipelined):
+    assert program.what_if(pipelined, "tp=2")[1].startswith("  pp 4, ")
+    (line, *_) = program.explained(pipelined, "dp_shard=16,pp=4")
+    assert "pp=4" in line
+
+
 @pytest.mark.parametrize(
     "text, message",
     [("tq=8", "nearest: tp"), ("tp", "not NAME=VALUE"), ("tp=0", "at least 1"), ("reshard=maybe", "true or false")],
 )
 def test_values_that_cannot_be(text, message):
-    with pytest.raises(ValueError, match=message):
-        parse_fixed(text)
+    with pytest.raises(ValueError, match=f"--fix.*{message}"):
+        parse_fixed(text, "--fix")
 
 
 # ---- what does not fit ----

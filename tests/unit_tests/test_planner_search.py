@@ -224,6 +224,6 @@ def test_the_space_with_encoder_ranks():
     both = replace(space, encoder_ranks=(0, 4))
     assert {(c.placement, c.num_training_ranks) for c in both} == {("colocated", 8), ("separate", 4)}
     assert {c.placement for c in replace(both, placement="cached", encoder_ranks=(0,))} == {"cached"}
-    fixed = replace(space, fixed=parse_fixed("cp=2,encoder_ranks=2,reshard=true"))
+    fixed = replace(space, fixed=parse_fixed("cp=2,encoder_ranks=2,reshard=true", "--fix"))
     assert {(c.cp, c.num_training_ranks, c.reshard) for c in fixed} == {(2, 6, True)}
     assert list(violations(space, {"tp": 3})) and not list(violations(space, {"tp": 2}))

@@ -11,6 +11,7 @@ trainer loads, plans.md and plans.csv, plan.json and plan.html, timeline.json. W
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from titan_video.config.manager import main_guard, parse_args, read_file
@@ -85,19 +86,27 @@ def show(planned: Planned, options: argparse.Namespace) -> str:
         lines += ["As the TOML is:", *compare(own, planned.result.chosen)]
     if planned.needed:
         lines.append(f"Without {' and '.join(planned.needed)} nothing fits.\n")
-    if options.explain == ALL:
-        lines += rejections(planned.result)
-    elif options.explain:
-        lines += why_not(planned.model, planned.space, planned.result, parse_fixed(options.explain))
-    return "\n".join(lines)
+    return "\n".join([*lines, *explained(planned, options.explain)])
+
+
+def explained(planned: Planned, asked: str | None) -> list[str]:
+    """What --explain asks for."""
+    if not asked:
+        return []
+    return rejections(planned.result) if asked == ALL else why(planned, asked, "--explain")
+
+
+def why(planned: Planned, text: str, option: str) -> list[str]:
+    allow_offload = "offload" in planned.job.allow
+    return why_not(planned.model, planned.space, planned.result, parse_fixed(text, option), allow_offload)
 
 
 def what_if(planned: Planned, text: str) -> list[str]:
     """The best plan with these values, and how it differs from the chosen one."""
-    job = planned.job
-    other = make_plan(Job(job.config, job.cluster, job.shares, job.allow, parse_fixed(text), job.build))
+    fixed = {**(planned.job.fixed or {}), **parse_fixed(text, "--what-if")}
+    other = make_plan(replace(planned.job, fixed=fixed))
     if other.result.chosen is None:
-        return why_not(planned.model, planned.space, planned.result, parse_fixed(text))
+        return why(planned, text, "--what-if")
     lines = [f"with {text}:", *compare(other.result.chosen, planned.result.chosen)]
     return [*lines, f"  binding: {other.result.chosen.binding}"]
 
@@ -109,16 +118,18 @@ def main(argv: list[str]) -> None:
     options, rest = parse(argv)
     with main_guard():
         config = parse_args(["--job.config_file", str(options.config), *rest])
-        for text in (options.what_if, options.explain if options.explain != ALL else None):
-            if text:
-                parse_fixed(text)
+        if options.most < 1:
+            raise ValueError(f"--most: given {options.most}; legal: at least 1")
+        for option, text in (("--what-if", options.what_if), ("--explain", options.explain)):
+            if text and text != ALL:
+                parse_fixed(text, option)
         shares, allow = parse_shares(options.shares), parse_allow(options.allow)
-        fixed = parse_fixed(options.fix) if options.fix else None
+        fixed = parse_fixed(options.fix, "--fix") if options.fix else None
         machine = cluster.with_room(cluster.load(options.cluster), options.room)
         planned = make_plan(Job(config, machine, shares, allow, fixed))
         if planned.result.chosen is None:
-            if options.explain:
-                print("\n".join(rejections(planned.result)))
+            for line in explained(planned, options.explain):
+                print(line)
             raise ValueError("\n".join(smallest_change(planned)))
         print(show(planned, options))
         if options.what_if:

@@ -5,7 +5,7 @@ A step runs `microbatches` micro-batches on each data-parallel rank. With pipeli
 
 from dataclasses import dataclass, field
 
-from titan_video.planner.describe import CATEGORIES, CONTEXT, GAPS, GIB, NCCL, OFFLOADED, STATE, SWAPPED
+from titan_video.planner.describe import CATEGORIES, OFFLOADED, STATE, SWAPPED, with_reserve
 
 # Parts of a step's seconds, in the order in which they are printed. Communication counts where compute waits for it.
 PARTS = (
@@ -124,7 +124,7 @@ class StageMemory:
     @property
     def needed(self) -> float:
         """GiB that a GPU must have, with the dry run's reserve for what is not counted."""
-        return self.total / GIB * (1 + GAPS) + CONTEXT + (NCCL if self.num_ranks > 1 else 0)
+        return with_reserve(self.total, self.num_ranks)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ Bandwidths count 1e9 bytes. Times are of an otherwise idle machine.
 """
 
 import math
-import sys
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields, replace
@@ -22,13 +21,9 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from titan_video.config.option import opt
+from titan_video.config.values import tomllib
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-FOLDER = Path("train_configs/clusters")
+FOLDER = Path(__file__).resolve().parents[2] / "train_configs" / "clusters"  # from any working folder
 
 
 @dataclass(frozen=True)
@@ -172,14 +167,18 @@ class Cluster:
         nearest = min(self.product, key=lambda sample: math.dist(here, sample.position))
         return nearest.tflops * 1e12
 
-    def attention_rate(self, tokens: float, head_dim: int, backward: bool) -> float:
-        """FLOP/s of attention over so many tokens; between measured lengths by the logarithm of the length."""
+    def attention_rate(self, tokens: float, head_dim: int, backward: bool, backend: str = "auto") -> float:
+        """FLOP/s of attention over so many tokens; between measured lengths by the logarithm of the length.
+
+        backend: model.attention; auto, or one that was not measured, is the fastest at each length.
+        """
         if not self.attention:
             e = self.efficiency
             return self.peak_flops * (e.attention_backward if backward else e.attention_forward)
         best: dict[int, float] = {}
-        width = min({s.head_dim for s in self.attention}, key=lambda w: abs(w - head_dim))
-        for s in self.attention:
+        samples = [s for s in self.attention if s.backend == backend] or self.attention
+        width = min({s.head_dim for s in samples}, key=lambda w: abs(w - head_dim))
+        for s in samples:
             if s.head_dim == width:
                 rate = s.backward_tflops if backward else s.forward_tflops
                 best[s.tokens] = max(rate, best.get(s.tokens, 0.0))

@@ -7,6 +7,7 @@ are scaled to it, as recording takes time itself.
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -22,15 +23,15 @@ import torch.distributed as dist
 
 from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import dump, parse
-from titan_video.models import get_args, get_spec
 from titan_video.planner import cluster
 from titan_video.planner.cost import CostModel
 from titan_video.planner.describe import GIB
-from titan_video.planner.plan_file import to_candidate
+from titan_video.planner.plan import own_candidate
 from titan_video.tools.logging import logger
 
 ROOT = Path(__file__).resolve().parents[2]  # where the package is
 NUM_STEPS, WARM_UP = 20, 5
+LONGEST = 1800  # seconds of the process that predicts
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "frozen_linear", "frozen_linear_backward", "convolution")
 COMPUTING = ("aten::", "titan_video::", "triton_")  # of other operators, the host's time is not a kernel's
 OPTIMIZER = "Optimizer.step"
@@ -62,7 +63,9 @@ class Comparison(AbstractContextManager):
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if self.recording is not None:
             self.recording.__exit__(kind, error, trace)
-        if error is not None:
+        if error is not None:  # a signal, too: nothing waits for a prediction then, and none goes on
+            if self.predicting is not None:
+                self.predicting.stop()
             return
         if self.is_measuring and self.seconds:  # a short run
             self.predicting = Predicting(self.config, dist.get_world_size())
@@ -125,9 +128,12 @@ class Predicting:
         self.input, self.output, self.errors = (tempfile.TemporaryFile("w+") for _ in range(3))
         self.input.write(dump(config))
         self.input.seek(0)
+        # Beyond it the other ranks, which wait at the end of a run, would take this one for dead.
+        self.limit = max(1.0, config.comm.train_timeout_seconds / 2)
         command = [sys.executable, "-m", "titan_video.planner.comparison", str(num_training)]
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         # It computes nothing, and would take memory of a GPU that it sees.
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             command, stdin=self.input, stdout=self.output, stderr=self.errors, env=environment
         )
@@ -135,24 +141,30 @@ class Predicting:
     def is_ready(self) -> bool:
         return self.process.poll() is not None
 
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
     def result(self) -> dict[str, Any]:
         """{"seconds": by part, "memory": bytes on rank 0}, or {"error": why there is no prediction}."""
-        failed = self.process.wait()
+        try:
+            failed = self.process.wait(self.limit)
+        except subprocess.TimeoutExpired:
+            self.stop()
+            return {"error": f"it took longer than {self.limit:.0f} s, half of comm.train_timeout_seconds"}
         for file in (self.output, self.errors):
             file.seek(0)
         if failed:
-            return {"error": self.errors.read().strip().rpartition("\n")[2]}
+            return {"error": self.errors.read().strip().rpartition("\n")[2] or f"its process ended with {failed}"}
         return json.loads(self.output.read().strip().rpartition("\n")[2])
 
 
 def predict(config: JobConfig, num_training: int) -> dict[str, Any]:
     """What `Predicting.result` returns. ValueError: no plan covers the configuration."""
     machine = cluster.load(config.planner.cluster)
-    spec = get_spec(config.model.name)
-    args = get_args(spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
     encoders = config.encoder.num_ranks if config.encoder.placement == "separate" else 0
-    candidate = to_candidate(config, num_training + encoders, args.num_layers)
-    found = CostModel(config, machine).predict(candidate)
+    model = CostModel(config, machine)
+    found = model.predict(own_candidate(config, num_training + encoders, model))
     return {"seconds": found.seconds, "memory": found.memory[0].total}
 
 
@@ -227,6 +239,7 @@ def rules(config: JobConfig, world_size: int) -> Iterator[str]:
 
 def main(num_training: int) -> None:
     """Reads a TOML, and prints what `predict` returns as JSON, or its error."""
+    signal.alarm(LONGEST)  # where the run was killed, and nobody waits for the result
     try:
         found = predict(parse(sys.stdin.read()), num_training)
     except ValueError as e:

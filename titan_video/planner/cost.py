@@ -11,7 +11,7 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -72,9 +72,11 @@ class CostModel:
 
     def _workload(self, shares: dict[tuple[int, ...], float] | None) -> tuple[BucketWork, ...]:
         buckets = self.config.data.sizes
+        if unknown := [bucket for bucket in shares or () if bucket not in {tuple(b) for b in buckets}]:
+            raise ValueError(f"--shares: given {_names(unknown)}; legal: buckets of this job, {_names(buckets)}")
         weights = [1.0 if shares is None else shares.get(tuple(bucket), 0.0) for bucket in buckets]
         if not sum(weights) > 0:
-            raise ValueError(f"shares: none for the buckets of this job, {list(buckets)}")
+            raise ValueError(f"--shares: none for the buckets of this job, {_names(buckets)}")
         return tuple(
             BucketWork(tuple(bucket), num_clip_tokens(bucket, self.spec, self.args), weight / sum(weights))
             for bucket, weight in zip(buckets, weights, strict=True)
@@ -234,6 +236,10 @@ class CostModel:
             StageMemory(s, {kind: round(n) for kind, n in m.items()}, on_host, candidate.num_training_ranks)
             for s, m in enumerate(found)
         )
+
+
+def _names(buckets: Iterable[Sequence[int]]) -> str:
+    return ", ".join("x".join(map(str, bucket)) for bucket in buckets)
 
 
 def _check(config: JobConfig) -> None:

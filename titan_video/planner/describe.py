@@ -32,6 +32,16 @@ CAPACITY = MappingProxyType({24: 23.5, 48: 44.4, 80: 79.1, 141: 139.7})
 CONTEXT, NCCL, GAPS = 0.6, 1.0, 0.05  # GiB, GiB of more than one rank, and a share of the total
 
 
+def with_reserve(total: float, num_ranks: int) -> float:
+    """GiB that a GPU must have for `total` bytes that are counted, with a reserve for what is not."""
+    return total / GIB * (1 + GAPS) + CONTEXT + (NCCL if num_ranks > 1 else 0)
+
+
+def usable_bytes(gib: float, num_ranks: int) -> float:
+    """Bytes that may be counted on a GPU of `gib` GiB: `with_reserve` the other way round."""
+    return (gib - CONTEXT - (NCCL if num_ranks > 1 else 0)) * GIB / (1 + GAPS)
+
+
 @dataclass(frozen=True)
 class Report:
     """What rank `rank` of `world_size` does in a step. Memory in bytes by category, FLOPs of this rank by phase.
@@ -64,7 +74,7 @@ class Report:
     @property
     def needed(self) -> float:
         """GiB that a GPU must have: the total, and a reserve for what is not counted."""
-        return self.total / GIB * (1 + GAPS) + CONTEXT + (NCCL if self.world_size > 1 else 0)
+        return with_reserve(self.total, self.world_size)
 
     @property
     def fits(self) -> dict[int, bool]:

@@ -57,8 +57,7 @@ def rejections(result: Result) -> list[str]:
     for cause, number in by_cause.most_common():
         lines.append(f"{number:,} do not fit: {cause}")
     if result.rejected:
-        nearest = min(result.rejected, key=lambda r: r.missing)
-        lines.append(f"the nearest to fit, {name_of(nearest.candidate)}, lacks {nearest.missing / GIB:.2f} GiB")
+        lines += [line.strip() for line in _shortage(result.rejected)]
     if result.slower:
         bound, candidate = result.slower[0]
         text = f"{len(result.slower):,} were left out: even the lower bound of the best, {name_of(candidate)}, is "
@@ -76,8 +75,13 @@ def _cause(rejected: Rejected) -> str:
     return "memory, even if every block saves the least"
 
 
-def why_not(model: Model, space: Space, result: Result, fixed: Mapping[str, Any]) -> list[str]:
-    """Why no candidate with these values is the plan: every rule or size that excludes them, or their cost."""
+def why_not(
+    model: Model, space: Space, result: Result, fixed: Mapping[str, Any], allow_offload: bool = False
+) -> list[str]:
+    """Why no candidate with these values is the plan: every rule or size that excludes them, or their cost.
+
+    allow_offload: as in the search of `result`.
+    """
     asked = ", ".join(f"{name}={value}" for name, value in fixed.items())
     chosen = result.chosen
     if chosen and matches(chosen.candidate, fixed):
@@ -86,10 +90,10 @@ def why_not(model: Model, space: Space, result: Result, fixed: Mapping[str, Any]
     broken = list(violations(space, degrees))
     if broken:
         return [f"{asked}: not legal here", *(f"  {line}" for line in broken)]
-    others = replace(space, fixed=fixed)
+    others = replace(space, fixed={**(space.fixed or {}), **fixed})
     if not any(True for _ in others):
         return [f"{asked}: not legal here", f"  no candidate on {space.world_size} ranks has all of these values"]
-    own = search(model, others, space.gpus_per_node)
+    own = search(model, others, space.gpus_per_node, allow_offload=allow_offload)
     if own.chosen is None:
         return [f"{asked}: does not fit", *_shortage(own.rejected)]
     lines = [f"{asked}: {own.num_candidates:,} candidates, of which {len(own.rejected):,} do not fit"]
@@ -99,6 +103,8 @@ def why_not(model: Model, space: Space, result: Result, fixed: Mapping[str, Any]
 
 def _shortage(rejected: Iterable[Rejected]) -> list[str]:
     nearest = min(rejected, key=lambda r: r.missing)
+    if nearest.missing <= 0:
+        return [f"  the nearest to fit, {name_of(nearest.candidate)}: {_cause(nearest)}"]
     return [
         f"  the nearest to fit, {name_of(nearest.candidate)}, lacks {nearest.missing / GIB:.2f} GiB on its fullest "
         f"stage even if its blocks save the least"

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from titan_video.planner.candidate import FULL, NONE, Candidate, Checkpointing
-from titan_video.planner.describe import CONTEXT, GAPS, GIB, NCCL
+from titan_video.planner.describe import usable_bytes
 from titan_video.planner.knapsack import Choice
 from titan_video.planner.memory_model import in_flight
 from titan_video.planner.search import StageBudget
 from titan_video.planner.step_clock import StepClock
-from titan_video.planner.step_model import StepFixed
+from titan_video.planner.step_model import StepFixed, bubble
 from titan_video.planner.trace import SAVES
 
 
@@ -40,7 +40,7 @@ class Layout:
         slowest = max(sum(of_stages[rank :: self.pp]) for rank in range(self.pp))
         total = self.microbatches * slowest + sum(self.fixed.parts.values())
         if self.pp > 1:
-            total += (self.pp - 1) * slowest / self.chunks
+            total += bubble(self.pp, self.microbatches, self.chunks) * slowest
             total += (self.microbatches + self.pp - 1) * self.fixed.send * self.chunks
         return max([total, *self.fixed.at_least.values()])
 
@@ -61,7 +61,7 @@ class LayoutBuilder:
     """model: the CostModel. Everything is cached by what it depends on."""
 
     def __init__(self, model: Any):
-        self.model = model
+        self.model, self._gib = model, model.cluster.gpu.memory_gib
         self._modes: dict[Any, list[Checkpointing]] = {}
         self._tables: dict[Any, _Table] = {}
         self._choices: dict[Any, dict[str, tuple[Choice, ...]]] = {}
@@ -86,7 +86,7 @@ class LayoutBuilder:
                 for work in self.model.workload
             )
         chunks = 2 if c.pp > 1 and c.schedule.startswith("Interleaved") else 1
-        return self._least[key] * (c.microbatches + (c.pp - 1) / chunks) / c.pp
+        return self._least[key] * (c.microbatches + bubble(c.pp, c.microbatches, chunks)) / c.pp
 
     def layout(self, c: Candidate, allow_offload: bool) -> Layout:
         chunks = 2 if c.pp > 1 and c.schedule.startswith("Interleaved") else 1
@@ -103,12 +103,16 @@ class LayoutBuilder:
         if fixed_key not in self._fixed:
             self._fixed[fixed_key] = self.clock.fixed(c)
         budgets, held, fixed = self._budgets[budget_key], self._held[budget_key], self._fixed[fixed_key]
-        return Layout(budgets, self._choices[key], held, self._usable(c), c.microbatches, c.pp, chunks, fixed)
-
-    def _usable(self, c: Candidate) -> float:
-        """Bytes of a GPU that may be counted."""
-        reserve = CONTEXT + (NCCL if c.num_training_ranks > 1 else 0)
-        return (self.model.cluster.gpu.memory_gib - reserve) * GIB / (1 + GAPS)
+        return Layout(
+            budgets,
+            self._choices[key],
+            held,
+            usable_bytes(self._gib, c.num_training_ranks),
+            c.microbatches,
+            c.pp,
+            chunks,
+            fixed,
+        )
 
     def _holds_gradients(self, c: Candidate) -> bool:
         """From the first backward of a step on, and not only as its last one goes."""
@@ -129,11 +133,14 @@ class LayoutBuilder:
         return held
 
     def modes(self, c: Candidate, allow_offload: bool) -> list[Checkpointing]:
-        """What a block may save. Attention only where some clips are long enough for it (save_min_kv)."""
+        """What a block may save. Attention only where some clips are long enough for it (save_min_kv), and where its
+        operator is visible: see kernels/attention.py.
+        """
         key = c.ulysses > 1, allow_offload
         if key not in self._modes:
-            longest = max(work.tokens for work in self.model.workload)
-            is_long = longest >= self.model.config.activation_checkpoint.save_min_kv
+            config, longest = self.model.config, max(work.tokens for work in self.model.workload)
+            is_long = longest >= config.activation_checkpoint.save_min_kv
+            is_long = is_long and (config.model.attention != "flex" or config.compile.enable)
             found = [NONE, FULL]
             found += [
                 Checkpointing("selective", save)
@@ -188,7 +195,7 @@ class LayoutBuilder:
         model = self.model
         num, units = len(model.stages(c)), model.units(c)
         works = [(work, model.ends_memory(c, work)) for work in model.workload]
-        usable = self._usable(c) * c.pp / num
+        usable = usable_bytes(self._gib, c.num_training_ranks) * c.pp / num
         found = []
         for s in range(num):
             is_first, is_last = s == 0, s == num - 1

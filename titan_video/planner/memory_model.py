@@ -107,7 +107,7 @@ def _kept(stage: StageInput) -> float:
 def _gathered_after_forward(stage: StageInput) -> float:
     """Weights that a stage leaves gathered between its forward and its backward: its root's, or all of them."""
     ends = _end_units(stage)
-    root = ends.get("", Unit()).gathered + len(stage.blocks) * stage.units.per_block.gathered
+    root = _root(stage).gathered
     units = [stage.units.blocks[path] for path, _ in stage.blocks]
     return root if stage.reshard else _Gathered(stage, units, ends, root).at(len(units))
 
@@ -137,6 +137,12 @@ def _state(stage: StageInput) -> dict[str, float]:
     }
 
 
+def _fixed(stage: StageInput) -> dict[str, float]:
+    """By category, what is there all the time."""
+    fixed = _state(stage) | {"inputs": stage.ends.inputs * stage.num_inputs}
+    return fixed | ({"pipeline buffers": _buffers(stage)} if stage.pipelined else {})
+
+
 def stage_memory(stage: StageInput, on_host: tuple[str, ...] = (), beside: float = 0.0) -> dict[str, float]:
     """Bytes by category at the peak; what is in host memory at its maximum.
 
@@ -144,18 +150,13 @@ def stage_memory(stage: StageInput, on_host: tuple[str, ...] = (), beside: float
     """
     units, blocks, own = stage.units, stage.blocks, _own(stage)
     ends, block_units = _end_units(stage), [units.blocks[path] for path, _ in blocks]
-    root = ends.get("", Unit())  # gathered from the first use to the end of backward
-    for _ in blocks:
-        root += units.per_block
-    root_gathered = root.gathered if stage.has_units else 0
-    fixed = _state(stage) | {"inputs": stage.ends.inputs * stage.num_inputs}
-    if stage.pipelined:
-        fixed["pipeline buffers"] = _buffers(stage)
+    root = _root(stage)  # gathered from the first use to the end of backward
+    root_gathered, fixed = (root.gathered if stage.has_units else 0), _fixed(stage)
     memory = [stage.memory[block] for block in blocks]
     kept = stage.ends.trunk + (stage.ends.embed if stage.is_first else 0)
     head = stage.ends.head if stage.is_last else 0
-    whole = _kept(stage)
-    earlier = (stage.in_flight - 1) * (whole - stage.ends.trunk) + beside  # what the trunk keeps is the same for all
+    # What the trunk keeps is the same for all micro-batches.
+    earlier = (stage.in_flight - 1) * (_kept(stage) - stage.ends.trunk) + beside
     host = stage.in_flight * sum(m.host for m in memory)
     peak, grads = _Peak(), _Gradients(stage, own)
 
@@ -223,6 +224,14 @@ def _end_units(stage: StageInput) -> dict[str, Unit]:
         for name, unit in units.items() if is_there else ():
             found[name] = found[name] + unit if name in found else unit
     return found
+
+
+def _root(stage: StageInput) -> Unit:
+    """The root's float32 unit, with what it has of each block."""
+    root = _end_units(stage).get("", Unit())
+    for _ in stage.blocks:
+        root += stage.units.per_block
+    return root
 
 
 class _Gathered:

@@ -2,17 +2,21 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+from titan_video.config.check import check
 from titan_video.config.job_config import JobConfig
+from titan_video.distributed.parallel_dims import check_layout
 from titan_video.models import get_args, get_spec
+from titan_video.planner.candidate import Candidate
 from titan_video.planner.cluster import Cluster
 from titan_video.planner.cost import CostModel
 from titan_video.planner.describe import GIB
 from titan_video.planner.explain import name_of
 from titan_video.planner.plan_file import to_candidate
 from titan_video.planner.search import MAX_SOLVED, Plan, Result, binding, search
-from titan_video.planner.space import MAX_ENCODER_SHARE, SCHEDULES, Space, StepClips, divisors
+from titan_video.planner.space import MAX_ENCODER_SHARE, SCHEDULES, Space, StepClips, divisors, runs
 
 ALLOWED = ("offload", "8bit", "host-state")  # what a plan may use beside layouts: asked for, or needed to fit
 MORE_GPUS = (2, 4, 8)
@@ -29,11 +33,15 @@ class Job:
     fixed: Mapping[str, Any] | None = None
     build: Callable[..., Any] = CostModel  # (config, cluster, shares) -> the cost model
 
+    @property
+    def args(self) -> Any:
+        """The model's arguments."""
+        m = self.config.model
+        return get_args(get_spec(m.name), m.flavor, m.hf_assets_path, self.config.encoder.max_text_length)
+
     def space(self, model: Any) -> Space:
         """ConfigError: the job's batch size does not fit its own layout on the cluster."""
-        c, gpus = self.config, self.cluster.gpus
-        spec = get_spec(c.model.name)
-        args = get_args(spec, c.model.flavor, c.model.hf_assets_path, c.encoder.max_text_length)
+        c, gpus, args = self.config, self.cluster.gpus, self.args
         schedules = SCHEDULES if c.parallelism.pipeline_parallel_degree > 1 or gpus > 1 else SCHEDULES[:1]
         return Space(
             world_size=gpus,
@@ -49,6 +57,7 @@ class Job:
             optimizer="AdamW8bit" if "8bit" in self.allow and c.optimizer.name == "AdamW" else c.optimizer.name,
             enable_cpu_offload="host-state" in self.allow or c.training.enable_cpu_offload,
             fixed=self.fixed,
+            runs=partial(runs, c),
         )
 
 
@@ -93,12 +102,20 @@ def make_own_plan(job: Job, model: Any, max_solved: int = MAX_SOLVED) -> Planned
     return Planned(job, model, space, result)
 
 
+def own_candidate(config: JobConfig, world_size: int, model: Any) -> Candidate:
+    """The candidate that a configuration is. ValueError: see `to_candidate`."""
+    longest, budget = max(work.tokens for work in model.workload), config.data.tokens_per_microbatch
+    clips = max(1, budget // longest) if budget else 0
+    return to_candidate(config, world_size, len(model.layers), clips)
+
+
 def as_it_is(job: Job, model: Any) -> Plan | str:
     """The layout that the job's TOML has already, as a plan, or why it cannot run on the cluster."""
-    longest = max(work.tokens for work in model.workload)
-    clips = max(1, job.config.data.tokens_per_microbatch // longest) if job.config.data.tokens_per_microbatch else 0
+    gpus = job.cluster.gpus
     try:
-        candidate = to_candidate(job.config, job.cluster.gpus, len(model.layers), clips)
+        check(job.config, gpus, files=False)
+        check_layout(job.config.parallelism, job.args, job.config.encoder.num_training_ranks(gpus))
+        candidate = own_candidate(job.config, gpus, model)
         prediction = model.predict(candidate)
     except ValueError as e:
         return str(e)
@@ -128,10 +145,8 @@ def smallest_change(planned: Planned) -> list[str]:
     if not planned.result.rejected:
         return [f"no layout is legal on {job.cluster.name}: --explain NAME=VALUE says which rule a value breaks"]
     nearest = min(planned.result.rejected, key=lambda r: r.missing)
-    lines = [
-        f"no plan fits {job.cluster.name}: the nearest, {name_of(nearest.candidate)}, lacks "
-        f"{nearest.missing / GIB:.2f} GiB on each GPU"
-    ]
+    lacks = f"lacks {nearest.missing / GIB:.2f} GiB on each GPU" if nearest.missing > 0 else "lacks little memory"
+    lines = [f"no plan fits {job.cluster.name}: the nearest, {name_of(nearest.candidate)}, {lacks}"]
     tried: list[tuple[str, Callable[[], Job | None]]] = [
         ("fewer frames", lambda: _shorter(job)),
         ("more GPUs", lambda: _more_gpus(job)),
@@ -180,8 +195,9 @@ def _more_gpus(job: Job) -> Job | None:
 
 
 def _more_memory(job: Job, missing: float) -> Job | None:
-    """On a GPU with the least memory that fits, to a GiB above what is missing."""
+    """On a GPU with the least memory that fits, to a GiB above what is missing; where that is not known, 2 %."""
     gib = job.cluster.gpu.memory_gib
+    missing = max(missing, 0.02 * gib * GIB)
     for more in (1.08, 1.3, 1.7, 2.5):
         size = round(gib + missing / GIB * more + 0.5)
         trial = replace(job, cluster=replace(job.cluster, gpu=replace(job.cluster.gpu, memory_gib=float(size))))

@@ -15,6 +15,7 @@ import tomli_w
 
 from titan_video.config.job_config import ActivationCheckpoint, JobConfig
 from titan_video.data.batching import gradient_accumulation
+from titan_video.distributed.activation_checkpoint import sections_by_block
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.planner.candidate import FULL, NONE, Candidate, Checkpointing, Range
 
@@ -93,7 +94,7 @@ def merged(ranges: Iterable[Range]) -> tuple[Range, ...]:
 def plan_tables(raw: Tables, candidate: Candidate, num_blocks: int) -> Tables:
     """The tables of a job's TOML, with the candidate's values; those that equal the defaults are left out.
 
-    raw: as tomllib reads the TOML.
+    raw: as tomllib reads the TOML, with current names of fields.
     """
     defaults = asdict(JobConfig())
     tables = {section: dict(values) for section, values in raw.items()}
@@ -108,6 +109,8 @@ def plan_tables(raw: Tables, candidate: Candidate, num_blocks: int) -> Tables:
     for name, placement in PLACEMENT_FIELDS.items():
         if candidate.placement != placement:
             tables.get("encoder", {}).pop(name, None)
+    if candidate.tp == 1:
+        tables.get("parallelism", {}).pop("enable_async_tensor_parallel", None)
     checkpoint = tables.get("activation_checkpoint", {})
     if checkpoint.get("mode", "none") != "selective" or checkpoint.get("range"):
         checkpoint.pop("save", None)
@@ -166,9 +169,10 @@ def to_candidate(config: JobConfig, world_size: int, num_blocks: int, clips: int
     p, t = config.parallelism, config.training
     dims = ParallelDims.of(p, config.encoder.num_training_ranks(world_size))
     microbatches = gradient_accumulation(config, dims.dp)
-    local = clips or t.local_batch_size
+    local, budget = clips or t.local_batch_size, config.data.tokens_per_microbatch
     if dims.pp > 1 and p.pipeline_parallel_microbatch_size < local:
-        microbatches *= local // p.pipeline_parallel_microbatch_size
+        parts = local // p.pipeline_parallel_microbatch_size
+        microbatches, budget = microbatches * parts, budget // parts
         local = p.pipeline_parallel_microbatch_size
     sharded = dims.dp_shard * dims.cp > 1
     reshard = {"always": True, "never": False, "default": sharded}[p.fsdp_reshard_after_forward]
@@ -176,7 +180,7 @@ def to_candidate(config: JobConfig, world_size: int, num_blocks: int, clips: int
         **{f.name: getattr(dims, f.name) for f in fields(dims) if f.name != "ep"},  # of experts: see CostModel
         local_batch_size=local,
         microbatches=microbatches,
-        tokens_per_microbatch=config.data.tokens_per_microbatch,
+        tokens_per_microbatch=budget,
         reshard=reshard and sharded,
         schedule=p.pipeline_parallel_schedule if dims.pp > 1 else "1F1B",
         ranges=_ranges(config.activation_checkpoint, num_blocks),
@@ -189,20 +193,14 @@ def to_candidate(config: JobConfig, world_size: int, num_blocks: int, clips: int
 
 
 def _ranges(section: ActivationCheckpoint, num_blocks: int) -> tuple[Range, ...]:
-    """ValueError: a memory budget, which leaves to the compiler what is saved."""
-    if section.mode == "memory_budget":
+    """ValueError: a memory budget, which leaves to the compiler what is saved; a block that the model does not have."""
+    sections = sections_by_block(section, num_blocks)
+    if any(s.mode == "memory_budget" for s in sections):
         raise ValueError(
             "activation_checkpoint.mode: memory_budget lets the compiler choose what is saved, which no plan predicts; "
             "set another mode"
         )
-    of_block = [NONE] * num_blocks
-    for i in section.layers or range(num_blocks):
-        of_block[i] = _checkpointing(section.mode, section.save, section.offload)
-    for r in section.range:
-        first, _, last = r.layers.partition("-")
-        for i in range(int(first), int(last or first) + 1):
-            of_block[i] = _checkpointing(r.mode, r.save or section.save, r.offload)
-    return merged(Range(i, i + 1, checkpointing) for i, checkpointing in enumerate(of_block))
+    return merged(Range(i, i + 1, _checkpointing(s.mode, s.save, s.offload)) for i, s in enumerate(sections))
 
 
 def _checkpointing(mode: str, save: Iterable[str], offload: bool) -> Checkpointing:

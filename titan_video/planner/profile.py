@@ -9,6 +9,7 @@ named at the top of the file: the encoders' rates, and the network where all ran
 """
 
 import argparse
+import math
 import os
 import platform
 import sys
@@ -209,8 +210,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--largest", type=int, help="MiB of the largest message; default: 512 on GPUs, 16 on CPUs")
     options = parser.parse_args(argv)
     with main_guard():
-        if not options.seconds > 0 or (options.largest is not None and options.largest < 1):
-            raise ValueError("--seconds, --largest: legal: more than 0")
+        if not 0 < options.seconds < math.inf:
+            raise ValueError(f"--seconds: given {options.seconds}; legal: more than 0")
+        if options.largest is not None and options.largest < 1:
+            raise ValueError(f"--largest: given {options.largest}; legal: at least 1")
         config = load(options.config) if options.config else JobConfig()
         device = get_device(int(os.environ.get("LOCAL_RANK", 0)))
         init_distributed(device, timeout_seconds=1800)

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from titan_video.config.job_config import JobConfig
+from titan_video.config.manager import CONFIG_FILE, DATA_FILE
+from titan_video.config.renames import current_name
+from titan_video.config.values import sections
 from titan_video.planner.candidate import PARTS, StageMemory
-from titan_video.planner.describe import CATEGORIES, CONTEXT, GAPS, GIB, NCCL
+from titan_video.planner.describe import CATEGORIES, CONTEXT, GAPS, GIB, NCCL, usable_bytes
 from titan_video.planner.explain import name_of, saved_by
 from titan_video.planner.page import build_page
 from titan_video.planner.plan import Planned
@@ -30,13 +33,21 @@ class Source:
     overrides: Sequence[str] = ()
 
     def with_overrides(self, config: JobConfig) -> Tables:
-        tables = {section: dict(values) for section, values in self.tables.items()}
+        """The tables with current names, and the values that `config`, which is made of both, has by overrides."""
+        tables = {
+            section: {current_name(name, sections()[section]): value for name, value in values.items()}
+            for section, values in self.tables.items()
+        }
+        found, defaults = asdict(config), asdict(JobConfig())
         for word in self.overrides:
-            if word.startswith("--"):
-                section, _, field = word[2:].partition("=")[0].partition(".")
-                name = field.partition(".")[0]
-                value = asdict(config)[section][name]
-                tables.setdefault(section, {})[name] = list(value) if isinstance(value, tuple) else value
+            option = word[2:].partition("=")[0] if word.startswith("--") else CONFIG_FILE
+            section, _, field = option.partition(".")
+            if option == DATA_FILE:
+                for name in ("data", "training"):
+                    tables[name] = {k: v for k, v in found[name].items() if v != defaults[name][k]}
+            elif option != CONFIG_FILE:
+                name = current_name(field.partition(".")[0], sections()[section])
+                tables.setdefault(section, {})[name] = found[section][name]
         return tables
 
 
@@ -118,7 +129,7 @@ def page_data(planned: Planned, source: Source) -> dict[str, Any]:
     """See page.py."""
     plan, cluster, model = planned.result.chosen, planned.job.cluster, planned.model
     p, c = plan.prediction, plan.candidate
-    usable = _usable(cluster.gpu.memory_gib, cluster.gpus)
+    usable = usable_bytes(cluster.gpu.memory_gib, cluster.gpus)
     bars = []
     per_stage = c.num_training_ranks // c.pp
     for memory in p.memory:
@@ -147,11 +158,6 @@ def page_data(planned: Planned, source: Source) -> dict[str, Any]:
         "plans": _points(planned),
         "assumptions": assumptions(planned),
     }
-
-
-def _usable(memory_gib: float, gpus: int) -> float:
-    """Bytes that may be counted: with the reserve they are the GPU's memory (candidate.StageMemory.needed)."""
-    return (memory_gib - CONTEXT - (NCCL if gpus > 1 else 0)) / (1 + GAPS) * GIB
 
 
 def _ranks(stage: int, pp: int, per_stage: int) -> str:

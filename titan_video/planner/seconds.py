@@ -136,10 +136,10 @@ class Seconds:
 
 
 class Clock:
-    """Seconds of traced work on a cluster. head_dim: of the model's attention. compiled: compile.enable."""
+    """Seconds of traced work on a cluster. head_dim, backend: of the model's attention. compiled: compile.enable."""
 
-    def __init__(self, cluster: Cluster, head_dim: int, compiled: bool):
-        self.cluster, self.head_dim, self.compiled = cluster, head_dim, compiled
+    def __init__(self, cluster: Cluster, head_dim: int, compiled: bool, backend: str = "auto"):
+        self.cluster, self.head_dim, self.compiled, self.backend = cluster, head_dim, compiled, backend
         host = cluster.host
         self.launch = (host.compiled_us if compiled else host.operator_us) * 1e-6
 
@@ -170,7 +170,7 @@ class Clock:
             return self.cluster.copy_rate
         if part == "attention":
             keys = _size(shape[0], values) if self.cluster.attention else 0.0
-            return self.cluster.attention_rate(keys, self.head_dim, backward)
+            return self.cluster.attention_rate(keys, self.head_dim, backward, self.backend)
         sizes = [_size(s, values) for s in shape] if self.cluster.product else [1.0, 1.0, 1.0]
         return self.cluster.product_rate(rows=sizes[0], inner=sizes[1], columns=sizes[2])
 

@@ -4,7 +4,7 @@ The order of the mesh is ParallelDims': tensor parallel on neighbours, then Ulys
 stages outermost. Tensor parallel stays inside a node, where its links are.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -54,7 +54,8 @@ class Space:
 
     longest: tokens of the longest clip. placement: where the job encodes; if
     during training, both ways to do so are tried. encoder_ranks: numbers of ranks that encode; 0: those that train.
-    fixed: values that every candidate has, by a name of FIXABLE.
+    fixed: values that every candidate has, by a name of FIXABLE. runs: whether the trainer runs a candidate with the
+    options that the job keeps; None: all of them.
     """
 
     world_size: int
@@ -70,11 +71,12 @@ class Space:
     optimizer: str = "AdamW"
     enable_cpu_offload: bool = False
     fixed: Mapping[str, Any] | None = None
+    runs: Callable[[Candidate], bool] | None = None
 
     def __iter__(self) -> Iterator[Candidate]:
         for extra in filter(lambda n: self._allows("encoder_ranks", n), self.encoder_ranks):
             for degrees in self._degrees(self.world_size - extra):
-                yield from self._sized(degrees, extra)
+                yield from filter(self.runs or (lambda _: True), self._sized(degrees, extra))
 
     def _allows(self, name: str, value: Any) -> bool:
         return not self.fixed or name not in self.fixed or self.fixed[name] == value
@@ -181,6 +183,20 @@ def _is_legal(schedule: str, pp: int, microbatches: int) -> bool:
     return microbatches % max(1, microbatches // pp) == 0
 
 
+def runs(config: JobConfig, c: Candidate) -> bool:
+    """Whether a run's options that no plan changes allow the layout: rules of the trainer about both."""
+    p, t = config.parallelism, config.training
+    reduces = p.enable_fsdp_symm_mem or t.mixed_precision_reduce == "bfloat16"
+    if reduces and c.num_training_ranks <= c.pp:
+        return False
+    if config.model.attention == "flex" and c.ring > 1:
+        return False
+    if config.data.groups_per_step > 1 and c.pp > 1:
+        return False
+    is_one_backward = c.microbatches == c.pp == c.dp_replicate == 1 and not c.enable_cpu_offload
+    return is_one_backward or not config.optimizer.in_backward
+
+
 def violations(space: Space, degrees: Mapping[str, int]) -> Iterator[str]:
     """Why no candidate has these degrees; those of DEGREES that are not given are free. One line per broken rule."""
     pp, tp, ulysses = (degrees.get(name, 1) for name in ("pp", "tp", "ulysses"))
@@ -207,14 +223,17 @@ def violations(space: Space, degrees: Mapping[str, int]) -> Iterator[str]:
         yield f"pp = {pp} needs as many micro-batches, but a data-parallel rank has {most} at most"
 
 
-def parse_fixed(text: str) -> dict[str, Any]:
-    """{name of FIXABLE: value} of "tp=8,pp=2". ValueError: an unknown name or a value that it cannot have."""
+def parse_fixed(text: str, option: str) -> dict[str, Any]:
+    """{name of FIXABLE: value} of "tp=8,pp=2". ValueError: an unknown name or a value that it cannot have.
+
+    option: of the command line that has the text, for messages.
+    """
     fixed: dict[str, Any] = {}
     for part in text.replace(" ", "").split(","):
         name, equals, value = part.partition("=")
         if name not in FIXABLE or not equals:
             raise ValueError(
-                f"{part!r}: not NAME=VALUE with a known name; legal: {', '.join(FIXABLE)}; nearest: "
+                f"{option}: {part!r}: not NAME=VALUE with a known name; legal: {', '.join(FIXABLE)}; nearest: "
                 f"{nearest_word(name, FIXABLE)}"
             )
         if name == "schedule":
@@ -228,5 +247,5 @@ def parse_fixed(text: str) -> dict[str, Any]:
             legal, known = value.isdecimal() and int(value) >= least, f"a whole number, at least {least}"
             fixed[name] = int(value) if legal else value
         if not legal:
-            raise ValueError(f"{name}={value}: legal: {known}")
+            raise ValueError(f"{option}: {name}={value}: legal: {known}")
     return fixed

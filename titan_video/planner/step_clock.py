@@ -30,7 +30,7 @@ class StepClock:
     def __init__(self, model: Any):
         self.model, self.cluster = model, model.cluster
         compiled = model.config.compile.enable
-        self.clock = Clock(model.cluster, model.args.head_dim, compiled)
+        self.clock = Clock(model.cluster, model.args.head_dim, compiled, model.config.model.attention)
         self.ends_clock = Clock(model.cluster, model.args.head_dim, compiled=False)  # only blocks are compiled
         self._works: dict[Any, Work] = {}
         self._seconds: dict[Any, Seconds] = {}

@@ -128,18 +128,26 @@ class StepFixed:
     at_least: dict[str, float] = field(default_factory=dict)
 
 
+def bubble(pp: int, microbatches: int, chunks: int) -> float:
+    """What the slowest rank waits in a step, in units of its seconds for one micro-batch. chunks: stages on a rank.
+
+    A rank starts on its next stage when it has run the last one for min(m, p) micro-batches, or when the first of them
+    has passed the other ranks, whichever is later. With m >= p it is (p - 1) / chunks, as for 1F1B and GPipe.
+    """
+    return max(0, pp - microbatches) + (min(microbatches, pp) - 1) / chunks
+
+
 def step_parts(
     candidate: Candidate, slowest: float, parts: dict[str, float], fixed: StepFixed, interleaved: bool
 ) -> dict[str, float]:
     """Seconds of a step by PARTS, from those of its slowest rank's stages for one micro-batch.
 
-    1F1B and GPipe: of m micro-batches the slowest rank waits as long as p - 1 of them take on the others; with two
-    stages on a rank, for half of that.
+    Pipelines: see `bubble`.
     """
     m, pp = candidate.microbatches, candidate.pp
     found: Counter[str] = Counter({part: m * value for part, value in parts.items()})
     if pp > 1:
-        found["pipeline bubble"] += (pp - 1) * slowest / (2 if interleaved else 1)
+        found["pipeline bubble"] += bubble(pp, m, 2 if interleaved else 1) * slowest
         found["pipeline sends"] += (m + pp - 1) * fixed.send * (2 if interleaved else 1)
     for part, value in fixed.parts.items():
         found[part] += value

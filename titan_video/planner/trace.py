@@ -6,16 +6,13 @@ asked of its own policy (SACPolicy), operator by operator, and what backward run
 """
 
 import copy
-import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -26,7 +23,6 @@ from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.parallelize import CONTEXT_PARALLEL, TENSOR_PARALLEL
 from titan_video.distributed.sequence import SequenceShard
 from titan_video.flow.matching import FlowMatching
-from titan_video.models import get_args, get_spec
 from titan_video.models.layers import cast_params
 from titan_video.models.spec import ModelSpec
 from titan_video.planner import fake
@@ -143,27 +139,13 @@ class Tracer:
         return min(ring, 2) if rotate == "alltoall" else ring, min(ulysses, least), tp
 
     def trace(self, ring: int, ulysses: int, tp: int) -> tuple[dict[str, BlockTrace], EndsTrace]:
-        """({container of blocks: trace}, ends) of rank 0 at `degrees`; cached.
-
-        A process that trains has a process group, and can have no other: there, another process traces.
-        """
+        """({container of blocks: trace}, ends) of rank 0 at `degrees`; cached. No process group may exist."""
         key = ring, ulysses, tp = self.degrees(ring, ulysses, tp)
-        if key not in self._traces and dist.is_initialized():
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                self._traces[key] = pool.submit(_trace_alone, self.config, key).result()
-        elif key not in self._traces:
+        if key not in self._traces:
             dims = ParallelDims(ring=ring, ulysses=ulysses, tp=tp)
             with fake.fake_ranks(dims.sequence, 0):
                 self._traces[key] = _LayoutTracer(self, dims).run()
         return self._traces[key]
-
-
-def _trace_alone(config: JobConfig, key: tuple[int, int, int]) -> tuple[dict[str, BlockTrace], EndsTrace]:
-    """In a process of its own."""
-    spec = get_spec(config.model.name)
-    args = get_args(spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length)
-    ring, ulysses, tp = key
-    return Tracer(config, spec, args).trace(ring, ulysses, tp)
 
 
 class _LayoutTracer:
