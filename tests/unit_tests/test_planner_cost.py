@@ -11,7 +11,7 @@ from titan_video.config.job_config import JobConfig
 from titan_video.models import get_spec
 from titan_video.planner import cluster as clusters
 from titan_video.planner.candidate import FULL, NONE, PARTS, Candidate, Checkpointing, Range
-from titan_video.planner.cluster import AttentionSample, Group, load, parse
+from titan_video.planner.cluster import AttentionSample, Group, load, parse, with_room
 from titan_video.planner.cost import CostModel
 from titan_video.planner.dry_run import dry_run
 from titan_video.planner.plan_file import to_tables
@@ -124,6 +124,14 @@ def test_the_bubble_is_that_of_stages_one_after_the_other(pp, m, chunks, expecte
                     start = max(before, ends.get(rank, 0))
                     ends[i, chunk, rank] = ends[rank] = start + 1 / chunks
     assert ends[pp - 1] == m + bubble(pp, m, chunks)
+
+
+def test_room_is_taken_from_a_gpu():
+    machine = load("h100x8")
+    assert with_room(machine, 5).gpu.memory_gib == machine.gpu.memory_gib - 5 and with_room(machine, 0) == machine
+    for gib in (-1.0, 79.1, 100.0, float("nan")):
+        with pytest.raises(ValueError, match="--room: given"):
+            with_room(machine, gib)
 
 
 def test_attention_has_the_rate_of_its_backend():

@@ -385,7 +385,6 @@ def _within(value: float, limits: Any) -> bool:
 
 def with_room(machine: Cluster, gib: float) -> Cluster:
     """The same machine, of whose GPUs a plan leaves so many GiB free. ValueError: none would be left."""
-    left = machine.gpu.memory_gib - gib
-    if gib < 0 or left <= 0:
+    if not 0 <= gib < machine.gpu.memory_gib:
         raise ValueError(f"--room: given {gib:g}; legal: GiB of a GPU, from 0 to less than {machine.gpu.memory_gib:g}")
-    return replace(machine, gpu=replace(machine.gpu, memory_gib=left))
+    return replace(machine, gpu=replace(machine.gpu, memory_gib=machine.gpu.memory_gib - gib))
