@@ -213,7 +213,8 @@ def generate(config: JobConfig, folder: Path, texts: list[str], options: argpars
     encoders = build_encoders(config.encoder, config.model.hf_assets_path, device)
     check_encoders(encoders, args, geometry, config)
     guidance = find_guidance(options, low[1] if low else None, args)
-    for line in lost_words([*texts, options.negative_prompt], encoders) if dist.get_rank() == 0 else ():
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    for line in lost_words([*texts, options.negative_prompt], encoders) if is_first else ():
         logger.warning(f"prompt {line}")
     prompts, null = encode_prompts(encoders, args, texts, options)
     encoders.free()

@@ -62,8 +62,8 @@ def test_a_nested_unit_changes_no_gradient():
 
 
 def unknown_mesh():
-    with pytest.raises(AssertionError, match="ParallelPlan.units: 'blocks.\\*' is sharded over 'expert_fsdp', .*fsdp"):
-        run_units({**SPEC.plan.units, "blocks.*": "expert_fsdp"})
+    with pytest.raises(AssertionError, match="ParallelPlan.units: 'blocks.\\*' is sharded over 'elsewhere', .*fsdp"):
+        run_units({**SPEC.plan.units, "blocks.*": "elsewhere"})
 
 
 def test_an_unknown_mesh_is_named():

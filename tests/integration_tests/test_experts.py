@@ -34,13 +34,14 @@ def test_a_mixture_resumes_bitwise_and_is_sampled_and_exported(front):
     parts = front.run("parts", options()).ok()
     assert losses(parts) == losses(whole) and parts.validations[3] == whole.validations[3]
     assert set(whole._rows("experts")[-1]["experts"]) >= {"load_max_over_mean", "load_entropy"}
-    args, last = SPEC.flavors["moe-debug"], {}
-    for run in (whole, parts):
-        last[run] = weights(lambda model, run=run: load_weights(run.checkpoint(3), model), args)
-    assert all(torch.equal(p, last[parts][name]) for name, p in last[whole].items())
-    assert {round(abs(x), 3) for x in last[whole]["routers.1.bias"].tolist()} != {0.0}
+    args = SPEC.flavors["moe-debug"]
+    last, of_parts = (
+        weights(lambda model, run=run: load_weights(run.checkpoint(3), model), args) for run in (whole, parts)
+    )
+    assert all(torch.equal(p, of_parts[name]) for name, p in last.items())
+    assert {round(abs(x), 3) for x in last["routers.1.bias"].tolist()} != {0.0}
     exported = weights(lambda model: load_hf(model, whole.folder / "stacked", SPEC, args), args)
-    assert torch.equal(exported["routers.2.bias"], last[whole]["routers.2.bias"])  # an average, but for the biases
+    assert torch.equal(exported["routers.2.bias"], last["routers.2.bias"])  # an average, but for the biases
     again = {"model.flavor": "hf", "model.hf_assets_path": whole.folder / "stacked", "checkpoint.enable": "false"}
     again |= {"checkpoint.initial_load_in_hf": "true", "checkpoint.last_save_in_hf": "false", "training.steps": 1}
     assert front.run("again", options() | again).ok().validations[0] == whole.validations[3]

@@ -14,15 +14,15 @@ TIMEOUTS = {"comm.init_timeout_seconds": 30, "comm.train_timeout_seconds": 3, "d
 
 def stuck_reader(rank, step):
     """A hook: from `step` on, opening a file of the cache takes for ever on this rank, as on a dead network disk."""
-    import builtins
-
     import train
     from titan_video.data import latent_cache
+
+    open_regular = latent_cache.open_regular
 
     def stuck_open(path, *args, **kwargs):
         if stuck_open.steps >= step and str(path).endswith(".safetensors") and os.environ.get("RANK", "0") == str(rank):
             time.sleep(1000)
-        return builtins.open(path, *args, **kwargs)
+        return open_regular(path, *args, **kwargs)
 
     run_step = train.Trainer.train_step
 
@@ -31,7 +31,7 @@ def stuck_reader(rank, step):
         run_step(self, *args)
 
     stuck_open.steps = 0
-    latent_cache.open = stuck_open
+    latent_cache.open_regular = stuck_open
     train.Trainer.train_step = train_step
 
 
@@ -58,7 +58,7 @@ def slow_encoding(seconds, begun=None):
     def encode_job(*args):
         if begun:
             begun.touch()
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" and args[2].entry:  # not the empty caption
             time.sleep(seconds)
         return make(*args)
 

@@ -315,7 +315,7 @@ def encode_share(
         with heartbeat.own_work(f"encoding {what}"):
             for job, (decoded,) in zip(mine, decoder, strict=True):
                 spent["decode_wait"] += time.perf_counter() - asked
-                heartbeat.progress(job.entry.path if job.entry else job.caption)
+                heartbeat.progress(job.entry.path if job.entry else job.caption or "the empty caption")
                 try:
                     store(cache, job, encode_job(encoders, cache.conditioning, job, decoded))
                 except UnusableClip as error:
