@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from titan_video.checkpoint import files
-from titan_video.checkpoint.state import read_tensors, saved_under
+from titan_video.checkpoint.state import read_tensors, saved_weights
 from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import load
 from titan_video.models import FAMILIES, args_from_config, get_args, get_spec
@@ -80,15 +80,11 @@ class StepSource:
             self.spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length
         )
         self.shapes = global_shapes(self.spec, self.args)
-        self.folder, self.prefix = folder, f"{weights}."
+        self.folder = folder
         _, self.metadata = files.verify(folder)
-        saved = saved_under(self.metadata, weights)
+        saved, self.full_names = saved_weights(self.metadata, weights)
         if not saved:
             raise ValueError(f"{folder} holds no `{weights}` weights")
-        # Averages lack what is not trained: biases of routers.
-        rest = {name: e for name, e in saved_under(self.metadata, "model").items() if name.startswith("routers.")}
-        self.sources = dict.fromkeys(rest, "model.") | dict.fromkeys(saved, self.prefix)
-        saved = rest | saved
         names = sorted(saved.keys() | self.shapes.keys())
         odd = [name for name in names if name not in saved or saved[name].size != self.shapes.get(name)]
         if odd:
@@ -97,7 +93,7 @@ class StepSource:
 
     def read(self, name: str) -> Tensor:
         tensor = torch.empty(self.shapes[name], dtype=self.dtypes[name])
-        read_tensors(self.folder, self.metadata, {self.sources[name] + name: tensor})
+        read_tensors(self.folder, self.metadata, {self.full_names[name]: tensor})
         return tensor
 
 

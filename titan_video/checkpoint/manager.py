@@ -42,6 +42,7 @@ from titan_video.checkpoint.state import (
     TensorState,
     read_tensors,
     saved_under,
+    saved_weights,
     to_exact_json,
 )
 from titan_video.checkpoint.triggers import SaveTriggers
@@ -73,11 +74,11 @@ def load_weights(
         raise ValueError(f"{folder}: give a step-N folder of a checkpoint; {reason}")
     ranks = Ranks(group)
     step, metadata = ranks.verify(folder)
-    saved, live = saved_under(metadata, source), ModelState(model, which).state_dict()
+    (saved, full_names), live = saved_weights(metadata, source), ModelState(model, which).state_dict()
     if not saved:
         raise ValueError(f"{folder}: holds no `{source}` weights")
     ranks.check_same(folder, source, live, saved, same_dtype=False)
-    read_tensors(folder, metadata, {f"{source}.{name}": tensor for name, tensor in live.items()}, group)
+    read_tensors(folder, metadata, {full_names[name]: tensor for name, tensor in live.items()}, group)
     return step
 
 

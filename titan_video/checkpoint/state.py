@@ -123,6 +123,16 @@ def saved_under(metadata: Metadata, prefix: str) -> Saved:
     }
 
 
+def saved_weights(metadata: Metadata, source: str) -> tuple[Saved, dict[str, str]]:
+    """({name: entry}, {name: its name in the checkpoint}) of the weights "model" or "ema"; both empty: there are none.
+
+    Averages lack what is not trained, such as biases of routers: of that they have the model's.
+    """
+    saved = saved_under(metadata, source)
+    rest = {name: entry for name, entry in saved_under(metadata, "model").items() if saved and name not in saved}
+    return rest | saved, {name: f"{'model' if name in rest else source}.{name}" for name in rest | saved}
+
+
 def compare(live: dict[str, Tensor], saved: Saved, same_dtype: bool) -> list[str]:
     """Differences in name, shape and dtype that this rank can see.
 
