@@ -17,7 +17,7 @@ from titan_video.data.batching import Bucket
 from titan_video.data.latent_cache import CODE_VERSION, GIVEN, CachedClip, LatentCache, content_hash
 from titan_video.data.loader import ClipsByBucket
 from titan_video.ingest.cache_keys import imageless_keys, text_keys, video_keys
-from titan_video.ingest.columns import Columns, ColumnWriter, SortedKeys, is_new, sort_keys, used
+from titan_video.ingest.columns import Columns, ColumnWriter, SortedKeys, is_new, sort_keys, used, words
 from titan_video.ingest.entry_index import KEY_BYTES, NO_COLUMNS, holds
 from titan_video.ingest.plan_table import TEXTS, PlanTable
 
@@ -157,8 +157,10 @@ class ClipTable(Sequence[CachedClip]):
         """What the cache lacks of these clips, each entry once."""
         rows = self.selected()
         frames = rows[self._lack_frames(cache, rows)]
-        if len(frames):  # copies of a file share their keys, and follow each other
-            frames = frames[is_new(np.concatenate([self.columns[kind][frames] for kind in self._kinds()], axis=1))]
+        if len(frames):  # copies of a file share their keys
+            keys = [self.columns[kind][frames] for kind in self._kinds()]
+            order = np.lexsort(np.concatenate([words(of_kind) for of_kind in keys])[::-1])
+            frames = frames[np.sort(order[is_new(np.concatenate(keys, axis=1)[order])])]
         owner, number, lack = self._lack_texts(cache, rows)
         owner, number = owner[lack], number[lack]
         keys = self.columns["texts"].reshape(-1, KEY_BYTES)[self._text_places(owner, number)]

@@ -57,6 +57,8 @@ class Columns(Mapping[str, np.ndarray]):
                 data = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8).numpy()[start:]
             data.flags.writeable = False
             self._columns = {name: _column(data, *at) for name, at in header["columns"].items()}
+        except FileNotFoundError as e:
+            raise ValueError(f"{path}: is not there; all nodes of a run must see the cache folder") from e
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
             raise ValueError(f"{path}: is no table of columns ({e}); delete this file and start again") from e
         except RuntimeError as e:  # torch's own, for a file that is gone
