@@ -506,6 +506,11 @@ def test_the_commands_of_the_runs(tmp_path, capsys):
     assert len(lines) == 10 and all("train.py --job.config_file" in line for line in lines)
     assert "--model.flavor proxy-debug --optimizer.lr 0.001953125 --job.dump_folder" in lines[0]
     assert f"--data.cache_folder {tmp_path}/runs/cache" in lines[0] and "--model.flavor debug" in lines[5]
+    assert run_cli(tmp_path, *argv, "--ranks", 2) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 10 and all(
+        " -m torch.distributed.run --standalone --nproc_per_node 2 " in x for x in printed
+    )
 
 
 def test_a_resumed_run_is_read_once(tmp_path):

@@ -77,7 +77,7 @@ def transfer_command(options: argparse.Namespace, config: JobConfig, argv: list[
     if options.print:
         for name in (base, flavor):
             for rate in sorted(options.rates):
-                print(shlex.join(transfer.command(config, argv, runs, name, rate)))
+                print(shlex.join(transfer.command(config, argv, runs, name, rate, options.ranks)))
         return 0
     narrow, wide = (transfer.sweep(config, argv, runs, name, options.rates, options.ranks) for name in (base, flavor))
     print("\n".join(transfer.report(base, narrow, flavor, wide)))

@@ -39,13 +39,15 @@ def run_folder(runs: Path, flavor: str, rate: float) -> Path:
     return runs / flavor / f"lr-{rate:.3e}"
 
 
-def command(config: JobConfig, argv: list[str], runs: Path, flavor: str, rate: float) -> list[str]:
+def command(config: JobConfig, argv: list[str], runs: Path, flavor: str, rate: float, num_ranks: int) -> list[str]:
     """What starts the run of one flavor at one rate. argv: the options from which `config` was read."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
     given = {"model.flavor": flavor, "optimizer.lr": repr(rate), "job.dump_folder": str(run_folder(runs, flavor, rate))}
     if not config.data.cache_folder:
         given["data.cache_folder"] = str(runs / "cache")
     return [
         sys.executable,
+        *(torchrun if num_ranks > 1 else ()),
         str(TRAIN),
         *argv,
         *(word for name, value in given.items() for word in (f"--{name}", value)),
@@ -82,10 +84,7 @@ def sweep(config: JobConfig, argv: list[str], runs: Path, flavor: str, rates: li
         outcome = read_outcome(folder, config)
         if outcome is None:
             logger.info(f"{flavor} at {rate:.3e}: {folder}")
-            words = command(config, argv, runs, flavor, rate)
-            if num_ranks > 1:
-                torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
-                words[1:1] = torchrun
+            words = command(config, argv, runs, flavor, rate, num_ranks)
             folder.mkdir(parents=True, exist_ok=True)
             log = folder / "log.txt"
             with log.open("a", encoding="utf-8") as output:
