@@ -41,17 +41,21 @@ def encode_table(
     Stopped: on all ranks, when a stop is requested.
     """
 
-    def find() -> tuple[Missing, list[str]]:
+    def find() -> tuple[Missing, list[str], bool]:
         remove_partial_shards(cache)
+        num_shards = len(cache.shards)
         cache.refresh()
         found = clips.missing(cache)
         if found.frames.size or found.texts.size:
             _log_stale(clips, cache, found, logger.info)
-        return found, [text for text in dict.fromkeys(["", *prompts]) if _is_missing(text, clips, cache, found)]
+        texts = [text for text in dict.fromkeys(["", *prompts]) if _is_missing(text, clips, cache, found)]
+        return found, texts, len(cache.shards) > num_shards
 
     start = time.perf_counter()
-    missing, texts = broadcast_from_rank0(find, group)
+    missing, texts, has_grown = broadcast_from_rank0(find, group)
     if not (missing.frames.size or missing.texts.size or texts):
+        if has_grown and part.count == 1:  # another run has written what was missing when the index was made
+            share_index(cache, group)
         return {}, {}
     rank, world = dist.get_rank(), dist.get_world_size()
     missing, texts = _of_part(clips, missing, part), texts if part.index == 0 else []
