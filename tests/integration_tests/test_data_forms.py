@@ -89,3 +89,24 @@ def test_prompts_that_are_no_text(front, tmp_path):
     (tmp_path / "prompts.txt").write_bytes(b"a red circle\ncaf\xe9\n")
     options = {"validation.enable": "true", "validation.prompts_path": tmp_path / "prompts.txt"}
     front.run("run", options).fails_with("validation.prompts_path", "prompts.txt is not UTF-8 (line 2, byte 3 is 0xE9)")
+
+
+def half_listed():
+    """A hook: of the cache's shards only one is there when its index is made, as while another run encodes."""
+    from titan_video.data.latent_cache import LatentCache
+
+    list_shards, calls = LatentCache.list_shards, []
+
+    def listed(cache):
+        calls.append(cache)
+        return set(sorted(list_shards(cache))[: 1 if len(calls) == 1 else None])
+
+    LatentCache.list_shards = listed
+
+
+def test_all_ranks_see_what_another_run_has_just_encoded(front):
+    steps = {"training.steps": 2}
+    one = front.run("one", steps).ok()
+    next(front.cache.glob("index-*.columns")).unlink()
+    two = front.run("two", {**steps, "training.local_batch_size": 1}, 2, half_listed).ok()
+    assert [r["loss"] for r in two.records] == pytest.approx([r["loss"] for r in one.records], rel=1e-5)
