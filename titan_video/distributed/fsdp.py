@@ -91,7 +91,11 @@ def apply_fsdp(
                 reshard_after_forward=reshard and not is_root,
                 shard_placement_fn=partial(_shard_dim, experts=experts, degree=shard_degree) if experts else None,
             )
+    _set_communication(model, blocks, symmetric_memory)
 
+
+def _set_communication(model: nn.Module, blocks: list[nn.Module], symmetric_memory: bool) -> None:
+    """Sums without a division, and the next block's weights on their way while a block computes."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Both are needed: gloo has no pre-multiplied sum, and a factor of 1 alone would still ask for one.
