@@ -508,3 +508,25 @@ def test_the_benchmark_of_a_start(tmp_path, monkeypatch):
     result = {"clips": 23, "once": once, "first": [found], "known": [found], "tables": 2300}
     shown = benchmark.table([result, {**result, "clips": 13}])
     assert "rank 0: own memory grows by 0.0 B a clip" in shown and "100 B a clip on disk" in shown
+
+
+class Copies(ClipTable):
+    """Clips of one file, of which the first and the last have the same conditioning frame; nothing is in the cache."""
+
+    def __init__(self):
+        keys = np.repeat(np.array([7, 1, 2], np.uint8), 32).reshape(3, 32)
+        given = {"video": keys[[0, 0, 0]], "given": keys[[1, 2, 1]], "image": keys[:0], "texts": keys[:0].ravel()}
+        self.columns, self.rows = given, np.arange(3)
+
+    def _lack_frames(self, cache, rows):
+        return np.ones(len(rows), bool)
+
+    def _lack_texts(self, cache, rows):
+        return rows[:0], rows[:0], rows[:0].astype(bool)
+
+    def _text_places(self, owner, number):
+        return owner
+
+
+def test_copies_are_encoded_once_whatever_lies_between_them():
+    assert Copies().missing(None).frames.tolist() == [0, 1]
