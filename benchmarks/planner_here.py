@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import parse_args
 from titan_video.models import get_spec

@@ -15,6 +15,10 @@ bit. Kinds:
     damage   a byte of the newest checkpoint is flipped before the start
     start    a second start on the same folder: one of the two is refused
     host     the same, the second under another host name and in a network of its own, as on a second machine
+    reader   SIGSTOP or SIGKILL to processes that decode clips, several in one start; this kind goes alone, as clips are
+             decoded during training for it: the run goes on, or ends by the clip's name after a second loss
+
+A fault that met nothing, because the start had ended, is not counted.
 """
 
 import argparse
@@ -40,6 +44,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 KINDS = ("signal", "twice", "kill", "stop", "disk", "damage", "start", "host")
+READER = "reader"
+READERS_A_START = 5
 OTHER_HOST = ("unshare", "--map-root-user", "--user", "--uts", "--net", "sh", "-c")
 OTHER_HOST += ('hostname node7; ip link set lo up; exec "$@"', "sh")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
@@ -65,6 +71,13 @@ OPTIONS = {
     "checkpoint.last_save_in_hf": "true",
     "comm.init_timeout_seconds": 60,
     "comm.train_timeout_seconds": TIMEOUT,
+}
+
+READER_OPTIONS = {
+    "encoder.placement": "colocated",
+    "data.decode_timeout_seconds": 1,
+    "validation.enable": "false",
+    "comm.train_timeout_seconds": 60,  # a stopped process is replaced after 11 s
 }
 
 
@@ -99,8 +112,10 @@ class Soak:
     kinds: tuple[str, ...]
     rng: random.Random
     seconds: float  # a fault comes within so many
+    options: dict = field(default_factory=lambda: dict(OPTIONS))
     lap: int = 0
     refused: int = 0
+    starts: int = 0
     counts: Counter = field(default_factory=Counter)
     codes: Counter = field(default_factory=Counter)
     slowest: dict[str, float] = field(default_factory=dict)
@@ -111,7 +126,7 @@ class Soak:
         return self.folder / f"lap{self.lap}"
 
     def start(self, dump: Path, log: str = "", before: tuple[str, ...] = ()) -> subprocess.Popen:
-        options = OPTIONS | {"job.dump_folder": dump, "data.cache_folder": self.folder / "cache"}
+        options = self.options | {"job.dump_folder": dump, "data.cache_folder": self.folder / "cache"}
         options["training.steps"] = self.num_steps
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         env = {**os.environ, "NGPU": str(self.num_ranks), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
@@ -153,6 +168,8 @@ class Soak:
     def one_fault(self) -> bool:
         """Start, meet one fault, and wait for the end. True: the run finished."""
         kind, seconds = self.rng.choice(self.kinds), self.seconds
+        if kind == READER:
+            return self.lose_readers()
         what, at, ballast = kind, self.rng.uniform(0, seconds), self.folder / "ballast"
         if kind == "damage":
             at, what = 0.0, self.damage()
@@ -194,7 +211,7 @@ class Soak:
         status = self.run / "status.json"
         step = json.loads(status.read_text())["step"] if status.exists() else "-"
         print(
-            f"{sum(self.counts.values()) + 1:3} {at:5.1f} s  {what:22} -> {code:4} after {met:5.1f} s, step {step}",
+            f"{self.starts + 1:3} {at:5.1f} s  {what:22} -> {code:4} after {met:5.1f} s, step {step}",
             flush=True,
         )
         allowed = {"signal": (0, 85), "damage": (0,), "disk": (0, 1), "stop": (0, 1), "start": (0,), "host": (0,)}
@@ -203,18 +220,46 @@ class Soak:
             f"{what}: exit code {code}\n{log[-3000:]}",
         )
         self.check("Traceback" not in log, f"{what}: a traceback\n{log[-5000:]}")
+        self.check(kind != "twice" or met < 10, f"{what}: {met:.1f} s to the end")
         if kind == "stop" and what != "nothing" and code == 1:
             self.check("is frozen" in log, f"{what}: the frozen rank is not named\n{log[-3000:]}")
-        self.counts[kind] += 1
+        self.starts += 1
+        self.counts[kind] += what != "nothing"
         self.codes[code] += 1
         self.slowest[kind] = max(self.slowest.get(kind, 0.0), met)
+        self.end_all(what)
+        if code == 0 and kind not in ("disk", "stop"):
+            self.seconds = time.monotonic() - begun  # what a start takes when it meets no end
+        return code == 0
+
+    def end_all(self, what: str) -> None:
+        """Nothing of a start is left behind."""
         left = [pid for pid in processes_with(str(self.run)) if pid != os.getpid()]
         self.check(not left, f"{what}: processes left: {[command_line(pid)[:80] for pid in left]}")
         for pid in left:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        if code == 0 and kind not in ("disk", "stop"):
-            self.seconds = time.monotonic() - begun  # what a start takes when it meets no end
+
+    def lose_readers(self) -> bool:
+        """Start, stop or kill processes that decode, and wait for the end. True: the run finished."""
+        p = self.start(self.run)
+        begun, sent = time.monotonic(), []
+        while p.poll() is None and len(sent) < READERS_A_START and time.monotonic() - begun < LIMIT:
+            time.sleep(self.rng.uniform(0.2, 0.1 * self.seconds))
+            what = self.send(p, self.rng.choice((signal.SIGSTOP, signal.SIGKILL)), ("worker",))
+            sent += [what] if what != "nothing" else []
+        code = self.wait(p, "readers")
+        log = self.run.with_suffix(".log").read_text(errors="replace")
+        replaced = [line for line in log.splitlines() if "decoding process" in line]
+        print(f"{len(sent)} readers: {', '.join(sent)} -> {code}, {len(replaced)} named", flush=True)
+        self.check(code == 0 or (code == 1 and "decoding process" in log), f"readers: exit code {code}\n{log[-3000:]}")
+        self.check("Traceback" not in log, f"readers: a traceback\n{log[-5000:]}")
+        self.check(all(".mp4" in line for line in replaced), f"readers: a file is not named\n{replaced}")
+        self.starts += 1
+        self.counts[READER] += len(sent)
+        self.codes[code] += 1
+        self.slowest[READER] = max(self.slowest.get(READER, 0.0), time.monotonic() - begun)
+        self.end_all("readers")
         return code == 0
 
     def wait(self, p: subprocess.Popen, what: str) -> int:
@@ -306,6 +351,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--mount", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     kinds = tuple(args.kinds.split(","))
+    if not set(kinds) <= {*KINDS, READER} or (READER in kinds and len(kinds) > 1):
+        parser.error(f"--kinds: of {','.join(KINDS)}, or {READER} alone")
     folder = Path(args.folder)
     folder.mkdir(parents=True, exist_ok=True)
     if "disk" in kinds and not args.mount and not in_tmpfs(argv):
@@ -319,13 +366,15 @@ def main(argv: list[str]) -> None:
     folder = folder / f"soak-{os.getpid()}"
     folder.mkdir()
     soak = Soak(folder, args.ranks, args.steps, kinds, random.Random(args.seed), args.seconds)
+    if READER in kinds:
+        soak.options |= READER_OPTIONS
     begun = time.monotonic()
     code = soak.start(folder / "whole").wait()
     assert code == 0, (folder / "whole.log").read_text()
     soak.seconds = args.seconds or time.monotonic() - begun
     print(f"the run without faults: {args.steps} steps, {time.monotonic() - begun:.0f} s", flush=True)
     whole = outcome(folder / "whole", args.steps)
-    for _ in range(args.faults):
+    while sum(soak.counts.values()) < args.faults and soak.starts < 3 * args.faults + 3:
         if soak.one_fault():
             soak.compare(whole)
     if soak.run.exists():
@@ -335,6 +384,7 @@ def main(argv: list[str]) -> None:
     report = {
         "seed": args.seed,
         "ranks": args.ranks,
+        "starts": soak.starts,
         "faults": dict(sorted(soak.counts.items())),
         "exit_codes": {str(code): n for code, n in sorted(soak.codes.items())},
         "seconds_to_the_end": {kind: round(s, 1) for kind, s in sorted(soak.slowest.items())},
