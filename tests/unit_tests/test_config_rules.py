@@ -244,7 +244,7 @@ COMBINATIONS = [  # (what is set, fields the message names, a piece of the fix)
     (
         {"checkpoint.export_every": 5, "checkpoint.export_format": "stacked"},
         "checkpoint.export_format",
-        "for mixtures of experts, but model.flavor debug is none; choose diffusers",
+        "with model.flavor debug: the model is no mixture of experts; choose one of diffusers, original",
     ),
     (
         {"lora.enable": True, "lora.export": [], "checkpoint.export_every": 5},

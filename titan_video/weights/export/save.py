@@ -25,11 +25,11 @@ from titan_video.tools.files import StorageError, atomic_write, sync, writing
 from titan_video.weights.export.safetensors_file import SafetensorsFile
 from titan_video.weights.formats import (
     CONFIG,
-    FORMAT_NAMES,
     INDEX,
     STEM,
     PublicTensor,
     TensorSlice,
+    format_problem,
     get_format,
     preview,
     public_tensors,
@@ -118,11 +118,8 @@ class WritePlan:
         max_shard_bytes: int,
     ):
         """shapes, dtypes: of all parameters, by our names. A tensor made of several gets a type that holds them all."""
-        if (getattr(args, "experts", None) is not None) != (format_name == "stacked"):
-            names = [name for name in FORMAT_NAMES if name != "stacked"]
-            fix = "stacked" if format_name != "stacked" else f"one of {', '.join(names)}"
-            has = "a mixture of experts, which no other program loads" if fix == "stacked" else "no mixture of experts"
-            raise ValueError(f"format {format_name} (checkpoint.export_format): the model is {has}; choose {fix}")
+        if problem := format_problem(format_name, args):
+            raise ValueError(f"format {format_name} (checkpoint.export_format): {problem}")
         kind = get_format(format_name)
         self.tensors: dict[str, PublicTensor] = {
             kind.prefix + name: tensor for name, tensor in public_tensors(spec, kind.layout, shapes, args).items()
