@@ -159,12 +159,6 @@ def test_one_rank_lists_the_store_for_all(tmp_path, world):
     assert all(rest == [shards, set(shards), [1, 1, 1]] for _, *rest in found)
 
 
-def test_an_empty_store_is_asked_for_no_manifest(tmp_path, store):
-    store.mkdirs("/bucket/cache/shards")
-    cache = remote(tmp_path / "here")
-    assert cache.list_shards() == set() and make_index(cache) is None
-
-
 def test_rules():
     def said(url, **encoder):
         config = JobConfig(data=Data(path="embedded:shapes-2", cache_url=url), encoder=Encoder(name="debug", **encoder))

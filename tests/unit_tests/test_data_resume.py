@@ -28,6 +28,7 @@ from titan_video.ingest.plan import build_plan
 from titan_video.ingest.plan_table import write_plan_table
 from titan_video.ingest.prepare import prepare_clips
 from titan_video.ingest.resume import EarlierClips
+from titan_video.ingest.video import UnusableClip
 from titan_video.models.wan import FLAVORS
 
 
@@ -153,15 +154,15 @@ def names(training):
     return sorted(os.path.basename(clip.path) for bucket in training.buckets for clip in bucket)
 
 
-def failing(monkeypatch, where, name):
-    """Reading `name` fails in the function `name` of a module, as on a share that is away for a moment."""
+def failing(monkeypatch, where, name, error=STALE):
+    """Reading `name` fails in a function, as on a share that is away for a moment."""
     module, _, function = where.rpartition(".")
     module = importlib.import_module(f"titan_video.ingest.{module}")
     real = getattr(module, function)
 
     def fail(path, *args):
-        if path.endswith(name):
-            raise STALE
+        if getattr(path, "path", path).endswith(name):
+            raise error
         return real(path, *args)
 
     monkeypatch.setattr(module, function, fail)
@@ -220,6 +221,19 @@ def test_a_run_goes_on_with_a_clip_that_fails_at_a_resume(folder, monkeypatch, c
         folder.prepared()
     monkeypatch.undo()
     assert folder.prepared().identity == started.identity
+
+
+def test_one_clip_that_failed_at_the_start_and_another_one_now(folder, monkeypatch):
+    with pytest.MonkeyPatch.context() as patch:
+        failing(patch, "encode.read_frames", "b.mp4", UnusableClip("corrupt: found in decoding"))
+        started = folder.prepared()
+    assert names(started) == ["a.mp4", "c.mp4", "d.mp4"]
+    folder.save(None, identity=started.identity)
+    assert folder.prepared().identity == started.identity
+    failing(monkeypatch, "plan.probe_key", "a.mp4")
+    for _ in range(2):
+        again = folder.prepared()
+        assert again.identity == started.identity and names(again) == names(started)
 
 
 def test_a_file_whose_later_clip_failed_is_left_out_whole(folder):

@@ -20,9 +20,10 @@ from titan_video.ingest.entry_index import EntryIndex, make_index
 from titan_video.ingest.media import DEFAULT_LIMITS
 from titan_video.ingest.planned import Tables
 from titan_video.ingest.probes import ProbeStore
+from titan_video.ingest.refused import UnreadableFile
 from titan_video.ingest.spool import Spool
 from titan_video.ingest.video import Probe
-from titan_video.tools.files import StorageError, UnreadableFile
+from titan_video.tools.files import StorageError
 
 FULL = r"No space left on device \([\d,]+ bytes needed, [\d,]+ bytes were free\)$"
 LINES = [f"{n} {'x' * (n % 97)}\r\x0b\n".encode() for n in range(20_000)]  # a megabyte

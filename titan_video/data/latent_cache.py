@@ -124,9 +124,8 @@ class LatentCache:
     def refresh(self) -> None:
         """Find what other processes have written."""
         self.flushes = 0
-        fresh = sorted(self.list_shards() - self.shards.keys())
-        listed = {} if self.shards or not fresh else self._read_manifest()
-        for shard in fresh:
+        listed = {} if self.shards else self._read_manifest()
+        for shard in sorted(self.list_shards() - self.shards.keys()):
             size = self.shard_bytes(shard)
             names = listed.get((shard, size)) or entry_names(self.header(shard)[0])
             self.shards[shard] = size

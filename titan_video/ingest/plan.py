@@ -23,11 +23,11 @@ from titan_video.ingest.colour import MediaPolicy
 from titan_video.ingest.entries import Plan, PlanEntry
 from titan_video.ingest.media import DEFAULT_LIMITS, DecodeLimits
 from titan_video.ingest.probes import PROBE_VERSION, ProbeStore, chunks, probe_key
+from titan_video.ingest.refused import reading
 from titan_video.ingest.shapes import resolve_path
 from titan_video.ingest.sources import ClipRecord, iter_records, remarks
 from titan_video.ingest.spool import Spool
 from titan_video.ingest.video import DEFAULT_POLICY, Probe, by_policy, frame_indices, require, too_many_frames
-from titan_video.tools.files import reading
 
 PLAN_VERSION = 1  # raise it when the same clips and options give another plan
 FILES_TOGETHER = 1 << 16  # that are probed together

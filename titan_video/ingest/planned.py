@@ -191,21 +191,25 @@ def _probe_share(
         store.open()
 
 
-def write_report(plan: Plan, path: Path, key: str = "") -> None:
-    """`Plan.write_jsonl`, unless the file is there as it was written for the plan of this key. "": always."""
+def write_report(plan: Plan, path: Path, key: str, others: bool = False) -> None:
+    """`Plan.write_jsonl`, unless the file is there as it was written for the plan of this key.
+
+    others: some of the plan's clips are dropped for reasons that the key does not know; it is written in any case.
+    """
     stamp = _stamp_path(path)
     with suppress(OSError, ValueError, KeyError, TypeError):
-        if key and json.loads(stamp.read_text()) == _stamp(path, key):
+        if key and not others and json.loads(stamp.read_text()) == _stamp(path, key):
             return
     plan.write_jsonl(path)
     with optional_write("note of the plan that was written", stamp):
-        atomic_write(stamp, json.dumps(_stamp(path, key)))
+        atomic_write(stamp, json.dumps(_stamp(path, "" if others else key) | ({"table": key} if others else {})))
 
 
 def reported_plan(path: Path, tables: Tables) -> PlanTable | None:
     """The table of the plan of which the report at `path` was written; None: it is not there any more."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        key = json.loads(_stamp_path(path).read_text())["plan"]
+        noted = json.loads(_stamp_path(path).read_text())
+        key = noted["plan"] or noted["table"]
         return next((table for file in tables.find(_table_name(key)) if (table := PlanTable(file)).key == key), None)
     return None
 

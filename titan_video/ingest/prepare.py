@@ -176,7 +176,7 @@ class Preparation:
             if not path:
                 planned = self.as_trained(planned, report)
             found = planned.plan()
-            write_report(found, report, "" if planned.left_out else found.entries.key)
+            write_report(found, report, planned.clips.plan.key, others=bool(planned.left_out))
             logger.info(found.summary())
             return planned
 
@@ -224,7 +224,7 @@ class Preparation:
 
         def drop() -> PlannedClips:
             plan = planned.plan().drop(failures)
-            write_report(plan, report)
+            write_report(plan, report, planned.clips.plan.key, others=True)
             logger.info(plan.summary())
             plan.require_clips()
             return replace(planned, clips=planned.clips.without_paths(failures), counts=plan.counts() | numbers)

@@ -1,7 +1,7 @@
 """Which clips a run goes on with: those of its checkpoints. Asked when they are planned, before anything is encoded."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -65,30 +65,33 @@ class EarlierClips:
         if not self.fingerprint:
             return Matched(clips)
         share = validation.holdout if validation.enable and not validation.path else 0.0
-        failing = _failing(clips.plan)
-        for some, left_out in self._candidates(clips, cache, failing, before):
+        for some, left_out in self._candidates(clips, cache, before):
             for at_least in (1, 0):
                 if some.split(share, at_least)[0].identity() == self.fingerprint:
                     return Matched(some, at_least, left_out)
         changed = "; ".join(self._changed(data, validation))
         lines = [f"What has changed: {changed}"] if changed else []
-        if failing:
+        if failing := _failing(clips.plan):
             lines.append(f"{_first(failing)}, which may pass: start again when they can be read")
         raise ValueError(". ".join([OTHER_CLIPS, *lines]))
 
     def _candidates(
-        self, clips: ClipTable, cache: LatentCache, failing: Sequence["_Failing"], before: Before
+        self, clips: ClipTable, cache: LatentCache, before: Before
     ) -> Iterator[tuple[ClipTable, frozenset[str]]]:
         """Clips, and the paths of those of the plan that are left out. A file has all its clips or none."""
         yield clips, frozenset()
-        if dropped := self._dropped():
-            yield _without(clips, (path for row in clips.selected() if (path := clips.path(int(row))) in dropped))
+        yield self._without_dropped(clips)
         cache.refresh()
-        lacking = clips.selected()[~clips.cached(cache)]
-        yield _without(clips, (clips.path(int(row)) for row in lacking))
+        yield _without(clips, clips.selected()[~clips.cached(cache)])
+        failing = _failing(clips.plan)
         if failing and (earlier := before()) is not None and _are_those_before(clips, failing, earlier):
             logger.warning(f"{_first(failing)}; all clips are taken as this run has planned them")
             yield earlier, frozenset()
+            yield self._without_dropped(earlier)
+
+    def _without_dropped(self, clips: ClipTable) -> tuple[ClipTable, frozenset[str]]:
+        dropped, rows = self._dropped(), clips.selected()
+        return _without(clips, rows[[clips.path(int(row)) in dropped for row in rows]] if dropped else rows[:0])
 
     def _dropped(self) -> set[str]:
         try:
@@ -121,8 +124,9 @@ def _fingerprint(section: Checkpoint, folder: Path) -> str:
     return ""
 
 
-def _without(clips: ClipTable, paths: Iterable[str]) -> tuple[ClipTable, frozenset[str]]:
-    left_out = frozenset(paths)
+def _without(clips: ClipTable, rows: np.ndarray) -> tuple[ClipTable, frozenset[str]]:
+    """Without the files of these rows."""
+    left_out = frozenset(clips.path(int(row)) for row in rows)
     return clips.without_paths(left_out), left_out
 
 

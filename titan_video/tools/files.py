@@ -1,6 +1,4 @@
-"""Atomic writes: a file is complete or unchanged. The hash of a file. What is said when the system refuses a read or a
-write.
-"""
+"""Atomic writes: a file is complete or unchanged. The hash of a file. What is said when the system refuses a write."""
 
 import hashlib
 import os
@@ -18,28 +16,11 @@ class StorageError(OSError, ValueError):
     """A file that cannot be written: one line for the user, who can mend the cause."""
 
 
-class UnreadableFile(OSError, ValueError):
-    """A file that cannot be read: one line for the user, who can mend the cause."""
-
-
-@contextmanager
-def reading(what: str, path: str | os.PathLike) -> Iterator[None]:
-    """Inside, `what` is read from `path`, or from a file that the system names. UnreadableFile: it refuses."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, ValueError):  # has its message
-            raise
-        reason = error.strerror or str(error)
-        raise UnreadableFile(f"{error.filename or path}: cannot read the {what}: {reason}") from error
-
-
 @contextmanager
 def writing(what: str, path: str | os.PathLike, size: int | None = None) -> Iterator[None]:
     """Inside, `what` is written to `path`; size: its bytes, where they are known.
 
-    StorageError: the system refuses. This is the one message for it, and takes the place of the writers' own. A
-    ValueError passes, such as that of a file which was read meanwhile: it has its message.
+    StorageError: the system refuses. This is the one message for it, and takes the place of the writers' own.
     """
     free = shutil.disk_usage(next(p for p in (path, *Path(path).absolute().parents) if os.path.exists(p))).free
     try:
@@ -48,7 +29,7 @@ def writing(what: str, path: str | os.PathLike, size: int | None = None) -> Iter
         cause: BaseException | None = error  # writers in C++ and Rust hide it behind errors of their own
         while cause and not isinstance(cause, OSError) and "(os error " not in str(cause):
             cause = cause.__cause__ or cause.__context__
-        if cause is None or isinstance(error, ValueError):
+        if cause is None or isinstance(error, ValueError):  # of a file that is read meanwhile, with its message
             raise
         reason = getattr(cause, "strerror", None) or str(cause).rpartition(": ")[2]
         needed = "" if size is None else f"{size:,} bytes needed, "

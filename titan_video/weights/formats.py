@@ -303,14 +303,3 @@ def read_slice(file: Any, location: TensorLocation, box: tuple[slice, ...], args
         start, stop = rows
         first = slice(start + (first.start or 0), start + (stop - start if first.stop is None else first.stop))
     return file.get_slice(name)[(first, *box[1:])]
-
-
-def format_problem(format_name: str, args: Any) -> str:
-    """Why a format does not hold a model, and which do; "" where it does. args: the model's (see ModelSpec)."""
-    has_experts = getattr(args, "experts", None) is not None
-    if has_experts == (format_name == "stacked"):
-        return ""
-    if has_experts:
-        return "the model is a mixture of experts, which no other program loads; choose stacked"
-    others = ", ".join(name for name in FORMAT_NAMES if name != "stacked")
-    return f"the model is no mixture of experts; choose one of {others}"

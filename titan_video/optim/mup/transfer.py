@@ -66,7 +66,7 @@ def command(config: JobConfig, argv: list[str], runs: Path, flavor: str, rate: f
 
 
 def check_runs(config: JobConfig, runs: Path, flavors: Sequence[str], rates: Sequence[float]) -> None:
-    """ValueError: the folder of one of the runs holds another run; each line names what differs. Before any is made."""
+    """ValueError: the folder of one of the runs holds another run; each line names what differs."""
     problems = []
     if config.training.epochs:
         problems.append(
@@ -125,8 +125,9 @@ def read_outcome(folder: Path, config: JobConfig) -> Outcome | None:
 def sweep(config: JobConfig, argv: list[str], runs: Path, flavor: str, rates: list[float], num_ranks: int) -> Sweep:
     """Make and read the runs of one flavor. A run that ends because its loss is not finite has diverged.
 
-    ValueError: a run failed otherwise; its log is named.
+    ValueError: a run failed otherwise; its log is named. A folder holds another run: see `check_runs`.
     """
+    check_runs(config, runs, (flavor,), rates)
     found = {}
     for rate in sorted(rates):
         folder = run_folder(runs, flavor, rate)

@@ -17,7 +17,7 @@ from titan_video.models import get_args, get_spec
 from titan_video.tools import heartbeat
 from titan_video.tools.files import StorageError, sync, writing
 from titan_video.tools.logging import logger
-from titan_video.weights.formats import format_problem
+from titan_video.weights.export.save import format_problem
 
 FOLDER = "exports"
 

@@ -25,11 +25,11 @@ from titan_video.tools.files import StorageError, atomic_write, sync, writing
 from titan_video.weights.export.safetensors_file import SafetensorsFile
 from titan_video.weights.formats import (
     CONFIG,
+    FORMAT_NAMES,
     INDEX,
     STEM,
     PublicTensor,
     TensorSlice,
-    format_problem,
     get_format,
     preview,
     public_tensors,
@@ -102,6 +102,17 @@ def plan_shards(sizes: dict[str, int], max_bytes: int) -> dict[str, list[str]]:
     if len(shards) == 1:
         return {f"{STEM}.safetensors": shards[0]}
     return {f"{STEM}-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+
+
+def format_problem(format_name: str, args: Any) -> str:
+    """Why a format does not hold a model, and which do; "" where it does. args: the model's (see ModelSpec)."""
+    has_experts = getattr(args, "experts", None) is not None
+    if has_experts == (format_name == "stacked"):
+        return ""
+    if has_experts:
+        return "the model is a mixture of experts, which no other program loads; choose stacked"
+    others = ", ".join(name for name in FORMAT_NAMES if name != "stacked")
+    return f"the model is no mixture of experts; choose one of {others}"
 
 
 class WritePlan:
