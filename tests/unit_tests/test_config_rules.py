@@ -247,6 +247,11 @@ COMBINATIONS = [  # (what is set, fields the message names, a piece of the fix)
         "with model.flavor debug: the model is no mixture of experts; choose one of diffusers, original",
     ),
     (
+        {"checkpoint.last_save_in_hf": True, "job.dump_folder": "a", "model.hf_assets_path": "b/../a/hf"},
+        "model.hf_assets_path",
+        "into which checkpoint.last_save_in_hf exports; give another job.dump_folder",
+    ),
+    (
         {"lora.enable": True, "lora.export": [], "checkpoint.export_every": 5},
         "lora.export",
         "checkpoint.export_every is 5; give at least one",

@@ -23,7 +23,7 @@ FOLDER = "exports"
 
 
 def rules(config: JobConfig, world_size: int) -> Iterator[str]:
-    """Rules of the configuration about interim exports, one line per mistake."""
+    """Rules of the configuration about exports, one line per mistake."""
     c = config.checkpoint
     if c.keep_exports and not c.export_every:
         yield (
@@ -32,6 +32,14 @@ def rules(config: JobConfig, world_size: int) -> Iterator[str]:
         )
     if c.last_save_in_hf or c.export_every:
         yield from _format_errors(config)
+    assets, target = config.model.hf_assets_path, Path(config.job.dump_folder) / "hf"
+    is_full = not config.lora.enable or "merged" in config.lora.export
+    is_ours = c.last_save_in_hf and c.export_format == "diffusers" and is_full
+    if is_ours and assets and Path(assets).resolve() == target.resolve():
+        yield (
+            f"model.hf_assets_path: given {assets}, into which checkpoint.last_save_in_hf exports; give another "
+            f"job.dump_folder"
+        )
 
 
 def _format_errors(config: JobConfig) -> Iterator[str]:
