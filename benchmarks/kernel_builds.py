@@ -81,7 +81,7 @@ def operators(D: int, tokens: int = 0) -> dict[str, Callable[[str], Any]]:
     L = tokens or TOKENS.get(D, 32760)
     empty = partial(torch.empty, dtype=torch.bfloat16, device="meta")
     x, w, mean, K = empty(1, L, D), empty(1, 1, D), empty(1, L, dtype=torch.float32), min(128, D)
-    row, pair = (empty(1, n, 6, D, dtype=torch.float32)[:, :, 0] for n in (1, 2))
+    row, pair, each = (empty(1, n, 6, D, dtype=torch.float32)[:, :, 0] for n in (1, 2, L))
     cond_mask = empty(1, L, dtype=torch.bool)
     heads, freqs_cis = x.unflatten(-1, (-1, K)), empty(1, L, K // 2, dtype=torch.complex64)
 
@@ -131,13 +131,16 @@ def operators(D: int, tokens: int = 0) -> dict[str, Callable[[str], Any]]:
     return {
         "AdaLN": norm(None, None, row, False),
         "AdaLN, mask": norm(None, None, pair, False, cond_mask),
+        "AdaLN, per token": norm(None, None, each, False),
         "LayerNorm": norm(None, None, w, True),
         "gated residual": norm(x, row, None, False),
         "gated residual, LayerNorm": norm(x, row, w, True),
         "gated residual, LayerNorm, mask": norm(x, pair, w, True, cond_mask),
+        "gated residual, LayerNorm, per token": norm(x, each, w, True),
         "residual, AdaLN": norm(x, None, row, False),
         "gated residual, AdaLN": norm(x, row, row, False),
         "gated residual, AdaLN, mask": norm(x, pair, pair, False, cond_mask),
+        "gated residual, AdaLN, per token": norm(x, each, each, False),
         "RMSNorm": rms_norm_rope(x.unsqueeze(2), empty(D), None),
         "RMSNorm, RoPE": rms_norm_rope(heads, empty(D), freqs_cis),
         "RMSNorm per head": rms_norm_rope(heads, empty(K), None),
@@ -231,13 +234,17 @@ def loop_instructions(compiled: Any) -> int:
 
 
 def round_bytes(args: tuple, constants: dict[str, Any], D: int) -> int:
-    """Bytes of activations that one round of the loop reads and writes."""
-    tensors = [t for t in args if isinstance(t, torch.Tensor) and t.dtype == torch.bfloat16]
-    largest = max(t.numel() for t in tensors)
+    """Bytes of activations that one round of the loop reads and writes; with a row of modulation for each token, of
+    that and of its gradients too.
+    """
+    per_token = layer_norm_launch.PER_TOKEN in (constants.get("GATE"), constants.get("MODULATION"))
+    types = (torch.bfloat16, torch.float32) if per_token else (torch.bfloat16,)
+    tensors = [t for t in args if isinstance(t, torch.Tensor) and t.dtype in types]
+    largest = max(t.numel() for t in tensors if t.dtype == torch.bfloat16)
     # A tensor beside others in one, as the gradients of q, k and v, is a view of it.
-    count = sum(t.numel() == largest for t in tensors) // (2 if constants.get("PAIR") else 1)
+    size = sum(t.element_size() for t in tensors if t.numel() == largest) // (2 if constants.get("PAIR") else 1)
     elements = constants["ROWS"] * constants["BLOCK"] if "ROWS" in constants else D
-    return 2 * count * elements
+    return size * elements
 
 
 def build(name: str, direction: str, D: int) -> Build | None:

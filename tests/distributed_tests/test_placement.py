@@ -4,7 +4,9 @@ the other is gone.
 
 import hashlib
 import os
-from dataclasses import dataclass, field
+import tempfile
+import time
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from titan_video.config.check import check
 from titan_video.config.job_config import Comm, Data, Encoder, Job, JobConfig, Parallelism
 from titan_video.config.manager import ConfigError
 from titan_video.data.batching import Batching, Work
+from titan_video.data.latent_cache import LatentCache
 from titan_video.data.loader import DrawPlan, EntryReader, LatentLoader
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.encoders import build_encoders
@@ -109,32 +112,41 @@ class Case:
     training: int
     section: Encoder
     kwargs: dict
-    port: int = field(default_factory=free_port)
 
     @property
     def world(self):
         return self.training + self.section.num_ranks
 
 
-def run_cases(folder, cases):
-    """[(batches, clips encoded during training)] of this rank; None where it has no part."""
+def run_cases(folder, cases, store):
+    """[(batches, clips encoded during training)] of this rank; None where it has no part.
+
+    A case begins when all ranks have ended the one before, as a run does: its encoder ranks write to the cache last.
+    """
     rank, found, make, made = int(os.environ["RANK"]), [], encode.ClipEncoder.entries, []
+    num_ranks = max(case.world for case in cases)
+    store = dist.FileStore(store, num_ranks)
 
     def entries(self, job, part, decoded):
         made.append("video" in part.kinds)
         return make(self, job, part, decoded)
 
     encode.ClipEncoder.entries = entries
-    for case in cases:
+    for i, case in enumerate(cases):
         made.clear()
-        os.environ.update(WORLD_SIZE=str(case.world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(case.port))
+        if store.add(f"ready for {i}", 1) == num_ranks:
+            store.set(f"port of {i}", str(free_port()))  # one that was free long before may be taken
+        port = store.get(f"port of {i}").decode()
+        os.environ.update(WORLD_SIZE=str(case.world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         found.append((get_batches(folder, case.section, **case.kwargs), sum(made)) if rank < case.world else None)
     return found
 
 
-def on_ranks(folder, cases):
+def on_ranks(folder, cases, run=run_cases):
     """[(batches of the training ranks, clips encoded during training)] of each case."""
-    found = run_ranks(run_cases, max(case.world for case in cases), folder, cases, init=False, timeout=200)
+    num_ranks = max(case.world for case in cases)
+    with tempfile.TemporaryDirectory() as store:
+        found = run_ranks(run, num_ranks, folder, cases, f"{store}/store", init=False, timeout=200)
     of_case = [[rank[i] for rank in found[: case.world]] for i, case in enumerate(cases)]
     return [
         ([batches for batches, _ in ranks[: case.training]], sum(made for _, made in ranks))
@@ -187,6 +199,19 @@ def test_batches_are_the_same(folder, whole, named):
         assert made == (0 if name == "cached" else STEPS * 8), (layout, name)
 
 
+def run_cases_on_a_slow_disk(*args):
+    """The third rank, which encodes, takes its time to write: training has ended by then."""
+    write = LatentCache.flush
+
+    def flush(self):
+        time.sleep(2 if self.waiting else 0)
+        write(self)
+
+    if os.environ["RANK"] == "2":
+        LatentCache.flush = flush
+    return run_cases(*args)
+
+
 def test_workers_an_early_end_and_a_rolling_cache(folder, whole):
     """Decoding in workers; training that stops before the last step, with receives posted and sends under way; and what
     is encoded is written, and read in later epochs and by later runs."""
@@ -209,7 +234,7 @@ def test_workers_an_early_end_and_a_rolling_cache(folder, whole):
         Case(2, placed, {"cp": 2, "cache_name": f"rolling-{other.placement}"})
         for placed, other in ((colocated, separate), (separate, colocated), (section(), separate))
     ]
-    found = on_ranks(folder, early + rolling + again)
+    found = on_ranks(folder, early + rolling + again, run_cases_on_a_slow_disk)
     for batches, _ in found[:2]:
         assert batches == shard(whole, 1, 1, 2)
     for batches, _ in found[2:]:

@@ -244,7 +244,12 @@ COMBINATIONS = [  # (what is set, fields the message names, a piece of the fix)
     (
         {"checkpoint.export_every": 5, "checkpoint.export_format": "stacked"},
         "checkpoint.export_format",
-        "for mixtures of experts, but model.flavor debug is none; choose diffusers",
+        "with model.flavor debug: the model is no mixture of experts; choose one of diffusers, original",
+    ),
+    (
+        {"checkpoint.last_save_in_hf": True, "job.dump_folder": "a", "model.hf_assets_path": "b/../a/hf"},
+        "model.hf_assets_path",
+        "into which checkpoint.last_save_in_hf exports; give another job.dump_folder",
     ),
     (
         {"lora.enable": True, "lora.export": [], "checkpoint.export_every": 5},

@@ -1,16 +1,23 @@
 """Before anything is encoded: whether the clips are those of the checkpoints, how many are held out, what is cut."""
 
+import errno
+import importlib
 import json
+import os
 from dataclasses import replace
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from tests.unit_tests.data_clips import captioned
-from titan_video.config.job_config import Checkpoint, Data, JobConfig, Validation
+from titan_video.config.job_config import Checkpoint, Data, Encoder, Job, JobConfig, Validation
 from titan_video.config.manager import dump
 from titan_video.data.latent_cache import LatentCache
 from titan_video.data.loader import by_bucket
+from titan_video.distributed.utils import init_distributed
 from titan_video.encoders.debug import DebugEncoders
+from titan_video.ingest import metadata
 from titan_video.ingest.__main__ import main
 from titan_video.ingest.cached_clips import cached_clips, split_holdout
 from titan_video.ingest.captions import cut_prompts, lost_words, with_cut_captions
@@ -19,7 +26,10 @@ from titan_video.ingest.encode import encode_missing
 from titan_video.ingest.media import DEFAULT_LIMITS
 from titan_video.ingest.plan import build_plan
 from titan_video.ingest.plan_table import write_plan_table
+from titan_video.ingest.prepare import prepare_clips
 from titan_video.ingest.resume import EarlierClips
+from titan_video.ingest.video import UnusableClip
+from titan_video.models.wan import FLAVORS
 
 
 class Folder:
@@ -40,10 +50,13 @@ class Folder:
     def clips(self, plan=None):
         return cached_clips(plan or self.plan(), self.cache)
 
-    def save(self, clips, step=4):
+    def save(self, clips, step=4, identity=None):
         folder = self.root / "checkpoint" / f"step-{step}"
         folder.mkdir(parents=True)
-        state = {"step": step, "counters": {"data": {"draws": [4], "fingerprint": by_bucket(clips).identity}}}
+        state = {
+            "step": step,
+            "counters": {"data": {"draws": [4], "fingerprint": identity or by_bucket(clips).identity}},
+        }
         (folder / "state.json").write_text(json.dumps(state))
 
     def least(self, validation=None, section=None, **changes):
@@ -51,7 +64,16 @@ class Folder:
         data = replace(self.data, **changes)
         entries = write_plan_table(self.root / "tables" / "plan.columns", self.plan(**changes), DEFAULT_LIMITS)
         clips = clip_table(entries, self.cache, drop_apart=False, folder=self.root / "tables")
-        return earlier.least_held_out(clips, self.cache, data, validation or Validation())
+        return earlier.matched(clips, self.cache, data, validation or Validation()).at_least
+
+    def prepared(self):
+        """The training clips, as train.py gets them."""
+        config = JobConfig(Job(dump_folder=str(self.root)), encoder=Encoder(name="debug"), data=self.data)
+        init_distributed(torch.device("cpu"), 60)
+        try:
+            return prepare_clips(config, FLAVORS["debug"], self.encoders, self.cache, None).training
+        finally:
+            dist.destroy_process_group()
 
 
 @pytest.fixture
@@ -120,6 +142,111 @@ def test_the_checkpoint_that_will_be_loaded_counts(folder):
     assert folder.least(section=Checkpoint(load_step=2)) == 1
     (folder.root / "checkpoint" / "step-4" / "state.json").write_text("{")  # loading passes it over, too
     assert folder.least() == 1
+
+
+# ---- files that cannot be read for a while ----
+
+
+STALE = OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+def names(training):
+    return sorted(os.path.basename(clip.path) for bucket in training.buckets for clip in bucket)
+
+
+def failing(monkeypatch, where, name, error=STALE):
+    """Reading `name` fails in a function, as on a share that is away for a moment."""
+    module, _, function = where.rpartition(".")
+    module = importlib.import_module(f"titan_video.ingest.{module}")
+    real = getattr(module, function)
+
+    def fail(path, *args):
+        if getattr(path, "path", path).endswith(name):
+            raise error
+        return real(path, *args)
+
+    monkeypatch.setattr(module, function, fail)
+
+
+@pytest.mark.parametrize("where", ["media.sha256", "plan.probe_key", "video.cut_matroska", "sources.not_a_clip"])
+def test_a_run_goes_on_without_a_clip_that_failed_at_its_start(folder, monkeypatch, where):
+    """It is read at the next start. The checkpoint is of the others, and so are the clips that the loader compares."""
+    if where == "sources.not_a_clip":
+        monkeypatch.setattr("titan_video.ingest.sources.not_a_clip", unreachable(metadata.not_a_clip, "a.mp4"))
+    else:
+        failing(monkeypatch, where, "a.mp4")
+    started = folder.prepared()
+    assert names(started) == ["b.mp4", "c.mp4", "d.mp4"]
+    assert '"reason": "unreadable: Stale file handle"' in folder.report.read_text()
+    folder.save(None, identity=started.identity)
+    monkeypatch.undo()
+    for _ in range(3):
+        again = folder.prepared()
+        assert again.identity == started.identity and names(again) == names(started)
+        assert "left out: the checkpoints of this run" in folder.report.read_text()
+    (folder.root / "checkpoint").rename(folder.root / "others")  # another run takes it
+    assert names(folder.prepared()) == ["a.mp4", "b.mp4", "c.mp4", "d.mp4"]
+
+
+def unreachable(real, name):
+    def not_a_clip(path, *args):
+        with pytest.MonkeyPatch.context() as patch:
+            if path.endswith(name):
+                patch.setattr(os, "stat", lambda *_, **__: (_ for _ in ()).throw(STALE))
+            return real(path, *args)
+
+    return not_a_clip
+
+
+def test_a_run_goes_on_with_a_clip_that_fails_at_a_resume(folder, monkeypatch, caplog):
+    """The cache has it, and the plan of the run says what it is."""
+    started = folder.prepared()
+    folder.save(None, identity=started.identity)
+    failing(monkeypatch, "plan.probe_key", "a.mp4")
+    for _ in range(2):
+        again = folder.prepared()
+        assert again.identity == started.identity and names(again) == ["a.mp4", "b.mp4", "c.mp4", "d.mp4"]
+        assert "a.mp4 (unreadable: Stale file handle); all clips are taken as this run has planned" in caplog.text
+    (folder.root / "clips" / "b.txt").write_text("another caption")  # which is another clip
+    with pytest.raises(ValueError, match="are not those .*a.mp4 .unreadable: Stale.* start again when they can be"):
+        folder.prepared()
+    (folder.root / "clips" / "b.txt").write_text("clip b")
+    (folder.root / "clips" / "a.txt").write_text("another caption")  # of the one that fails
+    with pytest.raises(ValueError, match="are not those"):
+        folder.prepared()
+    (folder.root / "clips" / "a.txt").write_text("clip a")
+    assert folder.prepared().identity == started.identity
+    folder.report.with_name(".data_plan.jsonl.key").unlink()
+    with pytest.raises(ValueError, match="start again when they can be read"):
+        folder.prepared()
+    monkeypatch.undo()
+    assert folder.prepared().identity == started.identity
+
+
+def test_one_clip_that_failed_at_the_start_and_another_one_now(folder, monkeypatch):
+    with pytest.MonkeyPatch.context() as patch:
+        failing(patch, "encode.read_frames", "b.mp4", UnusableClip("corrupt: found in decoding"))
+        started = folder.prepared()
+    assert names(started) == ["a.mp4", "c.mp4", "d.mp4"]
+    folder.save(None, identity=started.identity)
+    assert folder.prepared().identity == started.identity
+    failing(monkeypatch, "plan.probe_key", "a.mp4")
+    for _ in range(2):
+        again = folder.prepared()
+        assert again.identity == started.identity and names(again) == names(started)
+
+
+def test_a_file_whose_later_clip_failed_is_left_out_whole(folder):
+    """Of three clips of a file the cache may have two: the run has dropped the file."""
+    folder.data = replace(folder.data, frame_extraction="chunk")
+    plan = folder.plan()
+    file = next(e.path for e in plan.kept if e.num_clips > 1)
+    others = plan.drop({file: "corrupt: found in decoding"})
+    folder.save(folder.clips(others))
+    first = next(e for e in plan.kept if e.path == file)
+    encoded = replace(plan, entries=(*others.entries, first))
+    encode_missing(encoded, folder.encoders, folder.cache, log=lambda _: None)
+    assert names(folder.prepared()) == sorted(os.path.basename(e.path) for e in others.kept)
 
 
 # ---- held-out clips ----

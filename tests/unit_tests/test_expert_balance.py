@@ -2,6 +2,8 @@
 not go with a mixture is refused.
 """
 
+import json
+
 import pytest
 import torch
 
@@ -124,12 +126,6 @@ def test_numbers_by_noise_level():
 DEBUG = ["--encoder.name", "debug", "--data.path", "embedded:shapes-4"]
 REFUSED = [
     ("moe-debug", ["--lora.enable", "true"], "lora.enable: true, but there are no adapters of experts"),
-    ("moe-debug", ["--checkpoint.last_save_in_hf", "true"], "export_format: given diffusers, .* choose stacked"),
-    (
-        "moe-debug",
-        ["--checkpoint.export_every", "5", "--checkpoint.export_format", "comfyui"],
-        "export_format: given comfyui",
-    ),
     (
         "moe-debug",
         ["--activation_checkpoint.mode", "memory_budget", "--compile.enable", "true"],
@@ -158,6 +154,15 @@ def test_what_does_not_go_with_a_mixture_is_refused(flavor, options, message):
     with pytest.raises(ConfigError, match=message):
         check(config, 6, files=False)
     check(parse_args([*DEBUG, "--model.flavor", flavor]), 2, files=False)
+
+
+def test_a_section_for_a_folder_without_experts_is_refused(tmp_path):
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(SPEC.args_to_hf(SPEC.flavors["debug"])))
+    argv = [*DEBUG, "--model.flavor", "hf", "--model.hf_assets_path", str(tmp_path)]
+    with pytest.raises(ConfigError, match="experts: given, but model.flavor hf has no experts; remove the section"):
+        check(parse_args([*argv, "--experts.balance_rate", "0.1"]), 1, files=False)
+    check(parse_args(argv), 1, files=False)
 
 
 def test_a_flavor_from_a_file_is_judged_when_the_run_is_built():

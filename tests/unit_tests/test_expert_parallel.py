@@ -1,5 +1,6 @@
 """Expert parallel without ranks: degrees that are refused, and the shards of stacked experts in closed form."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -45,19 +46,31 @@ def test_the_degree_is_one_of_the_mesh():
         (8, {"parallelism": degrees(expert=8, pipeline=2)}, "the 4 ranks of a model's copy"),
         (8, {"parallelism": degrees(expert=8) | {"data_parallel_replicate_degree": 2}}, "legal: 1, 2, 4"),
         (4, {"parallelism": degrees(expert=2), "compile": {"enable": True}}, "set compile.enable to false"),
-        (4, {"parallelism": degrees(expert=2), "lora": {"enable": True}}, "lora.enable trains no experts"),
-        (
-            4,
-            {
-                "parallelism": degrees(expert=2, pipeline=2) | {"pipeline_parallel_schedule": "InterleavedZeroBubble"},
-            },
-            "choose Interleaved1F1B",
-        ),
     ],
 )
 def test_what_cannot_run_is_refused(world, sections, words):
     text = message(world, **sections)
     assert "parallelism.expert_parallel_degree: given" in text and words in text, text
+
+
+ZERO_BUBBLE = {"pipeline_parallel_schedule": "InterleavedZeroBubble"}
+
+
+@pytest.mark.parametrize("sections", [{"lora": {"enable": True}}, {"parallelism": degrees(pipeline=2) | ZERO_BUBBLE}])
+@pytest.mark.parametrize("expert", [1, 2])
+@pytest.mark.parametrize("flavor", ["moe-debug", "hf"])
+def test_a_rule_of_all_mixtures_is_said_once(tmp_path, sections, expert, flavor):
+    """Whatever the degree. Of a folder, when the configuration asks for experts."""
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(SPEC.args_to_hf(MOE)))
+    if flavor == "hf" and expert == 1:
+        pytest.skip("no value of the configuration says that the model has experts: `build` refuses it")
+    model = BASE.get("model", {}) | {"flavor": flavor, "hf_assets_path": str(tmp_path)}
+    given = sections.get("parallelism", {}) | degrees(expert=expert)
+    text = message(4, **sections | {"model": model, "parallelism": given})
+    about = [line for line in text.splitlines() if "expert" in line]
+    assert len(about) == 1 and ("lora.enable: true, but there are" in text) == ("lora" in sections), text
+    assert ("InterleavedZeroBubble, but the backward of experts" in text) == ("lora" not in sections)
 
 
 @pytest.mark.parametrize(

@@ -426,8 +426,11 @@ def test_the_page_has_the_tables_that_its_script_prints():
 
 FAKE = """
 import json, math, pathlib, sys
+sys.path.insert(0, ROOT)
+from titan_video.config.manager import dump, parse_args
 options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 folder, lr, flavor = (options[f"--{k}"] for k in ("job.dump_folder", "optimizer.lr", "model.flavor"))
+pathlib.Path(folder, "config.toml").write_text(dump(parse_args(sys.argv[1:])))
 if float(lr) > 0.1:
     sys.exit("FloatingPointError: the loss is nan")
 if float(lr) < 1e-5:
@@ -446,7 +449,7 @@ def fake_runs(tmp_path, monkeypatch):
     """`train.py` is replaced by a script whose loss is smallest at a rate that it is given."""
 
     def install(best):
-        (tmp_path / "train.py").write_text(FAKE % best)
+        (tmp_path / "train.py").write_text(f"ROOT = {str(ROOT)!r}{FAKE % best}")
         monkeypatch.setattr(transfer, "TRAIN", tmp_path / "train.py")
         return tmp_path
 
@@ -469,6 +472,41 @@ def test_a_rate_that_holds_and_one_that_does_not(fake_runs, capsys):
     folder = fake_runs(best=-9)
     assert run_cli(folder, "transfer", *SWEEP, "--runs", folder / "other", "--base-flavor", "proxy-debug") == 1
     assert "costs debug 6.0% of loss over its own best, 1.95e-03" in capsys.readouterr().out
+
+
+def test_a_finished_run_of_other_options_is_refused(fake_runs, capsys):
+    folder = fake_runs(best=-7)
+    rates = ["--rates", "2^-8", "2^-7"]
+    argv = ["transfer", "--training.steps", 20, *rates, "--runs", folder / "runs", *MUP[:4]]
+    assert run_cli(folder, *argv) == 0
+    (folder / "train.py").write_text("raise SystemExit('no run is made')")
+    neutral = ["--metrics.log_freq", 7, "--data.num_workers", 1, "--checkpoint.interval", 3, "--job.dump_folder", "x"]
+    assert run_cli(folder, *argv, *neutral) == 0
+    said = run_cli(folder, *argv, "--optimizer.weight_decay", "0.3", "--debug.seed", 9)
+    assert said.count("\n") == 3 and said.startswith(f"error: {folder}/runs/proxy-debug/lr-3.906e-03: optimizer.weight")
+    assert (
+        "optimizer.weight_decay of the run there is 0.01, and not 0.3; debug.seed of the run there is 0, and not 9"
+        in said
+    )
+    assert f"{folder}/runs/debug/lr-7.812e-03: " in said and said.endswith(": remove it, or give another --runs")
+    assert "training.steps of the run there is 20, and not 19" in run_cli(folder, *argv, "--training.steps", 19)
+    one = folder / "runs" / "debug" / "lr-7.812e-03"
+    (one / "metrics.jsonl").unlink()  # started and stopped: it would go on with the new options
+    assert "weight_decay" in run_cli(folder, *argv, "--optimizer.weight_decay", "0.3", "--rates", "2^-7")
+    (one / "metrics.jsonl").write_text("")
+    (one / "config.toml").unlink()
+    assert f"{one}: holds a run without its config.toml" in run_cli(folder, *argv)
+    said = run_cli(folder, *argv, "--training.epochs", 2)
+    assert "training.epochs: given 2, but runs are compared by training.steps" in said
+
+
+def test_a_run_has_not_diverged_because_an_earlier_attempt_did(fake_runs, capsys):
+    folder = fake_runs(best=-7)
+    argv = ["transfer", "--training.steps", 20, "--rates", "0.5", "--runs", folder / "r", *MUP[:4]]
+    assert run_cli(folder, *argv) == 1
+    assert "Every run of proxy-debug diverged: give lower --rates." in capsys.readouterr().out
+    (folder / "train.py").write_text("raise SystemExit('error: no such clip')")
+    assert "ended with exit code 1: see" in run_cli(folder, *argv)
 
 
 def test_a_best_rate_at_the_end_of_the_sweep_is_said(fake_runs, capsys):

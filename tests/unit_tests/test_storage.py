@@ -22,6 +22,7 @@ from titan_video.config.job_config import Metrics
 from titan_video.config.manager import main_guard
 from titan_video.data.latent_cache import LatentCache
 from titan_video.ingest.entries import Plan, PlanEntry
+from titan_video.ingest.refused import UnreadableFile, reading
 from titan_video.tasks.validation import ClipWriter
 from titan_video.tools import files
 from titan_video.tools.files import StorageError, atomic_path, atomic_write, optional_write, writing
@@ -89,6 +90,19 @@ def test_other_errors_pass(tmp_path):
         assert caught.value is error
     with pytest.raises(StorageError, match="inner.*shard"), writing("plan", tmp_path), writing("shard", "/inner"):
         raise refused(errno.ENOSPC)
+
+
+def test_a_file_that_is_read_meanwhile_is_told_as_read(tmp_path):
+    for error, name in ((refused(errno.EIO, "a/file"), "a/file"), (refused(errno.EIO, None), "clips")):
+        with (
+            pytest.raises(UnreadableFile, match=f"^{name}: cannot read the remarks: Input/output error$"),
+            optional_write("tables", tmp_path),
+            writing("tables", tmp_path),
+            reading("remarks", "clips"),
+        ):
+            raise error
+    with pytest.raises(ValueError, match="^mine$"), writing("plan", tmp_path):
+        raise ValueError("mine") from refused(errno.EIO)
 
 
 def test_what_a_run_can_do_without_is_said_once(tmp_path, caplog):

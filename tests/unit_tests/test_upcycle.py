@@ -8,12 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.unit_tests.config_cases import BASE
 from tests.unit_tests.test_experts import ARGS, build, inputs
 from titan_video import convert, upcycle
+from titan_video.config import from_dict
+from titan_video.config.check import check
+from titan_video.config.manager import ConfigError
 from titan_video.models import args_from_config
 from titan_video.models.spec import ExpertArgs
 from titan_video.models.wan import SPEC
 from titan_video.weights.export.save import save_hf
+from titan_video.weights.formats import FORMAT_NAMES
 from titan_video.weights.hf_storage import load_hf
 
 DENSE = replace(ARGS, experts=None)
@@ -129,6 +134,27 @@ def test_other_formats_are_refused(tmp_path):
     convert.run(convert.parse([str(tmp_path / "a"), str(tmp_path / "c"), "--format", "stacked"]))
     files = [tmp_path / folder / "transformer/diffusion_pytorch_model.safetensors" for folder in "ac"]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("asked", [{"last_save_in_hf": True}, {"export_every": 5}, {}])
+@pytest.mark.parametrize("is_folder", [False, True])
+@pytest.mark.parametrize("flavor", ["debug", "moe-debug"])
+def test_a_run_whose_export_would_be_refused_does_not_start(tmp_path, flavor, is_folder, asked):
+    """Also of a folder, whose config.json says whether the model has experts."""
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(SPEC.args_to_hf(SPEC.flavors[flavor])))
+    model = {"flavor": "hf" if is_folder else flavor, "hf_assets_path": str(tmp_path)}
+    for name in FORMAT_NAMES:
+        config = from_dict(BASE | {"model": model, "checkpoint": asked | {"export_format": name}})
+        if not asked or (name == "stacked") == (flavor == "moe-debug"):
+            check(config, 1, files=False)
+            continue
+        fix = "choose one of diffusers, original" if name == "stacked" else "no other program loads; choose stacked"
+        with pytest.raises(ConfigError, match=f"^checkpoint.export_format: given {name}, .*{fix}[^\\n]*$"):
+            check(config, 1, files=False)
+    model["hf_assets_path"] = str(tmp_path / "elsewhere")  # another rule names it
+    if is_folder:
+        check(from_dict(BASE | {"model": model, "checkpoint": asked}), 1, files=False)
 
 
 def test_averages_are_exported_with_the_biases_of_routers(tmp_path):

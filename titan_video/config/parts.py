@@ -40,6 +40,7 @@ PARTS = (  # (section or option, the values that ask for a part, the part)
     ("training.swap_blocks", CHANGED, "titan_video.distributed.block_swap"),
     ("parallelism.context_parallel_degree", CHANGED, "titan_video.distributed.context_parallel"),
     ("parallelism.expert_parallel_degree", CHANGED, "titan_video.distributed.expert_parallel"),
+    ("parallelism.expert_parallel_degree", CHANGED, "titan_video.training.expert_balance"),
     ("parallelism.pipeline_parallel_degree", CHANGED, "titan_video.distributed.pipeline_parallel"),
     ("parallelism.pipeline_parallel_split", CHANGED, "titan_video.distributed.pipeline_parallel"),
     ("parallelism.enable_async_tensor_parallel", (True,), "titan_video.distributed.async_tensor_parallel"),

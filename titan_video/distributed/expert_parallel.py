@@ -106,7 +106,9 @@ def layout_errors(dims: ParallelDims, args: Any) -> Iterator[str]:
 
 
 def rules(config: JobConfig, world_size: int) -> Iterator[str]:
-    """Rules of the configuration about expert parallel, one line per mistake."""
+    """Rules of the configuration about expert parallel, one line per mistake. Those of all mixtures of experts are in
+    training/expert_balance.py.
+    """
     p = config.parallelism
     where = f"parallelism.expert_parallel_degree: given {p.expert_parallel_degree}"
     if p.expert_parallel_degree == 1:
@@ -122,11 +124,4 @@ def rules(config: JobConfig, world_size: int) -> Iterator[str]:
         yield (
             f"{where}, but the number of rows that a rank gets for its experts is known at run time only, which a "
             f"compiled block cannot be; set compile.enable to false"
-        )
-    if config.lora.enable:
-        yield f"{where}, but lora.enable trains no experts, and gives them no adapters; set one of them to its default"
-    if p.pipeline_parallel_degree > 1 and p.pipeline_parallel_schedule == "InterleavedZeroBubble":
-        yield (
-            f"{where}, but parallelism.pipeline_parallel_schedule is InterleavedZeroBubble, which computes gradients "
-            f"of weights later than those of inputs, and experts get both at once; choose Interleaved1F1B"
         )

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from titan_video.tools.files import atomic_path
+from titan_video.tools.files import atomic_path, writing
 
 FORMAT = "titan-video columns 1"
 ALIGNMENT, ROWS_WAITING, MAX_HEADER = 64, 4096, 1 << 30
@@ -90,13 +90,14 @@ class ColumnWriter:
     """Writes a table row by row, or column by column. What waits is bounded: columns grow in temporary files.
 
     fixed: the columns of one value a row, a structured dtype. blobs: names of the columns of bytes.
-    folder: of the temporary files.
+    folder: of the temporary files. StorageError, of each method: it takes no more.
     """
 
     def __init__(self, folder: str | os.PathLike, fixed: np.dtype, blobs: Sequence[str] = ()):
         self.folder, self.fixed, self.blobs = Path(folder), fixed, tuple(blobs)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.num_rows = 0
+        with writing("table", self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.num_rows = self.num_bytes = 0
         self.rows: list[tuple] = []
         self.texts: list[tuple[bytes, ...]] = []
         self.ends = np.zeros(len(self.blobs), np.int64)
@@ -147,7 +148,8 @@ class ColumnWriter:
 
     def __exit__(self, *_: Any) -> None:
         for file in self.files.values():
-            file.close()
+            with suppress(OSError):  # of a full disk, again: what it still holds is of no use
+                file.close()
 
     def _flush(self) -> None:
         if not self.rows:
@@ -165,13 +167,18 @@ class ColumnWriter:
         self.rows, self.texts = [], []
 
     def _put(self, name: str, column: np.ndarray) -> None:
-        if name not in self.files:
-            self.files[name] = tempfile.TemporaryFile(dir=self.folder)
-            self.columns[name] = column.dtype, (0, *column.shape[1:])
+        data = np.ascontiguousarray(column).data
+        self.num_bytes += column.nbytes
+        try:
+            if name not in self.files:
+                self.files[name] = tempfile.TemporaryFile(dir=self.folder)
+                self.columns[name] = column.dtype, (0, *column.shape[1:])
+            self.files[name].write(data)
+        except OSError as error:
+            with writing("table", self.folder, self.num_bytes):  # asks how much is free: not for each column
+                raise error
         dtype, (count, *shape) = self.columns[name]
         assert column.dtype == dtype and column.shape[1:] == tuple(shape), name
-        data = np.ascontiguousarray(column).data
-        self.files[name].write(data)
         self.digest.update(name.encode())
         self.digest.update(data)
         self.columns[name] = dtype, (count + len(column), *shape)

@@ -49,6 +49,8 @@ def open_video(path: str, max_pixels: int) -> Iterator:
     except MemoryError as e:
         raise UnusableClip(OUT_OF_MEMORY) from e
     except (av.FFmpegError, OSError, EOFError, ValueError, ArithmeticError) as e:
+        if reason := media.unreadable(e):
+            raise UnusableClip(reason) from e
         # libav says no more than this of a frame that is larger than max_pixels.
         size = f", or frames of more than {max_pixels} pixels" if getattr(e, "errno", 0) == errno.EINVAL else ""
         raise UnusableClip(f"corrupt: {what}{getattr(e, 'strerror', None) or e or type(e).__name__}{size}") from e

@@ -17,7 +17,8 @@ import numpy as np
 
 from titan_video.data.latent_cache import LatentCache, content_hash, entry_names
 from titan_video.ingest.columns import Columns, ColumnWriter, SortedKeys, is_new, sort_keys, used
-from titan_video.tools.files import optional_write
+from titan_video.ingest.refused import reading
+from titan_video.tools.files import StorageError, optional_write, writing
 
 KEY_BYTES = 32
 VERSION = 1  # raise it when an index of the same name would hold something else
@@ -104,8 +105,9 @@ def make_index(cache: LatentCache, spare: Path | None = None) -> Path | None:
         with suppress(ValueError):
             EntryIndex(path)
             return used(path)
+    what = "index of the cache"
     for path in paths:
-        with optional_write("index of the cache", path) if path == paths[-1] else suppress(OSError):
+        with optional_write(what, path) if path == paths[-1] else suppress(StorageError), writing(what, path):
             _write(path, sizes, listed_entries(cache, sizes))
             return used(path)
     return None
@@ -119,7 +121,7 @@ def use_index(cache: LatentCache, path: Path | None) -> None:
 
 
 def listed_entries(cache: LatentCache, sizes: Mapping[str, int]) -> Iterator[tuple[str, list[str]]]:
-    """(shard, names of its entries) of all shards: by the manifest, else by their headers."""
+    """(shard, names of its entries) of all shards: by the manifest, else by their headers. UnreadableFile: of one."""
     listed = set()
     with suppress(OSError):
         for line in cache.manifest_lines():
@@ -131,7 +133,9 @@ def listed_entries(cache: LatentCache, sizes: Mapping[str, int]) -> Iterator[tup
                     yield shard, names
     for shard in sorted(sizes):
         if shard not in listed:
-            yield shard, entry_names(cache.header(shard)[0])
+            with reading("header of a shard", cache.folder / "shards" / shard):
+                header, _ = cache.header(shard)
+            yield shard, entry_names(header)
 
 
 def _write(path: Path, sizes: Mapping[str, int], entries: Iterator[tuple[str, list[str]]]) -> None:

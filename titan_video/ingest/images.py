@@ -103,6 +103,8 @@ def _opened(path: str, max_pixels: int) -> Iterator[tuple[int, float, Any]]:
         except MemoryError as e:
             raise UnusableClip(OUT_OF_MEMORY) from e
         except (OSError, ValueError, SyntaxError, ArithmeticError, LookupError, TypeError, struct.error) as e:
+            if reason := media.unreadable(e):
+                raise UnusableClip(f"{reason}{'' if len(files) == 1 else f' ({file.name})'}") from e
             text = f"{'' if len(files) == 1 else f'{file.name}: '}{e or type(e).__name__}"
             raise UnusableClip(f"corrupt: {short(text, 200)}") from e
 

@@ -11,6 +11,7 @@ fsspec, its drivers and pyarrow are optional packages.
 What has the name of a clip may be anything, so a device, a fifo or a socket is refused before it is opened.
 """
 
+import errno
 import glob
 import hashlib
 import io
@@ -31,6 +32,13 @@ MAX_PATHS, MAX_BRACES = 1_000_000, 20  # of one pattern
 VIDEO_SUFFIXES = tuple(".mp4 .mov .mkv .webm .avi .m4v .gif .ts .mts .m2ts .flv .f4v .wmv .asf .3gp .3g2".split())
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MEDIA_SUFFIXES = VIDEO_SUFFIXES + IMAGE_SUFFIXES
+# Of the system, a share or a network, and not of a file's content: the next try may not meet them.
+PASSING_ERRORS = frozenset(
+    getattr(errno, name)
+    for name in """ESTALE ETIMEDOUT EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ECONNRESET ECONNABORTED ECONNREFUSED
+    ENOTCONN ESHUTDOWN EREMOTEIO ENOLINK EAGAIN EINTR ENFILE EMFILE EACCES EPERM""".split()
+    if hasattr(errno, name)
+)
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _MEMBER = re.compile(r"(?P<container>.+\.(?:tar|parquet|arrow))!(?P<name>.*)@(?P<a>\d+)\+(?P<b>\d+)", re.DOTALL)
 
@@ -191,6 +199,18 @@ def version(path: str) -> dict[str, Any]:
         "size": sum(s.st_size for s in stats),
         "mtime_ns": max(s.st_mtime_ns for s in stats),
     }
+
+
+def unreadable(error: BaseException) -> str:
+    """The reason for a file that the system does not let us read, though the next try may; "" for another error.
+
+    libav means damaged files by EIO, too.
+    """
+    is_system = isinstance(error, OSError) and not type(error).__module__.startswith("av.")
+    number = getattr(error, "errno", None)
+    if number in PASSING_ERRORS or (number == errno.EIO and is_system):
+        return f"unreadable: {error.strerror or error}"
+    return ""
 
 
 def frame_files(folder: str) -> list[Path]:

@@ -117,6 +117,8 @@ def _from_row(names: FileNames, where: str, row: dict, clip: str, caption: str) 
     given, image = row.get(IMAGE_COLUMN) or "", ""
     if given:
         image, _, wrong = located(names, given.strip() if isinstance(given, str) else "", where)
+        if wrong.startswith("unreadable: "):
+            return ClipRecord(path, reason=wrong)
         if wrong or not os.path.isfile(image):
             held = f"column {IMAGE_COLUMN!r} of {where} holds {short(repr(given))}"
             return ClipRecord(path, reason=f"missing image: {held}, which is no file")
@@ -169,6 +171,8 @@ def not_a_clip(path: str, named: str = "") -> str:
     try:
         mode = os.stat(path).st_mode
     except OSError as e:
+        if reason := media.unreadable(e):
+            return reason
         return f"missing file: {named}" if named and e.errno != errno.ELOOP else f"not a file: {e.strerror}"
     is_usable = stat.S_ISREG(mode) or stat.S_ISDIR(mode)
     return "" if is_usable else f"not a file: it is a {KINDS.get(stat.S_IFMT(mode), 'device')}"

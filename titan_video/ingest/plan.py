@@ -9,7 +9,6 @@ scan (sources.py) -> probe (video.py, in worker processes) -> frame_indices -> b
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,14 +23,15 @@ from titan_video.ingest.colour import MediaPolicy
 from titan_video.ingest.entries import Plan, PlanEntry
 from titan_video.ingest.media import DEFAULT_LIMITS, DecodeLimits
 from titan_video.ingest.probes import PROBE_VERSION, ProbeStore, chunks, probe_key
+from titan_video.ingest.refused import reading
 from titan_video.ingest.shapes import resolve_path
 from titan_video.ingest.sources import ClipRecord, iter_records, remarks
+from titan_video.ingest.spool import Spool
 from titan_video.ingest.video import DEFAULT_POLICY, Probe, by_policy, frame_indices, require, too_many_frames
 
 PLAN_VERSION = 1  # raise it when the same clips and options give another plan
 FILES_TOGETHER = 1 << 16  # that are probed together
 MAX_REMARKED = 1_000_000  # clips; of more it is not looked at what lies beside them
-MEMORY = 64 << 20  # bytes of records, beyond which they go to a temporary file
 
 
 class Scanned(NamedTuple):
@@ -49,10 +49,11 @@ class Scan:
     """All clips of the sources, in order; they can be gone through any number of times.
 
     digest: of all that was found, with the sizes and times of the files. num_records: clips.
+    folders: for what does not stay in memory (spool.py); by default that of the cache's tables.
     """
 
-    def __init__(self, planner: "Planner"):
-        self.file = tempfile.SpooledTemporaryFile(MEMORY)
+    def __init__(self, planner: "Planner", folders: Sequence[Path] = ()):
+        self.lines = Spool("list of clips", folders or [planner.cache_folder / "tables"])
         digest, self.num_records = hashlib.sha256(), 0
         for number, (source, path) in enumerate(zip(planner.sources, planner.paths, strict=True)):
             for record in iter_records(path, source.caption_column):
@@ -61,19 +62,18 @@ class Scan:
                 image = _key(record.image) if record.image and is_read else ""
                 row = json.dumps([number, *vars(record).values(), version, image]).encode() + b"\n"
                 digest.update(row)
-                self.file.write(row)
+                self.lines.append(row)
                 self.num_records += 1
         self.digest = digest.hexdigest()
 
     def __iter__(self) -> Iterator[Scanned]:
-        self.file.seek(0)
-        for line in self.file:
+        for line in self.lines:
             number, path, captions, reason, image, declared, written, key, image_key = json.loads(line)
             record = ClipRecord(path, tuple(captions), reason, image, tuple(declared), written)
             yield Scanned(number, record, key, image_key)
 
     def close(self) -> None:
-        self.file.close()
+        self.lines.close()
 
 
 def _key(path: str) -> str:
@@ -162,8 +162,10 @@ class Planner:
         """Lines about what is in no entry."""
         if scanned.num_records > MAX_REMARKED:
             return [f"what lies beside the clips is not looked at, as these are more than {MAX_REMARKED:,}"]
-        given = (p for p, s in zip(self.paths, self.sources, strict=True) if p == s.path)
-        return remarks(given, [found.record for found in scanned])
+        given = [p for p, s in zip(self.paths, self.sources, strict=True) if p == s.path]
+        records = [found.record for found in scanned]
+        with reading("files beside the clips", ", ".join(given)):
+            return remarks(given, records)
 
 
 def _probe(store: ProbeStore, key: str, path: str) -> Probe:

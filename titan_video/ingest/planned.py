@@ -54,12 +54,14 @@ class Tables:
         return cls((cache_folder / "tables", dump_folder / "tables"))
 
     def make(self, write: Callable[[Path], T]) -> T:
-        """What `write` returns, given the first of the folders that can be written. Raises StorageError."""
+        """What `write` returns, given the first of the folders that can be written. `write` says itself what cannot be
+        written, by a StorageError, or read.
+        """
         for folder in self.folders:
             with suppress(StorageError) if folder != self.folders[-1] else nullcontext():
                 with writing("tables", folder):
                     folder.mkdir(parents=True, exist_ok=True)
-                    return write(folder)
+                return write(folder)
         raise AssertionError("the last folder is written, or raises")
 
     def remembered(self, what: str, make: Callable[[], str]) -> str:
@@ -99,7 +101,7 @@ class _Looking:
 
     def scan(self) -> bool:
         """Whether the plan is there already."""
-        self.scanned = Scan(self.planner)
+        self.scanned = Scan(self.planner, self.tables.folders)
         self.key = self.planner.key(self.scanned)
         for path in self.tables.find(_table_name(self.key)):
             with suppress(ValueError, KeyError, TypeError):
@@ -189,15 +191,31 @@ def _probe_share(
         store.open()
 
 
-def write_report(plan: Plan, path: Path, key: str = "") -> None:
-    """`Plan.write_jsonl`, unless the file is there as it was written for the plan of this key. "": always."""
-    stamp = path.with_name(f".{path.name}.key")
+def write_report(plan: Plan, path: Path, key: str, others: bool = False) -> None:
+    """`Plan.write_jsonl`, unless the file is there as it was written for the plan of this key.
+
+    others: some of the plan's clips are dropped for reasons that the key does not know; it is written in any case.
+    """
+    stamp = _stamp_path(path)
     with suppress(OSError, ValueError, KeyError, TypeError):
-        if key and json.loads(stamp.read_text()) == _stamp(path, key):
+        if key and not others and json.loads(stamp.read_text()) == _stamp(path, key):
             return
     plan.write_jsonl(path)
     with optional_write("note of the plan that was written", stamp):
-        atomic_write(stamp, json.dumps(_stamp(path, key)))
+        atomic_write(stamp, json.dumps(_stamp(path, "" if others else key) | ({"table": key} if others else {})))
+
+
+def reported_plan(path: Path, tables: Tables) -> PlanTable | None:
+    """The table of the plan of which the report at `path` was written; None: it is not there any more."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        noted = json.loads(_stamp_path(path).read_text())
+        key = noted["plan"] or noted["table"]
+        return next((table for file in tables.find(_table_name(key)) if (table := PlanTable(file)).key == key), None)
+    return None
+
+
+def _stamp_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.key")
 
 
 def _stamp(path: Path, key: str) -> dict[str, object]:

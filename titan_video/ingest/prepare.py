@@ -26,7 +26,8 @@ from titan_video.ingest.encode_table import encode_table, share_index
 from titan_video.ingest.entries import Plan
 from titan_video.ingest.entry_index import EntryIndex, NotListed, make_index
 from titan_video.ingest.plan import Planner
-from titan_video.ingest.planned import ALL, Part, Tables, plan_on_ranks, write_report
+from titan_video.ingest.plan_table import PlanTable
+from titan_video.ingest.planned import ALL, Part, Tables, plan_on_ranks, reported_plan, write_report
 from titan_video.ingest.resume import EarlierClips
 from titan_video.ingest.sampling_defaults import sampling_section
 from titan_video.ingest.text import read_prompts
@@ -35,6 +36,8 @@ from titan_video.models.spec import LatentGeometry
 from titan_video.tools.logging import logger
 from titan_video.tools.parts import resolve
 from titan_video.tools.signals import Stopped, stop_requested
+
+LEFT_OUT = "left out: the checkpoints of this run are of clips without it; a new job.dump_folder takes it"
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,12 @@ def open_run_cache(
     """The cache of a run for its encoders, with what data.cache_url holds."""
     data, kind = config.data, LatentCache
     if data.cache_url:
-        remote = resolve("titan_video.ingest.remote_cache:RemoteCache", asked_by="data.cache_url")
-        kind = partial(remote, url=data.cache_url, max_gib=data.cache_url_gib)
+        listed, remote = (
+            resolve(f"titan_video.ingest.remote_cache:{name}", "data.cache_url")
+            for name in ("list_store", "RemoteCache")
+        )
+        shards = broadcast_from_rank0(lambda: listed(data.cache_url), group)
+        kind = partial(remote, url=data.cache_url, max_gib=data.cache_url_gib, remote=shards)
     folder = Path(data.cache_folder or Path(config.job.dump_folder) / "cache")
     return open_cache(folder, encoders, conditioning, group, kind, spare=Path(config.job.dump_folder) / "tables")
 
@@ -158,7 +165,7 @@ class Preparation:
 
         ValueError on all ranks when no clip is left, or when the run has checkpoints of other clips.
         """
-        config, data, run = self.config, self.config.data, Path(self.config.job.dump_folder)
+        data = self.config.data
         stills = not self.args.conditioning.num_cond_frames
         planner = Planner.of(data, self.cache.folder, self.encoders.stride_t, path, stills)
         plan = plan_on_ranks(planner, data.num_workers, self.tables, self.group)
@@ -167,22 +174,38 @@ class Preparation:
             plan.require_clips()
             planned = self.planned(plan, drop_apart=not path)
             if not path:
-                earlier = EarlierClips.of(config.checkpoint, run, report)
-                at_least = earlier.least_held_out(planned.clips, self.cache, data, config.validation)
-                planned = replace(planned, at_least=at_least)
-            write_report(planned.plan(), report, plan.entries.key)
-            logger.info(planned.plan().summary())
+                planned = self.as_trained(planned, report)
+            found = planned.plan()
+            write_report(found, report, planned.clips.plan.key, others=bool(planned.left_out))
+            logger.info(found.summary())
             return planned
 
         return broadcast_from_rank0(make, self.group)
 
-    def planned(self, plan: Plan, drop_apart: bool = True) -> "PlannedClips":
-        """The clips of a plan, with a remark about captions that are cut. On the first rank.
+    def as_trained(self, planned: "PlannedClips", report: Path) -> "PlannedClips":
+        """The clips of the run's checkpoints; those planned where it has none. report: of the plan. On the first rank.
 
-        drop_apart: with data.image_dropout.
+        ValueError: the clips are others.
         """
+        config = self.config
+        earlier = EarlierClips.of(config.checkpoint, Path(config.job.dump_folder), report)
+
+        def before() -> ClipTable | None:
+            entries = reported_plan(report, self.tables)
+            return None if entries is None else self.clips(entries)
+
+        clips, at_least, left_out = earlier.matched(planned.clips, self.cache, config.data, config.validation, before)
+        planned = replace(planned, clips=clips, at_least=at_least, left_out=left_out)
+        return replace(planned, counts=planned.plan().counts())
+
+    def clips(self, entries: PlanTable, drop_apart: bool = True) -> ClipTable:
+        """The kept clips of a plan. drop_apart: with data.image_dropout. On the first rank."""
         drop_apart = drop_apart and self.config.data.image_dropout != 0
-        clips = self.tables.make(lambda folder: clip_table(plan.entries, self.cache, drop_apart, folder))
+        return self.tables.make(lambda folder: clip_table(entries, self.cache, drop_apart, folder))
+
+    def planned(self, plan: Plan, drop_apart: bool = True) -> "PlannedClips":
+        """The clips of a plan, with a remark about captions that are cut. drop_apart: as of `clips`."""
+        clips = self.clips(plan.entries, drop_apart)
         what = f"cut captions {plan.entries.key} {self.cache.text_id} {self.encoders.max_text_length}"
         remark = self.tables.remembered(what, lambda: cut_captions(plan, self.encoders))
         return PlannedClips(clips, (*plan.remarks, *([remark] if remark else [])), plan.counts())
@@ -201,7 +224,7 @@ class Preparation:
 
         def drop() -> PlannedClips:
             plan = planned.plan().drop(failures)
-            write_report(plan, report)
+            write_report(plan, report, planned.clips.plan.key, others=True)
             logger.info(plan.summary())
             plan.require_clips()
             return replace(planned, clips=planned.clips.without_paths(failures), counts=plan.counts() | numbers)
@@ -211,17 +234,19 @@ class Preparation:
 
 @dataclass(frozen=True)
 class PlannedClips:
-    """clips: that are kept. remarks: of the plan. counts: of the plan and of encoding, for the log. at_least: clips
-    that are held out at least.
+    """clips: that are kept. remarks: of the plan. counts: of the plan and of encoding, for the log. at_least, left_out:
+    see `resume.Matched`.
     """
 
     clips: ClipTable
     remarks: tuple[str, ...]
     counts: dict[str, float]
     at_least: int = 1
+    left_out: frozenset[str] = frozenset()
 
     def plan(self) -> Plan:
-        return replace(self.clips.plan.plan(), remarks=self.remarks)
+        plan = replace(self.clips.plan.plan(), remarks=self.remarks)
+        return plan.drop(dict.fromkeys(self.left_out, LEFT_OUT)) if self.left_out else plan
 
 
 def prepare_clips(

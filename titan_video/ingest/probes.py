@@ -31,6 +31,7 @@ from titan_video.tools.signals import Stopped, stop_requested
 PROBE_VERSION = 3
 PROBES_A_TABLE, SECONDS_A_TABLE = 20_000, 60.0
 TABLES_KEPT = 16  # more are merged
+PASSING = ("unreadable: ", "too slow", "crashed", "too large: decoding")  # reasons that the next try may not meet
 KEPT_SECONDS = 86_400  # after a merge the merged ones are deleted: others may have them mapped
 NUMBERS = ("width", "height", "end")
 TEXTS = ("sha256", "time_base", "reason", "colour", "formerly")
@@ -71,7 +72,8 @@ class Prober:
 class ProbeStore:
     """The probes in `folder`, and those made since.
 
-    unsaved: {key: probe} of those that are in no table: beyond a limit, or the folder cannot be written.
+    unsaved: {key: probe} of those that are in no table: beyond a limit, failed in passing, or the folder cannot be
+        written.
     """
 
     def __init__(self, folder: str | os.PathLike, limits: DecodeLimits):
@@ -132,8 +134,8 @@ class ProbeStore:
         self.flush()
 
     def add(self, key: bytes, found: Probe) -> None:
-        if found.reason.startswith(("too large", "too long", "too slow", "crashed")):
-            self.unsaved[key] = found  # another limit may be set next time
+        if found.reason.startswith(("too large", "too long", *PASSING)):
+            self.unsaved[key] = found  # another limit may be set next time, or it may pass
             return
         self.oldest = self.oldest if self.waiting else time.monotonic()
         self.waiting[key] = found
@@ -185,8 +187,9 @@ class ProbeStore:
                     raw, prefix = np.frombuffer(key, np.uint8), int.from_bytes(key[:8], "big")
                     writer.append((raw, prefix, *numbers, *times.code(found.pts)), texts.encode())
                 writer.write(path, {"merged": list(merged)}, "probes")
-            self.tables.append(_keyed(_open(path)))
-            return True
+            with suppress(ValueError):  # it cannot be read back
+                self.tables.append(_keyed(_open(path)))
+                return True
         return False
 
 
@@ -232,5 +235,4 @@ def share(files: Mapping[bytes, str], rank: int, world_size: int) -> dict[bytes,
 
 def passing(found: Mapping[bytes, Probe]) -> list[tuple[str, str]]:
     """(key, reason) of the files that have no probe within the limits, but may have one the next time."""
-    reasons = "too slow", "crashed", "too large: decoding"
-    return sorted((key.hex(), p.reason) for key, p in found.items() if p.reason.startswith(reasons))
+    return sorted((key.hex(), p.reason) for key, p in found.items() if p.reason.startswith(PASSING))

@@ -25,31 +25,17 @@ LOOKED_AFTER, KEPT = 64, 7 / 8  # the folder is measured after each 1/64 of its 
 
 
 class RemoteCache(LatentCache):
-    """url: of the copy. max_gib: of what is kept of it; 0: nothing. Other arguments: see `LatentCache`.
-
-    ValueError: the URL cannot be read; the message names it.
+    """url: of the copy. max_gib: of what is kept of it; 0: nothing. remote: shards of the store and their bytes
+    (`list_store`), which one rank finds for all. Other arguments: see `LatentCache`.
     """
 
     header_guess = HEADER_GUESS
 
-    def __init__(self, *args: Any, url: str, max_gib: float, **kwargs: Any):
-        import fsspec
-
-        self.url, self.max_bytes = url.rstrip("/"), int(max_gib * 2**30)
-        self.remote: dict[str, int] = {}  # shards of the store: their bytes
+    def __init__(self, *args: Any, url: str, max_gib: float, remote: dict[str, int], **kwargs: Any):
+        self.url, self.max_bytes, self.remote = url.rstrip("/"), int(max_gib * 2**30), remote
         self.since_measured = self.max_bytes  # bytes kept
         self.measuring = threading.Lock()
-        try:
-            self.store, self.root = fsspec.core.url_to_fs(self.url)
-            for info in self.store.ls(f"{self.root}/shards", detail=True):
-                name = info["name"].rpartition("/")[2]
-                if name.endswith(".safetensors"):
-                    self.remote[name] = int(info["size"])
-        except Exception as e:  # drivers raise errors of their own
-            raise ValueError(
-                f"data.cache_url: {url} cannot be listed ({type(e).__name__}: {e}); give a copy of a cache "
-                f"folder, whose shards are in {self.url}/shards"
-            ) from e
+        self.store, self.root = _open_store(url)
         super().__init__(*args, **kwargs)
 
     def list_shards(self) -> set[str]:
@@ -119,6 +105,29 @@ class RemoteCache(LatentCache):
             with suppress(OSError):
                 path.unlink(missing_ok=True)
             size -= part
+
+
+def list_store(url: str) -> dict[str, int]:
+    """The shards of the copy at `url`, and their bytes. ValueError: it cannot be listed; the message names it."""
+    store, root = _open_store(url)
+    try:
+        files = [(info["name"].rpartition("/")[2], info["size"]) for info in store.ls(f"{root}/shards", detail=True)]
+    except Exception as e:  # drivers raise errors of their own
+        raise ValueError(
+            f"data.cache_url: {url} cannot be listed ({type(e).__name__}: {e}); give a copy of a cache folder, whose "
+            f"shards are in {url.rstrip('/')}/shards"
+        ) from e
+    return {name: int(size) for name, size in files if name.endswith(".safetensors")}
+
+
+def _open_store(url: str) -> tuple[Any, str]:
+    """(file system, path in it) of fsspec. ValueError: it knows none, or none is installed."""
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url.rstrip("/"))
+    except Exception as e:
+        raise ValueError(f"data.cache_url: {url} cannot be opened ({type(e).__name__}: {e})") from e
 
 
 def rules(config: JobConfig, world_size: int) -> Iterator[str]:

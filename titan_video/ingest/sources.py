@@ -197,7 +197,7 @@ def _with_caption(clip: Path, text: Path | None, written: str) -> ClipRecord:
     except TextFault as e:
         return ClipRecord(str(clip), reason=f"unreadable caption: {text.name} {e}")
     except OSError as e:
-        return ClipRecord(str(clip), reason=f"unreadable caption: {text.name}: {e.strerror}")
+        return ClipRecord(str(clip), reason=media.unreadable(e) or f"unreadable caption: {text.name}: {e.strerror}")
     if not caption:
         return ClipRecord(str(clip), reason=f"empty caption: {text.name} holds no text")
     return ClipRecord(str(clip), (caption,), written=written)

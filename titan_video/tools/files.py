@@ -29,7 +29,7 @@ def writing(what: str, path: str | os.PathLike, size: int | None = None) -> Iter
         cause: BaseException | None = error  # writers in C++ and Rust hide it behind errors of their own
         while cause and not isinstance(cause, OSError) and "(os error " not in str(cause):
             cause = cause.__cause__ or cause.__context__
-        if cause is None or isinstance(error, StorageError):
+        if cause is None or isinstance(error, ValueError):  # of a file that is read meanwhile, with its message
             raise
         reason = getattr(cause, "strerror", None) or str(cause).rpartition(": ")[2]
         needed = "" if size is None else f"{size:,} bytes needed, "

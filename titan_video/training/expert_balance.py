@@ -23,7 +23,7 @@ from titan_video.config.job_config import JobConfig
 from titan_video.config.values import divisors
 from titan_video.distributed.parallel_dims import Meshes
 from titan_video.distributed.utils import reduce_over
-from titan_video.models import get_spec
+from titan_video.models import get_args, get_spec
 from titan_video.models.experts import NUM_LEVELS, Router
 from titan_video.training.metrics import MetricsLogger
 
@@ -126,18 +126,24 @@ def build(config: JobConfig, args: Any, *others: Any) -> ExpertBalance:
 
 
 def rules(config: JobConfig, world_size: int) -> Iterator[str]:
-    """Rules of the configuration about mixtures of experts, one line per mistake. Those of flavor hf: see `build`."""
-    args = get_spec(config.model.name).flavors.get(config.model.flavor)
-    if config.model.flavor != "hf" and args is not None:
-        yield from refusals(config, args)
+    """Rules of the configuration about mixtures of experts, one line per mistake."""
+    m = config.model
+    try:
+        args = get_args(get_spec(m.name), m.flavor, m.hf_assets_path, config.encoder.max_text_length)
+    except (ValueError, OSError):  # the program itself names the mistake
+        return
+    yield from refusals(config, args)
 
 
 def refusals(config: JobConfig, args: Any) -> Iterator[str]:
-    """What does not go with the model's arguments."""
+    """What does not go with the model's arguments. `build` asks again: that a model of flavor hf has experts, no value
+    of the configuration says.
+    """
     flavor, p = f"model.flavor {config.model.flavor}", config.parallelism
     experts = getattr(args, "experts", None)
     if experts is None:
-        yield f"experts: given, but {flavor} has no experts; remove the section"
+        if config.experts != type(config.experts)():
+            yield f"experts: given, but {flavor} has no experts; remove the section"
         return
     if experts.expert_choice and config.experts != type(config.experts)():
         yield f"experts.balance_rate: has no effect, as the experts of {flavor} choose equally many tokens; remove it"
@@ -145,12 +151,6 @@ def refusals(config: JobConfig, args: Any) -> Iterator[str]:
         yield (
             f"compile.enable: true, but the experts of {flavor} choose as many tokens of a rank as they like, and a "
             f"compiled block needs that number; set it to false, or choose a flavor of token choice"
-        )
-    c = config.checkpoint
-    if (c.last_save_in_hf or c.export_every) and c.export_format != "stacked":
-        yield (
-            f"checkpoint.export_format: given {c.export_format}, but no other program can load the experts of "
-            f"{flavor}; choose stacked"
         )
     if config.lora.enable:
         yield f"lora.enable: true, but there are no adapters of experts, which {flavor} has; train all weights"

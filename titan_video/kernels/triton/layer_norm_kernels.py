@@ -5,8 +5,8 @@
                caller adds the sums of all programs.
 
 A program computes several consecutive rows of one sample, one after the other, and keeps in registers what they share.
-Each input is read once and each output written once. There are few partial sums, and they are added in a fixed order,
-without atomics. Statistics are float32.
+Each input is read once and each output written once. There are few partial sums, and they are added in a fixed order:
+programs share none. Statistics are float32.
 
 Which row of modulation a token uses, for the gate, and for scale and shift:
 
@@ -143,6 +143,17 @@ def _store_sums(ptr, start, cols, inside, total, masked_total, D: tl.constexpr, 
 
 
 @triton.jit
+def _add_run(ptr, start, cols, inside, total, mod_row, D: tl.constexpr):
+    """Add the sums of a run of rows to what is stored of this row of modulation. Returns zeros, for the next run.
+
+    No other program adds here, and of this one the same thread, one run after the other, so the order is fixed. An
+    atomic addition needs no barrier, with which Triton would prefetch no rows, and no registers for what is stored.
+    """
+    tl.atomic_add(ptr + start + mod_row * D + cols, total, mask=inside, sem="relaxed", scope="cta")
+    return tl.zeros_like(total)
+
+
+@triton.jit
 def layer_norm_backward(
     dsum_ptr,
     dout_ptr,
@@ -179,6 +190,7 @@ def layer_norm_backward(
     MODULATION_GRAD: tl.constexpr,
     BIAS_GRAD: tl.constexpr,
     HOIST: tl.constexpr,
+    RUNS: tl.constexpr,
 ):
     """Program (p, b) computes the same rows as forward.
 
@@ -186,7 +198,9 @@ def layer_norm_backward(
     of y where there is no gate; without a norm it equals dsum and is not written. dy: gradient of y, with a gate.
     dgate, dscale, dshift, dbias: float32, the rows of each program's sums that begin at these pointers; a program has
     sum_rows rows in all. For PER_TOKEN [B, L, D]. Written only with GATE_GRAD, MODULATION_GRAD, BIAS_GRAD; dbias is the
-    sum of y's gradient. HOIST: rows that are PER_SAMPLE stay in registers.
+    sum of y's gradient. HOIST: rows that are PER_SAMPLE stay in registers. RUNS: of what is BY_MASK one sum is in
+    registers and not two: the program adds it to memory where the mask changes from one row to the next, which with
+    masks of whole frames is seldom.
     """
     b = tl.program_id(1).to(tl.int64)
     first, end = _share(L, tl.program_id(0), tl.num_programs(0))
@@ -194,6 +208,19 @@ def layer_norm_backward(
     inside = cols < D
     dgate = tl.zeros([BLOCK], tl.float32)
     dscale, dshift, dbias, masked_dgate, masked_dscale, masked_dshift = dgate, dgate, dgate, dgate, dgate, dgate
+    sums = (b * tl.num_programs(0) + tl.program_id(0)) * sum_rows * D
+    GATE_RUNS: tl.constexpr = RUNS and GATED and GATE_GRAD and GATE == BY_MASK
+    MODULATION_RUNS: tl.constexpr = RUNS and NORM and MODULATION_GRAD and MODULATION == BY_MASK
+    GATE_SUMS: tl.constexpr = PER_SAMPLE if GATE_RUNS else GATE
+    MODULATION_SUMS: tl.constexpr = PER_SAMPLE if MODULATION_RUNS else MODULATION
+    run = tl.load(mask_ptr + b * mask_b + first).to(tl.int64) if RUNS else first.to(tl.int64)
+    if GATE_RUNS:
+        _store_sums(dgate_ptr, sums, cols, inside, dgate, dgate, D, GATE)
+    if MODULATION_RUNS:
+        _store_sums(dscale_ptr, sums, cols, inside, dgate, dgate, D, MODULATION)
+        _store_sums(dshift_ptr, sums, cols, inside, dgate, dgate, D, MODULATION)
+    if RUNS:
+        tl.debug_barrier()
     if GATED and HOIST and GATE == PER_SAMPLE:
         gate = _load(gate_ptr + b * gate_b, cols, inside)
     if NORM and HOIST and MODULATION == PER_SAMPLE:
@@ -201,6 +228,14 @@ def layer_norm_backward(
     for row in tl.range(first, end, num_stages=STAGES):
         start = (b * L + row) * D
         mod_row = _modulation_row(row, mask_ptr, b * mask_b + row, GATE, MODULATION)
+        if RUNS:
+            if mod_row != run:
+                if GATE_RUNS:
+                    dgate = _add_run(dgate_ptr, sums, cols, inside, dgate, run, D)
+                if MODULATION_RUNS:
+                    dscale = _add_run(dscale_ptr, sums, cols, inside, dscale, run, D)
+                    dshift = _add_run(dshift_ptr, sums, cols, inside, dshift, run, D)
+                run = mod_row
         dx = _load(dsum_ptr + start, cols, inside) if RESIDUAL else tl.zeros([BLOCK], tl.float32)
         if NORM:
             dout = _load(dout_ptr + start, cols, inside)
@@ -216,10 +251,10 @@ def layer_norm_backward(
             tl.store(dx_ptr + start + cols, dx.to(dx_ptr.dtype.element_ty), mask=inside)
             if MODULATION_GRAD:
                 dscale, masked_dscale = _accumulate(
-                    dout * normed, dscale_ptr + start, cols, inside, dscale, masked_dscale, mod_row, MODULATION
+                    dout * normed, dscale_ptr + start, cols, inside, dscale, masked_dscale, mod_row, MODULATION_SUMS
                 )
                 dshift, masked_dshift = _accumulate(
-                    dout, dshift_ptr + start, cols, inside, dshift, masked_dshift, mod_row, MODULATION
+                    dout, dshift_ptr + start, cols, inside, dshift, masked_dshift, mod_row, MODULATION_SUMS
                 )
         if GATED:
             if not HOIST or GATE != PER_SAMPLE:
@@ -231,15 +266,21 @@ def layer_norm_backward(
             if GATE_GRAD:
                 y = _load(y_ptr + start, cols, inside)
                 dgate, masked_dgate = _accumulate(
-                    dx * y, dgate_ptr + start, cols, inside, dgate, masked_dgate, mod_row, GATE
+                    dx * y, dgate_ptr + start, cols, inside, dgate, masked_dgate, mod_row, GATE_SUMS
                 )
         elif BIAS_GRAD:
             dbias += dx
-    start = (b * tl.num_programs(0) + tl.program_id(0)) * sum_rows * D
-    if GATED and GATE_GRAD:
-        _store_sums(dgate_ptr, start, cols, inside, dgate, masked_dgate, D, GATE)
-    if NORM and MODULATION_GRAD:
-        _store_sums(dscale_ptr, start, cols, inside, dscale, masked_dscale, D, MODULATION)
-        _store_sums(dshift_ptr, start, cols, inside, dshift, masked_dshift, D, MODULATION)
+    if RUNS:
+        tl.debug_barrier()
+    if GATE_RUNS:
+        _add_run(dgate_ptr, sums, cols, inside, dgate, run, D)
+    elif GATED and GATE_GRAD:
+        _store_sums(dgate_ptr, sums, cols, inside, dgate, masked_dgate, D, GATE)
+    if MODULATION_RUNS:
+        _add_run(dscale_ptr, sums, cols, inside, dscale, run, D)
+        _add_run(dshift_ptr, sums, cols, inside, dshift, run, D)
+    elif NORM and MODULATION_GRAD:
+        _store_sums(dscale_ptr, sums, cols, inside, dscale, masked_dscale, D, MODULATION)
+        _store_sums(dshift_ptr, sums, cols, inside, dshift, masked_dshift, D, MODULATION)
     if BIAS_GRAD:
-        _store_sums(dbias_ptr, start, cols, inside, dbias, dbias, D, PER_SAMPLE)
+        _store_sums(dbias_ptr, sums, cols, inside, dbias, dbias, D, PER_SAMPLE)

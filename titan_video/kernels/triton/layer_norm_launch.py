@@ -17,7 +17,7 @@ OptionalTensor = Tensor | None
 # GATE and MODULATION of layer_norm_kernels.py, which only a process with triton can import.
 PER_SAMPLE, PER_TOKEN, BY_MASK = range(3)
 # Above this width, the three sums of a backward with gate and norm leave no registers for the modulation, nor for a
-# fourth sum.
+# fourth sum, nor for two sums of each by a mask.
 MAX_HOISTED_WIDTH = 4096
 
 
@@ -154,6 +154,7 @@ def backward(
         "MODULATION_GRAD": sums.scale_rows > 0,
         "BIAS_GRAD": sums.bias and hoist,
         "HOIST": hoist,
+        "RUNS": mask is not None and not hoist,
     }
     inputs = (dsum, dout, x, y, gate_rows, scale_rows, mask, mean, rstd, dx, dy)
     sizes = (L, *_strides(gate_rows), *_strides(scale_rows), _sample_stride(mask))
@@ -181,6 +182,8 @@ def _constants(
 ) -> dict:
     """The constants of a kernel. read_per_row: the tensors that it reads for each row."""
     L, D = x.shape[1:]
+    gate_kind = modulation_kind(gate, mask, L)
+    has_many_sums = backward and gate is not None and scale is not None and gate_kind != PER_TOKEN
     block = max(launch.power_of_2(D), 128)
     row_bytes = block * sum(t.element_size() for t in read_per_row if t is not None)
     return {
@@ -190,10 +193,10 @@ def _constants(
         "RESIDUAL": y is not None,
         "GATED": gate is not None,
         "NORM": scale is not None,
-        "GATE": modulation_kind(gate, mask, L),
+        "GATE": gate_kind,
         "MODULATION": modulation_kind(scale, mask, L),
         # The sums of a gate and of a norm, of a row of more than 4,096 elements, do not fit in 8 warps' registers.
-        "num_warps": launch.warps(block, backward, 16 if backward and gate is not None and scale is not None else 8),
+        "num_warps": launch.warps(block, backward, 16 if has_many_sums else 8),
     }
 
 

@@ -74,6 +74,7 @@ def transfer_command(options: argparse.Namespace, config: JobConfig, argv: list[
         raise ValueError("optimizer.base_flavor: empty; name the narrow flavor, here or as --base-flavor")
     check(config, options.ranks, files=False)
     runs = options.runs or Path(config.job.dump_folder) / "transfer"
+    transfer.check_runs(config, runs, (base, flavor), options.rates)  # of both, before any is made
     if options.print:
         for name in (base, flavor):
             for rate in sorted(options.rates):

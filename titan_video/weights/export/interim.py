@@ -13,29 +13,43 @@ import torch.distributed as dist
 from titan_video.checkpoint import files
 from titan_video.config.job_config import Checkpoint, JobConfig
 from titan_video.distributed.utils import broadcast_from_rank0
-from titan_video.models import get_spec
+from titan_video.models import get_args, get_spec
 from titan_video.tools import heartbeat
 from titan_video.tools.files import StorageError, sync, writing
 from titan_video.tools.logging import logger
+from titan_video.weights.export.save import format_problem
 
 FOLDER = "exports"
 
 
 def rules(config: JobConfig, world_size: int) -> Iterator[str]:
-    """Rules of the configuration about interim exports, one line per mistake."""
+    """Rules of the configuration about exports, one line per mistake."""
     c = config.checkpoint
     if c.keep_exports and not c.export_every:
         yield (
             f"checkpoint.keep_exports: given {c.keep_exports}, but checkpoint.export_every is 0; set that to steps, or "
             f"leave this at 0"
         )
-    args = get_spec(config.model.name).flavors.get(config.model.flavor)
-    has_experts = args is None or getattr(args, "experts", None) is not None  # None: flavor hf, which the export judges
-    if c.export_format == "stacked" and (c.last_save_in_hf or c.export_every) and not has_experts:
+    if c.last_save_in_hf or c.export_every:
+        yield from _format_errors(config)
+    assets, target = config.model.hf_assets_path, Path(config.job.dump_folder) / "hf"
+    is_full = not config.lora.enable or "merged" in config.lora.export
+    is_ours = c.last_save_in_hf and c.export_format == "diffusers" and is_full
+    if is_ours and assets and Path(assets).resolve() == target.resolve():
         yield (
-            f"checkpoint.export_format: given stacked, which is for mixtures of experts, but model.flavor "
-            f"{config.model.flavor} is none; choose diffusers"
+            f"model.hf_assets_path: given {assets}, into which checkpoint.last_save_in_hf exports; give another "
+            f"job.dump_folder"
         )
+
+
+def _format_errors(config: JobConfig) -> Iterator[str]:
+    m, export_format = config.model, config.checkpoint.export_format
+    try:
+        args = get_args(get_spec(m.name), m.flavor, m.hf_assets_path, config.encoder.max_text_length)
+    except (ValueError, OSError):  # the program itself names the mistake
+        return
+    if problem := format_problem(export_format, args):
+        yield f"checkpoint.export_format: given {export_format}, with model.flavor {m.flavor}: {problem}"
 
 
 def is_due(section: Checkpoint, step: int) -> bool:

@@ -104,6 +104,17 @@ def plan_shards(sizes: dict[str, int], max_bytes: int) -> dict[str, list[str]]:
     return {f"{STEM}-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
 
 
+def format_problem(format_name: str, args: Any) -> str:
+    """Why a format does not hold a model, and which do; "" where it does. args: the model's (see ModelSpec)."""
+    has_experts = getattr(args, "experts", None) is not None
+    if has_experts == (format_name == "stacked"):
+        return ""
+    if has_experts:
+        return "the model is a mixture of experts, which no other program loads; choose stacked"
+    others = ", ".join(name for name in FORMAT_NAMES if name != "stacked")
+    return f"the model is no mixture of experts; choose one of {others}"
+
+
 class WritePlan:
     """The files of an export, their tensors, and the order in which our parameters are written into them."""
 
@@ -118,11 +129,8 @@ class WritePlan:
         max_shard_bytes: int,
     ):
         """shapes, dtypes: of all parameters, by our names. A tensor made of several gets a type that holds them all."""
-        if (getattr(args, "experts", None) is not None) != (format_name == "stacked"):
-            names = [name for name in FORMAT_NAMES if name != "stacked"]
-            fix = "stacked" if format_name != "stacked" else f"one of {', '.join(names)}"
-            has = "a mixture of experts, which no other program loads" if fix == "stacked" else "no mixture of experts"
-            raise ValueError(f"format {format_name} (checkpoint.export_format): the model is {has}; choose {fix}")
+        if problem := format_problem(format_name, args):
+            raise ValueError(f"format {format_name} (checkpoint.export_format): {problem}")
         kind = get_format(format_name)
         self.tensors: dict[str, PublicTensor] = {
             kind.prefix + name: tensor for name, tensor in public_tensors(spec, kind.layout, shapes, args).items()
