@@ -43,6 +43,7 @@ PART_RULES = MappingProxyType(  # {optional part: its rules}, loaded only where 
         "titan_video.training.gradient_check": "titan_video.training.gradient_check:rules",
         "titan_video.optim.by_name": "titan_video.optim.by_name:rules",
         "titan_video.optim.in_backward": "titan_video.optim.in_backward:rules",
+        "titan_video.optim.mixed": "titan_video.optim.mixed:rules",
         "titan_video.optim.mup": "titan_video.optim.mup.parametrization:rules",
         "titan_video.tasks.validation": "titan_video.tasks.validation:rules",
         "titan_video.lora": "titan_video.lora.adapters:rules",

@@ -143,21 +143,6 @@ def to_local(t: Tensor) -> Tensor:
     return t.to_local() if isinstance(t, DTensor) else t
 
 
-@torch.no_grad()
-def zeros_like_sharded(parameter: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """Zeros with `columns` in place of a parameter's last dim, sharded like it. Columns split evenly."""
-    local = to_local(parameter)
-    size = *local.shape[:-1], columns * local.shape[-1] // parameter.shape[-1]
-    zeros = torch.zeros(size, dtype=dtype, device=parameter.device)
-    if not isinstance(parameter, DTensor):
-        return zeros
-    shape = torch.Size((*parameter.shape[:-1], columns))
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        zeros, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
-    )
-
-
 def get_mesh(parameter: Tensor) -> DeviceMesh | None:
     """The mesh that a parameter is sharded over."""
     return parameter.device_mesh if isinstance(parameter, DTensor) else None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from titan_video.config.job_config import JobConfig, Optimizer
-from titan_video.distributed.utils import clean_name, get_mesh, zeros_like_sharded
+from titan_video.distributed.utils import clean_name, get_mesh
 from titan_video.tools.parts import resolve
 
 # Names of a parameter's state tensors, by the kind of its group; checkpoints use these names.
@@ -26,11 +26,11 @@ SLOTS = {
     "AdamW8bit": ("step", "exp_avg", "exp_avg_scale", "exp_avg_root", "exp_avg_root_scale"),
     "Muon": ("step", "momentum"),
 }
-BLOCK = 64  # elements of a row that share one scale in 8-bit state
 
 # Optional parts, by the option that needs them.
 OPTIONAL = {
     "AdamW8bit": "titan_video.optim.mixed:MixedOptimizer",
+    "8-bit state": "titan_video.optim.low_bit:new_slot",
     "Muon": "titan_video.optim.mixed:MixedOptimizer",
     "bfloat16": "titan_video.optim.mixed:MixedOptimizer",
     "in_backward": "titan_video.optim.in_backward:InBackward",
@@ -40,10 +40,9 @@ OPTIONAL = {
 
 def new_slot(p: Tensor, kind: str, slot: str) -> Tensor:
     """Zeros for a state tensor (not "step") of a parameter that an optimizer of `kind` updates."""
-    if slot.endswith("_scale"):
-        return zeros_like_sharded(p, -(-p.shape[-1] // BLOCK), torch.float32)
-    dtype = torch.uint8 if kind == "AdamW8bit" else torch.promote_types(p.dtype, torch.float32)
-    return zeros_like_sharded(p, p.shape[-1], dtype)
+    if kind == "AdamW8bit":
+        return resolve(OPTIONAL["8-bit state"], asked_by="optimizer.name = AdamW8bit")(p, slot)
+    return torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
 
 
 def updated_by(parameter: str, ndim: int, name: str, blocks: tuple[str, ...]) -> str:
@@ -114,24 +113,9 @@ def step_in_backward(optimizer: torch.optim.Optimizer) -> Any:
 
 
 def rules(config: JobConfig, world_size: int) -> Iterator[str]:
-    """Rules of the configuration about the optimizer and the dtype of the weights, one line per mistake."""
-    t, name = config.training, config.optimizer.name
+    """Rules of the configuration about the optimizer, one line per mistake."""
+    name = config.optimizer.name
     if name not in SLOTS and "." not in name:
         yield f"optimizer.name: given {name}; legal: one of {', '.join(SLOTS)}, or package.module.Class"
     if config.optimizer.args and "." not in name:
         yield f"optimizer.args: has no effect with optimizer.name {name}; remove the table, or name a package's class"
-    if name == "Muon" and config.lora.enable:
-        yield (
-            "optimizer.name: Muon orthogonalizes the updates of full weights, but lora.enable trains adapters only; "
-            "choose AdamW or AdamW8bit"
-        )
-    if t.dtype == "bfloat16" and t.mixed_precision_param != "bfloat16":
-        yield (
-            f"training.dtype: bfloat16, but training.mixed_precision_param is {t.mixed_precision_param}; set that to "
-            f"bfloat16 too"
-        )
-    if t.dtype == "bfloat16" and config.lora.enable:
-        yield (
-            "training.dtype: bfloat16, but with lora.enable frozen weights are stored in "
-            "training.mixed_precision_param anyway; leave it float32"
-        )
