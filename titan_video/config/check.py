@@ -4,17 +4,16 @@ A rule is beside the code that imposes it: a function `rules(config, world_size)
 file names these functions and collects what they yield. What one field alone may hold is in `job_config.py`.
 """
 
-from collections.abc import Iterator
 from itertools import islice
 from types import MappingProxyType
 
-from titan_video.config.job_config import Encoder, JobConfig
+from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import MAX_MISTAKES, ConfigError, listed
 from titan_video.config.parts import installed_parts, missing_parts
 from titan_video.tools.parts import find_module, resolve
 
 RULES = (
-    "titan_video.config.check:encoder_rules",
+    "titan_video.encoders:rules",
     "titan_video.ingest.bucketing:rules",
     "titan_video.data.batching:rules",
     "titan_video.distributed.parallel_dims:rules",
@@ -71,26 +70,3 @@ def check(config: JobConfig, world_size: int, files: bool = True) -> None:
             errors += islice(resolve(target, "config.check")(config, world_size), MAX_MISTAKES + 1)
     if errors:
         raise ConfigError(listed(errors))
-
-
-def encoder_rules(config: JobConfig, world_size: int) -> Iterator[str]:
-    """Fields of [encoder] that have no effect with its placement. They are checked without the encoding parts, too."""
-    e = config.encoder
-    where = f"but encoder.placement is {e.placement}"
-    if e.placement != "separate" and e.num_ranks:
-        yield f"encoder.num_ranks: given {e.num_ranks}, {where}; set that to separate, or leave this at 0"
-    if e.placement != "separate" and e.queue_depth != Encoder.queue_depth:
-        yield (
-            f"encoder.queue_depth: given {e.queue_depth}, {where}; set that to separate, or leave this at "
-            f"{Encoder.queue_depth}"
-        )
-    if e.placement != "colocated" and e.offload_policy != Encoder.offload_policy:
-        yield (
-            f"encoder.offload_policy: given {e.offload_policy}, {where}; set that to colocated, or leave this at "
-            f"{Encoder.offload_policy}"
-        )
-    if e.placement == "cached" and e.write_cache:
-        yield (
-            f"encoder.write_cache: true, {where}, which writes all clips before training; leave it false, or choose "
-            f"colocated or separate"
-        )
