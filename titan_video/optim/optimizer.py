@@ -27,12 +27,10 @@ SLOTS = {
     "Muon": ("step", "momentum"),
 }
 
-# Optional parts, by the option that needs them.
+# Optional parts. "mixed" is for AdamW8bit, Muon and bfloat16 weights.
 OPTIONAL = {
-    "AdamW8bit": "titan_video.optim.mixed:MixedOptimizer",
+    "mixed": "titan_video.optim.mixed:MixedOptimizer",
     "8-bit state": "titan_video.optim.low_bit:new_slot",
-    "Muon": "titan_video.optim.mixed:MixedOptimizer",
-    "bfloat16": "titan_video.optim.mixed:MixedOptimizer",
     "in_backward": "titan_video.optim.in_backward:InBackward",
     "package.module.Class": "titan_video.optim.by_name:build",
 }
@@ -88,21 +86,18 @@ def build_optimizer(
         key = (*group.values(), get_mesh(p))
         groups.setdefault(key, {"params": [], **group, "lr": section.lr * group["lr_scale"]})["params"].append(p)
     defaults = {"lr": section.lr, "betas": (section.beta1, section.beta2), "eps": section.eps}
-    has_bfloat16 = any(p.dtype == torch.bfloat16 for p in names)
     if "." in section.name:
         build = resolve(OPTIONAL["package.module.Class"], asked_by=f"optimizer.name = {section.name}")
         return build(list(groups.values()), section)
-    if section.name == "AdamW" and not has_bfloat16:
+    if section.name == "AdamW" and not any(p.dtype == torch.bfloat16 for p in names):
         return torch.optim.AdamW(
             list(groups.values()),
             fused=section.implementation == "fused",
             foreach=section.implementation == "foreach",
             **defaults,
         )
-    if section.name == "AdamW":
-        mixed = resolve(OPTIONAL["bfloat16"], asked_by="training.dtype = bfloat16")
-    else:
-        mixed = resolve(OPTIONAL[section.name], asked_by=f"optimizer.name = {section.name}")
+    asked_by = "training.dtype = bfloat16" if section.name == "AdamW" else f"optimizer.name = {section.name}"
+    mixed = resolve(OPTIONAL["mixed"], asked_by)
     defaults["momentum"] = section.momentum
     return mixed(list(groups.values()), names, seed, uses_muon=section.name == "Muon", defaults=defaults)
 
