@@ -151,9 +151,7 @@ class Trainer:
         if self.pp:
             stages = self.pp.keep_stages(self.model, plan, self.meshes.pp, config.parallelism, args, self.longest)
         model, meshes, c = self.model, self.meshes, config
-        parallelize(
-            model, plan, meshes, c.parallelism, c.training, c.activation_checkpoint, c.compile, sections, c.float8
-        )
+        parallelize(model, plan, meshes, c.parallelism, c.training, sections, c.compile, c.float8)
         self.model.to_empty(device="cpu" if config.training.enable_cpu_offload else self.device)
         self.pipeline, p = None, c.parallelism
         if stages:

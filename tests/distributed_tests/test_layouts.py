@@ -269,7 +269,7 @@ def run_step(name, layout, mode, dtype):
     model, pipelined = build(m, dtype), layout.dims.pp > 1
     sections = block_sections(model, plan, checkpointing)
     stages = keep_stages(model, plan, meshes.pp, section, args, 15) if pipelined else None
-    parallelize(model, plan, meshes, section, training, checkpointing, compilation, sections)
+    parallelize(model, plan, meshes, section, training, sections, compilation)
     model.to_empty(device="cpu")
     fill(model, m)
     num = layout.num_batches

@@ -167,10 +167,9 @@ def test_only_the_layers_listed(plain):
 
 def test_a_pipeline_stage_knows_its_blocks_by_the_whole_models_numbers():
     model = WanModel(ARGS)
-    section = replace(FULL, layers=(1, 3))
-    sections = block_sections(model, SPEC.plan, section)
+    sections = block_sections(model, SPEC.plan, replace(FULL, layers=(1, 3)))
     del model.blocks["0"], model.blocks["1"]
-    apply_activation_checkpoint(model, SPEC.plan, section, sections)
+    apply_activation_checkpoint(model, SPEC.plan, sections)
     assert [isinstance(b, CheckpointedBlock) for b in model.blocks.values()] == [False, True]
 
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import replace
 from itertools import islice
 
@@ -315,8 +315,8 @@ def test_a_draw_chooses_one_of_the_captions(data):
     chosen = []
     for kwargs in ({}, {"clips_per_batch": 4, "num_workers": 1}):
         draw_plan = make((several, cache), **kwargs).draw_plan
-        states, keys = deque(), {}
-        for step in draw_plan.steps(30, states):
+        keys = {}
+        for step in islice(draw_plan.sampler, 30):
             for micro_batch in step:
                 for clip, key, sample_id in draw_plan.spec(micro_batch):
                     assert key in (*clip.text_keys, cache.text_key(""))
@@ -330,7 +330,7 @@ def test_a_draw_chooses_one_of_the_captions(data):
 def draws(draw_plan, num_steps=400):
     """{sample id: (clip, key)} of the first steps."""
     found = {}
-    for step in draw_plan.steps(num_steps, deque()):
+    for step in islice(draw_plan.sampler, num_steps):
         for micro_batch in step:
             found |= {sample_id: (clip, key) for clip, key, sample_id in draw_plan.spec(micro_batch)}
     return found

@@ -5,7 +5,8 @@ equal work.
 import json
 import random
 import re
-from collections import Counter, deque
+from collections import Counter
+from itertools import islice
 
 import pytest
 
@@ -207,7 +208,7 @@ def test_the_plan_prints_this_balance(ranks, groups):
     clips = [CachedClip(e.content, ("t",), e.bucket, e.captions, e.path, entry=e) for e in entries]
     draw_plan = DrawPlan(clips, "", batching, work, 0, True, 0.0)
     rows, seen = [], []
-    for step in draw_plan.steps(200, deque(maxlen=1)):
+    for step in islice(draw_plan.sampler, 200):
         costs = [len(m.positions) * work(draw_plan.sizes[m.bucket]).flops for m in step]
         rows += [costs[i : i + ranks] for i in range(0, 16, ranks)]
         seen += costs

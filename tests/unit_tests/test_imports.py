@@ -136,8 +136,10 @@ def test_the_floors_hold():
 
 
 def test_the_core_is_read_in_an_afternoon():
-    """The bound of the house plan. `python benchmarks/house.py` prints the table."""
-    assert core_lines(ROOT) <= 1.03 * 10_000  # 10,000 when the house was rebuilt, and 3 % for what came since
+    """The bound of the house plan: 10,000 lines. Later capabilities may raise it, each with a word why, in all by no
+    more than 3 %, to 10,300. `python benchmarks/house.py` prints the table.
+    """
+    assert core_lines(ROOT) <= 10_000
     assert len((ROOT / "train.py").read_text().splitlines()) <= 350
 
 

@@ -15,12 +15,12 @@ from titan_video.config.job_config import LrScheduler
 from titan_video.config.manager import ConfigError, parse_args
 from titan_video.distributed.utils import initialise
 from titan_video.models import FAMILIES, get_spec
-from titan_video.models.spec import WidthRules
 from titan_video.models.wan import SPEC, WanArgs
 from titan_video.optim.lr_scheduler import Scheduler
 from titan_video.optim.mup import cli, coordinate_check, parametrization, transfer
 from titan_video.optim.mup.coordinate_check import BAR, Probe, at_width
 from titan_video.optim.mup.parametrization import POWERS, Parametrization, base_problem, fitting_flavors, width_class
+from titan_video.optim.mup.widths import FAMILY_RULES, WidthRules, width_rules
 from titan_video.optim.optimizer import build_optimizer
 from titan_video.training.parts import parametrize
 
@@ -53,7 +53,7 @@ def test_every_parameter_has_the_class_of_its_shape(family, flavor):
         models = [spec.build(at_width(spec, args, width, layers=4)) for width in (args.dim, 2 * args.dim)]
     shapes, wide = ({name: p.shape for name, p in model.named_parameters()} for model in models)
     for name, shape in shapes.items():
-        found = width_class(name, spec.widths)
+        found = width_class(name, width_rules(spec))
         grows = [2 * n == m for n, m in zip(shape, wide[name], strict=True)]
         if "bias" in name or "norm" in name or len(shape) < 2:
             assert found == "vector", name
@@ -95,8 +95,9 @@ class Outer:
         return self.dim // self.num_heads
 
 
-def test_arguments_in_arguments_grow_too():
-    spec = replace(SPEC, widths=WidthRules(sizes=("dim", "num_heads", "inner.width"), classes={}))
+def test_arguments_in_arguments_grow_too(monkeypatch):
+    spec = replace(SPEC, name="nested")
+    monkeypatch.setitem(FAMILY_RULES, "nested", WidthRules(sizes=("dim", "num_heads", "inner.width"), classes={}))
     wide = Outer(64, 2, Inner(width=32, top=2))
     assert at_width(spec, wide, 32, layers=2) == Outer(32, 1, Inner(width=16, top=2), num_layers=2)
     assert base_problem(spec, wide, Outer(32, 1, Inner(width=16, top=2))) == ""
@@ -243,7 +244,7 @@ def test_what_can_be_is_accepted():
 
 def test_a_base_that_is_not_narrower_in_proportion_is_refused():
     assert "ffn_dim is 256 in model.flavor and 65" in base_problem(SPEC, WIDE, replace(NARROW, ffn_dim=65))
-    assert "has no WidthRules" in base_problem(replace(SPEC, widths=None), WIDE, NARROW)
+    assert "has no WidthRules" in base_problem(replace(SPEC, name="other"), WIDE, NARROW)
 
 
 # ---- the coordinate check ----
@@ -353,7 +354,7 @@ def test_widths_of_a_check():
     with pytest.raises(ValueError, match="--widths: given 40, .* multiples of the width of a head, 32"):
         at_width(SPEC, SPEC.flavors["debug"], 40, layers=2)
     with pytest.raises(ValueError, match="has no WidthRules"):
-        at_width(replace(SPEC, widths=None), WIDE, 64, layers=2)
+        at_width(replace(SPEC, name="other"), WIDE, 64, layers=2)
     narrow = at_width(SPEC, SPEC.flavors["debug"], 64, layers=2)
     assert (narrow.dim, narrow.num_heads, narrow.ffn_dim, narrow.num_layers) == (64, 2, 256, 2)
 

@@ -11,11 +11,11 @@ from titan_video.config.job_config import LrScheduler, Optimizer
 from titan_video.distributed.utils import clip_grad_norm, initialise
 from titan_video.models.wan import SPEC, WanArgs, WanModel
 from titan_video.optim.in_backward import InBackward
-from titan_video.optim.low_bit import codebook, dequantize, quantize, stochastic_round
+from titan_video.optim.low_bit import BLOCK, codebook, dequantize, quantize, stochastic_round
 from titan_video.optim.lr_scheduler import Scheduler
 from titan_video.optim.mixed import MixedOptimizer
 from titan_video.optim.muon import orthogonalize
-from titan_video.optim.optimizer import BLOCK, OPTIONAL, build_optimizer
+from titan_video.optim.optimizer import OPTIONAL, build_optimizer
 from titan_video.planner.memory import state_bytes
 
 ARGS = WanArgs(dim=96, num_heads=2, num_layers=2, ffn_dim=160, text_dim=8, text_len=5, freq_dim=16)
@@ -248,8 +248,7 @@ def test_lr_scale_is_a_factor_on_the_rate(name, dtype, in_backward):
 
 
 def test_a_missing_optional_part_is_named(monkeypatch):
-    monkeypatch.setitem(OPTIONAL, "AdamW8bit", "titan_video.optim.absent:MixedOptimizer")
-    monkeypatch.setitem(OPTIONAL, "bfloat16", "titan_video.optim.absent:MixedOptimizer")
+    monkeypatch.setitem(OPTIONAL, "mixed", "titan_video.optim.absent:MixedOptimizer")
     with pytest.raises(
         ValueError, match="optimizer.name = AdamW8bit: needs the optional part titan_video/optim/absent"
     ):

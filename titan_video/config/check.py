@@ -4,23 +4,21 @@ A rule is beside the code that imposes it: a function `rules(config, world_size)
 file names these functions and collects what they yield. What one field alone may hold is in `job_config.py`.
 """
 
-from collections.abc import Iterator
 from itertools import islice
 from types import MappingProxyType
 
-from titan_video.config.job_config import Encoder, JobConfig
+from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import MAX_MISTAKES, ConfigError, listed
 from titan_video.config.parts import installed_parts, missing_parts
 from titan_video.tools.parts import find_module, resolve
 
 RULES = (
-    "titan_video.config.check:encoder_rules",
+    "titan_video.encoders:rules",
     "titan_video.ingest.bucketing:rules",
     "titan_video.data.batching:rules",
     "titan_video.distributed.parallel_dims:rules",
     "titan_video.distributed.fsdp:rules",
     "titan_video.distributed.activation_checkpoint:rules",
-    "titan_video.kernels.attention:rules",
     "titan_video.optim.optimizer:rules",
     "titan_video.flow.matching:rules",
     "titan_video.checkpoint.manager:rules",
@@ -32,8 +30,10 @@ PART_RULES = MappingProxyType(  # {optional part: its rules}, loaded only where 
         "titan_video.distributed.float8": "titan_video.distributed.float8:rules",
         "titan_video.distributed.block_swap": "titan_video.distributed.block_swap:rules",
         "titan_video.distributed.checkpoint_ranges": "titan_video.distributed.checkpoint_ranges:rules",
+        "titan_video.distributed.context_parallel": "titan_video.distributed.context_parallel:rules",
         "titan_video.distributed.expert_parallel": "titan_video.distributed.expert_parallel:rules",
         "titan_video.distributed.pipeline_parallel": "titan_video.distributed.pipeline_parallel:rules",
+        "titan_video.kernels.attention_backends": "titan_video.kernels.attention_backends:rules",
         "titan_video.planner": "titan_video.planner.comparison:rules",
         "titan_video.training.profiling": "titan_video.training.profiling:rules",
         "titan_video.training.wandb_sink": "titan_video.training.wandb_sink:rules",
@@ -42,6 +42,7 @@ PART_RULES = MappingProxyType(  # {optional part: its rules}, loaded only where 
         "titan_video.training.gradient_check": "titan_video.training.gradient_check:rules",
         "titan_video.optim.by_name": "titan_video.optim.by_name:rules",
         "titan_video.optim.in_backward": "titan_video.optim.in_backward:rules",
+        "titan_video.optim.mixed": "titan_video.optim.mixed:rules",
         "titan_video.optim.mup": "titan_video.optim.mup.parametrization:rules",
         "titan_video.tasks.validation": "titan_video.tasks.validation:rules",
         "titan_video.lora": "titan_video.lora.adapters:rules",
@@ -69,26 +70,3 @@ def check(config: JobConfig, world_size: int, files: bool = True) -> None:
             errors += islice(resolve(target, "config.check")(config, world_size), MAX_MISTAKES + 1)
     if errors:
         raise ConfigError(listed(errors))
-
-
-def encoder_rules(config: JobConfig, world_size: int) -> Iterator[str]:
-    """Fields of [encoder] that have no effect with its placement. They are checked without the encoding parts, too."""
-    e = config.encoder
-    where = f"but encoder.placement is {e.placement}"
-    if e.placement != "separate" and e.num_ranks:
-        yield f"encoder.num_ranks: given {e.num_ranks}, {where}; set that to separate, or leave this at 0"
-    if e.placement != "separate" and e.queue_depth != Encoder.queue_depth:
-        yield (
-            f"encoder.queue_depth: given {e.queue_depth}, {where}; set that to separate, or leave this at "
-            f"{Encoder.queue_depth}"
-        )
-    if e.placement != "colocated" and e.offload_policy != Encoder.offload_policy:
-        yield (
-            f"encoder.offload_policy: given {e.offload_policy}, {where}; set that to colocated, or leave this at "
-            f"{Encoder.offload_policy}"
-        )
-    if e.placement == "cached" and e.write_cache:
-        yield (
-            f"encoder.write_cache: true, {where}, which writes all clips before training; leave it false, or choose "
-            f"colocated or separate"
-        )

@@ -39,6 +39,7 @@ PARTS = (  # (section or option, the values that ask for a part, the part)
     ("parallelism.tensor_parallel_degree", CHANGED, "titan_video.distributed.tensor_parallel"),
     ("training.swap_blocks", CHANGED, "titan_video.distributed.block_swap"),
     ("parallelism.context_parallel_degree", CHANGED, "titan_video.distributed.context_parallel"),
+    ("parallelism.context_parallel_ulysses_degree", CHANGED, "titan_video.distributed.context_parallel"),
     ("parallelism.expert_parallel_degree", CHANGED, "titan_video.distributed.expert_parallel"),
     ("parallelism.expert_parallel_degree", CHANGED, "titan_video.training.expert_balance"),
     ("parallelism.pipeline_parallel_degree", CHANGED, "titan_video.distributed.pipeline_parallel"),

@@ -9,7 +9,6 @@ from titan_video.config.values import divisors, nearest_multiples
 from titan_video.data.sampler import CostClass
 
 Bucket = tuple[int, int, int]  # frames (4k+1), height, width
-# For sizes where the model's arguments are not known: the Wan 2.1 and HunyuanVideo VAEs and their models' patch.
 SAME_COST = 1.05  # micro-batches of one class differ by at most this factor
 
 

@@ -15,10 +15,9 @@ With online encoding (encoder.placement) entries are encoded when they are neede
 
 import atexit
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from itertools import count
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -174,13 +173,6 @@ class DrawPlan:
             identity,
         )
 
-    def steps(self, num_steps: int | None, states: deque[dict[str, Any]]) -> Iterator[list[MicroBatch]]:
-        """Micro-batches of all ranks for `num_steps` steps (None: endless). `states` gets the state after each step."""
-        for _ in range(num_steps) if num_steps is not None else count():
-            step = next(self.sampler)
-            states.append(self.sampler.state_dict())
-            yield step
-
     def spec(self, micro_batch: MicroBatch) -> MicroBatchSpec:
         bucket = self.buckets[micro_batch.bucket]
         return [
@@ -240,21 +232,6 @@ def sampler_state(node: BaseNode) -> dict[str, Any]:
     return state
 
 
-class OnlineEncoder(Protocol):
-    """Where the entries of a micro-batch come from when they are encoded during training (titan_video/online)."""
-
-    cache: Any
-    """Reads like LatentCache, and holds the entries of the last micro-batch that `specs` gave."""
-
-    def specs(
-        self, draw_plan: DrawPlan, steps: Iterable[list[MicroBatch]], num_steps: int | None
-    ) -> Iterator[MicroBatchSpec]:
-        """This rank's micro-batches, each as soon as its entries are there."""
-
-    def stats(self) -> dict[str, float]:
-        """Numbers for the log since the last call, by name."""
-
-
 class LatentLoader:
     """Endless iterator over optimizer steps. Each is the list of this rank's micro-batches.
 
@@ -263,6 +240,7 @@ class LatentLoader:
 
     num_workers: threads that read the cache; 0: it is read when a step is asked for.
     prefetch_factor: micro-batches read ahead for each thread. pin_memory: needs a GPU and a thread.
+    online: what encodes during training, an OnlineEncoder of titan_video/online (optional); None: the cache has all.
     ValueError: the micro-batches of a step do not divide among the ranks.
     """
 
@@ -275,7 +253,7 @@ class LatentLoader:
         num_workers: int = 0,
         prefetch_factor: int = 2,
         pin_memory: bool = False,
-        online: OnlineEncoder | None = None,
+        online: Any = None,
     ):
         b = draw_plan.batching
         if b.micro_batches % (b.groups_per_step * dp_size):
@@ -310,7 +288,7 @@ class LatentLoader:
     def iter_with_state(self, num_steps: int | None) -> Iterator[tuple[dict[str, Any], list[Batch]]]:
         """The same steps, each with the state after it. The caller commits a state when training has got the step."""
         if self.online:
-            yield from self._encoded_steps(num_steps)
+            yield from self.online.steps(self, self._state, num_steps)
             return
         num_threads = torch.get_num_threads()
         pipeline = [self._build_pipeline(num_steps)]
@@ -345,17 +323,6 @@ class LatentLoader:
             node = PinMemory(node, snapshot_frequency=1)
         return Batcher(node, self.num_micro_batches)
 
-    def _encoded_steps(self, num_steps: int | None) -> Iterator[tuple[dict[str, Any], list[Batch]]]:
-        """`iter_with_state` with online encoding, which looks ahead in the draw plan itself."""
-        self.draw_plan.sampler.reset(self._state)
-        states: deque[dict[str, Any]] = deque()
-        step = []
-        for spec in self.online.specs(self.draw_plan, self.draw_plan.steps(num_steps, states), num_steps):
-            step.append(Batch(**self.reader[spec]))
-            if len(step) == self.num_micro_batches:
-                yield states.popleft(), step
-                step = []
-
     @property
     def samples(self) -> int:
         """Clips drawn by all ranks since the start of the run, up to the last step given to training."""
@@ -382,7 +349,7 @@ def build_loader(
     text_shape: tuple[int, int],
     dp: tuple[int, int],
     pin_memory: bool = False,
-    online: OnlineEncoder | None = None,
+    online: Any = None,
 ) -> LatentLoader:
     """The loader of a run. text_shape: [max_text_length, text_dim]. dp: data-parallel rank and degree."""
     entries = online.cache if online else cache

@@ -33,6 +33,8 @@ from titan_video.models.layers import attention_flops
 from titan_video.models.spec import ParallelPlan
 from titan_video.tools.parts import resolve
 
+BlockSections = dict[tuple[str, str], ActivationCheckpoint]  # {(container, key): how the block is checkpointed}
+
 OFFLOAD = "titan_video.distributed.offload:HostOffload"  # optional
 RANGES = "titan_video.distributed.checkpoint_ranges:sections_by_block"  # optional
 
@@ -60,17 +62,16 @@ _NO_OPERATOR = {
 
 
 def apply_activation_checkpoint(
-    model: nn.Module,
-    plan: ParallelPlan,
-    section: ActivationCheckpoint,
-    sections: dict[tuple[str, str], ActivationCheckpoint] | None = None,
+    model: nn.Module, plan: ParallelPlan, checkpointing: ActivationCheckpoint | BlockSections
 ) -> None:
-    """Wrap the blocks in place. sections: `block_sections` of the full model, where `model` is a pipeline stage of it.
+    """Wrap the blocks in place. checkpointing: the section, or the `block_sections` of the full model, where `model` is
+    a pipeline stage of it.
 
-    ValueError later, after the first forward with gradients, if a kind of `section.save` met no operator to save.
+    ValueError later, after the first forward with gradients, if a kind of a section's `save` met no operator to save.
     """
-    sections = block_sections(model, plan, section) if sections is None else sections
-    _set_memory_budget(section.memory_budget if section.mode == "memory_budget" else 1.0)
+    is_section = isinstance(checkpointing, ActivationCheckpoint)
+    sections = block_sections(model, plan, checkpointing) if is_section else checkpointing
+    _set_memory_budget(min((s.memory_budget for s in sections.values() if s.mode == "memory_budget"), default=1.0))
     is_offloading = any(s.offload for s in sections.values())
     offload = resolve(OFFLOAD, asked_by="activation_checkpoint.offload = true")() if is_offloading else None
 
@@ -121,9 +122,7 @@ def sections_by_block(section: ActivationCheckpoint, num_blocks: int) -> list[Ac
     return [section if n in numbers else replace(section, mode="none", offload=False) for n in range(num_blocks)]
 
 
-def block_sections(
-    model: nn.Module, plan: ParallelPlan, section: ActivationCheckpoint
-) -> dict[tuple[str, str], ActivationCheckpoint]:
+def block_sections(model: nn.Module, plan: ParallelPlan, section: ActivationCheckpoint) -> BlockSections:
     """{(container, key): how the block is checkpointed}, in forward order; see `sections_by_block`."""
     names = [(path, key) for path in plan.blocks for key in model.get_submodule(path)]
     return dict(zip(names, sections_by_block(section, len(names)), strict=True))

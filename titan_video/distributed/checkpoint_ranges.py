@@ -12,10 +12,10 @@ from titan_video.config.job_config import ActivationCheckpoint, CheckpointRange,
 from titan_video.config.values import show
 from titan_video.distributed import activation_checkpoint
 from titan_video.distributed.activation_checkpoint import OFFLOAD
-from titan_video.kernels import attention
-from titan_video.tools.parts import find_module
+from titan_video.tools.parts import find_module, resolve
 
 SECTION = "activation_checkpoint"
+FLEX_RULES = "titan_video.kernels.attention_backends:rules"  # optional
 
 
 def sections_by_block(section: ActivationCheckpoint, num_blocks: int) -> list[ActivationCheckpoint]:
@@ -82,13 +82,16 @@ def _range_errors(r: CheckpointRange, i: int, owner: dict[int, int]) -> Iterator
 
 
 def _mode_errors(config: JobConfig, r: CheckpointRange, world_size: int) -> Iterator[str]:
-    """What the rules of the section, and of attention, say about a section with the range's mode."""
+    """What the rules of the section, and of FlexAttention, say about a section with the range's mode."""
     if r.save and r.mode != "selective":
         yield f"save: given {list(r.save)}, but mode is {r.mode}; remove it, or choose selective"
     own = replace(config, activation_checkpoint=own_section(config.activation_checkpoint, r))
     outside = replace(config, activation_checkpoint=replace(config.activation_checkpoint, range=(), layers=()))
-    for part in (activation_checkpoint, attention):
-        known = set(part.rules(outside, world_size))
-        yield from (line.removeprefix(f"{SECTION}.") for line in part.rules(own, world_size) if line not in known)
+    all_rules = [activation_checkpoint.rules]
+    if config.model.attention == "flex":
+        all_rules.append(resolve(FLEX_RULES, asked_by="model.attention = flex"))
+    for find_errors in all_rules:
+        known = set(find_errors(outside, world_size))
+        yield from (line.removeprefix(f"{SECTION}.") for line in find_errors(own, world_size) if line not in known)
     if r.offload and not find_module(OFFLOAD.partition(":")[0]):
         yield "offload: true needs the part titan_video/distributed/offload, which is not installed; leave it out"

@@ -26,7 +26,7 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from titan_video.config.job_config import JobConfig
+from titan_video.config.job_config import JobConfig, Parallelism
 from titan_video.config.values import divisors
 from titan_video.distributed.collectives import rank_group, ready
 from titan_video.distributed.fsdp import get_blocks
@@ -95,7 +95,7 @@ def _regroup(x: Tensor, sizes: list[list[int]]) -> Tensor:
     return torch.cat([pieces[i * width + j] for j in range(width) for i in range(len(sizes))])
 
 
-def layout_errors(dims: ParallelDims, args: Any) -> Iterator[str]:
+def layout_errors(dims: ParallelDims, section: Parallelism, args: Any) -> Iterator[str]:
     """What a model's architecture does not allow, one line per mistake. args: the model's (see ModelSpec)."""
     experts, where = getattr(args, "experts", None), f"parallelism.expert_parallel_degree: given {dims.ep}"
     if experts is None:

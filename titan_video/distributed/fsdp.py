@@ -10,6 +10,7 @@ when ranks hold unequal amounts. Each micro-batch is reduced at once into sharde
 reduction would hold a full float32 gradient on each rank.
 """
 
+import re
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -127,16 +128,14 @@ def match_modules(model: nn.Module, pattern: str) -> Iterator[nn.Module]:
 
     Checkpointing wrappers are no path elements. A path that a flavor or a pipeline stage lacks matches nothing.
     """
-    elements = pattern.split(".") if pattern else []
+    regex = re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
     seen = set()
     for name, module in model.named_modules():
         path = clean_name(f"{name}.").strip(".")
         if path in seen:
             continue  # what a checkpointing wrapper contains has the wrapper's own path
         seen.add(path)
-        names = path.split(".") if path else []
-        is_match = len(names) == len(elements) and all(e in (n, "*") for e, n in zip(elements, names, strict=True))
-        if is_match and next(module.parameters(), None) is not None:
+        if regex.fullmatch(path) and next(module.parameters(), None) is not None:
             yield module
 
 

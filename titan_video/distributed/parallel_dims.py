@@ -26,8 +26,12 @@ from titan_video.config.manager import ConfigError
 from titan_video.config.values import divisors
 from titan_video.tools.parts import resolve
 
-EXPERT_PARALLEL = "titan_video.distributed.expert_parallel"  # optional
-EP_ASKED = "parallelism.expert_parallel_degree"
+PARTS = {  # optional, by the axis that asks for them; their `layout_errors` say what a model does not allow
+    "tp": "titan_video.distributed.tensor_parallel",
+    "ulysses": "titan_video.distributed.context_parallel",
+    "pp": "titan_video.distributed.pipeline_parallel",
+    "ep": "titan_video.distributed.expert_parallel",
+}
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,8 @@ class ParallelDims:
             fsdp, fsdp_root = (DeviceMesh._concatenate([world["dp_replicate"], mesh]) for mesh in (fsdp, fsdp_root))
         expert_fsdp = ep = None
         if self.ep > 1:
-            build_expert_meshes = resolve(f"{EXPERT_PARALLEL}:build_expert_meshes", EP_ASKED)
-            expert_fsdp, ep = build_expert_meshes(self, device_type)
+            build = resolve(f"{PARTS['ep']}:build_expert_meshes", asked_by="parallelism.expert_parallel_degree")
+            expert_fsdp, ep = build(self, device_type)
         return Meshes(
             world=world,
             batch=world["dp_replicate", "dp_shard"]._flatten("batch"),
@@ -133,50 +137,12 @@ def check_layout(section: Parallelism, args: Any, world_size: int) -> None:
 
     args: the model's arguments (see ModelSpec).
     """
-    errors = list(_layout_errors(ParallelDims.of(section, world_size), section, args))
+    dims, errors = ParallelDims.of(section, world_size), []
+    for axis, part in PARTS.items():
+        if getattr(dims, axis) > 1:
+            errors += resolve(f"{part}:layout_errors", asked_by="parallelism")(dims, section, args)
     if errors:
         raise ValueError("\n".join(errors))
-
-
-def _layout_errors(dims: ParallelDims, section: Parallelism, args: Any) -> Iterator[str]:
-    heads, hidden = args.num_heads, args.ffn_dim
-    if heads % dims.tp or hidden % dims.tp:
-        yield (
-            f"parallelism.tensor_parallel_degree: given {dims.tp}, which does not divide the model's {heads} "
-            f"heads and feed-forward width {hidden}; legal: {divisors(heads, hidden)}"
-        )
-        return
-    if (heads // dims.tp) % dims.ulysses:
-        field = (
-            "context_parallel_ulysses_degree"
-            if section.context_parallel_method == "unified"
-            else "context_parallel_degree"
-        )
-        per_rank = f"{heads} heads" if dims.tp == 1 else f"{heads // dims.tp} heads of each tensor-parallel rank"
-        yield (
-            f"parallelism.{field}: given {dims.ulysses}, but Ulysses divides the {per_rank}; legal: "
-            f"{divisors(heads // dims.tp)}; context_parallel_method ring or unified takes other degrees"
-        )
-    stages = dims.pp * stages_per_rank(section)
-    if stages > args.num_layers:
-        most = args.num_layers // stages_per_rank(section)
-        yield (
-            f"parallelism.pipeline_parallel_degree: given {dims.pp}, which makes {stages} stages of "
-            f"{args.num_layers} blocks with "
-            f"pipeline_parallel_schedule {section.pipeline_parallel_schedule}; legal: at most {most}"
-        )
-    elif section.pipeline_parallel_split and section.pipeline_parallel_split[-1] >= args.num_layers:
-        yield (
-            f"parallelism.pipeline_parallel_split: given {list(section.pipeline_parallel_split)}, but the last of the "
-            f"model's blocks is {args.num_layers - 1}; let the last stage begin there at the latest"
-        )
-    if dims.ep > 1:
-        yield from resolve(f"{EXPERT_PARALLEL}:layout_errors", EP_ASKED)(dims, args)
-
-
-def stages_per_rank(section: Parallelism) -> int:
-    """Pipeline stages on each rank: two for the schedules that interleave them."""
-    return 1 if section.pipeline_parallel_degree == 1 or section.pipeline_parallel_schedule in ("GPipe", "1F1B") else 2
 
 
 def data_parallel_degrees(section: Parallelism, world_size: int) -> tuple[int, int]:
@@ -193,19 +159,7 @@ def data_parallel_degrees(section: Parallelism, world_size: int) -> tuple[int, i
 
 def rules(config: JobConfig, world_size: int) -> Iterator[str]:
     """Rules of the configuration about the degrees, one line per mistake."""
-    p = config.parallelism
-    yield from _degree_errors(p, max(config.encoder.num_training_ranks(world_size), 1))
-    cp, ulysses = p.context_parallel_degree, p.context_parallel_ulysses_degree
-    if p.context_parallel_method == "unified" and cp % ulysses:
-        yield (
-            f"parallelism.context_parallel_ulysses_degree: given {ulysses}, which does not divide "
-            f"parallelism.context_parallel_degree {cp}; legal: {divisors(cp)}"
-        )
-    if p.context_parallel_method != "unified" and ulysses != 1:
-        yield (
-            f"parallelism.context_parallel_ulysses_degree: given {ulysses}, but parallelism.context_parallel_method is "
-            f"{p.context_parallel_method}; set that to unified, or leave this at 1"
-        )
+    yield from _degree_errors(config.parallelism, max(config.encoder.num_training_ranks(world_size), 1))
 
 
 def _degree_errors(section: Parallelism, world_size: int) -> Iterator[str]:

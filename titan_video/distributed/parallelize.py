@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from titan_video.config.job_config import ActivationCheckpoint, Compile, Float8, Parallelism, Training
-from titan_video.distributed.activation_checkpoint import apply_activation_checkpoint
+from titan_video.distributed.activation_checkpoint import BlockSections, apply_activation_checkpoint
 from titan_video.distributed.compile import apply_compile
 from titan_video.distributed.fsdp import apply_fsdp
 from titan_video.distributed.parallel_dims import Meshes
@@ -24,15 +24,13 @@ def parallelize(
     meshes: Meshes,
     parallelism: Parallelism,
     training: Training,
-    checkpointing: ActivationCheckpoint,
+    checkpointing: ActivationCheckpoint | BlockSections,
     compilation: Compile,
-    block_sections: dict[tuple[str, str], ActivationCheckpoint] | None = None,
     float8: Float8 | None = None,
 ) -> None:
     """Apply float8, expert, tensor and context parallel, checkpointing, compile, block swap and FSDP2, in this order.
 
-    In place; the parameters may be on the meta device. One section a step, hence nine parameters.
-    block_sections: see `apply_activation_checkpoint`, where `model` is one pipeline stage of it.
+    In place; the parameters may be on the meta device. checkpointing: see `apply_activation_checkpoint`.
     ValueError: see `apply_activation_checkpoint`, `apply_float8` and `apply_block_swap`.
     """
     if float8 is not None and float8.enable:
@@ -46,7 +44,7 @@ def parallelize(
     if meshes.ring.size() * meshes.ulysses.size() > 1:
         apply_context_parallel = resolve(CONTEXT_PARALLEL, asked_by="parallelism.context_parallel_degree")
         apply_context_parallel(model, plan, meshes.ring, meshes.ulysses, parallelism.context_parallel_rotate_method)
-    apply_activation_checkpoint(model, plan, checkpointing, block_sections)
+    apply_activation_checkpoint(model, plan, checkpointing)
     if compilation.enable:
         apply_compile(model, plan, compilation.backend)
     if training.swap_blocks:

@@ -13,7 +13,8 @@ Which module is split how is data, `ParallelPlan.tensor`; `STYLES` implements ea
 and collectives are written out; parameters become DTensors, so that FSDP, checkpoints and the gradient norm work.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
+from titan_video.config.job_config import Parallelism
+from titan_video.config.values import divisors
 from titan_video.distributed.collectives import all_gather, all_reduce, rank_group, reduce_scatter
 from titan_video.distributed.fsdp import get_blocks
+from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.utils import has
 from titan_video.kernels import mean_square
 from titan_video.models.layers import Linear, local_shard
@@ -178,3 +182,13 @@ class AllReduceRMS(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         means = all_reduce(torch.cat([mean_square(x) for x in tensors], dim=1), self.group) / self.group.size
         return means.split([x.shape[1] for x in tensors], dim=1)
+
+
+def layout_errors(dims: ParallelDims, section: Parallelism, args: Any) -> Iterator[str]:
+    """What a model's architecture does not allow, one line per mistake. args: the model's (see ModelSpec)."""
+    heads, hidden = args.num_heads, args.ffn_dim
+    if heads % dims.tp or hidden % dims.tp:
+        yield (
+            f"parallelism.tensor_parallel_degree: given {dims.tp}, which does not divide the model's {heads} heads and "
+            f"feed-forward width {hidden}; legal: {divisors(heads, hidden)}"
+        )

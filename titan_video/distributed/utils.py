@@ -16,28 +16,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def rendezvous(timeout_seconds: int) -> dist.Store:
-    """The store of all ranks that torchrun started."""
-    return next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))[0]
-
-
-def init_distributed(
-    device: torch.device, timeout_seconds: int, store: dist.Store | None = None, num_ranks: int = 0
-) -> None:
+def init_distributed(device: torch.device, timeout_seconds: int, **ranks: Any) -> None:
     """Join the process group that torchrun set up, or make a group of one. On a GPU, host tensors go through gloo.
 
-    store: that of all ranks, when only the first `num_ranks` of them join; the others take part in no collective.
+    ranks: store, rank and world_size of another group, as `dist.init_process_group` takes them.
     """
+    if not ranks and "RANK" not in os.environ:
+        ranks = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=timeout_seconds)
-    if store is not None:
-        store = dist.PrefixStore("training", store)
-        rank = int(os.environ["RANK"])
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=num_ranks)
-    elif "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **ranks)
 
 
 def set_timeout(timeout_seconds: int, meshes: Any) -> None:
@@ -141,21 +128,6 @@ def clip_grad_norm(model: nn.Module, max_norm: float, pp_mesh: DeviceMesh | None
 def to_local(t: Tensor) -> Tensor:
     """This rank's shard of a tensor, in the same memory, without gradient; `models.layers.local_shard` has one."""
     return t.to_local() if isinstance(t, DTensor) else t
-
-
-@torch.no_grad()
-def zeros_like_sharded(parameter: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """Zeros with `columns` in place of a parameter's last dim, sharded like it. Columns split evenly."""
-    local = to_local(parameter)
-    size = *local.shape[:-1], columns * local.shape[-1] // parameter.shape[-1]
-    zeros = torch.zeros(size, dtype=dtype, device=parameter.device)
-    if not isinstance(parameter, DTensor):
-        return zeros
-    shape = torch.Size((*parameter.shape[:-1], columns))
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        zeros, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
-    )
 
 
 def get_mesh(parameter: Tensor) -> DeviceMesh | None:

@@ -12,25 +12,9 @@ from typing import Any
 import torch
 
 from titan_video.kernels import reference
-from titan_video.kernels.reference import mean_square, upcast
+from titan_video.kernels.reference import mean_square as mean_square
+from titan_video.kernels.reference import upcast as upcast
 from titan_video.tools.parts import resolve
-
-__all__ = [
-    "ada_layer_norm",
-    "ada_layer_norm_and_input",
-    "current_backend",
-    "fused_only",
-    "gated_residual",
-    "layer_norm",
-    "mean_square",
-    "residual_ada_layer_norm",
-    "residual_layer_norm",
-    "resolve_backend",
-    "rms_norm",
-    "rms_norm_rope",
-    "set_backend",
-    "upcast",
-]
 
 TRITON_PART = "titan_video.kernels.triton"
 FUSED = {

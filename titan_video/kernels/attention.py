@@ -23,7 +23,7 @@ Letters as in models/layers.py; S and T are numbers of keys.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
@@ -32,7 +32,6 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from titan_video import kernels
-from titan_video.config.job_config import JobConfig
 from titan_video.kernels import sdpa
 from titan_video.kernels.reference import upcast
 from titan_video.kernels.sdpa import Backend
@@ -47,23 +46,6 @@ _order: tuple[str, ...] = ()  # chosen kernels, by preference; empty until `set_
 
 
 # ---- the choice ----
-
-
-def rules(config: JobConfig, world_size: int) -> Iterator[str]:
-    """Rules of the configuration about the attention backend, one line per mistake."""
-    p, c = config.parallelism, config.activation_checkpoint
-    if config.model.attention != "flex":
-        return
-    if p.context_parallel_degree > 1 and p.context_parallel_method != "ulysses":
-        yield (
-            "model.attention: flex, but a ring merges partial results of attention, which flex does not return; "
-            "choose another backend, or parallelism.context_parallel_method ulysses"
-        )
-    if c.mode == "selective" and "attention" in c.save and not config.compile.enable:
-        yield (
-            "model.attention: flex, but outside a compiled block its output cannot be saved "
-            "(activation_checkpoint.save); set compile.enable, or choose another backend"
-        )
 
 
 def check(name: str, dtype: torch.dtype, head_dim: int, masked: bool) -> None:

@@ -126,3 +126,13 @@ def rules(config: JobConfig, world_size: int) -> Iterator[str]:
             f"lora.initial_load_path: given {lora.initial_load_path}, but lora.enable is false; enable it, or leave "
             f"this empty"
         )
+    if lora.enable and config.optimizer.name == "Muon":
+        yield (
+            "optimizer.name: Muon orthogonalizes the updates of full weights, but lora.enable trains adapters only; "
+            "choose AdamW or AdamW8bit"
+        )
+    if lora.enable and config.training.dtype == "bfloat16":
+        yield (
+            "training.dtype: bfloat16, but with lora.enable frozen weights are stored in "
+            "training.mixed_precision_param anyway; leave it float32"
+        )

@@ -146,23 +146,6 @@ class NameRule:
 
 
 @dataclass(frozen=True)
-class WidthRules:
-    """How a family grows in width, for muP (optim/mup). Depth and head width stay.
-
-    sizes: arguments that grow in proportion to `dim`, itself among them; all others are the same at every width. A
-        dotted name is an argument in an argument.
-    classes: class of a parameter by a pattern of its name (fnmatch), the first that matches:
-        "input"   a matrix whose inputs do not grow: patches, text features, features of the time
-        "hidden"  a matrix whose inputs and outputs grow
-        "output"  a matrix whose inputs alone grow
-        "vector"  biases, weights of norms, tables
-    """
-
-    sizes: tuple[str, ...]
-    classes: dict[str, str]
-
-
-@dataclass(frozen=True)
 class ModelSpec:
     """A model family.
 
@@ -180,7 +163,6 @@ class ModelSpec:
     args_to_original: arguments -> config.json of the original layout; None where it has no such file.
     lora_targets: suffixes of the names of those Linears in blocks that get an adapter by default.
     masks_text: whether the blocks' attention leaves out the padding of the text.
-    widths: what muP needs; None: the family has no muP.
     adjust_group: as in `optim.optimizer.build_optimizer`; with muP set together with `init_parameter`.
     """
 
@@ -198,5 +180,4 @@ class ModelSpec:
     args_to_original: Callable[[Any], dict] | None = None
     lora_targets: tuple[str, ...] = ()
     masks_text: bool = False
-    widths: WidthRules | None = None
     adjust_group: Callable[[str, dict], dict] | None = None

@@ -16,33 +16,14 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch import Tensor
 
-from titan_video.data.latent_cache import LatentCache
 from titan_video.data.loader import DrawPlan, MicroBatchSpec
 from titan_video.data.sampler import MicroBatch
 from titan_video.ingest.encode import ClipEncoder, EncodeStats, Job, draw_job, missing_part, partition_jobs
-from titan_video.models.conditioning import ConditioningSpec
+from titan_video.online.encoder import OnlineEncoder, OverlayCache
 
 
-class OverlayCache:
-    """A cache whose `entries`, those of the current micro-batches, are looked up first."""
-
-    def __init__(self, cache: LatentCache):
-        self.cache = cache
-        self.entries: dict[tuple[str, str], Tensor] = {}
-
-    @property
-    def conditioning(self) -> ConditioningSpec:
-        return self.cache.conditioning
-
-    def text_key(self, caption: str) -> str:
-        return self.cache.text_key(caption)
-
-    def read(self, kind: str, key: str) -> Tensor:
-        return self.entries[kind, key] if (kind, key) in self.entries else self.cache.read(kind, key)
-
-
-class Colocated:
-    """An `OnlineEncoder` (data/loader.py). The ranks of `group` have the same clips, and each encodes a part of them.
+class Colocated(OnlineEncoder):
+    """Encodes on the training ranks. Those of `group` have the same clips, and each encodes a part of them.
 
     group: None: this rank alone.
     offload_policy: what happens to the encoders between two windows: they stay on the device, are moved to host memory,

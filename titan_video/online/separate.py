@@ -41,7 +41,7 @@ from titan_video.online.channel import (
     PeerDisconnected,
     unpack,
 )
-from titan_video.online.colocated import OverlayCache
+from titan_video.online.encoder import OnlineEncoder, OverlayCache
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class Receive:
     rank: int
 
 
-class Separate:
-    """The side of a training rank: an `OnlineEncoder` (data/loader.py).
+class Separate(OnlineEncoder):
+    """The side of a training rank of encoding on ranks of their own.
 
     latent_shape: of a bucket. group: of the ranks with the same clips (None: this rank is alone).
     first_timeout: seconds to wait for the first clip, while encoders load; timeout: for each later one.
@@ -247,7 +247,7 @@ class EncoderServer:
 
     def missing_parts(self, draw_plan: DrawPlan, num_steps: int | None) -> Iterator[list[Job]]:
         """What this rank has to encode, one clip at a time; `decoding` receives the clip."""
-        steps = draw_plan.steps(num_steps, deque(maxlen=1))
+        steps = islice(draw_plan.sampler, num_steps)
         for a in assign_clips(draw_plan, steps, len(self.plan.groups), self.channel.num_encoders):
             if self.encoder not in a.encoders:
                 continue

@@ -13,7 +13,7 @@ from titan_video.config.job_config import Comm, Data, Encoder, JobConfig
 from titan_video.data.batching import Bucket
 from titan_video.data.latent_cache import LatentCache
 from titan_video.distributed.parallel_dims import ParallelDims
-from titan_video.distributed.utils import init_distributed, rendezvous
+from titan_video.distributed.utils import init_distributed
 from titan_video.encoders import build_encoders
 from titan_video.encoders.spec import Encoders
 from titan_video.ingest.encode import ClipEncoder
@@ -24,6 +24,11 @@ from titan_video.tools.device import get_device
 from titan_video.tools.logging import logger
 
 
+def _rendezvous(timeout_seconds: int) -> dist.Store:
+    """The store of all ranks that torchrun started."""
+    return next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))[0]
+
+
 def init_process_groups(section: Encoder, comm: Comm, device: torch.device, num_training: int) -> EncoderChannel | None:
     """Set up the default process group, of the training ranks alone. Returns the channel to the encoder ranks, if there
     are any.
@@ -31,8 +36,9 @@ def init_process_groups(section: Encoder, comm: Comm, device: torch.device, num_
     if section.placement != "separate":
         init_distributed(device, comm.init_timeout_seconds)
         return None
-    store = rendezvous(comm.init_timeout_seconds)
-    init_distributed(device, comm.init_timeout_seconds, store, num_training)
+    store, rank = _rendezvous(comm.init_timeout_seconds), int(os.environ["RANK"])
+    ranks = {"store": dist.PrefixStore("training", store), "rank": rank, "world_size": num_training}
+    init_distributed(device, comm.init_timeout_seconds, **ranks)
     return EncoderChannel(store, dist.get_rank(), num_training, section.num_ranks, comm.init_timeout_seconds)
 
 
@@ -79,7 +85,7 @@ def run_encoder_rank(section: Encoder, data: Data, comm: Comm, hf_assets_path: s
     """Everything that an encoder rank does, from start to end."""
     encoders = build_encoders(section, hf_assets_path, get_device(int(os.environ["LOCAL_RANK"])))
     timeout = comm.init_timeout_seconds
-    store, rank = rendezvous(timeout), int(os.environ["RANK"])
+    store, rank = _rendezvous(timeout), int(os.environ["RANK"])
     channel = EncoderChannel(store, rank, num_training, section.num_ranks, timeout)
     # A stop request is for the training ranks, which decide when to stop and send it.
     channel.report_status("waiting for the handshake: what to encode")

@@ -18,8 +18,11 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from titan_video.optim.optimizer import BLOCK
+from titan_video.distributed.utils import to_local
+
+BLOCK = 64  # elements of a row that share one scale
 
 
 @cache
@@ -41,6 +44,20 @@ def codebook(signed: bool, device: torch.device) -> Tensor:
 def codebooks(device: torch.device) -> Tensor:
     """The signed and the unsigned codebook, float32 [2, 256]."""
     return torch.stack([codebook(True, device), codebook(False, device)])
+
+
+@torch.no_grad()
+def new_slot(p: Tensor, slot: str) -> Tensor:
+    """Zeros for a tensor (not "step") of the 8-bit state of a parameter, sharded like it. Blocks split evenly."""
+    if not slot.endswith("_scale"):
+        return torch.zeros_like(p, dtype=torch.uint8)
+    shape = torch.Size((*p.shape[:-1], -(-p.shape[-1] // BLOCK)))
+    local = to_local(p)
+    zeros = torch.zeros(*local.shape[:-1], shape[-1] * local.shape[-1] // p.shape[-1], device=p.device)
+    if not isinstance(p, DTensor):
+        return zeros
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(zeros, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride)
 
 
 def quantize(x_RC: Tensor, codes_RC: Tensor, scale_RB: Tensor, signed: bool) -> None:

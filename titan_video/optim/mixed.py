@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from titan_video import kernels
+from titan_video.config.job_config import JobConfig
 from titan_video.distributed.utils import derive_seed, to_local
 from titan_video.kernels import upcast
 from titan_video.optim.low_bit import BLOCK, codebooks, dequantize, quantize, stochastic_round
@@ -206,3 +207,13 @@ def _shard_offsets(p: Tensor) -> tuple[int, ...]:
 def working_dtype(p: Tensor) -> torch.dtype:
     """In which Muon's updates are orthogonalized and sent: bfloat16 on a GPU, where that is many times faster."""
     return torch.bfloat16 if p.is_cuda else torch.promote_types(p.dtype, torch.float32)
+
+
+def rules(config: JobConfig, world_size: int) -> Iterator[str]:
+    """Rules of the configuration about the dtype of the weights, one line per mistake."""
+    t = config.training
+    if t.dtype == "bfloat16" and t.mixed_precision_param != "bfloat16":
+        yield (
+            f"training.dtype: bfloat16, but training.mixed_precision_param is {t.mixed_precision_param}; set that to "
+            f"bfloat16 too"
+        )

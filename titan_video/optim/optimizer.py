@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from titan_video.config.job_config import JobConfig, Optimizer
-from titan_video.distributed.utils import clean_name, get_mesh, zeros_like_sharded
+from titan_video.distributed.utils import clean_name, get_mesh
 from titan_video.tools.parts import resolve
 
 # Names of a parameter's state tensors, by the kind of its group; checkpoints use these names.
@@ -26,13 +26,11 @@ SLOTS = {
     "AdamW8bit": ("step", "exp_avg", "exp_avg_scale", "exp_avg_root", "exp_avg_root_scale"),
     "Muon": ("step", "momentum"),
 }
-BLOCK = 64  # elements of a row that share one scale in 8-bit state
 
-# Optional parts, by the option that needs them.
+# Optional parts. "mixed" is for AdamW8bit, Muon and bfloat16 weights.
 OPTIONAL = {
-    "AdamW8bit": "titan_video.optim.mixed:MixedOptimizer",
-    "Muon": "titan_video.optim.mixed:MixedOptimizer",
-    "bfloat16": "titan_video.optim.mixed:MixedOptimizer",
+    "mixed": "titan_video.optim.mixed:MixedOptimizer",
+    "8-bit state": "titan_video.optim.low_bit:new_slot",
     "in_backward": "titan_video.optim.in_backward:InBackward",
     "package.module.Class": "titan_video.optim.by_name:build",
 }
@@ -40,10 +38,9 @@ OPTIONAL = {
 
 def new_slot(p: Tensor, kind: str, slot: str) -> Tensor:
     """Zeros for a state tensor (not "step") of a parameter that an optimizer of `kind` updates."""
-    if slot.endswith("_scale"):
-        return zeros_like_sharded(p, -(-p.shape[-1] // BLOCK), torch.float32)
-    dtype = torch.uint8 if kind == "AdamW8bit" else torch.promote_types(p.dtype, torch.float32)
-    return zeros_like_sharded(p, p.shape[-1], dtype)
+    if kind == "AdamW8bit":
+        return resolve(OPTIONAL["8-bit state"], asked_by="optimizer.name = AdamW8bit")(p, slot)
+    return torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
 
 
 def updated_by(parameter: str, ndim: int, name: str, blocks: tuple[str, ...]) -> str:
@@ -89,21 +86,18 @@ def build_optimizer(
         key = (*group.values(), get_mesh(p))
         groups.setdefault(key, {"params": [], **group, "lr": section.lr * group["lr_scale"]})["params"].append(p)
     defaults = {"lr": section.lr, "betas": (section.beta1, section.beta2), "eps": section.eps}
-    has_bfloat16 = any(p.dtype == torch.bfloat16 for p in names)
     if "." in section.name:
         build = resolve(OPTIONAL["package.module.Class"], asked_by=f"optimizer.name = {section.name}")
         return build(list(groups.values()), section)
-    if section.name == "AdamW" and not has_bfloat16:
+    if section.name == "AdamW" and not any(p.dtype == torch.bfloat16 for p in names):
         return torch.optim.AdamW(
             list(groups.values()),
             fused=section.implementation == "fused",
             foreach=section.implementation == "foreach",
             **defaults,
         )
-    if section.name == "AdamW":
-        mixed = resolve(OPTIONAL["bfloat16"], asked_by="training.dtype = bfloat16")
-    else:
-        mixed = resolve(OPTIONAL[section.name], asked_by=f"optimizer.name = {section.name}")
+    asked_by = "training.dtype = bfloat16" if section.name == "AdamW" else f"optimizer.name = {section.name}"
+    mixed = resolve(OPTIONAL["mixed"], asked_by)
     defaults["momentum"] = section.momentum
     return mixed(list(groups.values()), names, seed, uses_muon=section.name == "Muon", defaults=defaults)
 
@@ -114,24 +108,9 @@ def step_in_backward(optimizer: torch.optim.Optimizer) -> Any:
 
 
 def rules(config: JobConfig, world_size: int) -> Iterator[str]:
-    """Rules of the configuration about the optimizer and the dtype of the weights, one line per mistake."""
-    t, name = config.training, config.optimizer.name
+    """Rules of the configuration about the optimizer, one line per mistake."""
+    name = config.optimizer.name
     if name not in SLOTS and "." not in name:
         yield f"optimizer.name: given {name}; legal: one of {', '.join(SLOTS)}, or package.module.Class"
     if config.optimizer.args and "." not in name:
         yield f"optimizer.args: has no effect with optimizer.name {name}; remove the table, or name a package's class"
-    if name == "Muon" and config.lora.enable:
-        yield (
-            "optimizer.name: Muon orthogonalizes the updates of full weights, but lora.enable trains adapters only; "
-            "choose AdamW or AdamW8bit"
-        )
-    if t.dtype == "bfloat16" and t.mixed_precision_param != "bfloat16":
-        yield (
-            f"training.dtype: bfloat16, but training.mixed_precision_param is {t.mixed_precision_param}; set that to "
-            f"bfloat16 too"
-        )
-    if t.dtype == "bfloat16" and config.lora.enable:
-        yield (
-            "training.dtype: bfloat16, but with lora.enable frozen weights are stored in "
-            "training.mixed_precision_param anyway; leave it float32"
-        )

@@ -273,9 +273,8 @@ def build_model(
         # What needs the compiler or GPUs; neither changes what is counted.
         replace(config.parallelism, enable_async_tensor_parallel=False, enable_fsdp_symm_mem=False),
         config.training,
-        config.activation_checkpoint,
+        sections,
         Compile(enable=False),
-        block_sections=sections,
     )
     return model, stages
 

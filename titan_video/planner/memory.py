@@ -17,8 +17,9 @@ from titan_video.config.job_config import ActivationCheckpoint, JobConfig
 from titan_video.distributed.activation_checkpoint import sections_by_block
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.models.spec import ModelSpec, ParallelPlan
-from titan_video.optim.optimizer import BLOCK, updated_by
+from titan_video.optim.optimizer import updated_by
 from titan_video.planner.fake import gpu_backend
+from titan_video.tools.parts import resolve
 from titan_video.weights.trained import WeightsSettings, build_weights
 
 
@@ -241,5 +242,6 @@ def state_bytes(kind: str, shape: tuple[int, ...]) -> int:
     """Bytes of optimizer state, without the step count, for a shard of float32 or bfloat16 weights of this shape."""
     numel = math.prod(shape)
     if kind == "AdamW8bit":
-        return 2 * numel + 8 * math.prod(shape[:-1]) * -(-shape[-1] // BLOCK)
+        block = resolve("titan_video.optim.low_bit:BLOCK", asked_by="optimizer.name = AdamW8bit")
+        return 2 * numel + 8 * math.prod(shape[:-1]) * -(-shape[-1] // block)
     return {"AdamW": 8, "Muon": 4}[kind] * numel

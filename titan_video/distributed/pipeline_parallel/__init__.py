@@ -5,8 +5,9 @@ from titan_video.distributed.pipeline_parallel.stages import (
     Stages,
     check_microbatches,
     keep_stages,
+    layout_errors,
     rules,
     split_blocks,
 )
 
-__all__ = ["Pipeline", "Stages", "check_microbatches", "keep_stages", "rules", "split_blocks"]
+__all__ = ["Pipeline", "Stages", "check_microbatches", "keep_stages", "layout_errors", "rules", "split_blocks"]

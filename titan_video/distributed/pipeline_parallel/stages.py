@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from titan_video.config.job_config import JobConfig, Parallelism
 from titan_video.config.values import divisors
-from titan_video.distributed.parallel_dims import stages_per_rank
+from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.models.spec import ParallelPlan
 
 
@@ -31,6 +31,11 @@ def split_blocks(num_blocks: int, num_stages: int, first_cost: float = 0.0, last
         counts[cheapest] += 1
     starts = [sum(counts[:s]) for s in range(num_stages)]
     return [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
+
+
+def stages_per_rank(section: Parallelism) -> int:
+    """Two for the schedules that interleave stages."""
+    return 1 if section.pipeline_parallel_degree == 1 or section.pipeline_parallel_schedule in ("GPipe", "1F1B") else 2
 
 
 def check_microbatches(section: Parallelism, num_microbatches: int) -> None:
@@ -121,6 +126,22 @@ def _remove_others(
         if stage not in blocks:
             for name in names:
                 setattr(model, name, None)
+
+
+def layout_errors(dims: ParallelDims, section: Parallelism, args: Any) -> Iterator[str]:
+    """What a model's architecture does not allow, one line per mistake. args: the model's (see ModelSpec)."""
+    per_rank, split = stages_per_rank(section), section.pipeline_parallel_split
+    if dims.pp * per_rank > args.num_layers:
+        yield (
+            f"parallelism.pipeline_parallel_degree: given {dims.pp}, which makes {dims.pp * per_rank} stages of "
+            f"{args.num_layers} blocks with pipeline_parallel_schedule {section.pipeline_parallel_schedule}; legal: at "
+            f"most {args.num_layers // per_rank}"
+        )
+    elif split and split[-1] >= args.num_layers:
+        yield (
+            f"parallelism.pipeline_parallel_split: given {list(split)}, but the last of the model's blocks is "
+            f"{args.num_layers - 1}; let the last stage begin there at the latest"
+        )
 
 
 def _split_errors(p: Parallelism) -> Iterator[str]:

@@ -6,7 +6,7 @@ Names of parameters: names.py.
 from titan_video.models.hunyuan_video.args import HunyuanVideoArgs
 from titan_video.models.hunyuan_video.model import HunyuanVideoModel, init_parameter
 from titan_video.models.hunyuan_video.names import HF_NAMES
-from titan_video.models.spec import LatentGeometry, ModelSpec, ParallelPlan, WidthRules
+from titan_video.models.spec import LatentGeometry, ModelSpec, ParallelPlan
 
 _13B = {"dim": 3072, "num_heads": 24, "num_double_layers": 20, "num_single_layers": 40, "ffn_dim": 12288}
 _DEBUG = {
@@ -151,21 +151,6 @@ SPEC = ModelSpec(
         *(f"{ffn}.{part}" for ffn in ("ffn", "text_ffn") for part in ("up", "down")),
     ),
     masks_text=True,
-    widths=WidthRules(
-        sizes=("dim", "num_heads", "ffn_dim"),
-        classes={
-            "*bias": "vector",
-            "*norm*": "vector",
-            "patch_embedding.weight": "input",
-            "text_refiner.proj_in.weight": "input",
-            "*condition.*.up.weight": "input",
-            "*condition.*.down.weight": "hidden",
-            "head_modulation.weight": "hidden",
-            "text_refiner.blocks.*.weight": "hidden",
-            "*_blocks.*.weight": "hidden",
-            "proj_out.weight": "output",
-        },
-    ),
 )
 
 __all__ = ["SPEC", "HunyuanVideoArgs", "HunyuanVideoModel"]

@@ -5,7 +5,7 @@ Names of parameters: names.py.
 
 from dataclasses import asdict, replace
 
-from titan_video.models.spec import ExpertArgs, LatentGeometry, ModelSpec, ParallelPlan, WidthRules
+from titan_video.models.spec import ExpertArgs, LatentGeometry, ModelSpec, ParallelPlan
 from titan_video.models.wan.args import WanArgs
 from titan_video.models.wan.model import WanModel, init_parameter
 from titan_video.models.wan.names import HF_NAMES
@@ -208,25 +208,6 @@ SPEC = ModelSpec(
     args_to_hf=args_to_hf,
     args_to_original=args_to_original,
     lora_targets=(*(f"{a}.{part}" for a in ("self_attn", "cross_attn") for part in "qkvo"), "ffn.up", "ffn.down"),
-    widths=WidthRules(
-        sizes=("dim", "num_heads", "ffn_dim", "experts.expert_dim", "experts.shared_dim"),
-        classes={
-            "*bias": "vector",
-            "*norm*": "vector",
-            "*modulation*": "vector",
-            "image_embedder.positions": "vector",
-            "patch_embedding.weight": "input",
-            "*_embedder.up.weight": "input",
-            "image_embedder.down.weight": "input",  # its own width does not grow
-            "text_embedder.down.weight": "hidden",
-            "time_embedder.down.weight": "hidden",
-            "time_proj.weight": "hidden",
-            "blocks.*.weight": "hidden",
-            "blocks.*.experts.*": "hidden",
-            "routers.*.weight": "output",  # the number of experts does not grow
-            "proj_out.weight": "output",
-        },
-    ),
 )
 
 __all__ = ["SPEC", "WanArgs", "WanModel"]

@@ -27,6 +27,7 @@ from titan_video.flow.noise import draw_noise
 from titan_video.models import get_args, get_spec
 from titan_video.models.spec import ModelSpec
 from titan_video.optim.mup.parametrization import Parametrization, flat, width_class
+from titan_video.optim.mup.widths import width_rules
 from titan_video.optim.optimizer import build_optimizer
 from titan_video.tasks.conditioning import COND_LATENTS
 from titan_video.tasks.denoising import Denoising
@@ -89,9 +90,8 @@ def at_width(spec: ModelSpec, args: Any, dim: int, layers: int) -> Any:
 
     ValueError: `dim` is no number of its heads, or another size would be no integer.
     """
-    if spec.widths is None:
-        raise ValueError(f"model.name: the family {spec.name} has no WidthRules; add them to its ModelSpec")
-    sizes = {name: value for name, value in flat(args).items() if name in spec.widths.sizes}
+    growing = width_rules(spec).sizes
+    sizes = {name: value for name, value in flat(args).items() if name in growing}
     if any(size * dim % args.dim for size in sizes.values()):
         shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise ValueError(
@@ -143,9 +143,8 @@ class Recorder:
         self.first: dict[str, Tensor] = {}
         self.differences = differences
         self.calls: Counter[str] = Counter()
-        self.tables = {
-            name: p for name, p in model.named_parameters() if p.ndim > 1 and width_class(name, spec.widths) == "vector"
-        }
+        rules, parameters = width_rules(spec), model.named_parameters()
+        self.tables = {name: p for name, p in parameters if p.ndim > 1 and width_class(name, rules) == "vector"}
         model.register_forward_pre_hook(lambda _, args: self._begin())
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) or name.rpartition(".")[0] in spec.plan.blocks:

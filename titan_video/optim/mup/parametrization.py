@@ -27,7 +27,8 @@ from torch import Tensor
 
 from titan_video.config.job_config import JobConfig, Optimizer
 from titan_video.models import get_args, get_spec
-from titan_video.models.spec import ModelSpec, WidthRules
+from titan_video.models.spec import ModelSpec
+from titan_video.optim.mup.widths import WidthRules, width_rules
 from titan_video.optim.optimizer import updated_by
 from titan_video.tools.logging import logger
 
@@ -65,12 +66,11 @@ class Parametrization:
     """
 
     def __init__(self, spec: ModelSpec, args: Any, base: Any):
-        assert spec.widths is not None
         self.spec, self.multiple = spec, args.dim / base.dim
         with torch.device("meta"):
             models = spec.build(args), spec.build(base)
         self.shapes, self.base_shapes = ({name: p.shape for name, p in m.named_parameters()} for m in models)
-        self.classes = {name: width_class(name, spec.widths) for name in self.shapes}
+        self.classes = {name: width_class(name, width_rules(spec)) for name in self.shapes}
 
     def init_parameter(
         self, name: str, tensor: Tensor, generator: torch.Generator, shape: torch.Size | None = None
@@ -129,14 +129,16 @@ def parametrize(spec: ModelSpec, config: JobConfig) -> ModelSpec:
 
 def base_problem(spec: ModelSpec, args: Any, base: Any) -> str:
     """Why a model cannot have this base; "" if it can."""
-    if spec.widths is None:
-        return f"the family {spec.name} has no WidthRules; add them to its ModelSpec"
+    try:
+        sizes = width_rules(spec).sizes
+    except ValueError as e:
+        return str(e)
     wrong, model, narrow = [], flat(args), flat(base)
     if (width := args.dim // args.num_heads) != (other := base.dim // base.num_heads):
         wrong.append(f"the width of a head is {width} in model.flavor and {other} in it")
     for name in model | narrow:
         ours, theirs = model.get(name), narrow.get(name)
-        if name not in spec.widths.sizes or ours is None or theirs is None:
+        if name not in sizes or ours is None or theirs is None:
             if ours != theirs:
                 wrong.append(f"{name} is {ours} in model.flavor and {theirs} in it")
         elif name != "num_heads" and ours * base.dim != theirs * args.dim:
