@@ -99,17 +99,18 @@ class StopRelay:
     """A thread that waits for stop signals. `requested`: whether one has come."""
 
     def __init__(self):
-        # A signal that is ignored stays so: nohup ignores SIGHUP.
-        ignored = {s for s in STOP_SIGNALS if s == signal.SIGHUP and signal.getsignal(s) == signal.SIG_IGN}
-        self.signals = STOP_SIGNALS - ignored
+        # nohup ignores SIGHUP, and it stays so. It is blocked all the same, as torchrun sets a handler of its own.
+        self.ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
         self.requested = False
-        signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         threading.Thread(target=self._wait, name="stop signals", daemon=True).start()
 
     def _wait(self) -> None:
         first = None  # when the first direct signal came
         while True:
-            signum = signal.sigwait(self.signals)
+            signum = signal.sigwait(STOP_SIGNALS)
+            if signum in self.ignored:
+                continue
             now = time.monotonic()
             is_second = first is not None and signum != FORWARDED and now - first >= GRACE
             if signum == signal.SIGQUIT or is_second:
@@ -251,6 +252,9 @@ def main(argv: list[str]) -> None:
     from titan_video.supervision.run_status import mark_failed
 
     options = torchrun.parse_args(argv)
+    if relay.ignored and hasattr(options, "signals_to_handle"):  # older torch: the ranks do not ignore it
+        handled = options.signals_to_handle.split(",")
+        options.signals_to_handle = ",".join(name for name in handled if name not in {s.name for s in relay.ignored})
     names = [Path(word).name for word in options.training_script_args]
     train_args = options.training_script_args[names.index("train.py") + 1 :]
     num_nodes = int(options.nnodes)

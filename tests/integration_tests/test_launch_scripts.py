@@ -123,10 +123,10 @@ def environment(**values):
     return {**env, "PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "CUDA_VISIBLE_DEVICES": "", **values}
 
 
-def start(repo, *args, cwd=None, **env):
+def start(repo, *args, cwd=None, before=(), **env):
     env = environment(PYTHON=sys.executable, **env)
     return subprocess.Popen(
-        [str(repo / "run_train.sh"), *args],
+        [*before, str(repo / "run_train.sh"), *args],
         cwd=cwd or repo,
         env=env,
         stdin=subprocess.DEVNULL,
@@ -218,6 +218,19 @@ def test_all_ranks_save_on_a_signal(repo, signum, whole_group):
     assert p.returncode == 85, output
     assert (repo / "saved0").exists() and (repo / "saved1").exists()
     assert "hello from 1" in output and "hello from 0" not in output
+
+
+def test_nohup_is_respected_by_launcher_and_ranks(repo):
+    """torchrun replaces the disposition that nohup has set, and would end the run when the terminal closes."""
+    p = start(repo, NGPU="2", before=("nohup",))
+    pids = [facts(repo, rank)["pid"] for rank in (0, 1)]
+    for _ in range(2):
+        os.killpg(p.pid, signal.SIGHUP)
+        time.sleep(0.3)
+    assert p.poll() is None and all(map(running, pids)) and not (repo / "saved0").exists()
+    p.send_signal(signal.SIGTERM)
+    output, _ = p.communicate(timeout=30)
+    assert p.returncode == 85 and (repo / "saved0").exists() and (repo / "saved1").exists(), output
 
 
 def test_a_second_signal_stops_at_once(repo):
