@@ -153,10 +153,12 @@ class Soak:
         return {"script": [p.pid], "launcher": launcher, "rank": ranks, "worker": workers, "all": [p.pid, *below]}
 
     def send(self, p: subprocess.Popen, signum: int, names: tuple[str, ...]) -> str:
-        targets = {}
-        with suppress(OSError):  # a process may end meanwhile
-            targets = {name: pids for name, pids in self.targets(p).items() if pids and name in names}
-        if not targets or p.poll() is not None:
+        targets, deadline = {}, time.monotonic() + LIMIT
+        while not targets and p.poll() is None and time.monotonic() < deadline:  # ranks come later than the script
+            with suppress(OSError):  # a process may end meanwhile
+                targets = {name: pids for name, pids in self.targets(p).items() if pids and name in names}
+            time.sleep(0 if targets else 0.05)
+        if p.poll() is not None or not targets:
             return "nothing"
         name = self.rng.choice(sorted(targets))
         pids = targets[name] if name == "all" else [self.rng.choice(targets[name])]
@@ -173,6 +175,8 @@ class Soak:
         what, at, ballast = kind, self.rng.uniform(0, seconds), self.folder / "ballast"
         if kind == "damage":
             at, what = 0.0, self.damage()
+            if what == "nothing" and len(self.kinds) > 1:
+                return self.one_fault()  # of another kind
         p = self.start(self.run)
         begun = time.monotonic()
         while time.monotonic() - begun < at and p.poll() is None:
@@ -278,7 +282,7 @@ class Soak:
             print(f"PROBLEM {problem}", flush=True)
 
     def damage(self) -> str:
-        """Flip a byte of one file of the newest checkpoint, if there is an older one to fall back to."""
+        """Flip a byte of one file of the newest checkpoint. "nothing": there is no older one to fall back to."""
         folders = sorted((self.run / "checkpoint").glob("step-*[0-9]"), key=lambda f: int(f.name[5:]))
         if len(folders) < 2:
             return "nothing"
