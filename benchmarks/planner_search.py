@@ -62,8 +62,8 @@ def main(argv: list[str]) -> dict:
     middle, flavor = sorted(seconds)[len(seconds) // 2], f" as {options.flavor}" if options.flavor else ""
     print(
         f"{options.config}{flavor} on {options.gpus} GPUs, {options.clips} clips a step: "
-        f"{result.num_candidates:,} candidates, {len(result.plans)} solved exactly, in {min(seconds):.2f} s (median {middle:.2f}); "
-        f"the first search, with tracing, {first:.1f} s"
+        f"{result.num_candidates:,} candidates, {len(result.plans)} solved exactly, in {min(seconds):.2f} s "
+        f"(median {middle:.2f}); the first search, with tracing, {first:.1f} s"
     )
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
