@@ -148,7 +148,7 @@ HostNumbers = Callable[[Tensor, Tensor, int], tuple[list[int], list[int], list[l
 
 
 def loaded(load: float) -> HostNumbers:
-    """For `experts_get`: tokens choose all experts alike, but this rank's `load` times as often."""
+    """For `experts_get`: tokens choose all experts equally often, but this rank's `load` times as often."""
 
     def host_numbers(sent: Tensor, received: Tensor, num_rows: int) -> tuple[list[int], list[int], list[list[int]]]:
         num_ranks, num_experts = received.shape

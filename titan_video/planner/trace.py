@@ -384,7 +384,7 @@ class _LayoutTracer:
 
 
 def kind_of(path: str, block: nn.Module, plan: ParallelPlan) -> str:
-    """The type of a block: those of a container are alike, but that some may have experts."""
+    """The type of a block: those of a container are equal, but that some may have experts."""
     return f"{path} with experts" if any(has(block, experts) for experts in plan.experts) else path
 
 
