@@ -24,10 +24,12 @@ from titan_video.distributed.sequence import SequenceShard
 from titan_video.distributed.utils import has
 from titan_video.flow.matching import FlowMatching
 from titan_video.models.layers import cast_params
-from titan_video.models.spec import ModelSpec, ParallelPlan
+from titan_video.models.spec import ModelSpec
 from titan_video.planner import fake
 from titan_video.planner.recorder import CLIPS, LENGTH, LOAD, ZERO, Op, Recorder, decode
 from titan_video.planner.selection import Selection
+from titan_video.planner.space import divisors
+from titan_video.planner.units import block_kinds
 from titan_video.tasks.denoising import Denoising
 from titan_video.tools.parts import resolve
 
@@ -111,11 +113,7 @@ class Tracer:
     @cached_property
     def kinds(self) -> dict[str, list[tuple[str, str]]]:
         """{type of block: (container, key) of its blocks}, in forward order."""
-        found: dict[str, list[tuple[str, str]]] = {}
-        for path in self.spec.plan.blocks:
-            for key, block in self.model.get_submodule(path).items():
-                found.setdefault(kind_of(path, block, self.spec.plan), []).append((path, key))
-        return found
+        return block_kinds(self.model, self.spec.plan)
 
     @cached_property
     def small(self) -> nn.Module:
@@ -144,7 +142,7 @@ class Tracer:
         """({type of block: trace}, ends) of rank 0 at `degrees`; cached. No process group may exist."""
         key = ring, ulysses, tp, ep = self.degrees(ring, ulysses, tp, ep)
         if key not in self._traces:
-            # Twice as many ranks as experts are divided over: groups of all ranks would be one, and not told apart.
+            # Twice as many ranks as experts are divided over: groups of all ranks would be one and the same.
             dims = ParallelDims(dp_shard=2 * ep if ep > 1 else 1, ring=ring, ulysses=ulysses, tp=tp, ep=ep)
             with fake.fake_ranks(dims.dp * dims.sequence, 0):
                 self._traces[key] = _LayoutTracer(self, dims).run()
@@ -185,7 +183,7 @@ class _LayoutTracer:
 
     def _host_numbers(self, sent: Tensor, received: Tensor, num_rows: int) -> Any:
         """All rows to the last expert of the last rank, and of it to this one: sizes of the sum are counted, not of
-        parts. As LOAD times as many come as go, those of other ranks can be told from this rank's own.
+        parts. As LOAD times as many come as go, those of other ranks are known by their number.
         """
         if self.recorder is not None:
             self.recorder.wait()
@@ -383,14 +381,9 @@ class _LayoutTracer:
         return state_bytes, loss
 
 
-def kind_of(path: str, block: nn.Module, plan: ParallelPlan) -> str:
-    """The type of a block: those of a container are equal, but that some may have experts."""
-    return f"{path} with experts" if any(has(block, experts) for experts in plan.experts) else path
-
-
 def _smallest_divisor(number: int) -> int:
     """Above 1, if there is one."""
-    return next((n for n in range(2, number + 1) if number % n == 0), 1)
+    return (*divisors(number), 1)[1]
 
 
 def _leaf_like(t: Tensor) -> Tensor:

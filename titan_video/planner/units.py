@@ -10,7 +10,8 @@ from torch import nn
 
 from titan_video.config.job_config import JobConfig
 from titan_video.distributed.parallel_dims import ParallelDims
-from titan_video.models.spec import ModelSpec
+from titan_video.distributed.utils import has
+from titan_video.models.spec import ModelSpec, ParallelPlan
 from titan_video.optim.optimizer import updated_by
 from titan_video.planner.memory import get_unit, shard_shape, state_bytes
 
@@ -67,8 +68,20 @@ class Units:
         return {kind: unit + self.experts.get(kind, Unit()) for kind, unit in self.blocks.items()}
 
 
+def block_kinds(model: nn.Module, plan: ParallelPlan) -> dict[str, list[tuple[str, str]]]:
+    """{type of block: (container, key) of its blocks}, in forward order. Blocks of a container are equal, but that some
+    may have experts.
+    """
+    found: dict[str, list[tuple[str, str]]] = {}
+    for path in plan.blocks:
+        for key, block in model.get_submodule(path).items():
+            has_experts = any(has(block, experts) for experts in plan.experts)
+            found.setdefault(f"{path} with experts" if has_experts else path, []).append((path, key))
+    return found
+
+
 class UnitSizes:
-    """Sizes by layout, cached. model: all of it, on the meta device. kinds: see Tracer."""
+    """Sizes by layout, cached. model: all of it, on the meta device. kinds: see `block_kinds`."""
 
     def __init__(
         self, config: JobConfig, spec: ModelSpec, model: nn.Module, kinds: Mapping[str, list[tuple[str, str]]]
