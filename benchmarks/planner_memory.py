@@ -27,8 +27,8 @@ from titan_video.planner.cost import CostModel
 from titan_video.planner.describe import GIB
 from titan_video.planner.dry_run import dry_run
 from titan_video.planner.plan_file import to_tables
+from titan_video.planner.selection import SAVES
 from titan_video.planner.space import Space, StepClips
-from titan_video.planner.trace import SAVES
 
 FLAVOR = "planner-memory"  # the flavor whose number of blocks is changed
 RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -39,18 +39,20 @@ LIMIT = 0.05
 
 @dataclass(frozen=True)
 class Case:
-    """flavor: of the family. stage: the pipeline stage whose first rank is compared."""
+    """flavor: of the family. stage: the pipeline stage whose first rank is compared. load: of its experts / mean."""
 
     family: str
     flavor: str
     config: JobConfig
     candidate: Candidate
     stage: int
+    load: float = 1.0
 
     @property
     def layout(self) -> str:
         c = self.candidate
-        names = {"pp": c.pp, "rep": c.dp_replicate, "shard": c.dp_shard, "ring": c.ring, "ul": c.ulysses, "tp": c.tp}
+        names = {"pp": c.pp, "rep": c.dp_replicate, "shard": c.dp_shard, "ring": c.ring, "ul": c.ulysses}
+        names |= {"tp": c.tp, "ep": c.ep}
         return " ".join(f"{name}{n}" for name, n in names.items() if n > 1) or "1 rank"
 
     @property
@@ -83,7 +85,7 @@ def cases(number: int, seed: int, blocks: int) -> Iterator[Case]:
     while found < number:
         family = draw.choice(families)
         spec = get_spec(family)
-        flavor = draw.choice([name for name in spec.flavors if not name.startswith("debug") and name != FLAVOR])
+        flavor = draw.choice([name for name in spec.flavors if "debug" not in name and name != FLAVOR])
         case = _draw_case(draw, family, flavor, few_blocks(spec.flavors[flavor], blocks))
         if case is not None:
             found += 1
@@ -106,7 +108,8 @@ def _draw_case(draw: random.Random, family: str, flavor: str, args: Any) -> Case
     model = CostModel(config, cluster())
     tokens = model.workload[0].tokens
     clips = StepClips(ranks * draw.choice((1, 1, 2, 4)))
-    space = Space(ranks, 8, args.num_heads, args.ffn_dim, len(model.layers), clips, tokens)
+    sizes = args.num_heads, args.ffn_dim, len(model.layers)
+    space = Space(ranks, 8, *sizes, clips, tokens, model.experts.num_experts if model.experts else 1)
     legal = [
         c
         for c in space
@@ -117,17 +120,20 @@ def _draw_case(draw: random.Random, family: str, flavor: str, args: Any) -> Case
     if not legal:
         return None
     # Layouts first, then what they are used with: most candidates of a space have pipelines.
-    layout = draw.choice(sorted({(c.pp, c.dp_replicate > 1, c.ring > 1, c.ulysses > 1, c.tp > 1) for c in legal}))
-    candidate = draw.choice(
-        [c for c in legal if (c.pp, c.dp_replicate > 1, c.ring > 1, c.ulysses > 1, c.tp > 1) == layout]
-    )
+    layout = draw.choice(sorted(set(map(_axes, legal))))
+    candidate = draw.choice([c for c in legal if _axes(c) == layout])
     candidate = replace(
         candidate,
         optimizer=draw.choice(("AdamW", "AdamW", "AdamW8bit")),
         ranges=_draw_ranges(draw, candidate, len(model.layers), tokens),
     )
     config = configure(config, candidate, len(model.layers))
-    return Case(family, flavor, config, candidate, draw.randrange(candidate.pp))
+    load = draw.choice((1.0, 1.5)) if candidate.ep > 1 else 1.0
+    return Case(family, flavor, config, candidate, draw.randrange(candidate.pp), load)
+
+
+def _axes(c: Candidate) -> tuple:
+    return c.pp, c.dp_replicate > 1, c.ring > 1, c.ulysses > 1, c.tp > 1, c.ep > 1
 
 
 def _spread(c: Candidate, layers: tuple[str, ...]) -> bool:
@@ -135,7 +141,8 @@ def _spread(c: Candidate, layers: tuple[str, ...]) -> bool:
 
 
 def _draw_ranges(draw: random.Random, c: Candidate, num_blocks: int, tokens: int) -> tuple[Range, ...]:
-    saves = [s for s in SAVES if (c.ulysses > 1 or "exchange" not in s) and (tokens >= 1024 or "attention" not in s)]
+    has_exchange = c.ulysses * c.ep > 1
+    saves = [s for s in SAVES if (has_exchange or "exchange" not in s) and (tokens >= 1024 or "attention" not in s)]
     modes = [NONE, FULL, *(Checkpointing("selective", s) for s in saves)]
     modes += [Checkpointing(m.mode, m.save, offload=True) for m in modes[1:2]] if c.pp == 1 else []
     return (Range(0, num_blocks, draw.choice(modes)),)
@@ -161,8 +168,8 @@ class Row:
 def compare(case: Case) -> Row:
     """Bytes at the peak, by the planner and by a dry run."""
     c = case.candidate
-    report = dry_run(case.config, c.num_training_ranks, case.stage * c.num_training_ranks // c.pp)
-    memory = CostModel(case.config, cluster()).memory(c)[case.stage]
+    report = dry_run(case.config, c.num_training_ranks, case.stage * c.num_training_ranks // c.pp, case.load)
+    memory = CostModel(case.config, cluster(), load=case.load).memory(c)[case.stage]
     kinds = {kind: (memory.by_kind.get(kind, 0), n) for kind, n in report.at_peak.items()}
     return Row(case, memory.total, report.total, kinds)
 

@@ -1,6 +1,7 @@
 """How fast the planner searches: candidates and seconds on 1,024 GPUs.
 
-    python benchmarks/planner_search.py [--config wan2.1_t2v_14b_720p_64gpu] [--gpus 1024] [--rounds 5] [--json FILE]
+    python benchmarks/planner_search.py [--config wan2.1_t2v_14b_720p_64gpu] [--flavor moe-14B-shared] [--gpus 1024]
+                                        [--rounds 5] [--json FILE]
 
 A round plans the job anew: every layout's bound, and the best ones exactly. Tracing the model's blocks, which depends
 on neither cluster nor batch, is timed apart. One process on one core; seconds are those of that core.
@@ -26,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def main(argv: list[str]) -> dict:
     parser = argparse.ArgumentParser(description="Candidates and seconds of the planner's search.", allow_abbrev=False)
     parser.add_argument("--config", default="wan2.1_t2v_14b_720p_64gpu", help="TOML in train_configs, without .toml")
+    parser.add_argument("--flavor", default="", help="instead of the TOML's, of the same family")
     parser.add_argument("--cluster", default="h100x512", help="TOML in train_configs/clusters, without .toml")
     parser.add_argument("--gpus", type=int, default=1024)
     parser.add_argument("--clips", type=int, default=128, help="of a step")
@@ -34,6 +36,9 @@ def main(argv: list[str]) -> dict:
     options = parser.parse_args(argv)
     config = load(ROOT / "train_configs" / f"{options.config}.toml")
     config = replace(config, training=replace(config.training, global_batch_size=options.clips))
+    if options.flavor:
+        model, eager = replace(config.model, flavor=options.flavor), replace(config.compile, enable=False)
+        config = replace(config, model=model, compile=eager)  # divided experts are not compiled
     machine = cluster.load(ROOT / "train_configs" / "clusters" / f"{options.cluster}.toml")
     job = Job(config, replace(machine, gpus=options.gpus))
     start, traced = time.process_time(), CostModel(config, job.cluster)
@@ -54,11 +59,11 @@ def main(argv: list[str]) -> dict:
         "first, with tracing": first,
         "step": result.chosen.seconds if result.chosen else None,
     }
-    middle = sorted(seconds)[len(seconds) // 2]
+    middle, flavor = sorted(seconds)[len(seconds) // 2], f" as {options.flavor}" if options.flavor else ""
     print(
-        f"{options.config} on {options.gpus} GPUs, {options.clips} clips a step: {result.num_candidates:,} candidates,"
-        f" {len(result.plans)} solved exactly, in {min(seconds):.2f} s (median {middle:.2f}); "
-        f"the first search, with tracing, {first:.1f} s"
+        f"{options.config}{flavor} on {options.gpus} GPUs, {options.clips} clips a step: "
+        f"{result.num_candidates:,} candidates, {len(result.plans)} solved exactly, in {min(seconds):.2f} s "
+        f"(median {middle:.2f}); the first search, with tracing, {first:.1f} s"
     )
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")

@@ -46,6 +46,8 @@ class SmallModel:
     weights: float = 1.0 * GIB
     exchange: float = 0.02
     gather: float = 0.05
+    experts: float = 0.0  # share of the weights that expert parallel divides
+    tokens: float = 0.01  # seconds of sending them to the experts
     recompute: tuple[float, ...] = (0.0, 0.1, 0.3)  # shares of compute, by MODES
     kept: tuple[float, ...] = (1.0, 0.2, 0.08)  # shares of saved
 
@@ -55,14 +57,17 @@ class SmallModel:
         compute = self.compute[kind] * c.local_batch_size / ranks
         seconds = compute * (1 + self.recompute[i])
         seconds += self.exchange * (c.ulysses - 1 + 0.5 * (c.ring - 1) + 2 * (c.tp - 1)) / ranks * c.local_batch_size
-        seconds += self.gather * (1.5 if c.reshard else 1.0) / c.tp * (0.5 + 0.1 * c.dp_replicate)
+        gathered = (1 - self.experts) / c.tp + self.experts / c.ep
+        seconds += self.gather * (1.5 if c.reshard else 1.0) * gathered * (0.5 + 0.1 * c.dp_replicate)
+        seconds += self.tokens * (c.ep - 1) / c.ep * c.local_batch_size / ranks
         saved = self.saved[kind] * c.local_batch_size / ranks
         return seconds, saved * self.kept[i], saved * (1.1 - self.kept[i])
 
     def held_bytes(self, c: Candidate, blocks: int) -> float:
         """Of the weights of so many blocks."""
         shards = c.dp_shard * c.cp * c.tp
-        return self.weights * (4 / shards + (0.3 if c.reshard else 1.0)) * blocks / len(self.layers)
+        gathered = (0.3 if c.reshard else 1.0) * (1 - self.experts + self.experts / c.ep)
+        return self.weights * (4 / shards + gathered) * blocks / len(self.layers)
 
     def in_flight(self, c: Candidate, stage: int) -> int:
         return min(c.microbatches, c.pp - stage)
@@ -145,7 +150,9 @@ class SmallModel:
 
 
 def random_case(seed: int) -> tuple[SmallModel, Space]:
-    """A model of 2 to 5 blocks of one or two types, and a space of 2 to 8 ranks; memory is scarce in most."""
+    """A model of 2 to 5 blocks of one or two types, every second one with experts, and a space of 2 to 6 ranks; memory
+    is scarce in most.
+    """
     draw = random.Random(seed)
     first = draw.randint(1, 3)
     layers = ("double",) * first + ("single",) * draw.randint(1 if first == 1 else 0, 2)
@@ -161,9 +168,19 @@ def random_case(seed: int) -> tuple[SmallModel, Space]:
         gather=draw.uniform(0, 0.2),
         recompute=(0.0, draw.uniform(0.02, 0.2), draw.uniform(0.2, 0.4)),
         kept=(1.0, draw.uniform(0.15, 0.6), 0.08),
+        experts=draw.uniform(0.3, 0.8) if seed % 2 else 0.0,
+        tokens=draw.uniform(0, 0.1),
     )
     step = StepClips(draw.choice((2, 4)))
     world = draw.choice((2, 4, 6))
     return model, Space(
-        world, draw.choice((2, world)), draw.choice((2, 6)), 12, len(layers), step, 1000, schedules=("1F1B",)
+        world,
+        draw.choice((2, world)),
+        draw.choice((2, 6)),
+        12,
+        len(layers),
+        step,
+        1000,
+        experts=4 if seed % 2 else 1,
+        schedules=("1F1B",),
     )

@@ -13,7 +13,11 @@ from titan_video.planner import dry_run
 from titan_video.planner.plan_file import write_toml
 
 DEBUG = str(ROOT / "train_configs" / "debug.toml")
-FAMILIES = {"wan": [], "hunyuan_video": ["--model.name=hunyuan_video", "--model.flavor=debug", "--model.kernels=torch"]}
+FAMILIES = {
+    "wan": [],
+    "moe": ["--model.flavor=moe-debug"],
+    "hunyuan_video": ["--model.name=hunyuan_video", "--model.flavor=debug", "--model.kernels=torch"],
+}
 RUN = {
     "validation.enable": "false",
     "training.steps": 3,
@@ -59,6 +63,9 @@ def losses(front, name, path, world):
     "gpus, family, fixed",
     [
         (2, "wan", "cp=2"),
+        (2, "moe", "cp=2,ep=2"),
+        pytest.param(8, "moe", "dp_shard=2,cp=2,tp=2,ep=4", marks=pytest.mark.slow),
+        pytest.param(8, "moe", "pp=2,ring=2,dp_shard=2,ep=2", marks=pytest.mark.slow),
         pytest.param(8, "wan", "cp=8", marks=pytest.mark.slow),
         pytest.param(8, "wan", "pp=2,cp=2,tp=2", marks=pytest.mark.slow),
         pytest.param(8, "wan", "pp=2,ring=2,dp_replicate=2", marks=pytest.mark.slow),

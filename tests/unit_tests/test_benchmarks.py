@@ -280,4 +280,5 @@ def test_the_planners_scripts_print_their_tables(capsys, tmp_path, monkeypatch):
     )
     planner_strategies.main(["--config", "shapes", "--cluster", "h100x8"])
     printed = capsys.readouterr().out
-    assert re.search(r"\| the plan +\| +[\d.]+ \| +\+0%", printed) and "not legal with" in printed
+    assert re.search(r"\| the plan +\| +[\d.]+ \| +\+0.0%", printed) and "not legal with" in printed
+    assert re.search(r"\| the fastest +\| +[\d.]+ \| +[+-][01].\d%", printed)

@@ -31,7 +31,7 @@ from titan_video.planner.explain import name_of, rejections, why_not
 from titan_video.planner.page import build_page, pareto, read_data
 from titan_video.planner.plan import Job, as_it_is, make_plan, smallest_change
 from titan_video.planner.plan_file import merged, plan_tables, to_candidate, write_toml
-from titan_video.planner.space import parse_fixed
+from titan_video.planner.space import parse_fixed, refusals
 
 TOML = ROOT / "train_configs" / "wan2.1_t2v_14b_720p_64gpu.toml"
 H100, ONE_NODE = (cluster.load(ROOT / "train_configs" / "clusters" / f"h100x{n}.toml") for n in (64, 8))
@@ -334,11 +334,50 @@ def test_why_a_layout_is_not_the_plan(planned):
 
 
 def test_what_became_of_all_candidates(planned):
-    lines = rejections(planned.result)
+    lines = rejections(planned.space, planned.result)
     numbers = [int(re.match(r"([\d,]+)", line)[1].replace(",", "")) for line in lines if line[0].isdigit()]
     assert numbers[0] == planned.result.num_candidates == len(list(planned.space))
     assert sum(numbers[1:4]) == numbers[0]
     assert any("memory, even if every block saves the least" in line for line in lines)
+
+
+def test_rules_that_exclude_layouts_are_named():
+    config = manager.load(TOML)
+    config = replace(
+        config, model=replace(config.model, attention="flex"), data=replace(config.data, groups_per_step=2)
+    )
+    planned = make_plan(replace(job(cluster=ONE_NODE), config=config))
+    lines = "\n".join(rejections(planned.space, planned.result))
+    every, legal = list(planned.space.every()), list(planned.space)
+    assert 0 < len(legal) < len(every) and not any(c.ring > 1 or c.pp > 1 for c in legal)
+    rings, pipelines = (sum(getattr(c, name) > 1 for c in every) for name in ("ring", "pp"))
+    assert f"{rings:,} are not run with this job's model.attention: flex" in lines
+    assert f"{pipelines:,} are not run with this job's data.groups_per_step" in lines
+
+    def why(text):
+        return why_not(planned.model, planned.space, planned.result, parse_fixed(text, "--explain"))
+
+    assert why("pp=2")[0] == "pp=2: not legal here" and "data.groups_per_step" in why("pp=2")[1]
+    assert any("model.attention: flex, which no ring runs" in line for line in why("cp=4"))
+    assert not any("not run" in line for line in why("tp=2,pp=1,ring=1"))
+
+
+def test_options_that_exclude_layouts():
+    """Each option that excludes layouts, on one that it excludes and on one that it does not."""
+    c = manager.load(TOML)
+    cases = (
+        (
+            replace(c, optimizer=replace(c.optimizer, in_backward=True)),
+            Candidate(dp_replicate=2),
+            Candidate(dp_shard=2),
+        ),
+        (replace(c, optimizer=replace(c.optimizer, in_backward=True)), Candidate(microbatches=2), Candidate(ulysses=2)),
+        (replace(c, compile=replace(c.compile, enable=True)), Candidate(dp_shard=2, ep=2), Candidate(dp_shard=2)),
+        (replace(c, training=replace(c.training, mixed_precision_reduce="bfloat16")), Candidate(), Candidate(tp=2)),
+        (replace(c, parallelism=replace(c.parallelism, enable_fsdp_symm_mem=True)), Candidate(pp=2), Candidate(ring=2)),
+    )
+    for config, excluded, legal in cases:
+        assert list(refusals(config, excluded)) and not list(refusals(config, legal)), (excluded, legal)
 
 
 def test_what_if(planned):

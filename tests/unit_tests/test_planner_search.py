@@ -18,7 +18,7 @@ from titan_video.planner.candidate import Candidate
 from titan_video.planner.knapsack import GRID, Bound, Choice, Group, in_order, needed, solve
 from titan_video.planner.plan_file import to_tables
 from titan_video.planner.search import PLATEAU, grouped, lower_bound, search, solve_candidate
-from titan_video.planner.space import Space, StepClips, divisors, parse_fixed, violations
+from titan_video.planner.space import DEGREES, Space, StepClips, divisors, parse_fixed, violations
 
 # ---- the knapsack ----
 
@@ -124,7 +124,7 @@ def test_the_split_equals_trying_all():
 
 
 def test_picks_what_an_exhaustive_search_picks():
-    fitting, compared = 0, 0
+    fitting, compared, divided = 0, 0, 0
     for seed in range(200):
         model, space = random_case(seed)
         best = min((seconds for seconds, _ in model.every_plan(space)), default=math.inf)
@@ -140,7 +140,8 @@ def test_picks_what_an_exhaustive_search_picks():
         assert result.chosen.seconds <= result.plans[0].seconds * (1 + PLATEAU)
         assert all(model.fits(plan.candidate) for plan in result.plans)
         assert result.num_candidates == len(list(space))
-    assert compared == 200 and 100 < fitting < 200
+        divided += result.plans[0].candidate.ep > 1
+    assert compared == 200 and 100 < fitting < 200 and 20 < divided < fitting
 
 
 def test_the_bound_is_below_every_plan_of_a_candidate():
@@ -172,21 +173,24 @@ def test_every_candidate_is_solved_exactly():
 # ---- the space ----
 
 
-def test_the_space_is_what_the_trainer_accepts():
+@pytest.mark.parametrize("flavor, experts", [("debug", 1), ("moe-debug", 8)])
+def test_the_space_is_what_the_trainer_accepts(flavor, experts):
     """All degrees that multiply to 12 ranks, and some sizes of micro-batches, by the trainer's own rules."""
     world, sizes = 12, (1, 2, 5)
     spec = get_spec("wan")
-    args = get_args(spec, "debug", "", 512)  # 4 heads, 4 blocks
-    space = Space(world, 4, args.num_heads, args.ffn_dim, args.num_layers, StepClips(12), 1000, schedules=("1F1B",))
+    args = get_args(spec, flavor, "", 512)  # 4 heads, 4 blocks
+    model = args.num_heads, args.ffn_dim, args.num_layers
+    space = Space(world, 4, *model, StepClips(12), 1000, experts, schedules=("1F1B",))
     legal = set()
     for pp, replicate, shard, ring, ulysses, tp in itertools.product(*[divisors(world)] * 6):
         if pp * replicate * shard * ring * ulysses * tp != world or 4 % tp:  # 4 GPUs a node
             continue
-        for local in sizes:
+        for local, ep in itertools.product(sizes, (1, 2, 3, 4, 8) if experts > 1 else (1,)):
+            microbatches = 12 // (replicate * shard) // local
             c = Candidate(
-                pp, replicate, shard, ring, ulysses, tp, local, microbatches=12 // (replicate * shard) // local
+                pp, replicate, shard, ring, ulysses, tp, ep, local_batch_size=local, microbatches=microbatches
             )
-            config = manager.from_dict({"model": {"name": "wan"}, **to_tables(c, args.num_layers)})
+            config = manager.from_dict({"model": {"name": "wan", "flavor": flavor}, **to_tables(c, args.num_layers)})
             config = replace(config, training=replace(config.training, global_batch_size=12))
             try:
                 check(config, world, files=False)
@@ -195,14 +199,11 @@ def test_the_space_is_what_the_trainer_accepts():
                     check_microbatches(config.parallelism, c.microbatches)
             except ValueError:
                 continue
-            legal.add((pp, replicate, shard, ring, ulysses, tp, local))
+            legal.add((pp, replicate, shard, ring, ulysses, tp, ep, local))
     assert len(legal) > 100
     space = [c for c in space if c.local_batch_size in sizes]
-    found = [
-        (c.pp, c.dp_replicate, c.dp_shard, c.ring, c.ulysses, c.tp, c.local_batch_size) for c in space if c.reshard
-    ]
-    unsharded = [c for c in space if not c.reshard and c.dp_shard * c.cp == 1]
-    found += [(c.pp, c.dp_replicate, 1, 1, 1, c.tp, c.local_batch_size) for c in unsharded]
+    once = [c for c in space if c.reshard or c.dp_shard * c.cp == 1]
+    found = [(*(getattr(c, name) for name in (*DEGREES, "ep")), c.local_batch_size) for c in once]
     assert len(found) == len(set(found)) and set(found) == legal
 
 
@@ -227,3 +228,15 @@ def test_the_space_with_encoder_ranks():
     fixed = replace(space, fixed=parse_fixed("cp=2,encoder_ranks=2,reshard=true", "--fix"))
     assert {(c.cp, c.num_training_ranks, c.reshard) for c in fixed} == {(2, 6, True)}
     assert list(violations(space, {"tp": 3})) and not list(violations(space, {"tp": 2}))
+
+
+def test_the_space_with_experts():
+    space = Space(12, 4, 4, 512, 4, StepClips(12), 1000, experts=8, schedules=("1F1B",))
+    assert {c.ep for c in space} == {1, 2, 4}  # 8 does not divide the 12 ranks
+    assert all(c.dp_shard * c.cp * c.tp % c.ep == 0 for c in space)
+    assert {c.ep for c in replace(space, experts=1)} == {1}
+    assert {c.ep for c in replace(space, fixed=parse_fixed("ep=4", "--fix"))} == {4}
+    assert "does not divide the model's 8 experts" in next(violations(space, {"ep": 3}))
+    assert "the 6 ranks of a model's copy" in next(violations(space, {"ep": 4, "dp_replicate": 2}))
+    assert next(violations(replace(space, experts=1), {"ep": 2})) == "ep: the model has no experts"
+    assert not list(violations(space, {"ep": 4, "tp": 2}))

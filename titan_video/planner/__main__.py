@@ -93,7 +93,7 @@ def explained(planned: Planned, asked: str | None) -> list[str]:
     """What --explain asks for."""
     if not asked:
         return []
-    return rejections(planned.result) if asked == ALL else why(planned, asked, "--explain")
+    return rejections(planned.space, planned.result) if asked == ALL else why(planned, asked, "--explain")
 
 
 def why(planned: Planned, text: str, option: str) -> list[str]:

@@ -17,6 +17,7 @@ PARTS = (
     "reduce-scatter",  # of gradients
     "all-reduce",  # of gradients over dp_replicate
     "all-to-all",  # of Ulysses
+    "expert parallel",  # tokens to their experts and back; the sum of the experts' load
     "ring",
     "tensor parallel",
     "offload",  # of activations or weights, where the link to the host is slower than compute
@@ -71,6 +72,7 @@ class Candidate:
     ring: int = 1
     ulysses: int = 1
     tp: int = 1
+    ep: int = 1
     local_batch_size: int = 1
     microbatches: int = 1
     tokens_per_microbatch: int = 0  # data.tokens_per_microbatch

@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]  # where the package is
 NUM_STEPS, WARM_UP = 20, 5
 LONGEST = 1800  # seconds of the process that predicts
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "frozen_linear", "frozen_linear_backward", "convolution")
+PRODUCTS += ("_grouped_mm", "grouped_linear", "grouped_linear_backward")
 COMPUTING = ("aten::", "titan_video::", "triton_")  # of other operators, the host's time is not a kernel's
 OPTIMIZER = "Optimizer.step"
 ELSEWHERE = ""  # no operator that computes: waiting, copies between ranks, the host

@@ -31,6 +31,8 @@ from titan_video.planner.timeline import BlockTimes, StepTimes
 from titan_video.planner.trace import BlockTrace, EndsTrace, Tracer
 from titan_video.planner.units import Units, UnitSizes
 
+WORST_LOAD = 1.5  # of experts: balancing keeps the fullest below it (see training/expert_balance.py)
+
 
 @dataclass(frozen=True)
 class BucketWork:
@@ -45,23 +47,31 @@ class CostModel:
     """config: the job; its degrees, batch sizes and checkpointing are not read. cluster: the machine.
 
     shares: {bucket: share of micro-batches}; None: equal.
-    ValueError: what is not planned (adapters, an optimizer of another package).
+    load: rows that the fullest rank's experts get / mean; memory is for it, time for an even load.
+    ValueError: what is not planned (adapters, an optimizer of another package, experts that choose tokens).
     """
 
-    def __init__(self, config: JobConfig, cluster: Cluster, shares: dict[tuple[int, ...], float] | None = None) -> None:
+    def __init__(
+        self,
+        config: JobConfig,
+        cluster: Cluster,
+        shares: dict[tuple[int, ...], float] | None = None,
+        load: float = WORST_LOAD,
+    ) -> None:
         _check(config)
-        self.config, self.cluster = config, cluster
+        self.config, self.cluster, self.load = config, cluster, load
         self.spec = get_spec(config.model.name)
         self.args = get_args(
             self.spec, config.model.flavor, config.model.hf_assets_path, config.encoder.max_text_length
         )
-        if getattr(self.args, "experts", None):
+        self.experts = getattr(self.args, "experts", None)
+        if self.experts and self.experts.expert_choice:
             raise ValueError(
-                f"model.flavor: {config.model.flavor} has experts, and no plan is made for those yet; "
-                f"python -m titan_video.planner.dry_run counts the memory of a layout that you choose"
+                f"model.flavor: the experts of {config.model.flavor} choose tokens, so that no formula says how many "
+                f"rows a rank has; plan the same sizes with token choice"
             )
         self.tracer = Tracer(config, self.spec, self.args)
-        self.sizes = UnitSizes(config, self.spec, self.tracer.model)
+        self.sizes = UnitSizes(config, self.spec, self.tracer.model, self.tracer.kinds)
         self.workload = self._workload(shares)
         self._replays: dict[Any, Replay] = {}
         self._block_memory: dict[Any, BlockMemory] = {}
@@ -85,8 +95,9 @@ class CostModel:
 
     @cached_property
     def layers(self) -> tuple[str, ...]:
-        """Block type (container) of each block, in forward order."""
-        return tuple(path for path in self.spec.plan.blocks for _ in self.tracer.model.get_submodule(path))
+        """Type of each block, in forward order: its container, and whether it has experts."""
+        of = {block: kind for kind, blocks in self.tracer.kinds.items() for block in blocks}
+        return tuple(of[path, key] for path in self.spec.plan.blocks for key in self.tracer.model.get_submodule(path))
 
     # ---- what the search and its reports ask ----
 
@@ -139,11 +150,11 @@ class CostModel:
         return candidate.local_batch_size
 
     def trace(self, candidate: Candidate) -> tuple[dict[str, BlockTrace], EndsTrace]:
-        return self.tracer.trace(candidate.ring, candidate.ulysses, candidate.tp)
+        return self.tracer.trace(candidate.ring, candidate.ulysses, candidate.tp, candidate.ep)
 
     def block_memory(self, candidate: Candidate, path: str, mode: Checkpointing, work: BucketWork) -> BlockMemory:
         clips = self.clips(candidate, work)
-        layout = candidate.ring, candidate.ulysses, candidate.tp
+        layout = candidate.ring, candidate.ulysses, candidate.tp, candidate.ep
         is_long = work.tokens >= self.config.activation_checkpoint.save_min_kv
         key = (*layout, path, mode, is_long, clips, work.tokens)
         if key not in self._block_memory:
@@ -151,7 +162,8 @@ class CostModel:
             if replay_key not in self._replays:
                 self._replays[replay_key] = block_replay(self.trace(candidate)[0][path], mode, is_long)
             length = -(-work.tokens // (candidate.cp * candidate.tp))
-            self._block_memory[key] = self._replays[replay_key].memory(clips, length, mode.offload)
+            experts = self.tracer.degrees(*layout)[3] / candidate.ep
+            self._block_memory[key] = self._replays[replay_key].memory(clips, length, mode.offload, self.load, experts)
         return self._block_memory[key]
 
     def ends_memory(self, candidate: Candidate, work: BucketWork) -> EndsMemory:
@@ -161,11 +173,13 @@ class CostModel:
             length = -(-work.tokens // (candidate.cp * candidate.tp))
             traced = math.prod(self.tracer.degrees(candidate.ring, candidate.ulysses, candidate.tp))
             ratio = candidate.cp * candidate.tp / traced
-            self._ends_memory[key] = ends_memory(self.trace(candidate)[1], clips, length, ratio)
+            ends = self.tracer.trace(candidate.ring, candidate.ulysses, candidate.tp)[1]
+            self._ends_memory[key] = ends_memory(ends, clips, length, ratio)
         return self._ends_memory[key]
 
     def units(self, candidate: Candidate) -> Units:
-        return self.sizes.units(candidate.dp_shard * candidate.cp, candidate.tp, candidate.optimizer)
+        c = candidate
+        return self.sizes.units(c.dp_shard * c.cp, c.tp, c.ep, c.optimizer)
 
     def has_units(self, candidate: Candidate) -> bool:
         """Whether FSDP does anything: see distributed/fsdp.py."""

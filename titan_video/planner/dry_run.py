@@ -86,8 +86,8 @@ class RankStep:
         flow = FlowMatching(config.flow, t.loss, t.huber_c)
         self.task = Denoising(spec, args, flow, self.shard, cpu, guidance_scale=t.guidance)
 
-    def run(self, tracker: StepTracker) -> None:
-        """Forward and backward of the micro-batches that are counted, on fake tensors."""
+    def run(self, tracker: StepTracker, load: float = 1.0) -> None:
+        """Forward and backward of the micro-batches that are counted, on fake tensors. load: see `dry_run`."""
         with FakeTensorMode(allow_non_fake_inputs=True):
             latent_shape = self.spec.geometry(self.args).latent_shape(self.size.bucket)
             text_dtype = getattr(torch, self.config.encoder.dtype)
@@ -101,7 +101,7 @@ class RankStep:
             is_offloading = a.offload or any(r.offload for r in a.range)
             offload = fake.watch_offload(tracker) if is_offloading else nullcontext()
             operators = fake.gpu_operators(self.config.model.kernels)
-            with tracker, operators, offload, fake.balanced_experts():
+            with tracker, operators, offload, fake.experts_get(fake.loaded(load)):
                 self._create_state(tracker)
                 fake.watch_forwards(self.model, tracker)
                 fake.watch_recomputation(self.model, self.spec.plan, tracker)
@@ -154,9 +154,10 @@ class RankStep:
             fake.set_gradients(self.model, tracker)
 
 
-def dry_run(config: JobConfig, world_size: int, rank: int = 0) -> Report:
+def dry_run(config: JobConfig, world_size: int, rank: int = 0, load: float = 1.0) -> Report:
     """Run rank `rank`'s step on fake tensors. No process group may exist.
 
+    load: under expert parallel, the rows that the rank's experts get / the mean.
     ValueError: the configuration cannot run on any machine, or the dry run does not cover it.
     """
     start = time.perf_counter()
@@ -185,7 +186,7 @@ def dry_run(config: JobConfig, world_size: int, rank: int = 0) -> Report:
         meshes = dims.build_mesh("cpu")
         step = RankStep(config, spec, args, meshes, size)
         tracker = StepTracker(fake.get_axes(meshes), bodies=fake.operator_bodies())
-        step.run(tracker)
+        step.run(tracker, load)
         static = static_bytes(step.model, config.optimizer.name, spec.plan.blocks, config.ema.enable)
     host = (OFFLOADED, SWAPPED, *(STATE if config.training.enable_cpu_offload else ()))
     peak = tracker.peak(on_host=host)

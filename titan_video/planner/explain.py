@@ -17,7 +17,7 @@ SMALL = 0.002  # of a step: differences of parts that are not listed
 def name_of(candidate: Candidate) -> str:
     """Short: degrees above 1, and what else is not the default."""
     c = candidate
-    words = [f"{name} {getattr(c, name)}" for name in DEGREES if getattr(c, name) > 1]
+    words = [f"{name} {getattr(c, name)}" for name in (*DEGREES, "ep") if getattr(c, name) > 1]
     if c.tokens_per_microbatch:
         words.append(f"{c.tokens_per_microbatch:,} tokens")
     elif c.local_batch_size > 1:
@@ -49,10 +49,10 @@ def matches(candidate: Candidate, fixed: Mapping[str, Any]) -> bool:
     return all(getattr(candidate, name) == value for name, value in fixed.items())
 
 
-def rejections(result: Result) -> list[str]:
+def rejections(space: Space, result: Result) -> list[str]:
     """What became of all candidates, in a few lines."""
     chosen = result.chosen
-    lines = [f"{result.num_candidates:,} candidates"]
+    lines = [f"{result.num_candidates:,} candidates", *refused(space)]
     by_cause = Counter(_cause(r) for r in result.rejected)
     for cause, number in by_cause.most_common():
         lines.append(f"{number:,} do not fit: {cause}")
@@ -67,6 +67,14 @@ def rejections(result: Result) -> list[str]:
         lines += [f"chosen: {name_of(chosen.candidate)}; checkpointing: {saved_by(chosen.candidate)}"]
         lines += [f"what keeps it from being faster: {chosen.binding}"]
     return lines
+
+
+def refused(space: Space) -> list[str]:
+    """Layouts that an option of the job excludes, by rule: a line each, with their number."""
+    if space.refusals is None:
+        return []
+    rules = Counter(line for c in space.every() for line in space.refusals(c))
+    return [f"{number:,} are not run with this job's {rule}" for rule, number in rules.most_common()]
 
 
 def _cause(rejected: Rejected) -> str:
@@ -86,18 +94,21 @@ def why_not(
     chosen = result.chosen
     if chosen and matches(chosen.candidate, fixed):
         return [f"{asked}: it is the plan, {name_of(chosen.candidate)}"]
-    degrees = {name: value for name, value in fixed.items() if name in (*DEGREES, "cp")}
+    degrees = {name: value for name, value in fixed.items() if name in (*DEGREES, "ep", "cp")}
     broken = list(violations(space, degrees))
     if broken:
         return [f"{asked}: not legal here", *(f"  {line}" for line in broken)]
     others = replace(space, fixed={**(space.fixed or {}), **fixed})
+    by_rule = [f"  {line}" for line in refused(others)]
     if not any(True for _ in others):
-        return [f"{asked}: not legal here", f"  no candidate on {space.world_size} ranks has all of these values"]
+        none = f"  no candidate on {space.world_size} ranks has all of these values"
+        return [f"{asked}: not legal here", *(by_rule or [none])]
     own = search(model, others, space.gpus_per_node, allow_offload=allow_offload)
     if own.chosen is None:
-        return [f"{asked}: does not fit", *_shortage(own.rejected)]
+        return [f"{asked}: does not fit", *_shortage(own.rejected), *by_rule]
     lines = [f"{asked}: {own.num_candidates:,} candidates, of which {len(own.rejected):,} do not fit"]
     lines += [f"  {line}" for line in _shortage(own.rejected)[:1]] if own.rejected else []
+    lines += by_rule
     return [*lines, *compare(own.plans[0], chosen)] if chosen else lines
 
 

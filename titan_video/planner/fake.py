@@ -144,26 +144,37 @@ def gpu_operators(backend: str) -> Iterator[None]:
         kernels.set_backend(previous)
 
 
+HostNumbers = Callable[[Tensor, Tensor, int], tuple[list[int], list[int], list[list[int]]]]
+
+
+def loaded(load: float) -> HostNumbers:
+    """For `experts_get`: tokens choose all experts equally often, but this rank's `load` times as often."""
+
+    def host_numbers(sent: Tensor, received: Tensor, num_rows: int) -> tuple[list[int], list[int], list[list[int]]]:
+        num_ranks, num_experts = received.shape
+        of = _parts(round(load * num_rows), num_ranks)
+        return _parts(num_rows, num_ranks), of, [_parts(n, num_experts) for n in of]
+
+    return host_numbers
+
+
+def _parts(number: int, count: int) -> list[int]:
+    return [number * (i + 1) // count - number * i // count for i in range(count)]
+
+
 @contextmanager
-def balanced_experts() -> Iterator[None]:
-    """Inside, each expert gets as many rows as the others: fake tensors do not say how many."""
+def experts_get(host_numbers: HostNumbers) -> Iterator[None]:
+    """Inside, `host_numbers` says how many rows go where, as expert_parallel.host_numbers: fake tensors do not."""
     if not find_module(EXPERT_PARALLEL):
         yield
         return
     part = resolve(EXPERT_PARALLEL, asked_by="the dry run")
-    host_numbers = part.host_numbers
-
-    def balanced(sent: Tensor, received: Tensor, num_rows: int) -> tuple[list[int], list[int], list[list[int]]]:
-        num_ranks, num_experts = received.shape
-        to = [num_rows * (rank + 1) // num_ranks - num_rows * rank // num_ranks for rank in range(num_ranks)]
-        by_expert = [[n * (i + 1) // num_experts - n * i // num_experts for i in range(num_experts)] for n in to]
-        return to, to, by_expert
-
-    part.host_numbers = balanced
+    previous = part.host_numbers
+    part.host_numbers = host_numbers
     try:
         yield
     finally:
-        part.host_numbers = host_numbers
+        part.host_numbers = previous
 
 
 def watch_forwards(model: nn.Module, tracker: StepTracker) -> None:

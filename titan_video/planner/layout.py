@@ -17,9 +17,9 @@ from titan_video.planner.describe import usable_bytes
 from titan_video.planner.knapsack import Choice
 from titan_video.planner.memory_model import in_flight
 from titan_video.planner.search import StageBudget
+from titan_video.planner.selection import SAVES
 from titan_video.planner.step_clock import StepClock
 from titan_video.planner.step_model import StepFixed, bubble
-from titan_video.planner.trace import SAVES
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class LayoutBuilder:
 
     def least_seconds(self, c: Candidate) -> float:
         """Of a step whose blocks save everything, wait for no weights, and are spread equally over the stages."""
-        key = c.ring, c.ulysses, c.tp, c.local_batch_size, c.tokens_per_microbatch
+        key = c.ring, c.ulysses, c.tp, c.ep, c.local_batch_size, c.tokens_per_microbatch
         if key not in self._least:
             numbers = Counter(self.model.layers)
             self._least[key] = sum(
@@ -90,11 +90,11 @@ class LayoutBuilder:
 
     def layout(self, c: Candidate, allow_offload: bool) -> Layout:
         chunks = 2 if c.pp > 1 and c.schedule.startswith("Interleaved") else 1
-        sequence = c.ring, c.ulysses, c.tp, c.local_batch_size, c.tokens_per_microbatch
+        sequence = c.ring, c.ulysses, c.tp, c.ep, c.local_batch_size, c.tokens_per_microbatch
         shards = c.dp_shard, c.dp_replicate, c.enable_cpu_offload
         key = (*sequence, *shards, c.reshard, allow_offload)
         if key not in self._choices:
-            self._choices[key] = {path: self._choose(c, path, allow_offload) for path in self.model.spec.plan.blocks}
+            self._choices[key] = {path: self._choose(c, path, allow_offload) for path in self.model.tracer.kinds}
         step = c.pp, c.schedule, c.microbatches, c.optimizer
         budget_key = (*sequence, *shards, c.reshard, *step)
         if budget_key not in self._budgets:
@@ -120,10 +120,11 @@ class LayoutBuilder:
 
     def _hold(self, c: Candidate) -> dict[str, float]:
         """Bytes that a stage holds of each of its blocks: state, gradients, and weights that stay gathered."""
-        units, own = self.model.units(c), self.model.units(c).per_block
+        units = self.model.units(c)
         stays = not (c.reshard and c.dp_shard * c.cp > 1)
         held = {}
-        for path, unit in units.blocks.items():
+        for path, unit in units.whole.items():
+            own = units.per_block[path]
             size = 0.0 if c.enable_cpu_offload else unit.state + own.state
             if self._holds_gradients(c) and not c.enable_cpu_offload:
                 size += unit.gradients + own.gradients
@@ -136,7 +137,8 @@ class LayoutBuilder:
         """What a block may save. Attention only where some clips are long enough for it (save_min_kv), and where its
         operator is visible: see kernels/attention.py.
         """
-        key = c.ulysses > 1, allow_offload
+        has_exchange = c.ulysses * c.ep > 1
+        key = has_exchange, allow_offload
         if key not in self._modes:
             config, longest = self.model.config, max(work.tokens for work in self.model.workload)
             is_long = longest >= config.activation_checkpoint.save_min_kv
@@ -145,7 +147,7 @@ class LayoutBuilder:
             found += [
                 Checkpointing("selective", save)
                 for save in SAVES
-                if ("exchange" not in save or c.ulysses > 1) and ("attention" not in save or is_long)
+                if ("exchange" not in save or has_exchange) and ("attention" not in save or is_long)
             ]
             if allow_offload:
                 found += [Checkpointing(m.mode, m.save, offload=True) for m in found if m.mode != "none"]
@@ -154,7 +156,7 @@ class LayoutBuilder:
 
     def _table(self, c: Candidate, path: str, work: Any, allow_offload: bool) -> _Table:
         clips = self.model.clips(c, work)
-        key = c.ring, c.ulysses, c.tp, path, clips, work.tokens, allow_offload
+        key = c.ring, c.ulysses, c.tp, c.ep, path, clips, work.tokens, allow_offload
         if key not in self._tables:
             modes = self.modes(c, allow_offload)
             again = [self.clock.block_seconds(c, path, "again", work, mode) for mode in modes]
@@ -182,7 +184,7 @@ class LayoutBuilder:
             hidden = min(sent.gather, forward.compute)
             first = forward.device + sent.gather - hidden + (slowdown - 1) * hidden
             hidden = np.minimum(back, backward.compute + t.compute)
-            second = backward.device + t.device + back - hidden + (slowdown - 1) * hidden
+            second = backward.device + t.device + sent.partial + back - hidden + (slowdown - 1) * hidden
             first = np.maximum(np.maximum(first, t.moved), forward.host)
             second = np.maximum(np.maximum(second, t.moved), backward.host + t.host)
             seconds += work.share * (first + second)
@@ -206,7 +208,7 @@ class LayoutBuilder:
             if model.has_units(c):
                 fixed += sum(u.gathered for name, u in ends if not name)
                 if c.reshard and c.dp_shard * c.cp > 1:
-                    fixed += 2 * min(unit.gathered for unit in units.blocks.values())
+                    fixed += 2 * min(unit.gathered for unit in units.whole.values())
             held = in_flight(c, s)
             fixed += max(self._kept(c, ends, is_first, is_last, held) for _, ends in works)
             seconds = sum(

@@ -5,7 +5,8 @@
     inputs          of the micro-batches
     activations     of the micro-batches in flight: all that the blocks and the ends save
     one block       what its backward needs beside that, its gathered weights and those of the one before it, and the
-                    gradients of the one after it, which are being reduced
+                    gradients of the one after it, which are being reduced. Experts that are an FSDP unit of their own
+                    are reduced and freed before the rest of their block
 
 The peak is the largest sum over the blocks of a stage, and over its ends.
 """
@@ -24,7 +25,7 @@ from titan_video.planner.units import Unit, Units
 class StageInput:
     """What the memory of a stage follows from.
 
-    blocks: of each of its blocks, in forward order, the container and the checkpointing. memory: of each kind of them.
+    blocks: of each of its blocks, in forward order, the type and the checkpointing. memory: of each kind of them.
     in_flight: micro-batches whose activations it holds at most. num_inputs: micro-batches that exist at once.
     has_units: whether there is FSDP (see distributed/fsdp.py). in_backward: optimizer.in_backward. replicates: whether
     gradients are also summed over dp_replicate.
@@ -108,8 +109,7 @@ def _gathered_after_forward(stage: StageInput) -> float:
     """Weights that a stage leaves gathered between its forward and its backward: its root's, or all of them."""
     ends = _end_units(stage)
     root = _root(stage).gathered
-    units = [stage.units.blocks[path] for path, _ in stage.blocks]
-    return root if stage.reshard else _Gathered(stage, units, ends, root).at(len(units))
+    return root if stage.reshard else _Gathered(stage, ends, root).at(len(stage.blocks))
 
 
 def _buffers(stage: StageInput) -> float:
@@ -120,8 +120,8 @@ def _buffers(stage: StageInput) -> float:
 def _own(stage: StageInput) -> Unit:
     """All units of a stage."""
     own = Unit()
-    for path, _ in stage.blocks:
-        own += stage.units.blocks[path] + stage.units.per_block
+    for kind, _ in stage.blocks:
+        own += stage.units.whole[kind] + stage.units.per_block[kind]
     for unit in _end_units(stage).values():
         own += unit
     return own
@@ -149,7 +149,7 @@ def stage_memory(stage: StageInput, on_host: tuple[str, ...] = (), beside: float
     on_host: categories that do not count. beside: activations of the rank's other stage.
     """
     units, blocks, own = stage.units, stage.blocks, _own(stage)
-    ends, block_units = _end_units(stage), [units.blocks[path] for path, _ in blocks]
+    ends = _end_units(stage)
     root = _root(stage)  # gathered from the first use to the end of backward
     root_gathered, fixed = (root.gathered if stage.has_units else 0), _fixed(stage)
     memory = [stage.memory[block] for block in blocks]
@@ -165,7 +165,7 @@ def stage_memory(stage: StageInput, on_host: tuple[str, ...] = (), beside: float
         found = {**fixed, **{name.replace("_", " "): value for name, value in kinds.items()}}
         peak.offer({kind: size for kind, size in found.items() if kind not in on_host})
 
-    gathered = _Gathered(stage, block_units, ends, root_gathered)
+    gathered = _Gathered(stage, ends, root_gathered)
     saved = earlier + kept + sum(m.saved for m in memory)
     if stage.is_last:
         offer(
@@ -178,25 +178,28 @@ def stage_memory(stage: StageInput, on_host: tuple[str, ...] = (), beside: float
     reducing = max((u.reduced for u in units.last.values()), default=0) if stage.has_units and stage.is_last else 0
     held = 0.0  # the last unit's reduced shard, until its all-reduce over the replicas has been waited for
     for i in reversed(range(len(blocks))):
-        m, unit = memory[i], block_units[i]
-        offer(
-            activations=saved + m.recomputed,
-            **{TEMPORARY: m.working - m.recomputed + held},
-            gathered_weights=gathered.at(i),
-            reduction_buffers=reducing,
-        )
-        saved -= m.saved
-        if stage.has_units:
-            reducing = unit.reduced
-            # The block's gathered weights are freed, its gradients are still there, and their sum comes beside them.
+        m, weights = memory[i], gathered.at(i)
+        for part, unit in zip(m.parts, _units_of(stage, i), strict=True):
             offer(
-                activations=saved,
-                **{TEMPORARY: max(0.0, m.left + m.saved) + unit.gradients + held},
-                gathered_weights=gathered.at(i) - unit.gathered,
+                activations=saved + part.recomputed,
+                **{TEMPORARY: part.working - part.recomputed + held},
+                gathered_weights=weights,
                 reduction_buffers=reducing,
             )
-            held = unit.gradients if stage.replicates and grads.holds_all else 0.0
-        grads.add(unit)
+            freed = m.saved if part is m.parts[-1] else 0.0
+            saved -= freed
+            if stage.has_units:
+                reducing, weights = unit.reduced, weights - unit.gathered
+                # The unit's gathered weights are freed, its gradients are there, and their sum comes beside them.
+                left = part.left + freed
+                offer(
+                    activations=saved + min(0.0, left),
+                    **{TEMPORARY: max(0.0, left) + unit.gradients + unit.copied + held},
+                    gathered_weights=weights,
+                    reduction_buffers=reducing,
+                )
+                held = unit.gradients if stage.replicates and grads.holds_all else 0.0
+            grads.add(unit)
     _offer_embed(stage, offer, earlier + kept, gathered, reducing)
     grads.add_all()
     offer(activations=earlier + kept, gathered_weights=root_gathered, reduction_buffers=2 * root.reduced)
@@ -229,16 +232,26 @@ def _end_units(stage: StageInput) -> dict[str, Unit]:
 def _root(stage: StageInput) -> Unit:
     """The root's float32 unit, with what it has of each block."""
     root = _end_units(stage).get("", Unit())
-    for _ in stage.blocks:
-        root += stage.units.per_block
+    for kind, _ in stage.blocks:
+        root += stage.units.per_block[kind]
     return root
+
+
+def _units_of(stage: StageInput, i: int) -> list[Unit]:
+    """Of block i, in the order in which their gradients are reduced."""
+    kind, _ = stage.blocks[i]
+    experts = stage.units.experts.get(kind)
+    return [*([experts] if experts else []), stage.units.blocks[kind]]
 
 
 class _Gathered:
     """Gathered weights while block i runs backward; of len(blocks), while the head does."""
 
-    def __init__(self, stage: StageInput, block_units: list[Unit], ends: dict[str, Unit], root: float):
-        self.stage, self.blocks, self.root = stage, [u.gathered for u in block_units], root
+    def __init__(self, stage: StageInput, ends: dict[str, Unit], root: float):
+        self.stage, self.root = stage, root
+        self.blocks = [stage.units.whole[kind].gathered for kind, _ in stage.blocks]
+        # While the head runs, FSDP gathers the last block, and its experts only when they are next.
+        self.last = stage.units.blocks[stage.blocks[-1][0]].gathered if stage.blocks else 0
         self.others = sum(u.gathered for name, u in ends.items() if name)
         # Before the first block's backward FSDP itself gathers what ran before that block.
         self.before = ends[stage.ends.last_unit].gathered if stage.is_first and stage.ends.last_unit in ends else 0
@@ -248,6 +261,8 @@ class _Gathered:
             return 0.0
         if not self.stage.reshard:
             return self.root + sum(self.blocks[: i + 1]) + self.others
+        if i == len(self.blocks) > 0:
+            return self.root + self.last
         ahead = self.blocks[i - 1] if i > 0 and self.blocks else self.before
         return self.root + (self.blocks[i] if i < len(self.blocks) else 0) + ahead
 
@@ -259,7 +274,7 @@ class _Gradients:
         self.own, self.most = own.gradients, own.gradients
         self.stage, self.bytes = stage, 0.0
         if stage.in_backward:
-            units = [*stage.units.blocks.values(), *_end_units(stage).values()]
+            units = [*stage.units.blocks.values(), *stage.units.experts.values(), *_end_units(stage).values()]
             self.most = max(u.gradients for u in units)
         elif self.holds_all:
             self.bytes = own.gradients

@@ -23,7 +23,7 @@ from typing import Any
 
 GIB = 2**30
 VISIBLE = 0.0003  # of a time line: shorter events are not drawn
-LANES = ("compute", "all-to-all", "ring", "tensor parallel", "gather", "reduce", "pipeline", "host")
+LANES = ("compute", "all-to-all", "ring", "tensor parallel", "expert parallel", "gather", "reduce", "pipeline", "host")
 COLOURS = MappingProxyType(  # of Paul Tol's muted scheme, which colour-blind readers can tell apart
     {
         "compute": "#4477aa",
@@ -35,6 +35,7 @@ COLOURS = MappingProxyType(  # of Paul Tol's muted scheme, which colour-blind re
         "all-to-all": "#cc6677",
         "ring": "#ddaa33",
         "tensor parallel": "#aa4499",
+        "expert parallel": "#882255",
         "gather": "#117733",
         "reduce": "#44aa99",
         "pipeline": "#999933",

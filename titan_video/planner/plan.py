@@ -1,5 +1,6 @@
 """From a job and a cluster to the plan: what may be asked of it, in which order, and what helps where nothing fits."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +17,7 @@ from titan_video.planner.describe import GIB
 from titan_video.planner.explain import name_of
 from titan_video.planner.plan_file import to_candidate
 from titan_video.planner.search import MAX_SOLVED, Plan, Result, binding, search
-from titan_video.planner.space import MAX_ENCODER_SHARE, SCHEDULES, Space, StepClips, divisors, runs
+from titan_video.planner.space import MAX_ENCODER_SHARE, SCHEDULES, Space, StepClips, divisors, refusals
 
 ALLOWED = ("offload", "8bit", "host-state")  # what a plan may use beside layouts: asked for, or needed to fit
 MORE_GPUS = (2, 4, 8)
@@ -42,22 +43,24 @@ class Job:
     def space(self, model: Any) -> Space:
         """ConfigError: the job's batch size does not fit its own layout on the cluster."""
         c, gpus, args = self.config, self.cluster.gpus, self.args
+        experts = getattr(args, "experts", None)
         schedules = SCHEDULES if c.parallelism.pipeline_parallel_degree > 1 or gpus > 1 else SCHEDULES[:1]
         return Space(
             world_size=gpus,
             gpus_per_node=self.cluster.gpus_per_node,
             heads=args.num_heads,
-            hidden=args.ffn_dim,
+            hidden=math.gcd(args.ffn_dim, experts.shared_dim if experts else 0),
             layers=args.num_layers,
             step=StepClips.of(c, gpus),
             longest=max(work.tokens for work in model.workload),
+            experts=experts.num_experts if experts else 1,
             placement=c.encoder.placement,
             encoder_ranks=(0,) if c.encoder.placement == "cached" else (0, *encoder_ranks(gpus)),
             schedules=schedules,
             optimizer="AdamW8bit" if "8bit" in self.allow and c.optimizer.name == "AdamW" else c.optimizer.name,
             enable_cpu_offload="host-state" in self.allow or c.training.enable_cpu_offload,
             fixed=self.fixed,
-            runs=partial(runs, c),
+            refusals=partial(refusals, c),
         )
 
 

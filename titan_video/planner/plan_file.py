@@ -48,6 +48,7 @@ def to_tables(candidate: Candidate, num_blocks: int) -> Tables:
             "data_parallel_shard_degree": c.dp_shard,
             "fsdp_reshard_after_forward": "always" if c.reshard else "never",
             "tensor_parallel_degree": c.tp,
+            "expert_parallel_degree": c.ep,
             "context_parallel_degree": c.cp,
             "context_parallel_method": "unified" if is_unified else "ring" if c.ring > 1 else "ulysses",
             "context_parallel_ulysses_degree": c.ulysses if is_unified else 1,
@@ -177,7 +178,7 @@ def to_candidate(config: JobConfig, world_size: int, num_blocks: int, clips: int
     sharded = dims.dp_shard * dims.cp > 1
     reshard = {"always": True, "never": False, "default": sharded}[p.fsdp_reshard_after_forward]
     return Candidate(
-        **{f.name: getattr(dims, f.name) for f in fields(dims) if f.name != "ep"},  # of experts: see CostModel
+        **{f.name: getattr(dims, f.name) for f in fields(dims)},
         local_batch_size=local,
         microbatches=microbatches,
         tokens_per_microbatch=budget,

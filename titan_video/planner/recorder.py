@@ -1,7 +1,8 @@
 """A StepTracker that also keeps every operator of a traced module: what it computes, moves and sends, and when.
 
 Sizes are traced at numbers of clips and of tokens that no other size is a multiple of. So each number in the log is
-known as a polynomial of both, and one trace serves all batches and lengths.
+known as a polynomial of both, and one trace serves all batches and lengths. Under expert parallel a rank computes with
+rows of other ranks, too: a third number, known by the rows of a tensor.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,10 +19,13 @@ from titan_video.planner.step_tracker import _SDPA_CPU, COLLECTIVES, Axis, StepT
 
 # Primes that divide no size of a model. What is added to a multiple of LENGTH (text beside video) is much less.
 CLIPS, LENGTH = 101, 10_000_000_019
-Poly = tuple[float, float, float, float, float]  # coefficients of 1, B, L, B L, B L^2; B: clips, L: rows of one rank
-ZERO: Poly = (0.0, 0.0, 0.0, 0.0, 0.0)
+# Coefficients of 1, B, L, B L, B L^2, B L r. B: clips, L: rows of one rank, r: load of its experts / mean load.
+Poly = tuple[float, float, float, float, float, float]
+ZERO: Poly = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+LOAD = 5  # of the load in traces: times as many rows come to a rank as leave it, so that no other tensor has them
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+GROUPED = ("grouped_linear", "grouped_linear_backward")
 _FREE = ("empty", "new_empty", "detach", "wait_tensor", "_local_scalar_dense")
 
 
@@ -32,27 +36,35 @@ def decode(number: int) -> Poly:
     square, value = divmod(value, LENGTH * LENGTH)
     linear, constant = divmod(value, LENGTH)
     assert not (rest and square), "attention of no clips"
-    return (constant, 0.0, linear, 0.0, 0.0) if rest else (0.0, constant, 0.0, linear, square)
+    return (constant, 0.0, linear, 0.0, 0.0, 0.0) if rest else (0.0, constant, 0.0, linear, square, 0.0)
 
 
-def decode_sum(numbers: Iterable[int]) -> Poly:
-    """The sum of their polynomials."""
-    return tuple(map(sum, zip(ZERO, *map(decode, numbers), strict=True)))
+def decode_received(number: int) -> Poly:
+    """`decode` of a multiple of the rows that a rank's experts get."""
+    linear, rest = divmod(int(number), CLIPS * LENGTH * LOAD)
+    assert not rest, "rows of experts, and something else"
+    return (*ZERO[:5], linear)
 
 
-def monomials(clips: float, length: float) -> np.ndarray:
+def add(polys: Iterable[Poly]) -> Poly:
+    return tuple(map(sum, zip(ZERO, *polys, strict=True)))
+
+
+def monomials(clips: float, length: float, load: float = 1.0) -> np.ndarray:
     """The values that a Poly's coefficients are multiplied by."""
-    return np.array([1.0, clips, length, clips * length, clips * length * length])
+    rows = clips * length
+    return np.array([1.0, clips, length, rows, rows * length, rows * load])
 
 
 @dataclass(frozen=True)
 class Op:
     """One operator.
 
-    kind: "product", "attention", "memory" or "collective". part: of the trace (see `Recorder.part`). outer: number of
-    the operator that autograd and checkpointing see, which may be made of several. moved: bytes read and written;
-    fused: the same in a compiled block, where neighbouring plain operators become one kernel.
-    shape: of a product, rows, inner and columns; of attention, keys and head width.
+    kind: "product", "attention", "memory", "collective", or "wait" of the host for the device. part: of the trace (see
+    `Recorder.part`). outer: number of the operator that autograd and checkpointing see, which may be made of several.
+    moved: bytes read and written; fused: the same in a compiled block, where neighbouring plain operators become one
+    kernel.
+    shape: of a product, rows, inner and columns, of experts for each of them; of attention, keys and head width.
     collective: kind and axis; moved is then the payload, as step_tracker.bytes_sent takes it. count: launches.
     """
 
@@ -69,14 +81,17 @@ class Op:
 
 
 class Recorder(StepTracker):
-    """axes, bodies: as StepTracker's.
+    """axes, bodies: as StepTracker's. received: rows that this rank's experts get; 0: it has none of others.
 
     part: what runs now, set by the caller, such as "forward". listeners: called before each operator that autograd
     sees, with its number, the operator and its arguments.
     """
 
-    def __init__(self, axes: dict[str, Axis], bodies: dict[object, Callable] | None = None):
+    def __init__(self, axes: dict[str, Axis], bodies: dict[object, Callable] | None = None, received: int = 0):
         super().__init__(axes, bodies)
+        self.received = received
+        self._of_others: set[int] = set()  # storages of such rows
+        self._is_of_others = False  # the operator that runs
         self.part, self.phase = "", "forward"
         self.ops: list[Op] = []
         self.outer = -1
@@ -101,7 +116,24 @@ class Recorder(StepTracker):
 
     def sizes(self) -> np.ndarray:
         """[storages, monomials]"""
-        return np.array([decode(size) for size in self._size]).reshape(-1, 5)
+        return np.array([self._poly(number, size) for number, size in enumerate(self._size)]).reshape(-1, len(ZERO))
+
+    def _poly(self, storage: int, size: int) -> Poly:
+        return decode_received(size) if storage in self._of_others else decode(size)
+
+    def _has_received(self, tensors: Iterable[Any]) -> bool:
+        return self.received > 0 and any(isinstance(t, Tensor) and t.shape[:1] == (self.received,) for t in tensors)
+
+    def wait(self) -> None:
+        """The host waits for the device here."""
+        self.ops.append(Op("wait", "wait", self.part, self.outer))
+        self._touched.append(({}, {}, False))
+
+    def add_workspace(self, size: int) -> None:
+        self.allocated_by[self.num_storages] = self.outer
+        if self._is_of_others:
+            self._of_others.add(self.num_storages)
+        super().add_workspace(size)
 
     def live(self) -> set[int]:
         """Storages that are alive."""
@@ -110,6 +142,8 @@ class Recorder(StepTracker):
     def _number(self, tensor: Tensor) -> int:
         number = super()._number(tensor)
         self.allocated_by.setdefault(number, self.outer)
+        if self._has_received([tensor]):
+            self._of_others.add(number)
         return number
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -127,6 +161,7 @@ class Recorder(StepTracker):
         return result
 
     def _count(self, func, args, kwargs, result) -> None:
+        self._is_of_others = self._has_received(tree_leaves((args, result)))
         super()._count(func, args, kwargs, result)
         packet, name = func.overloadpacket, func._schema.name.partition("::")[2]
         reads, writes = self._accesses(func, name, args, kwargs, result)
@@ -143,19 +178,37 @@ class Recorder(StepTracker):
             shape = tuple(decode(n) for n in (left.shape[-2], left.shape[-1], right.shape[-1]))
             flops = decode(flop_registry[packet](*args, **kwargs, out_val=result))
             op = replace(op, kind="product", flops=flops, shape=shape)
+        elif name in GROUPED:
+            self._count_biases(op, args, result)
+            op = replace(op, kind="product", **self._grouped(packet, args, kwargs, result))
         elif not is_collective and (reads or writes) and not name.startswith(_FREE):
-            op = replace(op, moved=decode_sum([*reads.values(), *writes.values()]))
+            op = replace(op, moved=self._sum(reads, writes))
         else:
             return
         self.ops.append(op)
         self._touched.append((reads, writes, op.kind == "memory" and func.namespace == "aten"))
+
+    def _count_biases(self, op: Op, args, result) -> None:
+        """What a grouped product does beside multiplying: biases are repeated and added, or their gradients summed."""
+        decoded = decode_received if self._is_of_others else decode
+        moved = decoded(4 * result.nbytes if op.name == GROUPED[0] else args[0].nbytes)
+        self.ops.append(replace(op, moved=moved))
+        self._touched.append(({}, {}, False))
+
+    def _grouped(self, packet, args, kwargs, result) -> dict[str, Any]:
+        decoded = decode_received if self._is_of_others else decode
+        x, w = [t for t in args if isinstance(t, Tensor)][: 2 if packet.__name__ == GROUPED[0] else 3][-2:]
+        rows = tuple(n / w.shape[0] for n in decoded(x.shape[0]))
+        flops = decoded(flop_registry[packet](*args, **kwargs, out_val=result))
+        return {"flops": flops, "shape": (rows, decode(w.shape[1]), decode(w.shape[2]))}
 
     def _collective(self, op: Op, kind: str, args, kwargs, result) -> Op:
         groups = [a for a in (*args, *kwargs.values()) if isinstance(a, (torch.ScriptObject, str))]
         names = [a if isinstance(a, str) else _group_name(a) for a in groups]
         axis = next((self.axes[n].name for n in names if n in self.axes), "other")
         payload = max(t.nbytes for t in tree_leaves((args, result)) if isinstance(t, Tensor))
-        return replace(op, kind="collective", moved=decode(payload), collective=(kind, axis))
+        moved = decode_received(payload) if self._is_of_others else decode(payload)
+        return replace(op, kind="collective", moved=moved, collective=(kind, axis))
 
     def _accesses(self, func, name: str, args, kwargs, result) -> tuple[dict[int, int], dict[int, int]]:
         """Bytes that an operator reads and writes, by storage; nothing for a view. Broadcast dims count once."""
@@ -170,6 +223,9 @@ class Recorder(StepTracker):
         elif name in ("copy_", "fill_", "zero_"):
             read = {self._number(t): _touched(t) for t in inputs[1:]}
         return read, written
+
+    def _sum(self, *accesses: dict[int, int]) -> Poly:
+        return add(self._poly(storage, size) for some in accesses for storage, size in some.items())
 
     def fuse(self, kept: set[int]) -> tuple[Op, ...]:
         """The operators, with `fused` set. kept: storages that are read after the trace's last operator.
@@ -194,8 +250,8 @@ class Recorder(StepTracker):
         for i, op in enumerate(self.ops):
             _, written, is_plain = self._touched[i]
             if is_plain:
-                writes = [size for s, size in written.items() if (i, s) in needed]
-                op = replace(op, fused=decode_sum([*reads[i].values(), *writes]))
+                writes = {s: size for s, size in written.items() if (i, s) in needed}
+                op = replace(op, fused=self._sum(reads[i], writes))
             elif op.kind == "memory":
                 op = replace(op, fused=op.moved)
             ops.append(op)

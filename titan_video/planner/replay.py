@@ -11,55 +11,88 @@ from titan_video.planner.trace import BlockTrace, EndsTrace, Log
 
 
 @dataclass(frozen=True)
-class BlockMemory:
-    """Bytes of one block for one micro-batch.
+class BackwardPart:
+    """Bytes beside what a block has saved, until the gradients of one of its FSDP units are there.
 
-    saved: on the device from its forward to its backward; host: in host memory. working: beside `saved`, at the most in
-    its backward, of which `recomputed` are activations. left: beside `saved`, at the end of its backward, when
-    gradients are reduced.
+    working: at the most, of which `recomputed` are activations. left: at the end, when gradients are reduced.
     """
 
-    saved: float
-    host: float
     working: float
     recomputed: float
     left: float
 
 
-class Replay:
-    """What a backward allocates and frees. events: [events, 2] of storage and sign."""
+@dataclass(frozen=True)
+class BlockMemory:
+    """Bytes of one block for one micro-batch.
 
-    def __init__(self, log: Log, saved: frozenset[int], events: list[tuple[int, int]], recomputed: frozenset[int]):
+    saved: on the device from its forward to its backward; host: in host memory. parts: of its backward, one for each
+    FSDP unit: of experts if they are one, then of the rest. working: the most of the parts.
+    """
+
+    saved: float
+    host: float
+    parts: tuple[BackwardPart, ...]
+
+    @property
+    def working(self) -> float:
+        return max(part.working for part in self.parts)
+
+
+class Replay:
+    """What a backward allocates and frees. events: of storage and sign. experts_end: how many of them precede the
+    reduction of the experts' gradients; 0: they are reduced with the others.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        saved: frozenset[int],
+        events: list[tuple[int, int]],
+        experts_end: int,
+        recomputed: frozenset[int] = frozenset(),
+    ):
         self.log, self.saved, self.recomputed = log, sorted(saved), sorted(recomputed)
         found = np.array(events, dtype=int).reshape(-1, 2)
         self.coefficients = log.sizes[found[:, 0]] * found[:, 1:]
+        self.of_experts = np.isin(found[:, 0], sorted(log.expert_gradients))
+        self.experts_end = experts_end
 
     @cached_property
     def _inputs(self) -> list[int]:
         return sorted(self.log.inputs)
 
-    def memory(self, clips: int, length: int, offload: bool) -> BlockMemory:
-        values = monomials(clips, length)
+    def memory(self, clips: int, length: int, offload: bool, load: float = 1.0, experts: float = 1.0) -> BlockMemory:
+        """load: see `monomials`. experts: of a rank / those of the trace."""
+        values = monomials(clips, length, load)
         sizes = self.log.sizes @ values
-        course = np.cumsum(self.coefficients @ values)
+        changes = self.coefficients @ values
+        changes[self.of_experts] *= experts
+        course = np.cumsum(changes)
         saved, host = sizes[self.saved], 0.0
         if offload:
             # What is at least as large as the tokens, the largest input.
             moved = saved[saved >= sizes[self._inputs].max()].sum() if self._inputs else 0.0
             host = float(moved)
         kept = float(saved.sum()) - host
-        # Offloaded tensors come back for this block and, ahead of its backward, for the one before.
-        working = max(0.0, float(course.max(initial=0.0))) + 2 * host
         recomputed = float(sizes[self.recomputed].sum()) + 2 * host
-        return BlockMemory(kept, host, working, min(recomputed, working), float(course[-1]) if len(course) else 0.0)
+        courses = [course]
+        if end := self.experts_end:  # from there on without their gradients
+            courses = [course[:end], course[end:] - experts * float(sizes[sorted(self.log.expert_gradients)].sum())]
+        parts = []
+        for part in courses:
+            # Offloaded tensors come back for this block and, ahead of its backward, for the one before.
+            working = max(0.0, float(part.max(initial=0.0))) + 2 * host
+            parts.append(BackwardPart(working, min(recomputed, working), float(part[-1]) if len(part) else 0.0))
+        return BlockMemory(kept, host, tuple(parts))
 
 
 def block_replay(trace: BlockTrace, checkpointing: Checkpointing, is_long: bool) -> Replay:
     """is_long: whether the micro-batch's attention has at least activation_checkpoint.save_min_kv keys."""
     log = trace.log
     if checkpointing.mode == "none":
-        return Replay(log, log.kept, _backward(log, set(log.kept), frozenset()), frozenset())
-    selected = trace.selected[checkpointing.save, is_long] if checkpointing.mode == "selective" else frozenset()
+        return Replay(log, log.kept, *_backward(log, set(log.kept), frozenset()))
+    selected = trace.selected[checkpointing.save, is_long]
     results = {s for outer in selected for s in log.outputs[outer] if log.allocated_by[s] == outer}
     saved = log.inputs | results
     live, events = set(saved), []
@@ -72,20 +105,26 @@ def block_replay(trace: BlockTrace, checkpointing: Checkpointing, is_long: bool)
         live.discard(storage)
         events.append((storage, -1))
     recomputed = frozenset(live - saved)
-    return Replay(log, frozenset(saved), events + _backward(log, live, frozenset(saved)), recomputed)
+    backward, end = _backward(log, live, frozenset(saved))
+    return Replay(log, frozenset(saved), events + backward, len(events) + end if end else 0, recomputed)
 
 
-def _backward(log: Log, live: set[int], until_end: frozenset[int]) -> list[tuple[int, int]]:
-    """The backward's events. until_end: storages that checkpointing holds until the block's backward has ended."""
-    live, events = set(live), []
-    for storage, sign in log.backward.tolist():
+def _backward(log: Log, live: set[int], until_end: frozenset[int]) -> tuple[list[tuple[int, int]], int]:
+    """(the backward's events, how many of them precede `log.experts_end`).
+
+    until_end: storages that checkpointing holds until the block's backward has ended.
+    """
+    live, events, experts_end = set(live), [], 0
+    for i, (storage, sign) in enumerate(log.backward.tolist(), start=1):
         if sign > 0:
             live.add(storage)
             events.append((storage, 1))
         elif storage in live and storage not in until_end:
             live.discard(storage)
             events.append((storage, -1))
-    return events + [(storage, -1) for storage in sorted(until_end & live)]
+        if i == log.experts_end:
+            experts_end = len(events)
+    return events + [(storage, -1) for storage in sorted(until_end & live)], experts_end
 
 
 @dataclass(frozen=True)

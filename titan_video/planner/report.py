@@ -82,6 +82,12 @@ def assumptions(planned: Planned) -> list[str]:
         f"reserve: {GAPS:.0%} of what is counted, {CONTEXT} GiB for the CUDA context"
         + (f", {NCCL} GiB for NCCL" if c.gpus > 1 else ""),
     ]
+    if experts := getattr(planned.model, "experts", None):
+        load = planned.model.load
+        lines.append(
+            f"experts: {experts.top_k} of {experts.num_experts} a token, equally many tokens for each; memory where a "
+            f"rank's get {load:g} times as many; their products at the rate of others"
+        )
     measured = [name for name in ("product", "attention", "all_gather", "all_to_all", "send") if getattr(c, name)]
     lines.append(f"measured on the machine: {', '.join(measured)}" if measured else "nothing measured on the machine")
     return [*lines, *planned.result.chosen.prediction.notes]

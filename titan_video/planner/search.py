@@ -27,8 +27,8 @@ PLATEAU = 0.02  # plans whose times differ by less are taken as equally fast
 MAX_SOLVED = 64  # candidates that are solved exactly
 TRIES = 8  # corrections of the budgets by what the whole step's memory turned out to be
 SLACK = 0.003  # of the memory: less is not worth a correction
-COMMUNICATION = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ring", "tensor parallel")
-COMMUNICATION += ("offload", "pipeline sends", "pipeline bubble", "encoders", "data", "host")
+COMMUNICATION = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "expert parallel", "ring")
+COMMUNICATION += ("tensor parallel", "offload", "pipeline sends", "pipeline bubble", "encoders", "data", "host")
 
 
 @dataclass(frozen=True)
@@ -150,13 +150,14 @@ def search(
 
 
 def preference(plan: Plan, gpus_per_node: int) -> tuple:
-    """The order on a plateau: all-to-alls inside a node, fewer ranks a clip, more of them by Ulysses, then room.
+    """The order on a plateau: all-to-alls inside a node, fewer ranks a clip, more of them by Ulysses, fewer over which
+    experts are divided, then room.
 
     Fewer ranks a clip leave more room for longer clips; Ulysses needs less tuning than a ring. At last the seconds.
     """
     c = plan.candidate
-    crosses = c.ulysses * c.tp > gpus_per_node
-    return crosses, c.pp, c.tp, c.cp, -c.ulysses, plan.prediction.fullest.total, plan.seconds
+    crosses = c.ulysses * c.tp > gpus_per_node or c.ep > gpus_per_node
+    return crosses, c.pp, c.tp, c.cp, -c.ulysses, c.ep, plan.prediction.fullest.total, plan.seconds
 
 
 def grouped(layers: Sequence[str]) -> list[tuple[str, int]]:

@@ -3,9 +3,10 @@
 products        FLOPs / rate of such a product
 attention       FLOPs / rate at so many keys
 memory-bound    bytes of all other operators / copy rate; in a compiled block neighbours are one kernel
-all-to-all, tensor parallel    each waits for its result
+all-to-all, tensor parallel, expert parallel    each waits for its result
 ring            what its attention does not hide: step i sends while step i - 1 computes
-host            launches: a block is never faster than its launches
+host            launches: a block is never faster than its launches; and where the host waits for the device, as
+                before tokens go to their experts, the next launch, for which the device waits
 """
 
 from collections import Counter, defaultdict
@@ -16,12 +17,12 @@ import numpy as np
 
 from titan_video.planner.candidate import Candidate, Checkpointing
 from titan_video.planner.cluster import Cluster, Group
-from titan_video.planner.recorder import Op, Poly, monomials
+from titan_video.planner.recorder import GROUPED, ZERO, Op, Poly, monomials
 from titan_video.planner.trace import BlockTrace
 
 COMPUTED = ("products", "attention", "memory-bound")
 _PARTS = {"product": "products", "attention": "attention", "memory": "memory-bound"}
-TP = "tensor parallel"
+_SENT = {"ulysses": "all-to-all", "ep": "expert parallel", "tp": "tensor parallel"}  # by axis
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Work:
     """What some operators of a trace do, summed where the cluster gives them one rate.
 
     computed: (part, shape, FLOPs or bytes). sent: (axis, collective, payload, how often). launches: of kernels.
-    collectives: how many.
+    collectives: how many. waits: of the host for the device.
     """
 
     computed: tuple[tuple[str, tuple[Poly, ...], np.ndarray], ...]
@@ -37,15 +38,19 @@ class Work:
     flops: np.ndarray
     launches: float
     collectives: int
+    waits: int = 0
 
     @classmethod
     def of(cls, ops: Iterable[Op], compiled: bool, scale: "Scale | None" = None) -> "Work":
         """scale: from the degrees of the trace to those of a candidate; None: they are the same."""
         ops = scale.apply(ops) if scale else ops
-        sums: dict[tuple[str, tuple[Poly, ...]], np.ndarray] = defaultdict(lambda: np.zeros(5))
+        sums: dict[tuple[str, tuple[Poly, ...]], np.ndarray] = defaultdict(lambda: np.zeros(len(ZERO)))
         sent: Counter[tuple[str, str, Poly]] = Counter()
-        flops, launches = np.zeros(5), 0
+        flops, launches, waits = np.zeros(len(ZERO)), 0, 0
         for op in ops:
+            if op.kind == "wait":
+                waits += 1
+                continue
             if op.kind == "collective":
                 sent[axis_of(op.collective[1]), op.collective[0], op.moved] += round(op.count)
                 continue
@@ -56,20 +61,22 @@ class Work:
             flops += np.array(op.flops)
             launches += op.count
         computed = tuple((part, shape, amount) for (part, shape), amount in sums.items())
-        return cls(computed, tuple((*what, n) for what, n in sent.items()), flops, launches, sent.total())
+        return cls(computed, tuple((*what, n) for what, n in sent.items()), flops, launches, sent.total(), waits)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """From a trace's degrees to others: each rank's rows are the same, its clips' tokens are not.
+    """From a trace's degrees to others: each rank's rows are the same, its clips' tokens and its experts are not.
 
-    ring, ulysses: degrees of the candidate; from_ring, from_ulysses: of the trace.
+    ring, ulysses, ep: degrees of the candidate; from_ring, from_ulysses, from_ep: of the trace.
     """
 
     ring: int
     ulysses: int
+    ep: int
     from_ring: int
     from_ulysses: int
+    from_ep: int
 
     def apply(self, ops: Iterable[Op]) -> list[Op]:
         ops = list(ops)
@@ -81,7 +88,11 @@ class Scale:
             if op.kind == "attention":
                 keys = op.shape[0]
                 keys = (*keys[:2], *(n * self.ulysses / self.from_ulysses for n in keys[2:]))
-                op = replace(op, flops=(*op.flops[:4], op.flops[4] * tokens), shape=(keys, *op.shape[1:]))
+                flops = (*op.flops[:4], op.flops[4] * tokens, *op.flops[5:])
+                op = replace(op, flops=flops, shape=(keys, *op.shape[1:]))
+            elif op.name in GROUPED and op.kind == "product":  # fewer experts, each with more rows
+                rows = tuple(n * self.ep / self.from_ep for n in op.shape[0])
+                op = replace(op, shape=(rows, *op.shape[1:]))
             elif op.kind == "collective" and axis_of(op.collective[1]) == "ring":
                 op = replace(op, count=sends)
             elif i in repeated:
@@ -114,7 +125,7 @@ class Scale:
 def axis_of(name: str) -> str:
     """The axis of a traced collective; axes with the same ranks share a name."""
     names = name.split(", ")
-    return next((axis for axis in ("ulysses", "ring", "tp") if axis in names), name)
+    return next((axis for axis in ("ulysses", "ring", "tp", "ep") if axis in names), name)
 
 
 @dataclass(frozen=True)
@@ -144,7 +155,7 @@ class Clock:
         self.launch = (host.compiled_us if compiled else host.operator_us) * 1e-6
 
     def seconds(self, work: Work, groups: dict[str, Group], clips: int, length: int, backward: bool) -> Seconds:
-        """groups: of the axes "ulysses", "ring" and "tp"."""
+        """groups: of the axes "ulysses", "ring", "tp" and "ep"."""
         values = monomials(clips, length)
         parts: Counter[str] = Counter()
         for part, shape, amount in work.computed:
@@ -157,12 +168,15 @@ class Clock:
             if axis == "ring":
                 ring += seconds
             else:
-                parts["tensor parallel" if axis == "tp" else "all-to-all"] += seconds
+                parts[_SENT[axis]] += seconds
         if ring:
             ranks = groups["ring"].ranks
             hidden = min(ring, parts["attention"] * (ranks - 1) / ranks)
             parts["ring"] = ring - hidden + (self.cluster.links.overlap_slowdown - 1) * hidden
-        host = work.launches * self.launch + work.collectives * self.cluster.host.collective_us * 1e-6
+        collective = self.cluster.host.collective_us * 1e-6
+        if work.waits:
+            parts["host"] += work.waits * collective
+        host = work.launches * self.launch + work.collectives * collective
         return Seconds(dict(parts), float(work.flops @ values), host)
 
     def _rate(self, part: str, shape: tuple[Poly, ...], values: np.ndarray, backward: bool) -> float:
@@ -191,13 +205,15 @@ def recomputed(trace: BlockTrace, mode: Checkpointing, is_long: bool) -> list[Op
     """What backward runs again."""
     if mode.mode == "none":
         return []
-    selected = trace.selected[mode.save, is_long] if mode.mode == "selective" else frozenset()
+    selected = trace.selected[mode.save, is_long]
     last = trace.log.last_outer
     return [op for op in trace.ops if op.part == "forward" and op.outer <= last and op.outer not in selected]
 
 
 def groups_of(candidate: Candidate, cluster: Cluster) -> dict[str, Group]:
-    """Process groups of a candidate, by axis. "fsdp": of a block's weights; "root": of those outside the blocks."""
+    """Process groups of a candidate, by axis. "fsdp": of a block's weights; "root": of those outside the blocks;
+    "expert_fsdp": of experts that are divided over "ep"; "sequence": ranks that share a clip; "batch": that do not.
+    """
     c = candidate
     inner = c.tp * c.ulysses
     shards = c.dp_shard * c.cp
@@ -207,6 +223,10 @@ def groups_of(candidate: Candidate, cluster: Cluster) -> dict[str, Group]:
         "ring": cluster.group(c.ring, inner),
         "fsdp": cluster.group(shards, c.tp),
         "root": cluster.group(shards * c.tp, 1),
+        "ep": cluster.group(c.ep, 1),
+        "expert_fsdp": cluster.group(shards * c.tp // c.ep, c.ep),
+        "sequence": cluster.group(c.cp * c.tp, 1),
+        "batch": cluster.group(c.dp, c.cp * c.tp),
         "dp_replicate": cluster.group(c.dp_replicate, shards * c.tp),
         "pp": cluster.group(c.pp, c.num_training_ranks // c.pp),
     }

@@ -1,9 +1,11 @@
 """The candidates of a search: every layout that the trainer runs, without its checkpointing and its split into stages.
 
 The order of the mesh is ParallelDims': tensor parallel on neighbours, then Ulysses, ring and data parallel, pipeline
-stages outermost. Tensor parallel stays inside a node, where its links are.
+stages outermost. Tensor parallel stays inside a node, where its links are. Experts are divided over ranks that share
+a stage's weights, neighbours first.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -14,9 +16,9 @@ from titan_video.config.values import nearest_word
 from titan_video.data.batching import gradient_accumulation, num_data_ranks
 from titan_video.planner.candidate import Candidate
 
-DEGREES = ("pp", "dp_replicate", "dp_shard", "ring", "ulysses", "tp")
+DEGREES = ("pp", "dp_replicate", "dp_shard", "ring", "ulysses", "tp")  # they multiply to the ranks
 SCHEDULES = ("1F1B", "Interleaved1F1B")
-FIXABLE = (*DEGREES, "cp", "local_batch_size", "tokens_per_microbatch", "reshard", "schedule", "encoder_ranks")
+FIXABLE = (*DEGREES, "ep", "cp", "local_batch_size", "tokens_per_microbatch", "reshard", "schedule", "encoder_ranks")
 MAX_ENCODER_SHARE = 4  # at most a quarter of the ranks encode
 
 
@@ -52,10 +54,10 @@ class StepClips:
 class Space:
     """Where to look. heads, hidden, layers: the model's numbers of heads, feed-forward width, and blocks.
 
-    longest: tokens of the longest clip. placement: where the job encodes; if
-    during training, both ways to do so are tried. encoder_ranks: numbers of ranks that encode; 0: those that train.
-    fixed: values that every candidate has, by a name of FIXABLE. runs: whether the trainer runs a candidate with the
-    options that the job keeps; None: all of them.
+    longest: tokens of the longest clip. experts: of a block, which expert parallel may divide; 1: it may not.
+    placement: where the job encodes; if during training, both ways to do so are tried. encoder_ranks: numbers of ranks
+    that encode; 0: those that train. fixed: values that every candidate has, by a name of FIXABLE. refusals: why the
+    trainer does not run a candidate with the options that the job keeps, a line each; None: it runs all of them.
     """
 
     world_size: int
@@ -65,18 +67,24 @@ class Space:
     layers: int
     step: StepClips
     longest: int
+    experts: int = 1
     placement: str = "cached"
     encoder_ranks: tuple[int, ...] = (0,)
     schedules: tuple[str, ...] = SCHEDULES
     optimizer: str = "AdamW"
     enable_cpu_offload: bool = False
     fixed: Mapping[str, Any] | None = None
-    runs: Callable[[Candidate], bool] | None = None
+    refusals: Callable[[Candidate], Iterator[str]] | None = None
 
     def __iter__(self) -> Iterator[Candidate]:
+        refusals = self.refusals or (lambda _: iter(()))
+        return (c for c in self.every() if next(refusals(c), None) is None)
+
+    def every(self) -> Iterator[Candidate]:
+        """Those that `refusals` excludes, too."""
         for extra in filter(lambda n: self._allows("encoder_ranks", n), self.encoder_ranks):
             for degrees in self._degrees(self.world_size - extra):
-                yield from filter(self.runs or (lambda _: True), self._sized(degrees, extra))
+                yield from self._sized(degrees, extra)
 
     def _allows(self, name: str, value: Any) -> bool:
         return not self.fixed or name not in self.fixed or self.fixed[name] == value
@@ -103,15 +111,19 @@ class Space:
                 continue
             for dp_shard in divisors(rest // ring):
                 dp_replicate = rest // ring // dp_shard
-                if self._allows("dp_shard", dp_shard) and self._allows("dp_replicate", dp_replicate):
-                    yield {
-                        "pp": pp,
-                        "dp_replicate": dp_replicate,
-                        "dp_shard": dp_shard,
-                        "ring": ring,
-                        "ulysses": ulysses,
-                        "tp": tp,
-                    }
+                if not self._allows("dp_shard", dp_shard) or not self._allows("dp_replicate", dp_replicate):
+                    continue
+                for ep in divisors(math.gcd(self.experts, dp_shard * ring * ulysses * tp)):
+                    if self._allows("ep", ep):
+                        yield {
+                            "pp": pp,
+                            "dp_replicate": dp_replicate,
+                            "dp_shard": dp_shard,
+                            "ring": ring,
+                            "ulysses": ulysses,
+                            "tp": tp,
+                            "ep": ep,
+                        }
 
     def _sized(self, degrees: dict[str, int], encoder_ranks: int) -> Iterator[Candidate]:
         """With each micro-batch, schedule and resharding."""
@@ -183,18 +195,25 @@ def _is_legal(schedule: str, pp: int, microbatches: int) -> bool:
     return microbatches % max(1, microbatches // pp) == 0
 
 
-def runs(config: JobConfig, c: Candidate) -> bool:
-    """Whether a run's options that no plan changes allow the layout: rules of the trainer about both."""
+def refusals(config: JobConfig, c: Candidate) -> Iterator[str]:
+    """Why a run's options that no plan changes exclude the layout: rules of the trainer about both."""
     p, t = config.parallelism, config.training
-    reduces = p.enable_fsdp_symm_mem or t.mixed_precision_reduce == "bfloat16"
-    if reduces and c.num_training_ranks <= c.pp:
-        return False
+    if c.num_training_ranks <= c.pp:
+        alone = "but a stage of one rank exchanges neither weights nor gradients"
+        if p.enable_fsdp_symm_mem:
+            yield f"parallelism.enable_fsdp_symm_mem: true, {alone}"
+        if t.mixed_precision_reduce == "bfloat16":
+            yield f"training.mixed_precision_reduce: bfloat16, {alone}"
     if config.model.attention == "flex" and c.ring > 1:
-        return False
+        yield "model.attention: flex, which no ring runs"
     if config.data.groups_per_step > 1 and c.pp > 1:
-        return False
-    is_one_backward = c.microbatches == c.pp == c.dp_replicate == 1 and not c.enable_cpu_offload
-    return is_one_backward or not config.optimizer.in_backward
+        yield "data.groups_per_step: micro-batches of several sizes do not pass one pipeline (pp)"
+    if config.compile.enable and c.ep > 1:
+        yield "compile.enable: true, but the rows of divided experts (ep) are known at run time only"
+    if config.optimizer.in_backward and (c.microbatches > 1 or c.pp > 1):
+        yield "optimizer.in_backward: true, but gradients of several micro-batches are summed before an update"
+    if config.optimizer.in_backward and (c.dp_replicate > 1 or c.enable_cpu_offload):
+        yield "optimizer.in_backward: true, which goes neither with dp_replicate nor with state on the host"
 
 
 def violations(space: Space, degrees: Mapping[str, int]) -> Iterator[str]:
@@ -210,6 +229,11 @@ def violations(space: Space, degrees: Mapping[str, int]) -> Iterator[str]:
         yield f"tp = {tp} does not divide the model's {space.heads} heads and feed-forward width {space.hidden}"
     elif space.heads // tp % ulysses:
         yield f"ulysses = {ulysses} does not divide the {space.heads // tp} heads of a tensor-parallel rank"
+    if (ep := degrees.get("ep", 1)) > 1 and space.experts % ep:
+        num = space.experts
+        yield f"ep = {ep} does not divide the model's {num} experts" if num > 1 else "ep: the model has no experts"
+    elif ranks := _ranks_of_experts(space, degrees):
+        yield f"ep = {ep} does not divide the {ranks} ranks of a model's copy (dp_shard x cp x tp)"
     if space.gpus_per_node % tp:
         yield f"tp = {tp} crosses nodes of {space.gpus_per_node} GPUs: its collectives need a node's links"
     if pp > space.layers:
@@ -221,6 +245,13 @@ def violations(space: Space, degrees: Mapping[str, int]) -> Iterator[str]:
     most = max((m for d in divisors(max(worlds)) if d % dp == 0 for _, _, m in space._batches(d)), default=0)
     if most < pp:
         yield f"pp = {pp} needs as many micro-batches, but a data-parallel rank has {most} at most"
+
+
+def _ranks_of_experts(space: Space, degrees: Mapping[str, int]) -> int:
+    """dp_shard x cp x tp, if `ep` divides it for no number of ranks that train; else 0."""
+    outer, ep = degrees.get("pp", 1) * degrees.get("dp_replicate", 1), degrees.get("ep", 1)
+    worlds = [space.world_size - extra for extra in space.encoder_ranks]
+    return 0 if any(ranks // outer % ep == 0 for ranks in worlds) else worlds[0] // outer
 
 
 def parse_fixed(text: str, option: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from titan_video.planner.step_model import (
 from titan_video.planner.timeline import BlockTimes, StepTimes
 from titan_video.planner.units import Unit
 
+NUM_LEVELS = 4  # models.experts.NUM_LEVELS, an optional part
 FIRST, LAST = ("embed", "trunk", "embed backward"), ("head", "loss", "head backward")
 
 
@@ -41,7 +42,7 @@ class StepClock:
     def block_seconds(self, c: Candidate, path: str, part: str, work: Any, mode: Checkpointing = NONE) -> Seconds:
         """part: "forward", "backward", or "again" for what `mode` recomputes."""
         clips, is_long = self.model.clips(c, work), work.tokens >= self.model.config.activation_checkpoint.save_min_kv
-        trace_key = c.ring, c.ulysses, c.tp, path, part, mode.mode, mode.save, is_long
+        trace_key = c.ring, c.ulysses, c.tp, c.ep, path, part, mode.mode, mode.save, is_long
         key = (*trace_key, clips, work.tokens)
         if key not in self._seconds:
             if trace_key not in self._works:
@@ -55,14 +56,19 @@ class StepClock:
         return self._seconds[key]
 
     def _scale(self, c: Candidate) -> Scale | None:
-        ring, ulysses, _ = self.model.tracer.degrees(c.ring, c.ulysses, c.tp)
-        return Scale(c.ring, c.ulysses, ring, ulysses) if (ring, ulysses) != (c.ring, c.ulysses) else None
+        ring, ulysses, _, ep = self.model.tracer.degrees(c.ring, c.ulysses, c.tp, c.ep)
+        is_traced = (ring, ulysses, ep) == (c.ring, c.ulysses, c.ep)
+        return None if is_traced else Scale(c.ring, c.ulysses, c.ep, ring, ulysses, ep)
 
     def block_traffic(self, c: Candidate, path: str) -> Traffic:
-        key = path, c.dp_shard, c.cp, c.tp, c.dp_replicate, c.enable_cpu_offload, self.model.has_units(c)
+        has_units = self.model.has_units(c)
+        key = path, c.dp_shard, c.cp, c.tp, c.ep, c.dp_replicate, c.enable_cpu_offload, has_units
         if key not in self._traffic:
-            unit = self.model.units(c).blocks[path]
-            self._traffic[key] = traffic(c, self.cluster, unit, has_units=self.model.has_units(c))
+            units = self.model.units(c)
+            found = traffic(c, self.cluster, units.blocks[path], has_units=has_units)
+            if path in units.experts:
+                found += traffic(c, self.cluster, units.experts[path], "expert_fsdp", has_units)
+            self._traffic[key] = found
         return self._traffic[key]
 
     def block(self, c: Candidate, path: str, mode: Checkpointing, work: Any) -> BlockTime:
@@ -93,7 +99,7 @@ class StepClock:
         times = []
         for part in LAST if last else FIRST:
             if (*key, part) not in self._works:
-                ops = [op for op in self.model.trace(c)[1].ops if op.part == part]
+                ops = [op for op in self.model.tracer.trace(c.ring, c.ulysses, c.tp)[1].ops if op.part == part]
                 self._works[(*key, part)] = Work.of(ops, compiled=False, scale=self._scale(c))
             is_backward = part.endswith("backward")
             s = self.ends_clock.seconds(self._works[(*key, part)], groups, clips, length, is_backward)
@@ -106,7 +112,7 @@ class StepClock:
         return add_times([*times, (1.0, self._end_traffic(c, last))])
 
     def _end_traffic(self, c: Candidate, last: bool) -> StageTime:
-        key = "ends", last, c.dp_shard, c.cp, c.tp, c.dp_replicate, c.reshard, c.enable_cpu_offload
+        key = "ends", last, c.dp_shard, c.cp, c.tp, c.ep, c.dp_replicate, c.reshard, c.enable_cpu_offload
         if key not in self._traffic:
             units, has_units = self.model.units(c), self.model.has_units(c)
             sent = [
@@ -160,6 +166,8 @@ class StepClock:
         read = clips / c.dp * self._cached_bytes(works)
         update = update_seconds(self.cluster, c, self._own(c), t.max_norm > 0, model.config.ema.enable)
         parts = {"optimizer": update, "host": self.cluster.host.step_us * 1e-6}
+        if balance := self._balance_seconds(c):
+            parts["expert parallel"] = balance
         if encode := encode_seconds(self.cluster, c, pixels, clips):
             parts["encoders"] = encode
         send = 0.0
@@ -168,6 +176,14 @@ class StepClock:
             stride = c.num_training_ranks // c.pp
             send = 2 * self.cluster.send_seconds(state, in_node=stride * c.pp <= self.cluster.gpus_per_node)
         return StepFixed(parts, send, beside_step(self.cluster, c, read, pixels, clips))
+
+    def _balance_seconds(self, c: Candidate) -> float:
+        """Of the sum of the experts' load over all ranks, once a step: see training/expert_balance.py."""
+        if not (experts := self.model.experts):
+            return 0.0
+        layers = -(-len(experts.blocks(self.model.args.num_layers)) // c.pp)
+        size, groups = 8 * layers * NUM_LEVELS * experts.num_experts, groups_of(c, self.cluster)
+        return sum(self.cluster.all_reduce_seconds(size, groups[axis]) for axis in ("sequence", "batch"))
 
     def _cached_bytes(self, works: list) -> float:
         """Of an average clip: latents and text."""
@@ -183,7 +199,7 @@ class StepClock:
         for s, blocks in enumerate(ranges):
             own = Unit()
             for path, n in Counter(model.layers[i] for i in blocks).items():
-                own += _times(units.blocks[path] + units.per_block, n)
+                own += _times(units.whole[path] + units.per_block[path], n)
             for is_there, ends in ((s == 0, units.first), (s == len(ranges) - 1, units.last)):
                 for unit in ends.values() if is_there else ():
                     own += unit
@@ -214,7 +230,7 @@ class StepClock:
             backward=[stage.backward for stage in stages],
             microbatches=c.microbatches,
             before={"encoders": fixed.parts["encoders"]} if "encoders" in fixed.parts else {},
-            after={name: fixed.parts[name] for name in ("optimizer", "host")},
+            after={name: seconds for name, seconds in fixed.parts.items() if name != "encoders"},
             schedule=c.schedule,
         )
 

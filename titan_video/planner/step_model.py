@@ -19,15 +19,22 @@ CLIP_BYTES, EMA_BYTES = 12, 12  # gradient norm and scaling; EMA
 
 @dataclass(frozen=True)
 class Traffic:
-    """Seconds of what FSDP sends for one unit: a gather of its weights, a reduction of its gradients."""
+    """Seconds of what FSDP sends for a unit: a gather of its weights, a reduction of its gradients.
+
+    partial: the sum over tensor parallel's ranks that precedes it (see Unit), for which all else waits.
+    """
 
     gather: float = 0.0
     reduce: float = 0.0
     all_reduce: float = 0.0
+    partial: float = 0.0
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 
 
 def traffic(candidate: Candidate, cluster: Cluster, unit: Unit, axis: str = "fsdp", has_units: bool = True) -> Traffic:
-    """axis: "fsdp" of a block, "root" of what is outside the blocks."""
+    """axis: "fsdp" of a block, "expert_fsdp" of its experts, "root" of what is outside the blocks."""
     if not has_units:
         return Traffic()
     groups = groups_of(candidate, cluster)
@@ -38,7 +45,7 @@ def traffic(candidate: Candidate, cluster: Cluster, unit: Unit, axis: str = "fsd
         gather += cluster.host_copy_seconds(unit.parameters)
         reduce += cluster.host_copy_seconds(unit.gradients)
     copied = cluster.all_reduce_seconds(unit.reduced / group.ranks, copies) if copies.ranks > 1 else 0.0
-    return Traffic(gather, reduce, copied)
+    return Traffic(gather, reduce, copied, cluster.all_reduce_seconds(unit.partial, groups["tp"]))
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,8 @@ def block_time(
     parts: Counter[str] = Counter(forward.by_part)
     parts.update(backward.by_part)
     parts["recomputation"] += again.device
+    if sent.partial:
+        parts["tensor parallel"] += sent.partial
     waits = _waits({"all-gather": sent.gather}, forward.compute, slowdown)
     comes_back = {
         "all-gather": sent.gather if reshard else 0.0,
@@ -66,7 +75,7 @@ def block_time(
     }
     waits_back = _waits(comes_back, backward.compute + again.compute, slowdown)
     first = forward.device + sum(waits.values())
-    second = backward.device + again.device + sum(waits_back.values())
+    second = backward.device + again.device + sent.partial + sum(waits_back.values())
     parts.update(waits)
     parts.update(waits_back)
     # Copies to and from the host overlap with all else.

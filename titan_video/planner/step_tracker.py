@@ -250,6 +250,9 @@ class StepTracker(TorchDispatchMode):
             # The GPU's kernel accumulates dq in float32 and has a row sum of it.
             query, lse = args[1], args[5]
             self.add_workspace(4 * query.numel() + lse.nbytes)
+        elif space == "titan_video" and packet.__name__ == "grouped_linear":
+            # The products without their biases, and the biases repeated for each row.
+            self.add_workspace(2 * result.nbytes)
 
     def _count_collective(self, kind, args, kwargs, result) -> None:
         groups = [a for a in (*args, *kwargs.values()) if isinstance(a, (torch.ScriptObject, str))]

@@ -49,12 +49,13 @@ def to_csv(result: Result) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     choices = ("local_batch_size", "microbatches", "tokens_per_microbatch", "reshard", "schedule", "optimizer")
-    head = ["rank", "chosen", "step_seconds", "mfu", "needed_gib", *DEGREES, *choices, "checkpointing", "split"]
+    degrees = (*DEGREES, "ep")
+    head = ["rank", "chosen", "step_seconds", "mfu", "needed_gib", *degrees, *choices, "checkpointing", "split"]
     writer.writerow([*head, "binding", *(f"seconds: {part}" for part in PARTS), "bytes"])
     for i, plan in enumerate(result.plans, start=1):
         c, p = plan.candidate, plan.prediction
         row = [i, plan is result.chosen, plan.seconds, p.mfu, p.fullest.needed]
-        row += [getattr(c, name) for name in (*DEGREES, *choices)]
+        row += [getattr(c, name) for name in (*degrees, *choices)]
         row += [saved_by(c), " ".join(map(str, c.split)), plan.binding]
         row += [p.seconds.get(part, 0.0) for part in PARTS]
         writer.writerow([*row, p.fullest.total])

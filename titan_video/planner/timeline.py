@@ -14,7 +14,7 @@ from typing import Any
 
 Event = dict[str, Any]
 COMPUTED = ("products", "attention", "memory-bound")
-BESIDE = ("all-to-all", "ring", "tensor parallel")  # lanes of what a block itself sends
+BESIDE = ("all-to-all", "ring", "tensor parallel", "expert parallel")  # lanes of what a block itself sends
 MAX_DRAWN = 6  # micro-batches of a step that are drawn one by one
 
 
@@ -83,8 +83,10 @@ def _pass(
     add("compute", "attention", computed["attention"])
     add("ring", name, sent["ring"])
     add("all-to-all", name, sent["all-to-all"] / 2)
+    add("expert parallel", name, sent["expert parallel"] / 2)
     add("compute", "products", computed["products"] / 2)
     add("compute", "norms", computed["memory-bound"] / 2)
+    add("expert parallel", name, sent["expert parallel"] / 2)
     add("tensor parallel", name, sent["tensor parallel"] / 2)
     other = sum(seconds for part, seconds in parts.items() if part not in (*COMPUTED, *BESIDE))
     add("host", name, other)

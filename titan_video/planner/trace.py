@@ -18,28 +18,20 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from titan_video.config.job_config import JobConfig
-from titan_video.distributed.activation_checkpoint import SACPolicy
 from titan_video.distributed.parallel_dims import ParallelDims
-from titan_video.distributed.parallelize import CONTEXT_PARALLEL, TENSOR_PARALLEL
+from titan_video.distributed.parallelize import CONTEXT_PARALLEL, EXPERT_PARALLEL, TENSOR_PARALLEL
 from titan_video.distributed.sequence import SequenceShard
+from titan_video.distributed.utils import has
 from titan_video.flow.matching import FlowMatching
 from titan_video.models.layers import cast_params
 from titan_video.models.spec import ModelSpec
 from titan_video.planner import fake
-from titan_video.planner.recorder import CLIPS, LENGTH, Op, Recorder, decode
+from titan_video.planner.recorder import CLIPS, LENGTH, LOAD, ZERO, Op, Recorder, decode
+from titan_video.planner.selection import Selection
+from titan_video.planner.space import divisors
+from titan_video.planner.units import block_kinds
 from titan_video.tasks.denoising import Denoising
 from titan_video.tools.parts import resolve
-
-SAVES = (  # what selective checkpointing is offered with
-    ("attention",),
-    ("attention", "down"),
-    ("attention", "exchange"),
-    ("attention", "down", "exchange"),
-    ("attention", "matmul"),
-    ("attention", "exchange", "matmul"),
-    ("down",),
-    ("matmul",),
-)
 
 
 @dataclass(frozen=True)
@@ -50,6 +42,8 @@ class Log:
     kept: what its forward leaves for backward, its own inputs among it if they are. results: of its forward; they are
     the next block's.
     outputs: {outer operator: storages of its results}. allocated_by: outer operator of each storage.
+    expert_gradients: storages of the gradients of experts that are an FSDP unit of their own (expert parallel);
+    experts_end: events of the backward after which all of these are there.
     last_pack: events of the forward after which nothing more is saved: there recomputation stops.
     """
 
@@ -63,6 +57,8 @@ class Log:
     allocated_by: dict[int, int]
     last_pack: int
     last_outer: int  # outer operator at last_pack
+    expert_gradients: frozenset[int] = frozenset()
+    experts_end: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,7 +102,7 @@ class Tracer:
     def __init__(self, config: JobConfig, spec: ModelSpec, args: Any):
         self.config, self.spec, self.args = config, spec, args
         self.dtype = getattr(torch, config.training.mixed_precision_param)
-        self._traces: dict[tuple[int, int, int], tuple[dict[str, BlockTrace], EndsTrace]] = {}
+        self._traces: dict[tuple[int, int, int, int], tuple[dict[str, BlockTrace], EndsTrace]] = {}
 
     @cached_property
     def model(self) -> nn.Module:
@@ -115,35 +111,40 @@ class Tracer:
             return self.spec.build(self.args)
 
     @cached_property
+    def kinds(self) -> dict[str, list[tuple[str, str]]]:
+        """{type of block: (container, key) of its blocks}, in forward order."""
+        return block_kinds(self.model, self.spec.plan)
+
+    @cached_property
     def small(self) -> nn.Module:
         """The model with one block of each type."""
         model = copy.deepcopy(self.model)
-        for path in self.spec.plan.blocks:
-            container = model.get_submodule(path)
-            for i, key in enumerate(list(container)):
+        for blocks in self.kinds.values():
+            for i, (path, key) in enumerate(blocks):
                 if i > 0:
-                    del container[key]
+                    del model.get_submodule(path)[key]
                 for params in map(model.get_submodule, self.spec.plan.per_block_params if i > 1 else ()):
                     if key in params:
                         del params[key]
         return model
 
-    def degrees(self, ring: int, ulysses: int, tp: int) -> tuple[int, int, int]:
+    def degrees(self, ring: int, ulysses: int, tp: int, ep: int = 1) -> tuple[int, int, int, int]:
         """The degrees at which a layout is traced: the smallest of each axis that it has, from which others follow.
 
         A ring that gathers all chunks at once holds as many as it has ranks, and is traced as it is.
         """
-        heads = self.args.num_heads // tp
-        least = next((n for n in range(2, heads + 1) if heads % n == 0), 1)
         rotate = self.config.parallelism.context_parallel_rotate_method
-        return min(ring, 2) if rotate == "alltoall" else ring, min(ulysses, least), tp
+        ulysses = min(ulysses, _smallest_divisor(self.args.num_heads // tp))
+        experts = ep if ep == 1 else _smallest_divisor(self.args.experts.num_experts)
+        return min(ring, 2) if rotate == "alltoall" else ring, ulysses, tp, experts
 
-    def trace(self, ring: int, ulysses: int, tp: int) -> tuple[dict[str, BlockTrace], EndsTrace]:
-        """({container of blocks: trace}, ends) of rank 0 at `degrees`; cached. No process group may exist."""
-        key = ring, ulysses, tp = self.degrees(ring, ulysses, tp)
+    def trace(self, ring: int, ulysses: int, tp: int, ep: int = 1) -> tuple[dict[str, BlockTrace], EndsTrace]:
+        """({type of block: trace}, ends) of rank 0 at `degrees`; cached. No process group may exist."""
+        key = ring, ulysses, tp, ep = self.degrees(ring, ulysses, tp, ep)
         if key not in self._traces:
-            dims = ParallelDims(ring=ring, ulysses=ulysses, tp=tp)
-            with fake.fake_ranks(dims.sequence, 0):
+            # Twice as many ranks as experts are divided over: groups of all ranks would be one and the same.
+            dims = ParallelDims(dp_shard=2 * ep if ep > 1 else 1, ring=ring, ulysses=ulysses, tp=tp, ep=ep)
+            with fake.fake_ranks(dims.dp * dims.sequence, 0):
                 self._traces[key] = _LayoutTracer(self, dims).run()
         return self._traces[key]
 
@@ -152,10 +153,14 @@ class _LayoutTracer:
     def __init__(self, tracer: Tracer, dims: ParallelDims):
         self.config, self.spec, self.args, self.dims = tracer.config, tracer.spec, tracer.args, dims
         self.meshes, self._last_unit = dims.build_mesh("cpu"), ""
+        self.recorder: Recorder | None = None
         self.model = copy.deepcopy(tracer.small)
-        self.single = {path for path in self.spec.plan.blocks if len(tracer.model.get_submodule(path)) == 1}
+        self.kinds = tracer.kinds
         cast_params(self.model, self.spec.plan.fp32, tracer.dtype)
         parallelism = self.config.parallelism
+        if dims.ep > 1:
+            apply = resolve(EXPERT_PARALLEL, asked_by="parallelism.expert_parallel_degree")
+            apply(self.model, self.spec.plan, self.meshes.ep)
         if dims.tp > 1:
             apply = resolve(TENSOR_PARALLEL, asked_by="parallelism.tensor_parallel_degree")
             apply(self.model, self.spec.plan, self.meshes.tp, False)
@@ -169,14 +174,28 @@ class _LayoutTracer:
         self.task = Denoising(self.spec, self.args, flow, shard, torch.device("cpu"), guidance_scale=t.guidance)
 
     def run(self) -> tuple[dict[str, BlockTrace], EndsTrace]:
-        with FakeTensorMode(allow_non_fake_inputs=True), fake.gpu_operators(self.config.model.kernels):
+        operators = fake.gpu_operators(self.config.model.kernels)
+        with FakeTensorMode(allow_non_fake_inputs=True), operators, fake.experts_get(self._host_numbers):
             self.model.to_empty(device="cpu")
             calls, shared = self._capture()
-            blocks = {path: self._trace_block(*call, shared) for path, call in calls.items()}
+            blocks = {kind: self._trace_block(*call, shared) for kind, call in calls.items()}
             return blocks, self._trace_ends()
 
+    def _host_numbers(self, sent: Tensor, received: Tensor, num_rows: int) -> Any:
+        """All rows to the last expert of the last rank, and of it to this one: sizes of the sum are counted, not of
+        parts. As LOAD times as many come as go, those of other ranks are known by their number.
+        """
+        if self.recorder is not None:
+            self.recorder.wait()
+        num_ranks, num_experts = received.shape
+        others, of = [0] * (num_ranks - 1), LOAD * num_rows
+        last = [0] * (num_experts - 1) + [of]
+        return [*others, num_rows], [*others, of], [*([0] * num_experts for _ in others), last]
+
     def _recorder(self) -> Recorder:
-        recorder = Recorder(fake.get_axes(self.meshes), bodies=fake.operator_bodies())
+        experts = getattr(self.args, "experts", None)
+        received = LOAD * experts.num_rows(CLIPS * LENGTH) if self.dims.ep > 1 else 0
+        recorder = Recorder(fake.get_axes(self.meshes), fake.operator_bodies(), received)
         for p in self.model.parameters():
             recorder.number(fake.shard_of(p))
         return recorder
@@ -192,14 +211,14 @@ class _LayoutTracer:
         return self.task.add_noise(batch, noise, sigma_B=torch.empty(CLIPS), weight_B=torch.empty(CLIPS))
 
     def _capture(self) -> tuple[dict[str, tuple[nn.Module, tuple, dict]], set[int]]:
-        """({container: a block and its arguments}, storages of arguments that all blocks of a container share)."""
-        seen: dict[str, list[tuple[nn.Module, tuple, dict]]] = {path: [] for path in self.spec.plan.blocks}
+        """({type: a block and its arguments}, storages of arguments that all blocks of a type share)."""
+        seen: dict[str, list[tuple[nn.Module, tuple, dict]]] = {kind: [] for kind in self.kinds}
         handles = []
-        for path, calls in seen.items():
-            container = self.model.get_submodule(path)
-            block = container["0"]
-            if path not in self.single:
-                container["1"] = block  # run twice: what both calls get is shared by all blocks
+        for kind, calls in seen.items():
+            path, key = self.kinds[kind][0]
+            block = self.model.get_submodule(path)[key]
+            for other, second in self.kinds[kind][1:2]:
+                self.model.get_submodule(other)[second] = block  # twice: what both get is shared by all blocks
 
             def note(module: nn.Module, args: tuple, kwargs: dict, calls: list = calls) -> None:
                 calls.append((module, args, kwargs))
@@ -213,12 +232,14 @@ class _LayoutTracer:
             storages = [{_storage(t) for t in tree_leaves(call[1:]) if isinstance(t, Tensor)} for call in calls]
             shared |= set.intersection(*storages) if len(storages) > 1 else set()
         self._seen = seen  # keeps the storages alive, so that no other gets the address of one
-        return {path: calls[-1] for path, calls in seen.items()}, shared
+        return {kind: calls[-1] for kind, calls in seen.items()}, shared
 
     def _trace_block(self, block: nn.Module, args: tuple, kwargs: dict, shared: set[int]) -> BlockTrace:
-        recorder = self._recorder()
-        selection = _Selection(self.config.activation_checkpoint.save_min_kv, self.dims.ulysses > 1)
-        last_pack = [0, 0]
+        recorder = self.recorder = self._recorder()
+        has_exchange = self.dims.ulysses * self.dims.ep > 1
+        selection = Selection(self.config.activation_checkpoint.save_min_kv, has_exchange)
+        last_pack, experts, ends = [0, 0], self._experts_of(block), [0]
+        handles = [p.register_post_accumulate_grad_hook(lambda _: ends.append(len(recorder.log))) for p in experts]
 
         def pack(t: Tensor) -> Tensor:
             last_pack[:] = len(recorder.log), recorder.outer
@@ -249,6 +270,9 @@ class _LayoutTracer:
             torch.autograd.backward(outputs, grads)
             end = len(recorder.log)
             del outputs, grads
+        expert_gradients = frozenset(recorder.number(fake.shard_of(p.grad)) for p in experts)
+        for handle in handles:
+            handle.remove()
         for p in block.parameters():
             p.grad = None
         log = Log(
@@ -262,8 +286,15 @@ class _LayoutTracer:
             allocated_by=recorder.allocated_by,
             last_pack=last_pack[0] - start,
             last_outer=last_pack[1],
+            expert_gradients=expert_gradients,
+            experts_end=ends[-1] - middle if experts else 0,
         )
         return BlockTrace(recorder.fuse(kept), log, selection.result())
+
+    def _experts_of(self, block: nn.Module) -> list[nn.Parameter]:
+        """Parameters of a unit of their own."""
+        paths = [path for path in self.spec.plan.experts if self.dims.ep > 1 and has(block, path)]
+        return [p for path in paths for p in block.get_submodule(path).parameters()]
 
     def _trace_ends(self) -> EndsTrace:
         for path in self.spec.plan.blocks:
@@ -324,7 +355,7 @@ class _LayoutTracer:
         for name in units:
             if (module := getattr(model, name)) is not None:
                 module.register_forward_hook(lambda *_, name=name: setattr(self, "_last_unit", name))
-        state_bytes = np.zeros(5)
+        state_bytes = np.zeros(len(ZERO))
         parts = {name: getattr(model, name) for name in ("embed", "trunk", "head")}
 
         def watch(name: str, following: str) -> Callable:
@@ -350,27 +381,9 @@ class _LayoutTracer:
         return state_bytes, loss
 
 
-class _Selection:
-    """Which results each choice of `save` saves, asked of the policies while a block's forward runs."""
-
-    def __init__(self, save_min_kv: int, has_exchange: bool):
-        self.found: dict[tuple[tuple[str, ...], bool], set[int]] = {}
-        self.policies = {}
-        for save in SAVES:
-            if "exchange" in save and not has_exchange:
-                continue
-            for is_long in (True, False):
-                least = save_min_kv if is_long else 2 * LENGTH * CLIPS
-                self.found[save, is_long] = set()
-                self.policies[save, is_long] = SACPolicy(save, least).policy_fn()
-
-    def listen(self, outer: int, func: Any, args: tuple) -> None:
-        for key, must_save in self.policies.items():
-            if must_save(func, args):
-                self.found[key].add(outer)
-
-    def result(self) -> dict[tuple[tuple[str, ...], bool], frozenset[int]]:
-        return {key: frozenset(found) for key, found in self.found.items()}
+def _smallest_divisor(number: int) -> int:
+    """Above 1, if there is one."""
+    return (*divisors(number), 1)[1]
 
 
 def _leaf_like(t: Tensor) -> Tensor:
