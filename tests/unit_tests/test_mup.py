@@ -497,7 +497,7 @@ def test_a_finished_run_of_other_options_is_refused(fake_runs, capsys):
     (one / "metrics.jsonl").write_text("")
     (one / "config.toml").unlink()
     assert f"{one}: holds a run without its config.toml" in run_cli(folder, *argv)
-    said = run_cli(folder, *argv, "--training.epochs", 2)
+    said = run_cli(folder, "transfer", *rates, "--runs", folder / "new", *MUP[:4], "--training.epochs", 2)
     assert "training.epochs: given 2, but runs are compared by training.steps" in said
 
 
