@@ -15,10 +15,13 @@ LARGEST = 2**14
 CPU = torch.device("cpu")
 
 
-def run_profile(path):
+def job():
     options = ["--training.local_batch_size", "2", "--training.mixed_precision_param", "bfloat16"]
-    config = parse_args(["--job.config_file", str(ROOT / "train_configs" / "debug.toml"), *options])
-    measured = profile.Profile(config, CPU, seconds=1e-4, largest=LARGEST)
+    return parse_args(["--job.config_file", str(ROOT / "train_configs" / "debug.toml"), *options])
+
+
+def run_profile(path, part):
+    measured = profile.Profile(job(), CPU, seconds=1e-4, largest=LARGEST, part=part)
     profile.write(measured, measured.run(), path)
     return profile.header(measured)
 
@@ -26,7 +29,7 @@ def run_profile(path):
 @pytest.mark.parametrize("world", [1, 2])
 def test_the_file_is_a_cluster(tmp_path, world):
     path = tmp_path / "here.toml"
-    header = run_ranks(run_profile, world, path)[0]
+    header = run_ranks(run_profile, world, path, profile.cut_of(job()))[0]
     assert f"{world} ranks, gloo" in header and "bfloat16, model wan debug, 48 tokens" in header
     assert path.read_text().startswith(header) and "[encoders]" in header
     found = cluster.load(path)

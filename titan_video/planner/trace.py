@@ -138,6 +138,10 @@ class Tracer:
         rotate = self.config.parallelism.context_parallel_rotate_method
         return min(ring, 2) if rotate == "alltoall" else ring, min(ulysses, least), tp
 
+    def add(self, traces: tuple[dict[str, BlockTrace], EndsTrace]) -> None:
+        """What another process has traced of one rank alone, where process groups exist here."""
+        self._traces[1, 1, 1] = traces
+
     def trace(self, ring: int, ulysses: int, tp: int) -> tuple[dict[str, BlockTrace], EndsTrace]:
         """({container of blocks: trace}, ends) of rank 0 at `degrees`; cached. No process group may exist."""
         key = ring, ulysses, tp = self.degrees(ring, ulysses, tp)

@@ -21,7 +21,7 @@ class Unit:
 
     parameters, gradients, optimizer, ema: of its shard. gathered: of its weights as the rank computes with them.
     reduced: of its gradients in the type of the reduction, before they are scattered. elements: of the gathered
-    weights; sharded: of the shard.
+    weights; sharded: of the shard. tensors: how many weights it has.
     """
 
     parameters: int = 0
@@ -32,6 +32,7 @@ class Unit:
     reduced: int = 0
     elements: int = 0
     sharded: int = 0
+    tensors: int = 0
 
     @property
     def state(self) -> int:
@@ -122,6 +123,7 @@ class UnitSizes:
             reduced=padded * reduce.itemsize,
             elements=elements,
             sharded=sharded,
+            tensors=1,
         )
 
 
