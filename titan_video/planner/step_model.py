@@ -104,7 +104,10 @@ def added(host: float, other: float, synchronous: bool) -> float:
 
 
 def _waits(sent: dict[str, float], compute: float, slowdown: float, each: float) -> dict[str, float]:
-    """What compute waits for, and what it loses beside the rest, shared by parts as they are sent. each: Traffic.wait"""
+    """What compute waits for, and what it loses beside the rest, shared by parts as they are sent.
+
+    each: see Traffic.wait.
+    """
     total = sum(sent.values())
     if not total:
         return {}
