@@ -83,10 +83,8 @@ class Profile:
             return
         wait, tensor = model.sharded(cluster.parse(found, "measured"))
         found["links"]["unit_wait_us"], found["host"]["tensor_us"] = wait, tensor
-        group, state = (
-            max(self.groups, key=lambda g: g.ranks),
-            clips * self.tokens * self.args.dim * self.dtype.itemsize,
-        )
+        group = max(self.groups, key=lambda g: g.ranks)
+        state = clips * self.tokens * self.args.dim * self.dtype.itemsize
         wait = profile_links.wait_seconds(self.watch, group, min(state, self.largest), self.dtype)
         found["links"]["wait_us"] = wait * 1e6
 
