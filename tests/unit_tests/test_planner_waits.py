@@ -1,4 +1,4 @@
-"""The planner's costs of a host that computes, of waiting for other ranks, and of updates: absent from a GPU's files."""
+"""The planner's costs of a host that computes, of waits for other ranks and of updates: a GPU's files have none."""
 
 from dataclasses import replace
 
