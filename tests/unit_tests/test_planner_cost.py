@@ -323,7 +323,7 @@ def test_checkpointing_saves_memory_and_costs_time(traced):
 def test_the_search_adds_up_what_is_predicted(traced):
     """`layout` and `predict` agree on the step of one stage, and of two."""
     three = CANDIDATES[0], CANDIDATES[1], replace(CANDIDATES[2], ranges=(Range(0, 4, ATTENTION),))
-    waits = {"wait_us": 100.0, "unit_wait_us": 300.0}
+    waits = {"wait_us": 100.0, "unit_wait_us": 300.0, "pipeline_slowdown": 1.5}
     cpu = on(traced, changed(load("h100x8"), host={"synchronous": True, "tensor_us": 10.0}, links=waits))
     for model, candidate in [(m, c) for m in (traced, cpu) for c in three]:
         layout = model.layout(candidate)

@@ -77,3 +77,17 @@ def test_the_model_s_own_memory_rate_is_not_that_of_updates(traced):
     first, second = (on(traced, c).predict(Candidate()).seconds for c in (cluster, half))
     assert second["memory-bound"] == pytest.approx(2 * first["memory-bound"])
     assert second["optimizer"] == first["optimizer"]
+
+
+def test_stages_that_take_turns_take_longer(traced):
+    """All of a pipeline's stages and its bubble, and nothing else."""
+    slow = changed(load("h100x8"), links={"pipeline_slowdown": 2.0})
+    for candidate in (*CANDIDATES, Candidate()):
+        usual, found = (on(traced, c).predict(candidate).seconds for c in (load("h100x8"), slow))
+        rest = {part: seconds for part, seconds in found.items() if part != "pipeline bubble"}
+        assert rest == {part: seconds for part, seconds in usual.items() if part != "pipeline bubble"}
+        if candidate.pp == 1:
+            continue
+        stage = max(rank.total for rank in on(traced, slow).clock.ranks(candidate))
+        bubble = usual["pipeline bubble"]
+        assert found["pipeline bubble"] == pytest.approx(2 * bubble + candidate.microbatches * stage)

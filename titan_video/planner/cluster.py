@@ -59,6 +59,7 @@ class Links:
     overlap_slowdown: float = opt(1.1, "Time of compute beside a collective / time without it.", ge=1)
     wait_us: float = opt(0.0, "A block's collective between computing, beyond its time alone: see profile_links.", ge=0)
     unit_wait_us: float = opt(0.0, "The same of one of FSDP's, with its copies: see profile_model.", ge=0)
+    pipeline_slowdown: float = opt(1.0, "Time of a pipeline's stages / what their order makes it.", ge=1)
 
 
 @dataclass(frozen=True)
@@ -296,10 +297,8 @@ def seconds_of_size(sizes: list[float], seconds: list[float], size: float) -> fl
 
 
 def load(path: str | Path) -> Cluster:
-    """A cluster from a TOML; a bare name is looked up in train_configs/clusters.
-
-    ValueError: it cannot be read, or a value is missing or illegal; one line for each, with the field and the fix.
-    """
+    """A cluster from a TOML; a bare name is looked up in train_configs/clusters. ValueError: it cannot be read, or a
+    value is missing or illegal; one line for each, with the field and the fix."""
     path = Path(path)
     if not path.exists() and (found := FOLDER / path.with_suffix(".toml").name).exists():
         path = found

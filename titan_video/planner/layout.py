@@ -18,7 +18,7 @@ from titan_video.planner.knapsack import Choice
 from titan_video.planner.memory_model import in_flight
 from titan_video.planner.search import StageBudget
 from titan_video.planner.step_clock import StepClock
-from titan_video.planner.step_model import StepFixed, bubble
+from titan_video.planner.step_model import StepFixed, bubble, waited
 from titan_video.planner.trace import SAVES
 
 
@@ -40,7 +40,8 @@ class Layout:
         slowest = max(sum(of_stages[rank :: self.pp]) for rank in range(self.pp))
         total = self.microbatches * slowest + sum(self.fixed.parts.values())
         if self.pp > 1:
-            total += bubble(self.pp, self.microbatches, self.chunks) * slowest
+            waiting = bubble(self.pp, self.microbatches, self.chunks)
+            total += waited(self.microbatches, waiting, self.fixed.slowdown) * slowest
             total += (self.microbatches + self.pp - 1) * self.fixed.send * self.chunks
         return max([total, *self.fixed.at_least.values()])
 

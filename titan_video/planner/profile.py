@@ -30,10 +30,12 @@ from titan_video.planner import cluster, profile_compute, profile_links
 from titan_video.planner.describe import GIB
 from titan_video.planner.profile_links import KINDS
 from titan_video.planner.profile_model import Cut, ModelProfile, cut
+from titan_video.planner.profile_pipeline import pipeline_slowdown
 from titan_video.planner.stopwatch import Stopwatch
 from titan_video.tools.device import get_device, peak_flops
 from titan_video.tools.files import atomic_write
 
+STEPS = 25  # times the budget of a single figure, for those of the model: a step is much longer than an operator
 NUM_LENGTHS, SHORTEST = 4, 64  # of attention: each half of the one before, down to so many tokens
 
 
@@ -75,8 +77,10 @@ class Profile:
     def _add_model(self, part: Cut, found: dict[str, Any], peak: float) -> None:
         """What only the model shows; see profile_model.py. Each figure is measured with those before it."""
         clips = max(1, self.config.training.local_batch_size // self.world_size)
-        flops = 25 * peak * self.watch.budget
-        model = ModelProfile(self.watch, part, cluster.parse(found, "measured"), clips, self.tokens, flops)
+        watch = Stopwatch(self.device, STEPS * self.watch.budget)
+        watch.sharing = self.watch.sharing
+        flops = peak * watch.budget
+        model = ModelProfile(watch, part, cluster.parse(found, "measured"), clips, self.tokens, flops)
         found["efficiency"]["model"] = model.efficiency(cluster.parse(found, "measured"))
         if not self.groups:
             found["host"]["tensor_us"] = model.alone(cluster.parse(found, "measured"))
@@ -85,8 +89,11 @@ class Profile:
         found["links"]["unit_wait_us"], found["host"]["tensor_us"] = wait, tensor
         group = max(self.groups, key=lambda g: g.ranks)
         state = clips * self.tokens * self.args.dim * self.dtype.itemsize
-        wait = profile_links.wait_seconds(self.watch, group, min(state, self.largest), self.dtype)
+        wait = profile_links.wait_seconds(watch, group, min(state, self.largest), self.dtype)
         found["links"]["wait_us"] = wait * 1e6
+        here, size = cluster.parse(found, "measured"), min(state, self.largest) // (2 * self.world_size)
+        stage, send = model.seconds(here) / (2 * self.world_size), here.send_seconds(size, self.per_node > 1) + wait
+        found["links"]["pipeline_slowdown"] = pipeline_slowdown(watch, stage, size, send, self.dtype)
 
     def _products(self) -> tuple[list[dict[str, Any]], float]:
         """(rows of [[product]], peak FLOP/s: of the data sheet, or on a CPU the best of them)"""
@@ -212,7 +219,7 @@ def header(profile: Profile) -> str:
     backend = "NCCL" if profile.device.type == "cuda" else "gloo"
     unmeasured = ["[encoders]", "host.step_us"]
     if profile.device.type == "cuda":
-        unmeasured += ["links.wait_us", "links.unit_wait_us", "host.tensor_us"]
+        unmeasured += ["links.wait_us", "links.unit_wait_us", "links.pipeline_slowdown", "host.tensor_us"]
     else:
         unmeasured += ["host.compiled_us", "host.collective_us (part of the messages' times)"]
     if profile.world_size <= profile.per_node:

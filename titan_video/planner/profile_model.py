@@ -27,7 +27,7 @@ from titan_video.config.job_config import JobConfig
 from titan_video.distributed.fsdp import apply_fsdp
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.sequence import SequenceShard
-from titan_video.distributed.utils import clip_grad_norm
+from titan_video.distributed.utils import clip_grad_norm, to_local
 from titan_video.flow.matching import FlowMatching
 from titan_video.kernels import attention
 from titan_video.models.layers import cast_params
@@ -126,7 +126,7 @@ class ModelProfile:
         model.to_empty(device=self.watch.device)
         with torch.no_grad():
             for p in model.parameters():
-                p.normal_(std=0.02)
+                to_local(p).normal_(std=0.02)
         return model
 
     def _step(self, model: nn.Module) -> Callable[[], None]:
@@ -152,6 +152,10 @@ class ModelProfile:
         moving = parts["memory-bound"]
         left = measured - (total - moving)
         return cluster.efficiency.copy * moving / max(left, moving * cluster.efficiency.copy)
+
+    def seconds(self, cluster: Cluster) -> float:
+        """Predicted, of forward and backward on one rank."""
+        return self._predicted(cluster, Candidate())[0]
 
     def sharded(self, cluster: Cluster) -> tuple[float, float]:
         """(links.unit_wait_us, host.tensor_us) on all ranks of the default group.

@@ -175,7 +175,8 @@ class StepClock:
             state = sum(share * model.ends_memory(c, w).state for share, _, w in works)
             stride = c.num_training_ranks // c.pp
             send = 2 * (self.cluster.send_seconds(state, in_node=stride * c.pp <= self.cluster.gpus_per_node) + wait)
-        return StepFixed(parts, send, beside_step(self.cluster, c, read, pixels, clips))
+        slowdown = self.cluster.links.pipeline_slowdown
+        return StepFixed(parts, send, slowdown, beside_step(self.cluster, c, read, pixels, clips))
 
     def _cached_bytes(self, works: list) -> float:
         """Of an average clip: latents and text."""

@@ -148,11 +148,13 @@ class StepFixed:
     """What a step has beside its micro-batches.
 
     parts: seconds after the last one. send: seconds of a boundary between stages, for one micro-batch, both ways.
+    slowdown: links.pipeline_slowdown, of a pipeline's stages and its bubble.
     at_least: by part, what runs beside the whole step and is waited for where it is longer.
     """
 
     parts: dict[str, float]
     send: float = 0.0
+    slowdown: float = 1.0
     at_least: dict[str, float] = field(default_factory=dict)
 
 
@@ -165,6 +167,11 @@ def bubble(pp: int, microbatches: int, chunks: int) -> float:
     return max(0, pp - microbatches) + (min(microbatches, pp) - 1) / chunks
 
 
+def waited(microbatches: int, waiting: float, slowdown: float) -> float:
+    """All that the slowest rank waits, in the units of `bubble`. waiting: the bubble."""
+    return slowdown * (microbatches + waiting) - microbatches
+
+
 def step_parts(
     candidate: Candidate, slowest: float, parts: dict[str, float], fixed: StepFixed, interleaved: bool
 ) -> dict[str, float]:
@@ -175,7 +182,8 @@ def step_parts(
     m, pp = candidate.microbatches, candidate.pp
     found: Counter[str] = Counter({part: m * value for part, value in parts.items()})
     if pp > 1:
-        found["pipeline bubble"] += bubble(pp, m, 2 if interleaved else 1) * slowest
+        waiting = bubble(pp, m, 2 if interleaved else 1)
+        found["pipeline bubble"] += waited(m, waiting, fixed.slowdown) * slowest
         found["pipeline sends"] += (m + pp - 1) * fixed.send * (2 if interleaved else 1)
     for part, value in fixed.parts.items():
         found[part] += value
