@@ -42,7 +42,7 @@ NUM_LENGTHS, SHORTEST = 4, 64  # of attention: each half of the one before, down
 class Profile:
     """One measurement of this machine. seconds: budget of each single figure. largest: bytes of the largest message.
 
-    part: of the model, where the host computes; None on GPUs.
+    part: of the model, where the host computes; None on GPUs. See `cut_of`.
     """
 
     def __init__(self, config: JobConfig, device: torch.device, seconds: float, largest: int, part: Cut | None):
@@ -184,11 +184,13 @@ class Profile:
         }
 
 
-def cut_of(config: JobConfig) -> Cut:
-    """The part of the configuration's model that is measured where the host computes. No process group may exist."""
-    spec = get_spec(config.model.name)
-    m = config.model
-    return cut(config, spec, get_args(spec, m.flavor, m.hf_assets_path, config.encoder.max_text_length))
+def cut_of(config: JobConfig) -> Cut | None:
+    """The part of the configuration's model that is measured where the host computes; None of a mixture of experts,
+    for which no time is predicted yet. No process group may exist.
+    """
+    spec, m = get_spec(config.model.name), config.model
+    args = get_args(spec, m.flavor, m.hf_assets_path, config.encoder.max_text_length)
+    return None if getattr(args, "experts", None) else cut(config, spec, args)
 
 
 def link_rate(rows: list[dict[str, Any]]) -> float:
@@ -218,9 +220,10 @@ def header(profile: Profile) -> str:
     """What the numbers do not say, as comments."""
     backend = "NCCL" if profile.device.type == "cuda" else "gloo"
     unmeasured = ["[encoders]", "host.step_us"]
-    if profile.device.type == "cuda":
-        unmeasured += ["links.wait_us", "links.unit_wait_us", "links.pipeline_slowdown", "host.tensor_us"]
-    else:
+    if profile.part is None:
+        unmeasured += ["efficiency.model", "links.wait_us", "links.unit_wait_us", "links.pipeline_slowdown"]
+        unmeasured.append("host.tensor_us")
+    if profile.device.type == "cpu":
         unmeasured += ["host.compiled_us", "host.collective_us (part of the messages' times)"]
     if profile.world_size <= profile.per_node:
         unmeasured.append("the network between nodes")

@@ -59,8 +59,11 @@ class Cut:
 
 
 def cut(config: JobConfig, spec: Any, args: Any) -> Cut:
-    """No process group may exist: see trace.py."""
-    config = replace(config, ema=replace(config.ema, enable=False))  # its update is predicted by its bytes alone
+    """No process group may exist: see trace.py. The machine is measured with all weights trained, eagerly."""
+    usual = JobConfig()
+    optimizer = usual.optimizer if "." in config.optimizer.name else config.optimizer  # whose state is not known
+    ema = replace(usual.ema, enable=False)
+    config = replace(config, lora=usual.lora, compile=usual.compile, float8=usual.float8, optimizer=optimizer, ema=ema)
     tracer = Tracer(config, spec, args)
     traces, model = tracer.trace(1, 1, 1), tracer.model
     for path in spec.plan.blocks:
@@ -122,7 +125,7 @@ class ModelProfile:
         if meshes is None:
             cast_params(model, plan.fp32, param)
         else:
-            apply_fsdp(model, plan, meshes, param, reduce, self.config.parallelism.fsdp_reshard_after_forward)
+            apply_fsdp(model, plan, meshes, param, reduce, "always")
         model.to_empty(device=self.watch.device)
         with torch.no_grad():
             for p in model.parameters():
