@@ -73,9 +73,11 @@ where ranks share cores, measure with as many ranks as will train. It has not be
 On a CPU the host computes (`host.synchronous`), and tables of single operators, which run hot and one after the other,
 promise too much. So the file also holds what a part of the model shows that runs forward, backward and update as in
 training ([`profile_model.py`](../titan_video/planner/profile_model.py)): the memory rate of its operators
-(`efficiency.model`), what ranks wait at each of FSDP's collectives beside its time alone (`links.unit_wait_us`), at
-other collectives between computing (`links.wait_us`), and the time of an update for each weight (`host.tensor_us`).
-Of the layouts below the part runs two, one process and FSDP without checkpointing; nothing is fitted to any of them.
+(`efficiency.model`), what ranks wait at each of FSDP's collectives beside its time alone (`links.unit_wait_us`), and
+the time of an update for each weight (`host.tensor_us`). Ranks that compute between collectives, and in the order of a
+pipeline, show what these take there (`links.wait_us`, `links.pipeline_slowdown`).
+So the profiles below know three of the layouts closely, plain FSDP on 1, 2 and 4 processes; of the other nine, which
+checkpoint, split clips or matrices, or are pipelines, nothing was measured as a whole. No figure is fitted to the table.
 
 With
 
