@@ -77,7 +77,8 @@ training ([`profile_model.py`](../titan_video/planner/profile_model.py)): the me
 the time of an update for each weight (`host.tensor_us`). Ranks that compute between collectives, and in the order of a
 pipeline, show what these take there (`links.wait_us`, `links.pipeline_slowdown`).
 So the profiles below know three of the layouts closely, plain FSDP on 1, 2 and 4 processes; of the other nine, which
-checkpoint, split clips or matrices, or are pipelines, nothing was measured as a whole. No figure is fitted to the table.
+checkpoint, split clips or matrices, or are pipelines, nothing was measured as a whole. No figure is fitted to the
+table.
 
 With
 

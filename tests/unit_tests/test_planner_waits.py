@@ -45,6 +45,26 @@ def test_waits_add_to_the_step_of_every_layout_that_has_them(section, field, tra
         assert steps[2] - steps[1] == pytest.approx(steps[1] - steps[0]) and (steps[1] > steps[0]) == is_there
 
 
+@pytest.mark.parametrize(
+    "candidate, part",
+    [
+        (Candidate(ulysses=2), "all-to-all"),
+        (Candidate(tp=2), "tensor parallel"),
+        (Candidate(pp=2, microbatches=4), "pipeline sends"),
+    ],
+)
+def test_each_collective_of_a_block_and_each_send_is_waited_for(candidate, part, traced):
+    usual, found = (
+        on(traced, changed(load("h100x8"), links={"wait_us": us})).predict(candidate).seconds[part] for us in (0.0, 1e6)
+    )
+    number = 2 * (4 + 2 - 1)  # of sends, to and fro
+    if part != "pipeline sends":
+        ops = [op for op in traced.trace(candidate)[0]["blocks"].ops if op.kind == "collective"]
+        ends = [op for op in traced.trace(candidate)[1].ops if op.kind == "collective"]
+        number = 4 * len(ops) + len(ends)
+    assert found - usual == pytest.approx(number)
+
+
 def test_waits_of_fsdp_are_counted():
     """Of each of 4 blocks two gathers and a reduction; of what is around them (three modules and the root), and of the
     first block once more, a gather and a reduction."""
