@@ -4,8 +4,9 @@
 
 Profiles: one for each number of processes, as processes share the cores. Measured: `train.py` under torchrun, the
 median step of each run without the first steps; the layouts take turns, so that a busy machine slows all of them, and
-each has the median of its rounds. Printed: Spearman's rank correlation of predicted and measured seconds, and by how
-much the layout that the planner likes best is slower than the best measured one. Every process has one thread.
+each has the lower quartile of its rounds: other programs make some rounds longer, none shorter. Printed: Spearman's
+rank correlation of predicted and measured seconds, and by how much the layout that the planner likes best is slower
+than the best measured one. Every process has one thread.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from titan_video.planner import cluster
 from titan_video.planner.candidate import PARTS, Prediction
 from titan_video.planner.cost import CostModel
 from titan_video.planner.plan_file import to_candidate
+from titan_video.planner.stopwatch import lower_quartile
 from titan_video.tools.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +70,16 @@ The file holds what products and attention of the configuration's model reach, m
 and the host's time for a launch; the planner takes it as `--cluster here.toml`. Rates are those of all ranks at once:
 where ranks share cores, measure with as many ranks as will train. It has not been run on GPUs yet.
 
+On a CPU the host computes (`host.synchronous`), and tables of single operators, which run hot and one after the other,
+promise too much. So the file also holds what a part of the model shows that runs forward, backward and update as in
+training ([`profile_model.py`](../titan_video/planner/profile_model.py)): the memory rate of its operators
+(`efficiency.model`), what ranks wait at each of FSDP's collectives beside its time alone (`links.unit_wait_us`), and
+the time of an update for each weight (`host.tensor_us`). Ranks that compute between collectives, and in the order of a
+pipeline, show what these take there (`links.wait_us`, `links.pipeline_slowdown`).
+So the profiles below know three of the layouts closely, plain FSDP on 1, 2 and 4 processes; of the other nine, which
+checkpoint, split clips or matrices, or are pipelines, nothing was measured as a whole. No figure is fitted to the
+table.
+
 With
 
 ```toml
@@ -82,7 +94,8 @@ records one step for it with torch's profiler; the prediction is made beside tra
 
 `benchmarks/planner_here.py` measures this machine, predicts twelve layouts and modes of checkpointing of a debug model
 (`train_configs/debug.toml` with the options in the script) on 1, 2 and 4 processes of one thread, and then runs
-`train.py` with each of them, in turns.
+`train.py` with each of them, in turns. Each has the lower quartile of its rounds' median steps: other programs make
+some rounds longer, none shorter.
 
 """
 
@@ -131,7 +144,8 @@ def profile(folder: Path, seconds: float) -> dict[int, cluster.Cluster]:
     """{number of processes: this machine with so many}"""
     found = {}
     config = folder / "profiled.toml"
-    atomic_write(config, (ROOT / TOML).read_text().replace("[[9, 64, 64]]", COMMON["data.buckets"]))
+    text = (ROOT / TOML).read_text().replace("[[9, 64, 64]]", COMMON["data.buckets"])
+    atomic_write(config, text.replace("local_batch_size = 32", f"local_batch_size = {CLIPS}"))
     for world_size in sorted({case.world_size for case in CASES}):
         path = folder / f"{world_size}.toml"
         options = ["--out", str(path), "--config", str(config), "--seconds", str(seconds)]
@@ -157,13 +171,13 @@ def measure(case: Case, folder: Path, steps: int) -> float:
 
 
 def measure_all(folder: Path, rounds: int, steps: int) -> dict[str, float]:
-    """{case: the median of its rounds}; the cases take turns."""
+    """{case: the lower quartile of its rounds}; the cases take turns."""
     found: dict[str, list[float]] = {case.name: [] for case in CASES}
     for i in range(rounds):
         for case in CASES:
             found[case.name].append(measure(case, folder, steps))
         print(f"round {i + 1} of {rounds} done", file=sys.stderr, flush=True)
-    return {name: statistics.median(values) for name, values in found.items()}
+    return {name: lower_quartile(values) for name, values in found.items()}
 
 
 def ranks(values: list[float]) -> list[float]:

@@ -15,10 +15,13 @@ LARGEST = 2**14
 CPU = torch.device("cpu")
 
 
-def run_profile(path):
+def job():
     options = ["--training.local_batch_size", "2", "--training.mixed_precision_param", "bfloat16"]
-    config = parse_args(["--job.config_file", str(ROOT / "train_configs" / "debug.toml"), *options])
-    measured = profile.Profile(config, CPU, seconds=1e-4, largest=LARGEST)
+    return parse_args(["--job.config_file", str(ROOT / "train_configs" / "debug.toml"), *options])
+
+
+def run_profile(path, part):
+    measured = profile.Profile(job(), CPU, seconds=1e-4, largest=LARGEST, part=part)
     profile.write(measured, measured.run(), path)
     return profile.header(measured)
 
@@ -26,7 +29,7 @@ def run_profile(path):
 @pytest.mark.parametrize("world", [1, 2])
 def test_the_file_is_a_cluster(tmp_path, world):
     path = tmp_path / "here.toml"
-    header = run_ranks(run_profile, world, path)[0]
+    header = run_ranks(run_profile, world, path, profile.cut_of(job()))[0]
     assert f"{world} ranks, gloo" in header and "bfloat16, model wan debug, 48 tokens" in header
     assert path.read_text().startswith(header) and "[encoders]" in header
     found = cluster.load(path)
@@ -41,6 +44,10 @@ def test_the_file_is_a_cluster(tmp_path, world):
     assert all(1e-6 < rate <= found.gpu.peak_tflops for rate in [s.tflops for s in found.product])
     assert all(1e-7 < rate < 100 for rate in rates) and 0.01 < found.gpu.hbm_gb_per_s < 1e4
     assert 0.1 < found.host.operator_us < 1e4 and 0.1 < found.gpu.memory_gib < 1e5
+    assert found.host.synchronous and found.host.tensor_us >= 0 and 0 < found.efficiency.model <= 1
+    assert "host.collective_us" in header and found.host.compiled_us == cluster.Host().compiled_us
+    assert "unit_wait_us" in path.read_text() or world == 1
+    assert found.links.pipeline_slowdown >= 1 and found.links.wait_us >= 0
     assert found.links.overlap_slowdown >= 1 and found.gather_seconds(LARGEST, found.group(2, 1)) > 0
 
 

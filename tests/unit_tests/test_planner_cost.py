@@ -79,6 +79,8 @@ def test_every_value_of_a_cluster_has_its_source():
         ("gpu", "memory", 80, "gpu.memory: no such field; legal: name, memory_gib"),
         ("efficiency", "product", 1.5, "efficiency.product: given 1.5; legal: a number > 0 and <= 1"),
         ("links", "host_gb_per_s", "fast", "links.host_gb_per_s: given 'fast'; legal: a number > 0"),
+        ("efficiency", "model", 1.5, "efficiency.model: given 1.5; legal: a number >= 0 and <= 1"),
+        ("host", "synchronous", 1, "host.synchronous: given 1; legal: true, false"),
         (None, "gpus", 12, "gpus_per_node: given 8, which does not divide gpus 12"),
         (None, "wires", {}, "wires: no field of a cluster"),
         (None, "send", [{"bytes": 1}], "send[0].seconds: missing"),
@@ -324,6 +326,11 @@ def test_what_fits_still_fits_with_more_memory(traced):
         assert fits == sorted(fits) and fits[-1] and not fits[0]
 
 
+def changed(cluster, **sections):
+    """The cluster with other values: section = {field: value}."""
+    return replace(cluster, **{name: replace(getattr(cluster, name), **new) for name, new in sections.items()})
+
+
 def test_checkpointing_saves_memory_and_costs_time(traced):
     def measure(mode):
         p = traced.predict(Candidate(dp_shard=8, ranges=(Range(0, 4, mode),)))
@@ -335,15 +342,18 @@ def test_checkpointing_saves_memory_and_costs_time(traced):
 
 def test_the_search_adds_up_what_is_predicted(traced):
     """`layout` and `predict` agree on the step of one stage, and of two."""
-    for candidate in (CANDIDATES[0], CANDIDATES[1], replace(CANDIDATES[2], ranges=(Range(0, 4, ATTENTION),))):
-        layout = traced.layout(candidate)
+    three = CANDIDATES[0], CANDIDATES[1], replace(CANDIDATES[2], ranges=(Range(0, 4, ATTENTION),))
+    waits = {"wait_us": 100.0, "unit_wait_us": 300.0, "pipeline_slowdown": 1.5}
+    cpu = on(traced, changed(load("h100x8"), host={"synchronous": True, "tensor_us": 10.0}, links=waits))
+    for model, candidate in [(m, c) for m in (traced, cpu) for c in three]:
+        layout = model.layout(candidate)
         mode = candidate.ranges[0].checkpointing if candidate.ranges else NONE
         choice = {kind: next(c for c in found if c.name == mode) for kind, found in layout.choices.items()}
         stages = [
             budget.seconds + sum(choice[traced.layers[i]].seconds for i in blocks)
-            for budget, blocks in zip(layout.stages, traced.stages(candidate), strict=True)
+            for budget, blocks in zip(layout.stages, model.stages(candidate), strict=True)
         ]
-        assert layout.step_seconds(stages) == pytest.approx(traced.predict(candidate).step_seconds, rel=1e-6)
+        assert layout.step_seconds(stages) == pytest.approx(model.predict(candidate).step_seconds, rel=1e-6)
 
 
 def test_what_is_not_planned_is_refused():

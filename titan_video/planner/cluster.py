@@ -42,6 +42,7 @@ class Efficiency:
     attention_forward: float = opt(0.0, "Of the peak.", gt=0, le=1)
     attention_backward: float = opt(0.0, "Of the peak.", gt=0, le=1)
     copy: float = opt(0.0, "Of the memory bandwidth, in kernels that compute little.", gt=0, le=1)
+    model: float = opt(0.0, "The same in a model's forward and backward; 0: as `copy`.", ge=0, le=1)
     all_gather: float = opt(0.8, "Of the links, in all-gather, reduce-scatter and all-reduce.", gt=0, le=1)
     all_to_all: float = opt(0.7, "Of the links, in all-to-all.", gt=0, le=1)
     send: float = opt(0.8, "Of a link, between two ranks.", gt=0, le=1)
@@ -56,6 +57,9 @@ class Links:
     network_latency_us: float = opt(8.0, "Of one hop between nodes.", ge=0)
     launch_latency_us: float = opt(10.0, "Of any collective, before its first byte.", ge=0)
     overlap_slowdown: float = opt(1.1, "Time of compute beside a collective / time without it.", ge=1)
+    wait_us: float = opt(0.0, "A block's collective between computing, beyond its time alone: see profile_links.", ge=0)
+    unit_wait_us: float = opt(0.0, "The same of one of FSDP's, with its copies: see profile_model.", ge=0)
+    pipeline_slowdown: float = opt(1.0, "Time of a pipeline's stages / what their order makes it.", ge=1)
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class Host:
     compiled_us: float = opt(2.0, "Host time to launch a kernel of a compiled block.", ge=0)
     collective_us: float = opt(30.0, "Host time of a collective, with FSDP's own work.", ge=0)
     step_us: float = opt(3000.0, "Host time of a step outside forward and backward.", ge=0)
+    tensor_us: float = opt(0.0, "Time to clip and update a weight, however small, beyond that of its bytes.", ge=0)
+    synchronous: bool = opt(False, "The host computes: launches add to computing, and nothing runs beside it.")
     memory_gib: float = opt(0.0, "Host memory for each GPU.", ge=0)
     memory_gb_per_s: float = opt(20.0, "Host memory bandwidth for each GPU: of an update there.", gt=0)
     read_gb_per_s: float = opt(0.5, "Cached latents and text that a rank reads, per second.", gt=0)
@@ -152,6 +158,11 @@ class Cluster:
     def copy_rate(self) -> float:
         """Bytes per second of kernels that compute little."""
         return self.gpu.hbm_gb_per_s * 1e9 * self.efficiency.copy
+
+    @property
+    def model_rate(self) -> float:
+        """The same, in a model's forward and backward."""
+        return self.gpu.hbm_gb_per_s * 1e9 * (self.efficiency.model or self.efficiency.copy)
 
     def group(self, ranks: int, stride: int) -> Group:
         """The group of ranks r, r + stride, r + 2 stride, ... (ranks are counted node by node)."""
@@ -286,10 +297,8 @@ def seconds_of_size(sizes: list[float], seconds: list[float], size: float) -> fl
 
 
 def load(path: str | Path) -> Cluster:
-    """A cluster from a TOML; a bare name is looked up in train_configs/clusters.
-
-    ValueError: it cannot be read, or a value is missing or illegal; one line for each, with the field and the fix.
-    """
+    """A cluster from a TOML; a bare name is looked up in train_configs/clusters. ValueError: it cannot be read, or a
+    value is missing or illegal; one line for each, with the field and the fix."""
     path = Path(path)
     if not path.exists() and (found := FOLDER / path.with_suffix(".toml").name).exists():
         path = found
@@ -365,9 +374,12 @@ def _row_errors(where: str, cls: type, row: Any) -> Iterator[str]:
             if not isinstance(value, str):
                 yield f"{where}.{name}: given {value!r}; legal: a string"
             continue
+        if kinds[name] is bool:
+            if not isinstance(value, bool):
+                yield f"{where}.{name}: given {value!r}; legal: true, false"
+            continue
         is_number = isinstance(value, int if kinds[name] is int else int | float) and not isinstance(value, bool)
-        is_legal = is_number and math.isfinite(value) and _within(value, limits)
-        if not is_legal:
+        if not (is_number and math.isfinite(value) and _within(value, limits)):
             given = "missing" if name not in row else f"given {value!r}"
             words = {"gt": ">", "ge": ">=", "le": "<="}
             legal = " and ".join(f"{sign} {limits[key]}" for key, sign in words.items() if key in limits)
@@ -376,11 +388,8 @@ def _row_errors(where: str, cls: type, row: Any) -> Iterator[str]:
 
 
 def _within(value: float, limits: Any) -> bool:
-    return (
-        value > limits.get("gt", -math.inf)
-        and value >= limits.get("ge", -math.inf)
-        and value <= limits.get("le", math.inf)
-    )
+    least, most = limits.get("ge", -math.inf), limits.get("le", math.inf)
+    return least <= value <= most and value > limits.get("gt", -math.inf)
 
 
 def with_room(machine: Cluster, gib: float) -> Cluster:

@@ -19,7 +19,7 @@ from titan_video.planner.memory_model import in_flight
 from titan_video.planner.search import StageBudget
 from titan_video.planner.selection import SAVES
 from titan_video.planner.step_clock import StepClock
-from titan_video.planner.step_model import StepFixed, bubble
+from titan_video.planner.step_model import StepFixed, bubble, waited
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Layout:
         slowest = max(sum(of_stages[rank :: self.pp]) for rank in range(self.pp))
         total = self.microbatches * slowest + sum(self.fixed.parts.values())
         if self.pp > 1:
-            total += bubble(self.pp, self.microbatches, self.chunks) * slowest
+            waiting = bubble(self.pp, self.microbatches, self.chunks)
+            total += waited(self.microbatches, waiting, self.fixed.slowdown) * slowest
             total += (self.microbatches + self.pp - 1) * self.fixed.send * self.chunks
         return max([total, *self.fixed.at_least.values()])
 
@@ -175,19 +176,22 @@ class LayoutBuilder:
     def _choose(self, c: Candidate, path: str, allow_offload: bool) -> tuple[Choice, ...]:
         """As step_model.block_time, for all modes at once; seconds are weighted by the buckets' shares."""
         modes, sent = self.modes(c, allow_offload), self.clock.block_traffic(c, path)
-        slowdown = self.model.cluster.links.overlap_slowdown
+        slowdown, synchronous = self.model.cluster.links.overlap_slowdown, self.model.cluster.host.synchronous
         seconds, saved, working = np.zeros(len(modes)), np.zeros(len(modes)), np.zeros(len(modes))
-        back = (sent.gather if c.reshard else 0.0) + sent.reduce + sent.all_reduce
+        comes, comes_back = sent.forward(), sent.backward(c.reshard)
+        back, waits, waits_back = sum(comes_back.values()), sent.waits(comes), sent.waits(comes_back)
         for work in self.model.workload:
             t = self._table(c, path, work, allow_offload)
             forward, backward = (self.clock.block_seconds(c, path, part, work) for part in ("forward", "backward"))
             hidden = min(sent.gather, forward.compute)
-            first = forward.device + sent.gather - hidden + (slowdown - 1) * hidden
+            first = forward.device + sent.gather - hidden + (slowdown - 1) * hidden + waits
             hidden = np.minimum(back, backward.compute + t.compute)
-            second = backward.device + t.device + sent.partial + back - hidden + (slowdown - 1) * hidden
-            first = np.maximum(np.maximum(first, t.moved), forward.host)
-            second = np.maximum(np.maximum(second, t.moved), backward.host + t.host)
-            seconds += work.share * (first + second)
+            second = backward.device + t.device + sent.partial + back - hidden + (slowdown - 1) * hidden + waits_back
+            first, second = np.maximum(first, t.moved), np.maximum(second, t.moved)
+            launches = np.array([forward.host]), backward.host + t.host
+            if not synchronous:
+                launches = np.maximum(0.0, launches[0] - first), np.maximum(0.0, launches[1] - second)
+            seconds += work.share * (first + launches[0] + second + launches[1])
             saved, working = np.maximum(saved, t.saved), np.maximum(working, t.working)
         rows = zip(modes, seconds.tolist(), saved.tolist(), working.tolist(), strict=True)
         return tuple(Choice(*row) for row in rows)

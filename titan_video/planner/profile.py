@@ -29,18 +29,24 @@ from titan_video.models.layers import token_shape
 from titan_video.planner import cluster, profile_compute, profile_links
 from titan_video.planner.describe import GIB
 from titan_video.planner.profile_links import KINDS
+from titan_video.planner.profile_model import Cut, ModelProfile, cut
+from titan_video.planner.profile_pipeline import pipeline_slowdown
 from titan_video.planner.stopwatch import Stopwatch
 from titan_video.tools.device import get_device, peak_flops
 from titan_video.tools.files import atomic_write
 
+STEPS = 25  # times the budget of a single figure, for those of the model: a step is much longer than an operator
 NUM_LENGTHS, SHORTEST = 4, 64  # of attention: each half of the one before, down to so many tokens
 
 
 class Profile:
-    """One measurement of this machine. seconds: budget of each single figure. largest: bytes of the largest message."""
+    """One measurement of this machine. seconds: budget of each single figure. largest: bytes of the largest message.
 
-    def __init__(self, config: JobConfig, device: torch.device, seconds: float, largest: int):
-        self.config, self.device, self.largest = config, device, largest
+    part: of the model, where the host computes; None on GPUs. See `cut_of`.
+    """
+
+    def __init__(self, config: JobConfig, device: torch.device, seconds: float, largest: int, part: Cut | None):
+        self.config, self.device, self.largest, self.part = config, device, largest, part
         self.watch = Stopwatch(device, seconds)
         self.world_size = dist.get_world_size()
         self.per_node = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
@@ -63,7 +69,31 @@ class Profile:
         name = f"{self.world_size} x {gpu['name']}, measured"
         found = {"name": name, "gpus": self.world_size, "gpus_per_node": self.per_node, "gpu": gpu}
         found |= {"efficiency": efficiency, "links": self._links(messages), "host": self._host()}
-        return found | {"product": samples, "attention": tables} | messages
+        found |= {"product": samples, "attention": tables} | messages
+        if self.part is not None:
+            self._add_model(self.part, found, peak)
+        return found
+
+    def _add_model(self, part: Cut, found: dict[str, Any], peak: float) -> None:
+        """What only the model shows; see profile_model.py. Each figure is measured with those before it."""
+        clips = max(1, self.config.training.local_batch_size // self.world_size)
+        watch = Stopwatch(self.device, STEPS * self.watch.budget)
+        watch.sharing = self.watch.sharing
+        flops = peak * watch.budget
+        model = ModelProfile(watch, part, cluster.parse(found, "measured"), clips, self.tokens, flops)
+        found["efficiency"]["model"] = model.efficiency(cluster.parse(found, "measured"))
+        if not self.groups:
+            found["host"]["tensor_us"] = model.alone(cluster.parse(found, "measured"))
+            return
+        wait, tensor = model.sharded(cluster.parse(found, "measured"))
+        found["links"]["unit_wait_us"], found["host"]["tensor_us"] = wait, tensor
+        group = max(self.groups, key=lambda g: g.ranks)
+        state = clips * self.tokens * self.args.dim * self.dtype.itemsize
+        wait = profile_links.wait_seconds(watch, group, min(state, self.largest), self.dtype)
+        found["links"]["wait_us"] = wait * 1e6
+        here, size = cluster.parse(found, "measured"), min(state, self.largest) // (2 * self.world_size)
+        stage, send = model.seconds(here) / (2 * self.world_size), here.send_seconds(size, self.per_node > 1) + wait
+        found["links"]["pipeline_slowdown"] = pipeline_slowdown(watch, stage, size, send, self.dtype)
 
     def _products(self) -> tuple[list[dict[str, Any]], float]:
         """(rows of [[product]], peak FLOP/s: of the data sheet, or on a CPU the best of them)"""
@@ -141,16 +171,26 @@ class Profile:
 
     def _host(self) -> dict[str, float]:
         operator = profile_compute.operator_seconds(self.watch)
-        found = {"operator_us": operator * 1e6}
-        if self.device.type == "cuda":
+        on_gpu = self.device.type == "cuda"
+        found = {"operator_us": operator * 1e6, "synchronous": not on_gpu}
+        if on_gpu:
             found["compiled_us"] = profile_compute.compiled_seconds(self.watch) * 1e6
-        if self.groups:
+        if on_gpu and self.groups:
             found["collective_us"] = profile_compute.fsdp_seconds(self.watch) * 1e6
         return found | {
             "memory_gib": memory_bytes(torch.device("cpu"), self.per_node) / GIB,
             "memory_gb_per_s": profile_compute.host_memory_rate(self.watch, self.largest) / 1e9,
             "read_gb_per_s": profile_compute.read_rate(self.watch) / 1e9,
         }
+
+
+def cut_of(config: JobConfig) -> Cut | None:
+    """The part of the configuration's model that is measured where the host computes; None of a mixture of experts,
+    for which no time is predicted yet. No process group may exist.
+    """
+    spec, m = get_spec(config.model.name), config.model
+    args = get_args(spec, m.flavor, m.hf_assets_path, config.encoder.max_text_length)
+    return None if getattr(args, "experts", None) else cut(config, spec, args)
 
 
 def link_rate(rows: list[dict[str, Any]]) -> float:
@@ -179,7 +219,12 @@ def memory_bytes(device: torch.device, per_node: int) -> float:
 def header(profile: Profile) -> str:
     """What the numbers do not say, as comments."""
     backend = "NCCL" if profile.device.type == "cuda" else "gloo"
-    unmeasured = ["[encoders]", "host.step_us"] + ["host.compiled_us"] * (profile.device.type == "cpu")
+    unmeasured = ["[encoders]", "host.step_us"]
+    if profile.part is None:
+        unmeasured += ["efficiency.model", "links.wait_us", "links.unit_wait_us", "links.pipeline_slowdown"]
+        unmeasured.append("host.tensor_us")
+    if profile.device.type == "cpu":
+        unmeasured += ["host.compiled_us", "host.collective_us (part of the messages' times)"]
     if profile.world_size <= profile.per_node:
         unmeasured.append("the network between nodes")
     lines = [
@@ -216,10 +261,11 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"--largest: given {options.largest}; legal: at least 1")
         config = load(options.config) if options.config else JobConfig()
         device = get_device(int(os.environ.get("LOCAL_RANK", 0)))
+        part = cut_of(config) if device.type == "cpu" else None  # before there are process groups
         init_distributed(device, timeout_seconds=1800)
         try:
             largest = options.largest or (512 if device.type == "cuda" else 16)
-            profile = Profile(config, device, options.seconds, largest * 2**20)
+            profile = Profile(config, device, options.seconds, largest * 2**20, part)
             write(profile, profile.run(), options.out)
             if dist.get_rank() == 0:
                 print(f"saved in {options.out}")

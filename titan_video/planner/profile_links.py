@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from titan_video.distributed.collectives import all_gather
+from titan_video.models.spec import RankGroup
 from titan_video.planner.stopwatch import Stopwatch, random_tensor
 
 # Renamed in torch 2.13, where the old names warn.
@@ -16,6 +18,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 KINDS = ("all_gather", "reduce_scatter", "all_to_all")
 SMALLEST = 2**12  # bytes
+PIECE = 4e-3  # seconds that a rank computes between two collectives: about what a block on a CPU does, and a time slice
 
 
 @dataclass(frozen=True)
@@ -125,3 +128,29 @@ def overlap_slowdown(watch: Stopwatch, ranks: RankSet, num_bytes: int, dtype: to
 
     alone = watch.seconds(compute)
     return max(1.0, watch.seconds(beside) / max(alone, gather))
+
+
+def wait_seconds(watch: Stopwatch, ranks: RankSet, num_bytes: int, dtype: torch.dtype) -> float:
+    """What a collective between computing takes beyond one after another: ranks reach it at different moments, threads
+    that send wait for a core where others compute, and autograd's work.
+
+    num_bytes: of the full tensor. A gather in forward and its reduce-scatter in backward, each after PIECE seconds.
+    """
+    a, b = (random_tensor(256, 256, dtype=dtype, device=watch.device) for _ in range(2))
+    x = torch.ones(max(num_bytes // 4 // ranks.ranks, 1), device=watch.device, requires_grad=True)
+    group = RankGroup(ranks.group.group_name, dist.get_rank(ranks.group), ranks.ranks)
+    count = max(1, round(PIECE / watch.compute_seconds(lambda: a @ b)))
+    grad = torch.ones(len(x) * ranks.ranks, device=watch.device)
+
+    def compute() -> None:
+        for _ in range(count):
+            a @ b
+
+    def both() -> None:
+        compute()
+        gathered = all_gather(x, 0, group)
+        compute()
+        gathered.backward(grad)
+
+    alone = sum(watch.seconds(collective(kind, num_bytes, ranks, watch.device)) for kind in KINDS[:2])
+    return max(0.0, watch.seconds(both) - 2 * watch.compute_seconds(compute) - alone) / 2

@@ -5,8 +5,9 @@ attention       FLOPs / rate at so many keys
 memory-bound    bytes of all other operators / copy rate; in a compiled block neighbours are one kernel
 all-to-all, tensor parallel, expert parallel    each waits for its result
 ring            what its attention does not hide: step i sends while step i - 1 computes
-host            launches: a block is never faster than its launches; and where the host waits for the device, as
-                before tokens go to their experts, the next launch, for which the device waits
+host            launches: a block is never faster than its launches, and where the host computes they add to it; and
+                where the host waits for the device, as before tokens go to their experts, the next launch, for which
+                the device waits
 """
 
 from collections import Counter, defaultdict
@@ -153,6 +154,8 @@ class Clock:
         self.cluster, self.head_dim, self.compiled, self.backend = cluster, head_dim, compiled, backend
         host = cluster.host
         self.launch = (host.compiled_us if compiled else host.operator_us) * 1e-6
+        # Where the host does all, what a collective takes includes the host's time.
+        self.collective = 0.0 if host.synchronous else host.collective_us * 1e-6
 
     def seconds(self, work: Work, groups: dict[str, Group], clips: int, length: int, backward: bool) -> Seconds:
         """groups: of the axes "ulysses", "ring", "tp" and "ep"."""
@@ -164,7 +167,8 @@ class Clock:
         ring = 0.0
         for axis, kind, payload, times in work.sent:
             size = float(np.dot(payload, values))
-            seconds = times * self._collective(kind, size, groups[axis], on_ring=axis == "ring")
+            seconds = self._collective(kind, size, groups[axis], on_ring=axis == "ring")
+            seconds = times * (seconds + self.cluster.links.wait_us * 1e-6)
             if axis == "ring":
                 ring += seconds
             else:
@@ -173,15 +177,14 @@ class Clock:
             ranks = groups["ring"].ranks
             hidden = min(ring, parts["attention"] * (ranks - 1) / ranks)
             parts["ring"] = ring - hidden + (self.cluster.links.overlap_slowdown - 1) * hidden
-        collective = self.cluster.host.collective_us * 1e-6
         if work.waits:
-            parts["host"] += work.waits * collective
-        host = work.launches * self.launch + work.collectives * collective
+            parts["host"] += work.waits * self.collective
+        host = work.launches * self.launch + work.collectives * self.collective
         return Seconds(dict(parts), float(work.flops @ values), host)
 
     def _rate(self, part: str, shape: tuple[Poly, ...], values: np.ndarray, backward: bool) -> float:
         if part == "memory-bound":
-            return self.cluster.copy_rate
+            return self.cluster.model_rate
         if part == "attention":
             keys = _size(shape[0], values) if self.cluster.attention else 0.0
             return self.cluster.attention_rate(keys, self.head_dim, backward, self.backend)

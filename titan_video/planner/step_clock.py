@@ -11,6 +11,7 @@ from titan_video.planner.step_model import (
     StepFixed,
     Traffic,
     add_times,
+    added,
     beside_step,
     block_time,
     encode_seconds,
@@ -22,6 +23,7 @@ from titan_video.planner.timeline import BlockTimes, StepTimes
 from titan_video.planner.units import Unit
 
 NUM_LEVELS = 4  # models.experts.NUM_LEVELS, an optional part
+STEP_REDUCTIONS = 5  # of numbers over ranks: tokens, three of losses, whether to stop; the norm's is in the update
 FIRST, LAST = ("embed", "trunk", "embed backward"), ("head", "loss", "head backward")
 
 
@@ -81,7 +83,7 @@ class StepClock:
             again,
             sent=self.block_traffic(c, path),
             reshard=c.reshard,
-            slowdown=self.cluster.links.overlap_slowdown,
+            cluster=self.cluster,
             moved=self.cluster.host_copy_seconds(host),
         )
 
@@ -104,8 +106,9 @@ class StepClock:
             is_backward = part.endswith("backward")
             s = self.ends_clock.seconds(self._works[(*key, part)], groups, clips, length, is_backward)
             parts = Counter(s.by_part)
-            parts["host"] += max(0.0, s.host - s.device)
-            total = max(s.host, s.device)
+            launches = added(s.host, s.device, self.cluster.host.synchronous)
+            parts["host"] += launches
+            total = s.device + launches
             times.append(
                 (1.0, StageTime(dict(parts), 0.0 if is_backward else total, total if is_backward else 0.0, s.flops))
             )
@@ -121,9 +124,12 @@ class StepClock:
             ]
             first = self.block_traffic(c, self.model.layers[0])
             sent += [] if last else [first]
-            gather, reduce, copied = (sum(getattr(t, n) for t in sent) for n in ("gather", "reduce", "all_reduce"))
-            parts = {"all-gather": gather, "reduce-scatter": reduce, "all-reduce": copied}
-            found = StageTime({k: v for k, v in parts.items() if v}, gather, reduce + copied, 0.0)
+            parts: Counter[str] = Counter()
+            for t in sent:
+                for part, seconds in t.backward(reshard=True).items():
+                    parts[part] += seconds + t.wait * (seconds > 0)
+            back = parts["reduce-scatter"] + parts["all-reduce"]
+            found = StageTime({k: v for k, v in parts.items() if v}, parts["all-gather"], back, 0.0)
             self._traffic[key] = found
         return self._traffic[key]
 
@@ -165,7 +171,9 @@ class StepClock:
         pixels = step * sum(share * n * w.bucket[0] * w.bucket[1] * w.bucket[2] / 1e6 for share, n, w in works)
         read = clips / c.dp * self._cached_bytes(works)
         update = update_seconds(self.cluster, c, self._own(c), t.max_norm > 0, model.config.ema.enable)
-        parts = {"optimizer": update, "host": self.cluster.host.step_us * 1e-6}
+        wait = self.cluster.links.wait_us * 1e-6
+        reductions = STEP_REDUCTIONS * wait if c.num_training_ranks > 1 else 0.0
+        parts = {"optimizer": update, "host": self.cluster.host.step_us * 1e-6 + reductions}
         if balance := self._balance_seconds(c):
             parts["expert parallel"] = balance
         if encode := encode_seconds(self.cluster, c, pixels, clips):
@@ -174,8 +182,9 @@ class StepClock:
         if c.pp > 1:
             state = sum(share * model.ends_memory(c, w).state for share, _, w in works)
             stride = c.num_training_ranks // c.pp
-            send = 2 * self.cluster.send_seconds(state, in_node=stride * c.pp <= self.cluster.gpus_per_node)
-        return StepFixed(parts, send, beside_step(self.cluster, c, read, pixels, clips))
+            send = 2 * (self.cluster.send_seconds(state, in_node=stride * c.pp <= self.cluster.gpus_per_node) + wait)
+        slowdown = self.cluster.links.pipeline_slowdown
+        return StepFixed(parts, send, slowdown, beside_step(self.cluster, c, read, pixels, clips))
 
     def _balance_seconds(self, c: Candidate) -> float:
         """Of the sum of the experts' load over all ranks, once a step: see training/expert_balance.py."""

@@ -21,16 +21,31 @@ CLIP_BYTES, EMA_BYTES = 12, 12  # gradient norm and scaling; EMA
 class Traffic:
     """Seconds of what FSDP sends for a unit: a gather of its weights, a reduction of its gradients.
 
-    partial: the sum over tensor parallel's ranks that precedes it (see Unit), for which all else waits.
+    partial: the sum over tensor parallel's ranks that precedes it (see Unit), for which all else waits. wait: beside
+    each gather and reduction, what no computing hides (links.unit_wait_us).
     """
 
     gather: float = 0.0
     reduce: float = 0.0
     all_reduce: float = 0.0
     partial: float = 0.0
+    wait: float = 0.0
 
     def __add__(self, other: "Traffic") -> "Traffic":
         return Traffic(**{name: value + getattr(other, name) for name, value in vars(self).items()})
+
+    def forward(self) -> dict[str, float]:
+        """Seconds by part, without `wait`."""
+        return {"all-gather": self.gather}
+
+    def backward(self, reshard: bool) -> dict[str, float]:
+        """The same, with a second gather of weights that forward has freed."""
+        gather = self.gather if reshard else 0.0
+        return {"all-gather": gather, "reduce-scatter": self.reduce, "all-reduce": self.all_reduce}
+
+    def waits(self, sent: dict[str, float]) -> float:
+        """Of what is sent, together."""
+        return self.wait * sum(seconds > 0 for seconds in sent.values())
 
 
 def traffic(candidate: Candidate, cluster: Cluster, unit: Unit, axis: str = "fsdp", has_units: bool = True) -> Traffic:
@@ -45,7 +60,8 @@ def traffic(candidate: Candidate, cluster: Cluster, unit: Unit, axis: str = "fsd
         gather += cluster.host_copy_seconds(unit.parameters)
         reduce += cluster.host_copy_seconds(unit.gradients)
     copied = cluster.all_reduce_seconds(unit.reduced / group.ranks, copies) if copies.ranks > 1 else 0.0
-    return Traffic(gather, reduce, copied, cluster.all_reduce_seconds(unit.partial, groups["tp"]))
+    partial = cluster.all_reduce_seconds(unit.partial, groups["tp"])
+    return Traffic(gather, reduce, copied, partial, cluster.links.unit_wait_us * 1e-6)
 
 
 @dataclass(frozen=True)
@@ -59,21 +75,23 @@ class BlockTime:
 
 
 def block_time(
-    forward: Seconds, backward: Seconds, again: Seconds, sent: Traffic, reshard: bool, slowdown: float, moved: float
+    forward: Seconds,
+    backward: Seconds,
+    again: Seconds,
+    sent: Traffic,
+    reshard: bool,
+    cluster: Cluster,
+    moved: float,
 ) -> BlockTime:
     """again: what is recomputed. moved: seconds in which saved activations go to host memory, or come back."""
+    slowdown, synchronous = cluster.links.overlap_slowdown, cluster.host.synchronous
     parts: Counter[str] = Counter(forward.by_part)
     parts.update(backward.by_part)
     parts["recomputation"] += again.device
     if sent.partial:
         parts["tensor parallel"] += sent.partial
-    waits = _waits({"all-gather": sent.gather}, forward.compute, slowdown)
-    comes_back = {
-        "all-gather": sent.gather if reshard else 0.0,
-        "reduce-scatter": sent.reduce,
-        "all-reduce": sent.all_reduce,
-    }
-    waits_back = _waits(comes_back, backward.compute + again.compute, slowdown)
+    waits = _waits(sent.forward(), forward.compute, slowdown, sent.wait)
+    waits_back = _waits(sent.backward(reshard), backward.compute + again.compute, slowdown, sent.wait)
     first = forward.device + sum(waits.values())
     second = backward.device + again.device + sent.partial + sum(waits_back.values())
     parts.update(waits)
@@ -81,20 +99,29 @@ def block_time(
     # Copies to and from the host overlap with all else.
     parts["offload"] += max(0.0, moved - first) + max(0.0, moved - second)
     first, second = max(first, moved), max(second, moved)
-    parts["host"] += max(0.0, forward.host - first) + max(0.0, backward.host + again.host - second)
-    first, second = max(first, forward.host), max(second, backward.host + again.host)
+    launches = added(forward.host, first, synchronous), added(backward.host + again.host, second, synchronous)
+    parts["host"] += sum(launches)
+    first, second = first + launches[0], second + launches[1]
     flops = forward.flops + backward.flops + again.flops
     return BlockTime({part: value for part, value in parts.items() if value}, first, second, flops)
 
 
-def _waits(sent: dict[str, float], compute: float, slowdown: float) -> dict[str, float]:
-    """What compute waits for, and what it loses beside the rest, shared by parts as they are sent."""
+def added(host: float, other: float, synchronous: bool) -> float:
+    """What launches of `host` seconds add to `other` seconds, beside which a GPU's host launches."""
+    return host if synchronous else max(0.0, host - other)
+
+
+def _waits(sent: dict[str, float], compute: float, slowdown: float, each: float) -> dict[str, float]:
+    """What compute waits for, and what it loses beside the rest, shared by parts as they are sent.
+
+    each: see Traffic.wait.
+    """
     total = sum(sent.values())
     if not total:
         return {}
     hidden = min(total, compute)
     share = (total - hidden + (slowdown - 1) * hidden) / total
-    return {part: value * share for part, value in sent.items() if value}
+    return {part: value * share + each for part, value in sent.items() if value}
 
 
 @dataclass(frozen=True)
@@ -129,11 +156,13 @@ class StepFixed:
     """What a step has beside its micro-batches.
 
     parts: seconds after the last one. send: seconds of a boundary between stages, for one micro-batch, both ways.
+    slowdown: links.pipeline_slowdown, of a pipeline's stages and its bubble.
     at_least: by part, what runs beside the whole step and is waited for where it is longer.
     """
 
     parts: dict[str, float]
     send: float = 0.0
+    slowdown: float = 1.0
     at_least: dict[str, float] = field(default_factory=dict)
 
 
@@ -146,6 +175,11 @@ def bubble(pp: int, microbatches: int, chunks: int) -> float:
     return max(0, pp - microbatches) + (min(microbatches, pp) - 1) / chunks
 
 
+def waited(microbatches: int, waiting: float, slowdown: float) -> float:
+    """All that the slowest rank waits, in the units of `bubble`. waiting: the bubble."""
+    return slowdown * (microbatches + waiting) - microbatches
+
+
 def step_parts(
     candidate: Candidate, slowest: float, parts: dict[str, float], fixed: StepFixed, interleaved: bool
 ) -> dict[str, float]:
@@ -156,7 +190,8 @@ def step_parts(
     m, pp = candidate.microbatches, candidate.pp
     found: Counter[str] = Counter({part: m * value for part, value in parts.items()})
     if pp > 1:
-        found["pipeline bubble"] += bubble(pp, m, 2 if interleaved else 1) * slowest
+        waiting = bubble(pp, m, 2 if interleaved else 1)
+        found["pipeline bubble"] += waited(m, waiting, fixed.slowdown) * slowest
         found["pipeline sends"] += (m + pp - 1) * fixed.send * (2 if interleaved else 1)
     for part, value in fixed.parts.items():
         found[part] += value
@@ -166,14 +201,13 @@ def step_parts(
 
 
 def update_seconds(cluster: Cluster, candidate: Candidate, own: Unit, clips_norm: bool, ema: bool) -> float:
-    """Of the optimizer's step on one rank's shards."""
+    """Of the optimizer's step on one rank's shards, and of clipping."""
     elements = own.sharded
     size = elements * (
         UPDATE_BYTES.get(candidate.optimizer, 28) + (CLIP_BYTES if clips_norm else 0) + (EMA_BYTES if ema else 0)
     )
-    if candidate.enable_cpu_offload:
-        return size / (cluster.host.memory_gb_per_s * 1e9)
-    return size / cluster.copy_rate
+    rate = cluster.host.memory_gb_per_s * 1e9 if candidate.enable_cpu_offload else cluster.copy_rate
+    return size / rate + own.tensors * cluster.host.tensor_us * 1e-6
 
 
 def beside_step(cluster: Cluster, candidate: Candidate, bytes_read: float, megapixels: float, clips: float) -> dict:

@@ -41,13 +41,17 @@ class Stopwatch:
         return self.sharing * self._measured(run, time.thread_time)
 
     def measure_sharing(self, run: Callable[[], object]) -> None:
-        """run: computes on one thread. No sharing is seen where a rank has several."""
-        if self.device.type != "cpu" or torch.get_num_threads() > 1:
+        """run: computes on one thread. No sharing is seen where a rank has several.
+
+        It is the time until all ranks have done so much, as a rank that gets a core at once makes others wait; and the
+        shortest, as other programs take cores too.
+        """
+        if self.device.type != "cpu" or torch.get_num_threads() > 1 or dist.get_world_size() == 1:
             return
         run()
         calls = max(1, int(LONG / self.slowest(self._sample(run, 2, time.thread_time))))
         samples = [self._shared(run, calls) for _ in range(2 * MIN_SAMPLES)]
-        self.sharing = max(1.0, self.slowest(lower_quartile(samples)))
+        self.sharing = max(1.0, self.slowest(min(samples)))
 
     def host_seconds(self, run: Callable[[], object]) -> float:
         """Until the host is done with one call: on a GPU the launches alone."""
@@ -83,7 +87,9 @@ class Stopwatch:
         start, own = time.perf_counter(), time.thread_time()
         for _ in range(calls):
             run()
-        return (time.perf_counter() - start) / max(time.thread_time() - own, 1e-9)
+        own = time.thread_time() - own
+        self._meet()
+        return (time.perf_counter() - start) / max(own, 1e-9)
 
     def _sample(self, run: Callable[[], object], calls: int, clock: Callable[[], float]) -> float:
         self._meet()

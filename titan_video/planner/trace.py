@@ -138,6 +138,10 @@ class Tracer:
         experts = ep if ep == 1 else _smallest_divisor(self.args.experts.num_experts)
         return min(ring, 2) if rotate == "alltoall" else ring, ulysses, tp, experts
 
+    def add(self, traces: tuple[dict[str, BlockTrace], EndsTrace]) -> None:
+        """What another process has traced of one rank alone, where process groups exist here."""
+        self._traces[1, 1, 1, 1] = traces
+
     def trace(self, ring: int, ulysses: int, tp: int, ep: int = 1) -> tuple[dict[str, BlockTrace], EndsTrace]:
         """({type of block: trace}, ends) of rank 0 at `degrees`; cached. No process group may exist."""
         key = ring, ulysses, tp, ep = self.degrees(ring, ulysses, tp, ep)

@@ -24,9 +24,9 @@ class Unit:
 
     parameters, gradients, optimizer, ema: of its shard. gathered: of its weights as the rank computes with them.
     reduced: of its gradients in the type of the reduction, before they are scattered. elements: of the gathered
-    weights; sharded: of the shard. partial: of gradients that each tensor-parallel rank has a part of, as experts that
-    they all hold: FSDP sums them first. copied: of weights on one rank, what FSDP allocates to divide their gradients
-    by 1, beyond the gradients that it has freed by then.
+    weights; sharded: of the shard; tensors: how many weights it has. partial: of gradients that each tensor-parallel
+    rank has a part of, as experts that they all hold: FSDP sums them first. copied: of weights on one rank, what FSDP
+    allocates to divide their gradients by 1, beyond the gradients that it has freed by then.
     """
 
     parameters: int = 0
@@ -39,6 +39,7 @@ class Unit:
     sharded: int = 0
     partial: int = 0
     copied: int = 0
+    tensors: int = 0
 
     @property
     def state(self) -> int:
@@ -147,6 +148,7 @@ class UnitSizes:
             gathered=elements * compute.itemsize,
             elements=elements,
             sharded=sharded,
+            tensors=1,
         )
         if not p.requires_grad:
             return weights
