@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from titan_video.config.manager import load
 from titan_video.planner import cluster
+from titan_video.planner.cost import CostModel
 from titan_video.planner.describe import GIB
 from titan_video.planner.explain import name_of, saved_by
 from titan_video.planner.plan import Job, make_own_plan
@@ -43,9 +44,9 @@ def strategies(gpus: int) -> dict[str, dict]:
     }
 
 
-def rows(name: str, job: Job, chosen: float) -> tuple[list[list[str]], float]:
+def rows(name: str, job: Job, model: CostModel, chosen: float) -> tuple[list[list[str]], float]:
     """(rows of a strategy, seconds of the chosen plan). chosen: so far; 0: these are its rows."""
-    planned = make_own_plan(job, job.build(job.config, job.cluster, None))
+    planned = make_own_plan(job, model)
     result = planned.result
     if not result.num_candidates:
         return [[name, "", "", f"not legal with {planned.space.step.clips} clips a step", ""]], chosen
@@ -66,9 +67,9 @@ def layout_of(plan: Plan) -> str:
 
 def table(config_path: Path, cluster_name: str) -> str:
     config, machine = load(config_path), cluster.load(ROOT / "train_configs" / "clusters" / f"{cluster_name}.toml")
-    found, chosen = [], 0.0
+    found, chosen, model = [], 0.0, CostModel(config, machine)
     for name, fixed in strategies(machine.gpus).items():
-        more, chosen = rows(name, Job(config, machine, fixed=fixed), chosen)
+        more, chosen = rows(name, Job(config, machine, fixed=fixed), model, chosen)
         found += more
     caption = f"`{config_path.stem}` on {cluster_name}:\n\n"
     return caption + markdown(["", "s/step", "", "layout", "binding"], found, right=(1, 2))

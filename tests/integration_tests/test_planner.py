@@ -1,5 +1,6 @@
 """The planner's command line, and runs of what it writes."""
 
+import json
 import re
 import subprocess
 import sys
@@ -101,6 +102,19 @@ def test_the_command_prints_and_writes(tmp_path, capsys):
     assert "tp=2" in printed and "with cp=2:" in printed
     names = {"plan.toml", "plan.html", "plan.json", "plans.md", "plans.csv", "timeline.json"}
     assert {path.name for path in (tmp_path / "plan").iterdir()} == names
+
+
+def test_experts_are_in_all_that_is_written(tmp_path, capsys):
+    path = plan(tmp_path, 2, "--fix", "ep=2", "--explain", "ep=3", "--what-if", "ep=2,tp=2", family="moe")
+    printed = capsys.readouterr().out
+    assert "ep = 3 does not divide the model's 8 experts" in printed and "with ep=2,tp=2:" in printed
+    assert load(path).parallelism.expert_parallel_degree == 2
+    words = " ".join(path.read_text().replace("\n#", "").split())
+    assert re.search(r"expert parallel: [\d.]+ s", words) and "a rank's get 1.5 times as many" in words
+    page = json.loads((tmp_path / "plan" / "plan.json").read_text())
+    assert page["parts"]["expert parallel"] > 0
+    assert "expert parallel" in {event["lane"] for event in page["layer"]}
+    assert ",ep," in (tmp_path / "plan" / "plans.csv").read_text().splitlines()[0]
 
 
 @pytest.mark.parametrize(

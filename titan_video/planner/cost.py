@@ -134,7 +134,7 @@ class CostModel:
         return all(m.needed <= self.cluster.gpu.memory_gib and m.host_total / 2**30 <= host for m in memory)
 
     def block_times(self, candidate: Candidate) -> BlockTimes:
-        """Of the first block, for the longest clips."""
+        """Of the first block, or the first with experts over ranks, for the longest clips."""
         return self.clock.block_times(candidate)
 
     def step_times(self, candidate: Candidate) -> StepTimes:

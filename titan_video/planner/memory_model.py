@@ -168,13 +168,10 @@ def stage_memory(stage: StageInput, on_host: tuple[str, ...] = (), beside: float
     gathered = _Gathered(stage, ends, root_gathered)
     saved = earlier + kept + sum(m.saved for m in memory)
     if stage.is_last:
-        offer(
-            activations=saved + head,
-            **{TEMPORARY: stage.ends.head_working},
-            gathered_weights=gathered.at(len(blocks)),
-        )
-        for name in units.last:
-            grads.add(units.last[name])
+        temporary = {TEMPORARY: stage.ends.head_working}
+        offer(activations=saved + head, gathered_weights=gathered.at(len(blocks)), **temporary)
+        for unit in units.last.values():
+            grads.add(unit)
     reducing = max((u.reduced for u in units.last.values()), default=0) if stage.has_units and stage.is_last else 0
     held = 0.0  # the last unit's reduced shard, until its all-reduce over the replicas has been waited for
     for i in reversed(range(len(blocks))):

@@ -219,8 +219,10 @@ class StepClock:
 
     def block_times(self, c: Candidate) -> BlockTimes:
         model = self.model
-        work, path = max(model.workload, key=lambda w: w.tokens), model.layers[0]
-        again = self.block_seconds(c, path, "again", work, model.modes(c)[0])
+        divided = model.units(c).experts
+        i = next((i for i, kind in enumerate(model.layers) if kind in divided), 0)
+        work, path = max(model.workload, key=lambda w: w.tokens), model.layers[i]
+        again = self.block_seconds(c, path, "again", work, model.modes(c)[i])
         sent = self.block_traffic(c, path)
         forward, backward = (self.block_seconds(c, path, part, work).by_part for part in ("forward", "backward"))
         return BlockTimes(
