@@ -52,7 +52,8 @@ def test_geometry(encoders):
     assert latents.shape == (2, encoders.channels, 4, 3, 5) and latents.dtype == torch.float32
     again = encoders.decode_video(latents)
     assert again.shape == frames.shape and again.dtype == torch.uint8
-    assert torch.equal(encoders.encode_video(frames[:, :, :1]), latents[:, :, :1])
+    # Products of other numbers of rows are rounded in another way on some CPUs.
+    torch.testing.assert_close(encoders.encode_video(frames[:, :, :1]), latents[:, :, :1], rtol=1e-5, atol=1e-5)
     other = frames.clone()
     other[:, :, 5:9] = 255 - other[:, :, 5:9]
     assert (encoders.encode_video(other) != latents).any(dim=(0, 1, 3, 4)).tolist() == [False, False, True, False]
