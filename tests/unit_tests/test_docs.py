@@ -56,6 +56,7 @@ RUN_BY = {
     r"python -m titan_video\.mup transfer": f"{MUP}::test_a_rate_that_holds_and_one_that_does_not",
     r"python -m titan_video\.config": "tests/unit_tests/test_config_page.py",
     r"python benchmarks/learn_shapes\.py": BENCHMARKS,
+    r"python benchmarks/soak\.py": "tests/integration_tests/test_soak.py",
     r"python benchmarks/traffic\.py": f"{BENCHMARKS}::test_page_of_layouts_has_the_tables_that_the_script_prints",
     r"python benchmarks/(diagram|fits|house)\.py": "tests/unit_tests/test_docs.py",
     r"python -c \"import json": f"{DOCS}::test_a_checkpoint_is_verified_by_hand",
