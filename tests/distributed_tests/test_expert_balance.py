@@ -37,6 +37,7 @@ RUNS = {  # layout -> modes of running a block
     "fsdp2 x tp2": ("full",),
     "pp2 x fsdp2 x ulysses2": ("plain",),
 }
+IN_CI = ("fsdp2", "tp2", "ring2", "pp2", "pp2 x fsdp2 x ulysses2")  # the others are slow
 
 
 class Log:
@@ -92,7 +93,9 @@ def one_process():
     return {name: run_ranks(three_steps, 1, name, "one", "plain")[0] for name in ("wan moe", "wan moe choice")}
 
 
-@pytest.mark.parametrize("layout", RUNS)
+@pytest.mark.parametrize(
+    "layout", [name if name in IN_CI else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
+)
 def test_counts_and_biases_are_those_of_one_process(layout, one_process):
     expected, numbers = one_process["wan moe"]
     assert all(load.sum() == (NUM // 2) * (2 * 4 + 15) * 2 for loads, _ in expected.values() for load in loads)
@@ -108,7 +111,7 @@ def test_counts_and_biases_are_those_of_one_process(layout, one_process):
                 assert a == pytest.approx(b, rel=1e-12)
 
 
-@pytest.mark.parametrize("layout", ["ring2", "fsdp2 x tp2"])
+@pytest.mark.parametrize("layout", [pytest.param("ring2", marks=pytest.mark.slow), "fsdp2 x tp2"])
 def test_experts_choose_from_the_whole_clip(layout, one_process):
     """Each has equally many tokens, and the same ones, by noise level."""
     expected, _ = one_process["wan moe choice"]

@@ -58,7 +58,12 @@ def test_memory_is_that_of_a_dry_run(family, flavor, candidate, mode, stage, loa
 
 
 @pytest.mark.parametrize(
-    "candidate, mode", [(Candidate(dp_shard=4, ep=4), NONE), (Candidate(ulysses=2, tp=2, ep=2), FULL)], ids=str
+    "candidate, mode",
+    [
+        pytest.param(Candidate(dp_shard=4, ep=4), NONE, marks=pytest.mark.slow),
+        (Candidate(ulysses=2, tp=2, ep=2), FULL),
+    ],
+    ids=str,
 )
 def test_busier_experts_need_as_much_more_as_in_a_dry_run(candidate, mode, monkeypatch):
     spec = get_spec("wan")
