@@ -345,12 +345,15 @@ def test_the_search_adds_up_what_is_predicted(traced):
     three = CANDIDATES[0], CANDIDATES[1], replace(CANDIDATES[2], ranges=(Range(0, 4, ATTENTION),))
     waits = {"wait_us": 100.0, "unit_wait_us": 300.0, "pipeline_slowdown": 1.5}
     cpu = on(traced, changed(load("h100x8"), host={"synchronous": True, "tensor_us": 10.0}, links=waits))
-    for model, candidate in [(m, c) for m in (traced, cpu) for c in three]:
+    moe = CostModel(job(flavor="moe-debug"), cpu.cluster)  # where launches hide nothing
+    # With ep 1 the gradients of experts are first summed over tensor parallel.
+    mixtures = [(moe, Candidate(dp_shard=4, tp=2)), (moe, Candidate(dp_shard=2, ulysses=2, tp=2, ep=4))]
+    for model, candidate in [(m, c) for m in (traced, cpu) for c in three] + mixtures:
         layout = model.layout(candidate)
         mode = candidate.ranges[0].checkpointing if candidate.ranges else NONE
         choice = {kind: next(c for c in found if c.name == mode) for kind, found in layout.choices.items()}
         stages = [
-            budget.seconds + sum(choice[traced.layers[i]].seconds for i in blocks)
+            budget.seconds + sum(choice[model.layers[i]].seconds for i in blocks)
             for budget, blocks in zip(layout.stages, model.stages(candidate), strict=True)
         ]
         assert layout.step_seconds(stages) == pytest.approx(model.predict(candidate).step_seconds, rel=1e-6)
