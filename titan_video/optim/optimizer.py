@@ -5,7 +5,7 @@
     AdamW8bit        AdamW8bit            AdamW8bit        AdamW                 2.13
     Muon             Muon                 AdamW            AdamW                 4
 
-AdamW of float32 weights is torch.optim.AdamW. Everything else, and every optimizer of bfloat16 weights, is
+AdamW of float32 weights is torch.optim.AdamW, on local shards. Everything else, and every optimizer of bfloat16 weights, is
 `MixedOptimizer` (mixed.py, optional). There is always one optimizer with one state. Each tensor of the state has the
 rows of its weight and is sharded like it. A name with a dot is a class of another package (by_name.py, optional).
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from titan_video.config.job_config import JobConfig, Optimizer
-from titan_video.distributed.utils import clean_name, get_mesh
+from titan_video.distributed.utils import clean_name, get_mesh, to_local
 from titan_video.tools.parts import resolve
 
 # Names of a parameter's state tensors, by the kind of its group; checkpoints use these names.
@@ -34,6 +34,19 @@ OPTIONAL = {
     "in_backward": "titan_video.optim.in_backward:InBackward",
     "package.module.Class": "titan_video.optim.by_name:build",
 }
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, which updates the local shards of sharded weights; its state is sharded like them.
+
+    DTensor's operators on lists of tensors derive placements anew at every step (see `utils.clip_grad_norm`).
+    """
+
+    def _init_group(self, group: dict, *lists: list[Tensor]) -> bool:
+        has_complex = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = [to_local(t) for t in tensors]
+        return has_complex
 
 
 def new_slot(p: Tensor, kind: str, slot: str) -> Tensor:
@@ -90,7 +103,7 @@ def build_optimizer(
         build = resolve(OPTIONAL["package.module.Class"], asked_by=f"optimizer.name = {section.name}")
         return build(list(groups.values()), section)
     if section.name == "AdamW" and not any(p.dtype == torch.bfloat16 for p in names):
-        return torch.optim.AdamW(
+        return AdamW(
             list(groups.values()),
             fused=section.implementation == "fused",
             foreach=section.implementation == "foreach",
