@@ -93,7 +93,11 @@ def check_codes(device: str = "cpu") -> None:
         table = codebook(signed, torch.device("cpu"))
         middles = (table[1:] + table[:-1]) / 2
         away = (table[1:] - table[:-1]) * 1e-4
-        values = torch.cat([table, middles - away, middles + away, torch.rand(4096) * (1 + signed) - int(signed)])
+        drawn = torch.rand(4096, generator=torch.Generator().manual_seed(0)) * (1 + signed) - int(signed)
+        between = torch.searchsorted(middles, drawn).clamp_max(len(middles) - 1)
+        near = torch.minimum((drawn - middles[between]).abs(), (drawn - middles[(between - 1).clamp_min(0)]).abs())
+        drawn = drawn[near > 1e-6]  # the root of a square may be another float, which is over the middle
+        values = torch.cat([table, middles - away, middles + away, drawn])
         values = values.clamp(-1.0 if signed else 0.0, 1.0)
         rows = torch.nn.functional.pad(values, (0, -len(values) % 63)).unflatten(0, (-1, 63))
         rows = torch.cat([rows, torch.ones(len(rows), 1)], 1).to(device)  # the scale of every block is 1

@@ -3,8 +3,8 @@ so that loading executes no code from a file.
 
     step-500/
       __0_0.distcp ... __R_0.distcp   tensors, one file per rank that writes (DCP's format)
-      .metadata                       DCP's index: tensor name -> chunks -> file and offset (a pickle, see
-      `read_metadata`) state.json                      everything that is not a tensor
+      .metadata                       DCP's index: tensor name -> chunks -> file and offset (a pickle: `read_metadata`)
+      state.json                      everything that is not a tensor
       manifest.json                   size and SHA-256 of every file above, and of itself; written last
 
 The folder is called `step-500.partial` while it is written and `step-500.old` while it is removed. Folders with these
@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -324,18 +323,17 @@ class TensorLoadPlanner(DefaultLoadPlanner):
         )
 
 
+# DCP says so in one process. A save is in a thread, where a filter could not be set for a while.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+
 @contextmanager
 def plain_errors(action: str, kind: type[Exception] | None = None) -> Iterator[None]:
     """Turn DCP's CheckpointException (a BaseException with pages of text) into one rank's cause: `failure`, or `kind`
     with its text.
     """
     try:
-        if dist.is_initialized():
-            yield
-        else:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                yield
+        yield
     except CheckpointException as error:
         rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
         found = failure(action, rank, cause)

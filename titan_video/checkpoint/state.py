@@ -163,6 +163,7 @@ def read_tensors(
             storage_reader=TensorReader(folder, metadata),
             planner=TensorLoadPlanner(flatten_state_dict=False),
             process_group=group,
+            no_dist=not dist.is_initialized() or dist.get_world_size(group) == 1,  # see utils.gather_objects
         )
 
 

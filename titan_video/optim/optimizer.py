@@ -1,13 +1,14 @@
 """Builds the optimizer of a run, over sharded weights.
 
-    optimizer.name   matrices of blocks   other matrices   vectors, modulation   state bytes per element (matrices of
-    blocks) AdamW            AdamW                AdamW            AdamW                 8
+    optimizer.name   matrices of blocks   other matrices   vectors, modulation   state bytes per element of a block
+    AdamW            AdamW                AdamW            AdamW                 8
     AdamW8bit        AdamW8bit            AdamW8bit        AdamW                 2.13
     Muon             Muon                 AdamW            AdamW                 4
 
-AdamW of float32 weights is torch.optim.AdamW, on local shards. Everything else, and every optimizer of bfloat16 weights, is
-`MixedOptimizer` (mixed.py, optional). There is always one optimizer with one state. Each tensor of the state has the
-rows of its weight and is sharded like it. A name with a dot is a class of another package (by_name.py, optional).
+AdamW of float32 weights is torch.optim.AdamW over local shards. Everything else, and every optimizer of bfloat16
+weights, is `MixedOptimizer` (mixed.py, optional). There is always one optimizer with one state. Each tensor of the
+state has the rows of its weight and is sharded like it. A name with a dot is a class of another package (by_name.py,
+optional).
 """
 
 from collections.abc import Callable, Iterator
