@@ -428,6 +428,20 @@ def test_a_known_plan_is_taken_and_nothing_is_written_anew(toml, tmp_path, monke
     assert "another caption" in report.read_text()
 
 
+def test_the_report_of_a_run_with_checkpoints_stays(toml, tmp_path, capsys):
+    """A resumed run reads there which clips it once left out."""
+    main(["plan", str(toml)])
+    report, new = tmp_path / "run/data_plan.jsonl", tmp_path / "run/data_plan.new.jsonl"
+    before = report.read_bytes()
+    (tmp_path / "run/checkpoint/step-3").mkdir(parents=True)
+    (tmp_path / "clips/0.txt").write_text("another caption")
+    for command in ("plan", "encode"):
+        main([command, str(toml)])
+        assert report.read_bytes() == before and "another caption" in new.read_text()
+        assert str(new) in capsys.readouterr().out
+        new.unlink()
+
+
 def test_what_a_passing_failure_has_dropped_is_not_taken_later(toml, tmp_path, monkeypatch):
     """A clip that a worker did not survive once: the next plan has it, and so have the tables made of that plan."""
     real = probes.probe

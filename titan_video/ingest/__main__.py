@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from titan_video.checkpoint.files import list_steps
 from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import main_guard, parse_args
 from titan_video.data.batching import Batching, Bucket, Work, batch_size_errors, gradient_accumulation
@@ -94,14 +95,16 @@ class DataCommand:
         self.geometry = spec.geometry(self.args)
         self.folder = Path(config.job.dump_folder)
         self.cache_folder = Path(config.data.cache_folder or self.folder / "cache")
-        self.plan_file = self.folder / "data_plan.jsonl"
+        # A resumed run reads from its own report which clips it once left out.
+        is_run = bool(list_steps(self.folder / config.checkpoint.folder))
+        self.plan_file = self.folder / ("data_plan.new.jsonl" if is_run else "data_plan.jsonl")
 
     def planner(self) -> Planner:
         stills = not self.args.conditioning.num_cond_frames
         return Planner.of(self.config.data, self.cache_folder, self.geometry.temporal_stride, stills=stills)
 
     def plan(self) -> Plan:
-        """Make the plan of data.path with all ranks; the first one prints it and writes data_plan.jsonl."""
+        """Make the plan of data.path with all ranks; the first one prints it and writes its report."""
         tables = Tables.of(self.cache_folder, self.folder)
         plan = plan_on_ranks(self.planner(), self.config.data.num_workers, tables)
 
