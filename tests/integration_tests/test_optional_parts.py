@@ -85,10 +85,18 @@ def test_every_part_is_tried():
     assert set(ASKING) | PROGRAMS | ALWAYS | AFTERWARDS == set(OPTIONAL_PARTS)
 
 
-@pytest.mark.parametrize("part", OPTIONAL_PARTS)
+def hide_all():
+    for part in OPTIONAL_PARTS:
+        hide(part)
+
+
+@pytest.mark.parametrize(
+    "part", ["all", *(pytest.param(p, marks=() if p in ALWAYS else pytest.mark.slow) for p in OPTIONAL_PARTS)]
+)
 def test_the_debug_run_trains_without(part, front):
-    options = {"training.steps": 2, "metrics.enable_tensorboard": str(part in ALWAYS).lower()}
-    run = front.run("run", options, hook=partial(hide, part)).ok()
+    """Without all of them, and without each that the run would load; the slow form leaves out each of the others."""
+    options = {"training.steps": 2, "metrics.enable_tensorboard": str(part in ALWAYS | {"all"}).lower()}
+    run = front.run("run", options, hook=hide_all if part == "all" else partial(hide, part)).ok()
     assert len(run.records) == 2 and not (run.folder / "tb").exists() or part == "supervision"
 
 

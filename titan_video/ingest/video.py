@@ -7,7 +7,6 @@ not opened because their metadata is trusted, name frames by number. Files may c
 way in which one can be broken becomes an `UnusableClip` with its reason.
 """
 
-import bisect
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -96,11 +95,10 @@ def frame_indices(times: Sequence[float], end: float, fps: float) -> list[int]:
     """
     if not times:
         return []
-    indices, k = [], 0
-    while (t := times[0] + k / fps) < end - TOLERANCE or k == 0:
-        indices.append(bisect.bisect_right(times, t + TOLERANCE) - 1)
-        k += 1
-    return indices
+    k = np.arange(max(math.ceil((end - times[0]) * fps), 0) + 2)
+    at = times[0] + k / fps
+    at = at[(at < end - TOLERANCE) | (k == 0)]
+    return (np.searchsorted(times, at + TOLERANCE, side="right") - 1).tolist()
 
 
 def probe(path: str, limits: DecodeLimits = DEFAULT_LIMITS) -> Probe:
