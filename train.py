@@ -191,8 +191,10 @@ class Trainer:
         self.exit_stack.callback(self.metrics.close)
         self.metrics.log_table(self.step, self.clips.numbers, "data")
         self.graphs = GraphLog()
-        run, others = parts.build_gradient_check(config.debug, self.model, self.host_group), (self.meshes, self.metrics)
-        self.run_step = parts.balance_experts(config, self.args, self.model, run, self.optimizer, *others)
+        run = parts.build_gradient_check(config.debug, self.model, self.host_group)
+        self.run_step = parts.balance_experts(
+            config, self.args, run, model=self.model, optimizer=self.optimizer, meshes=self.meshes, metrics=self.metrics
+        )
         if config.validation.enable:
             model, size = self.stop.guard(self.pipeline or self.model), self.geometry.latent_shape(config.data.sizes[0])
             validation, folder = parts.load_validation(), self.folder / "samples"
@@ -279,8 +281,9 @@ class Trainer:
         first_step = self.step + 1
         clips = c.parallelism.pipeline_parallel_microbatch_size if self.pipeline else 0
         self.steps = Prefetch(self.loader, last_step - self.step, self.task.prepare, self.device, clips)
-        run = self.guard, self.checkpoint, self.metrics, self.steps, self.folder, self.host_group
-        self.judge = StepJudge(c, self.guard, self.ema, self.metrics, partial(parts.handle_fault, run, last_step))
+        run = {"guard": self.guard, "checkpoint": self.checkpoint, "metrics": self.metrics, "steps": self.steps}
+        handle = partial(parts.handle_fault, last_step, **run, folder=self.folder, group=self.host_group)
+        self.judge = StepJudge(c, self.guard, self.ema, self.metrics, handle)
         with parts.build_profiler(c, self.folder, self.device) as profiler:
             while self.step < last_step:
                 self.export()  # of the step before; a resumed run makes up for it

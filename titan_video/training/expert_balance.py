@@ -118,11 +118,11 @@ def describe(load_RSE: Tensor | None, meshes: Meshes) -> dict[str, float]:
     }
 
 
-def build(config: JobConfig, args: Any, *others: Any) -> ExpertBalance:
-    """ValueError: the run cannot train this mixture. args: the model's. others: as of ExpertBalance."""
+def build(config: JobConfig, args: Any, **trained: Any) -> ExpertBalance:
+    """ValueError: the run cannot train this mixture. args: the model's. trained: as of ExpertBalance."""
     if problems := list(refusals(config, args)):
         raise ValueError("\n".join(problems))
-    return ExpertBalance(config, *others)
+    return ExpertBalance(config, **trained)
 
 
 def rules(config: JobConfig, world_size: int) -> Iterator[str]:

@@ -125,16 +125,14 @@ def build_guard(section: FaultTolerance) -> NonFiniteGuard:
     return resolve(f"{FAULTS}.guard:FaultGuard", asked_by=f"fault_tolerance.nonfinite = {section.nonfinite}")(section)
 
 
-def handle_fault(run: tuple, num_steps: int, fault: str, unread: UnreadStep) -> int:
+def handle_fault(num_steps: int, fault: str, unread: UnreadStep, **run: Any) -> int:
     """What follows a step whose update was left out; returns the step from which the run goes on.
 
-    run: see faults.handler.FaultHandler. FloatingPointError: the run stops, as always without this part.
+    run: the fields of faults.handler.FaultHandler. FloatingPointError: the run stops, as always without this part.
     """
     if not find_module(FAULTS):
         raise FloatingPointError(f"{fault}; the update was not applied")
-    build = resolve(f"{FAULTS}.handler:FaultHandler", asked_by=fault)
-    guard, checkpoint, metrics, steps, folder, group = run
-    handler = build(guard, checkpoint=checkpoint, metrics=metrics, steps=steps, folder=folder, group=group)
+    handler = resolve(f"{FAULTS}.handler:FaultHandler", asked_by=fault)(**run)
     return handler.handle(fault, unread, num_steps)
 
 
@@ -146,12 +144,12 @@ def build_gradient_check(section: Debug, model: nn.Module, group: dist.ProcessGr
     return check(section.verify_every, model, group)
 
 
-def balance_experts(config: JobConfig, args: Any, model: nn.Module, run: Callable[..., Any], *others: Any) -> Any:
-    """`run`, beside which a mixture of experts is balanced. args: the model's. others: optimizer, meshes, metrics."""
+def balance_experts(config: JobConfig, args: Any, run: Callable[..., Any], **trained: Any) -> Callable[..., Any]:
+    """`run`, beside which a mixture of experts is balanced. args: the model's. trained: as of ExpertBalance."""
     if getattr(args, "experts", None) is None:
         return run
     build = resolve("titan_video.training.expert_balance:build", asked_by="model.flavor")
-    return build(config, args, model, *others, run)
+    return build(config, args, run=run, **trained)
 
 
 def explain_out_of_memory(error: torch.OutOfMemoryError, config: JobConfig, step: int, bucket: str) -> str:
