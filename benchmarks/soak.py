@@ -57,7 +57,6 @@ OPTIONS = {
     "data.path": "embedded:shapes-12",
     "data.num_workers": 1,
     "training.local_batch_size": 1,
-    "training.global_batch_size": 4,
     "lr_scheduler.warmup_steps": 2,
     "lr_scheduler.decay_ratio": 0,
     "validation.enable": "true",
@@ -184,7 +183,9 @@ class Soak:
         met = time.monotonic()
         everyone = ("script", "launcher", "rank")
         other = None
-        if kind == "signal":
+        if kind != "damage" and p.poll() is not None:
+            what = "nothing"
+        elif kind == "signal":
             what = self.send(p, self.rng.choice(SIGNALS), (*everyone, "all"))
         elif kind == "twice":
             what = "twice " + self.send(p, signal.SIGTERM, ("script",))
@@ -224,7 +225,7 @@ class Soak:
             f"{what}: exit code {code}\n{log[-3000:]}",
         )
         self.check("Traceback" not in log, f"{what}: a traceback\n{log[-5000:]}")
-        self.check(kind != "twice" or met < 10, f"{what}: {met:.1f} s to the end")
+        self.check(kind != "twice" or what == "nothing" or met < 10, f"{what}: {met:.1f} s to the end")
         if kind == "stop" and what != "nothing" and code == 1:
             self.check("is frozen" in log, f"{what}: the frozen rank is not named\n{log[-3000:]}")
         self.starts += 1
@@ -232,7 +233,7 @@ class Soak:
         self.codes[code] += 1
         self.slowest[kind] = max(self.slowest.get(kind, 0.0), met)
         self.end_all(what)
-        if code == 0 and kind not in ("disk", "stop"):
+        if code == 0 and kind not in ("disk", "stop", "start", "host"):
             self.seconds = time.monotonic() - begun  # what a start takes when it meets no end
         return code == 0
 
