@@ -3,8 +3,8 @@
     python benchmarks/expert_parallel.py [--flavor moe-14B-shared] [--tokens 75600] [--ranks 64] [--cp 8]
                                          [--write docs/expert_parallel.md]
 
-The formulas are those of `titan_video/planner/traffic.py`; tests compare them with a dry run. Nothing here was measured
-on a network.
+The formulas are those of `titan_video/planner/dry_run/traffic.py`; tests compare them with a dry run. Nothing here was
+measured on a network.
 """
 
 import argparse
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.traffic import BF16, FP32, MARKER, megabytes, table
 from titan_video.models.experts import Experts
 from titan_video.models.wan import SPEC
-from titan_video.planner.traffic import expert_traffic
+from titan_video.planner.dry_run.traffic import expert_traffic
 
 
 def rows(args, tokens: int, ranks: int, cp: int) -> list[tuple[str, ...]]:

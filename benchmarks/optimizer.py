@@ -38,7 +38,7 @@ from titan_video.kernels.triton import optimizer as fused_updates
 from titan_video.models.wan import SPEC
 from titan_video.optim import mixed, muon
 from titan_video.optim.optimizer import build_optimizer
-from titan_video.planner.fake import fake_ranks
+from titan_video.planner.dry_run.fake import fake_ranks
 
 NAMES = ("AdamW8bit", "Muon")
 BAR_LAUNCHES, BAR_BYTES = 200, 17.0  # of a step of 14B; of 8-bit AdamW, an element

@@ -29,9 +29,9 @@ from titan_video.config.manager import parse_args
 from titan_video.models import get_spec
 from titan_video.planner import cluster
 from titan_video.planner.candidate import PARTS, Prediction
-from titan_video.planner.cost import CostModel
+from titan_video.planner.cost.model import CostModel
 from titan_video.planner.plan_file import to_candidate
-from titan_video.planner.stopwatch import lower_quartile
+from titan_video.planner.profile.stopwatch import lower_quartile
 from titan_video.tools.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,7 +72,7 @@ where ranks share cores, measure with as many ranks as will train. It has not be
 
 On a CPU the host computes (`host.synchronous`), and tables of single operators, which run hot and one after the other,
 promise too much. So the file also holds what a part of the model shows that runs forward, backward and update as in
-training ([`profile_model.py`](../titan_video/planner/profile_model.py)): the memory rate of its operators
+training ([`profile/model.py`](../titan_video/planner/profile/model.py)): the memory rate of its operators
 (`efficiency.model`), what ranks wait at each of FSDP's collectives beside its time alone (`links.unit_wait_us`), and
 the time of an update for each weight (`host.tensor_us`). Ranks that compute between collectives, and in the order of a
 pipeline, show what these take there (`links.wait_us`, `links.pipeline_slowdown`).

@@ -23,12 +23,12 @@ from titan_video.config.job_config import JobConfig
 from titan_video.models import FAMILIES, get_spec
 from titan_video.planner.candidate import FULL, NONE, Candidate, Checkpointing, Range
 from titan_video.planner.cluster import Cluster, load
-from titan_video.planner.cost import CostModel
-from titan_video.planner.describe import GIB
-from titan_video.planner.dry_run import dry_run
+from titan_video.planner.cost.model import CostModel
+from titan_video.planner.dry_run.describe import GIB
+from titan_video.planner.dry_run.run import dry_run
 from titan_video.planner.plan_file import to_tables
-from titan_video.planner.selection import SAVES
-from titan_video.planner.space import Space, StepClips
+from titan_video.planner.search.space import Space, StepClips
+from titan_video.planner.trace.selection import SAVES
 
 FLAVOR = "planner-memory"  # the flavor whose number of blocks is changed
 RANKS = (1, 2, 4, 8, 16, 32, 64)

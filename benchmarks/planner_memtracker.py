@@ -22,10 +22,10 @@ from benchmarks.planner_memory import few_blocks
 from titan_video.config.job_config import JobConfig
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.models import get_args, get_spec
-from titan_video.planner import fake
-from titan_video.planner.describe import GIB
-from titan_video.planner.dry_run import RankStep, dry_run, get_step_size
-from titan_video.planner.step_tracker import StepTracker
+from titan_video.planner.dry_run import fake
+from titan_video.planner.dry_run.describe import GIB
+from titan_video.planner.dry_run.run import RankStep, dry_run, get_step_size
+from titan_video.planner.dry_run.step_tracker import StepTracker
 
 FLAVOR = "planner-memtracker"
 

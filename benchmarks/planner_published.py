@@ -22,7 +22,7 @@ from titan_video.config.job_config import JobConfig
 from titan_video.models import get_spec
 from titan_video.planner.candidate import FULL, NONE, Candidate, Range
 from titan_video.planner.cluster import load
-from titan_video.planner.cost import CostModel
+from titan_video.planner.cost.model import CostModel
 
 FROZEN = "485c148"
 MARKER = "<!-- published -->"

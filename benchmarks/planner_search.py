@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from titan_video.config.manager import load
 from titan_video.planner import cluster
-from titan_video.planner.cost import CostModel
+from titan_video.planner.cost.model import CostModel
 from titan_video.planner.plan import Job, make_own_plan
 
 ROOT = Path(__file__).resolve().parent.parent

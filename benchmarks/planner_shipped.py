@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from titan_video.config.manager import load
 from titan_video.planner import cluster
-from titan_video.planner.explain import name_of, saved_by
 from titan_video.planner.plan import Job, as_it_is, make_plan
-from titan_video.planner.table import markdown
+from titan_video.planner.report.table import markdown
+from titan_video.planner.search.explain import name_of, saved_by
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKER = "<!-- shipped -->"

@@ -14,12 +14,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from titan_video.config.manager import load
 from titan_video.planner import cluster
-from titan_video.planner.cost import CostModel
-from titan_video.planner.describe import GIB
-from titan_video.planner.explain import name_of, saved_by
+from titan_video.planner.cost.model import CostModel
+from titan_video.planner.dry_run.describe import GIB
 from titan_video.planner.plan import Job, make_own_plan
-from titan_video.planner.search import Plan
-from titan_video.planner.table import markdown
+from titan_video.planner.report.table import markdown
+from titan_video.planner.search.explain import name_of, saved_by
+from titan_video.planner.search.fastest import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKER = "<!-- strategies -->"

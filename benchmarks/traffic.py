@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from titan_video.config.job_config import ActivationCheckpoint
 from titan_video.models.wan import SPEC, WanModel
 from titan_video.models.wan.model import Block
-from titan_video.planner.memory import saved_bytes_per_token
-from titan_video.planner.traffic import bytes_per_collective, ring_traffic, ulysses_traffic
+from titan_video.planner.dry_run.memory import saved_bytes_per_token
+from titan_video.planner.dry_run.traffic import bytes_per_collective, ring_traffic, ulysses_traffic
 
 MARKER = "<!-- traffic -->"
 BF16, FP32 = 2, 4

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from titan_video.planner.candidate import FULL, NONE, Candidate, Checkpointing, Prediction, StageMemory
-from titan_video.planner.cost import BucketWork
-from titan_video.planner.describe import GIB
-from titan_video.planner.knapsack import Choice
-from titan_video.planner.search import StageBudget
-from titan_video.planner.space import Space, StepClips
-from titan_video.planner.timeline import BlockTimes, StepTimes
+from titan_video.planner.cost.model import BucketWork
+from titan_video.planner.cost.timeline import BlockTimes, StepTimes
+from titan_video.planner.dry_run.describe import GIB
+from titan_video.planner.search.fastest import StageBudget
+from titan_video.planner.search.knapsack import Choice
+from titan_video.planner.search.space import Space, StepClips
 
 ATTENTION = Checkpointing("selective", ("attention",))
 MODES = (NONE, ATTENTION, FULL)

@@ -2,7 +2,7 @@
 
 import sys
 
-from titan_video.planner.dry_run import main
+from titan_video.planner.dry_run.run import main
 
 if __name__ == "__main__":
     main(sys.argv[1:])

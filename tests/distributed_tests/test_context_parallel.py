@@ -17,7 +17,7 @@ from titan_video.distributed.utils import reduce_over
 from titan_video.models.hunyuan_video.blocks import JointInnerAttention
 from titan_video.models.layers import InnerAttention
 from titan_video.models.spec import ParallelPlan, RankGroup, StepLayout
-from titan_video.planner.traffic import Traffic, exchange_bytes, ring_traffic, ulysses_traffic
+from titan_video.planner.dry_run.traffic import Traffic, exchange_bytes, ring_traffic, ulysses_traffic
 
 HEADS, WIDTH = 12, 8
 PLAN = ParallelPlan(blocks=("blocks",), inner_attention=("attn.inner_attention",))

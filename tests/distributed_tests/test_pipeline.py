@@ -22,7 +22,7 @@ from titan_video.distributed.pipeline_parallel.stages import check_microbatches,
 from titan_video.distributed.utils import clean_name, clip_grad_norm, initialise, reduce_over
 from titan_video.flow.noise import draw_noise
 from titan_video.models.wan import SPEC, WanArgs, WanModel
-from titan_video.planner.traffic import state_bytes
+from titan_video.planner.dry_run.traffic import state_bytes
 from titan_video.tasks.task import ModelInputs
 
 ARGS = WanArgs(dim=24, num_heads=2, num_layers=5, ffn_dim=40, text_dim=20, text_len=5, freq_dim=16)

@@ -6,10 +6,11 @@ import torch.distributed as dist
 
 from tests.helpers import ROOT, run_ranks
 from titan_video.config.manager import parse_args
-from titan_video.planner import cluster, profile
-from titan_video.planner.profile_compute import bounded, product_shapes
-from titan_video.planner.profile_links import group_rows, message_sizes
-from titan_video.planner.stopwatch import MAX_SAMPLES, MIN_SAMPLES, Stopwatch
+from titan_video.planner import cluster
+from titan_video.planner.profile import machine
+from titan_video.planner.profile.compute import bounded, product_shapes
+from titan_video.planner.profile.links import group_rows, message_sizes
+from titan_video.planner.profile.stopwatch import MAX_SAMPLES, MIN_SAMPLES, Stopwatch
 
 LARGEST = 2**14
 CPU = torch.device("cpu")
@@ -21,15 +22,15 @@ def job():
 
 
 def run_profile(path, part):
-    measured = profile.Profile(job(), CPU, seconds=1e-4, largest=LARGEST, part=part)
-    profile.write(measured, measured.run(), path)
-    return profile.header(measured)
+    measured = machine.Profile(job(), CPU, seconds=1e-4, largest=LARGEST, part=part)
+    machine.write(measured, measured.run(), path)
+    return machine.header(measured)
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_the_file_is_a_cluster(tmp_path, world):
     path = tmp_path / "here.toml"
-    header = run_ranks(run_profile, world, path, profile.cut_of(job()))[0]
+    header = run_ranks(run_profile, world, path, machine.cut_of(job()))[0]
     assert f"{world} ranks, gloo" in header and "bfloat16, model wan debug, 48 tokens" in header
     assert path.read_text().startswith(header) and "[encoders]" in header
     found = cluster.load(path)
@@ -106,4 +107,4 @@ def test_long_functions_run_seldom_and_short_ones_often():
 @pytest.mark.parametrize("options", [["--seconds", "0"], ["--seconds", "inf"], ["--largest", "0"]])
 def test_an_illegal_budget_is_refused(options, tmp_path):
     with pytest.raises(SystemExit, match="error: --(seconds|largest): given .*; legal: "):
-        profile.main(["--out", str(tmp_path / "x.toml"), *options])
+        machine.main(["--out", str(tmp_path / "x.toml"), *options])

@@ -23,7 +23,7 @@ from titan_video.distributed.utils import clean_name, clip_grad_norm, initialise
 from titan_video.flow.noise import draw_noise
 from titan_video.models.wan import SPEC, WanArgs, WanModel
 from titan_video.optim.optimizer import build_optimizer
-from titan_video.planner.traffic import bytes_per_collective, collectives_per_block
+from titan_video.planner.dry_run.traffic import bytes_per_collective, collectives_per_block
 
 # On 2 x 2 ranks FSDP shards 25 rows of ffn.up over 2 ranks: 13 and 12.
 ARGS = WanArgs(dim=48, num_heads=4, num_layers=2, ffn_dim=50, text_dim=20, text_len=9, freq_dim=32)

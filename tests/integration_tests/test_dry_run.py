@@ -18,10 +18,10 @@ from titan_video.config.manager import parse_args
 from titan_video.distributed.activation_checkpoint import sections_by_block
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.models import get_args, get_spec
-from titan_video.planner.describe import describe
-from titan_video.planner.dry_run import dry_run, main, num_clip_tokens
-from titan_video.planner.memory import estimate, state
-from titan_video.planner.traffic import exchange_bytes
+from titan_video.planner.dry_run.describe import describe
+from titan_video.planner.dry_run.memory import estimate, state
+from titan_video.planner.dry_run.run import dry_run, main, num_clip_tokens
+from titan_video.planner.dry_run.traffic import exchange_bytes
 
 TOMLS = sorted((ROOT / "train_configs").glob("*.toml"))
 SMALL = {

@@ -8,9 +8,9 @@ from tests.integration_tests.test_resume import iter_tensors
 from titan_video.config.manager import parse_args
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.models import get_args, get_spec
-from titan_video.planner.dry_run import dry_run, num_clip_tokens
-from titan_video.planner.memory import state
-from titan_video.planner.traffic import expert_traffic
+from titan_video.planner.dry_run.memory import state
+from titan_video.planner.dry_run.run import dry_run, num_clip_tokens
+from titan_video.planner.dry_run.traffic import expert_traffic
 
 EP1 = {"parallelism.expert_parallel_degree": 1}
 EP2 = {"parallelism.expert_parallel_degree": 2}

@@ -12,7 +12,7 @@ from tests.helpers import run_ranks, signal_at
 from tests.integration_tests.test_sample import decode, run_sample
 from titan_video import convert
 from titan_video.config.manager import parse_args
-from titan_video.planner.dry_run import dry_run
+from titan_video.planner.dry_run.run import dry_run
 
 LORA = {
     "lora.enable": "true",

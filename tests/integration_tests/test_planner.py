@@ -10,7 +10,7 @@ import pytest
 from tests.helpers import ROOT
 from titan_video.config.manager import load, read_file
 from titan_video.planner import __main__ as program
-from titan_video.planner import dry_run
+from titan_video.planner.dry_run import run as dry_run
 from titan_video.planner.plan_file import write_toml
 
 DEBUG = str(ROOT / "train_configs" / "debug.toml")

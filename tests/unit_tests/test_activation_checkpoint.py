@@ -30,7 +30,7 @@ from titan_video.distributed.utils import initialise
 from titan_video.models import hunyuan_video as hunyuan
 from titan_video.models.spec import StepLayout
 from titan_video.models.wan import SPEC, WanArgs, WanModel
-from titan_video.planner.memory import saved_bytes_per_token
+from titan_video.planner.dry_run.memory import saved_bytes_per_token
 
 ARGS = WanArgs(dim=48, num_heads=2, num_layers=4, ffn_dim=96, text_dim=16, text_len=8, freq_dim=32)
 TEXT, TOKENS = ARGS.text_len, 32

@@ -32,7 +32,7 @@ from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.tensor_parallel import apply_tensor_parallel
 from titan_video.models.layers import attention_flops
 from titan_video.models.wan import SPEC, WanModel
-from titan_video.planner.traffic import collectives_per_block
+from titan_video.planner.dry_run.traffic import collectives_per_block
 
 # ---- benchmarks for a GPU, at toy size on a CPU ----
 

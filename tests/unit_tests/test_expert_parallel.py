@@ -19,7 +19,7 @@ from titan_video.distributed.parallel_dims import ParallelDims, check_layout
 from titan_video.kernels.grouped import grouped_linear
 from titan_video.models.wan import SPEC
 from titan_video.optim.optimizer import build_optimizer, updated_by
-from titan_video.planner.memory import get_unit, shard_shape
+from titan_video.planner.dry_run.memory import get_unit, shard_shape
 
 PLAN, DENSE, MOE = SPEC.plan, SPEC.flavors["debug"], SPEC.flavors["moe-debug"]
 

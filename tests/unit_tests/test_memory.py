@@ -9,7 +9,7 @@ import pytest
 from titan_video.config.job_config import ActivationCheckpoint, JobConfig, Optimizer, Training
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.models.wan import FLAVORS, SPEC
-from titan_video.planner.memory import estimate, get_unit, shard_shape, state, wan_activations
+from titan_video.planner.dry_run.memory import estimate, get_unit, shard_shape, state, wan_activations
 
 ARGS = FLAVORS["t2v-14B"]
 

@@ -16,7 +16,7 @@ from titan_video.optim.lr_scheduler import Scheduler
 from titan_video.optim.mixed import MixedOptimizer
 from titan_video.optim.muon import orthogonalize
 from titan_video.optim.optimizer import OPTIONAL, build_optimizer
-from titan_video.planner.memory import state_bytes
+from titan_video.planner.dry_run.memory import state_bytes
 
 ARGS = WanArgs(dim=96, num_heads=2, num_layers=2, ffn_dim=160, text_dim=8, text_len=5, freq_dim=16)
 NAMES = ("AdamW", "AdamW8bit", "Muon")

@@ -11,8 +11,8 @@ from tests.helpers import ROOT
 from titan_video.config.manager import parse_args
 from titan_video.models import get_spec
 from titan_video.planner import ladder as planner_ladder
-from titan_video.planner.describe import GIB
-from titan_video.planner.dry_run import dry_run
+from titan_video.planner.dry_run.describe import GIB
+from titan_video.planner.dry_run.run import dry_run
 from titan_video.training.out_of_memory import TABLE, explain, ladder
 
 DEBUG = ["--job.config_file", str(ROOT / "train_configs" / "debug.toml")]

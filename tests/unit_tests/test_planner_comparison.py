@@ -13,9 +13,9 @@ from tests.helpers import ROOT, run_ranks
 from tests.unit_tests.config_cases import get_message, with_values
 from titan_video.config import JobConfig, dump, from_dict
 from titan_video.config.job_config import Planner, Validation
-from titan_video.planner import comparison
 from titan_video.planner.candidate import PARTS
-from titan_video.planner.comparison import (
+from titan_video.planner.report import comparison
+from titan_video.planner.report.comparison import (
     ELSEWHERE,
     NUM_STEPS,
     Comparison,

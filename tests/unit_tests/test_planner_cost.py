@@ -13,13 +13,13 @@ from titan_video.models import get_spec
 from titan_video.planner import cluster as clusters
 from titan_video.planner.candidate import FULL, NONE, PARTS, Candidate, Checkpointing, Range
 from titan_video.planner.cluster import AttentionSample, Group, load, parse, with_room
-from titan_video.planner.cost import CostModel
-from titan_video.planner.dry_run import dry_run
+from titan_video.planner.cost.model import CostModel
+from titan_video.planner.cost.seconds import recomputed
+from titan_video.planner.cost.step_model import bubble
+from titan_video.planner.dry_run.run import dry_run
+from titan_video.planner.dry_run.step_tracker import Axis, bytes_sent
 from titan_video.planner.plan_file import to_tables
-from titan_video.planner.recorder import CLIPS, LENGTH, LOAD, decode, decode_received, monomials
-from titan_video.planner.seconds import recomputed
-from titan_video.planner.step_model import bubble
-from titan_video.planner.step_tracker import Axis, bytes_sent
+from titan_video.planner.trace.recorder import CLIPS, LENGTH, LOAD, decode, decode_received, monomials
 
 FILES = sorted(clusters.FOLDER.glob("*.toml"))
 ATTENTION = Checkpointing("selective", ("attention", "down"))

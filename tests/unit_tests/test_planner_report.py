@@ -24,14 +24,16 @@ from titan_video.config.job_config import (
 )
 from titan_video.config.values import tomllib
 from titan_video.planner import __main__ as program
-from titan_video.planner import cluster, report, timeline
+from titan_video.planner import cluster
 from titan_video.planner.candidate import FULL, NONE, PARTS, Candidate, Checkpointing, Range
-from titan_video.planner.describe import GIB
-from titan_video.planner.explain import name_of, rejections, why_not
-from titan_video.planner.page import build_page, pareto, read_data
+from titan_video.planner.cost import timeline
+from titan_video.planner.dry_run.describe import GIB
 from titan_video.planner.plan import Job, as_it_is, make_plan, smallest_change
 from titan_video.planner.plan_file import merged, plan_tables, to_candidate, write_toml
-from titan_video.planner.space import parse_fixed, refusals
+from titan_video.planner.report import files as report
+from titan_video.planner.report.page import build_page, pareto, read_data
+from titan_video.planner.search.explain import name_of, rejections, why_not
+from titan_video.planner.search.space import parse_fixed, refusals
 
 TOML = ROOT / "train_configs" / "wan2.1_t2v_14b_720p_64gpu.toml"
 H100, ONE_NODE = (cluster.load(ROOT / "train_configs" / "clusters" / f"h100x{n}.toml") for n in (64, 8))
@@ -96,7 +98,7 @@ def test_the_page_stands_alone(planned):
 
 
 def first_ranges(planned):
-    from titan_video.planner.explain import saved_by
+    from titan_video.planner.search.explain import saved_by
 
     return saved_by(planned.result.chosen.candidate)
 

@@ -13,12 +13,12 @@ from titan_video.config.check import check
 from titan_video.distributed.parallel_dims import check_layout
 from titan_video.distributed.pipeline_parallel import check_microbatches
 from titan_video.models import get_args, get_spec
-from titan_video.planner import knapsack, stages
 from titan_video.planner.candidate import Candidate
-from titan_video.planner.knapsack import GRID, Bound, Choice, Group, in_order, needed, solve
 from titan_video.planner.plan_file import to_tables
-from titan_video.planner.search import PLATEAU, grouped, lower_bound, search, solve_candidate
-from titan_video.planner.space import DEGREES, Space, StepClips, divisors, parse_fixed, violations
+from titan_video.planner.search import knapsack, stages
+from titan_video.planner.search.fastest import PLATEAU, grouped, lower_bound, search, solve_candidate
+from titan_video.planner.search.knapsack import GRID, Bound, Choice, Group, in_order, needed, solve
+from titan_video.planner.search.space import DEGREES, Space, StepClips, divisors, parse_fixed, violations
 
 # ---- the knapsack ----
 

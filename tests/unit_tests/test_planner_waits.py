@@ -7,7 +7,7 @@ import pytest
 from tests.unit_tests.test_planner_cost import CANDIDATES, changed, job, on
 from titan_video.planner.candidate import Candidate
 from titan_video.planner.cluster import load
-from titan_video.planner.cost import CostModel
+from titan_video.planner.cost.model import CostModel
 
 
 @pytest.fixture(scope="module")

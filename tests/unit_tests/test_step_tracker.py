@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from titan_video.planner.step_tracker import Axis, StepTracker, bytes_sent
+from titan_video.planner.dry_run.step_tracker import Axis, StepTracker, bytes_sent
 
 
 def test_storages_are_tracked_until_they_are_freed():

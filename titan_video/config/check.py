@@ -34,7 +34,7 @@ PART_RULES = MappingProxyType(  # {optional part: its rules}, loaded only where 
         "titan_video.distributed.expert_parallel": "titan_video.distributed.expert_parallel:rules",
         "titan_video.distributed.pipeline_parallel": "titan_video.distributed.pipeline_parallel:rules",
         "titan_video.kernels.attention_backends": "titan_video.kernels.attention_backends:rules",
-        "titan_video.planner": "titan_video.planner.comparison:rules",
+        "titan_video.planner": "titan_video.planner.report.comparison:rules",
         "titan_video.training.profiling": "titan_video.training.profiling:rules",
         "titan_video.training.wandb_sink": "titan_video.training.wandb_sink:rules",
         "titan_video.training.faults": "titan_video.training.faults.guard:rules",

@@ -3,7 +3,7 @@
     python -m titan_video.planner CONFIG.toml --cluster h100x64 [--out DIR] [--explain [tp=8]] [--what-if tp=8]
         [--fix pp=1] [--room 5] [--allow offload,8bit,host-state] [--shares 81x480x832=0.7,1x480x832=0.3]
         [--section.field value ...]
-    python -m titan_video.planner profile ...        measures the machine that it runs on: see planner/profile.py
+    python -m titan_video.planner profile ...        measures the machine that it runs on: see profile/machine.py
 
 Nothing is read but the TOMLs, and with model.flavor hf the folder's config.json. --out gets plan.toml, which the
 trainer loads, plans.md and plans.csv, plan.json and plan.html, timeline.json. What is modelled: docs/planner.md.
@@ -15,11 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from titan_video.config.manager import main_guard, parse_args, read_file
-from titan_video.planner import cluster, report
-from titan_video.planner.explain import compare, rejections, why_not
+from titan_video.planner import cluster
 from titan_video.planner.plan import ALLOWED, Job, Planned, as_it_is, make_plan, smallest_change
-from titan_video.planner.space import parse_fixed
-from titan_video.planner.table import to_markdown
+from titan_video.planner.report.files import Source, headline, write
+from titan_video.planner.report.table import to_markdown
+from titan_video.planner.search.explain import compare, rejections, why_not
+from titan_video.planner.search.space import parse_fixed
 from titan_video.tools.parts import resolve
 
 ALL = "all"  # --explain without a value
@@ -78,7 +79,7 @@ def parse_allow(text: str) -> frozenset[str]:
 
 
 def show(planned: Planned, options: argparse.Namespace) -> str:
-    lines = [report.headline(planned), "", to_markdown(planned.result, options.most)]
+    lines = [headline(planned), "", to_markdown(planned.result, options.most)]
     own = as_it_is(planned.job, planned.model)
     if isinstance(own, str):
         lines.append(f"As the TOML is: {own}")
@@ -113,7 +114,7 @@ def what_if(planned: Planned, text: str) -> list[str]:
 
 def main(argv: list[str]) -> None:
     if argv[:1] == ["profile"]:
-        resolve("titan_video.planner.profile:main", "planner profile")(argv[1:])
+        resolve("titan_video.planner.profile.machine:main", "planner profile")(argv[1:])
         return
     options, rest = parse(argv)
     with main_guard():
@@ -135,8 +136,8 @@ def main(argv: list[str]) -> None:
         if options.what_if:
             print("\n".join(what_if(planned, options.what_if)))
         if options.out:
-            source = report.Source(str(options.config), read_file(options.config), rest)
-            for path in report.write(planned, source, options.out, page=not options.no_page):
+            source = Source(str(options.config), read_file(options.config), rest)
+            for path in write(planned, source, options.out, page=not options.no_page):
                 print(f"wrote {path}")
 
 

@@ -5,7 +5,7 @@ A step runs `microbatches` micro-batches on each data-parallel rank. With pipeli
 
 from dataclasses import dataclass, field
 
-from titan_video.planner.describe import CATEGORIES, OFFLOADED, STATE, SWAPPED, with_reserve
+from titan_video.planner.dry_run.describe import CATEGORIES, OFFLOADED, STATE, SWAPPED, with_reserve
 
 # Parts of a step's seconds, in the order in which they are printed. Communication counts where compute waits for it.
 PARTS = (

@@ -57,8 +57,8 @@ class Links:
     network_latency_us: float = opt(8.0, "Of one hop between nodes.", ge=0)
     launch_latency_us: float = opt(10.0, "Of any collective, before its first byte.", ge=0)
     overlap_slowdown: float = opt(1.1, "Time of compute beside a collective / time without it.", ge=1)
-    wait_us: float = opt(0.0, "A block's collective between computing, beyond its time alone: see profile_links.", ge=0)
-    unit_wait_us: float = opt(0.0, "The same of one of FSDP's, with its copies: see profile_model.", ge=0)
+    wait_us: float = opt(0.0, "A block's collective between computing, beyond its time alone: see profile/links.", ge=0)
+    unit_wait_us: float = opt(0.0, "The same of one of FSDP's, with its copies: see profile/model.", ge=0)
     pipeline_slowdown: float = opt(1.0, "Time of a pipeline's stages / what their order makes it.", ge=1)
 
 

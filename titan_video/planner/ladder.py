@@ -3,7 +3,7 @@
     python -m titan_video.planner.ladder CONFIG.toml --world-size N [--out DUMP_FOLDER] [--section.field value ...]
 
 The rows are the configuration as it is, and with each of the options that `training/out_of_memory.py` proposes. The
-table is printed, and saved in DUMP_FOLDER, where the run finds it. What a dry run does and does not count: dry_run.py.
+table is printed, and saved in DUMP_FOLDER, where the run finds it. What a dry run counts, and what not: dry_run/run.py.
 """
 
 import argparse
@@ -16,8 +16,8 @@ from pathlib import Path
 from titan_video.config.check import check
 from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import ConfigError, main_guard, parse_args
-from titan_video.planner.describe import GIB, UNCOUNTED
-from titan_video.planner.dry_run import dry_run
+from titan_video.planner.dry_run.describe import GIB, UNCOUNTED
+from titan_video.planner.dry_run.run import dry_run
 from titan_video.tools.files import atomic_write
 from titan_video.training.out_of_memory import TABLE, ladder
 

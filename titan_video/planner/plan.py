@@ -12,12 +12,12 @@ from titan_video.distributed.parallel_dims import check_layout
 from titan_video.models import get_args, get_spec
 from titan_video.planner.candidate import Candidate
 from titan_video.planner.cluster import Cluster
-from titan_video.planner.cost import CostModel
-from titan_video.planner.describe import GIB
-from titan_video.planner.explain import name_of
+from titan_video.planner.cost.model import CostModel
+from titan_video.planner.dry_run.describe import GIB
 from titan_video.planner.plan_file import to_candidate
-from titan_video.planner.search import MAX_SOLVED, Plan, Result, binding, search
-from titan_video.planner.space import MAX_ENCODER_SHARE, SCHEDULES, Space, StepClips, divisors, refusals
+from titan_video.planner.search.explain import name_of
+from titan_video.planner.search.fastest import MAX_SOLVED, Plan, Result, binding, search
+from titan_video.planner.search.space import MAX_ENCODER_SHARE, SCHEDULES, Space, StepClips, divisors, refusals
 
 ALLOWED = ("offload", "8bit", "host-state")  # what a plan may use beside layouts: asked for, or needed to fit
 MORE_GPUS = (2, 4, 8)

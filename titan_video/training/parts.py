@@ -112,7 +112,7 @@ def build_profiler(config: JobConfig, folder: Path, device: torch.device) -> Any
     """A context manager whose `step` is called after each optimizer step."""
     section = config.profiling
     if config.planner.cluster:
-        return resolve("titan_video.planner.comparison:Comparison", asked_by="planner.cluster")(config, device)
+        return resolve("titan_video.planner.report.comparison:Comparison", asked_by="planner.cluster")(config, device)
     if not (section.enable_profiling or section.enable_memory_snapshot):
         return NoProfiler()
     return resolve("titan_video.training.profiling:Profiler", asked_by="profiling")(section, folder, device)

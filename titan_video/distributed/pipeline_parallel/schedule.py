@@ -137,7 +137,7 @@ class Pipeline:
         return out
 
     def state(self, inputs: Any) -> tuple[Tensor, ...]:
-        """What a stage sends to the next for a micro-batch, on the meta device: see planner/traffic.state_bytes."""
+        """What a stage sends on for a micro-batch, on the meta device: see planner/dry_run/traffic.state_bytes."""
         return self._infer_shapes(inputs.kwargs)[0]
 
     def _receive_buffer(self, like: Tensor) -> Tensor:

@@ -1,0 +1,291 @@
+"""Memory of each pipeline stage of a candidate, by the categories of a dry run.
+
+    state           of the stage's units: weights, optimizer, EMA; gradients as backward makes them, or from the first
+                    micro-batch on
+    inputs          of the micro-batches
+    activations     of the micro-batches in flight: all that the blocks and the ends save
+    one block       what its backward needs beside that, its gathered weights and those of the one before it, and the
+                    gradients of the one after it, which are being reduced. Experts that are an FSDP unit of their own
+                    are reduced and freed before the rest of their block
+
+The peak is the largest sum over the blocks of a stage, and over its ends.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from titan_video.planner.candidate import Candidate, Checkpointing
+from titan_video.planner.dry_run.step_tracker import TEMPORARY
+from titan_video.planner.trace.replay import BlockMemory, EndsMemory
+from titan_video.planner.trace.units import Unit, Units
+
+
+@dataclass(frozen=True)
+class StageInput:
+    """What the memory of a stage follows from.
+
+    blocks: of each of its blocks, in forward order, the type and the checkpointing. memory: of each kind of them.
+    in_flight: micro-batches whose activations it holds at most. num_inputs: micro-batches that exist at once.
+    has_units: whether there is FSDP (see distributed/fsdp.py). in_backward: optimizer.in_backward. replicates: whether
+    gradients are also summed over dp_replicate.
+    """
+
+    blocks: Sequence[tuple[str, Checkpointing]]
+    memory: dict[tuple[str, Checkpointing], BlockMemory]
+    ends: EndsMemory
+    units: Units
+    is_first: bool = True
+    is_last: bool = True
+    in_flight: float = 1
+    num_inputs: int = 1
+    accumulates: bool = False
+    reshard: bool = True
+    has_units: bool = True
+    in_backward: bool = False
+    pipelined: bool = False
+    replicates: bool = False
+
+
+def in_flight(candidate: Candidate, stage: int) -> float:
+    """Micro-batches whose activations a stage holds at most; where schedules interleave, a rank has two stages."""
+    pp, number = candidate.pp, candidate.microbatches
+    if pp == 1:
+        return 1
+    if candidate.schedule == "GPipe":
+        return number
+    if candidate.schedule == "1F1B":
+        return min(number, pp - stage)
+    # Interleaved: forwards of both of a rank's stages before its first backward, in rounds of pp micro-batches.
+    rank, chunk = stage % pp, stage // pp
+    ahead = min(2 * number, pp + 2 * (pp - 1 - rank)) + 1
+    rounds, rest = divmod(ahead, 2 * pp)
+    own = rounds * pp + (min(rest, pp) if chunk == 0 else max(0, rest - pp))
+    return max(1, min(number, own))
+
+
+@dataclass
+class _Peak:
+    total: float = -1.0
+    kinds: dict[str, float] = field(default_factory=dict)
+
+    def offer(self, kinds: dict[str, float]) -> None:
+        total = sum(kinds.values())
+        if total > self.total:
+            self.total, self.kinds = total, kinds
+
+
+def rank_memory(stages: Sequence[StageInput], on_host: tuple[str, ...] = ()) -> dict[str, float]:
+    """Of a rank with one stage, or with two where schedules interleave; see `stage_memory`.
+
+    One of two runs backward while the other holds activations; the later one begins.
+    """
+    if len(stages) == 1:
+        return stage_memory(stages[0], on_host)
+    first, second = stages
+    found = []
+    for stage, other, held in ((second, first, first.in_flight), (first, second, max(0, second.in_flight - 1))):
+        kinds = Counter(stage_memory(stage, on_host, beside=held * _kept(other)))
+        kinds.update(_state(other))
+        if stage.pipelined:
+            kinds["pipeline buffers"] += _buffers(other)
+        if stage is second:  # the first one's backward, which frees its weights, is still to come
+            kinds["gathered weights"] += _gathered_after_forward(first)
+        kinds["offloaded activations"] += other.in_flight * sum(other.memory[block].host for block in other.blocks)
+        found.append({kind: size for kind, size in kinds.items() if size})
+    uncounted = (*on_host, "offloaded activations")
+    return max(found, key=lambda kinds: sum(size for kind, size in kinds.items() if kind not in uncounted))
+
+
+def _kept(stage: StageInput) -> float:
+    """Activations of one micro-batch."""
+    ends = stage.ends
+    kept = ends.trunk + (ends.embed if stage.is_first else 0) + (ends.head if stage.is_last else 0)
+    kept += ends.state if stage.pipelined and not stage.is_last else 0
+    return kept + sum(stage.memory[block].saved for block in stage.blocks)
+
+
+def _gathered_after_forward(stage: StageInput) -> float:
+    """Weights that a stage leaves gathered between its forward and its backward: its root's, or all of them."""
+    ends = _end_units(stage)
+    root = _root(stage).gathered
+    return root if stage.reshard else _Gathered(stage, ends, root).at(len(stage.blocks))
+
+
+def _buffers(stage: StageInput) -> float:
+    """Receive buffers of all micro-batches, for states and for gradients; torch allocates them at the start."""
+    return ((not stage.is_first) + (not stage.is_last)) * stage.num_inputs * stage.ends.state
+
+
+def _own(stage: StageInput) -> Unit:
+    """All units of a stage."""
+    own = Unit()
+    for kind, _ in stage.blocks:
+        own += stage.units.whole[kind] + stage.units.per_block[kind]
+    for unit in _end_units(stage).values():
+        own += unit
+    return own
+
+
+def _state(stage: StageInput) -> dict[str, float]:
+    own = _own(stage)
+    return {
+        "parameters": own.parameters,
+        "optimizer": own.optimizer,
+        "ema": own.ema,
+        "gradients": _Gradients(stage, own).most,
+    }
+
+
+def _fixed(stage: StageInput) -> dict[str, float]:
+    """By category, what is there all the time."""
+    fixed = _state(stage) | {"inputs": stage.ends.inputs * stage.num_inputs}
+    return fixed | ({"pipeline buffers": _buffers(stage)} if stage.pipelined else {})
+
+
+def stage_memory(stage: StageInput, on_host: tuple[str, ...] = (), beside: float = 0.0) -> dict[str, float]:
+    """Bytes by category at the peak; what is in host memory at its maximum.
+
+    on_host: categories that do not count. beside: activations of the rank's other stage.
+    """
+    units, blocks, own = stage.units, stage.blocks, _own(stage)
+    ends = _end_units(stage)
+    root = _root(stage)  # gathered from the first use to the end of backward
+    root_gathered, fixed = (root.gathered if stage.has_units else 0), _fixed(stage)
+    memory = [stage.memory[block] for block in blocks]
+    kept = stage.ends.trunk + (stage.ends.embed if stage.is_first else 0)
+    head = stage.ends.head if stage.is_last else 0
+    # What the trunk keeps is the same for all micro-batches.
+    earlier = (stage.in_flight - 1) * (_kept(stage) - stage.ends.trunk) + beside
+    host = stage.in_flight * sum(m.host for m in memory)
+    peak, grads = _Peak(), _Gradients(stage, own)
+
+    def offer(**kinds: float) -> None:
+        kinds["gradients"] = grads.bytes
+        found = {**fixed, **{name.replace("_", " "): value for name, value in kinds.items()}}
+        peak.offer({kind: size for kind, size in found.items() if kind not in on_host})
+
+    gathered = _Gathered(stage, ends, root_gathered)
+    saved = earlier + kept + sum(m.saved for m in memory)
+    if stage.is_last:
+        temporary = {TEMPORARY: stage.ends.head_working}
+        offer(activations=saved + head, gathered_weights=gathered.at(len(blocks)), **temporary)
+        for unit in units.last.values():
+            grads.add(unit)
+    reducing = max((u.reduced for u in units.last.values()), default=0) if stage.has_units and stage.is_last else 0
+    held = 0.0  # the last unit's reduced shard, until its all-reduce over the replicas has been waited for
+    for i in reversed(range(len(blocks))):
+        m, weights = memory[i], gathered.at(i)
+        for part, unit in zip(m.parts, _units_of(stage, i), strict=True):
+            offer(
+                activations=saved + part.recomputed,
+                **{TEMPORARY: part.working - part.recomputed + held},
+                gathered_weights=weights,
+                reduction_buffers=reducing,
+            )
+            freed = m.saved if part is m.parts[-1] else 0.0
+            saved -= freed
+            if stage.has_units:
+                reducing, weights = unit.reduced, weights - unit.gathered
+                # The unit's gathered weights are freed, its gradients are there, and their sum comes beside them.
+                left = part.left + freed
+                offer(
+                    activations=saved + min(0.0, left),
+                    **{TEMPORARY: max(0.0, left) + unit.gradients + unit.copied + held},
+                    gathered_weights=weights,
+                    reduction_buffers=reducing,
+                )
+                held = unit.gradients if stage.replicates and grads.holds_all else 0.0
+            grads.add(unit)
+    _offer_embed(stage, offer, earlier + kept, gathered, reducing)
+    grads.add_all()
+    offer(activations=earlier + kept, gathered_weights=root_gathered, reduction_buffers=2 * root.reduced)
+    kinds = dict(peak.kinds)
+    kinds |= {kind: fixed[kind] for kind in on_host if kind in fixed}
+    return {kind: size for kind, size in kinds.items() if size} | ({"offloaded activations": host} if host else {})
+
+
+def _offer_embed(stage: StageInput, offer, kept: float, gathered: "_Gathered", reducing: float) -> None:
+    """The backward of what precedes the blocks."""
+    if stage.is_first:
+        largest = max((u.gathered for name, u in stage.units.first.items() if name), default=0)
+        offer(
+            activations=kept,
+            **{TEMPORARY: stage.ends.embed_working},
+            gathered_weights=gathered.root + (largest if stage.has_units else 0),
+            reduction_buffers=reducing,
+        )
+
+
+def _end_units(stage: StageInput) -> dict[str, Unit]:
+    """Units outside the blocks that a stage has; "" is the root's."""
+    found = {}
+    for is_there, units in ((stage.is_first, stage.units.first), (stage.is_last, stage.units.last)):
+        for name, unit in units.items() if is_there else ():
+            found[name] = found[name] + unit if name in found else unit
+    return found
+
+
+def _root(stage: StageInput) -> Unit:
+    """The root's float32 unit, with what it has of each block."""
+    root = _end_units(stage).get("", Unit())
+    for kind, _ in stage.blocks:
+        root += stage.units.per_block[kind]
+    return root
+
+
+def _units_of(stage: StageInput, i: int) -> list[Unit]:
+    """Of block i, in the order in which their gradients are reduced."""
+    kind, _ = stage.blocks[i]
+    experts = stage.units.experts.get(kind)
+    return [*([experts] if experts else []), stage.units.blocks[kind]]
+
+
+class _Gathered:
+    """Gathered weights while block i runs backward; of len(blocks), while the head does."""
+
+    def __init__(self, stage: StageInput, ends: dict[str, Unit], root: float):
+        self.stage, self.root = stage, root
+        self.blocks = [stage.units.whole[kind].gathered for kind, _ in stage.blocks]
+        # While the head runs, FSDP gathers the last block, and its experts only when they are next.
+        self.last = stage.units.blocks[stage.blocks[-1][0]].gathered if stage.blocks else 0
+        self.others = sum(u.gathered for name, u in ends.items() if name)
+        # Before the first block's backward FSDP itself gathers what ran before that block.
+        self.before = ends[stage.ends.last_unit].gathered if stage.is_first and stage.ends.last_unit in ends else 0
+
+    def at(self, i: int) -> float:
+        if not self.stage.has_units:
+            return 0.0
+        if not self.stage.reshard:
+            return self.root + sum(self.blocks[: i + 1]) + self.others
+        if i == len(self.blocks) > 0:
+            return self.root + self.last
+        ahead = self.blocks[i - 1] if i > 0 and self.blocks else self.before
+        return self.root + (self.blocks[i] if i < len(self.blocks) else 0) + ahead
+
+
+class _Gradients:
+    """Bytes of sharded gradients that exist: all, from the second micro-batch on."""
+
+    def __init__(self, stage: StageInput, own: Unit):
+        self.own, self.most = own.gradients, own.gradients
+        self.stage, self.bytes = stage, 0.0
+        if stage.in_backward:
+            units = [*stage.units.blocks.values(), *stage.units.experts.values(), *_end_units(stage).values()]
+            self.most = max(u.gradients for u in units)
+        elif self.holds_all:
+            self.bytes = own.gradients
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether a new gradient is added to one that exists, and is then freed."""
+        return self.stage.accumulates or self.stage.pipelined
+
+    def add(self, unit: Unit) -> None:
+        if self.stage.in_backward:
+            self.bytes = self.most
+        else:
+            self.bytes = min(self.own, self.bytes + unit.gradients)
+
+    def add_all(self) -> None:
+        self.bytes = self.most if self.stage.in_backward else self.own
