@@ -6,6 +6,7 @@ Optional packages must be imported inside functions.
 """
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,23 @@ def violations(root):
 def test_the_floors_hold():
     assert len(sources(ROOT)) > 20
     assert violations(ROOT) == []
+
+
+def test_the_rooms_of_the_planner_import_one_another_in_order():
+    """In the order, and by the names, that the docstring of titan_video/planner gives them."""
+    top, modules = f"{PACKAGE}.planner", sources(ROOT)
+    rooms = re.findall(r"^(\w+)/ ", ast.get_docstring(ast.parse(modules[top].read_text())), re.M)
+    folders = {path.parent.name for path in (ROOT / PACKAGE / "planner").glob("*/__init__.py")}
+    assert len(rooms) == len(set(rooms)) and set(rooms) == folders
+    order = {f"{top}.{room}": place for place, room in enumerate(rooms)}
+    found = [
+        f"{module} imports {imported}"
+        for module, path in modules.items()
+        if (here := order.get(".".join(module.split(".")[:3]))) is not None
+        for imported, _ in imports(module, path, modules)
+        if order.get(".".join(imported.split(".")[:3]), -1) > here
+    ]
+    assert found == []
 
 
 def test_the_core_is_read_in_an_afternoon():
