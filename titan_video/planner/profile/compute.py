@@ -88,7 +88,8 @@ def attention_samples(
         for length in lengths:
             of_one_head = 4 * length * length * head_dim
             most = int(flops / (3.5 * of_one_head))
-            num, b = min(num_heads, most), max(1, min(clips, most // num_heads))
+            # One head of the shortest is measured however slow the machine is.
+            num, b = min(num_heads, max(most, int(length == min(lengths)))), max(1, min(clips, most // num_heads))
             if num < 1 or (name == "math" and b * num * length * length > MAX_SCORES):
                 continue
             forward, both = _attention_seconds(watch, (b, length, num, head_dim), dtype)
