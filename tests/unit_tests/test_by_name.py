@@ -127,7 +127,7 @@ def test_arguments_come_from_a_table_or_the_command_line(tmp_path):
     matrices, vectors = optimizer.param_groups
     assert (matrices["betas"], matrices["momentum_decay"], matrices["eps"]) == ((0.9, 0.95), 0.1, 1e-6)
     assert (matrices["weight_decay"], vectors["weight_decay"], matrices["lr"]) == (0.01, 0.0, 1e-4)
-    assert type(build_optimizer(nn.Linear(3, 2), Optimizer())) is torch.optim.AdamW
+    assert isinstance(build_optimizer(nn.Linear(3, 2), Optimizer()), torch.optim.AdamW)
 
 
 @pytest.mark.parametrize(
