@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -104,6 +105,27 @@ def train(model, optimizer, steps):
 
 def states(model, optimizer):
     return {"model": ModelState(model), "optimizer": OptimizerState(model, optimizer)}
+
+
+def save_in_background(folder):
+    """(threads of the caller, of the thread that writes, whether DCP talks to a group), on one rank with a group."""
+    torch.set_num_threads(2)
+    seen, real = [], dcp.save
+
+    def save(*args, no_dist=False, **options):
+        seen.append((torch.get_num_threads(), no_dist))
+        return real(*args, no_dist=no_dist, **options)
+
+    dcp.save = save  # in a process of this test's own
+    saver = manager(folder, Weights(), async_mode="async")
+    assert saver.save(1)
+    saver.wait()
+    return torch.get_num_threads(), *seen[0]
+
+
+def test_a_save_in_the_background_opens_no_threads(tmp_path):
+    """A second OpenMP team, of the thread that writes or of gloo's, halves the speed of a small model for good."""
+    assert run_ranks(save_in_background, 1, tmp_path) == [(2, 1, True)]
 
 
 # --- plans that are kept ---

@@ -127,8 +127,7 @@ def clip_grad_norm(model: nn.Module, max_norm: float, pp_mesh: DeviceMesh | None
 def _norm(shards: list[Tensor], axes: list[DeviceMesh]) -> Tensor:
     """The 2-norm of tensors of one dtype, of which each rank of the 1-D meshes `axes` has its shards.
 
-    Over local tensors: DTensor's operators on lists of tensors derive placements anew at every call, which takes the
-    host longer than the step of a small model (0.3 s for 100 parameters).
+    Over local tensors: for a list of DTensors torch first derives placements of each, in the first step of a layout.
     """
     norms = torch.stack(torch._foreach_norm(shards)).to(torch.promote_types(shards[0].dtype, torch.float32))
     squares = norms.square() if axes else None

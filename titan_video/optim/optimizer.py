@@ -38,10 +38,7 @@ OPTIONAL = {
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW, which updates the local shards of sharded weights; its state is sharded like them.
-
-    DTensor's operators on lists of tensors derive placements anew at every step (see `utils.clip_grad_norm`).
-    """
+    """torch's AdamW, which updates the local shards (see `utils._norm`). Its state is sharded like the weights."""
 
     def _init_group(self, group: dict, *lists: list[Tensor]) -> bool:
         has_complex = super()._init_group(group, *lists)
