@@ -137,6 +137,30 @@ RUNS = (
         "s forward",
         assumed="forward of LoRA training as that of full training",
     ),
+    Run(
+        "modelscope/DiffSynth-Studio#658",
+        "wan",
+        "i2v-14B",
+        "a800x64",
+        (81, 480, 832),
+        Candidate(),
+        9.0,
+        "s forward",
+        assumed="81 x 480 x 832, as its script; forward of LoRA training as that of full training; its timer may not "
+        "wait for the GPU",
+    ),
+    Run(
+        "modelscope/DiffSynth-Studio#435",
+        "wan",
+        "t2v-1.3B",
+        "a800x64",
+        (81, 480, 832),
+        Candidate(),
+        8.30,
+        "s",
+        assumed="81 x 480 x 832, as its script; an A100 of 40 GB as an A800; LoRA as full training, which has 7% more "
+        "FLOPs",
+    ),
 )
 
 

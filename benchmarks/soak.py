@@ -358,6 +358,8 @@ def main(argv: list[str]) -> None:
     kinds = tuple(args.kinds.split(","))
     if not set(kinds) <= {*KINDS, READER} or (READER in kinds and len(kinds) > 1):
         parser.error(f"--kinds: of {','.join(KINDS)}, or {READER} alone")
+    # A shell's background job ignores SIGINT, and so would all starts: bash cannot trap what was ignored before it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = Path(args.folder)
     folder.mkdir(parents=True, exist_ok=True)
     if "disk" in kinds and not args.mount and not in_tmpfs(argv):
