@@ -34,14 +34,14 @@ from titan_video.data.latent_cache import LatentCache, content_hash  # noqa: E40
 from titan_video.data.loader import DrawPlan  # noqa: E402
 from titan_video.distributed.utils import init_distributed  # noqa: E402
 from titan_video.encoders import build_encoders  # noqa: E402
-from titan_video.ingest.cache_keys import video_keys  # noqa: E402
-from titan_video.ingest.entry_index import make_index  # noqa: E402
-from titan_video.ingest.plan import Planner, Scan  # noqa: E402
-from titan_video.ingest.plan_table import PlanTable  # noqa: E402
-from titan_video.ingest.planned import Tables, plan_on_ranks  # noqa: E402
+from titan_video.ingest.cache.cache_keys import video_keys  # noqa: E402
+from titan_video.ingest.cache.entry_index import make_index  # noqa: E402
+from titan_video.ingest.decode.video import Probe  # noqa: E402
+from titan_video.ingest.plan.build import Planner, Scan  # noqa: E402
+from titan_video.ingest.plan.plan_table import PlanTable  # noqa: E402
+from titan_video.ingest.plan.planned import Tables, plan_on_ranks  # noqa: E402
+from titan_video.ingest.plan.probes import ProbeStore  # noqa: E402
 from titan_video.ingest.prepare import open_cache, prepare_clips  # noqa: E402
-from titan_video.ingest.probes import ProbeStore  # noqa: E402
-from titan_video.ingest.video import Probe  # noqa: E402
 from titan_video.models import get_args, get_spec  # noqa: E402
 
 BUCKETS = ((81, 480, 832), (81, 832, 480), (49, 480, 832))

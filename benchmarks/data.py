@@ -29,11 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import ROOT, environment, interleaved, markdown, options, write_json  # noqa: E402
 from titan_video.data.latent_cache import LatentCache  # noqa: E402
-from titan_video.ingest.encode import Decoder, Job  # noqa: E402
-from titan_video.ingest.entries import Plan, PlanEntry  # noqa: E402
-from titan_video.ingest.plan import make_plan  # noqa: E402
-from titan_video.ingest.video import interpolation  # noqa: E402
-from titan_video.ingest.worker import map_in_workers, release  # noqa: E402
+from titan_video.ingest.cache.encode import Decoder, Job  # noqa: E402
+from titan_video.ingest.decode.video import interpolation  # noqa: E402
+from titan_video.ingest.decode.worker import map_in_workers, release  # noqa: E402
+from titan_video.ingest.plan.build import make_plan  # noqa: E402
+from titan_video.ingest.plan.entries import Plan, PlanEntry  # noqa: E402
 from titan_video.models.conditioning import TEXT_ONLY  # noqa: E402
 from titan_video.tools.video import write_mp4  # noqa: E402
 

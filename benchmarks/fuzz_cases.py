@@ -28,10 +28,10 @@ from tests.unit_tests.test_checkpoint import Counter, Weights, manager, reseal, 
 from titan_video.config.check import check
 from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import ConfigError, dump, parse, parse_args
-from titan_video.ingest.entries import read_frames
-from titan_video.ingest.images import UnusableClip
-from titan_video.ingest.media import DecodeLimits
-from titan_video.ingest.plan import make_plan
+from titan_video.ingest.decode.images import UnusableClip
+from titan_video.ingest.files.media import DecodeLimits
+from titan_video.ingest.plan.build import make_plan
+from titan_video.ingest.plan.entries import read_frames
 from titan_video.models import get_args
 from titan_video.models.wan import SPEC
 from titan_video.weights.export.pipeline_folder import complete_pipeline

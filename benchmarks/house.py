@@ -69,7 +69,7 @@ OPTIONAL_PARTS = (  # each can be deleted alone; modules and packages, without `
     "weights.original",
     "weights.export",
     "ingest.importers",
-    "ingest.remote_cache",
+    "ingest.cache.remote_cache",
     "lora",
     "online",
     "planner",

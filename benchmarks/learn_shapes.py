@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from titan_video.config.job_config import JobConfig
 from titan_video.config.manager import parse_args
 from titan_video.encoders import build_encoders
+from titan_video.ingest.files.shapes import COMBINATIONS, FPS, caption, combination
 from titan_video.ingest.shape_scores import score, tally
-from titan_video.ingest.shapes import COMBINATIONS, FPS, caption, combination
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKER = "<!-- learn_shapes -->"

@@ -30,13 +30,13 @@ from titan_video.encoders import build_encoders
 from titan_video.encoders.spec import Encoders
 from titan_video.flow.matching import NUM_TRAIN_TIMESTEPS
 from titan_video.ingest.bucketing import bucket_errors
-from titan_video.ingest.captions import lost_words
-from titan_video.ingest.conditioning_frames import encode_cond_frames, encode_images
+from titan_video.ingest.cache.conditioning_frames import encode_cond_frames, encode_images
+from titan_video.ingest.decode.video import read_image
+from titan_video.ingest.files.text import read_prompts
+from titan_video.ingest.plan.captions import lost_words
 from titan_video.ingest.prepare import check_encoders
 from titan_video.ingest.sampling_defaults import OFFICIAL, sampling_defaults, sampling_section
 from titan_video.ingest.started import load_run
-from titan_video.ingest.text import read_prompts
-from titan_video.ingest.video import read_image
 from titan_video.models import get_args, get_spec
 from titan_video.models.conditioning import ConditioningSpec
 from titan_video.models.layers import is_adapter

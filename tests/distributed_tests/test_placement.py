@@ -22,9 +22,9 @@ from titan_video.data.latent_cache import LatentCache
 from titan_video.data.loader import DrawPlan, EntryReader, LatentLoader
 from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.encoders import build_encoders
-from titan_video.ingest import encode
+from titan_video.ingest.cache import encode
+from titan_video.ingest.decode.video import UnusableClip
 from titan_video.ingest.prepare import open_cache, prepare_clips
-from titan_video.ingest.video import UnusableClip
 from titan_video.models.conditioning import ConditioningSpec
 from titan_video.models.wan import FLAVORS
 from titan_video.online.setup import build_online_encoder, init_process_groups, run_encoder_rank

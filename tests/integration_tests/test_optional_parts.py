@@ -40,7 +40,7 @@ ASKING = {
     "tasks.validation": {"validation.enable": "true"},
     "tasks.sampling": {"validation.enable": "true"},
     "ingest.shape_scores": {"validation.num_scored": 3},
-    "ingest.remote_cache": {"data.cache_url": "memory://cache"},
+    "ingest.cache.remote_cache": {"data.cache_url": "memory://cache"},
     "weights.original": {"checkpoint.last_save_in_hf": "true", "checkpoint.export_format": "original"},
     "weights.export": {"checkpoint.export_every": 1},
     "training.wandb_sink": {"metrics.enable_wandb": "true"},

@@ -84,7 +84,7 @@ def test_a_signal_and_a_resumption(front, cached, tmp_path):
 
 def die_at(sample):
     """A hook: whoever is to make the `sample`-th clip is killed."""
-    from titan_video.ingest.encode import ClipEncoder
+    from titan_video.ingest.cache.encode import ClipEncoder
 
     make, count = ClipEncoder.entries, [0]
 

@@ -101,7 +101,7 @@ def test_a_file_of_prompts_gives_a_clip_of_each(trained, tmp_path):
 
 @pytest.mark.parametrize("content, words", [(b"\xff", "UTF-8"), (b"\n \n", "no prompt"), (None, "No such file")])
 def test_a_file_of_prompts_that_cannot_be_read_is_named(tmp_path, content, words):
-    from titan_video.ingest.text import read_prompts
+    from titan_video.ingest.files.text import read_prompts
 
     if content is not None:
         (tmp_path / "p.txt").write_bytes(content)

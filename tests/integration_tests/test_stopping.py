@@ -51,7 +51,7 @@ def test_a_stuck_reader_is_named_with_its_file(front, world, num_workers):
 
 def slow_encoding(seconds, begun=None):
     """A hook: each clip takes so long to encode on the first rank. begun: a file that is made at the first."""
-    from titan_video.ingest import encode
+    from titan_video.ingest.cache import encode
 
     make = encode.encode_job
 

@@ -193,7 +193,7 @@ def test_a_hunyuan_clip_begins_with_its_image(front, tmp_path, flavor):
     for more in ([], ["--guidance", 1], ["--embedded-guidance", 900]):
         run_ranks(run_sample, 1, [*base, *more], init=False)
         seen.append(decode(tmp_path / "x.mp4"))
-    from titan_video.ingest.video import read_image
+    from titan_video.ingest.decode.video import read_image
 
     expected = read_image(str(image), (9, 32, 32))[:, 0].permute(1, 2, 0).numpy()
     error = [np.abs(clip[k].astype(int) - expected).mean() for clip in seen[:1] for k in (0, -1)]

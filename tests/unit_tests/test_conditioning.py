@@ -21,10 +21,10 @@ from titan_video.distributed.utils import initialise
 from titan_video.encoders import build_encoders
 from titan_video.encoders.debug import DebugEncoders
 from titan_video.encoders.folders import digest, settings_files, weight_files
-from titan_video.ingest.cached_clips import cached_clips
-from titan_video.ingest.conditioning_frames import encode_cond_frames, encode_images
-from titan_video.ingest.encode import Decoder, draw_job, encode_job, encode_share, missing_jobs
-from titan_video.ingest.plan import make_plan
+from titan_video.ingest.cache.cached_clips import cached_clips
+from titan_video.ingest.cache.conditioning_frames import encode_cond_frames, encode_images
+from titan_video.ingest.cache.encode import Decoder, draw_job, encode_job, encode_share, missing_jobs
+from titan_video.ingest.plan.build import make_plan
 from titan_video.models import get_spec
 from titan_video.models.conditioning import ConditioningSpec
 from titan_video.models.layers import patchify, token_shape, unpatchify

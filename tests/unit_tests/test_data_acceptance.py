@@ -19,8 +19,8 @@ from titan_video.data.latent_cache import LatentCache
 from titan_video.data.loader import DrawPlan, EntryReader, LatentLoader
 from titan_video.encoders.debug import DebugEncoders
 from titan_video.ingest import __main__ as command
-from titan_video.ingest.cached_clips import cached_clips
-from titan_video.ingest.plan import build_plan
+from titan_video.ingest.cache.cached_clips import cached_clips
+from titan_video.ingest.plan.build import build_plan
 
 SIZES = [
     (64, 48),

@@ -20,15 +20,15 @@ from tests.unit_tests.data_clips import captioned
 from titan_video.data import latent_cache
 from titan_video.data.latent_cache import LatentCache
 from titan_video.encoders.debug import DebugEncoders
-from titan_video.ingest import cache_keys
 from titan_video.ingest.__main__ import main
-from titan_video.ingest.cache_keys import remove_partial_shards, video_key, write_manifest
-from titan_video.ingest.cached_clips import cached_clips, split_holdout
-from titan_video.ingest.encode import encode_missing, encode_share, missing_jobs, partition_jobs
-from titan_video.ingest.entries import PlanEntry, read_frames
-from titan_video.ingest.plan import make_plan
-from titan_video.ingest.shapes import resolve_path
-from titan_video.ingest.worker import set_up_worker
+from titan_video.ingest.cache import cache_keys
+from titan_video.ingest.cache.cache_keys import remove_partial_shards, video_key, write_manifest
+from titan_video.ingest.cache.cached_clips import cached_clips, split_holdout
+from titan_video.ingest.cache.encode import encode_missing, encode_share, missing_jobs, partition_jobs
+from titan_video.ingest.decode.worker import set_up_worker
+from titan_video.ingest.files.shapes import resolve_path
+from titan_video.ingest.plan.build import make_plan
+from titan_video.ingest.plan.entries import PlanEntry, read_frames
 
 BUCKETS = [[5, 32, 32]]
 

@@ -5,10 +5,10 @@ import pytest
 
 from tests.unit_tests.data_clips import write_clip, write_patches
 from titan_video.config.job_config import Data, Source
-from titan_video.ingest.colour import MediaPolicy, describe, linear, matrix_to_bt709, settle, tone
-from titan_video.ingest.entries import read_frames
-from titan_video.ingest.plan import build_plan, make_plan
-from titan_video.ingest.video import Reading, decode, probe
+from titan_video.ingest.decode.colour import MediaPolicy, describe, linear, matrix_to_bt709, settle, tone
+from titan_video.ingest.decode.video import Reading, decode, probe
+from titan_video.ingest.plan.build import build_plan, make_plan
+from titan_video.ingest.plan.entries import read_frames
 
 SRGB = np.array([(200, 50, 25), (30, 140, 70)])
 BT601, BT709, BT2020 = (0.299, 0.114), (0.2126, 0.0722), (0.2627, 0.0593)
@@ -274,7 +274,7 @@ def test_trusted_metadata_does_not_hide_colour(tmp_path):
 
 
 def test_torchcodec_leaves_conversions_to_pyav(tmp_path, monkeypatch):
-    monkeypatch.setattr("titan_video.ingest.plan.require", lambda decoder: None)
+    monkeypatch.setattr("titan_video.ingest.plan.build.require", lambda decoder: None)
     light = srgb_light(SRGB) @ TO_2020.T
     path = write_patches(tmp_path / "a.mkv", pq(light * 203), BT2020, "yuv420p10le", tags=(9, 9, 16, 1))
     plan = plan_in(path, decoder="torchcodec")

@@ -7,11 +7,11 @@ import pytest
 from PIL import Image, ImageCms
 
 from titan_video.config.job_config import Source
-from titan_video.ingest.colour import MediaPolicy
-from titan_video.ingest.entries import read_frames
-from titan_video.ingest.images import rgb
-from titan_video.ingest.plan import make_plan
-from titan_video.ingest.video import probe, read_image
+from titan_video.ingest.decode.colour import MediaPolicy
+from titan_video.ingest.decode.images import rgb
+from titan_video.ingest.decode.video import probe, read_image
+from titan_video.ingest.plan.build import make_plan
+from titan_video.ingest.plan.entries import read_frames
 
 RED, GREEN = (200, 50, 25), (30, 140, 70)
 LEFT, RIGHT = (12, 8), (12, 24)  # pixels of the two halves of a picture

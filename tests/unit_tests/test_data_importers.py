@@ -12,7 +12,7 @@ from titan_video.config.manager import parse
 from titan_video.config.values import tomllib
 from titan_video.ingest import __main__ as command
 from titan_video.ingest.importers import UNSUPPORTED, import_file, toml_text
-from titan_video.ingest.plan import build_plan
+from titan_video.ingest.plan.build import build_plan
 
 DIFFUSION_PIPE = """
 resolutions = [64, [128, 32]]

@@ -23,9 +23,9 @@ from titan_video.data.loader import DrawPlan, EntryReader, LatentLoader
 from titan_video.encoders.debug import DebugEncoders
 from titan_video.flow.noise import drop_caption
 from titan_video.ingest import __main__ as command
-from titan_video.ingest.cached_clips import cached_clips
-from titan_video.ingest.encode import encode_missing
-from titan_video.ingest.plan import make_plan
+from titan_video.ingest.cache.cached_clips import cached_clips
+from titan_video.ingest.cache.encode import encode_missing
+from titan_video.ingest.plan.build import make_plan
 
 NUM_CLIPS = 9
 

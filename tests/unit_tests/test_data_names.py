@@ -8,11 +8,11 @@ import pytest
 
 from tests.unit_tests.data_clips import captioned, number, write_clip
 from titan_video.config.job_config import Data, JobConfig, Source
-from titan_video.ingest import media
-from titan_video.ingest.entries import read_frames
-from titan_video.ingest.metadata import UNREAD_SUFFIXES
-from titan_video.ingest.plan import make_plan
-from titan_video.ingest.sources import remarks, rules, scan
+from titan_video.ingest.files import media
+from titan_video.ingest.files.metadata import UNREAD_SUFFIXES
+from titan_video.ingest.files.sources import remarks, rules, scan
+from titan_video.ingest.plan.build import make_plan
+from titan_video.ingest.plan.entries import read_frames
 
 CAFE = unicodedata.normalize("NFC", "café")
 

@@ -7,11 +7,11 @@ import os
 import pytest
 
 from tests.unit_tests.data_clips import captioned, write_clip
-from titan_video.ingest import probes
 from titan_video.ingest.bucketing import choose, cover
-from titan_video.ingest.metadata import CAPTION_COLUMNS, MEDIA_COLUMNS
-from titan_video.ingest.plan import make_plan
-from titan_video.ingest.sources import scan
+from titan_video.ingest.files.metadata import CAPTION_COLUMNS, MEDIA_COLUMNS
+from titan_video.ingest.files.sources import scan
+from titan_video.ingest.plan import probes
+from titan_video.ingest.plan.build import make_plan
 
 
 def reasons(records):

@@ -14,12 +14,12 @@ from titan_video.config.job_config import Data, Encoder, Job, JobConfig
 from titan_video.config.manager import ConfigError
 from titan_video.data.latent_cache import LatentCache
 from titan_video.encoders.debug import DebugEncoders
-from titan_video.ingest import remote_cache
 from titan_video.ingest.__main__ import main
-from titan_video.ingest.cache_keys import write_manifest
-from titan_video.ingest.entry_index import EntryIndex, make_index
+from titan_video.ingest.cache import remote_cache
+from titan_video.ingest.cache.cache_keys import write_manifest
+from titan_video.ingest.cache.entry_index import EntryIndex, make_index
+from titan_video.ingest.cache.remote_cache import RemoteCache, list_store
 from titan_video.ingest.prepare import open_run_cache
-from titan_video.ingest.remote_cache import RemoteCache, list_store
 from titan_video.models.conditioning import ConditioningSpec
 
 URL = "memory://bucket/cache"

@@ -8,11 +8,11 @@ import pytest
 from tests.unit_tests.data_clips import captioned, number, write_clip
 from titan_video.data.batching import Batching, Work
 from titan_video.ingest import __main__ as command
-from titan_video.ingest.colour import MediaPolicy
-from titan_video.ingest.entries import read_frames
-from titan_video.ingest.plan import make_plan
-from titan_video.ingest.report import decode_all, export, report
-from titan_video.ingest.video import decode, probe
+from titan_video.ingest.decode.colour import MediaPolicy
+from titan_video.ingest.decode.video import decode, probe
+from titan_video.ingest.plan.build import make_plan
+from titan_video.ingest.plan.entries import read_frames
+from titan_video.ingest.plan.report import decode_all, export, report
 
 BUCKETS = [[1, 32, 32], [5, 32, 64], [5, 64, 32], [9, 64, 64]]
 

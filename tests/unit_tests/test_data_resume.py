@@ -17,18 +17,18 @@ from titan_video.data.latent_cache import LatentCache
 from titan_video.data.loader import by_bucket
 from titan_video.distributed.utils import init_distributed
 from titan_video.encoders.debug import DebugEncoders
-from titan_video.ingest import metadata
 from titan_video.ingest.__main__ import main
-from titan_video.ingest.cached_clips import cached_clips, split_holdout
-from titan_video.ingest.captions import cut_prompts, lost_words, with_cut_captions
-from titan_video.ingest.clip_table import clip_table
-from titan_video.ingest.encode import encode_missing
-from titan_video.ingest.media import DEFAULT_LIMITS
-from titan_video.ingest.plan import build_plan
-from titan_video.ingest.plan_table import write_plan_table
+from titan_video.ingest.cache.cached_clips import cached_clips, split_holdout
+from titan_video.ingest.cache.clip_table import clip_table
+from titan_video.ingest.cache.encode import encode_missing
+from titan_video.ingest.decode.video import UnusableClip
+from titan_video.ingest.files import metadata
+from titan_video.ingest.files.media import DEFAULT_LIMITS
+from titan_video.ingest.plan.build import build_plan
+from titan_video.ingest.plan.captions import cut_prompts, lost_words, with_cut_captions
+from titan_video.ingest.plan.plan_table import write_plan_table
 from titan_video.ingest.prepare import prepare_clips
 from titan_video.ingest.resume import EarlierClips
-from titan_video.ingest.video import UnusableClip
 from titan_video.models.wan import FLAVORS
 
 
@@ -172,7 +172,7 @@ def failing(monkeypatch, where, name, error=STALE):
 def test_a_run_goes_on_without_a_clip_that_failed_at_its_start(folder, monkeypatch, where):
     """It is read at the next start. The checkpoint is of the others, and so are the clips that the loader compares."""
     if where == "sources.not_a_clip":
-        monkeypatch.setattr("titan_video.ingest.sources.not_a_clip", unreachable(metadata.not_a_clip, "a.mp4"))
+        monkeypatch.setattr("titan_video.ingest.files.sources.not_a_clip", unreachable(metadata.not_a_clip, "a.mp4"))
     else:
         failing(monkeypatch, where, "a.mp4")
     started = folder.prepared()

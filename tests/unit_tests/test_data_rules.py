@@ -7,7 +7,7 @@ from PIL import Image
 from tests.unit_tests.data_clips import captioned, write_patches
 from titan_video.config.job_config import Data, JobConfig
 from titan_video.ingest import bucketing
-from titan_video.ingest.plan import build_plan
+from titan_video.ingest.plan.build import build_plan
 
 SIGNALS = np.array([(200, 50, 25), (30, 140, 70)]) / 255
 

@@ -14,9 +14,9 @@ from titan_video.data.batching import Batching, Work
 from titan_video.data.latent_cache import CachedClip
 from titan_video.data.loader import DrawPlan
 from titan_video.data.sampler import CostClass, GlobalSampler, fingerprint
-from titan_video.ingest.entries import Plan, PlanEntry
+from titan_video.ingest.plan.entries import Plan, PlanEntry
+from titan_video.ingest.plan.report import report
 from titan_video.ingest.prepare import num_steps
-from titan_video.ingest.report import report
 from titan_video.models.wan import SPEC
 
 DEBUG = SPEC.flavors["debug"]

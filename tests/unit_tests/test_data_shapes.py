@@ -6,9 +6,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from titan_video.ingest import shapes
-from titan_video.ingest.shapes import COLORS, DIRECTIONS, generate, render, resolve_path
-from titan_video.ingest.video import decode, probe
+from titan_video.ingest.decode.video import decode, probe
+from titan_video.ingest.files import shapes
+from titan_video.ingest.files.shapes import COLORS, DIRECTIONS, generate, render, resolve_path
 from titan_video.tools.video import write_gif_bytes, write_mp4
 
 

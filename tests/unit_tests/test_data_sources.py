@@ -17,14 +17,15 @@ from PIL import Image
 from tests.helpers import ROOT
 from tests.unit_tests.data_clips import captioned, level, number, write_clip
 from titan_video.config.job_config import Data, Source
-from titan_video.ingest import media, probes
 from titan_video.ingest.bucketing import ClipChoice, choose, starts
-from titan_video.ingest.colour import MediaPolicy
-from titan_video.ingest.entries import read_frames
-from titan_video.ingest.metadata import CAPTION_COLUMNS, DECLARED_COLUMNS, MEDIA_COLUMNS
-from titan_video.ingest.plan import build_plan, make_plan
-from titan_video.ingest.sources import scan
-from titan_video.ingest.video import decode, probe
+from titan_video.ingest.decode.colour import MediaPolicy
+from titan_video.ingest.decode.video import decode, probe
+from titan_video.ingest.files import media
+from titan_video.ingest.files.metadata import CAPTION_COLUMNS, DECLARED_COLUMNS, MEDIA_COLUMNS
+from titan_video.ingest.files.sources import scan
+from titan_video.ingest.plan import probes
+from titan_video.ingest.plan.build import build_plan, make_plan
+from titan_video.ingest.plan.entries import read_frames
 
 
 def numbers(entry):
@@ -364,7 +365,7 @@ def test_a_late_clip_is_sought_and_is_the_same(tmp_path, monkeypatch):
     plan = make_plan([Source(path=str(path), frame_extraction="chunk")], [[9, 32, 64]], 10, 0, tmp_path / "cache")
     assert [numbers(e) for e in plan.kept] == [[k % 32 for k in range(s, s + 9)] for s in range(0, 72, 9)]
     sought = [read_frames(e) for e in plan.kept]
-    monkeypatch.setattr("titan_video.ingest.video.SEEK_FROM", 1e9)
+    monkeypatch.setattr("titan_video.ingest.decode.video.SEEK_FROM", 1e9)
     assert all(torch.equal(a, read_frames(e)) for a, e in zip(sought, plan.kept, strict=True))
 
 

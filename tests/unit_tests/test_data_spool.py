@@ -12,17 +12,18 @@ import torch
 from tests.small_disk import fill, free, small_disk
 from tests.unit_tests.data_clips import captioned
 from titan_video.data.latent_cache import LatentCache
-from titan_video.ingest import probes, sources, spool
 from titan_video.ingest.__main__ import main
-from titan_video.ingest.cache_keys import write_manifest
+from titan_video.ingest.cache.cache_keys import write_manifest
+from titan_video.ingest.cache.entry_index import EntryIndex, make_index
 from titan_video.ingest.columns import ColumnWriter
-from titan_video.ingest.entry_index import EntryIndex, make_index
-from titan_video.ingest.media import DEFAULT_LIMITS
-from titan_video.ingest.planned import Tables
-from titan_video.ingest.probes import ProbeStore
-from titan_video.ingest.refused import UnreadableFile
-from titan_video.ingest.spool import Spool
-from titan_video.ingest.video import Probe
+from titan_video.ingest.decode.video import Probe
+from titan_video.ingest.files import sources, spool
+from titan_video.ingest.files.media import DEFAULT_LIMITS
+from titan_video.ingest.files.refused import UnreadableFile
+from titan_video.ingest.files.spool import Spool
+from titan_video.ingest.plan import probes
+from titan_video.ingest.plan.planned import Tables
+from titan_video.ingest.plan.probes import ProbeStore
 from titan_video.tools.files import StorageError
 
 FULL = r"No space left on device \([\d,]+ bytes needed, [\d,]+ bytes were free\)$"
@@ -187,7 +188,7 @@ def test_probes_that_cannot_be_read_back_are_kept(tmp_path, monkeypatch):
 def test_a_probe_that_failed_in_passing_is_not_kept(tmp_path, monkeypatch, number):
     clip = str(captioned(tmp_path / "a.mp4"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("titan_video.ingest.media.open_regular", raise_number(number))
+        patch.setattr("titan_video.ingest.files.media.open_regular", raise_number(number))
         store = ProbeStore(tmp_path / "probes", DEFAULT_LIMITS)
         store.probe({b"k" * 32: clip}, 0)
         assert store.get(b"k" * 32, clip).reason == f"unreadable: {os.strerror(number)}"

@@ -23,22 +23,24 @@ from titan_video.data.batching import Batching, Work
 from titan_video.data.latent_cache import LatentCache
 from titan_video.data.loader import DrawPlan, by_bucket
 from titan_video.encoders.debug import DebugEncoders
-from titan_video.ingest import clip_table as clip_tables
-from titan_video.ingest import columns, entry_index, planned, probes
+from titan_video.ingest import columns
 from titan_video.ingest.__main__ import main
 from titan_video.ingest.bucketing import ClipChoice
-from titan_video.ingest.cache_keys import write_manifest
-from titan_video.ingest.cached_clips import cached_clips, split_holdout
-from titan_video.ingest.clip_table import ClipTable, clip_table
+from titan_video.ingest.cache import clip_table as clip_tables
+from titan_video.ingest.cache import entry_index
+from titan_video.ingest.cache.cache_keys import write_manifest
+from titan_video.ingest.cache.cached_clips import cached_clips, split_holdout
+from titan_video.ingest.cache.clip_table import ClipTable, clip_table
+from titan_video.ingest.cache.encode import encode_missing
+from titan_video.ingest.cache.entry_index import EntryIndex, holds, make_index
 from titan_video.ingest.columns import Columns, ColumnWriter, SortedKeys, TimesWriter, decode_times, sort_keys
-from titan_video.ingest.encode import encode_missing
-from titan_video.ingest.entries import Plan, PlanEntry
-from titan_video.ingest.entry_index import EntryIndex, holds, make_index
-from titan_video.ingest.media import DEFAULT_LIMITS
-from titan_video.ingest.plan import Planner, make_plan
-from titan_video.ingest.plan_table import PlanTable, write_plan_table
-from titan_video.ingest.probes import ProbeStore
-from titan_video.ingest.video import Probe
+from titan_video.ingest.decode.video import Probe
+from titan_video.ingest.files.media import DEFAULT_LIMITS
+from titan_video.ingest.plan import planned, probes
+from titan_video.ingest.plan.build import Planner, make_plan
+from titan_video.ingest.plan.entries import Plan, PlanEntry
+from titan_video.ingest.plan.plan_table import PlanTable, write_plan_table
+from titan_video.ingest.plan.probes import ProbeStore
 from titan_video.models.conditioning import ConditioningSpec
 from titan_video.tools import files
 

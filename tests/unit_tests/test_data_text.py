@@ -5,8 +5,8 @@ import tarfile
 
 import pytest
 
-from titan_video.ingest.sources import scan
-from titan_video.ingest.text import TextFault, decode, fault, read_lines, read_prompts
+from titan_video.ingest.files.sources import scan
+from titan_video.ingest.files.text import TextFault, decode, fault, read_lines, read_prompts
 
 TEXT = "a café, 猫\nand more"
 ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"]

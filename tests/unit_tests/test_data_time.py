@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from tests.unit_tests.data_clips import number, write_clip
-from titan_video.ingest import media
-from titan_video.ingest.colour import MediaPolicy
-from titan_video.ingest.containers import cut_matroska
-from titan_video.ingest.plan import make_plan
-from titan_video.ingest.video import decode, frame_indices, probe
+from titan_video.ingest.decode.colour import MediaPolicy
+from titan_video.ingest.decode.containers import cut_matroska
+from titan_video.ingest.decode.video import decode, frame_indices, probe
+from titan_video.ingest.files import media
+from titan_video.ingest.plan.build import make_plan
 
 DURATION = b"\x44\x89"  # of a Segment's Info
 

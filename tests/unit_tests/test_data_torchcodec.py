@@ -12,11 +12,11 @@ from PIL import Image
 
 from tests.unit_tests.data_clips import captioned, damaged, number, write_clip
 from tests.unit_tests.test_data_video import CONTAINERS
-from titan_video.ingest.colour import MediaPolicy
-from titan_video.ingest.entries import read_frames
-from titan_video.ingest.media import member
-from titan_video.ingest.plan import make_plan
-from titan_video.ingest.video import Reading, UnusableClip, decode, frame_indices, probe, require
+from titan_video.ingest.decode.colour import MediaPolicy
+from titan_video.ingest.decode.video import Reading, UnusableClip, decode, frame_indices, probe, require
+from titan_video.ingest.files.media import member
+from titan_video.ingest.plan.build import make_plan
+from titan_video.ingest.plan.entries import read_frames
 
 try:
     require("torchcodec")
@@ -39,7 +39,7 @@ def test_its_pixels_have_an_identity_of_their_own(tmp_path, monkeypatch):
     captioned(tmp_path / "a.mp4")
     Image.new("RGB", (64, 48)).save(tmp_path / "image.png")
     (tmp_path / "image.txt").write_text("an image")
-    monkeypatch.setattr("titan_video.ingest.plan.require", lambda decoder: None)
+    monkeypatch.setattr("titan_video.ingest.plan.build.require", lambda decoder: None)
     one, other = (
         make_plan(
             tmp_path, [(5, 32, 32), (1, 32, 32)], 16, 0, tmp_path / "cache", policy=MediaPolicy(decoder=name)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.unit_tests.data_clips import damaged, level, number, write_clip, write_sound
-from titan_video.ingest.video import UnusableClip, decode, frame_indices, probe
+from titan_video.ingest.decode.video import UnusableClip, decode, frame_indices, probe
 
 CONTAINERS = [
     ("a.mp4", "libx264"),

@@ -9,11 +9,11 @@ from collections import deque
 import pytest
 
 from tests.unit_tests.data_clips import captioned, number
-from titan_video.ingest import worker
-from titan_video.ingest.encode import Decoder, Job
-from titan_video.ingest.media import DecodeLimits
-from titan_video.ingest.plan import make_plan
-from titan_video.ingest.worker import MAX_BLOCKS, alloc_shared, map_in_workers, release
+from titan_video.ingest.cache.encode import Decoder, Job
+from titan_video.ingest.decode import worker
+from titan_video.ingest.decode.worker import MAX_BLOCKS, alloc_shared, map_in_workers, release
+from titan_video.ingest.files.media import DecodeLimits
+from titan_video.ingest.plan.build import make_plan
 from titan_video.models.conditioning import TEXT_ONLY
 
 

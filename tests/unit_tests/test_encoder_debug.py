@@ -7,7 +7,7 @@ import torch
 from titan_video.config.job_config import Encoder
 from titan_video.encoders import build_encoders
 from titan_video.encoders.debug import DebugEncoders
-from titan_video.ingest import shapes
+from titan_video.ingest.files import shapes
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import torch
 from titan_video.config.job_config import Encoder
 from titan_video.encoders import build_encoders
 from titan_video.encoders.debug_outlines import HUE
+from titan_video.ingest.files.shapes import BACKGROUND, COMBINATIONS, combination, render
 from titan_video.ingest.shape_scores import score, tally
-from titan_video.ingest.shapes import BACKGROUND, COMBINATIONS, combination, render
 
 
 @pytest.fixture(scope="module")

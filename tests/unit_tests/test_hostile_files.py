@@ -20,13 +20,13 @@ from titan_video.config import values
 from titan_video.config.manager import ConfigError, parse, parse_args
 from titan_video.data.latent_cache import LatentCache
 from titan_video.encoders.folders import read_config, weight_files
-from titan_video.ingest import metadata
-from titan_video.ingest.entries import read_frames
-from titan_video.ingest.images import images
-from titan_video.ingest.media import DecodeLimits, expand
-from titan_video.ingest.plan import make_plan
-from titan_video.ingest.sources import scan
-from titan_video.ingest.video import UnusableClip, decode, probe
+from titan_video.ingest.decode.images import images
+from titan_video.ingest.decode.video import UnusableClip, decode, probe
+from titan_video.ingest.files import metadata
+from titan_video.ingest.files.media import DecodeLimits, expand
+from titan_video.ingest.files.sources import scan
+from titan_video.ingest.plan.build import make_plan
+from titan_video.ingest.plan.entries import read_frames
 from titan_video.lora.names import read_adapters
 from titan_video.models import get_args, get_spec
 from titan_video.tools import bounded

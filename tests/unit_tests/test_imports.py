@@ -136,11 +136,12 @@ def test_the_floors_hold():
     assert violations(ROOT) == []
 
 
-def test_the_rooms_of_the_planner_import_one_another_in_order():
-    """In the order, and by the names, that the docstring of titan_video/planner gives them."""
-    top, modules = f"{PACKAGE}.planner", sources(ROOT)
+@pytest.mark.parametrize("house", ["planner", "ingest"])
+def test_rooms_import_one_another_in_order(house):
+    """In the order, and by the names, that the docstring of the folder gives them."""
+    top, modules = f"{PACKAGE}.{house}", sources(ROOT)
     rooms = re.findall(r"^(\w+)/ ", ast.get_docstring(ast.parse(modules[top].read_text())), re.M)
-    folders = {path.parent.name for path in (ROOT / PACKAGE / "planner").glob("*/__init__.py")}
+    folders = {path.parent.name for path in (ROOT / PACKAGE / house).glob("*/__init__.py")}
     assert len(rooms) == len(set(rooms)) and set(rooms) == folders
     order = {f"{top}.{room}": place for place, room in enumerate(rooms)}
     found = [
@@ -151,6 +152,15 @@ def test_the_rooms_of_the_planner_import_one_another_in_order():
         if order.get(".".join(imported.split(".")[:3]), -1) > here
     ]
     assert found == []
+
+
+def test_a_room_names_its_files():
+    """The docstring of each room of the planner and of ingest has a line for each of its files, and for no other."""
+    for path in [p for house in ("planner", "ingest") for p in (ROOT / PACKAGE / house).rglob("__init__.py")]:
+        named = re.findall(r"^(\w+(?:, \w+)*)/? {2,}", ast.get_docstring(ast.parse(path.read_text())), re.M)
+        named = {name for line in named for name in line.split(", ")}
+        files = {p.stem for p in path.parent.glob("*.py")} | {p.parent.name for p in path.parent.glob("*/__init__.py")}
+        assert files - {"__init__", "__main__"} == named - {"__main__"}, path
 
 
 def test_the_core_is_read_in_an_afternoon():

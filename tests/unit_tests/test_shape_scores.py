@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from titan_video.encoders.debug import DebugEncoders
+from titan_video.ingest.files.shapes import COMBINATIONS, combination, render
 from titan_video.ingest.shape_scores import score, tally
-from titan_video.ingest.shapes import COMBINATIONS, combination, render
 
 CLIPS = range(COMBINATIONS)
 

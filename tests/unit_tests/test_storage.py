@@ -21,8 +21,8 @@ from titan_video.checkpoint import files as checkpoint_files
 from titan_video.config.job_config import Metrics
 from titan_video.config.manager import main_guard
 from titan_video.data.latent_cache import LatentCache
-from titan_video.ingest.entries import Plan, PlanEntry
-from titan_video.ingest.refused import UnreadableFile, reading
+from titan_video.ingest.files.refused import UnreadableFile, reading
+from titan_video.ingest.plan.entries import Plan, PlanEntry
 from titan_video.tasks.validation import ClipWriter
 from titan_video.tools import files
 from titan_video.tools.files import StorageError, atomic_path, atomic_write, optional_write, writing

@@ -48,10 +48,11 @@ PART_RULES = MappingProxyType(  # {optional part: its rules}, loaded only where 
         "titan_video.lora": "titan_video.lora.adapters:rules",
         "titan_video.weights.export": "titan_video.weights.export.interim:rules",
         "titan_video.online": "titan_video.online.setup:rules",
-        "titan_video.ingest.remote_cache": "titan_video.ingest.remote_cache:rules",
+        "titan_video.ingest.cache.remote_cache": "titan_video.ingest.cache.remote_cache:rules",
     }
 )
-FILE_RULES = ("titan_video.ingest.sources:rules", "titan_video.config.folders:file_rules")  # of what the run reads
+# Of what the run reads.
+FILE_RULES = ("titan_video.ingest.files.sources:rules", "titan_video.config.folders:file_rules")
 
 
 def check(config: JobConfig, world_size: int, files: bool = True) -> None:

@@ -1,6 +1,6 @@
 """Rules about folders and files that the configuration names; each yields one line per mistake.
 
-Paths of clips: ingest/sources.py.
+Paths of clips: ingest/files/sources.py.
 """
 
 import os

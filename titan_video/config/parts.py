@@ -57,7 +57,7 @@ PARTS = (  # (section or option, the values that ask for a part, the part)
     ("validation.enable", (True,), "titan_video.tasks.validation"),
     ("validation.enable", (True,), "titan_video.tasks.sampling"),
     ("validation.num_scored", CHANGED, "titan_video.ingest.shape_scores"),
-    ("data.cache_url", CHANGED, "titan_video.ingest.remote_cache"),
+    ("data.cache_url", CHANGED, "titan_video.ingest.cache.remote_cache"),
     ("encoder.placement", ("colocated", "separate"), "titan_video.online"),
     ("model.kernels", ("triton",), "titan_video.kernels.triton"),
     ("model.attention", ("flash3", "flash4", "flex"), "titan_video.kernels.attention_backends"),

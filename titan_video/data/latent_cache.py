@@ -5,7 +5,7 @@ is another entry.
         video     latents_CFHW, float32
         text      text_LD, in the encoder's dtype, unpadded
         pooled    the pooled vector of the same text, under the same key
-        given     latents of a clip's conditioning frames (ingest/conditioning_frames.py)
+        given     latents of a clip's conditioning frames (ingest/cache/conditioning_frames.py)
         image     their image tokens
     <folder>/manifest.jsonl          one line a shard with its entries, so that a start need not open every shard
 
@@ -149,7 +149,7 @@ class LatentCache:
     def write(self, kind: str, key: str, tensor: Tensor, made_from: Mapping[str, str]) -> None:
         """Store one tensor of a kind. It is on disk after the next `flush`.
 
-        made_from: what a person should find in the header, and ingest.cache_keys.explain_stale compares.
+        made_from: what a person should find in the header, and ingest.cache.cache_keys.explain_stale compares.
         """
         data = tensor.detach().cpu().contiguous()
         self.oldest = self.oldest if self.waiting else time.monotonic()

@@ -17,13 +17,13 @@ from titan_video.config.manager import main_guard, parse_args
 from titan_video.data.batching import Batching, Bucket, Work, batch_size_errors, gradient_accumulation
 from titan_video.distributed.utils import broadcast_from_rank0, init_distributed
 from titan_video.encoders import build_encoders
-from titan_video.ingest.captions import with_cut_captions
-from titan_video.ingest.encode_table import share_index
-from titan_video.ingest.entries import Plan
-from titan_video.ingest.plan import Planner
-from titan_video.ingest.planned import ALL, Part, Tables, plan_on_ranks, probe_part, write_report
+from titan_video.ingest.cache.encode_table import share_index
+from titan_video.ingest.plan.build import Planner
+from titan_video.ingest.plan.captions import with_cut_captions
+from titan_video.ingest.plan.entries import Plan
+from titan_video.ingest.plan.planned import ALL, Part, Tables, plan_on_ranks, probe_part, write_report
+from titan_video.ingest.plan.report import decode_all, export, report
 from titan_video.ingest.prepare import Preparation, open_run_cache, sampled_negatives
-from titan_video.ingest.report import decode_all, export, report
 from titan_video.ingest.sampling_defaults import sampling_section
 from titan_video.ingest.started import as_started
 from titan_video.models import get_args, get_spec

@@ -18,7 +18,7 @@ from titan_video.config.check import check
 from titan_video.config.job_config import Data, Source
 from titan_video.config.manager import ConfigError, parse, read_file
 from titan_video.ingest.bucketing import DEFAULT_GEOMETRY, SPATIAL_MULTIPLE, whole_latents
-from titan_video.ingest.sources import CAPTION_SUFFIXES
+from titan_video.ingest.files.sources import CAPTION_SUFFIXES
 
 CHOICES = {
     "single_beginning": ("head", 4),

@@ -18,19 +18,19 @@ from titan_video.data.loader import ClipsByBucket, LatentLoader
 from titan_video.data.sampler import GlobalSampler
 from titan_video.distributed.utils import broadcast_from_rank0, gather_objects
 from titan_video.encoders.spec import Encoders
-from titan_video.ingest.cache_keys import remove_partial_shards
-from titan_video.ingest.captions import cut_captions, cut_prompts
-from titan_video.ingest.clip_table import ClipTable, clip_table
-from titan_video.ingest.encode import encode_share, failed_clips, missing_jobs
-from titan_video.ingest.encode_table import encode_table, share_index
-from titan_video.ingest.entries import Plan
-from titan_video.ingest.entry_index import EntryIndex, NotListed, make_index
-from titan_video.ingest.plan import Planner
-from titan_video.ingest.plan_table import PlanTable
-from titan_video.ingest.planned import ALL, Part, Tables, plan_on_ranks, reported_plan, write_report
+from titan_video.ingest.cache.cache_keys import remove_partial_shards
+from titan_video.ingest.cache.clip_table import ClipTable, clip_table
+from titan_video.ingest.cache.encode import encode_share, failed_clips, missing_jobs
+from titan_video.ingest.cache.encode_table import encode_table, share_index
+from titan_video.ingest.cache.entry_index import EntryIndex, NotListed, make_index
+from titan_video.ingest.files.text import read_prompts
+from titan_video.ingest.plan.build import Planner
+from titan_video.ingest.plan.captions import cut_captions, cut_prompts
+from titan_video.ingest.plan.entries import Plan
+from titan_video.ingest.plan.plan_table import PlanTable
+from titan_video.ingest.plan.planned import ALL, Part, Tables, plan_on_ranks, reported_plan, write_report
 from titan_video.ingest.resume import EarlierClips
 from titan_video.ingest.sampling_defaults import sampling_section
-from titan_video.ingest.text import read_prompts
 from titan_video.models.conditioning import ConditioningSpec
 from titan_video.models.spec import LatentGeometry
 from titan_video.tools.logging import logger
@@ -65,7 +65,7 @@ def open_run_cache(
     data, kind = config.data, LatentCache
     if data.cache_url:
         listed, remote = (
-            resolve(f"titan_video.ingest.remote_cache:{name}", "data.cache_url")
+            resolve(f"titan_video.ingest.cache.remote_cache:{name}", "data.cache_url")
             for name in ("list_store", "RemoteCache")
         )
         shards = broadcast_from_rank0(lambda: listed(data.cache_url), group)

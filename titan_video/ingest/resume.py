@@ -14,9 +14,9 @@ from titan_video.config.manager import ConfigError, load
 from titan_video.config.values import show
 from titan_video.data.latent_cache import LatentCache
 from titan_video.data.sampler import OTHER_CLIPS
-from titan_video.ingest.clip_table import ClipTable
-from titan_video.ingest.plan_table import TEXTS, PlanTable
-from titan_video.ingest.probes import PASSING
+from titan_video.ingest.cache.clip_table import ClipTable
+from titan_video.ingest.plan.plan_table import TEXTS, PlanTable
+from titan_video.ingest.plan.probes import PASSING
 from titan_video.tools.logging import logger
 
 # Fields of [data] that change no clip.

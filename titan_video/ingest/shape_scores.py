@@ -10,7 +10,7 @@ from torch import Tensor
 
 from titan_video.data.latent_cache import LatentCache
 from titan_video.distributed.utils import gather_objects
-from titan_video.ingest.shapes import COLORS, COMBINATIONS, SHAPES, caption, combination
+from titan_video.ingest.files.shapes import COLORS, COMBINATIONS, SHAPES, caption, combination
 from titan_video.tasks.sampling import Prompt
 from titan_video.tasks.validation import Validator, shard_indices
 

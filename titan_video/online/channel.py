@@ -18,7 +18,7 @@ from torch import Tensor
 
 from titan_video.data.batching import Bucket
 from titan_video.data.latent_cache import GIVEN
-from titan_video.ingest.encode import EncodeStats
+from titan_video.ingest.cache.encode import EncodeStats
 
 MAGIC = 0x746974616E0001
 SENT, FAILED = 0, 1

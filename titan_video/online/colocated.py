@@ -18,7 +18,7 @@ from torch import Tensor
 
 from titan_video.data.loader import DrawPlan, MicroBatchSpec
 from titan_video.data.sampler import MicroBatch
-from titan_video.ingest.encode import ClipEncoder, EncodeStats, Job, draw_job, missing_part, partition_jobs
+from titan_video.ingest.cache.encode import ClipEncoder, EncodeStats, Job, draw_job, missing_part, partition_jobs
 from titan_video.online.encoder import OnlineEncoder, OverlayCache
 
 

@@ -27,7 +27,7 @@ from titan_video.data.batching import Bucket
 from titan_video.data.latent_cache import LatentCache
 from titan_video.data.loader import DrawPlan, MicroBatchSpec
 from titan_video.data.sampler import MicroBatch
-from titan_video.ingest.encode import TEXT_COST, ClipEncoder, EncodeStats, Job, draw_job, missing_part
+from titan_video.ingest.cache.encode import TEXT_COST, ClipEncoder, EncodeStats, Job, draw_job, missing_part
 from titan_video.online.channel import (
     FAILED,
     FIXED,

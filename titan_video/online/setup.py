@@ -16,7 +16,7 @@ from titan_video.distributed.parallel_dims import ParallelDims
 from titan_video.distributed.utils import init_distributed
 from titan_video.encoders import build_encoders
 from titan_video.encoders.spec import Encoders
-from titan_video.ingest.encode import ClipEncoder
+from titan_video.ingest.cache.encode import ClipEncoder
 from titan_video.online.channel import EncoderChannel, EncodingPlan
 from titan_video.online.colocated import Colocated
 from titan_video.online.separate import Separate, serve

@@ -19,11 +19,11 @@ import torch.distributed as dist
 from titan_video.data.latent_cache import content_hash
 from titan_video.distributed.utils import broadcast_from_rank0, gather_objects
 from titan_video.ingest.columns import used
-from titan_video.ingest.entries import Plan
-from titan_video.ingest.plan import FILES_TOGETHER, Planner, Scan
-from titan_video.ingest.plan_table import PlanTable, write_plan_table
-from titan_video.ingest.probes import ProbeStore, chunks, passing, share
-from titan_video.ingest.video import require
+from titan_video.ingest.decode.video import require
+from titan_video.ingest.plan.build import FILES_TOGETHER, Planner, Scan
+from titan_video.ingest.plan.entries import Plan
+from titan_video.ingest.plan.plan_table import PlanTable, write_plan_table
+from titan_video.ingest.plan.probes import ProbeStore, chunks, passing, share
 from titan_video.tools.files import StorageError, atomic_write, optional_write, writing
 from titan_video.tools.signals import Stopped
 

@@ -33,7 +33,7 @@ from typing import Any, Literal
 import numpy as np
 
 from titan_video.config.sections.data import Data
-from titan_video.ingest.images import over_white
+from titan_video.ingest.decode.images import over_white
 
 DecoderName = Literal["pyav", "torchcodec"]
 NEWEST_RULES = 2

@@ -19,12 +19,12 @@ from itertools import islice
 from pathlib import Path
 
 from titan_video.config.job_config import JobConfig
-from titan_video.ingest import media, metadata
-from titan_video.ingest.archives import scan_table, scan_tar
-from titan_video.ingest.media import IMAGE_SUFFIXES, MEDIA_SUFFIXES
-from titan_video.ingest.metadata import CAPTION_COLUMNS, ClipRecord, not_a_clip, scan_metadata, unread
-from titan_video.ingest.names import FileNames, fold, quoted
-from titan_video.ingest.text import TextFault, read_text
+from titan_video.ingest.files import media, metadata
+from titan_video.ingest.files.archives import scan_table, scan_tar
+from titan_video.ingest.files.media import IMAGE_SUFFIXES, MEDIA_SUFFIXES
+from titan_video.ingest.files.metadata import CAPTION_COLUMNS, ClipRecord, not_a_clip, scan_metadata, unread
+from titan_video.ingest.files.names import FileNames, fold, quoted
+from titan_video.ingest.files.text import TextFault, read_text
 
 logger = logging.getLogger(__name__)
 

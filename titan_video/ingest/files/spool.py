@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from titan_video.ingest.refused import reading
+from titan_video.ingest.files.refused import reading
 from titan_video.tools.files import StorageError, writing
 
 MEMORY, BLOCK = 64 << 20, 1 << 20  # bytes that stay in memory; that are written and read together

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from titan_video.encoders.spec import Encoders
-from titan_video.ingest.entries import Plan
+from titan_video.ingest.plan.entries import Plan
 from titan_video.tools.bounded import short
 
 NAMES_SHOWN, BATCH = 5, 1000

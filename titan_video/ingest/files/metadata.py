@@ -14,9 +14,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from titan_video.ingest import media
-from titan_video.ingest.names import FileNames, quoted
-from titan_video.ingest.text import MAX_TEXT_BYTES, TextFault, fault, read_lines, read_text, unix_line_ends
+from titan_video.ingest.files import media
+from titan_video.ingest.files.names import FileNames, quoted
+from titan_video.ingest.files.text import MAX_TEXT_BYTES, TextFault, fault, read_lines, read_text, unix_line_ends
 from titan_video.tools.bounded import KINDS, open_regular, parse_json, short
 
 logger = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from titan_video.ingest import media
-from titan_video.ingest.images import MAX_SIDE, OUT_OF_MEMORY, UnusableClip, check_count, check_pixels
-from titan_video.ingest.media import DecodeLimits
+from titan_video.ingest.decode.images import MAX_SIDE, OUT_OF_MEMORY, UnusableClip, check_count, check_pixels
+from titan_video.ingest.files import media
+from titan_video.ingest.files.media import DecodeLimits
 
 MISSING_TAIL = 0.1  # seconds by which the packets may end before the declared end
 # A file's kind follows from its content, not from its name, and some kinds open other files: playlists, lists of files.

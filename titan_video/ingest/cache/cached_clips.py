@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from titan_video.data.latent_cache import GIVEN, CachedClip, LatentCache, content_hash
-from titan_video.ingest.cache_keys import imageless_keys, text_keys, video_keys
-from titan_video.ingest.entries import Plan
+from titan_video.ingest.cache.cache_keys import imageless_keys, text_keys, video_keys
+from titan_video.ingest.plan.entries import Plan
 
 
 def cached_clips(

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from titan_video.data.latent_cache import GIVEN, CachedClip, LatentCache
 from titan_video.encoders.spec import Encoders
-from titan_video.ingest.cache_keys import explain_stale, video_keys
-from titan_video.ingest.cached_clips import cached_clips
-from titan_video.ingest.conditioning_frames import encode_cond_frames, encode_images
-from titan_video.ingest.entries import Plan, PlanEntry, read_frames
-from titan_video.ingest.media import DEFAULT_LIMITS, DecodeLimits
-from titan_video.ingest.video import UnusableClip, read_image
-from titan_video.ingest.worker import map_in_workers, release
+from titan_video.ingest.cache.cache_keys import explain_stale, video_keys
+from titan_video.ingest.cache.cached_clips import cached_clips
+from titan_video.ingest.cache.conditioning_frames import encode_cond_frames, encode_images
+from titan_video.ingest.decode.video import UnusableClip, read_image
+from titan_video.ingest.decode.worker import map_in_workers, release
+from titan_video.ingest.files.media import DEFAULT_LIMITS, DecodeLimits
+from titan_video.ingest.plan.entries import Plan, PlanEntry, read_frames
 from titan_video.models.conditioning import ConditioningSpec
 from titan_video.tools import heartbeat
 from titan_video.tools.bounded import short

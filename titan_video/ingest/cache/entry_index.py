@@ -17,7 +17,7 @@ import numpy as np
 
 from titan_video.data.latent_cache import LatentCache, content_hash, entry_names
 from titan_video.ingest.columns import Columns, ColumnWriter, SortedKeys, is_new, sort_keys, used
-from titan_video.ingest.refused import reading
+from titan_video.ingest.files.refused import reading
 from titan_video.tools.files import StorageError, optional_write, writing
 
 KEY_BYTES = 32

@@ -16,10 +16,10 @@ import numpy as np
 from titan_video.data.batching import Bucket
 from titan_video.data.latent_cache import CODE_VERSION, GIVEN, CachedClip, LatentCache, content_hash
 from titan_video.data.loader import ClipsByBucket
-from titan_video.ingest.cache_keys import imageless_keys, text_keys, video_keys
+from titan_video.ingest.cache.cache_keys import imageless_keys, text_keys, video_keys
+from titan_video.ingest.cache.entry_index import KEY_BYTES, NO_COLUMNS, holds
 from titan_video.ingest.columns import Columns, ColumnWriter, SortedKeys, is_new, sort_keys, used, words
-from titan_video.ingest.entry_index import KEY_BYTES, NO_COLUMNS, holds
-from titan_video.ingest.plan_table import TEXTS, PlanTable
+from titan_video.ingest.plan.plan_table import TEXTS, PlanTable
 
 VERSION = 1  # raise it when a table of the same name would hold something else
 CHUNK, LOOKED_UP = 4096, 1 << 20  # clips whose keys are hashed together, keys that are looked up together

@@ -17,17 +17,18 @@ from typing import NamedTuple
 from titan_video.config.job_config import Data, Source
 from titan_video.data.batching import Bucket
 from titan_video.data.latent_cache import CODE_VERSION
-from titan_video.ingest import bucketing, media
+from titan_video.ingest import bucketing
 from titan_video.ingest.bucketing import HEAD, ClipChoice
-from titan_video.ingest.colour import MediaPolicy
-from titan_video.ingest.entries import Plan, PlanEntry
-from titan_video.ingest.media import DEFAULT_LIMITS, DecodeLimits
-from titan_video.ingest.probes import PROBE_VERSION, ProbeStore, chunks, probe_key
-from titan_video.ingest.refused import reading
-from titan_video.ingest.shapes import resolve_path
-from titan_video.ingest.sources import ClipRecord, iter_records, remarks
-from titan_video.ingest.spool import Spool
-from titan_video.ingest.video import DEFAULT_POLICY, Probe, by_policy, frame_indices, require, too_many_frames
+from titan_video.ingest.decode.colour import MediaPolicy
+from titan_video.ingest.decode.video import DEFAULT_POLICY, Probe, by_policy, frame_indices, require, too_many_frames
+from titan_video.ingest.files import media
+from titan_video.ingest.files.media import DEFAULT_LIMITS, DecodeLimits
+from titan_video.ingest.files.refused import reading
+from titan_video.ingest.files.shapes import resolve_path
+from titan_video.ingest.files.sources import ClipRecord, iter_records, remarks
+from titan_video.ingest.files.spool import Spool
+from titan_video.ingest.plan.entries import Plan, PlanEntry
+from titan_video.ingest.plan.probes import PROBE_VERSION, ProbeStore, chunks, probe_key
 
 PLAN_VERSION = 1  # raise it when the same clips and options give another plan
 FILES_TOGETHER = 1 << 16  # that are probed together

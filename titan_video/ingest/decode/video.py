@@ -17,9 +17,8 @@ import numpy as np
 from torch import Tensor
 
 from titan_video.data.batching import Bucket
-from titan_video.ingest import media
 from titan_video.ingest.bucketing import cover
-from titan_video.ingest.colour import (
+from titan_video.ingest.decode.colour import (
     NEWEST_RULES,
     Converter,
     DecoderName,
@@ -29,7 +28,7 @@ from titan_video.ingest.colour import (
     facts,
     settle,
 )
-from titan_video.ingest.containers import (
+from titan_video.ingest.decode.containers import (
     cut_matroska,
     decoded_frames,
     decoded_times,
@@ -38,9 +37,10 @@ from titan_video.ingest.containers import (
     packet_times,
     shown_size,
 )
-from titan_video.ingest.images import MICROSECONDS, UnusableClip, check_count, check_pixels, images, probe_images
-from titan_video.ingest.media import DEFAULT_LIMITS, DecodeLimits
-from titan_video.ingest.worker import alloc_shared
+from titan_video.ingest.decode.images import MICROSECONDS, UnusableClip, check_count, check_pixels, images, probe_images
+from titan_video.ingest.decode.worker import alloc_shared
+from titan_video.ingest.files import media
+from titan_video.ingest.files.media import DEFAULT_LIMITS, DecodeLimits
 
 TOLERANCE = 0.0005  # seconds; containers round times to as coarse as a millisecond
 # By which the frames of a file may have more pixels than its plan says: pixels that are not square, padding.

@@ -15,9 +15,9 @@ from torch import Tensor
 from titan_video.data.batching import Bucket
 from titan_video.ingest import bucketing
 from titan_video.ingest.bucketing import DEFAULT_GEOMETRY, whole_latents
-from titan_video.ingest.colour import NEWEST_RULES, DecoderName, summarise
-from titan_video.ingest.media import DEFAULT_LIMITS, DecodeLimits
-from titan_video.ingest.video import Reading, decode
+from titan_video.ingest.decode.colour import NEWEST_RULES, DecoderName, summarise
+from titan_video.ingest.decode.video import Reading, decode
+from titan_video.ingest.files.media import DEFAULT_LIMITS, DecodeLimits
 from titan_video.tools.files import atomic_path
 
 NAMES_SHOWN = 20

@@ -13,10 +13,10 @@ import numpy as np
 from titan_video.data.batching import Batching, Bucket, Work
 from titan_video.data.sampler import CostClass, GlobalSampler
 from titan_video.ingest.bucketing import share_kept
-from titan_video.ingest.entries import Plan, PlanEntry, read_frames
-from titan_video.ingest.media import DecodeLimits
-from titan_video.ingest.video import UnusableClip
-from titan_video.ingest.worker import map_in_workers
+from titan_video.ingest.decode.video import UnusableClip
+from titan_video.ingest.decode.worker import map_in_workers
+from titan_video.ingest.files.media import DecodeLimits
+from titan_video.ingest.plan.entries import Plan, PlanEntry, read_frames
 from titan_video.tools.video import write_mp4
 
 STEPS_SEEN = 200

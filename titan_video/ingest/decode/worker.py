@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titan_video.ingest.media import DEFAULT_LIMITS, DecodeLimits
+from titan_video.ingest.files.media import DEFAULT_LIMITS, DecodeLimits
 from titan_video.tools.bounded import short
 from titan_video.tools.logging import logger
 

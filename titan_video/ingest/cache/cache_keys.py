@@ -18,8 +18,8 @@ from titan_video.data.latent_cache import (
     content_hash,
     entry_names,
 )
-from titan_video.ingest.entries import PlanEntry
-from titan_video.ingest.entry_index import EntryIndex, listed_entries
+from titan_video.ingest.cache.entry_index import EntryIndex, listed_entries
+from titan_video.ingest.plan.entries import PlanEntry
 from titan_video.tools.files import atomic_path
 
 PARTIAL_SECONDS = 600  # no write of a shard takes this long

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from titan_video.ingest.columns import Columns, ColumnWriter, TimesWriter, decode_times
-from titan_video.ingest.entries import Plan, PlanEntry, PlanSummary, SummaryMaker
-from titan_video.ingest.media import DecodeLimits
+from titan_video.ingest.files.media import DecodeLimits
+from titan_video.ingest.plan.entries import Plan, PlanEntry, PlanSummary, SummaryMaker
 
 CHUNK = 4096  # rows that are read together
 NUMBERS = (

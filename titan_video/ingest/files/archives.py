@@ -6,9 +6,9 @@ import tarfile
 from pathlib import Path
 from typing import BinaryIO
 
-from titan_video.ingest import media
-from titan_video.ingest.media import MEDIA_SUFFIXES
-from titan_video.ingest.metadata import (
+from titan_video.ingest.files import media
+from titan_video.ingest.files.media import MEDIA_SUFFIXES
+from titan_video.ingest.files.metadata import (
     DECLARED_COLUMNS,
     IMAGE_COLUMN,
     MEDIA_COLUMNS,
@@ -21,8 +21,8 @@ from titan_video.ingest.metadata import (
     unread,
     without_collisions,
 )
-from titan_video.ingest.names import FileNames
-from titan_video.ingest.text import MAX_TEXT_BYTES, TextFault, decode
+from titan_video.ingest.files.names import FileNames
+from titan_video.ingest.files.text import MAX_TEXT_BYTES, TextFault, decode
 from titan_video.tools.bounded import parse_json, short
 
 logger = logging.getLogger(__name__)

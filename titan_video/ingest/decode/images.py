@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from titan_video.ingest import media
+from titan_video.ingest.files import media
 from titan_video.tools.bounded import short
 
 MAX_SIDE = 16384

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from titan_video.data.latent_cache import DAMAGE_ERRORS
-from titan_video.ingest import media
 from titan_video.ingest.columns import Columns, ColumnWriter, SortedKeys, TimesWriter, decode_times, is_new, sort_keys
-from titan_video.ingest.media import DecodeLimits
-from titan_video.ingest.video import Probe, probe
-from titan_video.ingest.worker import map_in_workers
+from titan_video.ingest.decode.video import Probe, probe
+from titan_video.ingest.decode.worker import map_in_workers
+from titan_video.ingest.files import media
+from titan_video.ingest.files.media import DecodeLimits
 from titan_video.tools import heartbeat
 from titan_video.tools.files import optional_write
 from titan_video.tools.signals import Stopped, stop_requested

@@ -12,12 +12,12 @@ import torch.distributed as dist
 from titan_video.data.latent_cache import LatentCache
 from titan_video.distributed.utils import broadcast_from_rank0, gather_objects
 from titan_video.encoders.spec import Encoders
-from titan_video.ingest.cache_keys import explain_stale, remove_partial_shards, write_manifest
-from titan_video.ingest.clip_table import ClipTable, Missing, WantedNames, failed_paths
+from titan_video.ingest.cache.cache_keys import explain_stale, remove_partial_shards, write_manifest
+from titan_video.ingest.cache.clip_table import ClipTable, Missing, WantedNames, failed_paths
+from titan_video.ingest.cache.encode import Job, encode_share, frames_job, missing_part, text_job, text_jobs
+from titan_video.ingest.cache.entry_index import KEY_BYTES, make_index, use_index
 from titan_video.ingest.columns import SortedKeys
-from titan_video.ingest.encode import Job, encode_share, frames_job, missing_part, text_job, text_jobs
-from titan_video.ingest.entry_index import KEY_BYTES, make_index, use_index
-from titan_video.ingest.planned import ALL, Part
+from titan_video.ingest.plan.planned import ALL, Part
 from titan_video.tools.logging import logger
 from titan_video.tools.signals import Stopped, stop_requested
 
