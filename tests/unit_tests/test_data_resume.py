@@ -168,10 +168,12 @@ def failing(monkeypatch, where, name, error=STALE):
     monkeypatch.setattr(module, function, fail)
 
 
-@pytest.mark.parametrize("where", ["media.sha256", "plan.probe_key", "video.cut_matroska", "sources.not_a_clip"])
+@pytest.mark.parametrize(
+    "where", ["files.media.sha256", "plan.build.probe_key", "decode.video.cut_matroska", "files.sources.not_a_clip"]
+)
 def test_a_run_goes_on_without_a_clip_that_failed_at_its_start(folder, monkeypatch, where):
     """It is read at the next start. The checkpoint is of the others, and so are the clips that the loader compares."""
-    if where == "sources.not_a_clip":
+    if where == "files.sources.not_a_clip":
         monkeypatch.setattr("titan_video.ingest.files.sources.not_a_clip", unreachable(metadata.not_a_clip, "a.mp4"))
     else:
         failing(monkeypatch, where, "a.mp4")
@@ -202,7 +204,7 @@ def test_a_run_goes_on_with_a_clip_that_fails_at_a_resume(folder, monkeypatch, c
     """The cache has it, and the plan of the run says what it is."""
     started = folder.prepared()
     folder.save(None, identity=started.identity)
-    failing(monkeypatch, "plan.probe_key", "a.mp4")
+    failing(monkeypatch, "plan.build.probe_key", "a.mp4")
     for _ in range(2):
         again = folder.prepared()
         assert again.identity == started.identity and names(again) == ["a.mp4", "b.mp4", "c.mp4", "d.mp4"]
@@ -225,12 +227,12 @@ def test_a_run_goes_on_with_a_clip_that_fails_at_a_resume(folder, monkeypatch, c
 
 def test_one_clip_that_failed_at_the_start_and_another_one_now(folder, monkeypatch):
     with pytest.MonkeyPatch.context() as patch:
-        failing(patch, "encode.read_frames", "b.mp4", UnusableClip("corrupt: found in decoding"))
+        failing(patch, "cache.encode.read_frames", "b.mp4", UnusableClip("corrupt: found in decoding"))
         started = folder.prepared()
     assert names(started) == ["a.mp4", "c.mp4", "d.mp4"]
     folder.save(None, identity=started.identity)
     assert folder.prepared().identity == started.identity
-    failing(monkeypatch, "plan.probe_key", "a.mp4")
+    failing(monkeypatch, "plan.build.probe_key", "a.mp4")
     for _ in range(2):
         again = folder.prepared()
         assert again.identity == started.identity and names(again) == names(started)
