@@ -214,10 +214,11 @@ def test_ranges_number_the_blocks_in_forward_order():
     assert checkpointed == [(double, "1"), (single, "0"), (single, "1")] and len(sections) == 5
 
 
-@pytest.mark.parametrize("backend", ["aot_eager"])
-def test_compiled_ranges(plain, backend):
-    model = build(replace(NONE, range=RANGES), backend=backend)
-    assert_close(gradients(model), plain)
+def test_compiled_ranges():
+    args = replace(ARGS, num_layers=2)
+    ranges = tuple(replace(section, layers=str(block)) for block, section in enumerate(RANGES))
+    model = build(replace(NONE, range=ranges), args, backend="aot_eager")
+    assert_close(gradients(model), gradients(build(NONE, args)))
 
 
 def test_parameter_names_do_not_change():
@@ -441,8 +442,9 @@ def test_memory_budget_limits_what_is_saved():
     assert kept[0.0] < kept[0.4] < kept[1.0]
 
 
-def test_any_lengths_batches_and_numbers_of_true_tokens_cost_few_graphs():
-    model = build(NONE, replace(ARGS, num_layers=2), backend="eager")
+@pytest.mark.parametrize("blocks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_any_lengths_batches_and_numbers_of_true_tokens_cost_few_graphs(blocks):
+    model = build(NONE, replace(ARGS, num_layers=blocks), backend="eager")
     before = num_graphs()
 
     def run(tokens, batch, seq_len=None):
@@ -452,15 +454,15 @@ def test_any_lengths_batches_and_numbers_of_true_tokens_cost_few_graphs():
     assert run(24, 1) == 1  # for all blocks
     # The first block's tokens are a view of a product, where FSDP is not around, so it has graphs of its own once
     # lengths are not compiled in.
-    assert run(32, 1) <= 3
-    assert run(24, 2) <= 5
-    assert run(32, 2) <= 7
+    assert run(32, 1) <= 1 + blocks
+    assert run(24, 2) <= 1 + 2 * blocks
+    assert run(32, 2) <= 1 + 3 * blocks
     with torch.compiler.set_stance("fail_on_recompile"):
         for tokens in (40, 48, 56):
             for batch in (1, 2):
                 run(tokens, batch)
     num_before = run(32, 2, 31)
-    assert run(40, 2, 33) <= num_before + 2
+    assert run(40, 2, 33) <= num_before + blocks
     with torch.compiler.set_stance("fail_on_recompile"):
         for seq_len in (41, 43, 47):
             run(48, 2, seq_len)

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+import titan_video.kernels.attention
 from benchmarks import (
     attention,
     block_bytes,
@@ -51,20 +52,25 @@ TOY = {
 }
 
 
-def run_all(folder):
+def run_data(folder):
+    """In a process of its own, as it trains."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         del os.environ[name]
-    with training.process_group(torch.device("cpu")):
-        for name, (script, argv) in TOY.items():
-            script.main(["--toy", "--device", "cpu", "--json", str(folder / f"{name}.json"), *argv])
-    data.main(["--toy", "--device", "cpu", "--json", str(folder / "data.json")])  # training makes its own process group
-    shutil.copy(folder / "step.json", folder / "step_14b.json")  # the same script, other cases
+    data.main(["--toy", "--device", "cpu", "--json", str(folder / "data.json")])
 
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
+    """In this process, which other tests have had import diffusers; that takes longer than most of the benchmarks."""
     folder = tmp_path_factory.mktemp("results")
-    run_ranks(run_all, 1, folder, init=False, env={}, timeout=300)
+    run_ranks(run_data, 1, folder, init=False)
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(), training.process_group(torch.device("cpu")):
+        patch.setattr(titan_video.kernels, "_backend", "torch")  # the scripts choose others
+        patch.setattr(titan_video.kernels.attention, "_order", ())
+        for name, (script, argv) in TOY.items():
+            script.main(["--toy", "--device", "cpu", "--json", str(folder / f"{name}.json"), *argv])
+    torch._dynamo.reset()
+    shutil.copy(folder / "step.json", folder / "step_14b.json")  # the same script, other cases
     return report.load(folder)
 
 
@@ -266,8 +272,8 @@ def test_table_of_layouts_has_the_counts_of_tensor_parallel():
 
 
 def test_the_planners_scripts_print_their_tables(capsys, tmp_path, monkeypatch):
-    """On a small model and eight GPUs: candidates a second; shipped layouts; strategies."""
-    figures = planner_search.main(["--config", "shapes", "--gpus", "8", "--clips", "16", "--rounds", "1"])
+    """On a small model and a few GPUs: candidates a second; shipped layouts; strategies."""
+    figures = planner_search.main(["--config", "shapes", "--gpus", "4", "--clips", "16", "--rounds", "1"])
     assert figures["candidates"] > 100 and figures["solved exactly"] > 0 and figures["step"] > 0
     page = tmp_path / "page.md"
     page.write_text(f"before\n{planner_shipped.MARKER}\nold\n{planner_shipped.MARKER}\nafter\n")
@@ -278,7 +284,10 @@ def test_the_planners_scripts_print_their_tables(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(
         planner_strategies, "strategies", lambda gpus: {"the plan": {}, "pp": {"pp": 2}, "no": {"tp": 5}}
     )
-    planner_strategies.main(["--config", "shapes", "--cluster", "h100x8"])
+    two = (ROOT / "train_configs" / "clusters" / "h100x8.toml").read_text()
+    two = two.replace("gpus = 8\ngpus_per_node = 8\n", "gpus = 2\ngpus_per_node = 2\n")
+    (tmp_path / "two.toml").write_text(two)
+    planner_strategies.main(["--config", "shapes", "--cluster", str(tmp_path / "two")])
     printed = capsys.readouterr().out
     assert re.search(r"\| the plan +\| +[\d.]+ \| +\+0.0%", printed) and "not legal with" in printed
     assert re.search(r"\| the fastest +\| +[\d.]+ \| +[+-][01].\d%", printed)

@@ -298,7 +298,7 @@ def test_the_messages_say_what_is_wrong(folder):
             make(other, load_step=2)[0].load()
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3))])
 def test_random_bytes_under_a_valid_manifest(saved, folder, seed):
     """Flips and cuts of the index and the state, resealed: refused, or what is loaded is complete."""
     rng = random.Random(seed)

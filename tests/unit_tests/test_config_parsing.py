@@ -25,30 +25,28 @@ from titan_video.models import get_spec
 
 
 def test_what_is_dumped_is_parsed_back():
-    rng = random.Random(0)
+    rng, default, names = random.Random(0), JobConfig(), [full.split(".") for full in options()]
     for _ in range(100):
         config = draw_config(rng)
         text = dump(config)
         again = parse(text)
         assert again == config
         assert dump(again) == text
-        for full in options():  # typed as declared
-            section, name = full.split(".")
-            assert type(getattr(getattr(again, section), name)) is type(getattr(getattr(JobConfig(), section), name)), (
-                full
-            )
-    assert parse(dump(JobConfig())) == JobConfig() == parse("")
-    text, tables = dump(JobConfig()), [full for full, (kind, _) in options().items() if kind is dict]
+        for section, name in names:  # typed as declared
+            found, declared = (type(getattr(getattr(c, section), name)) for c in (again, default))
+            assert found is declared, f"{section}.{name}"
+    assert parse(dump(default)) == default == parse("")
+    text, tables = dump(default), [full for full, (kind, _) in options().items() if kind is dict]
     assert text.count(" = ") == len(options()) - len(tables) and all(f"[{full}]\n" in text for full in tables)
 
 
 def test_mutated_files_are_refused_by_name():
     rng = random.Random(1)
     check(parse(tomli_w.dumps(BASE)), WORLD)  # what follows is wrong for its mutation alone
-    count = 0
+    count, default = 0, asdict(JobConfig())
     for full, (kind, f) in options().items():
         section, name = full.split(".")
-        legal = asdict(JobConfig())[section][name]
+        legal = default[section][name]
         legal = [list(v) if isinstance(v, tuple) else v for v in legal] if isinstance(legal, tuple) else legal
         wrong = typo(name, rng)
         message = get_message(tomli_w.dumps(with_values({f"{section}.{wrong}": legal})))
@@ -62,7 +60,7 @@ def test_mutated_files_are_refused_by_name():
             count += 1
     for section in sections():
         wrong = typo(section, rng)
-        first = next(iter(asdict(JobConfig())[section]))
+        first = next(iter(default[section]))
         assert f"{wrong}.{first}: unknown section {wrong}; nearest known name: {section}." in get_message(
             f"[{wrong}]\n{first} = 1\n"
         )

@@ -4,17 +4,19 @@ Also refusals, memory, pipeline folders, and what works without the optional par
 """
 
 import inspect
+import io
 import json
 import os
-import subprocess
 import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.helpers import ROOT, diffusers_wan
+from tests.helpers import ROOT, diffusers_wan, run_ranks
 from tests.unit_tests import test_hunyuan_video as hunyuan
 from tests.unit_tests import test_wan_variants as wan
 from titan_video import convert
@@ -295,22 +297,22 @@ def test_wrong_paths_are_refused(debug_file, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
-MEASURE = """
-import sys
-from pathlib import Path
-from titan_video import convert
-
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
-config, *jobs = sys.argv[1:]
-for i in range(0, len(jobs), 3):
-    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-    before = peak()
-    convert.main([*jobs[i:i + 2], "--format", jobs[i + 2], "--max-shard-gib", str(2**-8), "--config", config])
-    print("peak", peak() - before)
-"""
+
+def peaks(folder, jobs):
+    """By how much each conversion raises the memory of its process."""
+    found = []
+    for source, target, form in jobs:
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
+        before, config = peak(), str(folder / "shards/config.json")
+        options = ["--format", form, "--max-shard-gib", str(2**-8), "--config", config]
+        with redirect_stdout(io.StringIO()):
+            convert.main([str(folder / source), str(folder / target), *options])
+        found.append(peak() - before)
+    return found
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is read from Linux's /proc")
@@ -327,20 +329,8 @@ def test_memory_is_a_shard_whatever_the_model(tmp_path):
         ("shards", "one.safetensors", "comfyui"),
         ("one.safetensors", "back", "diffusers"),
     ]
-    argv = [
-        str(tmp_path / "shards/config.json"),
-        *(str(tmp_path / part) if i < 2 else part for job in jobs for i, part in enumerate(job)),
-    ]
-    run = subprocess.run(
-        [sys.executable, "-c", MEASURE, *argv],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert run.returncode == 0, run.stderr
-    peaks = [int(line.split()[1]) for line in run.stdout.splitlines() if line.startswith("peak")]
-    assert len(peaks) == 3 and max(peaks[1:]) < 2 * shard, peaks
+    (found,) = run_ranks(peaks, 1, tmp_path, jobs, init=False)
+    assert max(found[1:]) < 2 * shard, found
     assert (tmp_path / "one.safetensors").stat().st_size > 20 * shard
     assert len(list((tmp_path / "back/transformer").glob("*-of-*"))) > 20
 

@@ -161,7 +161,7 @@ def expected(made, num_frames):
     return "", min(ratio, key=ratio.get)
 
 
-@pytest.mark.parametrize("num_files", [40, pytest.param(210, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_files", [30, pytest.param(210, marks=pytest.mark.slow)])
 def test_plan_loader_and_export_agree(tmp_path, capsys, monkeypatch, num_files):
     (tmp_path / "clips").mkdir()
     files = [make(tmp_path / "clips", number) for number in range(num_files)]

@@ -1,12 +1,12 @@
 """Choice of the device, the table of peak speeds, memory."""
 
-import subprocess
-import sys
+import multiprocessing
+import time
 
 import pytest
 import torch
 
-from tests.helpers import ROOT
+from tests.helpers import run_ranks
 from titan_video.tools import device as dev
 
 
@@ -49,23 +49,34 @@ def test_cpu():
     assert 0 < before.max_active_gib < memory.capacity / 2**30 and 0 < before.max_active_pct < 100
 
 
+def peaks():
+    """Before and after 256 MiB were touched."""
+    before, x = dev._peak_resident_bytes(), bytearray(b"x") * 2**28
+    return before, dev._peak_resident_bytes(), len(x)
+
+
 def test_resident_peak_counts_what_was_touched():
-    code = (
-        "from titan_video.tools.device import _peak_resident_bytes as peak\n"
-        "a = peak(); x = bytearray(b'x') * 2**28; b = peak(); assert 2**28 * 0.9 < b - a < 2**28 * 1.2, (a, b)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    ((before, after, size),) = run_ranks(peaks, 1, init=False)
+    assert size * 0.9 < after - before < size * 1.2
+
+
+def resident():
+    """Of a process: at first, with 256 MiB touched, with a child as well, and after the child has ended."""
+    found, x = [dev.resident_memory()], bytearray(b"x") * 2**28
+    found.append(dev.resident_memory())
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    found.append(dev.resident_memory())
+    child.kill()
+    child.join()
+    return [*found, dev.resident_memory(), len(x)]
 
 
 def test_resident_memory_of_this_process_and_its_workers():
-    code = (
-        "import multiprocessing, time; from titan_video.tools.device import resident_memory as now\n"
-        "a = now(); x = bytearray(b'x') * 2**28; b = now(); assert a.keys() == {'resident_gib'} and 0.2 < "
-        "b['resident_gib'] - a['resident_gib'] < 0.3\n"
-        "p = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,)); p.start()\n"
-        "assert 0 < now()['workers_resident_gib'] < 1; p.kill(); p.join(); assert now().keys() == {'resident_gib'}"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    ((first, touched, with_child, last, _),) = run_ranks(resident, 1, init=False)
+    assert first.keys() == touched.keys() == last.keys() == {"resident_gib"}
+    assert 0.2 < touched["resident_gib"] - first["resident_gib"] < 0.3
+    assert 0 < with_child["workers_resident_gib"] < 1
 
 
 def test_more_processes_than_gpus(monkeypatch):

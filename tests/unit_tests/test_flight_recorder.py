@@ -2,13 +2,13 @@
 
 import os
 import pickle
-import subprocess
 import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from tests.helpers import ROOT
+from tests.helpers import run_ranks
 from titan_video.config.job_config import Comm, JobConfig
 from titan_video.training import flight_recorder, parts
 
@@ -97,25 +97,16 @@ def test_a_gpu_run_starts_without_the_part(environment):
     assert found() == {}
 
 
-RECORD = """
-import pickle, sys
-import torch
-import torch.distributed as dist
-from titan_video.config.job_config import Comm
-from titan_video.training import flight_recorder
-
-flight_recorder.start(Comm(trace_buf_size=int(sys.argv[1])), sys.argv[2])
-dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-for _ in range(8):
-    dist.all_reduce(torch.ones(2))
-sys.stdout.buffer.write(torch._C._distributed_c10d._dump_fr_trace())
-"""
+def record(size, folder):
+    """Entries of the recorder after eight collectives."""
+    flight_recorder.start(Comm(trace_buf_size=size), folder)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    for _ in range(8):
+        dist.all_reduce(torch.ones(2))
+    return len(pickle.loads(torch._C._distributed_c10d._dump_fr_trace())["entries"])
 
 
 @pytest.mark.parametrize("size", [5, 0])
-def test_torch_reads_the_size(environment, tmp_path, size):
+def test_torch_reads_the_size(tmp_path, size):
     """Gloo's collectives go through the same recorder, which can be read without a GPU."""
-    output = subprocess.run(
-        [sys.executable, "-c", RECORD, str(size), str(tmp_path)], cwd=ROOT, capture_output=True, check=True
-    ).stdout
-    assert len(pickle.loads(output)["entries"]) == size
+    assert run_ranks(record, 1, size, tmp_path, init=False) == [size]

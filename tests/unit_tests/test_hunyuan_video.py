@@ -1,6 +1,8 @@
 """Every published HunyuanVideo against diffusers' class with the same weights: forward, gradients, names, counts."""
 
+import copy
 import inspect
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -385,7 +387,7 @@ def test_the_debug_flavor_learns_two_clips():
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
 
-def sharded_runs():
+def sharded_runs(weights):
     """On each of two ranks: output and gradients under FSDP, the loss halved as both have it, in both types; and loss
     and gradients under tensor parallel, in float64."""
     from titan_video.distributed.fsdp import apply_fsdp
@@ -393,14 +395,19 @@ def sharded_runs():
     from titan_video.distributed.sequence import SequenceShard
     from titan_video.distributed.tensor_parallel import apply_tensor_parallel
 
-    args, results = FORMS["token_replace"], []
+    def build():
+        model = HunyuanVideoModel(FORMS["token_replace"])
+        model.load_state_dict(pickle.loads(weights))
+        return model
+
+    results = []
     for dtype in (torch.float32, torch.bfloat16):
-        model, _ = make_pair(args)
+        model = build()
         apply_fsdp(model, SPEC.plan, ParallelDims(dp_shard=2).build_mesh("cpu"), dtype, torch.float32, "default")
         out, loss = squared_error(model)
         (loss / 2).backward()
         results.append((out.detach(), whole_grads(model)))
-    model, meshes = make_pair(args)[0].double(), ParallelDims(tp=2).build_mesh("cpu")
+    model, meshes = build().double(), ParallelDims(tp=2).build_mesh("cpu")
     apply_tensor_parallel(model, SPEC.plan, meshes.tp, async_mode=False)
     apply_fsdp(model, SPEC.plan, meshes, torch.float64, torch.float64, "default")
     _, loss = squared_error(model, SequenceShard.from_meshes(meshes))
@@ -435,7 +442,7 @@ def squared_error(model, shard=None):
 def test_sharded_and_split_equal_one_process():
     """FSDP with parts in float32, and tensor parallel with an odd number of tokens, the clean ones on one rank only."""
     ours, _ = make_pair(FORMS["token_replace"])
-    *sharded, split = zip(*run_ranks(sharded_runs, 2), strict=True)
+    *sharded, split = zip(*run_ranks(sharded_runs, 2, pickle.dumps(ours.state_dict())), strict=True)
     for (out, grads), model, limit in zip(
         (ranks[0] for ranks in sharded), (ours, low_precision(ours, SPEC.plan.fp32)), (1e-5, 2e-2), strict=True
     ):
@@ -443,7 +450,8 @@ def test_sharded_and_split_equal_one_process():
         loss.backward()
         assert out.dtype == model.proj_out.weight.dtype and torch.equal(out, expected)
         assert wrong(grads, whole_grads(model), limit) == {}
-    upcast = make_pair(FORMS["token_replace"])[0].double()
+    upcast = copy.deepcopy(ours).double()
+    upcast.zero_grad()
     _, loss = squared_error(upcast)
     loss.backward()
     assert sum(loss for loss, _ in split).item() == pytest.approx(loss.item(), rel=1e-10)

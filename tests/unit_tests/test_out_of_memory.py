@@ -89,38 +89,48 @@ def test_the_message_quotes_the_table(tmp_path):
 
 
 @pytest.fixture
-def two_blocks(monkeypatch):
-    flavors = get_spec("wan").flavors
+def dry_runs(monkeypatch):
+    """{(configuration, ranks, rank): bytes} of the ladder's dry runs, of a model of two blocks."""
+    flavors, found = get_spec("wan").flavors, {}
     monkeypatch.setitem(flavors, "debug", replace(flavors["debug"], num_layers=2))
 
+    def noted(config, world_size, rank):
+        result = dry_run(config, world_size, rank)
+        found[str(config), world_size, rank] = result.total
+        return result
 
-def test_the_planner_fills_the_table(tmp_path, capsys, two_blocks):
-    options = [DEBUG[1], "--world-size", "2", *SMALL, *ONLINE]
-    planner_ladder.main([*options, "--out", str(tmp_path)])
+    monkeypatch.setattr(planner_ladder, "dry_run", noted)
+    return found
+
+
+def test_the_planner_fills_the_table(tmp_path, capsys, dry_runs):
+    used = [*SMALL, *ONLINE, *FULL]
+    planner_ladder.main([DEBUG[1], "--world-size", "2", *used, "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     table = json.loads((tmp_path / TABLE).read_text())
-    rungs = proposals(*SMALL, *ONLINE)
-    assert list(table) == ["", *rungs[1:]]
-    for overrides in ("", "--activation_checkpoint.mode full", "--parallelism.context_parallel_degree 2"):
-        config = parse_args([*DEBUG, *SMALL, *ONLINE, *shlex.split(overrides)])
-        assert table[overrides] == dry_run(config, 2).total / GIB
+    rungs = proposals(*used)
+    assert list(table) == ["", *rungs[1:]] and len(set(table.values())) == len(table) == len(dry_runs) > 5
+    for overrides in table:
+        config = parse_args([*DEBUG, *used, *shlex.split(overrides)])
+        assert table[overrides] == dry_runs[str(config), 2, 0] / GIB
         assert f"{table[overrides]:8.2f}     0  {overrides or 'as it is'}  (" in printed
     assert " refused        --encoder.offload_policy offload  (a dry run does not count encoders)" in printed
     assert [path.name for path in tmp_path.iterdir()] == [TABLE]
 
     (tmp_path / TABLE).write_text(json.dumps({name: 1000 * gib for name, gib in table.items()}))  # digits to compare
-    text = "\n".join(explained(tmp_path, *SMALL, *ONLINE))
+    text = "\n".join(explained(tmp_path, *used))
     for overrides in rungs[1:]:
         assert f"{overrides}   {1000 * table[overrides]:.1f} GiB by the dry run; (" in text
 
 
-def test_the_fullest_rank_of_a_pipeline(tmp_path, capsys, two_blocks):
+def test_the_fullest_rank_of_a_pipeline(dry_runs):
     """With data parallel 2 the stages begin at ranks 0 and 2. Rows that cannot be run give the reason."""
     options = [*SMALL, "--parallelism.pipeline_parallel_degree", "2"]
     config = parse_args([*DEBUG, *options])
-    totals = {rank: dry_run(config, 4, rank).total for rank in range(4)}
-    assert totals[0] == totals[1] != totals[2] == totals[3]
     gib, rank = planner_ladder.fullest_rank(config, 4)
+    totals = {rank: dry_runs[str(config), 4, rank] for rank in (0, 2)}
+    assert dry_run(config, 4, 1).total == totals[0] != totals[2] == dry_run(config, 4, 3).total
+    assert len(dry_runs) == 2
     assert (gib, rank) == (max(totals.values()) / GIB, max(totals, key=totals.get))
     row = planner_ladder.make_row([*DEBUG, *options], 4, "--training.local_batch_size 1", "cost")
     assert row.gib is None and "legal: 2 or more" in row.note

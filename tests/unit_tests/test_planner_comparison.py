@@ -1,7 +1,11 @@
 """`[planner] cluster`: what the log says of a step, predicted and measured."""
 
+import io
+import json
 import logging
 import signal
+import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -153,13 +157,21 @@ def test_rules():
     assert "only one of both can record" in get_message(text)
 
 
+def printed(text):
+    """What the process that predicts has to say of a TOML."""
+    sys.stdin = io.StringIO(text)
+    with redirect_stdout(io.StringIO()) as output:
+        comparison.main(1)
+    return json.loads(output.getvalue())
+
+
 def test_the_process_that_predicts(tmp_path):
     """On a cluster of the shipped ones: the step of the debug run; and an error in words."""
     config = from_dict(with_values({"planner.cluster": str(ROOT / "train_configs" / "clusters" / "h100x1.toml")}))
     found = Predicting(config, 1).result()
     assert set(found["seconds"]) <= set(PARTS) and sum(found["seconds"].values()) > 0 and found["memory"] > 0
     unknown = replace(config, planner=Planner(cluster=str(tmp_path / "none.toml")))
-    assert "cannot be read" in Predicting(unknown, 1).result()["error"]
+    assert "cannot be read" in run_ranks(printed, 1, dump(unknown), init=False)[0]["error"]
 
 
 def test_a_prediction_that_takes_too_long_is_given_up():

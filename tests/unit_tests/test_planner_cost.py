@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,12 @@ def configured(config, candidate, num_blocks):
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
         config = replace(config, **{section: replace(getattr(config, section), **values)})
     return config
+
+
+@cache
+def traced_model(family="wan", flavor="debug"):
+    """A model on eight H100, whose traces the tests of a process share."""
+    return CostModel(job(family, flavor), load("h100x8"))
 
 
 # ---- clusters ----
@@ -164,7 +171,7 @@ def test_decoded_numbers():
 )
 def test_traced_flops_are_the_model_s(family, flavor, ep):
     """Of experts, those that are active, wherever they are."""
-    model = CostModel(job(family, flavor), load("h100x8"))
+    model = traced_model(family, flavor)
     tokens, clips = model.workload[0].tokens, 3
     blocks, ends = model.tracer.trace(1, 1, 1, ep)
     values = monomials(clips, tokens)
@@ -218,7 +225,7 @@ def sent_by_blocks(model, candidate, mode):
 @pytest.mark.parametrize(
     "family, candidate",
     [
-        ("wan", Candidate(ulysses=4)),
+        pytest.param("wan", Candidate(ulysses=4), marks=pytest.mark.slow),
         pytest.param("wan", Candidate(ring=4), marks=pytest.mark.slow),
         ("wan", Candidate(ring=3, ulysses=2)),
         ("wan", Candidate(tp=2, ulysses=2, local_batch_size=2)),
@@ -234,8 +241,8 @@ def sent_by_blocks(model, candidate, mode):
 def test_bytes_of_collectives_are_those_that_a_dry_run_counts(family, candidate):
     """Equal by kind, at degrees that were not traced. Of all-reduces, those of the blocks' own statistics: others, of a
     few vectors' gradients under tensor parallel, are left out of the prediction."""
-    experts = {"flavor": "moe-debug"} if family == "moe" else {}
-    model = CostModel(job("wan" if experts else family, **experts), load("h100x8"))
+    experts = family == "moe"
+    model = traced_model("wan", "moe-debug") if experts else traced_model(family)
     candidate = replace(candidate, ranges=(Range(0, len(model.layers), ATTENTION),))
     config = configured(model.config, candidate, len(model.layers))
     counted, predicted = Counter(), Counter()
@@ -283,8 +290,7 @@ CANDIDATES = (
 
 @pytest.fixture(scope="module")
 def traced():
-    """A model whose traces the tests of this file share."""
-    return CostModel(job(), load("h100x8"))
+    return traced_model()
 
 
 def on(model, cluster):
@@ -305,24 +311,24 @@ def test_parts_sum_to_the_step(candidate, traced):
 
 @pytest.mark.parametrize("section, field", BANDWIDTHS)
 def test_time_never_rises_with_a_bandwidth(section, field, traced):
+    cluster = load("h100x8")
+    usual = getattr(getattr(cluster, section), field)
+    factors = (0.01, 0.1, 0.5, 1, 2, 10, 1000)
+    models = [on(traced, changed(cluster, **{section: {field: usual * factor}})) for factor in factors]
     for candidate in CANDIDATES:
         last = float("inf")
-        for factor in (0.01, 0.1, 0.5, 1, 2, 10, 1000):
-            cluster = load("h100x8")
-            part = getattr(cluster, section)
-            changed = replace(cluster, **{section: replace(part, **{field: getattr(part, field) * factor})})
-            seconds = on(traced, changed).predict(candidate).step_seconds
+        for factor, model in zip(factors, models, strict=True):
+            seconds = model.predict(candidate).step_seconds
             assert seconds <= last * (1 + 1e-9), (candidate, field, factor)
             last = seconds
 
 
 def test_what_fits_still_fits_with_more_memory(traced):
     cluster = load("h100x8")
+    sizes = (0.5, 1.0, 1.5, 1.6, 1.7, 2, 4, 80)
+    models = [on(traced, changed(cluster, gpu={"memory_gib": gib})) for gib in sizes]
     for candidate in CANDIDATES:
-        fits = [
-            on(traced, replace(cluster, gpu=replace(cluster.gpu, memory_gib=gib))).fits(candidate)
-            for gib in (0.5, 1.0, 1.5, 1.6, 1.7, 2, 4, 80)
-        ]
+        fits = [model.fits(candidate) for model in models]
         assert fits == sorted(fits) and fits[-1] and not fits[0]
 
 
@@ -345,7 +351,7 @@ def test_the_search_adds_up_what_is_predicted(traced):
     three = CANDIDATES[0], CANDIDATES[1], replace(CANDIDATES[2], ranges=(Range(0, 4, ATTENTION),))
     waits = {"wait_us": 100.0, "unit_wait_us": 300.0, "pipeline_slowdown": 1.5}
     cpu = on(traced, changed(load("h100x8"), host={"synchronous": True, "tensor_us": 10.0}, links=waits))
-    moe = CostModel(job(flavor="moe-debug"), cpu.cluster)  # where launches hide nothing
+    moe = on(traced_model(flavor="moe-debug"), cpu.cluster)  # where launches hide nothing
     # With ep 1 the gradients of experts are first summed over tensor parallel.
     mixtures = [(moe, Candidate(dp_shard=4, tp=2)), (moe, Candidate(dp_shard=2, ulysses=2, tp=2, ep=4))]
     for model, candidate in [(m, c) for m in (traced, cpu) for c in three] + mixtures:

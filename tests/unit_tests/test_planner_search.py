@@ -173,10 +173,10 @@ def test_every_candidate_is_solved_exactly():
 # ---- the space ----
 
 
-@pytest.mark.parametrize("flavor, experts", [("debug", 1), ("moe-debug", 8)])
-def test_the_space_is_what_the_trainer_accepts(flavor, experts):
+@pytest.mark.parametrize("flavor, experts, sizes", [("debug", 1, (1, 2, 5)), ("moe-debug", 8, (2,))])
+def test_the_space_is_what_the_trainer_accepts(flavor, experts, sizes):
     """All degrees that multiply to 12 ranks, and some sizes of micro-batches, by the trainer's own rules."""
-    world, sizes = 12, (1, 2, 5)
+    world = 12
     spec = get_spec("wan")
     args = get_args(spec, flavor, "", 512)  # 4 heads, 4 blocks
     model = args.num_heads, args.ffn_dim, args.num_layers

@@ -4,16 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from tests.unit_tests.test_planner_cost import CANDIDATES, changed, job, on
+from tests.unit_tests.test_planner_cost import CANDIDATES, changed, on, traced_model
 from titan_video.planner.candidate import Candidate
 from titan_video.planner.cluster import load
-from titan_video.planner.cost.model import CostModel
 
 
 @pytest.fixture(scope="module")
 def traced():
-    """A model whose traces the tests of this file share."""
-    return CostModel(job(), load("h100x8"))
+    return traced_model()
 
 
 def test_launches_add_where_the_host_computes(traced):
@@ -36,11 +34,9 @@ def test_launches_add_where_the_host_computes(traced):
 def test_waits_add_to_the_step_of_every_layout_that_has_them(section, field, traced):
     """What is waited for is linear in it: twice as much adds twice as much."""
     cluster = changed(load("h100x8"), host={"synchronous": True, "operator_us": 0.0})
+    models = [on(traced, changed(cluster, **{section: {field: us}})) for us in (0.0, 1e5, 2e5)]
     for candidate in (Candidate(), *CANDIDATES):
-        steps = [
-            on(traced, changed(cluster, **{section: {field: us}})).predict(candidate).step_seconds
-            for us in (0.0, 1e5, 2e5)
-        ]
+        steps = [model.predict(candidate).step_seconds for model in models]
         is_there = candidate.world_size > 1 or section == "host"
         assert steps[2] - steps[1] == pytest.approx(steps[1] - steps[0]) and (steps[1] > steps[0]) == is_there
 
@@ -68,7 +64,7 @@ def test_each_collective_of_a_block_and_each_send_is_waited_for(candidate, part,
 def test_waits_of_fsdp_are_counted():
     """Of each of 4 blocks two gathers and a reduction; of what is around them (three modules and the root), and of the
     first block once more, a gather and a reduction."""
-    model, cluster, candidate = CostModel(job(), load("h100x8")), load("h100x8"), Candidate(dp_shard=8)
+    model, cluster, candidate = traced_model(), load("h100x8"), Candidate(dp_shard=8)
     parts = [on(model, changed(cluster, links={"unit_wait_us": us})).predict(candidate).seconds for us in (0.0, 1e6)]
     units = model.units(candidate)
     ends = len(units.first) + len(units.last) + 1

@@ -118,7 +118,8 @@ def test_the_restart_of_a_job_takes_over_at_once(tmp_path, owner, monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"pid": "x"}'])
-def test_an_unreadable_lock_is_stale_after_a_while(tmp_path, content):
+def test_an_unreadable_lock_is_stale_after_a_while(tmp_path, content, monkeypatch):
+    monkeypatch.setattr(run_lock, "STALE", 0.3)
     (tmp_path / NAME).write_text(content)
     acquire_and_release(tmp_path)
 
