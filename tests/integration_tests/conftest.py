@@ -1,7 +1,9 @@
 """Whole runs of the trainer, small enough for a test."""
 
 import json
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT, Program
+from tests.helpers import ROOT, Program, context, free_port
 
 SMALL = {
     "job.config_file": ROOT / "train_configs" / "debug.toml",
@@ -75,6 +77,42 @@ class Run:
 
     def checkpoint(self, step):
         return self.folder / "checkpoint" / f"step-{step}"
+
+
+def _module(words, folder, log, env, own_code):
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.update(env)
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # as in helpers.py
+    os.chdir(folder)
+    if own_code:
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("titan_video", "train")]:
+            del sys.modules[name]
+        sys.path.insert(0, str(folder))
+    sys.argv = list(words)
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+
+
+def run_module(words, folder, log, world=1, own_code=False, timeout=200):
+    """([exit code of a rank], output of rank 0) of `python -m WORDS` in `folder`, from the fork server.
+
+    own_code: of this repository it imports what is in `folder`.
+    """
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    envs = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)] if world > 1 else [{}]
+    ranks = [
+        context().Process(target=_module, args=(words, folder, f"{log}{rank}", env, own_code))
+        for rank, env in enumerate(envs)
+    ]
+    for p in ranks:
+        p.start()
+    for p in ranks:
+        p.join(timeout)
+    for p in ranks:
+        p.kill()
+        p.join()
+    return [p.exitcode for p in ranks], Path(f"{log}0").read_text()
 
 
 class Front:

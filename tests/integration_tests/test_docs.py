@@ -6,6 +6,7 @@ Where a command would take long, options that make it small are added behind it.
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.helpers import ROOT, free_port
+from tests.integration_tests.conftest import run_module
 from tests.unit_tests.data_clips import captioned
 from tests.unit_tests.test_docs import fences, read, shell_commands
 
@@ -68,9 +70,32 @@ def run(command, folder):
     return output
 
 
+def run_forked(command, folder, own_code=False):
+    """A command `python -m MODULE ...` or `CONFIG_FILE=... ./run_train.sh ...`, without the start of a shell, of Python
+    and of torchrun. own_code: the page has added code in `folder`."""
+    words = shlex.split(command)
+    env = dict(word.split("=", 1) for word in words[: next(k for k, word in enumerate(words) if word[0] in "p.")])
+    program, *words = words[len(env) :]
+    assert env.keys() <= {"NGPU", "CONFIG_FILE"}
+    if program == "./run_train.sh":
+        words = ["train", "--job.config_file", env["CONFIG_FILE"], *words]
+    else:
+        assert (program, words.pop(0), env) == ("python", "-m", {})
+    world = int(env.get("NGPU", 1))
+    codes, output = run_module(words, folder, folder / "log", world, own_code)
+    assert codes == [0] * world, f"{command}\n{output}"
+    return output
+
+
 def losses(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows if "loss" in row]
+
+
+def baseline(folder):
+    """The validation loss before the first step."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return next(row["validation"]["loss"] for row in rows if "validation" in row and row["step"] == 0)
 
 
 def one_command(page, start_of_it):
@@ -97,7 +122,7 @@ def test_a_third_family_is_made_as_the_page_says(clone):
     files = write_files(page, clone)
     assert [path.suffix for path in files] == [".py", ".py", ".toml"]
     for command in shell_commands(page):
-        run(command, clone)
+        run_forked(command, clone, own_code=True)
     one = losses(clone / "outputs" / "tiny_dit")
     assert len(one) == 3 and 2 < one[0] < 3
     assert losses(clone / "outputs" / "tiny_dit_tp") == pytest.approx(one, rel=1e-5)
@@ -134,7 +159,8 @@ def test_the_first_commands_of_the_readme(clone):
     shown = re.search(r"^ls outputs/shapes +# (.*)$", read(page), re.MULTILINE)[1].replace("/", "").split()
     assert set(shown) <= set(run(one_command(page, "ls outputs/shapes"), clone).split())
     check_that_metrics_are_explained(clone / "outputs" / "shapes")
-    run(one_command(page, "python -m titan_video.sample") + " --steps 1", clone)
+    assert 2 < baseline(clone / "outputs" / "shapes") < 3  # what the recipe says of a model that knows nothing
+    run_forked(one_command(page, "python -m titan_video.sample") + " --steps 1", clone)
     assert (clone / "red.mp4").stat().st_size > 0
 
     board = start(f"{one_command(page, 'tensorboard --logdir')} --port {free_port()}", clone)
@@ -146,17 +172,17 @@ def test_the_first_commands_of_the_readme(clone):
         board.wait()
 
 
+@pytest.mark.slow
 def test_the_rehearsal_of_the_recipe(clone):
     run(
         one_command("docs/recipe.md", "CONFIG_FILE=train_configs/debug.toml ./run_train.sh --data.path embedded")
         + SMALL,
         clone,
     )
-    rows = [json.loads(line) for line in (clone / "outputs/rehearsal/metrics.jsonl").read_text().splitlines()]
-    baseline = next(row["validation"]["loss"] for row in rows if "validation" in row and row["step"] == 0)
-    assert 2 < baseline < 3  # what the page says of a model that knows nothing
+    assert 2 < baseline(clone / "outputs/rehearsal") < 3  # what the page says of a model that knows nothing
 
 
+@pytest.mark.slow
 def test_a_trace_of_a_step(clone):
     command = one_command("docs/debugging.md", "./run_train.sh --profiling")
     run(command + SMALL + " --profiling.profile_freq 2", clone)
@@ -168,10 +194,11 @@ def test_the_plan_of_own_clips(clone):
     for k in range(2):
         captioned(clone / "my_clips" / f"{k}.mp4", f"clip {k}", width=96, height=64, fps=16, count=81)
     for page in ("README.md", "docs/recipe.md"):
-        output = run(one_command(page, "python -m titan_video.data plan train_configs/wan"), clone)
+        output = run_forked(one_command(page, "python -m titan_video.data plan train_configs/wan"), clone)
         assert "2 found, 2 kept, 0 dropped" in output
 
 
+@pytest.mark.slow
 def test_encoding_ahead_of_training(clone):
     """`CONFIG.toml`, `my_clips` and 8 ranks of the page: the debug run's, its clips, 2 ranks."""
     command = one_command("docs/data.md", "torchrun")
@@ -179,6 +206,7 @@ def test_encoding_ahead_of_training(clone):
     assert "12 clips in outputs/debug/cache" in run(command.replace("--nproc_per_node 8", "--nproc_per_node 2"), clone)
 
 
+@pytest.mark.slow
 def test_two_nodes_on_one_machine(clone):
     command = re.sub(
         r"localhost:\d+", f"localhost:{free_port()}", one_command("docs/multinode.md", "NNODES=2 RDZV_ID=try")

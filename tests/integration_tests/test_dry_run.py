@@ -85,13 +85,21 @@ def compare(measured, expected):
         assert measured[kind] == pytest.approx(size, rel=0.01), kind
 
 
+MORE = (  # each a part of another case
+    (1, FULL | BFLOAT16),
+    (4, ULYSSES | BFLOAT16),
+    (1, IN_BACKWARD),
+    (1, TRITON),
+    (8, TRITON | TP | {"parallelism.context_parallel_degree": 2} | BFLOAT16),
+    (1, LORA | BFLOAT16),
+)
+
+
 @pytest.mark.parametrize(
     "world_size, options",
     [
-        (1, FULL | BFLOAT16),
         (1, {}),
         (4, HSDP | BFLOAT16),
-        (4, ULYSSES | BFLOAT16),
         (4, ULYSSES | SELECTIVE | BFLOAT16),
         (4, RING | MATMUL | BFLOAT16),
         (4, UNIFIED | FULL | {"activation_checkpoint.layers": "0,2"} | BFLOAT16),
@@ -101,16 +109,13 @@ def compare(measured, expected):
         (2, TP | BFLOAT16_WEIGHTS | {"optimizer.name": "Muon"}),
         (4, BFLOAT16 | IN_BACKWARD),
         (1, BFLOAT16_WEIGHTS | IN_BACKWARD | {"optimizer.name": "AdamW8bit"}),
-        (1, IN_BACKWARD),
         (8, TP | {"parallelism.context_parallel_degree": 2} | FULL | BFLOAT16),
-        (1, TRITON),
         (4, TRITON | HSDP | SELECTIVE | BFLOAT16),
         (4, TRITON | RING | MATMUL | BFLOAT16),
-        (8, TRITON | TP | {"parallelism.context_parallel_degree": 2} | BFLOAT16),
         (1, TRITON | COMPILED | BFLOAT16),
-        (1, LORA | BFLOAT16),
         (1, LORA | BFLOAT16 | IN_BACKWARD | {"lora.base_dtype": "int8", "training.swap_blocks": 3}),
         (4, LORA | BFLOAT16 | HSDP | {"lora.base_dtype": "float8"}),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE),
     ],
     ids=lambda x: "-".join(str(v) for v in x.values()) if isinstance(x, dict) else str(x),
 )

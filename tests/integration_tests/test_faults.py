@@ -207,7 +207,7 @@ def test_spikes(front):
 
 
 def test_without_the_guard_a_spike_is_trained_on(front):
-    options = {**SPIKES, "fault_tolerance.spike_deviations": 0}
+    options = {**SPIKES, "training.steps": 11, "fault_tolerance.spike_deviations": 0}
     run = front.run("run", options, hook=partial(injected, {10: (0, "loss", 1000.0)})).ok()
     assert not events(run) and all(row["before"] != row["after"] for row in noted(run))
 

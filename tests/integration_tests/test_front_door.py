@@ -59,7 +59,7 @@ def test_debug_config_learns_and_shows_it(front):
         "validation.path": "embedded:shapes-12",
         "validation.max_clips": 3,
     }
-    run = front.command("run", options).ok()
+    run = front.run("run", options).ok()
     folder = run.folder
 
     config = load(folder / "config.toml")
@@ -314,7 +314,7 @@ def run_of_layout(front, name, steps):
     return front.run(f"{name.replace(' ', '')}-{steps}", {**same, **options}, world, hook=sample_ids_recorded).ok()
 
 
-COVERED = ("fsdp4", "ring2", "fsdp2 x ulysses2")  # the other layouts contain every part of these
+COVERED = ("fsdp2", "tp2", "fsdp4", "ring2", "fsdp2 x ulysses2")  # the other layouts contain every part of these
 
 
 @pytest.mark.parametrize("steps", [6, pytest.param(20, marks=pytest.mark.slow)])

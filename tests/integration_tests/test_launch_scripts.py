@@ -208,7 +208,9 @@ def test_a_launcher_whose_disk_is_full_ends_with_one_line(repo, log_too):
     assert code == 1
 
 
-@pytest.mark.parametrize("signum, whole_group", [(signal.SIGTERM, True), (signal.SIGUSR2, False)])
+@pytest.mark.parametrize(
+    "signum, whole_group", [(signal.SIGTERM, True), pytest.param(signal.SIGUSR2, False, marks=pytest.mark.slow)]
+)
 def test_all_ranks_save_on_a_signal(repo, signum, whole_group):
     """Slurm signals the process group, `kill` one process. Each rank must get the signal once; a second stops it."""
     p = start(repo, NGPU="2", LOG_RANK="1", SAVE_SECONDS="1")
@@ -253,7 +255,7 @@ def test_ranks_die_with_a_killed_launcher(repo):
     wait_for(lambda: not any(map(running, pids)), timeout=5)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize("signum", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR2])
 def test_a_scheduler_signals_every_process(repo, signum):
     """Slurm's proctrack/linuxproc does, to this script, torchrun and the ranks, and srun may pass it on once more."""
     p = start(repo, NGPU="2", SAVE_SECONDS="1")
@@ -328,7 +330,7 @@ time.sleep(2.5)
     assert all(output.count("WARNING all say this") == 1 for output in outputs), outputs
 
 
-@pytest.mark.parametrize("ranks, code", [("1", 0), ("1", 3), ("2", 3), ("2", 0)])
+@pytest.mark.parametrize("ranks, code", [("1", 0), ("1", 3), ("2", 3), pytest.param("2", 0, marks=pytest.mark.slow)])
 def test_exit_code(repo, ranks, code):
     p = start(repo, "--end", str(code), NGPU=ranks)
     p.communicate(timeout=60)

@@ -77,6 +77,7 @@ def test_another_scale_or_other_frozen_weights_are_refused(front, full, options)
     )
 
 
+@pytest.mark.slow
 def test_two_ranks_have_the_losses_of_one(shared_front, front, base):
     options = {
         **LORA,

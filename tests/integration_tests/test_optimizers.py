@@ -42,7 +42,7 @@ def test_in_backward_is_the_same_run(shared_front, adamw):
 
 @pytest.mark.parametrize(
     "options",
-    [{"optimizer.name": "AdamW8bit"}, {"optimizer.name": "Muon"}, FLOAT8],
+    [pytest.param({"optimizer.name": "AdamW8bit"}, marks=pytest.mark.slow), {"optimizer.name": "Muon"}, FLOAT8],
     ids=["AdamW8bit", "Muon", "float8"],
 )
 def test_others_learn_as_well(front, adamw, options):

@@ -3,13 +3,14 @@ recipe alone, and the plan says what became of every file.
 """
 
 import json
+import shlex
 import unicodedata
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from tests.integration_tests.test_docs import clone, losses, one_command, run  # noqa: F401 - clone is a fixture
+from tests.integration_tests.test_docs import clone, losses, one_command, run_forked  # noqa: F401 - a fixture
 from tests.unit_tests.data_clips import flat_frames, write_clip, write_patches
 
 SIZE = {"count": 40, "fps": 30, "width": 96, "height": 54}
@@ -107,11 +108,11 @@ def check_every_file(folder, rows, output):
 
 
 @pytest.mark.timeout(300)
-def test_from_a_phone_to_diffusers(clone):  # noqa: F811
+def test_from_a_phone_to_diffusers(clone, monkeypatch, capsys):  # noqa: F811
     page, folder = "docs/recipe.md", clone / "phone_clips"
     write_phone_clips(folder)
 
-    output = run(one_command(page, "python -m titan_video.data plan train_configs/debug.toml"), clone)
+    output = run_forked(one_command(page, "python -m titan_video.data plan train_configs/debug.toml"), clone)
     rows = [json.loads(line) for line in (clone / "outputs/phone/data_plan.jsonl").read_text().splitlines()]
     found = {str(Path(row["path"]).relative_to("phone_clips")): row for row in rows}
     assert found.keys() == KEPT.keys() | DROPPED.keys()
@@ -133,7 +134,12 @@ def test_from_a_phone_to_diffusers(clone):  # noqa: F811
     check_every_file(folder, rows, output)
 
     command = one_command(page, "CONFIG_FILE=train_configs/debug.toml ./run_train.sh --data.path phone")
-    output = run(command + SMALL, clone)
+    output = run_forked(command + SMALL, clone)
     assert "19 found, 10 kept, 9 dropped" in output and "of 10 clips are held out" in output
     assert len(losses(clone / "outputs/phone")) == 4
-    assert "1226944 parameters" in run(one_command(page, 'python -c "from diffusers'), clone)
+    python, c, code = shlex.split(one_command(page, 'python -c "from diffusers'))
+    assert (python, c) == ("python", "-c")
+    monkeypatch.chdir(clone)
+    capsys.readouterr()
+    exec(code, {})
+    assert "1226944 parameters" in capsys.readouterr().out

@@ -20,11 +20,11 @@ EXCHANGE = Checkpointing("selective", ("attention", "exchange"))
         ("wan", "t2v-1.3B", Candidate(dp_replicate=2, ulysses=2), ATTENTION, 0, 1),
         ("wan", "t2v-1.3B", Candidate(pp=2, dp_shard=2, tp=2, microbatches=4), FULL, 1, 1),
         ("hunyuan_video", "t2v-13B", Candidate(ring=4, microbatches=2), NONE, 0, 1),
-        ("wan", "moe-14B-copies", Candidate(ulysses=8, ep=8), FULL, 0, 1),
         ("wan", "moe-14B-shared", Candidate(dp_shard=2, ring=2, tp=2, ep=8), NONE, 0, 1.5),
         *(
             pytest.param("wan", *case, marks=pytest.mark.slow)
             for case in (
+                ("moe-14B-copies", Candidate(ulysses=8, ep=8), FULL, 0, 1),
                 ("moe-1.3B", Candidate(dp_shard=4), NONE, 0, 1),
                 ("moe-1.3B", Candidate(dp_shard=4, ep=2), NONE, 0, 1),
                 ("moe-1.3B", Candidate(ulysses=4, ep=4), FULL, 0, 1.5),

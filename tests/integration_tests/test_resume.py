@@ -134,7 +134,6 @@ def test_one_rank(front, uninterrupted):
     stop.by_last_step(5)
     stop.by_kill_in_save(8)
     stop.by_kill(9, random.uniform(0, 0.2))
-    stop.by_signal(11, signal.SIGTERM)
     stop.finish()
 
 
@@ -142,7 +141,7 @@ def test_one_rank(front, uninterrupted):
 def test_several_ranks(front, uninterrupted, world):
     """One rank has the signal, all save. Then one dies while saving."""
     options = {"ema.enable": "true", "checkpoint.async_mode": "disabled", "checkpoint.interval": 3}
-    stop = Stopper(front, uninterrupted({"ema.enable": "true"}, world, 8), options, world, 8)
+    stop = Stopper(front, uninterrupted({"ema.enable": "true"}, world, 6), options, world, 6)
     stop.by_signal(2, signal.SIGTERM, rank=world // 2)
     stop.by_kill_in_save(6)
     stop.finish()
@@ -211,14 +210,14 @@ ALL_PAIRS = (1, 1, 2, 2, 4, 4, 8, 8, 1, 4, 1, 8, 2, 8, 4, 2, 1)  # each degree f
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
-    "degrees, workers",
-    [((2, 1, 2), (1, 0, 0)), pytest.param(ALL_PAIRS, (0, 1, 4), marks=pytest.mark.slow)],
+    "degrees, workers, steps",
+    [((2, 1, 2), (1, 0, 0), 2), pytest.param(ALL_PAIRS, (0, 1, 4), 3, marks=pytest.mark.slow)],
     ids=["some", "all"],
 )
-def test_samples_on_other_numbers_of_ranks_and_workers(front, degrees, workers):
+def test_samples_on_other_numbers_of_ranks_and_workers(front, degrees, workers, steps):
     """After SIGTERM and kill -9, in the middle of epochs, each run on another number of ranks and workers: every step
     has the samples of the run that nothing stopped."""
-    num_steps = 3 * len(degrees)
+    num_steps = steps * len(degrees)
     options = {
         "training.global_batch_size": 8,
         "training.local_batch_size": 1,
@@ -234,7 +233,7 @@ def test_samples_on_other_numbers_of_ranks_and_workers(front, degrees, workers):
     ).ok()
     for k, degree in enumerate(degrees):
         signum, is_last = (signal.SIGTERM, signal.SIGKILL)[k % 2], k == len(degrees) - 1
-        hook = partial(drawn_recorded, 0 if is_last else 3 * (k + 1), signum)
+        hook = partial(drawn_recorded, 0 if is_last else steps * (k + 1), signum)
         run = front.run("stopped", {**options, "data.num_workers": workers[k % 3]}, degree, hook)
         assert run.code in (0, 85) or signum == signal.SIGKILL and run.code == -signum, run.output
     assert drawn(run) == drawn(whole) and len(run.records) == num_steps
@@ -265,6 +264,7 @@ def test_a_finished_run_is_left_alone(shared_front, short):
         assert snapshot(short.folder) == before
 
 
+@pytest.mark.slow
 def test_more_steps_go_on(front, short, uninterrupted):
     """Also on another number of ranks: the same clips, noise and weights."""
     shutil.copytree(short.folder, front.root / "more")

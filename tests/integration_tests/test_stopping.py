@@ -35,7 +35,7 @@ def stuck_reader(rank, step):
     train.Trainer.train_step = train_step
 
 
-@pytest.mark.parametrize("world, num_workers", [(1, 0), (1, 2), (2, 1)])
+@pytest.mark.parametrize("world, num_workers", [(1, 0), pytest.param(1, 2, marks=pytest.mark.slow), (2, 1)])
 def test_a_stuck_reader_is_named_with_its_file(front, world, num_workers):
     options = {**TIMEOUTS, "data.num_workers": num_workers, "training.steps": 200}
     program = front.start("run", options, world, partial(stuck_reader, world - 1, 3))
@@ -83,7 +83,7 @@ def test_encoding_that_hangs_is_named_with_its_clip(front, tmp_path):
     )
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
 def test_a_signal_while_encoding_ends_it_cleanly(front, tmp_path, signum):
     options = {"data.cache_folder": tmp_path / "empty", "training.steps": 2}
     program = front.start("run", options, 1, partial(slow_encoding, 0.2, tmp_path / "begun"))
@@ -125,15 +125,19 @@ VALIDATED = {
 }
 
 
+@pytest.fixture(scope="module")
+def validated(shared_front):
+    return shared_front.run("validated", VALIDATED).ok()
+
+
 @pytest.mark.parametrize("number, step", [(2, 0), (20, 2)])
-def test_a_signal_during_validation_ends_it_early(front, number, step):
+def test_a_signal_during_validation_ends_it_early(front, validated, number, step):
     """At step 0 there is nothing to save. Later the step is saved, and the run goes on as if nothing had been."""
-    whole = front.run("whole", VALIDATED).ok()
     stopped = front.run("run", VALIDATED, hook=partial(signal_in_validation, number)).stopped()
     assert [row["step"] for row in stopped.records] == list(range(1, step + 1)) and step not in stopped.validations
     again = front.run("run", VALIDATED).ok()
-    assert again.records == whole.records
-    assert again.validations == {s: v for s, v in whole.validations.items() if s != step or step == 0}
+    assert again.records == validated.records
+    assert again.validations == {s: v for s, v in validated.validations.items() if s != step or step == 0}
 
 
 def signal_in_export(rank):
@@ -152,7 +156,7 @@ def signal_in_export(rank):
     train.Trainer.export = signalled
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_signal_during_export_lets_it_finish(front, world):
     options = {"training.steps": 2, "checkpoint.last_save_in_hf": "true"}
     run = front.run("run", options, world, partial(signal_in_export, world - 1)).ok()
@@ -173,7 +177,7 @@ def ask_for_a_save(step):
     train.Trainer.train_step = train_step
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_save_is_asked_for_by_a_file(front, world):
     options = {"training.steps": 6, "checkpoint.interval": 100, "checkpoint.keep_latest_k": 0}
     run = front.run("run", {**options, "checkpoint.async_mode": "disabled"}, world, partial(ask_for_a_save, 3)).ok()

@@ -59,7 +59,7 @@ def test_a_full_disk_stops_the_run(front, disk):
     assert len(front.run("run", SAVING).ok().records) == 6
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_goes_on(front, disk, tmp_path, world):
     options = {**SAVING, "checkpoint.on_error": "continue", "metrics.enable_tensorboard": "true"}
     whole = front.run("whole", options, world).ok()

@@ -73,7 +73,9 @@ def test_captions_and_images_dropped_apart(front):
 RESUMED = [("wan", "debug-i2v"), ("hunyuan_video", "debug-i2v-token-replace")]
 
 
-@pytest.mark.parametrize("family, flavor", FLAVORS)
+@pytest.mark.parametrize(
+    "family, flavor", [pytest.param(*f, marks=pytest.mark.slow if f in RESUMED else ()) for f in FLAVORS]
+)
 def test_a_variant_trains_validates_and_samples(front, family, flavor):
     trains_validates_and_samples(front, family, flavor)
 
@@ -120,13 +122,14 @@ def assert_same_losses(one, other):
 @pytest.mark.parametrize(
     "family, flavor, world, layout",
     [
-        ("wan", "debug-ti2v", 4, {"parallelism.context_parallel_degree": 2}),
+        ("wan", "debug-ti2v", 2, {"parallelism.context_parallel_degree": 2}),
         ("wan", "debug-flf2v", 2, {"parallelism.pipeline_parallel_degree": 2}),
-        (
+        pytest.param(
             "hunyuan_video",
             "debug-i2v-token-replace",
             4,
             {"parallelism.context_parallel_degree": 2, "parallelism.tensor_parallel_degree": 2},
+            marks=pytest.mark.slow,
         ),
         ("hunyuan_video", "debug-i2v-latent-concat", 2, {}),
     ],
