@@ -17,12 +17,15 @@ ROOT = Path(__file__).resolve().parent.parent
 PRELOAD = [
     "torch",
     "torch._dynamo",
+    "torch._dynamo.backends.debugging",
     "torch.distributed.fsdp",
+    "torch.distributed.pipelining",
     "torch.distributed.tensor",
     "torch.distributed.checkpoint",
     "torch.distributed.checkpoint.state_dict",
     "torch.utils.tensorboard",
     "safetensors.torch",
+    "pytest",
     "av",
     "train",
     "tests.helpers",
@@ -123,6 +126,34 @@ def run_ranks(fn, world, *args, timeout=120, init=True, env=None, **kwargs):
     if errors:
         raise AssertionError("\n".join(f"[rank {rank}]\n{text}" for rank, text in errors.items()))
     return [values[rank] for rank in range(world)]
+
+
+def whole_tensors(tensors):
+    """{name: tensor} with every DTensor whole. All ranks call it: they send all their shards at once.
+
+    `full_tensor()` needs a collective for each tensor, which is most of the time of a small model's test. As there, a
+    rank takes its own shard from itself, not from a replica.
+    """
+    import torch
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    from titan_video.distributed.utils import gather_objects
+
+    if not torch.distributed.is_initialized():
+        return dict(tensors)
+    full, mine = dict(tensors), {}
+    for name, t in tensors.items():
+        if isinstance(t, DTensor):
+            assert not any(p.is_partial() for p in t.placements), name
+            offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)[1]
+            mine[name] = offset, t.to_local().detach().clone()
+            full[name] = torch.zeros(t.shape, dtype=t.dtype)
+    for shards in (*gather_objects(mine), mine):
+        for name in shards.keys() & mine.keys():
+            offset, shard = shards[name]
+            full[name][tuple(slice(o, o + n) for o, n in zip(offset, shard.shape, strict=True))] = shard
+    return full
 
 
 # ---- the whole program ----

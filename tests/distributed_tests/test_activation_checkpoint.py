@@ -6,10 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.helpers import build_denoising, randomized_init, run_ranks
+from tests.helpers import build_denoising, randomized_init, run_ranks, whole_tensors
 from tests.unit_tests.test_activation_checkpoint import ARGS, FULL, MATMUL, NONE, SELECTIVE
 from titan_video.config.job_config import Compile, Parallelism, Training
 from titan_video.data.batch import Batch
@@ -61,14 +60,11 @@ def step(section, compiled, dims, args=TWO_BLOCKS):
     inputs = task.add_noise(batch, noise, sigma_B=torch.tensor([0.3, 0.6]))
     with nullcontext() if compiled else Executed() as executed:
         task.loss(model(**inputs.kwargs), inputs).sum().backward()
-    grads = {
-        clean_name(n): p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
-        for n, p in model.named_parameters()
-    }
+    grads = whole_tensors({clean_name(n): p.grad for n, p in model.named_parameters()})
     return grads, dict(executed.count) if executed else None
 
 
-def fsdp():
+def fsdp(compiled_modes):
     sections = {
         "none": NONE,
         "full": replace(FULL, offload=True),
@@ -78,12 +74,15 @@ def fsdp():
     return {
         (name, compiled): step(s, compiled, ParallelDims(dp_shard=2))[0]
         for name, s in sections.items()
-        for compiled in (False, True)
+        for compiled in (False, True)[: 1 + (name in compiled_modes)]
     }
 
 
-def test_gradients_under_fsdp_are_equal():
-    for results in run_ranks(fsdp, 2):
+@pytest.mark.parametrize(
+    "compiled_modes", [("selective",), pytest.param(("none", "full"), marks=pytest.mark.slow)], ids=" ".join
+)
+def test_gradients_under_fsdp_are_equal(compiled_modes):
+    for results in run_ranks(fsdp, 2, compiled_modes):
         reference = results["none", False]
         for (mode, compiled), grads in results.items():
             # The compiler's forms of some operators round differently.
@@ -128,7 +127,10 @@ def compiled_selection(dims, save):
 
 @pytest.mark.parametrize(
     "dims, save",
-    [(ParallelDims(tp=2), SELECTIVE.save), (ParallelDims(ulysses=2), ("attention", "exchange"))],
+    [
+        pytest.param(ParallelDims(tp=2), SELECTIVE.save, marks=pytest.mark.slow),
+        (ParallelDims(ulysses=2), ("attention", "exchange")),
+    ],
     ids=["tensor parallel", "ulysses"],
 )
 def test_compiled_selection_beside_collectives(dims, save):

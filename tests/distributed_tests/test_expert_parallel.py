@@ -20,7 +20,7 @@ from tests.distributed_tests.test_layouts import (
     layout,
     num_elements,
 )
-from tests.helpers import run_ranks
+from tests.helpers import run_ranks, whole_tensors
 from titan_video.checkpoint.manager import CheckpointManager
 from titan_video.checkpoint.state import ModelState, OptimizerState
 from titan_video.config.job_config import (
@@ -292,7 +292,7 @@ EP4 = layout(dp_shard=2, ulysses=2, ep=4)
 
 
 def full(tensors):
-    return {name: t.full_tensor() if isinstance(t, DTensor) else t.clone() for name, t in tensors.items()}
+    return {name: t.detach().clone() for name, t in whole_tensors(tensors).items()}
 
 
 def train_and_save(folder, num, steps, others):

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.distributed_tests.test_tensor_parallel import ARGS, forward_backward, sharded, whole
+from tests.distributed_tests.test_tensor_parallel import ARGS, forward_backward, sharded
+from tests.distributed_tests.test_tensor_parallel import gradients as gradients_of
 from tests.helpers import randomized_init, run_ranks
 from titan_video import kernels
 from titan_video.config.job_config import ActivationCheckpoint, Compile
-from titan_video.distributed.utils import clean_name, initialise
+from titan_video.distributed.utils import initialise
 from titan_video.models.wan import SPEC, WanModel
 
 ONE = replace(ARGS, num_layers=1)
@@ -40,7 +41,7 @@ class Operators(TorchDispatchMode):
 
 def gradients(model, clips, shard=None):
     forward_backward(model, ONE, CASE, clips, shard)
-    return {clean_name(n): whole(p.grad).clone() for n, p in model.named_parameters()}
+    return gradients_of(model)
 
 
 def rank():

@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
 
-from tests.helpers import build_denoising, randomized_init, run_ranks
+from tests.helpers import build_denoising, randomized_init, run_ranks, whole_tensors
 from titan_video.config.job_config import ActivationCheckpoint, Compile, Parallelism, Training
 from titan_video.data.batch import Batch
 from titan_video.distributed.parallel_dims import ParallelDims
@@ -64,8 +63,7 @@ def count(clips):
 
 
 def get_gradients(model):
-    grads = {clean_name(n): p.grad for n, p in model.named_parameters()}
-    return {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in grads.items()}
+    return whole_tensors({clean_name(n): p.grad for n, p in model.named_parameters()})
 
 
 def reference(clips):

@@ -3,15 +3,15 @@ async mode.
 """
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.helpers import build_denoising, randomized_init, run_ranks
+from tests.helpers import build_denoising, randomized_init, run_ranks, whole_tensors
 from titan_video.config.job_config import ActivationCheckpoint, Compile, Optimizer, Parallelism, Training
 from titan_video.data.batch import Batch
 from titan_video.distributed.fsdp import apply_fsdp
@@ -61,25 +61,33 @@ def forward_backward(model, args, case, clips, shard=None):
     return total
 
 
-def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def weights(model):
+    return {n: p.detach().clone() for n, p in whole_tensors(dict(named(model))).items()}
+
+
+def gradients(model):
+    return {n: g.clone() for n, g in whole_tensors({n: p.grad for n, p in named(model)}).items()}
+
+
+def named(model):
+    return [(clean_name(n), p) for n, p in model.named_parameters()]
 
 
 def train(model, args, case, clips, shard=None):
     """Two steps: loss, gradients and norm of the first, weights before and after."""
     optimizer = build_optimizer(model, Optimizer(lr=1e-3, implementation="foreach"))
-    before = {clean_name(n): whole(p).detach().clone() for n, p in model.named_parameters()}
+    before = weights(model)
     loss = forward_backward(model, args, case, clips, shard)
     missing = [n for n, p in model.named_parameters() if p.grad is None]
     assert not missing, missing
-    grads = {clean_name(n): whole(p.grad).clone() for n, p in model.named_parameters()}
+    grads = gradients(model)
     norm = clip_grad_norm(model, 0.1)
     optimizer.step()
     optimizer.zero_grad()
     forward_backward(model, args, case, clips, shard)
     clip_grad_norm(model, 0.1)
     optimizer.step()
-    return loss, grads, norm, before, {clean_name(n): whole(p).detach() for n, p in model.named_parameters()}
+    return loss, grads, norm, before, weights(model)
 
 
 def sharded(args, dims, dtype=torch.float32, **options):
@@ -148,18 +156,21 @@ EXECUTION_MODES = {
 }
 
 
-def modes_rank():
-    results = {}
-    for mode, options in EXECUTION_MODES.items():
+def modes_rank(modes):
+    results, args = {}, replace(ARGS, num_layers=1)
+    for mode in ("plain", *modes):
         torch._dynamo.reset()
-        model, _, shard = sharded(ARGS, {"tp": 2}, **options)
-        loss = forward_backward(model, ARGS, CASES[1], [0, 1], shard)
-        results[mode] = loss, {clean_name(n): whole(p.grad) for n, p in model.named_parameters()}
+        model, _, shard = sharded(args, {"tp": 2}, **EXECUTION_MODES[mode])
+        loss = forward_backward(model, args, CASES[1], [0, 1], shard)
+        results[mode] = loss, gradients(model)
     return results
 
 
-def test_checkpointing_and_compile_change_nothing():
-    for results in run_ranks(modes_rank, 2):
+@pytest.mark.parametrize(
+    "modes", [("full+compile",), pytest.param(("full", "compile"), marks=pytest.mark.slow)], ids=" ".join
+)
+def test_checkpointing_and_compile_change_nothing(modes):
+    for results in run_ranks(modes_rank, 2, modes):
         loss, grads = results.pop("plain")
         for mode, (other_loss, other) in results.items():
             torch.testing.assert_close(other_loss, loss, rtol=1e-6, atol=0)
@@ -251,9 +262,9 @@ def test_async_mode_is_refused_without_gpus():
         apply_tensor_parallel(nn.Module(), SPEC.plan, Mesh(), async_mode=True)
 
 
-def fusable_rank(batch_size):
-    """How the compiler's pass sees the graphs of forward and backward: the number of matmuls that each gather feeds,
-    and whether each scatter takes the result of a matmul.
+def fusable_rank(batch_sizes):
+    """By size of the batch, how the compiler's pass sees the graphs of forward and backward: the number of matmuls that
+    each gather feeds, and whether each scatter takes the result of a matmul.
     """
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
@@ -268,7 +279,7 @@ def fusable_rank(batch_size):
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     async_tensor_parallel.enable_async = lambda mesh: None  # it would refuse for want of a GPU
-    seen = []
+    seen = {}
 
     def look(gm, inputs):
         view_to_reshape(gm)
@@ -281,29 +292,32 @@ def fusable_rank(batch_size):
             passes._find_producer_matmul(match.input_node) is not None
             for match in passes.find_reduce_scatter_patterns(gm.graph)
         ]
-        seen.append((gathers, scatters))
+        seen.setdefault(batch_size, []).append((gathers, scatters))
         return make_boxed_func(gm.forward)
 
     def partition(gm, inputs, **kwargs):
         joint_graph_passes(gm)
         return min_cut_rematerialization_partition(gm, inputs, **kwargs)
 
-    model = WanModel(ARGS)
-    apply_tensor_parallel(model, SPEC.plan, ParallelDims(tp=2).build_mesh("cpu").tp, async_mode=True)
-    block = model.blocks["0"]
+    mesh = ParallelDims(tp=2).build_mesh("cpu").tp
     backend = aot_autograd(
         fw_compiler=look, bw_compiler=look, partition_fn=partition, decompositions=select_decomp_table()
     )
-    block.compile(backend=backend, fullgraph=True)
-    inputs = [
-        torch.randn(batch_size, *shape, requires_grad=True) for shape in ((6, 48), (ARGS.text_len, 48), (1, 6, 48))
-    ]
-    block(*inputs, torch.polar(torch.ones(1, 12, 6), torch.rand(1, 12, 6))).sum().backward()
+    for batch_size in batch_sizes:
+        torch._dynamo.reset()
+        model = WanModel(ARGS)
+        apply_tensor_parallel(model, SPEC.plan, mesh, async_mode=True)
+        block = model.blocks["0"]
+        block.compile(backend=backend, fullgraph=True, dynamic=False)
+        inputs = [
+            torch.randn(batch_size, *shape, requires_grad=True) for shape in ((6, 48), (ARGS.text_len, 48), (1, 6, 48))
+        ]
+        block(*inputs, torch.polar(torch.ones(1, 12, 6), torch.rand(1, 12, 6))).sum().backward()
     return seen
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_async_mode_is_seen_by_the_compilers_pass(batch_size):
-    forward, backward = run_ranks(fusable_rank, 1, batch_size, init=False)[0]
-    assert forward == ([3, 1, 1], [True, True, True])
-    assert backward == ([1, 1, 1], [True, True, False])
+def test_async_mode_is_seen_by_the_compilers_pass():
+    seen = run_ranks(fusable_rank, 1, (1, 2), init=False)[0]
+    assert seen == {
+        batch_size: [([3, 1, 1], [True, True, True]), ([1, 1, 1], [True, True, False])] for batch_size in (1, 2)
+    }
