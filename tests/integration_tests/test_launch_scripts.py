@@ -43,6 +43,12 @@ if "--freeze" in sys.argv:
     watch.start(1.0)
 elif "--freeze-early" in sys.argv and rank == "0":
     watch.start(60.0)
+elif "--slow-end" in sys.argv and rank == "1":
+    watch.start(1.0)
+    class Slow:
+        def __del__(self, sleep=time.sleep):  # while Python ends: no thread runs
+            sleep(4.0)
+    slow = Slow()
 def status(code):
     status = {"status": "x", "exit_code": code, "run_id": run_id, "idle_starts": int(os.environ.get("IDLE", "0"))}
     (here / "status.json").write_text(json.dumps(status))
@@ -300,6 +306,13 @@ def test_a_rank_that_is_stopped_before_its_first_beat_ends_the_run_and_is_named(
     output, _ = p.communicate(timeout=60)
     assert p.returncode == 1 and not running(pid)
     assert f"error: local rank 1 (host {os.uname().nodename}, pid {pid}) is frozen: stopped for" in output
+
+
+def test_a_rank_whose_python_takes_long_to_end_is_not_frozen(repo):
+    """As on a busy machine, where a soak found it: the run had finished, and the launcher ended it as failed."""
+    p = start(repo, "--slow-end", "--end", "0", NGPU="2")
+    output, _ = p.communicate(timeout=60)
+    assert p.returncode == 0, output
 
 
 def test_warnings_of_hidden_ranks_are_shown_once_with_the_rank_of_the_whole_run(repo):

@@ -6,6 +6,7 @@ own work, which waits for no other rank, has a limit: without progress for that 
 for others has none: collectives have timeouts of their own.
 """
 
+import atexit
 import json
 import os
 import sys
@@ -17,8 +18,11 @@ from titan_video.tools import heartbeat
 
 NAME = "heartbeat.json"
 SECONDS = 1.0  # between two beats
+# How long Python may take to end, in which no thread runs: a second of the processor, which a busy machine stretches.
+ENDING_SECONDS = 60.0
 FIX = "Is the storage reachable? The same command continues; larger timeouts of [comm] wait longer"
 _limit = 0.0
+_lock = threading.Lock()
 
 
 def start(limit: float) -> None:
@@ -32,6 +36,15 @@ def start(limit: float) -> None:
     path = Path(error_file).with_name(NAME) if error_file else None
     if not is_running:
         threading.Thread(target=_run, args=(path,), name="heartbeat", daemon=True).start()
+        atexit.register(_end, path)
+
+
+def _end(path: Path | None) -> None:
+    global _limit
+    _limit = max(_limit, ENDING_SECONDS)
+    heartbeat.enter("the end of Python")
+    if path:
+        _write(path)
 
 
 def _run(path: Path | None) -> None:
@@ -47,10 +60,11 @@ def _run(path: Path | None) -> None:
 
 def _write(path: Path) -> None:
     temporary = path.with_suffix(".tmp")
-    try:
-        rank = int(os.environ.get("RANK", 0))
-        beat = {"pid": os.getpid(), "rank": rank, "doing": heartbeat.describe(), "limit": _limit}
-        temporary.write_text(json.dumps(beat), encoding="utf-8")
-        temporary.replace(path)
-    except OSError:  # a full disk does not end the run: the launcher takes an old file for a frozen rank, so there must
-        path.unlink(missing_ok=True)  # be none
+    with _lock:
+        try:
+            rank = int(os.environ.get("RANK", 0))
+            beat = {"pid": os.getpid(), "rank": rank, "doing": heartbeat.describe(), "limit": _limit}
+            temporary.write_text(json.dumps(beat), encoding="utf-8")
+            temporary.replace(path)
+        except OSError:  # a full disk does not end the run: the launcher takes an old file for a frozen rank, so there
+            path.unlink(missing_ok=True)  # must be none
