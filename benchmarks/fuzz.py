@@ -51,7 +51,8 @@ HANG = 5.0  # seconds
 MEMORY = 4 << 30  # of a child, beside what it starts with, as data.decode_memory_gib limits a worker
 STARTS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "pty.spawn")
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
-HARMLESS = ("/dev/null", "/dev/shm/", "/proc/self/")
+COMPILER_CACHE = f"{tempfile.gettempdir()}/torchinductor_"  # torch makes it when a backend of the compiler is looked up
+HARMLESS = ("/dev/null", "/dev/shm/", "/proc/self/", COMPILER_CACHE)
 
 
 class Watch:
