@@ -159,7 +159,6 @@ def test_the_first_commands_of_the_readme(clone):
     shown = re.search(r"^ls outputs/shapes +# (.*)$", read(page), re.MULTILINE)[1].replace("/", "").split()
     assert set(shown) <= set(run(one_command(page, "ls outputs/shapes"), clone).split())
     check_that_metrics_are_explained(clone / "outputs" / "shapes")
-    assert 2 < baseline(clone / "outputs" / "shapes") < 3  # what the recipe says of a model that knows nothing
     run_forked(one_command(page, "python -m titan_video.sample") + " --steps 1", clone)
     assert (clone / "red.mp4").stat().st_size > 0
 
@@ -172,7 +171,6 @@ def test_the_first_commands_of_the_readme(clone):
         board.wait()
 
 
-@pytest.mark.slow
 def test_the_rehearsal_of_the_recipe(clone):
     run(
         one_command("docs/recipe.md", "CONFIG_FILE=train_configs/debug.toml ./run_train.sh --data.path embedded")

@@ -43,10 +43,11 @@ if "--freeze" in sys.argv:
     watch.start(1.0)
 elif "--freeze-early" in sys.argv and rank == "0":
     watch.start(60.0)
-elif "--slow-end" in sys.argv and rank == "1":
+elif "--slow-end" in sys.argv and rank == str(int(os.environ.get("WORLD_SIZE", "1")) - 1):
     watch.start(1.0)
     class Slow:
-        def __del__(self, sleep=time.sleep):  # while Python ends: no thread runs
+        def __del__(self, begin=(here / "ending").touch, sleep=time.sleep):  # while Python ends: no thread runs
+            begin()
             sleep(4.0)
     slow = Slow()
 def status(code):
@@ -311,6 +312,18 @@ def test_a_rank_that_is_stopped_before_its_first_beat_ends_the_run_and_is_named(
 def test_a_rank_whose_python_takes_long_to_end_is_not_frozen(repo):
     """As on a busy machine, where a soak found it: the run had finished, and the launcher ended it as failed."""
     p = start(repo, "--slow-end", "--end", "0", NGPU="2")
+    output, _ = p.communicate(timeout=60)
+    assert p.returncode == 0, output
+
+
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_a_signal_while_python_ends_changes_nothing(repo, ranks):
+    """The run is over by then."""
+    p = start(repo, "--slow-end", "--end", "0", NGPU=ranks)
+    pid = facts(repo, int(ranks) - 1)["pid"]
+    wait_for((repo / "ending").exists)
+    for signum in (signal.SIGHUP, signal.SIGTERM):
+        os.kill(pid, signum)
     output, _ = p.communicate(timeout=60)
     assert p.returncode == 0, output
 

@@ -44,7 +44,7 @@ class StopFlag:
         self._previous = {s: signal.signal(s, self._handle) for s in (FORWARDED, *self.direct)}
         self._previous_fd = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=self._leave_to_parent)
-        atexit.register(self._ignore_forwarded)
+        atexit.register(self._ignore_all)
         threading.Thread(target=self._watch, name="stop signals", daemon=True).start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (FORWARDED, *self.direct))
 
@@ -60,10 +60,11 @@ class StopFlag:
                 signal.signal(s, signal.SIG_DFL if s == signal.SIGTERM else signal.SIG_IGN)
             self._previous = {}
 
-    def _ignore_forwarded(self) -> None:
-        """The launcher's signal may come when the rank has already stopped: Python ends with its default, death."""
+    def _ignore_all(self) -> None:
+        """Python gives signals their default, death, while it ends: one would make a failure of a run that is over."""
         if self._previous and self._pid == os.getpid():
-            signal.signal(FORWARDED, signal.SIG_IGN)
+            for s in self._previous:
+                signal.signal(s, signal.SIG_IGN)
 
     def _watch(self) -> None:
         is_known = False
