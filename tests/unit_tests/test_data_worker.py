@@ -49,6 +49,25 @@ def read(sizes, held):
     return count
 
 
+class Viewed(Filled):
+    """(a block full of `index`, a view of it), as a clip and its conditioning frame."""
+
+    def __getitem__(self, index):
+        x = super().__getitem__(index)[0]
+        return x, x[:1]
+
+
+def test_a_block_that_two_tensors_view_is_given_back_once(monkeypatch):
+    """A second time the worker may have decoded another clip into it, and would overwrite that one."""
+    give_back, given = worker._give_back, []
+    monkeypatch.setattr(worker, "_give_back", lambda storage: (given.append(storage.data_ptr()), give_back(storage)))
+    for index, (x, view) in enumerate(map_in_workers(Viewed([1 << 16] * 8), range(8), 1)):
+        x[0] = 99
+        assert view[0] == 99 and (x[1:] == index).all()
+        release(x, view, None)
+    assert len(given) == 8
+
+
 @pytest.mark.parametrize("held", [0, 1, 2, 40])
 def test_what_is_not_released_is_not_overwritten(held):
     again = read([1 << 16] * 40, held)

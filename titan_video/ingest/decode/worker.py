@@ -153,29 +153,43 @@ def _limits(dataset: Any, item: Any) -> DecodeLimits:
 class _Pickler(pickle.Pickler):
     """torch's own way, over a socket that the sender serves, makes the receiver wait for a sender that has stopped."""
 
-    descriptors: list[int]
+    def __init__(self, buffer: io.BytesIO):
+        super().__init__(buffer, pickle.HIGHEST_PROTOCOL)
+        self.descriptors: list[int] = []
+        self.sent: dict[int, tuple[int, int]] = {}  # by the address of a storage: its place among them, its size
 
     def persistent_id(self, obj: Any) -> Any:
-        if not isinstance(obj, Tensor) or obj.device.type != "cpu" or len(self.descriptors) >= MAX_DESCRIPTORS:
+        if not isinstance(obj, Tensor) or obj.device.type != "cpu":
             return None
-        descriptor, size = obj.untyped_storage()._share_fd_cpu_()
-        self.descriptors.append(descriptor)
-        return len(self.descriptors) - 1, size, obj.dtype, obj.storage_offset(), tuple(obj.shape), obj.stride()
+        storage = obj.untyped_storage()
+        if storage.data_ptr() not in self.sent:
+            if len(self.descriptors) >= MAX_DESCRIPTORS:
+                return None
+            descriptor, size = storage._share_fd_cpu_()
+            self.sent[storage.data_ptr()] = len(self.descriptors), size
+            self.descriptors.append(descriptor)
+        index, size = self.sent[storage.data_ptr()]
+        return index, size, obj.dtype, obj.storage_offset(), tuple(obj.shape), obj.stride()
 
 
 class _Unpickler(pickle.Unpickler):
-    descriptors: list[int]
+    """Views of one storage arrive as such: `release` must see that they are one."""
+
+    def __init__(self, buffer: io.BytesIO, descriptors: list[int]):
+        super().__init__(buffer)
+        self.descriptors = descriptors
+        self.storages: dict[int, torch.UntypedStorage] = {}
 
     def persistent_load(self, pid: Any) -> Tensor:
         index, size, dtype, offset, shape, stride = pid
-        storage = torch.UntypedStorage._new_shared_fd_cpu(self.descriptors[index], size)
-        return torch.empty(0, dtype=dtype).set_(storage, offset, shape, stride)
+        if index not in self.storages:
+            self.storages[index] = torch.UntypedStorage._new_shared_fd_cpu(self.descriptors[index], size)
+        return torch.empty(0, dtype=dtype).set_(self.storages[index], offset, shape, stride)
 
 
 def _send(connection: socket.socket, message: Any) -> None:
     buffer = io.BytesIO()
-    pickler = _Pickler(buffer, pickle.HIGHEST_PROTOCOL)
-    pickler.descriptors = []
+    pickler = _Pickler(buffer)
     pickler.dump(message)
     data = buffer.getbuffer()
     socket.send_fds(connection, [len(data).to_bytes(8, "little")], pickler.descriptors)
@@ -195,9 +209,7 @@ def _receive(connection: socket.socket) -> Any:
             if not count:
                 raise EOFError
             rest = rest[count:]
-        unpickler = _Unpickler(io.BytesIO(data))
-        unpickler.descriptors = descriptors
-        return unpickler.load()
+        return _Unpickler(io.BytesIO(data), descriptors).load()
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
@@ -374,7 +386,14 @@ def alloc_shared(size: int) -> Tensor:
 
 
 def release(*tensors: Tensor | None) -> None:
-    """The content of these is not needed any more. A worker's shared memory is overwritten from now on."""
-    for x in tensors:
-        if x is not None and x.is_shared():
-            torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage())[-1] = 0
+    """The content of these is not needed any more. A worker's shared memory is overwritten from now on.
+
+    A block that several of them view is given back once: a second time the worker may have another clip in it already.
+    """
+    shared = [x.untyped_storage() for x in tensors if x is not None and x.is_shared()]
+    for storage in {storage.data_ptr(): storage for storage in shared}.values():
+        _give_back(storage)
+
+
+def _give_back(storage: torch.UntypedStorage) -> None:
+    torch.empty(0, dtype=torch.uint8).set_(storage)[-1] = 0
