@@ -104,7 +104,8 @@ def test_the_list_of_clips_lies_beside_the_cache(toml, tmp_path, little_memory, 
     monkeypatch.setattr(tempfile, "SpooledTemporaryFile", lambda *_, **__: pytest.fail("of the machine"))
     monkeypatch.setenv("TMPDIR", "/proc")
     monkeypatch.setattr(tempfile, "tempdir", "/proc")
-    main(["plan", str(toml), "--part", "0/2"])
+    for part in ("0/2", "1/2"):  # the folder's name decides which part has which of the clips
+        main(["plan", str(toml), "--part", part])
     assert set(folders) == {tmp_path / "run/cache/tables", tmp_path / "run/cache/probes"}
     main(["plan", str(toml)])
     assert set(folders) == {tmp_path / "run/cache/tables", tmp_path / "run/cache/probes"}
