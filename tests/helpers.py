@@ -132,7 +132,8 @@ def whole_tensors(tensors):
     """{name: tensor} with every DTensor whole. All ranks call it: they send all their shards at once.
 
     `full_tensor()` needs a collective for each tensor, which is most of the time of a small model's test. As there, a
-    rank takes its own shard from itself, not from a replica.
+    rank takes its own shard from itself, not from a replica. Shards travel as bytes, since torch pickles each tensor as
+    a file of its own.
     """
     import torch
     from torch.distributed.tensor import DTensor
@@ -147,12 +148,15 @@ def whole_tensors(tensors):
         if isinstance(t, DTensor):
             assert not any(p.is_partial() for p in t.placements), name
             offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)[1]
-            mine[name] = offset, t.to_local().detach().clone()
+            shard = t.to_local().detach()
+            mine[name] = offset, shard.shape, shard.reshape(-1).view(torch.uint8).numpy().tobytes()
             full[name] = torch.zeros(t.shape, dtype=t.dtype)
     for shards in (*gather_objects(mine), mine):
         for name in shards.keys() & mine.keys():
-            offset, shard = shards[name]
-            full[name][tuple(slice(o, o + n) for o, n in zip(offset, shard.shape, strict=True))] = shard
+            offset, shape, data = shards[name]
+            place = full[name][tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+            if data:
+                place.copy_(torch.frombuffer(bytearray(data), dtype=place.dtype).view(shape))
     return full
 
 

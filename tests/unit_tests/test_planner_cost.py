@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B
 
 from benchmarks.block_bytes import our_block, using
 from titan_video.config.job_config import JobConfig
@@ -14,6 +15,7 @@ from titan_video.models import get_spec
 from titan_video.planner import cluster as clusters
 from titan_video.planner.candidate import FULL, NONE, PARTS, Candidate, Checkpointing, Range
 from titan_video.planner.cluster import AttentionSample, Group, load, parse, with_room
+from titan_video.planner.cost.memory_model import Backward, backwards
 from titan_video.planner.cost.model import CostModel
 from titan_video.planner.cost.seconds import recomputed
 from titan_video.planner.cost.step_model import bubble
@@ -381,3 +383,38 @@ def test_nothing_of_a_trace_is_left_in_the_process(traced):
     traced.predict(CANDIDATES[0])
     assert not dist.is_initialized() and Path("train_configs").exists()
     assert get_spec("wan").flavors["debug"].num_layers == 4
+
+
+@pytest.mark.parametrize("pp, microbatches", [(2, 2), (2, 4), (2, 8), (4, 4), (4, 8), (4, 16), (3, 6)])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_a_rank_holds_follows_from_torchs_order(pp, microbatches, rank):
+    """Of each backward in torch's own list of a rank's actions; what holds less than another one is left out."""
+    schedule = object.__new__(ScheduleInterleaved1F1B)
+    schedule.pp_group_size, schedule.n_local_stages, schedule._n_microbatches = pp, 2, microbatches
+    schedule.number_of_rounds = max(1, microbatches // pp)
+    schedule.microbatches_per_round = microbatches // schedule.number_of_rounds
+    in_flight, begun, seen = [0, 0], [False, False], []
+    for action in filter(None, schedule._calculate_single_rank_operations(rank)):
+        chunk = action.stage_index // pp
+        if action.computation_type.name == "FORWARD":
+            in_flight[chunk] += 1
+        else:
+            seen.append(Backward(chunk, tuple(in_flight), tuple(begun)))
+            in_flight[chunk] -= 1
+            begun[chunk] = True
+    assert len(seen) == 2 * microbatches
+    found = backwards(pp, microbatches, "Interleaved1F1B", rank)
+    assert set(found) == {b for b in seen if not any(o.covers(b) and o != b for o in seen)}
+
+
+@pytest.mark.parametrize(
+    "schedule, microbatches, expected",
+    [
+        ("GPipe", 3, {((3,), (False,)), ((2,), (True,))}),
+        ("1F1B", 2, {((2,), (False,)), ((1,), (True,))}),
+        ("1F1B", 5, {((2,), (True,))}),
+    ],
+)
+def test_gradients_are_there_from_the_second_backward_on(schedule, microbatches, expected):
+    found = backwards(2, microbatches, schedule, 0)
+    assert {(b.in_flight, b.has_gradients) for b in found} == expected

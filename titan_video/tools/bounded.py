@@ -6,6 +6,7 @@ import os
 import re
 import stat
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -50,10 +51,17 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
     return parse_json(data, str(path))
 
 
+@lru_cache
+def _decoder(make_object: Callable[[list], Any] | None) -> json.JSONDecoder:
+    """`json.loads` makes one for each text, which takes as long as to read a short one."""
+    return json.JSONDecoder(object_pairs_hook=make_object)
+
+
 def parse_json(data: bytes | str, where: str, make_object: Callable[[list], Any] | None = None) -> Any:
     """The value of a JSON text. ValueError: `where` is no JSON, or is too deep. make_object: of its pairs."""
     try:
-        level = [value := json.loads(data, object_pairs_hook=make_object)]
+        text = data if isinstance(data, str) else data.decode(json.detect_encoding(data), "surrogatepass")
+        level = [value := _decoder(make_object).decode(text)]
         for _ in range(MAX_JSON_DEPTH + 1):
             parents = [x.values() if isinstance(x, dict) else x for x in level if isinstance(x, (dict, list))]
             level = [child for parent in parents for child in parent]

@@ -81,6 +81,8 @@ def scan_metadata(file: Path, captions: tuple[str, ...]) -> list[ClipRecord]:
 def without_collisions(records: Iterable[ClipRecord]) -> list[ClipRecord]:
     """The records; where names that were not taken as they stand mean one file, as other names do, with a reason."""
     records, written = list(records), {}
+    if not any(r.written for r in records):
+        return records
     for r in records:
         if not r.reason:
             written.setdefault(r.path, set()).add(r.written)

@@ -6,10 +6,12 @@ scan (sources.py) -> probe (video.py, in worker processes) -> frame_indices -> b
 `Planner` does it one clip at a time, so that a plan of any length can be written to a table (planned.py).
 """
 
+import gc
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -55,7 +57,12 @@ class Scan:
 
     def __init__(self, planner: "Planner", folders: Sequence[Path] = ()):
         self.lines = Spool("list of clips", folders or [planner.cache_folder / "tables"])
-        digest, self.num_records = hashlib.sha256(), 0
+        self.num_records = 0
+        with _without_collector():
+            self.digest = self._scan(planner)
+
+    def _scan(self, planner: "Planner") -> str:
+        digest = hashlib.sha256()
         for number, (source, path) in enumerate(zip(planner.sources, planner.paths, strict=True)):
             for record in iter_records(path, source.caption_column):
                 is_read = not record.reason
@@ -65,16 +72,28 @@ class Scan:
                 digest.update(row)
                 self.lines.append(row)
                 self.num_records += 1
-        self.digest = digest.hexdigest()
+        return digest.hexdigest()
 
     def __iter__(self) -> Iterator[Scanned]:
         for line in self.lines:
-            number, path, captions, reason, image, declared, written, key, image_key = json.loads(line)
+            number, path, captions, reason, image, declared, written, key, image_key = json.loads(line.decode())
             record = ClipRecord(path, tuple(captions), reason, image, tuple(declared), written)
             yield Scanned(number, record, key, image_key)
 
     def close(self) -> None:
         self.lines.close()
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """A million records are in no cycles, and the collector would look at all of them again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _key(path: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from titan_video.planner.candidate import FULL, NONE, Candidate, Checkpointing
-from titan_video.planner.cost.memory_model import in_flight
+from titan_video.planner.cost.memory_model import has_gradients_when_full, in_flight
 from titan_video.planner.cost.step_clock import StepClock
 from titan_video.planner.cost.step_model import StepFixed, bubble, waited
 from titan_video.planner.dry_run.describe import usable_bytes
@@ -116,8 +116,9 @@ class LayoutBuilder:
         )
 
     def _holds_gradients(self, c: Candidate) -> bool:
-        """From the first backward of a step on, and not only as its last one goes."""
-        return (c.microbatches > 1 or c.pp > 1) and not self.model.config.optimizer.in_backward
+        """While activations are fullest, and not only as the last backward of a step goes."""
+        in_backward = self.model.config.optimizer.in_backward
+        return not in_backward and has_gradients_when_full(c.pp, c.microbatches, c.schedule)
 
     def _hold(self, c: Candidate) -> dict[str, float]:
         """Bytes that a stage holds of each of its blocks: state, gradients, and weights that stay gathered."""

@@ -14,6 +14,7 @@ The peak is the largest sum over the blocks of a stage, and over its ends.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from titan_video.planner.candidate import Candidate, Checkpointing
 from titan_video.planner.dry_run.step_tracker import TEMPORARY
@@ -26,9 +27,8 @@ class StageInput:
     """What the memory of a stage follows from.
 
     blocks: of each of its blocks, in forward order, the type and the checkpointing. memory: of each kind of them.
-    in_flight: micro-batches whose activations it holds at most. num_inputs: micro-batches that exist at once.
-    has_units: whether there is FSDP (see distributed/fsdp.py). in_backward: optimizer.in_backward. replicates: whether
-    gradients are also summed over dp_replicate.
+    num_inputs: micro-batches that exist at once. has_units: whether there is FSDP (see distributed/fsdp.py).
+    in_backward: optimizer.in_backward. replicates: whether gradients are also summed over dp_replicate.
     """
 
     blocks: Sequence[tuple[str, Checkpointing]]
@@ -37,9 +37,7 @@ class StageInput:
     units: Units
     is_first: bool = True
     is_last: bool = True
-    in_flight: float = 1
     num_inputs: int = 1
-    accumulates: bool = False
     reshard: bool = True
     has_units: bool = True
     in_backward: bool = False
@@ -47,21 +45,64 @@ class StageInput:
     replicates: bool = False
 
 
-def in_flight(candidate: Candidate, stage: int) -> float:
-    """Micro-batches whose activations a stage holds at most; where schedules interleave, a rank has two stages."""
-    pp, number = candidate.pp, candidate.microbatches
+@dataclass(frozen=True)
+class Backward:
+    """The backward of one micro-batch on a rank: of its stage `chunk`, the first or, where schedules interleave, the
+    second.
+
+    in_flight: of each stage, micro-batches whose activations it holds, this one included. has_gradients: of each stage,
+    whether there are gradients of an earlier micro-batch.
+    """
+
+    chunk: int
+    in_flight: tuple[int, ...]
+    has_gradients: tuple[bool, ...]
+
+    def covers(self, other: "Backward") -> bool:
+        mine, others = (*self.in_flight, *self.has_gradients), (*other.in_flight, *other.has_gradients)
+        return self.chunk == other.chunk and all(m >= o for m, o in zip(mine, others, strict=True))
+
+
+@lru_cache(maxsize=4096)
+def backwards(pp: int, microbatches: int, schedule: str, rank: int) -> tuple[Backward, ...]:
+    """Those of a step on a rank of the pipeline at which most is held, in the order of torch's schedules."""
     if pp == 1:
-        return 1
-    if candidate.schedule == "GPipe":
-        return number
-    if candidate.schedule == "1F1B":
-        return min(number, pp - stage)
-    # Interleaved: forwards of both of a rank's stages before its first backward, in rounds of pp micro-batches.
-    rank, chunk = stage % pp, stage // pp
-    ahead = min(2 * number, pp + 2 * (pp - 1 - rank)) + 1
-    rounds, rest = divmod(ahead, 2 * pp)
-    own = rounds * pp + (min(rest, pp) if chunk == 0 else max(0, rest - pp))
-    return max(1, min(number, own))
+        return (Backward(0, (1,), (microbatches > 1,)),)
+    chunks = 2 if schedule.startswith("Interleaved") else 1
+    in_round = microbatches // max(1, microbatches // pp)  # a stage's micro-batches before the other stage's turn
+    ahead = {"GPipe": microbatches, "1F1B": pp - rank - 1}.get(schedule, in_round + 2 * (pp - 1 - rank))
+    total = chunks * microbatches
+    ahead = min(ahead, total - 1)  # forwards before the first pair of a forward and a backward
+    in_flight, begun, found = [0] * chunks, [False] * chunks, []
+    for step in range(total + ahead):
+        if step < total:
+            in_flight[step // in_round % chunks] += 1
+        if step >= ahead:
+            chunk = chunks - 1 - (step - ahead) // in_round % chunks
+            now = Backward(chunk, tuple(in_flight), tuple(begun))
+            if not any(other.covers(now) for other in found):
+                found = [other for other in found if not now.covers(other)] + [now]
+            in_flight[chunk] -= 1
+            begun[chunk] = True
+    return tuple(found)
+
+
+def in_flight(candidate: Candidate, stage: int) -> int:
+    """Micro-batches whose activations a stage holds at most, while its rank's last stage runs backward."""
+    c = candidate
+    found = backwards(c.pp, c.microbatches, c.schedule, stage % c.pp)
+    return max(b.in_flight[stage // c.pp] for b in found if b.chunk == len(b.in_flight) - 1)
+
+
+@lru_cache(maxsize=4096)
+def has_gradients_when_full(pp: int, microbatches: int, schedule: str) -> bool:
+    """Whether every rank also has the gradients of all its stages when they hold as many as `in_flight` says."""
+    for rank in range(pp):
+        found = [b for b in backwards(pp, microbatches, schedule, rank) if b.chunk == len(b.in_flight) - 1]
+        most = [max(numbers) for numbers in zip(*(b.in_flight for b in found), strict=True)]
+        if not any(all(b.has_gradients) and list(b.in_flight) == most for b in found):
+            return False
+    return True
 
 
 @dataclass
@@ -75,23 +116,24 @@ class _Peak:
             self.total, self.kinds = total, kinds
 
 
-def rank_memory(stages: Sequence[StageInput], on_host: tuple[str, ...] = ()) -> dict[str, float]:
-    """Of a rank with one stage, or with two where schedules interleave; see `stage_memory`.
-
-    One of two runs backward while the other holds activations; the later one begins.
+def rank_memory(
+    stages: Sequence[StageInput], backwards: Sequence[Backward], on_host: tuple[str, ...] = ()
+) -> dict[str, float]:
+    """Of a rank with one stage, or with two where schedules interleave, at the fullest of its backwards; see
+    `stage_memory`.
     """
-    if len(stages) == 1:
-        return stage_memory(stages[0], on_host)
-    first, second = stages
     found = []
-    for stage, other, held in ((second, first, first.in_flight), (first, second, max(0, second.in_flight - 1))):
-        kinds = Counter(stage_memory(stage, on_host, beside=held * _kept(other)))
-        kinds.update(_state(other))
-        if stage.pipelined:
+    for b in backwards:
+        others = [(s, n, has) for s, n, has in zip(stages, b.in_flight, b.has_gradients, strict=True)]
+        stage, number, has_gradients = others.pop(b.chunk)
+        beside = sum(n * (_kept(other) - other.ends.trunk) for other, n, _ in others)
+        kinds = Counter(stage_memory(stage, number, has_gradients, on_host, beside))
+        for other, n, has in others:
+            kinds.update(_state(other, has or "gradients" in on_host))
             kinds["pipeline buffers"] += _buffers(other)
-        if stage is second:  # the first one's backward, which frees its weights, is still to come
-            kinds["gathered weights"] += _gathered_after_forward(first)
-        kinds["offloaded activations"] += other.in_flight * sum(other.memory[block].host for block in other.blocks)
+            if b.chunk > 0:  # the first one's backward, which frees its weights, is still to come
+                kinds["gathered weights"] += _gathered_after_forward(other)
+            kinds["offloaded activations"] += n * sum(other.memory[block].host for block in other.blocks)
         found.append({kind: size for kind, size in kinds.items() if size})
     uncounted = (*on_host, "offloaded activations")
     return max(found, key=lambda kinds: sum(size for kind, size in kinds.items() if kind not in uncounted))
@@ -127,13 +169,13 @@ def _own(stage: StageInput) -> Unit:
     return own
 
 
-def _state(stage: StageInput) -> dict[str, float]:
+def _state(stage: StageInput, has_gradients: bool = True) -> dict[str, float]:
     own = _own(stage)
     return {
         "parameters": own.parameters,
         "optimizer": own.optimizer,
         "ema": own.ema,
-        "gradients": _Gradients(stage, own).most,
+        "gradients": _Gradients(stage, own, has_gradients).most if has_gradients or stage.in_backward else 0.0,
     }
 
 
@@ -143,10 +185,13 @@ def _fixed(stage: StageInput) -> dict[str, float]:
     return fixed | ({"pipeline buffers": _buffers(stage)} if stage.pipelined else {})
 
 
-def stage_memory(stage: StageInput, on_host: tuple[str, ...] = (), beside: float = 0.0) -> dict[str, float]:
+def stage_memory(
+    stage: StageInput, in_flight: int, has_gradients: bool, on_host: tuple[str, ...] = (), beside: float = 0.0
+) -> dict[str, float]:
     """Bytes by category at the peak; what is in host memory at its maximum.
 
-    on_host: categories that do not count. beside: activations of the rank's other stage.
+    in_flight, has_gradients: see Backward. on_host: categories that do not count. beside: activations of the rank's
+    other stage.
     """
     units, blocks, own = stage.units, stage.blocks, _own(stage)
     ends = _end_units(stage)
@@ -156,9 +201,9 @@ def stage_memory(stage: StageInput, on_host: tuple[str, ...] = (), beside: float
     kept = stage.ends.trunk + (stage.ends.embed if stage.is_first else 0)
     head = stage.ends.head if stage.is_last else 0
     # What the trunk keeps is the same for all micro-batches.
-    earlier = (stage.in_flight - 1) * (_kept(stage) - stage.ends.trunk) + beside
-    host = stage.in_flight * sum(m.host for m in memory)
-    peak, grads = _Peak(), _Gradients(stage, own)
+    earlier = (in_flight - 1) * (_kept(stage) - stage.ends.trunk) + beside
+    host = in_flight * sum(m.host for m in memory)
+    peak, grads = _Peak(), _Gradients(stage, own, has_gradients)
 
     def offer(**kinds: float) -> None:
         kinds["gradients"] = grads.bytes
@@ -173,7 +218,7 @@ def stage_memory(stage: StageInput, on_host: tuple[str, ...] = (), beside: float
         for unit in units.last.values():
             grads.add(unit)
     reducing = max((u.reduced for u in units.last.values()), default=0) if stage.has_units and stage.is_last else 0
-    held = 0.0  # the last unit's reduced shard, until its all-reduce over the replicas has been waited for
+    held = 0.0  # reduced shards: FSDP keeps what the replicas' all-reduce reads until the end of backward
     for i in reversed(range(len(blocks))):
         m, weights = memory[i], gathered.at(i)
         for part, unit in zip(m.parts, _units_of(stage, i), strict=True):
@@ -187,31 +232,38 @@ def stage_memory(stage: StageInput, on_host: tuple[str, ...] = (), beside: float
             saved -= freed
             if stage.has_units:
                 reducing, weights = unit.reduced, weights - unit.gathered
-                # The unit's gathered weights are freed, its gradients are there, and their sum comes beside them.
+                # The unit's gathered weights are freed, its gradients are there. They are copied for their sum, and
+                # freed before the sum comes.
                 left = part.left + freed
+                scattered = unit.gradients + (unit.copied or -unit.gathered)
                 offer(
                     activations=saved + min(0.0, left),
-                    **{TEMPORARY: max(0.0, left) + unit.gradients + unit.copied + held},
+                    **{TEMPORARY: max(0.0, left) + max(0.0, scattered) + held},
                     gathered_weights=weights,
                     reduction_buffers=reducing,
                 )
-                held = unit.gradients if stage.replicates and grads.holds_all else 0.0
+                held += unit.gradients if stage.replicates and grads.holds_all else 0.0
             grads.add(unit)
-    _offer_embed(stage, offer, earlier + kept, gathered, reducing)
+    _offer_embed(stage, offer, earlier + kept, gathered, reducing, held)
     grads.add_all()
-    offer(activations=earlier + kept, gathered_weights=root_gathered, reduction_buffers=2 * root.reduced)
+    offer(
+        activations=earlier + kept,
+        **{TEMPORARY: held},
+        gathered_weights=root_gathered,
+        reduction_buffers=2 * root.reduced,
+    )
     kinds = dict(peak.kinds)
     kinds |= {kind: fixed[kind] for kind in on_host if kind in fixed}
     return {kind: size for kind, size in kinds.items() if size} | ({"offloaded activations": host} if host else {})
 
 
-def _offer_embed(stage: StageInput, offer, kept: float, gathered: "_Gathered", reducing: float) -> None:
+def _offer_embed(stage: StageInput, offer, kept: float, gathered: "_Gathered", reducing: float, held: float) -> None:
     """The backward of what precedes the blocks."""
     if stage.is_first:
         largest = max((u.gathered for name, u in stage.units.first.items() if name), default=0)
         offer(
             activations=kept,
-            **{TEMPORARY: stage.ends.embed_working},
+            **{TEMPORARY: stage.ends.embed_working + held},
             gathered_weights=gathered.root + (largest if stage.has_units else 0),
             reduction_buffers=reducing,
         )
@@ -265,21 +317,19 @@ class _Gathered:
 
 
 class _Gradients:
-    """Bytes of sharded gradients that exist: all, from the second micro-batch on."""
+    """Bytes of sharded gradients that exist: all, from the second micro-batch on.
 
-    def __init__(self, stage: StageInput, own: Unit):
+    holds_all: whether a new gradient is added to one that exists, and is then freed.
+    """
+
+    def __init__(self, stage: StageInput, own: Unit, holds_all: bool):
         self.own, self.most = own.gradients, own.gradients
-        self.stage, self.bytes = stage, 0.0
+        self.stage, self.bytes, self.holds_all = stage, 0.0, holds_all
         if stage.in_backward:
             units = [*stage.units.blocks.values(), *stage.units.experts.values(), *_end_units(stage).values()]
             self.most = max(u.gradients for u in units)
         elif self.holds_all:
             self.bytes = own.gradients
-
-    @property
-    def holds_all(self) -> bool:
-        """Whether a new gradient is added to one that exists, and is then freed."""
-        return self.stage.accumulates or self.stage.pipelined
 
     def add(self, unit: Unit) -> None:
         if self.stage.in_backward:

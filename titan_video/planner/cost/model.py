@@ -22,7 +22,7 @@ from titan_video.models import get_args, get_spec
 from titan_video.planner.candidate import Candidate, Checkpointing, Prediction, StageMemory
 from titan_video.planner.cluster import Cluster
 from titan_video.planner.cost.layout import Layout, LayoutBuilder
-from titan_video.planner.cost.memory_model import StageInput, in_flight, rank_memory
+from titan_video.planner.cost.memory_model import StageInput, backwards, rank_memory
 from titan_video.planner.cost.step_clock import StepClock
 from titan_video.planner.cost.timeline import BlockTimes, StepTimes
 from titan_video.planner.dry_run.describe import OFFLOADED, STATE, SWAPPED
@@ -220,9 +220,7 @@ class CostModel:
             units=self.units(candidate),
             is_first=stage == 0,
             is_last=stage == last,
-            in_flight=in_flight(candidate, stage),
             num_inputs=candidate.microbatches if candidate.pp > 1 else 1,
-            accumulates=candidate.microbatches > 1,
             reshard=candidate.reshard and is_sharded,
             has_units=self.has_units(candidate),
             in_backward=self.config.optimizer.in_backward,
@@ -239,12 +237,13 @@ class CostModel:
         found = []
         for rank in range(candidate.pp):
             of_buckets = []
+            fullest = backwards(candidate.pp, candidate.microbatches, candidate.schedule, rank)
             for work in self.workload:
                 own = [
                     self.stage_input(candidate, s, kinds[s], work, len(stages) - 1)
                     for s in range(rank, len(stages), candidate.pp)
                 ]
-                of_buckets.append(rank_memory(own, state_on_host))
+                of_buckets.append(rank_memory(own, fullest, state_on_host))
             found.append(max(of_buckets, key=lambda m: sum(n for kind, n in m.items() if kind not in on_host)))
         return tuple(
             StageMemory(s, {kind: round(n) for kind, n in m.items()}, on_host, candidate.num_training_ranks)

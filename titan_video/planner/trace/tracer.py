@@ -228,14 +228,18 @@ class _LayoutTracer:
                 calls.append((module, args, kwargs))
 
             handles.append(block.register_forward_pre_hook(note, with_kwargs=True, prepend=True))
+        embed, state = self.model.embed, []
+        self.model.embed = lambda *args, **kwargs: state.append(embed(*args, **kwargs)) or state[0]
         self.model(**self._prepare(self._batch()).kwargs)
+        del self.model.embed
         for handle in handles:
             handle.remove()
         shared = set()
         for calls in seen.values():
             storages = [{_storage(t) for t in tree_leaves(call[1:]) if isinstance(t, Tensor)} for call in calls]
             shared |= set.intersection(*storages) if len(storages) > 1 else set()
-        self._seen = seen  # keeps the storages alive, so that no other gets the address of one
+        self._shared_state = [i for i, t in enumerate(state[0]) if _storage(t) in shared]
+        self._seen = seen, state  # keeps the storages alive, so that no other gets the address of one
         return {kind: calls[-1] for kind, calls in seen.items()}, shared
 
     def _trace_block(self, block: nn.Module, args: tuple, kwargs: dict, shared: set[int]) -> BlockTrace:
@@ -362,11 +366,15 @@ class _LayoutTracer:
         state_bytes = np.zeros(len(ZERO))
         parts = {name: getattr(model, name) for name in ("embed", "trunk", "head")}
 
+        def begin_embed_backward() -> None:
+            mark("embed backward", "embed backward")
+
         def watch(name: str, following: str) -> Callable:
             def run(*args: Any, **kwargs: Any) -> Any:
                 out = parts[name](*args, **kwargs)
+                if name == "trunk":
+                    out = _Blocks.apply(self._shared_state, begin_embed_backward, *out), *out[1:]
                 if name == "embed":
-                    out[0].register_hook(lambda grad: mark("embed backward", "embed backward"))
                     state_bytes[:] = sum(np.array(decode(t.nbytes)) for t in out)
                 mark(name, following)
                 if name == "embed":
@@ -383,6 +391,25 @@ class _LayoutTracer:
         mark("loss", "head backward")
         del model.embed, model.trunk, model.head
         return state_bytes, loss
+
+
+class _Blocks(torch.autograd.Function):
+    """In the place of the blocks: their tokens depend on the whole state, so that all of `embed` has a backward.
+
+    shared: indices of what all blocks save alike. begin: called in backward, when the gradients of the state are there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, shared: list[int], begin: Callable[[], None], *state: Tensor) -> Tensor:
+        ctx.save_for_backward(*(state[i] for i in shared))
+        ctx.others, ctx.begin = [(t.shape, t.dtype, t.device) for t in state[1:]], begin
+        return state[0].view_as(state[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        others = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.others]
+        ctx.begin()
+        return None, None, grad, *others
 
 
 def _smallest_divisor(number: int) -> int:
