@@ -396,7 +396,8 @@ class _LayoutTracer:
 class _Blocks(torch.autograd.Function):
     """In the place of the blocks: their tokens depend on the whole state, so that all of `embed` has a backward.
 
-    shared: indices of what all blocks save alike. begin: called in backward, when the gradients of the state are there.
+    shared: indices of the tensors that every block saves. begin: called in backward, when the gradients of the state
+    are there.
     """
 
     @staticmethod
