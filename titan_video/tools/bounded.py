@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 MAX_JSON_BYTES, MAX_JSON_DEPTH = 64 << 20, 32
+# `json.loads` makes one for each text, which takes as long as to read a short one.
+_decoder = lru_cache(lambda make_object: json.JSONDecoder(object_pairs_hook=make_object))
 KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "fifo", stat.S_IFSOCK: "socket"}
 
 
@@ -49,12 +51,6 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
     if len(data) > max_bytes:
         raise ValueError(f"{path} is larger than {max_bytes >> 20} MiB, which no file of its kind is")
     return parse_json(data, str(path))
-
-
-@lru_cache
-def _decoder(make_object: Callable[[list], Any] | None) -> json.JSONDecoder:
-    """`json.loads` makes one for each text, which takes as long as to read a short one."""
-    return json.JSONDecoder(object_pairs_hook=make_object)
 
 
 def parse_json(data: bytes | str, where: str, make_object: Callable[[list], Any] | None = None) -> Any:
