@@ -239,10 +239,12 @@ def _decide(planner: Planner, source: Source, record: ClipRecord, found: Probe |
     """The training clips of a file, or one entry with the reason why there are none."""
     policy, limits, buckets, fps = planner.policy, planner.limits, planner.buckets, source.fps or planner.fps
     mode = planner.choice.mode if source.frame_extraction == "default" else source.frame_extraction
-    choice = replace(planner.choice, mode=mode)
+    choice = planner.choice if mode == planner.choice.mode else replace(planner.choice, mode=mode)
     captions = tuple(source.caption_prefix + caption for caption in record.captions)
-    entry = PlanEntry(record.path, captions, record.reason, fps, source.num_repeats, image=record.image, limits=limits)
-    entry = replace(entry, media_rules=policy.rules)
+    repeats, rules = source.num_repeats, policy.rules
+    entry = PlanEntry(
+        record.path, captions, record.reason, fps, repeats, image=record.image, limits=limits, media_rules=rules
+    )
     if record.reason:
         return [entry]
     if found is None:
