@@ -107,13 +107,28 @@ def has_gradients_when_full(pp: int, microbatches: int, schedule: str) -> bool:
 
 @dataclass
 class _Peak:
+    """The fullest of the moments that were offered. fixed: by category, what is there all the time. on_host: categories
+    that do not count.
+    """
+
+    fixed: dict[str, float]
+    grads: "_Gradients"
+    on_host: tuple[str, ...]
     total: float = -1.0
     kinds: dict[str, float] = field(default_factory=dict)
 
-    def offer(self, kinds: dict[str, float]) -> None:
-        total = sum(kinds.values())
-        if total > self.total:
-            self.total, self.kinds = total, kinds
+    def offer(self, activations: float, temporary: float, gathered: float, reducing: float = 0.0) -> None:
+        found = {
+            **self.fixed,
+            "gradients": self.grads.bytes,
+            "activations": activations,
+            TEMPORARY: temporary,
+            "gathered weights": gathered,
+            "reduction buffers": reducing,
+        }
+        found = {kind: size for kind, size in found.items() if kind not in self.on_host}
+        if (total := sum(found.values())) > self.total:
+            self.total, self.kinds = total, found
 
 
 def rank_memory(
@@ -149,9 +164,8 @@ def _kept(stage: StageInput) -> float:
 
 def _gathered_after_forward(stage: StageInput) -> float:
     """Weights that a stage leaves gathered between its forward and its backward: its root's, or all of them."""
-    ends = _end_units(stage)
     root = _root(stage).gathered
-    return root if stage.reshard else _Gathered(stage, ends, root).at(len(stage.blocks))
+    return root if stage.reshard else _Gathered(stage, root).at(len(stage.blocks))
 
 
 def _buffers(stage: StageInput) -> float:
@@ -193,41 +207,26 @@ def stage_memory(
     in_flight, has_gradients: see Backward. on_host: categories that do not count. beside: activations of the rank's
     other stage.
     """
-    units, blocks, own = stage.units, stage.blocks, _own(stage)
-    ends = _end_units(stage)
+    blocks, grads = stage.blocks, _Gradients(stage, _own(stage), has_gradients)
     root = _root(stage)  # gathered from the first use to the end of backward
-    root_gathered, fixed = (root.gathered if stage.has_units else 0), _fixed(stage)
+    fixed = _fixed(stage)
+    peak, gathered = _Peak(fixed, grads, on_host), _Gathered(stage, root.gathered if stage.has_units else 0)
     memory = [stage.memory[block] for block in blocks]
-    kept = stage.ends.trunk + (stage.ends.embed if stage.is_first else 0)
-    head = stage.ends.head if stage.is_last else 0
     # What the trunk keeps is the same for all micro-batches.
-    earlier = (in_flight - 1) * (_kept(stage) - stage.ends.trunk) + beside
-    host = in_flight * sum(m.host for m in memory)
-    peak, grads = _Peak(), _Gradients(stage, own, has_gradients)
-
-    def offer(**kinds: float) -> None:
-        kinds["gradients"] = grads.bytes
-        found = {**fixed, **{name.replace("_", " "): value for name, value in kinds.items()}}
-        peak.offer({kind: size for kind, size in found.items() if kind not in on_host})
-
-    gathered = _Gathered(stage, ends, root_gathered)
-    saved = earlier + kept + sum(m.saved for m in memory)
+    kept = stage.ends.trunk + (stage.ends.embed if stage.is_first else 0)
+    kept += (in_flight - 1) * (_kept(stage) - stage.ends.trunk) + beside
+    saved = kept + sum(m.saved for m in memory)
+    reducing = 0.0
     if stage.is_last:
-        temporary = {TEMPORARY: stage.ends.head_working}
-        offer(activations=saved + head, gathered_weights=gathered.at(len(blocks)), **temporary)
-        for unit in units.last.values():
+        peak.offer(saved + stage.ends.head, stage.ends.head_working, gathered.at(len(blocks)))
+        for unit in stage.units.last.values():
             grads.add(unit)
-    reducing = max((u.reduced for u in units.last.values()), default=0) if stage.has_units and stage.is_last else 0
+            reducing = max(reducing, unit.reduced) if stage.has_units else 0.0
     held = 0.0  # reduced shards: FSDP keeps what the replicas' all-reduce reads until the end of backward
     for i in reversed(range(len(blocks))):
         m, weights = memory[i], gathered.at(i)
         for part, unit in zip(m.parts, _units_of(stage, i), strict=True):
-            offer(
-                activations=saved + part.recomputed,
-                **{TEMPORARY: part.working - part.recomputed + held},
-                gathered_weights=weights,
-                reduction_buffers=reducing,
-            )
+            peak.offer(saved + part.recomputed, part.working - part.recomputed + held, weights, reducing)
             freed = m.saved if part is m.parts[-1] else 0.0
             saved -= freed
             if stage.has_units:
@@ -235,38 +234,19 @@ def stage_memory(
                 # The unit's gathered weights are freed, its gradients are there. They are copied for their sum, and
                 # freed before the sum comes.
                 left = part.left + freed
-                scattered = unit.gradients + (unit.copied or -unit.gathered)
-                offer(
-                    activations=saved + min(0.0, left),
-                    **{TEMPORARY: max(0.0, left) + max(0.0, scattered) + held},
-                    gathered_weights=weights,
-                    reduction_buffers=reducing,
-                )
+                scattered = max(0.0, unit.gradients + (unit.copied or -unit.gathered))
+                peak.offer(saved + min(0.0, left), max(0.0, left) + scattered + held, weights, reducing)
                 held += unit.gradients if stage.replicates and grads.holds_all else 0.0
             grads.add(unit)
-    _offer_embed(stage, offer, earlier + kept, gathered, reducing, held)
-    grads.add_all()
-    offer(
-        activations=earlier + kept,
-        **{TEMPORARY: held},
-        gathered_weights=root_gathered,
-        reduction_buffers=2 * root.reduced,
-    )
-    kinds = dict(peak.kinds)
-    kinds |= {kind: fixed[kind] for kind in on_host if kind in fixed}
-    return {kind: size for kind, size in kinds.items() if size} | ({"offloaded activations": host} if host else {})
-
-
-def _offer_embed(stage: StageInput, offer, kept: float, gathered: "_Gathered", reducing: float, held: float) -> None:
-    """The backward of what precedes the blocks."""
-    if stage.is_first:
+    if stage.is_first:  # the backward of what precedes the blocks
         largest = max((u.gathered for name, u in stage.units.first.items() if name), default=0)
-        offer(
-            activations=kept,
-            **{TEMPORARY: stage.ends.embed_working + held},
-            gathered_weights=gathered.root + (largest if stage.has_units else 0),
-            reduction_buffers=reducing,
-        )
+        weights = gathered.root + (largest if stage.has_units else 0)
+        peak.offer(kept, stage.ends.embed_working + held, weights, reducing)
+    grads.add_all()
+    peak.offer(kept, held, gathered.root, 2 * root.reduced)
+    kinds = peak.kinds | {kind: fixed[kind] for kind in on_host if kind in fixed}
+    host = in_flight * sum(m.host for m in memory)
+    return {kind: size for kind, size in kinds.items() if size} | ({"offloaded activations": host} if host else {})
 
 
 def _end_units(stage: StageInput) -> dict[str, Unit]:
@@ -296,8 +276,8 @@ def _units_of(stage: StageInput, i: int) -> list[Unit]:
 class _Gathered:
     """Gathered weights while block i runs backward; of len(blocks), while the head does."""
 
-    def __init__(self, stage: StageInput, ends: dict[str, Unit], root: float):
-        self.stage, self.root = stage, root
+    def __init__(self, stage: StageInput, root: float):
+        self.stage, self.root, ends = stage, root, _end_units(stage)
         self.blocks = [stage.units.whole[kind].gathered for kind, _ in stage.blocks]
         # While the head runs, FSDP gathers the last block, and its experts only when they are next.
         self.last = stage.units.blocks[stage.blocks[-1][0]].gathered if stage.blocks else 0

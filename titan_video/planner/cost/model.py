@@ -28,7 +28,8 @@ from titan_video.planner.cost.timeline import BlockTimes, StepTimes
 from titan_video.planner.dry_run.describe import OFFLOADED, STATE, SWAPPED
 from titan_video.planner.dry_run.run import num_clip_tokens
 from titan_video.planner.trace.replay import BlockMemory, EndsMemory, Replay, block_replay, ends_memory
-from titan_video.planner.trace.tracer import BlockTrace, EndsTrace, Tracer
+from titan_video.planner.trace.tracer import Tracer
+from titan_video.planner.trace.traces import BlockTrace, EndsTrace
 from titan_video.planner.trace.units import Units, UnitSizes
 
 WORST_LOAD = 1.5  # of experts: balancing keeps the fullest below it (see training/expert_balance.py)

@@ -19,7 +19,7 @@ import numpy as np
 from titan_video.planner.candidate import Candidate, Checkpointing
 from titan_video.planner.cluster import Cluster, Group
 from titan_video.planner.trace.recorder import GROUPED, ZERO, Op, Poly, monomials
-from titan_video.planner.trace.tracer import BlockTrace
+from titan_video.planner.trace.traces import BlockTrace
 
 COMPUTED = ("products", "attention", "memory-bound")
 _PARTS = {"product": "products", "attention": "attention", "memory": "memory-bound"}

@@ -38,7 +38,8 @@ from titan_video.planner.cluster import Cluster
 from titan_video.planner.cost.model import BucketWork, CostModel
 from titan_video.planner.dry_run import fake
 from titan_video.planner.profile.stopwatch import Stopwatch
-from titan_video.planner.trace.tracer import BlockTrace, EndsTrace, Tracer
+from titan_video.planner.trace.tracer import Tracer
+from titan_video.planner.trace.traces import BlockTrace, EndsTrace
 from titan_video.tasks.denoising import Denoising
 
 MAX_WEIGHTS = 2**28  # of the cut, but for one block of each type

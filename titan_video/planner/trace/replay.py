@@ -7,7 +7,7 @@ import numpy as np
 
 from titan_video.planner.candidate import Checkpointing
 from titan_video.planner.trace.recorder import monomials
-from titan_video.planner.trace.tracer import BlockTrace, EndsTrace, Log
+from titan_video.planner.trace.traces import BlockTrace, EndsTrace, Log
 
 
 @dataclass(frozen=True)
