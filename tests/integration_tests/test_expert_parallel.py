@@ -86,7 +86,8 @@ def test_the_run_is_that_of_one_rank(shared_front):
 )
 def test_a_run_resumes_bitwise(options, shared_front, request):
     """Four ranks: with each option stopped after two steps, and resumed."""
-    name, options = request.node.callspec.id, OPTIONS | EP2 | options | {"activation_checkpoint.save_min_kv": 0}
+    shared = {"training.global_batch_size": 8, "activation_checkpoint.save_min_kv": 0}  # 4 ranks x 2 clips
+    name, options = request.node.callspec.id, OPTIONS | EP2 | options | shared
     whole = shared_front.run(f"{name} whole", options | {"training.steps": 4}, 4).ok()
     shared_front.run(f"{name} stopped", options, 4).ok()
     resumed = shared_front.run(f"{name} stopped", options | {"training.steps": 4}, 4).ok()

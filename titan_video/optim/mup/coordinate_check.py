@@ -49,7 +49,7 @@ class Probe:
 
     widths: tuple[int, ...]
     steps: int = 4
-    seeds: int = 2
+    seeds: int = 4
     layers: int = 2
     lr: float = 2.0**-7
     clips: int = 8
