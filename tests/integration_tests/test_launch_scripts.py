@@ -54,8 +54,9 @@ def status(code):
     status = {"status": "x", "exit_code": code, "run_id": run_id, "idle_starts": int(os.environ.get("IDLE", "0"))}
     (here / "status.json").write_text(json.dumps(status))
 print("hello from", rank, flush=True)
-threads = os.environ.get("OMP_NUM_THREADS")
-facts = {"pid": os.getpid(), "args": sys.argv[1:], "cwd": os.getcwd(), "omp": threads, "python": sys.executable}
+threads, spin = os.environ.get("OMP_NUM_THREADS"), os.environ.get("GOMP_SPINCOUNT")
+facts = {"pid": os.getpid(), "args": sys.argv[1:], "cwd": os.getcwd(), "python": sys.executable}
+facts |= {"omp": threads, "spin": spin}
 (here / f"started{rank}.tmp").write_text(json.dumps(facts))
 (here / f"started{rank}.tmp").rename(here / f"started{rank}")
 if "--fail" in sys.argv and rank == "1":
@@ -174,7 +175,7 @@ def test_one_process_saves_on_a_signal(repo, tmp_path, signum):
     # Run from another folder: the default configuration is found, and relative paths stay the user's.
     assert seen["args"] == ["--job.config_file", f"{repo}/train_configs/shapes.toml", "--job.description", "two words"]
     assert seen["cwd"] == str(tmp_path)
-    assert seen["omp"] is None
+    assert seen["omp"] is None and seen["spin"] == "10000"
     p.send_signal(signum)
     output, _ = p.communicate(timeout=30)
     assert p.returncode == 85 and (repo / "saved0").exists(), output
