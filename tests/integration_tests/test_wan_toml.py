@@ -44,6 +44,7 @@ def arguments(name, folder, assets, clips):
         "lr_scheduler.warmup_steps": 1,
         "validation.sample_steps": 2,
         "validation.holdout": 0.25,
+        "activation_checkpoint.save_min_kv": 0,
         "compile.backend": "aot_eager",
         "model.flavor": "hf",
     }
