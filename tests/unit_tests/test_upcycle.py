@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -203,6 +204,27 @@ def test_the_benchmark_of_learning():
 
     assert first_step(scores((1, 0.5), (2, 0.9), (3, 1.0))) == pytest.approx(250)
     assert first_step(scores((1, 0.5))) is None
-    text = table({"debug": scores((1, 0.9), (2, 1.0)), "moe-debug": scores((1, 0.5), (2, 1.0))})
-    assert "| 100 | 90 %, 90 %, 90 % | 50 %, 50 %, 50 % |" in text
-    assert "ratio 1.27, at most 1.1: no" in text
+    dense, moe, never = scores((1, 0.9), (2, 1.0)), scores((1, 0.5), (2, 1.0)), scores((1, 0.5))
+    text = table(("debug", "moe-debug"), {0: [dense, moe], 4: [moe, dense]})
+    assert "| 0 | 150 | 190 | 1.27 | 100% / 100% direction" in text and "| 4 | 190 | 150 | 0.79 |" in text
+    assert "| mean | 170 | 170 | 1.00 |" in text and text.endswith("at most 1.1 times the steps: yes")
+    assert table(("debug", "moe-debug"), {0: [dense, moe]}).endswith(": no")
+    text = table(("debug", "moe-debug"), {0: [dense, dense], 4: [dense, never]})
+    assert "| 4 | 150 | none | nan |" in text and text.endswith(": no")
+
+
+def test_the_benchmark_of_learning_reads_a_finished_run(tmp_path, monkeypatch):
+    from benchmarks import learn_experts
+
+    started = []
+    monkeypatch.setattr(learn_experts.subprocess, "run", lambda command, **_: started.append(command))
+    options = SimpleNamespace(out=tmp_path, steps=20, every=10, config="x.toml")
+    (tmp_path / "debug-seed5").mkdir()
+    rows = [{"step": n, "validation": {"score_direction": n / 20}} for n in (10, 20)]
+    (tmp_path / "debug-seed5" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert learn_experts.train("debug", 5, options, []) == {n: {"score_direction": n / 20} for n in (10, 20)}
+    assert not started
+    options.steps = 30
+    learn_experts.train("debug", 5, options, ["--optimizer.lr", "1e-3"])
+    (command,) = started
+    assert command[command.index("--debug.seed") + 1] == "5" and command[-2:] == ["--optimizer.lr", "1e-3"]
