@@ -367,6 +367,19 @@ def test_a_rank_has_few_bytes_a_clip(tmp_path):
     assert size / 21_000 < 900
 
 
+def test_a_bucket_keeps_the_clips_that_it_gave_last(mixed, tmp_path, monkeypatch):
+    monkeypatch.setattr(clip_tables, "CLIPS_KEPT", 2)
+    path = write_plan_table(tmp_path / "p.columns", mixed[1]["head"], DEFAULT_LIMITS)
+    table = clip_table(path, LatentCache(tmp_path / "cache", "v", "t"), False, tmp_path)
+    bucket = max(table.by_bucket("id").buckets, key=len)
+    assert len(bucket) >= 3
+    for some in (bucket, pickle.loads(pickle.dumps(bucket))):
+        first = some[0]
+        assert some[1] is some[1] and some[0] is first
+        some[1], some[2]
+        assert some[0] is not first and some[0] == first
+
+
 # ---- many ranks, many jobs ----
 
 

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from titan_video.ingest.plan.plan_table import TEXTS, PlanTable
 
 VERSION = 1  # raise it when a table of the same name would hold something else
 CHUNK, LOOKED_UP = 4096, 1 << 20  # clips whose keys are hashed together, keys that are looked up together
+CLIPS_KEPT = 512  # of a bucket, in memory: about 4 KB each
 PATH, CAPTIONS, IMAGE_SHA256 = (TEXTS.index(name) for name in ("path", "captions", "image_sha256"))
 
 
@@ -206,14 +208,20 @@ class Missing(NamedTuple):
 
 
 class _Bucket(Sequence[CachedClip]):
+    """It keeps the clips that it gave last: those of a small data set are drawn again and again."""
+
     def __init__(self, table: ClipTable, rows: np.ndarray):
         self.table, self.rows = table, rows
+        self.clip = lru_cache(maxsize=CLIPS_KEPT)(table.clip)
+
+    def __reduce__(self) -> tuple:
+        return _Bucket, (self.table, self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> CachedClip:
-        return self.table.clip(int(self.rows[index]))
+        return self.clip(int(self.rows[index]))
 
 
 # ---- building ----
