@@ -72,12 +72,13 @@ def cost(base: dict[str, float], wide: dict[str, float]) -> float:
     return wide[min(base, key=base.get)] / min(wide.values()) - 1
 
 
-def _costs_by_seed(transferred: dict[str, dict[str, list[float]]]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {name: [] for name in transferred}
+def costs_by_seed(transferred: dict[str, dict[str, list[float]]]) -> dict[str, list[float]]:
+    """`cost` of each model at the best rate that its seed has at the base."""
+    found: dict[str, list[float]] = {name: [] for name in transferred}
     for seed in range(len(SEEDS)):
         by_name = {name: {rate: x[seed] for rate, x in by_rate.items()} for name, by_rate in transferred.items()}
         for name, losses in by_name.items():
-            found[name].append(f"{cost(by_name['base'], losses):.1%}")
+            found[name].append(cost(by_name["base"], losses))
     return found
 
 
@@ -105,7 +106,7 @@ def page(results: dict[str, Any]) -> str:
     ]
     table = markdown(["loss at rate", *(f"2^{round(torch.tensor(float(r)).log2().item())}" for r in rates)], rows)
     mean = {name: cost(sweeps["base"], losses) for name, losses in sweeps.items()}
-    alone = {name: ", ".join(costs) for name, costs in _costs_by_seed(results["transfer"]).items()}
+    alone = {name: ", ".join(f"{x:.1%}" for x in costs) for name, costs in costs_by_seed(results["transfer"]).items()}
     words = (
         f"The best rate of width 32, carried to width 128, costs {mean['mup']:.1%} of loss over the best rate there "
         f"with muP, and {mean['standard']:.1%} without. Tuned and carried with each seed alone, as one does: "
