@@ -69,8 +69,8 @@ def table(flavors: tuple[str, str], by_seed: dict[int, list[dict[int, dict[str, 
     dense, moe = (sum(x) / len(x) for x in zip(*firsts, strict=True))
     rows.append(["mean", f"{dense:,.0f}", f"{moe:,.0f}", f"{moe / dense:.2f}", ""])
     head = ["seed", *(f"{flavor}, step" for flavor in flavors), "ratio", "of the clips right at the end"]
-    verdict = "yes" if moe <= MOST * dense else "no"
-    return f"{markdown(head, rows)}\n\nThe mixture takes at most {MOST} times the steps: {verdict}"
+    within = "yes" if moe <= MOST * dense else "no"
+    return f"{markdown(head, rows)}\n\nThe mixture takes at most {MOST} times the steps: {within}"
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import runpy
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,10 +12,6 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import ROOT, Program, context, free_port
-
-# A background job of a shell ignores SIGINT, and so would every script that a test starts.
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SMALL = {
     "job.config_file": ROOT / "train_configs" / "debug.toml",
