@@ -88,7 +88,7 @@ setpriv --pdeathsig KILL true 2>/dev/null && with_parent=(setpriv --pdeathsig KI
 logs=''
 if ((NGPU == 1 && NNODES == 1)); then    # one process, all cores
     second=KILL
-    # How long a thread spins before it sleeps. libgomp's default wastes half of a step on cores that others use, too.
+    # How long a thread spins before it sleeps. libgomp's default wastes time on cores that others use, too.
     export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}
     "${with_parent[@]}" "$PYTHON" "${train[@]}" <&0 &
 else
