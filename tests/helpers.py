@@ -7,6 +7,7 @@ import pickle
 import queue
 import signal
 import socket
+import subprocess
 import tempfile
 import time
 import traceback
@@ -160,7 +161,42 @@ def whole_tensors(tensors):
     return full
 
 
-# ---- the whole program ----
+# ---- programs ----
+
+_started = []
+
+
+def start_program(words, **options):
+    """A Popen in a session of its own. What still runs of it when its test is over is killed (`end_programs`)."""
+    p = subprocess.Popen(words, start_new_session=True, **options)
+    _started.append(p)
+    return p
+
+
+def end_programs():
+    """Kill what a test has left running, as one does that has failed."""
+    while _started:
+        p = _started.pop()
+        if isinstance(p, Program):
+            p.kill()
+        elif p.poll() is None:
+            kill_with_children(p.pid)
+            p.wait()
+
+
+def kill_with_children(pid):
+    """Also those that are sessions of their own. All are halted first, lest one starts another meanwhile."""
+    found = []
+    while (now := [pid, *children(pid)]) != found:
+        found = now
+        _send(signal.SIGSTOP, found)
+    _send(signal.SIGKILL, found)
+
+
+def _send(signum, pids):
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signum)
 
 
 def free_port():
@@ -223,6 +259,7 @@ class Program:
         ]
         for p in self.ranks:
             p.start()
+        _started.append(self)
 
     def kill(self):
         for p in self.ranks:

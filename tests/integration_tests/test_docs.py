@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.helpers import ROOT, free_port
+from tests.helpers import ROOT, free_port, start_program
 from tests.integration_tests.conftest import run_module
 from tests.unit_tests.data_clips import captioned
 from tests.unit_tests.test_docs import fences, read, shell_commands
@@ -51,7 +50,7 @@ def start(command, folder):
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
     }
-    return subprocess.Popen(
+    return start_program(
         ["bash", "-c", command],
         cwd=folder,
         env=env,
@@ -59,7 +58,6 @@ def start(command, folder):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
 
 
@@ -163,12 +161,7 @@ def test_the_first_commands_of_the_readme(clone):
     assert (clone / "red.mp4").stat().st_size > 0
 
     board = start(f"{one_command(page, 'tensorboard --logdir')} --port {free_port()}", clone)
-    try:
-        lines = iter(board.stdout.readline, "")
-        assert any("http://" in line for line in lines), "TensorBoard ended without serving"
-    finally:
-        os.killpg(board.pid, signal.SIGKILL)
-        board.wait()
+    assert any("http://" in line for line in iter(board.stdout.readline, "")), "TensorBoard ended without serving"
 
 
 def test_the_rehearsal_of_the_recipe(clone):

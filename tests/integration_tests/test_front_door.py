@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import ROOT, hf_state_dict
+from tests.helpers import ROOT, hf_state_dict, start_program
 from tests.integration_tests.test_resume import iter_tensors
 from tests.unit_tests.data_clips import captioned, write_clip
 from titan_video.config.manager import dump, load
@@ -467,7 +467,7 @@ def test_a_signal_to_the_script(front, ranks):
     for _ in range(2):
         seen = len(log.read_text()) if log.exists() else 0
         with log.open("a") as output:
-            p = subprocess.Popen(
+            p = start_program(
                 [*SHELL, *front.argv("run", {"training.steps": 100000})],
                 cwd=front.root,
                 env=env,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT, children
+from tests.helpers import ROOT, children, start_program
 
 SCRIPTS = (
     "run_train.sh",
@@ -133,12 +133,11 @@ def environment(**values):
 
 def start(repo, *args, cwd=None, before=(), **env):
     env = environment(PYTHON=sys.executable, **env)
-    return subprocess.Popen(
+    return start_program(
         [*before, str(repo / "run_train.sh"), *args],
         cwd=cwd or repo,
         env=env,
         stdin=subprocess.DEVNULL,
-        start_new_session=True,
         **PIPES,
     )
 
@@ -390,7 +389,7 @@ def wheel(folder, version):
 
 def train_once(repo, wheels):
     env = environment(PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheels), PIP_CONFIG_FILE=os.devnull)
-    return subprocess.Popen([str(repo / "run_train.sh"), "--end", "0"], cwd=repo, env=env, **PIPES)
+    return start_program([str(repo / "run_train.sh"), "--end", "0"], cwd=repo, env=env, **PIPES)
 
 
 def test_first_use_makes_a_venv(repo, tmp_path):
@@ -617,7 +616,7 @@ def test_slurm_script(repo, signalled, status, code, requeued):
     # Slurm runs a copy of the script from its spool folder.
     spool = repo.parent / "slurm_script"
     shutil.copy(repo / "multinode_trainer.slurm", spool)
-    p = subprocess.Popen(["bash", str(spool), "--training.steps", "9 9"], cwd=repo, env=env, **PIPES)
+    p = start_program(["bash", str(spool), "--training.steps", "9 9"], cwd=repo, env=env, **PIPES)
     if signalled:
         facts(repo)
         p.send_signal(signal.SIGUSR2)

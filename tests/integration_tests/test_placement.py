@@ -8,13 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT, children, signal_at
+from tests.helpers import ROOT, children, signal_at, start_program
 from titan_video.data.latent_cache import LatentCache
 
 VALIDATED = {
@@ -161,31 +160,26 @@ def test_a_lost_rank_ends_the_run_of_the_script(front, tmp_path, rank, signum):
     }
     metrics = front.root / "run" / "metrics.jsonl"
     with open(tmp_path / "log", "w+") as log:
-        p = subprocess.Popen(
+        p = start_program(
             [ROOT / "run_train.sh", *front.argv("run", options)],
             env=env,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            start_new_session=True,
         )
-        try:
-            while not (metrics.exists() and '"step": 3,' in metrics.read_text()):
-                assert p.poll() is None, Path(log.name).read_text()
-                time.sleep(0.05)
-            all_of_them = children(p.pid)
-            os.kill(
-                next(
-                    pid
-                    for pid in all_of_them
-                    if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-                ),
-                signum,
-            )
-            code = p.wait(timeout=100)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(p.pid, signal.SIGKILL)
+        while not (metrics.exists() and '"step": 3,' in metrics.read_text()):
+            assert p.poll() is None, Path(log.name).read_text()
+            time.sleep(0.05)
+        all_of_them = children(p.pid)
+        os.kill(
+            next(
+                pid
+                for pid in all_of_them
+                if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            ),
+            signum,
+        )
+        code = p.wait(timeout=100)
     end_soon(all_of_them)
     said = Path(log.name).read_text()
     assert code and len(all_of_them) >= 5, code

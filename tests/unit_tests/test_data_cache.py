@@ -4,18 +4,15 @@ import json
 import multiprocessing
 import os
 import random
-import signal
-import subprocess
 import sys
 import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.helpers import ROOT, children, context, free_port
+from tests.helpers import ROOT, context, free_port, kill_with_children, start_program
 from tests.unit_tests.data_clips import captioned
 from titan_video.data import latent_cache
 from titan_video.data.latent_cache import LatentCache
@@ -249,12 +246,6 @@ class Forked:
         return max(abs(p.exitcode) for p in self.ranks)
 
 
-def send(signum, pids):
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signum)
-
-
 class Torchrun:
     """As people start it, with workers; but for shards of two entries, so that there is something to interrupt."""
 
@@ -278,22 +269,14 @@ class Torchrun:
             *encode_options(folder),
         ]
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        self.run = subprocess.Popen(
-            [*argv, "--data.num_workers", "1"], env=env, stdout=self.log, stderr=self.log, start_new_session=True
-        )
+        self.run = start_program([*argv, "--data.num_workers", "1"], env=env, stdout=self.log, stderr=self.log)
 
     def is_running(self):
         return self.run.poll() is None
 
     def kill(self):
-        """torchrun, ranks and their workers, which are process groups of their own; halted first, lest one starts
-        another meanwhile.
-        """
-        found = []
-        while (now := [self.run.pid, *children(self.run.pid)]) != found:
-            found = now
-            send(signal.SIGSTOP, found)
-        send(signal.SIGKILL, found)
+        """torchrun, ranks and their workers."""
+        kill_with_children(self.run.pid)
 
     def join(self):
         code = self.run.wait(timeout=200)
