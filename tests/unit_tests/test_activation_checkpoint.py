@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch._functorch.config
+import torch._inductor.config
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -295,6 +296,12 @@ def test_flops_of_recomputation():
     assert recomputed_flops(replace(FULL, layers=(1,)), ARGS, 100, 2) == whole / ARGS.num_layers
     halves = replace(FULL, range=(CheckpointRange(layers="1-2", mode="selective", save=("attention",)),))
     assert recomputed_flops(halves, ARGS, 100, 2) == whole - attention / 2
+
+
+def test_the_compiler_is_kept_from_a_fusion_that_loses_gradients(monkeypatch):
+    monkeypatch.setattr(torch._inductor.config.triton, "mix_order_reduction", True)
+    build(NONE, backend="inductor")
+    assert not torch._inductor.config.triton.mix_order_reduction
 
 
 # ---- a selection that selects nothing ----

@@ -486,6 +486,15 @@ def test_fsdps_communication_needs_other_ranks_and_a_torch_that_has_it(monkeypat
     assert "lacks; leave it false" in " ".join(fsdp.rules(symmetric, 2))
 
 
+def test_state_of_replicas_on_the_host_needs_a_torch_that_keeps_gradients(monkeypatch):
+    replicas = {"parallelism.data_parallel_replicate_degree": 2}
+    alone, both = {"training.enable_cpu_offload": True}, {"training.enable_cpu_offload": True, **replicas}
+    monkeypatch.setattr(fsdp, "CAN_OFFLOAD_REPLICAS", True)
+    assert not list(fsdp.rules(from_dict(with_values(both)), 2))
+    monkeypatch.setattr(fsdp, "CAN_OFFLOAD_REPLICAS", False)
+    assert [len(list(fsdp.rules(from_dict(with_values(values)), 2))) for values in (replicas, alone, both)] == [0, 0, 1]
+
+
 TOML = str(ROOT / "train_configs" / "debug.toml")
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from titan_video.kernels.grouped import grouped_linear, reference
+from titan_video.kernels.grouped import _clear_without_rows, grouped_linear, reference
 
 COUNTS = {"some": [3, 0, 5, 2], "one": [10, 0, 0, 0], "none": [0, 0, 0, 0]}
 WIDTHS = {"aligned": (16, 24), "unaligned": (9, 7)}
@@ -32,6 +32,14 @@ def test_equals_the_loop_with_gradients(counts, widths, dtype):
     if counts == "some":
         x, w, b = inputs
         assert torch.allclose(found[3:8].double(), (x[3:8] @ w[2] + b[2]).double(), rtol=1e-2, atol=1e-2)
+
+
+def test_gradients_of_experts_without_rows_are_cleared():
+    """What the device leaves there may be anything."""
+    w, b = torch.full((4, 2, 3), torch.nan), torch.full((4, 3), torch.inf)
+    w[[0, 2, 3]], b[[0, 2, 3]] = 1.0, 2.0
+    _clear_without_rows((w, b), torch.tensor(COUNTS["some"]))
+    assert w.sum((1, 2)).tolist() == [6, 0, 6, 6] and b.sum(1).tolist() == [6, 0, 6, 6]
 
 
 @pytest.mark.parametrize("rows", [9, 11])

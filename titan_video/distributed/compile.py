@@ -5,6 +5,7 @@ one clip and batches of several have a graph each, and so have forwards with and
 """
 
 import torch._dynamo
+import torch._inductor.config
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -22,6 +23,8 @@ def apply_compile(model: nn.Module, plan: ParallelPlan, backend: str) -> None:
 
     Parameter names do not change.
     """
+    # On a GPU it leaves gradients of a modulation's parts unwritten (torch 2.10 to 2.14, pytorch issue 193061).
+    torch._inductor.config.triton.mix_order_reduction = False
     policies = {getattr(container[key], "policy", None) for container, key in get_blocks(model, plan)}
     limit = MAX_GRAPHS * len(policies)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)

@@ -30,6 +30,7 @@ from titan_video.models.spec import ParallelPlan
 
 # A Linear of a 3-D input returns a view. The warning is about in-place changes of it, which no model here makes.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+CAN_OFFLOAD_REPLICAS = torch.__version__ >= (2, 13)  # gradients may be overwritten before: pytorch pull request 180665
 
 
 def get_blocks(model: nn.Module, plan: ParallelPlan) -> list[tuple[nn.ModuleDict, str]]:
@@ -70,10 +71,7 @@ def apply_fsdp(
     in_blocks = [block.get_submodule(path) for block in blocks for path in plan.experts if has(block, path)]
     experts = {p for module in in_blocks for p in module.parameters()}
     for pattern, mesh_name in plan.units.items():
-        assert hasattr(meshes, mesh_name), (
-            f"ParallelPlan.units: {pattern!r} is sharded over {mesh_name!r}, which is no mesh; meshes: "
-            f"{list(vars(meshes))}"
-        )
+        assert hasattr(meshes, mesh_name), f"ParallelPlan.units: {pattern!r}: {mesh_name!r} is none of {vars(meshes)}"
         is_root = pattern == ""
         # Modules cast their inputs themselves: a policy's cast would also hit times, RoPE and modulation (float32).
         dtypes = (root_dtype, torch.promote_types(reduce_dtype, root_dtype)) if is_root else (param_dtype, reduce_dtype)
@@ -163,3 +161,6 @@ def rules(config: JobConfig, world_size: int) -> Iterator[str]:
         yield from (f"{value}, {fix}" for value, is_asked in asked.items() if is_asked)
     if symmetric and not hasattr(FSDPModule, "set_symm_mem_for_comm"):
         yield f"parallelism.enable_fsdp_symm_mem: true, which torch {torch.__version__} lacks; leave it false"
+    replicas = config.parallelism.data_parallel_replicate_degree
+    if config.training.enable_cpu_offload and replicas > 1 and not CAN_OFFLOAD_REPLICAS:
+        yield "training.enable_cpu_offload: with replicas it needs torch 2.13; set data_parallel_replicate_degree = 1"

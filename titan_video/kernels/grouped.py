@@ -51,7 +51,10 @@ def grouped_linear_backward(
     ends_E = _ends(counts_E)
     grad_x_ND = F.grouped_mm(grad_NF, w_EDF.transpose(1, 2), offs=ends_E)
     grad_w_EDF = F.grouped_mm(x_ND.t(), grad_NF, offs=ends_E)
-    return grad_x_ND, grad_w_EDF, _sums(grad_NF, counts_E, ends_E)
+    grad_b_EF = _sums(grad_NF, counts_E, ends_E)
+    if x_ND.is_cuda and torch.cuda.get_device_capability(x_ND.device)[0] >= 10:
+        _clear_without_rows((grad_w_EDF, grad_b_EF), counts_E)
+    return grad_x_ND, grad_w_EDF, grad_b_EF
 
 
 @grouped_linear_backward.register_fake
@@ -113,6 +116,14 @@ def _sums(grad_NF: Tensor, counts_E: Tensor, ends_E: Tensor) -> Tensor:
     # As a product with ones, whose sums are float32 and in one order: an index_add would add in a random order.
     ones = grad_NF.new_ones(grad_NF.shape[0], _ALIGNMENT)
     return F.grouped_mm(ones.t(), grad_NF, offs=ends_E)[:, 0].contiguous()
+
+
+def _clear_without_rows(grads_E: tuple[Tensor, ...], counts_E: Tensor) -> None:
+    """Zero what belongs to experts without rows, in place. On Blackwell `grouped_mm` leaves it unwritten (pytorch issue
+    172439).
+    """
+    for grad in grads_E:
+        grad.masked_fill_((counts_E == 0).view(-1, *[1] * (grad.ndim - 1)), 0)
 
 
 def _check(x_ND: Tensor, counts_E: Tensor, num_rows: int) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from titan_video.config.job_config import JobConfig
 from titan_video.config.values import nearest_word
 from titan_video.data.batching import gradient_accumulation, num_data_ranks
+from titan_video.distributed import fsdp
 from titan_video.planner.candidate import Candidate
 
 DEGREES = ("pp", "dp_replicate", "dp_shard", "ring", "ulysses", "tp")  # they multiply to the ranks
@@ -214,6 +215,8 @@ def refusals(config: JobConfig, c: Candidate) -> Iterator[str]:
         yield "optimizer.in_backward: true, but gradients of several micro-batches are summed before an update"
     if config.optimizer.in_backward and (c.dp_replicate > 1 or c.enable_cpu_offload):
         yield "optimizer.in_backward: true, which goes neither with dp_replicate nor with state on the host"
+    if c.enable_cpu_offload and c.dp_replicate > 1 and not fsdp.CAN_OFFLOAD_REPLICAS:
+        yield "training.enable_cpu_offload: true, which goes with dp_replicate from torch 2.13 on"
 
 
 def violations(space: Space, degrees: Mapping[str, int]) -> Iterator[str]:
