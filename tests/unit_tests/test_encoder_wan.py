@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from titan_video.encoders.wan import WanEncoders, clean_prompt
 
@@ -50,6 +51,9 @@ def saved(tmp_path_factory):
     for p in text_encoder.parameters():
         torch.nn.init.normal_(p, std=0.5)
     text_encoder.save_pretrained(root / "text_encoder", max_shard_size="5KB")
+    # As published: one table of embeddings in the file, yet a config that says it is not shared.
+    published = root / "text_encoder" / "config.json"
+    published.write_text(json.dumps({**json.loads(published.read_text()), "tie_word_embeddings": False}))
     (root / "tokenizer").mkdir()
     (root / "tokenizer/spiece.model").write_bytes(spiece_model())
     settings = {
@@ -116,6 +120,16 @@ def test_tokens_are_counted_before_they_are_cut(saved):
     fresh = make(saved)
     fresh.num_tokens(PROMPTS)
     assert fresh._text_encoder is None  # no weights
+
+
+def test_the_embeddings_are_those_of_the_file(saved):
+    """transformers 5.0 left them at zero, where config.json is as published."""
+    encoders = make(saved)
+    encoders.encode_text(PROMPTS[:1])
+    index = json.loads((saved / "text_encoder" / "model.safetensors.index.json").read_text())["weight_map"]
+    table = load_file(saved / "text_encoder" / index["shared.weight"])["shared.weight"]
+    assert "encoder.embed_tokens.weight" not in index
+    assert torch.equal(encoders._text_encoder.encoder.embed_tokens.weight, table)
 
 
 def test_tiling_encodes_large_frames_in_tiles(saved):
