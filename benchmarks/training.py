@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch._inductor.config
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -242,6 +243,7 @@ def diffusers_step(variant: Diffusers, args: WanArgs, device: torch.device) -> S
     if variant.checkpoint:
         model.enable_gradient_checkpointing()
     if variant.compile:
+        torch._inductor.config.triton.mix_order_reduction = False  # as ours: gradients of Wan would be wrong
         model.compile_repeated_blocks(fullgraph=True, backend=variant.backend)
     matrices, vectors = [p for p in model.parameters() if p.ndim == 2], [p for p in model.parameters() if p.ndim != 2]
     defaults = JobConfig().optimizer
