@@ -417,20 +417,23 @@ def test_quantized_base_equals_one_process(layout, one_process):
     check("wan lora int8", layout, [("plain", torch.float64)], one_process)
 
 
-def whole_table_runs(name, layout):
-    """The modes without compilation in both types; of those with it, one in float64.
+ONE_OF_EACH_KIND = ("wan", "wan moe", "hunyuan", "wan lora")
 
-    A block is traced on each rank, in each mode, which takes ten times as long as the step. The mode changes from each
-    model to the next and from each layout to the next, so each layout has each mode, with four models or more, and each
-    model has each mode, with eight layouts or more.
+
+def whole_table_runs(name, layout):
+    """All modes without compilation in float64. On up to two ranks, where each axis is met alone, in float32 too.
+
+    A block is traced on each rank, in each mode, which takes ten times as long as the step. So a case has one compiled
+    mode; it changes from each model to the next and from each layout to the next. Layouts of more ranks have it with a
+    model of each kind.
     """
-    modes = modes_for(layout, name)
-    runs = [(mode, dtype) for dtype in LIMITS for mode in EAGER if mode in modes]
-    if name.startswith("wan moe"):  # in float32 a token of nearly equal scores has other experts under another layout
-        runs = [(mode, dtype) for mode, dtype in runs if dtype == torch.float64]
+    modes, is_small = modes_for(layout, name), LAYOUTS[layout].world_size <= 2
+    runs = [(mode, torch.float64) for mode in EAGER if mode in modes]
+    if is_small and not name.startswith("wan moe"):  # in float32 tokens of nearly equal scores may have other experts
+        runs += [(mode, torch.float32) for mode in EAGER]
     place = list(MODELS).index(name) + list(LAYOUTS).index(layout)
     mode = COMPILED_MODES[place % len(COMPILED_MODES)]
-    return runs + [(mode, torch.float64)] * (mode in modes)
+    return runs + [(mode, torch.float64)] * (mode in modes and (is_small or name in ONE_OF_EACH_KIND))
 
 
 @pytest.mark.slow
