@@ -71,7 +71,7 @@ def apply_fsdp(
     in_blocks = [block.get_submodule(path) for block in blocks for path in plan.experts if has(block, path)]
     experts = {p for module in in_blocks for p in module.parameters()}
     for pattern, mesh_name in plan.units.items():
-        assert hasattr(meshes, mesh_name), f"ParallelPlan.units: {pattern!r}: {mesh_name!r} is none of {[*vars(meshes)]}"
+        assert hasattr(meshes, mesh_name), f"ParallelPlan.units: {pattern!r}: {mesh_name!r} not in {[*vars(meshes)]}"
         is_root = pattern == ""
         # Modules cast their inputs themselves: a policy's cast would also hit times, RoPE and modulation (float32).
         dtypes = (root_dtype, torch.promote_types(reduce_dtype, root_dtype)) if is_root else (param_dtype, reduce_dtype)
