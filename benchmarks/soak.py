@@ -238,8 +238,12 @@ class Soak:
         return code == 0
 
     def end_all(self, what: str) -> None:
-        """Nothing of a start is left behind."""
-        left = [pid for pid in processes_with(str(self.run)) if pid != os.getpid()]
+        """Nothing of a start is left behind: what a killed process takes with it ends within seconds."""
+        deadline = time.monotonic() + 5
+        while left := [pid for pid in processes_with(str(self.run)) if pid != os.getpid()]:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
         self.check(not left, f"{what}: processes left: {[command_line(pid)[:80] for pid in left]}")
         for pid in left:
             with suppress(ProcessLookupError):

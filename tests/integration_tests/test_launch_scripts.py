@@ -284,8 +284,9 @@ def test_a_signal_before_the_ranks_are_ready(repo, ranks, delay):
     time.sleep(delay)
     p.send_signal(signal.SIGTERM)
     output, _ = p.communicate(timeout=60)
-    # The first line of the script may not have been reached: then nothing has begun.
-    assert p.returncode == 85 or delay == 0 and p.returncode == -signal.SIGTERM, output
+    # The first line of the script may not have been reached, on a busy machine: then nothing has begun.
+    nothing_begun = delay <= 0.1 and not output and not (repo / "started0").exists()
+    assert p.returncode == 85 or nothing_begun and p.returncode == -signal.SIGTERM, output
     assert "Traceback" not in output and "Terminated" not in output and "User defined" not in output
 
 
